@@ -1,0 +1,20 @@
+# the main job: a small character model on Shakespeare with a truncated SVD on V
+out_dir = 'out-svd-test'
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 4
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 128
+use_svd = True
+svd_rank = 16
+optimizer = 'muon'
+learning_rate = 5e-3
+min_lr = 5e-4
+max_iters = 1000
+lr_decay_iters = 1000
+warmup_iters = 50

@@ -1,0 +1,301 @@
+"""
+A GPT in one file, nanoGPT's parameter for parameter (github.com/karpathy/nanoGPT, MIT), whose attention can replace
+its value matrix V by a truncated SVD of it.
+
+Where the SVD happens: `CausalSelfAttention.apply_svd_to_v` (scopes 'sequence' and 'causal', on V) and
+`CausalSelfAttention.value_weight` (scope 'weight', on the projection that makes V). What it costs and what is exact:
+docs/SVD.md. The linear algebra, gradient included: lowrank/svd.py.
+
+Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation
+
+SCOPES = ('sequence', 'causal', 'weight')
+
+
+@dataclass
+class GPTConfig:
+    """Everything that shapes the model; a checkpoint's `model_args` is this as a dict. Raises ValueError, its message
+    starting with the field's name, for values that cannot be. The strings are the help texts of the command line."""
+    block_size: Annotated[int, 'context length in tokens'] = 1024
+    vocab_size: Annotated[int, 'number of token ids'] = 50304  # GPT-2's 50257 rounded up to a multiple of 64, for speed
+    n_layer: Annotated[int, 'number of transformer blocks'] = 12
+    n_head: Annotated[int, 'attention heads a block'] = 12
+    n_embd: Annotated[int, 'width of the model; a multiple of n_head'] = 768
+    dropout: Annotated[float, 'dropout probability; for pretraining 0 is good, for fine-tuning try 0.1 or more'] = 0.0
+    bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = True
+    use_svd: Annotated[bool, 'replace V in attention by its best rank-svd_rank approximation'] = False
+    svd_rank: Annotated[int | None, 'rank kept of at most n_embd / n_head; None or full rank changes nothing'] = None
+    svd_method: Annotated[Literal[METHODS], "how: 'standard' is torch.linalg.svd, 'gram' eigh of V^T V, faster"] = 'gram'
+    svd_scope: Annotated[Literal[SCOPES], "which matrix: 'sequence' V of the whole sequence (sees the future), 'causal' "
+                         "only rows already seen, 'weight' the value projection"] = 'sequence'
+    svd_block: Annotated[int, "'causal' scope: rows that pass before the first basis; blocks double after it"] = 32
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'svd_block'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        if self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: {nearest})')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: must be at least 0 and below 1')
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f'svd_rank={self.svd_rank}: must be at least 1, or None for full rank '
+                             f'(valid: 1 to {self.n_embd // self.n_head}, or None)')
+        if self.svd_method == 'randomized':
+            raise ValueError(f"svd_method='randomized': not available yet (valid: {', '.join(METHODS)})")
+        if self.svd_method not in METHODS:
+            raise ValueError(f'svd_method={self.svd_method!r}: unknown method (valid: {", ".join(METHODS)})')
+        if self.svd_scope not in SCOPES:
+            raise ValueError(f'svd_scope={self.svd_scope!r}: unknown scope (valid: {", ".join(SCOPES)})')
+
+    @property
+    def svd_sees_future(self):
+        """True where a position's output depends on later tokens, so that the parallel loss is not what generation
+        gets: 'sequence' scope at a rank that truncates anything."""
+        full = min(self.block_size, self.n_embd // self.n_head)
+        return self.use_svd and self.svd_scope == 'sequence' and self.svd_rank is not None and self.svd_rank < full
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, in nanoGPT's parameter names."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # W_q, W_k, W_v stacked: (3C, C)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        # None: nothing to truncate, here or below. Full rank is decided per matrix in lowrank/svd.py
+        self.svd_scope = config.svd_scope if config.use_svd and config.svd_rank is not None else None
+        self.svd_rank = config.svd_rank
+        self.svd_method = config.svd_method
+        self.svd_block = config.svd_block
+
+    def forward(self, x):
+        q, k, v = self.project(x)                                   # each (B, nh, T, hs)
+        v = self.apply_svd_to_v(v)                                  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = y.transpose(1, 2).flatten(2)                            # (B, nh, T, hs) -> (B, T, C), heads side by side
+        return self.resid_dropout(self.c_proj(y))                   # (B, T, C)
+
+    def project(self, x):
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs)."""
+        B, T, C = x.size()
+        weight = self.c_attn.weight
+        if self.svd_scope == 'weight':
+            weight = torch.cat((weight[:2 * C], self.value_weight()))                           # (3C, C)
+        q, k, v = F.linear(x, weight, self.c_attn.bias).split(C, dim=2)                         # each (B, T, C)
+        return tuple(t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+
+    def value_weight(self):
+        """'weight' scope: every head's value projection W_v (hs, C), cut to rank k; (C, C), heads stacked. One small
+        SVD a forward pass, independent of B and T; the bias is kept, so V - bias has rank k and no token sees another.
+        """
+        C = self.c_attn.in_features
+        w_v = self.c_attn.weight[2 * C:].view(self.n_head, C // self.n_head, C)                 # (nh, hs, C)
+        return low_rank_approximation(w_v, self.svd_rank, self.svd_method).reshape(C, C)
+
+    def apply_svd_to_v(self, v):
+        """Best rank-k approximation of every head's V: (B, nh, T, hs) -> (B, nh, T, hs). Float32 inside, v's dtype out.
+
+        'sequence': of the T x hs matrix as a whole, the classic definition; position t then depends on tokens after t.
+        'causal': rows only use a basis made of earlier rows. 'weight' and no SVD: v itself (see `value_weight`).
+        """
+        if self.svd_scope == 'sequence':
+            return self._standard_svd_reconstruction(v) if self.svd_method == 'standard' else self._gram_reconstruction(v)
+        if self.svd_scope == 'causal':
+            return causal_low_rank_approximation(v, self.svd_rank, self.svd_method, self.svd_block)
+        return v
+
+    def _standard_svd_reconstruction(self, v, rank=None):
+        """U_k S_k V_k^T by torch.linalg.svd: (B, nh, T, hs) -> (B, nh, T, hs). rank None: the configured one."""
+        return low_rank_approximation(v, rank or self.svd_rank, 'standard')
+
+    def _gram_reconstruction(self, v, rank=None):
+        """The same matrix by eigh of V^T V (hs x hs): T drops out of the decomposition, so it is several times faster."""
+        return low_rank_approximation(v, rank or self.svd_rank, 'gram')
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))      # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight           # tied, as in GPT-2
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections that write to the
+        residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)), one factor for each of its 2 n_layer
+        additions. Draws in nanoGPT's order, so equal seeds give equal weights."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+                if getattr(module, 'bias', None) is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.transformer.h:
+            for module in (block.attn, block.mlp):
+                nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.
+
+        With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits of the last
+        position only (B, 1, vocab_size), and None. Raises ValueError for more than block_size tokens.
+        """
+        T = idx.size(1)
+        if not 1 <= T <= self.config.block_size:
+            raise ValueError(f'cannot forward {T} tokens: valid are 1 to block_size={self.config.block_size}')
+        pos = torch.arange(T, device=idx.device)                    # (T)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None                # the list keeps the time dimension
+        logits = self.lm_head(x)                                    # (B, T, vocab)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens). Each token is drawn from
+        softmax(logits / temperature), of the top_k likeliest if given; the context is the last block_size tokens. The
+        prefix is recomputed for every token, which 'sequence' scope needs: each new token changes V of all earlier
+        ones. Put the model in eval mode first, else dropout applies."""
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size:])      # (B, 1, vocab)
+            logits = logits[:, -1, :] / temperature                 # (B, vocab)
+            if top_k is not None:
+                kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))                       # (B, top_k)
+                logits[logits < kept[:, [-1]]] = -float('inf')
+            idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)              # (B, 1)
+            idx = torch.cat((idx, idx_next), dim=1)
+        return idx
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters, without the position embeddings by default (the token embeddings are the head)."""
+        n_params = sum(p.numel() for p in self.parameters())
+        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+
+    def crop_block_size(self, block_size):
+        """Shorten the context in place, for example of a GPT-2 checkpoint (1024), by dropping late positions."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f'block_size={block_size}: can only be cropped to 1..{self.config.block_size}')
+        self.config.block_size = block_size
+        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
+                                                            freeze=False)
+
+    def optim_groups(self, weight_decay):
+        """Parameters in groups for an optimizer: 'hidden' (matrices of the blocks) and 'embedding' (wte, wpe) decay,
+        'vector' (biases, LayerNorm) do not. Every trainable parameter is in exactly one. -> dict name -> group."""
+        groups = {name: {'params': [], 'weight_decay': decay}
+                  for name, decay in (('hidden', weight_decay), ('embedding', weight_decay), ('vector', 0.0))}
+        for name, p in self.named_parameters():                     # tied weights appear once
+            if p.requires_grad:
+                kind = 'vector' if p.dim() < 2 else 'hidden' if name.startswith('transformer.h.') else 'embedding'
+                groups[kind]['params'].append(p)
+        return groups
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """nanoGPT's AdamW: one group that decays (everything with two dimensions), one that does not, in its order of
+        parameters, so optimizer states move between the two repos. Fused where the device has the kernel."""
+        decay = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]
+        no_decay = [p for p in self.parameters() if p.requires_grad and p.dim() < 2]
+        groups = [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
+        """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds, as a fraction of flops_promised a second
+        (default: an A100 in bfloat16). FLOPs after PaLM (arXiv:2204.02311), appendix B; the SVD is not counted."""
+        cfg = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / flops_promised
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
+        hub. override_args: fields that add no parameters (dropout, the SVD options). Needs safetensors and
+        huggingface_hub (the latter comes with datasets). Raises ValueError for another name or field."""
+        sizes = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
+                 'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
+                 'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
+                 'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600)}       # 1558M
+        if model_type not in sizes:
+            raise ValueError(f'init_from={model_type!r}: unknown model (valid: {", ".join(sizes)})')
+        for key in override_args or {}:
+            if key != 'dropout' and 'svd' not in key:
+                raise ValueError(f'{key}={override_args[key]}: the shape of {model_type} is fixed')
+        from huggingface_hub import hf_hub_download
+        from safetensors.torch import load_file
+        model = cls(GPTConfig(**sizes[model_type], vocab_size=50257, block_size=1024, bias=True, **override_args or {}))
+        model.load_gpt2_state_dict(load_file(hf_hub_download(f'openai-community/{model_type}', 'model.safetensors')))
+        return model
+
+    @torch.no_grad()
+    def load_gpt2_state_dict(self, state):
+        """Copy GPT-2 weights in Hugging Face's names; its linear layers are 'Conv1D', stored (in, out): transposed."""
+        state = {k.removeprefix('transformer.'): v for k, v in state.items()}
+        for name, p in self.named_parameters():                     # the tied lm_head.weight comes as wte.weight
+            name = name.removeprefix('transformer.')
+            w = state[name].t() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else state[name]
+            if w.shape != p.shape:
+                raise ValueError(f'{name}: shape {tuple(w.shape)} in the file, {tuple(p.shape)} in the model')
+            p.copy_(w)

@@ -1,0 +1,172 @@
+"""Configuration: defaults < config files < --key=value, checked against the annotations of a dataclass.
+
+A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...] or a union
+of these. Config files are Python run from top to bottom; they may read the values before them by name, import modules
+and use names that start with an underscore. Everything wrong raises UserError, whose text is one line: what, where,
+the nearest valid choice.
+"""
+
+import ast
+import difflib
+import math
+import numbers
+import types
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """The user's input was wrong. The entry points print it as one line and exit with code 2."""
+
+
+def load(cls, argv, base=None):
+    """argv (config files and --key=value, in any order; files count first) -> an instance of dataclass `cls`, and a
+    dict of the keys the user set -> where. `base` replaces defaults (a checkpoint's configuration). A ValueError from
+    the class that starts with "key=" is reported with the place that set key."""
+    values = {f.name: f.default for f in fields(cls)} | (base or {})
+    hints = get_type_hints(cls, include_extras=True)
+    files = [arg for arg in argv if not arg.startswith('-')]
+    set_by = {}
+    for path in files:
+        for key, value in run_config_file(path, values, hints).items():
+            values[key], set_by[key] = check(key, value, hints[key], path), path
+    for arg in argv:
+        if arg.startswith('-'):
+            key, value = parse_option(arg, hints)
+            values[key], set_by[key] = value, 'the command line'
+    try:
+        return cls(**values), set_by
+    except ValueError as e:
+        key = str(e).partition('=')[0]
+        where = set_by.get(key, 'default') if key in values else ''
+        raise UserError(f'{e}' + (f' [{where}]' if where else '')) from None
+
+
+def parse_option(arg, hints):
+    """'--key=value' -> key, checked value."""
+    name, equals, text = arg.partition('=')
+    key = name.removeprefix('--')
+    if not arg.startswith('--') or not key:
+        raise UserError(f'{arg}: options are written --key=value; --help lists them')
+    if key not in hints:
+        raise UserError(f'--{key}: no such option{did_you_mean(key, hints, "--")}')
+    if not equals:
+        raise UserError(f'--{key}: needs a value, written --{key}=VALUE, which is {describe(hints[key])}')
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        value = text
+    if not isinstance(value, str) and not matches(value, hints[key])[0] and matches(text, hints[key])[0]:
+        value = text                                                # --out_dir=123 names a folder
+    return key, check(key, value, hints[key], 'the command line')
+
+
+def run_config_file(path, values, hints):
+    """Run one Python config file with the current values visible -> the keys it sets."""
+    try:
+        source = Path(path).read_text(encoding='utf-8')
+        tree = ast.parse(source, filename=path)
+    except FileNotFoundError:
+        siblings = [str(p) for folder in {Path(path).parent, Path('config')} for p in sorted(folder.glob('*.py'))]
+        raise UserError(f'{path}: no such config file{did_you_mean(path, siblings)}') from None
+    except SyntaxError as e:
+        raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path}: cannot be read as a Python file: {one_line(e)}') from None
+    namespace = dict(values, __name__='config', __file__=str(path))
+    try:
+        exec(compile(tree, path, 'exec'), namespace)
+    except (Exception, SystemExit) as e:
+        tb, line = e.__traceback__, None
+        while tb is not None:
+            line = tb.tb_lineno if tb.tb_frame.f_code.co_filename == path else line
+            tb = tb.tb_next
+        raise UserError(f'{path}, line {line}: {type(e).__name__}: {one_line(e)}') from None
+    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    found = {}
+    for key, value in namespace.items():
+        if key in hints:
+            if key in assigned or value is not values[key]:
+                found[key] = value
+        elif not key.startswith('_') and not callable(value) and not isinstance(value, types.ModuleType):
+            raise UserError(f'{path}: {key}: no such option{did_you_mean(key, hints)}'
+                            ' (a helper variable may start with an underscore)')
+    return found
+
+
+def check(key, value, hint, where):
+    """The value in the hint's type, or UserError."""
+    ok, converted = matches(value, hint)
+    if ok:
+        return converted
+    raise UserError(f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)} [{where}]')
+
+
+def matches(value, hint):
+    """(True, the value as the hint's type) or (False, None). A whole number passes for a float, True never for 1."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (types.UnionType, Union):
+        return next((m for m in (matches(value, h) for h in get_args(hint)) if m[0]), (False, None))
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(a) and value == a for a in get_args(hint)), value
+    if hint is type(None):
+        return value is None, None
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool, value
+    if hint is int and isinstance(value, numbers.Integral):
+        return True, int(value)
+    if hint is float and isinstance(value, numbers.Real) and math.isfinite(value):
+        return True, float(value)
+    if hint is str and isinstance(value, str):
+        return '\0' not in value, value
+    return False, None
+
+
+def describe(hint):
+    """A type in words: "a whole number or None"."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (types.UnionType, Union):
+        return ' or '.join(describe(h) for h in get_args(hint))
+    if get_origin(hint) is Literal:
+        return ' or '.join(repr(a) for a in get_args(hint))
+    return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}.get(hint, 'None')
+
+
+def nearest(value, hint):
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    options = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+    choices = [a for h in options if get_origin(h) is Literal for a in get_args(h) if isinstance(a, str)]
+    if bool in options and str(value).lower() in ('true', 'yes', 'on', '1', 'false', 'no', 'off', '0'):
+        return f' (nearest: {str(value).lower() in ("true", "yes", "on", "1")})'
+    if choices and isinstance(value, str):
+        return f' (nearest: {difflib.get_close_matches(value.lower(), choices, 1, 0)[0]!r})'
+    if int in options and isinstance(value, float) and math.isfinite(value):
+        return f' (nearest: {round(value)})'
+    return ''
+
+
+def did_you_mean(word, choices, prefix='', other='--help lists the options'):
+    close = difflib.get_close_matches(str(word).lower(), list(choices), 1, 0.5)
+    return f' (nearest: {prefix}{close[0]})' if close else f' ({other})'
+
+
+def one_line(error):
+    return ' '.join(str(error).split())
+
+
+def help_text(cls, usage, base=None):
+    """Every option with type, default and meaning."""
+    lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
+    for f in fields(cls):
+        hint = get_type_hints(cls, include_extras=True)[f.name]
+        lines.append(f'  --{f.name}={f.default!r}'.ljust(42) + f' {get_args(hint)[1]} [{describe(hint)}]')
+    return '\n'.join(lines)
+
+
+def dump(cfg, comment=''):
+    """The resolved configuration as the text of a config file that sets every key."""
+    return comment + ''.join(f'{f.name} = {getattr(cfg, f.name)!r}\n' for f in fields(cfg))

@@ -1,0 +1,206 @@
+"""Token data sets: a folder with train.bin, val.bin (token ids, uint16 or uint32) and meta.json.
+
+meta.json holds `tokenizer` ('char' or 'gpt2'), `vocab_size`, `dtype`, `chars` (for 'char', in id order) and where the
+text came from. Folders that nanoGPT prepared work too: meta.pkl is read by an unpickler that can make nothing but
+plain containers, and no meta at all means GPT-2 BPE in uint16.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime.config import UserError, did_you_mean
+
+GPT2_VOCAB = 50257
+SCAN_LIMIT = 2 ** 28                # ids of larger files are not all read at start; each batch is checked anyway
+
+
+class Tokenizer:
+    """Text to token ids and back, from a data set's meta: encode(str) -> list of int, decode(ids) -> str."""
+
+    def __init__(self, meta):
+        self.kind = meta['tokenizer']
+        if self.kind == 'char':
+            self.chars = meta['chars']
+            self.ids = {c: i for i, c in enumerate(self.chars)}
+        else:
+            from runtime.download import gpt2_encoding
+            self.bpe = gpt2_encoding()
+
+    def encode(self, text):
+        """Raises UserError for characters outside the vocabulary."""
+        if self.kind == 'gpt2':
+            return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+        unknown = sorted(set(text) - set(self.ids))
+        if unknown:
+            raise UserError(f'characters {"".join(unknown[:20])!r} are not in this model\'s vocabulary of '
+                            f'{len(self.chars)}: {"".join(self.chars)[:100]!r}')
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids):
+        if self.kind == 'gpt2':
+            return self.bpe.decode([i for i in ids if i < GPT2_VOCAB])      # padding ids of a rounded-up vocabulary
+        return ''.join(self.chars[i] for i in ids)
+
+
+def write_dataset(folder, text, tokenizer, source):
+    """Encode text, the first 90% of its characters for training and the rest for validation, into `folder`.
+
+    tokenizer 'char' (vocabulary: the text's own characters) or 'gpt2'; source: words for meta.json. meta.json is
+    written last, so a folder that has it is whole. Returns the meta dict.
+    """
+    if len(text) < 2:
+        raise UserError(f'{source}: {len(text)} characters are too few for a training and a validation split')
+    chars = sorted(set(text)) if tokenizer == 'char' else None
+    meta = dict(tokenizer=tokenizer, vocab_size=len(chars) if chars else GPT2_VOCAB)
+    meta['dtype'] = 'uint16' if meta['vocab_size'] <= 2 ** 16 else 'uint32'
+    if chars:
+        meta['chars'] = chars
+    meta.update(source=source, sha256=hashlib.sha256(text.encode()).hexdigest(), characters=len(text))
+    encoder = Tokenizer(meta)
+    cut = int(len(text) * 0.9)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'meta.json').unlink(missing_ok=True)
+    for split, part in (('train', text[:cut]), ('val', text[cut:])):
+        ids = encoder.encode(part) if chars else encoder.bpe.encode_ordinary(part)
+        meta[f'{split}_tokens'] = len(ids)
+        write_atomically(folder / f'{split}.bin', np.array(ids, dtype=meta['dtype']).tobytes())
+    write_atomically(folder / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    return meta
+
+
+def write_atomically(path, content):
+    """bytes -> file, through a temporary file in the same folder: readers see the old content or the new."""
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'wb') as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}, and only plain containers are allowed')
+
+
+def read_meta(folder):
+    """The meta dict of a data set folder, nanoGPT's included."""
+    folder = Path(folder)
+    try:
+        if (folder / 'meta.json').exists():
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        elif (folder / 'meta.pkl').exists():
+            with open(folder / 'meta.pkl', 'rb') as f:
+                old = _PlainUnpickler(f).load()
+            meta = dict(tokenizer='char', vocab_size=old['vocab_size'], dtype='uint16',
+                        chars=[old['itos'][i] for i in range(old['vocab_size'])])
+        else:
+            return dict(tokenizer='gpt2', vocab_size=GPT2_VOCAB, dtype='uint16')
+        known = meta['tokenizer'] == 'gpt2' or meta['tokenizer'] == 'char' and len(meta['chars']) == meta['vocab_size']
+        if not known or meta['dtype'] not in ('uint16', 'uint32') or not 0 < int(meta['vocab_size']) < 2 ** 32:
+            raise ValueError('tokenizer, chars, vocab_size or dtype do not fit together')
+        return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, ImportError,
+            pickle.UnpicklingError) as e:
+        raise UserError(f'{folder}: its meta file cannot be used: {type(e).__name__}: {" ".join(str(e).split())}; '
+                        'prepare the data set again') from None
+
+
+class Dataset:
+    """Batches of token windows from a prepared folder. Raises UserError for missing, damaged or foreign files."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.meta = read_meta(folder)
+        self.vocab_size = self.meta['vocab_size']
+        self.dtype = np.dtype(self.meta['dtype'])
+        for split in ('train', 'val'):
+            path = self.folder / f'{split}.bin'
+            if not path.is_file():
+                raise UserError(f'{path}: missing; prepare the data set again')
+            if path.stat().st_size == 0 or path.stat().st_size % self.dtype.itemsize:
+                raise UserError(f'{path}: {path.stat().st_size} bytes are no whole number of {self.dtype} token ids')
+            self._check_ids(self.tokens(split)[:SCAN_LIMIT], split)
+
+    def tokens(self, split):
+        """All ids of a split (N,), memory-mapped. Opened anew each time: a long-lived map leaks (nanoGPT#428)."""
+        return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+
+    def _check_ids(self, ids, split):
+        top = int(ids.max())
+        if top >= self.vocab_size:
+            raise UserError(f'{self.folder}/{split}.bin: token id {top} is outside its vocabulary of {self.vocab_size}')
+
+    def check_length(self, block_size):
+        """A window is block_size tokens and the one after."""
+        for split in ('train', 'val'):
+            n = len(self.tokens(split))
+            if n <= block_size:
+                raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} tokens '
+                                f'(nearest: {max(1, n - 1)})')
+
+    def batch(self, split, batch_size, block_size, generator, device):
+        """Random windows: x (B, T) token ids, y (B, T) the ids that follow; int64, on `device`."""
+        tokens = self.tokens(split)
+        starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator).tolist()
+        return self.windows(tokens, starts, block_size, split, device)
+
+    def windows(self, tokens, starts, block_size, split, device):
+        """The windows at `starts`: x (B, T), y (B, T)."""
+        rows = np.stack([tokens[i:i + block_size + 1] for i in starts])                         # (B, T + 1)
+        self._check_ids(rows, split)
+        rows = torch.from_numpy(rows.astype(np.int64))
+        if torch.device(device).type == 'cuda':
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        else:
+            rows = rows.to(device)
+        return rows[:, :-1], rows[:, 1:]
+
+
+# data sets that take hours and tens of gigabytes: never started by the way
+LARGE = {'openwebtext': '54 GB of downloads'}
+
+
+def locate(name, tokenizer, roots):
+    """The prepared folder of a data set, prepared first if need be.
+
+    name: a folder below one of `roots` (searched in order), a path to a prepared folder, or a text file, which is
+    encoded by `tokenizer` into roots[-1]/STEM-TOKENIZER-HASH. Raises UserError where there is no such thing.
+    """
+    if Path(name).is_file():
+        try:
+            content = Path(name).read_bytes()
+            text = content.decode('utf-8').replace('\r\n', '\n')
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f'dataset={name}: not a readable UTF-8 text file ({type(e).__name__})') from None
+        folder = roots[-1] / f'{Path(name).stem}-{tokenizer}-{hashlib.sha256(content).hexdigest()[:8]}'
+        if not (folder / 'meta.json').exists():
+            meta = write_dataset(folder, text, tokenizer, source=str(name))
+            print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + {meta["val_tokens"]:,} tokens '
+                  f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
+        return folder
+    folders = [root / name for root in roots]
+    for folder in folders:
+        if (folder / 'train.bin').exists() and (folder / 'val.bin').exists():
+            return folder
+    for folder in folders:
+        script = folder / 'prepare.py'
+        if script.exists() and name in LARGE:
+            raise UserError(f'dataset={name}: not prepared; run python {script} first ({LARGE[name]}; '
+                            'nearest: --dataset=shakespeare_char, prepared in seconds)')
+        if script.exists():
+            print(f'data set {name} is not prepared yet: running {script}', flush=True)
+            if subprocess.run([sys.executable, str(script)]).returncode:
+                raise UserError(f'dataset={name}: {script} failed; the line above says why')
+            return folder
+    known = sorted({f.parent.name for root in roots for f in [*root.glob('*/prepare.py'), *root.glob('*/train.bin')]})
+    raise UserError(f'dataset={name}: no such data set or text file{did_you_mean(name, known, other="known: " + ", ".join(known))}')

@@ -1,0 +1,83 @@
+"""Where and in which precision to compute: CUDA, Apple's MPS or the CPU."""
+
+import os
+import platform
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from runtime.config import UserError
+
+# bfloat16 / float16 dense tensor peak, FLOPs a second, from the vendors' data sheets; longest match wins
+PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12,
+              'L4': 121e12, 'A10': 125e12, 'A10G': 70e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def pick_device(name):
+    """'auto' -> cuda, then mps, then cpu; another name is checked to exist here. Raises UserError if it does not."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if name == 'auto':
+        return next(kind for kind, there in available.items() if there)
+    kind, _, index = name.partition(':')
+    count = torch.cuda.device_count() if kind == 'cuda' else 1
+    if not available.get(kind) or index and not (index.isdigit() and int(index) < count):
+        here = [k for k, there in available.items() if there]
+        raise UserError(f'device={name}: not on this machine (available: {", ".join(here)}; nearest: {here[0]})')
+    return name
+
+
+def pick_dtype(name, device):
+    """'auto' -> 'bfloat16' on CUDA that has it natively, 'float16' on older CUDA, 'float32' on MPS and the CPU."""
+    if name != 'auto':
+        return name
+    if not device.startswith('cuda'):
+        return 'float32'
+    return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+
+
+def autocast(device, dtype):
+    """The context for forward passes: nothing in float32, else autocast to dtype."""
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
+
+
+def has_native_bfloat16(device):
+    """Whether bfloat16 matrix products are fast there; a CPU's are emulated or slower than float32 at these sizes."""
+    return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def peak_flops(device, dtype):
+    """Peak FLOPs a second of the device in dtype, or None where unknown (so that no MFU is made up)."""
+    if torch.device(device).type != 'cuda' or dtype == 'float32':
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [key for key in PEAK_FLOPS if all(word in name.replace('-', ' ').split() for word in key.split())]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def synchronize(device):
+    """Wait for queued work, before reading a clock."""
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        torch.cuda.synchronize(device)
+    elif kind == 'mps':
+        torch.mps.synchronize()
+
+
+def environment(device, dtype):
+    """What a reader needs to judge a run: versions, machine, device, commit, command line."""
+    def git(*args):
+        here = os.path.dirname(os.path.abspath(__file__))
+        try:
+            return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ''
+    kind = torch.device(device).type
+    return {'command': sys.argv, 'python': platform.python_version(), 'torch': torch.__version__,
+            'platform': platform.platform(), 'processor': platform.processor() or platform.machine(),
+            'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': device, 'dtype': dtype,
+            'device_name': torch.cuda.get_device_name(device) if kind == 'cuda' else kind,
+            'git_commit': git('rev-parse', 'HEAD'), 'git_changes': bool(git('status', '--porcelain', '-uno'))}

@@ -1,0 +1,81 @@
+"""Muon for the hidden matrices, AdamW for everything else, behind one optimizer's interface."""
+
+import torch
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024) whose orthogonalisation may run in float32.
+
+    torch fixes it to bfloat16, which crawls where that is emulated. Matrices of one shape are orthogonalised in one
+    batch: a dozen small products in a row leave most of a processor idle. Learning rates mean what they mean for AdamW
+    (`match_rms_adamw`, Liu et al. 2025, arXiv:2502.16982).
+    """
+
+    def __init__(self, params, lr, weight_decay, dtype):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn='match_rms_adamw')
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                updates = []
+                for p in params:
+                    if 'momentum_buffer' not in self.state[p]:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
+                    buffer = self.state[p]['momentum_buffer']
+                    buffer.lerp_(p.grad, 1 - group['momentum'])
+                    updates.append(p.grad.lerp(buffer, group['momentum']))                      # Nesterov
+                updates = self._orthogonalize(torch.stack(updates), group)                      # (params, m, n)
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(update, alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)
+
+    def _orthogonalize(self, g, group):
+        """g (params, m, n) -> about U V^T of each: Newton-Schulz, singular values end near 0.7 to 1.2."""
+        a, b, c = group['ns_coefficients']
+        x = g.to(self.dtype)
+        if g.size(-2) > g.size(-1):
+            x = x.mT
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group['eps'])
+        for _ in range(group['ns_steps']):
+            gram = x @ x.mT                                         # (params, small, small)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+
+
+class MuonAdamW:
+    """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as train.py uses them.
+
+    groups: dict name -> parameter group, as GPT.optim_groups makes it; 'hidden' goes to Muon.
+    """
+
+    def __init__(self, groups, lr, betas, device_type, muon_dtype):
+        hidden = groups['hidden']
+        self.optimizers = (Muon(hidden['params'], lr, hidden['weight_decay'], muon_dtype),
+                           torch.optim.AdamW([g for name, g in groups.items() if name != 'hidden' and g['params']], lr=lr,
+                                             betas=betas, fused=device_type in ('cpu', 'cuda', 'mps')))
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {'muon': self.optimizers[0].state_dict(), 'adamw': self.optimizers[1].state_dict()}
+
+    def load_state_dict(self, state):
+        self.optimizers[0].load_state_dict(state['muon'])
+        self.optimizers[1].load_state_dict(state['adamw'])
