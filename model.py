@@ -270,10 +270,23 @@ class GPT(nn.Module):
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / flops_promised
 
     @classmethod
+    def from_checkpoint(cls, saved, **overrides):
+        """The model of a checkpoint dict, this repo's or nanoGPT's: its `model_args` and `model` (a state dict) are all
+        that is needed. overrides: fields that add no parameters. Raises ValueError where the three do not fit."""
+        config = GPTConfig(**{**saved['model_args'], **overrides})
+        model = cls(config)
+        try:
+            model.load_state_dict(saved['model'])
+        except RuntimeError as e:                                   # names and shapes, over many lines
+            raise ValueError(f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
+        return model
+
+    @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
         hub. override_args: fields that add no parameters (dropout, the SVD options). Needs safetensors and
-        huggingface_hub (the latter comes with datasets). Raises ValueError for another name or field."""
+        huggingface_hub (the latter comes with datasets). Raises ValueError for another name or field, a missing
+        package and weights that cannot be had."""
         sizes = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
                  'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
                  'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
@@ -283,10 +296,17 @@ class GPT(nn.Module):
         for key in override_args or {}:
             if key != 'dropout' and 'svd' not in key:
                 raise ValueError(f'{key}={override_args[key]}: the shape of {model_type} is fixed')
-        from huggingface_hub import hf_hub_download
-        from safetensors.torch import load_file
+        try:
+            from huggingface_hub import hf_hub_download
+            from safetensors.torch import load_file
+            path = hf_hub_download(f'openai-community/{model_type}', 'model.safetensors')
+        except ImportError as e:
+            raise ValueError(f'init_from={model_type!r}: needs a package: pip install {e.name}') from None
+        except OSError as e:                                        # also what the hub's own errors derive from
+            raise ValueError(f'init_from={model_type!r}: its weights are neither in the Hugging Face cache nor to be '
+                             f'had: {" ".join(str(e).split())[:200]}') from None
         model = cls(GPTConfig(**sizes[model_type], vocab_size=50257, block_size=1024, bias=True, **override_args or {}))
-        model.load_gpt2_state_dict(load_file(hf_hub_download(f'openai-community/{model_type}', 'model.safetensors')))
+        model.load_gpt2_state_dict(load_file(path))
         return model
 
     @torch.no_grad()

@@ -36,8 +36,6 @@ from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
 from runtime.optim import MuonAdamW
 
-DATA_ROOTS = (Path('data'), Path(__file__).resolve().parent / 'data')
-
 
 @dataclass
 class TrainConfig(GPTConfig):
@@ -191,11 +189,14 @@ def train(cfg, set_by, saved, processes):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
     torch.manual_seed(cfg.seed + processes.rank)
 
-    data = Dataset(processes.main_first(lambda: locate(cfg.dataset, cfg.tokenizer, DATA_ROOTS)))
+    data = Dataset(processes.main_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
                         'only text files can be encoded anew')
-    model = build_model(cfg, set_by, saved, data, say)
+    try:
+        model = build_model(cfg, set_by, saved, data, say)
+    except ValueError as e:
+        raise UserError(f'{cfg.out_dir}/ckpt.pt: {e}' if saved and not isinstance(e, UserError) else str(e)) from None
     cfg.block_size, cfg.vocab_size = model.config.block_size, model.config.vocab_size
     data.check_length(cfg.block_size)
     model.to(device)
@@ -312,26 +313,15 @@ def train(cfg, set_by, saved, processes):
 def build_model(cfg, set_by, saved, data, say):
     """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
+    free = {k: getattr(cfg, k) for k in FREE_KEYS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:                                      # GPT-2's 50257 becomes 50304: faster products
             cfg.vocab_size = data.vocab_size if data.meta['tokenizer'] == 'char' else math.ceil(data.vocab_size / 64) * 64
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS}))
     elif cfg.init_from == 'resume':
-        args = saved['model_args'] | {k: getattr(cfg, k) for k in FREE_KEYS}
-        try:
-            model = GPT(GPTConfig(**args))
-            model.load_state_dict(saved['model'])
-        except (TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f'{cfg.out_dir}/ckpt.pt: does not fit its own model_args: '
-                            f'{configuration.one_line(e)[:200]}') from None
+        model = GPT.from_checkpoint(saved, **free)
     else:
-        try:
-            model = GPT.from_pretrained(cfg.init_from, {k: getattr(cfg, k) for k in FREE_KEYS})
-        except ImportError as e:
-            raise UserError(f'init_from={cfg.init_from}: needs a package: pip install {e.name}') from None
-        except OSError as e:
-            raise UserError(f'init_from={cfg.init_from}: its weights are neither in the Hugging Face cache nor to be '
-                            f'had: {configuration.one_line(e)[:200]}') from None
+        model = GPT.from_pretrained(cfg.init_from, free)
     shape = asdict(model.config)
     for key in set(MODEL_KEYS) - set(FREE_KEYS):
         if key in set_by and getattr(cfg, key) != shape[key] and not (key == 'block_size' and cfg.block_size < shape[key]):

@@ -14,9 +14,9 @@ Autograd through torch.linalg.svd divides by every lambda_i - lambda_j instead a
 values are equal, which happens whenever X has rank below its width (zero rows, fewer rows than columns).
 
 Letters: m rows, n columns, k rank; "..." any batch dimensions. Methods: 'standard' is torch.linalg.svd of X, 'gram' is
-eigh of G. Both decompose in float64, since a float32 G, which squares the condition number, loses V_k where the gap at
-the cut is small (measured: error 1e-3 at a gap of 2%, against 2e-7); everything else is float32. MPS has no float64,
-hence a float32 sum for G there, and no eigh or svd before torch 2.14: those two move to the CPU and back.
+eigh of G. Both decompose in float64: a float32 G squares the condition number and loses X_k where the gap at the cut is
+small (measured: error 1e-3 at a gap of 2%, against 2e-7), and overflows at 1e30. Everything else is float32. MPS has
+no float64, hence a float32 sum for G there, and no eigh or svd before torch 2.14: those two run on the CPU.
 """
 
 import torch
@@ -43,19 +43,18 @@ def truncated_svd(x, rank, method='gram'):
         u, s, vh = truncated_svd(x.mT, rank, method)
         return vh.mT, s, u.mT
     with _full_precision(x):
-        xn, scale = _normalize(x)                                   # (..., m, n), (..., 1, 1)
+        dtype, x = x.dtype, x.to(_working_dtype(x))
         if method == 'standard':
-            u, s, vh = _svd(xn)                                     # (..., m, n), (..., n), (..., n, n)
+            u, s, vh = _svd(x)                                      # (..., m, n), (..., n), (..., n, n)
             u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
         else:
-            gram = _gram(xn)                                        # (..., n, n)
-            eigenvalues, w = _eigh_descending(gram, xn.dtype)       # (..., n), (..., n, n)
-            s, w = eigenvalues[..., :rank].clamp_min(0).sqrt(), w[..., :rank]                   # (..., k), (..., n, k)
-            n, eps = x.shape[-1], torch.finfo
-            floor = s[..., :1] * max(n * eps(xn.dtype).eps, (n * eps(gram.dtype).eps) ** 0.5)
-            u = torch.where((s > floor).unsqueeze(-2), xn @ w / s.clamp_min(eps(s.dtype).tiny).unsqueeze(-2), 0)
+            s, w = (part.flip(-1)[..., :rank] for part in _gram_spectrum(x, (x.shape[-2],)))
+            s, w = s[0], w[0]                                       # (..., k), (..., n, k)
+            eps = torch.finfo(torch.float32 if x.device.type == 'mps' else torch.float64).eps
+            floor = s[..., :1] * max(x.shape[-1] * torch.finfo(x.dtype).eps, (x.shape[-1] * eps) ** 0.5)
+            u = torch.where((s > floor).unsqueeze(-2), x @ w.to(x.dtype) / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2), 0)
             vh = w.mT                                               # (..., k, n)
-        return u.to(x.dtype), (s * scale.squeeze(-1)).to(x.dtype), vh.to(x.dtype)
+        return u.to(dtype), s.to(dtype), vh.to(dtype)
 
 
 def energy(s):
@@ -87,8 +86,7 @@ def low_rank_approximation(x, rank, method='gram'):
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the cut,
     lambda_k - lambda_{k+1}, is below n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32): there X_k is not
     unique and the gap is replaced by that bound, so gradients stay finite. Computed in float32 (float64 stays float64)
-    whatever autocast says; the result has x's dtype. Each matrix is scaled to magnitude 1 first: X^T X would
-    overflow at 1e30 and vanish at 1e-30. Raises ValueError for rank < 1 or an unknown method, and
+    whatever autocast says; the result has x's dtype. Raises ValueError for rank < 1 or an unknown method, and
     torch.linalg.LinAlgError for non-finite input.
     """
     _check(x, rank, method)
@@ -123,105 +121,105 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32):
 
 
 def _project(x, rank, method, spans):
+    flat = x.to(_working_dtype(x)).reshape(-1, *x.shape[-2:]).contiguous()      # (N, T, n); a strided V is 4 x slower
     with _full_precision(x):
-        return _ProjectRows.apply(x.to(_working_dtype(x)), rank, method, spans).to(x.dtype)
+        return _ProjectRows.apply(flat, rank, method, spans).view(x.shape).to(x.dtype)
 
 
 class _ProjectRows(torch.autograd.Function):
     """y[a:b] = x[a:b] P_s for each span (s, a, b), P_s the projector on the top-k right singular vectors of x[:s].
 
-    Rows outside every span pass unchanged. One span (T, 0, T) is the plain truncated SVD. The backward is the formula
-    at the top of this file, summed over spans; it works on the scaled x: the scale cancels.
+    x (N, T, n). Rows outside every span pass unchanged. One span (T, 0, T) is the plain truncated SVD. The backward is
+    the formula at the top of this file summed over spans, written with the symmetric F, F_ij = 1 / |lambda_i -
+    lambda_j| for i <= k < j or j <= k < i and 0 elsewhere: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T. Lambda is in units
+    of lambda_1 = sigma_1^2, and one sigma_1 is divided out of each factor X, so that nothing in between overflows (any
+    unit gives the same product: sigma_1 is bounded from below for the sake of X = 0).
     """
 
     @staticmethod
     def forward(ctx, x, rank, method, spans):
-        xn, _ = _normalize(x)                                       # (..., T, n)
-        eigenvalues, w = _row_space(xn, method, spans)              # (spans, ..., n), (spans, ..., n, n)
-        wk = w[..., :rank]                                          # (spans, ..., n, k)
-        projectors = wk @ wk.mT                                     # (spans, ..., n, n)
-        if spans[0][1:] == (0, x.shape[-2]):
-            y = x @ projectors[0]                                   # (..., T, n), without a copy of x
+        stops = tuple(s for s, _, _ in spans)
+        sigma, w = _svd_spectrum(x, stops) if method == 'standard' else _gram_spectrum(x, stops)
+        sigma, w = sigma.to(x.dtype), w.to(x.dtype)                 # (spans, N, n), (spans, N, n, n), smallest first
+        wk = w[..., -rank:]                                         # (spans, N, n, k)
+        projectors = wk @ wk.mT                                     # (spans, N, n, n)
+        if spans[0][1:] == (0, x.shape[1]):
+            y = torch.bmm(x, projectors[0])                         # (N, T, n)
         else:
             y = x.clone()
             for (_, a, b), p in zip(spans, projectors):
-                y[..., a:b, :] = x[..., a:b, :] @ p
-        ctx.save_for_backward(xn, eigenvalues, w, projectors)
+                y[:, a:b] = torch.bmm(x[:, a:b], p)
+        ctx.save_for_backward(x, sigma, w, projectors)
         ctx.rank, ctx.spans = rank, spans
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        xn, eigenvalues, w, projectors = ctx.saved_tensors
-        k, n = ctx.rank, xn.shape[-1]
-        with torch.autocast(dy.device.type, enabled=False):
-            m = torch.stack([xn[..., a:b, :].mT @ dy[..., a:b, :] for _, a, b in ctx.spans])    # (spans, ..., n, n)
-            wk, wr = w[..., :k], w[..., k:]                         # (spans, ..., n, k), (spans, ..., n, n - k)
-            gap = eigenvalues[..., :k, None] - eigenvalues[..., None, k:]                       # (spans, ..., k, n - k)
-            bound = n * torch.finfo(gap.dtype).eps * eigenvalues[..., :1, None]
-            gap = torch.maximum(gap, bound).clamp_min(torch.finfo(gap.dtype).tiny)
-            z = wk @ (wk.mT @ (m + m.mT) @ wr / gap) @ wr.mT        # (spans, ..., n, n)
-            z = z + z.mT
-            if ctx.spans[0][1:] == (0, xn.shape[-2]):
-                dx = dy @ projectors[0] + xn @ z[0]                 # (..., T, n)
-            else:
-                dx = dy.clone()
-                for (_, a, b), p in zip(ctx.spans, projectors):
-                    dx[..., a:b, :] = dy[..., a:b, :] @ p
-                for (s, _, _), zs in zip(ctx.spans, z):
-                    dx[..., :s, :] += xn[..., :s, :] @ zs
+        x, sigma, w, projectors = ctx.saved_tensors
+        n, spans = x.shape[-1], ctx.spans
+        dy = dy.contiguous()
+        with _full_precision(dy):
+            sigma1 = sigma[..., -1:].clamp_min(torch.finfo(x.dtype).tiny ** 0.75)               # (spans, N, 1)
+            relative = (sigma / sigma1).square()                    # (spans, N, n)
+            gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()                       # (spans, N, n, n)
+            kept = torch.arange(n, device=x.device) >= n - ctx.rank                             # (n)
+            f = (kept.unsqueeze(-1) != kept) / gap.clamp_min(n * torch.finfo(x.dtype).eps)      # (spans, N, n, n)
+            m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / sigma1.unsqueeze(-1)
+            z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / sigma1.unsqueeze(-1)                 # (spans, N, n, n)
+            if spans[0][1:] == (0, x.shape[1]):
+                return torch.baddbmm(torch.bmm(dy, projectors[0]), x, z[0]), None, None, None   # (N, T, n)
+            dx = dy.clone()
+            for (_, a, b), p in zip(spans, projectors):
+                dx[:, a:b] = torch.bmm(dy[:, a:b], p)
+            for (s, _, _), zs in zip(spans, z):
+                dx[:, :s] += torch.bmm(x[:, :s], zs)
         return dx, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the pieces
 
-def _row_space(xn, method, spans):
-    """Eigenvalues (spans, ..., n), descending, and eigenvectors (spans, ..., n, n) of G_s = x[:s]^T x[:s] per span."""
-    if method == 'standard':
-        values, vectors = [], []
-        for s, _, _ in spans:
-            rows = xn[..., :s, :]
-            if s < xn.shape[-1]:                                    # zero rows leave the row space; Vh becomes (n, n)
-                rows = torch.nn.functional.pad(rows, (0, 0, 0, xn.shape[-1] - s))
-            _, sigma, vh = _svd(rows)                               # (..., n), (..., n, n)
-            values.append(sigma.square())
-            vectors.append(vh.mT)
-        return torch.stack(values), torch.stack(vectors)
-    grams, seen = [], 0
-    for s, _, _ in spans:                                           # each row enters one product: G_2s = G_s + new rows
-        new = _gram(xn[..., seen:s, :])                             # (..., n, n)
-        grams.append(grams[-1] + new if grams else new)
-        seen = s
-    return _eigh_descending(torch.stack(grams), xn.dtype)
+def _gram_spectrum(x, stops):
+    """Singular values (stops, ..., n), smallest first, and right singular vectors (stops, ..., n, n) of every x[:stop],
+    in float64, from G = x[:stop]^T x[:stop]. Each row enters one product: G of a longer prefix adds the new rows."""
+    if x.device.type == 'mps':                                      # no float64: a float32 G of x scaled to magnitude 1
+        scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)       # (..., 1, 1)
+        grams = _prefix_grams(x / scale, stops).cpu().double() * scale.cpu().double().square()
+    else:
+        grams = _prefix_grams(x.double(), stops)                    # (stops, ..., n, n)
+    eigenvalues, w = torch.linalg.eigh(grams)
+    sigma = eigenvalues.clamp_min(0).sqrt()
+    return _back_to(x, sigma), _back_to(x, w)
 
 
-def _gram(x):
-    """x^T x of x (..., m, n), in float64 where the device has it."""
-    x = x if x.device.type == 'mps' else x.double()
-    return x.mT @ x
+def _prefix_grams(x, stops):
+    rows = (x[..., a:b, :] for a, b in zip((0, *stops), stops))
+    grams = torch.stack([r.mT @ r for r in rows])
+    return grams.cumsum(0) if len(stops) > 1 else grams
 
 
-def _eigh_descending(g, dtype):
-    """eigh of symmetric g (..., n, n) in float64, largest eigenvalue first, as `dtype`: (..., n), (..., n, n)."""
-    device = g.device
-    eigenvalues, w = torch.linalg.eigh((g.cpu() if device.type == 'mps' else g).double())
-    return eigenvalues.flip(-1).to(dtype).to(device), w.flip(-1).to(dtype).to(device)
+def _svd_spectrum(x, stops):
+    """The same from torch.linalg.svd of every x[:stop]."""
+    spectra = []
+    for stop in stops:
+        rows = x[..., :stop, :]
+        if stop < x.shape[-1]:                                      # zero rows leave the row space; Vh becomes (n, n)
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, x.shape[-1] - stop))
+        _, sigma, vh = _svd(rows)                                   # (..., n), (..., n, n)
+        spectra.append((sigma.flip(-1), vh.mT.flip(-1)))
+    return tuple(torch.stack(parts) for parts in zip(*spectra))
 
 
 def _svd(x):
-    """torch.linalg.svd of tall x (..., m, n) in float64, reduced, as x's dtype: (..., m, n), (..., n), (..., n, n)."""
+    """torch.linalg.svd of tall x (..., m, n), reduced, in float64: (..., m, n), (..., n), (..., n, n)."""
     parts = torch.linalg.svd((x.cpu() if x.device.type == 'mps' else x).double(), full_matrices=False)
-    return tuple(part.to(x.dtype).to(x.device) for part in parts)
+    return tuple(_back_to(x, part) for part in parts)
 
 
-def _normalize(x):
-    """x (..., m, n) in float32 or float64, divided by the power of two below its largest magnitude (so that dividing
-    rounds nothing); and that power (..., 1, 1)."""
-    x = x.to(_working_dtype(x))
-    scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).log2().floor().exp2()
-    return x / scale, scale
+def _back_to(x, part):
+    """A float64 result on x's device; MPS gets it in float32."""
+    return part.float().to(x.device) if x.device.type == 'mps' else part
 
 
 def _working_dtype(x):

@@ -1,31 +1,20 @@
 """Checkpoints: a plain dict of tensors, numbers, strings and containers, written whole or not at all."""
 
-import os
 import zipfile
 from pathlib import Path
 
 import torch
 
 from runtime.config import UserError
+from runtime.files import replacing
 
 REQUIRED = ('model', 'model_args', 'iter_num')
 
 
 def save(checkpoint, path):
-    """Write to a temporary file beside `path`, flush it to disk, rename: a crash leaves the old checkpoint or the new."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as f:
+    """A crash while saving leaves the old checkpoint."""
+    with replacing(path) as f:
         torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    if os.name == 'posix':                                          # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def load(path):

@@ -7,7 +7,6 @@ plain containers, and no meta at all means GPT-2 BPE in uint16.
 
 import hashlib
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -16,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from runtime import download
 from runtime.config import UserError, did_you_mean
+from runtime.files import write_atomically
 
-GPT2_VOCAB = 50257
+GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
+DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')     # below this folder first, then the repo's
+UNFINISHED = b'{"unfinished": "prepare again"}'
 SCAN_LIMIT = 2 ** 28                # ids of larger files are not all read at start; each batch is checked anyway
 
 
@@ -26,13 +29,12 @@ class Tokenizer:
     """Text to token ids and back, from a data set's meta: encode(str) -> list of int, decode(ids) -> str."""
 
     def __init__(self, meta):
-        self.kind = meta['tokenizer']
+        self.kind, self.vocab_size = meta['tokenizer'], meta['vocab_size']
         if self.kind == 'char':
             self.chars = meta['chars']
             self.ids = {c: i for i, c in enumerate(self.chars)}
         else:
-            from runtime.download import gpt2_encoding
-            self.bpe = gpt2_encoding()
+            self.bpe = download.gpt2_encoding()
 
     def encode(self, text):
         """Raises UserError for characters outside the vocabulary."""
@@ -45,21 +47,21 @@ class Tokenizer:
         return [self.ids[c] for c in text]
 
     def decode(self, ids):
-        if self.kind == 'gpt2':
-            return self.bpe.decode([i for i in ids if i < GPT2_VOCAB])      # padding ids of a rounded-up vocabulary
-        return ''.join(self.chars[i] for i in ids)
+        ids = [i for i in ids if i < self.vocab_size]               # a rounded-up vocabulary has ids without a text
+        return self.bpe.decode(ids) if self.kind == 'gpt2' else ''.join(self.chars[i] for i in ids)
 
 
 def write_dataset(folder, text, tokenizer, source):
     """Encode text, the first 90% of its characters for training and the rest for validation, into `folder`.
 
-    tokenizer 'char' (vocabulary: the text's own characters) or 'gpt2'; source: words for meta.json. meta.json is
-    written last, so a folder that has it is whole. Returns the meta dict.
+    tokenizer 'char' (vocabulary: the text's own characters) or 'gpt2'; source: words for meta.json. meta.json comes
+    last; until then a marker stands in its place that `read_meta` refuses: without one, a folder left half-written
+    would pass for nanoGPT's. Returns the meta dict.
     """
     if len(text) < 2:
         raise UserError(f'{source}: {len(text)} characters are too few for a training and a validation split')
     chars = sorted(set(text)) if tokenizer == 'char' else None
-    meta = dict(tokenizer=tokenizer, vocab_size=len(chars) if chars else GPT2_VOCAB)
+    meta = dict(tokenizer=tokenizer, vocab_size=len(chars) if chars else GPT2_META['vocab_size'])
     meta['dtype'] = 'uint16' if meta['vocab_size'] <= 2 ** 16 else 'uint32'
     if chars:
         meta['chars'] = chars
@@ -68,23 +70,13 @@ def write_dataset(folder, text, tokenizer, source):
     cut = int(len(text) * 0.9)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'meta.json').unlink(missing_ok=True)
+    write_atomically(folder / 'meta.json', UNFINISHED)
     for split, part in (('train', text[:cut]), ('val', text[cut:])):
         ids = encoder.encode(part) if chars else encoder.bpe.encode_ordinary(part)
         meta[f'{split}_tokens'] = len(ids)
         write_atomically(folder / f'{split}.bin', np.array(ids, dtype=meta['dtype']).tobytes())
     write_atomically(folder / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode())
     return meta
-
-
-def write_atomically(path, content):
-    """bytes -> file, through a temporary file in the same folder: readers see the old content or the new."""
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -104,7 +96,7 @@ def read_meta(folder):
             meta = dict(tokenizer='char', vocab_size=old['vocab_size'], dtype='uint16',
                         chars=[old['itos'][i] for i in range(old['vocab_size'])])
         else:
-            return dict(tokenizer='gpt2', vocab_size=GPT2_VOCAB, dtype='uint16')
+            return dict(GPT2_META)
         known = meta['tokenizer'] == 'gpt2' or meta['tokenizer'] == 'char' and len(meta['chars']) == meta['vocab_size']
         if not known or meta['dtype'] not in ('uint16', 'uint32') or not 0 < int(meta['vocab_size']) < 2 ** 32:
             raise ValueError('tokenizer, chars, vocab_size or dtype do not fit together')
@@ -167,10 +159,17 @@ class Dataset:
 
 
 # data sets that take hours and tens of gigabytes: never started by the way
-LARGE = {'openwebtext': '54 GB of downloads'}
+LARGE = {'openwebtext': 'downloads about 24 GB'}
 
 
-def locate(name, tokenizer, roots):
+def is_prepared(folder):
+    """Whether both splits are there and no preparation was cut off."""
+    meta = folder / 'meta.json'
+    return (folder / 'train.bin').exists() and (folder / 'val.bin').exists() and not (
+        meta.exists() and meta.read_bytes() == UNFINISHED)
+
+
+def locate(name, tokenizer, roots=DATA_ROOTS):
     """The prepared folder of a data set, prepared first if need be.
 
     name: a folder below one of `roots` (searched in order), a path to a prepared folder, or a text file, which is
@@ -179,18 +178,18 @@ def locate(name, tokenizer, roots):
     if Path(name).is_file():
         try:
             content = Path(name).read_bytes()
-            text = content.decode('utf-8').replace('\r\n', '\n')
+            text = content.decode('utf-8-sig').replace('\r\n', '\n')
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f'dataset={name}: not a readable UTF-8 text file ({type(e).__name__})') from None
         folder = roots[-1] / f'{Path(name).stem}-{tokenizer}-{hashlib.sha256(content).hexdigest()[:8]}'
-        if not (folder / 'meta.json').exists():
+        if not is_prepared(folder):
             meta = write_dataset(folder, text, tokenizer, source=str(name))
             print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + {meta["val_tokens"]:,} tokens '
                   f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
         return folder
     folders = [root / name for root in roots]
     for folder in folders:
-        if (folder / 'train.bin').exists() and (folder / 'val.bin').exists():
+        if is_prepared(folder):
             return folder
     for folder in folders:
         script = folder / 'prepare.py'

@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 from runtime.config import UserError, one_line
-from runtime.dataset import write_atomically
+from runtime.files import write_atomically
 
 PIP_SECONDS = 120
 TIKTOKEN_SECONDS = 20

@@ -1,0 +1,123 @@
+"""
+Generate text from a trained model:
+
+    python sample.py                                             # the newest run below this folder
+    python sample.py --out_dir=out-svd-test --start="ROMEO:" --num_samples=3
+    python sample.py --use_svd=True --svd_rank=8                 # switch SVD on for a model trained without it
+    python sample.py --init_from=gpt2-xl --start="What is the answer?"
+    python sample.py --help                                      # every option with default and meaning
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from model import GPT, METHODS, SCOPES
+from runtime import checkpoint as ckpt
+from runtime import config as configuration
+from runtime import device as devices
+from runtime.config import UserError
+from runtime.dataset import DATA_ROOTS, GPT2_META, Tokenizer, read_meta
+
+@dataclass
+class SampleConfig:
+    """nanoGPT's options and defaults; the model's own SVD options come from the checkpoint unless given here."""
+    init_from: Annotated[Literal['resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'],
+                         "'resume' (a run's checkpoint) or GPT-2 weights"] = 'resume'
+    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
+    start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'
+    num_samples: Annotated[int, 'samples to draw, as one batch'] = 10
+    max_new_tokens: Annotated[int, 'tokens to add to the prompt'] = 500
+    temperature: Annotated[float, 'below 1 less random, above 1 more'] = 0.8
+    top_k: Annotated[int | None, 'draw from the top_k likeliest tokens; None: from all'] = 200
+    seed: Annotated[int, 'of the draws'] = 1337
+    device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
+    dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'], 'autocast type'] = 'auto'
+    compile: Annotated[bool, 'torch.compile the model first'] = False
+    use_svd: Annotated[bool | None, 'SVD on V on or off; this and the next four, None: as trained'] = None
+    svd_rank: Annotated[int | None, 'rank kept'] = None
+    svd_method: Annotated[Literal[METHODS] | None, 'how'] = None
+    svd_scope: Annotated[Literal[SCOPES] | None, 'which matrix'] = None
+    svd_block: Annotated[int | None, "'causal' scope: rows before the first basis"] = None
+
+    def __post_init__(self):
+        for name, least in dict(num_samples=1, max_new_tokens=1, seed=0, top_k=1).items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
+        if not self.temperature > 0:
+            raise ValueError(f'temperature={self.temperature}: must be above 0 (nearest: 0.01)')
+
+
+def main(argv=None):
+    """-> exit code: 0 done, 2 wrong input (one line on stderr)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print(configuration.help_text(SampleConfig, __doc__.strip()))
+        return 0
+    try:
+        cfg, set_by = configuration.load(SampleConfig, argv)
+        for text in samples(cfg, set_by):
+            print(text + '\n---------------')
+        return 0
+    except UserError as e:
+        print(f'sample.py: {e}', file=sys.stderr)
+        return 2
+
+
+def samples(cfg, set_by):
+    """-> list of num_samples texts, prompt included."""
+    device = devices.pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+    model, meta = load_model(cfg, {k: getattr(cfg, k) for k in set_by if 'svd' in k})
+    model.to(device).eval()
+    if cfg.compile:
+        model.compile(dynamic=True)                                 # the context grows by a token a step
+    if meta['vocab_size'] > model.config.vocab_size:                # a nanoGPT checkpoint away from its data folder
+        raise UserError(f'the model has {model.config.vocab_size} token ids and no tokenizer for them was found; put the '
+                        'meta.pkl of its data set into data/DATASET')
+    tokenizer = Tokenizer(meta)
+    start = cfg.start
+    if start.startswith('FILE:'):
+        try:
+            start = Path(start[5:]).read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f'start={cfg.start}: not a readable UTF-8 text file ({type(e).__name__})') from None
+    ids = tokenizer.encode(start)
+    if not ids:
+        raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
+    prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
+    with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
+        out = model.generate(prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
+    return [tokenizer.decode(row) for row in out.tolist()]
+
+
+def load_model(cfg, svd):
+    """The model, its SVD options replaced by those given in `svd`, and the tokenizer's meta; says which model it is."""
+    try:
+        if cfg.init_from != 'resume':
+            return GPT.from_pretrained(cfg.init_from, svd), GPT2_META
+        path = Path(cfg.out_dir) / 'ckpt.pt' if cfg.out_dir else ckpt.newest()
+        if path is None:
+            raise UserError('no run below this folder (no */ckpt.pt); train one first: python train.py '
+                            'config/train_svd_test.py, or name it: --out_dir=DIR')
+        saved = ckpt.load(path)
+        model = GPT.from_checkpoint(saved, **svd)
+    except TypeError as e:                                          # model_args of something else
+        raise UserError(f'{path}: its model_args are not a GPTConfig: {e}') from None
+    except ValueError as e:
+        raise e if isinstance(e, UserError) else UserError(str(e)) from None
+    c = model.config
+    words = f'rank {c.svd_rank}, {c.svd_method}, {c.svd_scope}' if c.use_svd and c.svd_rank else 'off'
+    print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '
+          f'SVD on V {words}' + (' (switched here)' if svd else ''))
+    if 'tokenizer' in saved:
+        return model, saved['tokenizer']
+    dataset = saved.get('config', {}).get('dataset', '')            # nanoGPT's checkpoints: beside the data
+    return model, read_meta(next((root / dataset for root in DATA_ROOTS if (root / dataset).is_dir()), dataset))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
