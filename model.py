@@ -40,6 +40,9 @@ class GPTConfig:
                          "only rows already seen, 'weight' the value projection"] = 'sequence'
     svd_block: Annotated[int, "'causal' scope: rows that pass before the first basis; blocks double after it"] = 32
 
+    svd_basis_grad: Annotated[bool, "whether gradients reach the basis; False takes it for constant, which in 'sequence' "
+                              'scope removes the reward for hiding the future in it'] = True
+
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'svd_block'):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -93,6 +96,7 @@ class CausalSelfAttention(nn.Module):
         self.svd_rank = config.svd_rank
         self.svd_method = config.svd_method
         self.svd_block = config.svd_block
+        self.svd_basis_grad = config.svd_basis_grad
 
     def forward(self, x):
         q, k, v = self.project(x)                                   # each (B, nh, T, hs)
@@ -116,7 +120,7 @@ class CausalSelfAttention(nn.Module):
         """
         C = self.c_attn.in_features
         w_v = self.c_attn.weight[2 * C:].view(self.n_head, C // self.n_head, C)                 # (nh, hs, C)
-        return low_rank_approximation(w_v, self.svd_rank, self.svd_method).reshape(C, C)
+        return low_rank_approximation(w_v, self.svd_rank, self.svd_method, self.svd_basis_grad).reshape(C, C)
 
     def apply_svd_to_v(self, v):
         """Best rank-k approximation of every head's V: (B, nh, T, hs) -> (B, nh, T, hs). Float32 inside, v's dtype out.
@@ -127,16 +131,16 @@ class CausalSelfAttention(nn.Module):
         if self.svd_scope == 'sequence':
             return self._standard_svd_reconstruction(v) if self.svd_method == 'standard' else self._gram_reconstruction(v)
         if self.svd_scope == 'causal':
-            return causal_low_rank_approximation(v, self.svd_rank, self.svd_method, self.svd_block)
+            return causal_low_rank_approximation(v, self.svd_rank, self.svd_method, self.svd_block, self.svd_basis_grad)
         return v
 
     def _standard_svd_reconstruction(self, v, rank=None):
         """U_k S_k V_k^T by torch.linalg.svd: (B, nh, T, hs) -> (B, nh, T, hs). rank None: the configured one."""
-        return low_rank_approximation(v, rank or self.svd_rank, 'standard')
+        return low_rank_approximation(v, rank or self.svd_rank, 'standard', self.svd_basis_grad)
 
     def _gram_reconstruction(self, v, rank=None):
         """The same matrix by eigh of V^T V (hs x hs): T drops out of the decomposition, so it is several times faster."""
-        return low_rank_approximation(v, rank or self.svd_rank, 'gram')
+        return low_rank_approximation(v, rank or self.svd_rank, 'gram', self.svd_basis_grad)
 
 
 class MLP(nn.Module):

@@ -80,12 +80,13 @@ def rank_for_energy(s, fraction):
 # ----------------------------------------------------------------------------------------------------------------------
 # best rank-k approximation, differentiable
 
-def low_rank_approximation(x, rank, method='gram'):
+def low_rank_approximation(x, rank, method='gram', basis_grad=True):
     """Best rank-k approximation X_k of every matrix: x (..., m, n) -> (..., m, n), differentiable once.
 
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the cut,
     lambda_k - lambda_{k+1}, is below n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32): there X_k is not
-    unique and the gap is replaced by that bound, so gradients stay finite. Computed in float32 (float64 stays float64)
+    unique and the gap is replaced by that bound, so gradients stay finite. basis_grad=False takes P for a constant: the
+    gradient is D P alone. Computed in float32 (float64 stays float64)
     whatever autocast says; the result has x's dtype. Raises ValueError for rank < 1 or an unknown method, and
     torch.linalg.LinAlgError for non-finite input.
     """
@@ -94,11 +95,11 @@ def low_rank_approximation(x, rank, method='gram'):
     if rank is None or rank >= min(m, n):
         return x
     if m < n:                                                       # keep the Gram matrix the small one
-        return low_rank_approximation(x.mT, rank, method).mT
-    return _project(x, rank, method, ((m, 0, m),))
+        return low_rank_approximation(x.mT, rank, method, basis_grad).mT
+    return _project(x, rank, method, ((m, 0, m),), basis_grad)
 
 
-def causal_low_rank_approximation(x, rank, method='gram', block=32):
+def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=True):
     """Rank-k projection in which no row depends on a later one: x (..., T, n) -> (..., T, n), differentiable once.
 
     Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the top-k right singular vectors of rows [0, s):
@@ -117,13 +118,13 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32):
         if start > rank:
             spans.append((start, start, min(2 * start, rows)))
         start *= 2
-    return _project(x, rank, method, tuple(spans)) if spans else x
+    return _project(x, rank, method, tuple(spans), basis_grad) if spans else x
 
 
-def _project(x, rank, method, spans):
+def _project(x, rank, method, spans, basis_grad):
     flat = x.to(_working_dtype(x)).reshape(-1, *x.shape[-2:]).contiguous()      # (N, T, n); a strided V is 4 x slower
     with _full_precision(x):
-        return _ProjectRows.apply(flat, rank, method, spans).view(x.shape).to(x.dtype)
+        return _ProjectRows.apply(flat, rank, method, spans, basis_grad).view(x.shape).to(x.dtype)
 
 
 class _ProjectRows(torch.autograd.Function):
@@ -137,44 +138,52 @@ class _ProjectRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, rank, method, spans):
+    def forward(ctx, x, rank, method, spans, basis_grad):
         stops = tuple(s for s, _, _ in spans)
         sigma, w = _svd_spectrum(x, stops) if method == 'standard' else _gram_spectrum(x, stops)
         sigma, w = sigma.to(x.dtype), w.to(x.dtype)                 # (spans, N, n), (spans, N, n, n), smallest first
         wk = w[..., -rank:]                                         # (spans, N, n, k)
         projectors = wk @ wk.mT                                     # (spans, N, n, n)
-        if spans[0][1:] == (0, x.shape[1]):
-            y = torch.bmm(x, projectors[0])                         # (N, T, n)
+        if basis_grad:
+            ctx.save_for_backward(projectors, x, sigma, w)
         else:
-            y = x.clone()
-            for (_, a, b), p in zip(spans, projectors):
-                y[:, a:b] = torch.bmm(x[:, a:b], p)
-        ctx.save_for_backward(x, sigma, w, projectors)
+            ctx.save_for_backward(projectors)
         ctx.rank, ctx.spans = rank, spans
-        return y
+        return _apply_projectors(x, projectors, spans)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, sigma, w, projectors = ctx.saved_tensors
-        n, spans = x.shape[-1], ctx.spans
-        dy = dy.contiguous()
+        projectors, *basis = ctx.saved_tensors
         with _full_precision(dy):
-            sigma1 = sigma[..., -1:].clamp_min(torch.finfo(x.dtype).tiny ** 0.75)               # (spans, N, 1)
-            relative = (sigma / sigma1).square()                    # (spans, N, n)
-            gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()                       # (spans, N, n, n)
-            kept = torch.arange(n, device=x.device) >= n - ctx.rank                             # (n)
-            f = (kept.unsqueeze(-1) != kept) / gap.clamp_min(n * torch.finfo(x.dtype).eps)      # (spans, N, n, n)
-            m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / sigma1.unsqueeze(-1)
-            z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / sigma1.unsqueeze(-1)                 # (spans, N, n, n)
-            if spans[0][1:] == (0, x.shape[1]):
-                return torch.baddbmm(torch.bmm(dy, projectors[0]), x, z[0]), None, None, None   # (N, T, n)
-            dx = dy.clone()
-            for (_, a, b), p in zip(spans, projectors):
-                dx[:, a:b] = torch.bmm(dy[:, a:b], p)
-            for (s, _, _), zs in zip(spans, z):
-                dx[:, :s] += torch.bmm(x[:, :s], zs)
-        return dx, None, None, None
+            dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
+            if basis:
+                _add_basis_gradient(dx, dy, *basis, ctx.rank, ctx.spans)
+        return dx, None, None, None, None
+
+
+def _apply_projectors(x, projectors, spans):
+    """x (N, T, n), projectors (spans, N, n, n) -> (N, T, n): rows [a, b) of each span times its projector."""
+    if spans[0][1:] == (0, x.shape[1]):
+        return torch.bmm(x, projectors[0])
+    y = x.clone()
+    for (_, a, b), p in zip(spans, projectors):
+        y[:, a:b] = torch.bmm(x[:, a:b], p)
+    return y
+
+
+def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
+    """dx[:s] += x[:s] (Z + Z^T) for every span, in place: dx, dy, x (N, T, n), sigma (spans, N, n), w (spans, N, n, n)."""
+    n = x.shape[-1]
+    sigma1 = sigma[..., -1:].clamp_min(torch.finfo(x.dtype).tiny ** 0.75)                       # (spans, N, 1)
+    relative = (sigma / sigma1).square()                            # (spans, N, n)
+    gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()   # (spans, N, n, n)
+    kept = torch.arange(n, device=x.device) >= n - rank             # (n)
+    f = (kept.unsqueeze(-1) != kept) / gap.clamp_min(n * torch.finfo(x.dtype).eps)              # (spans, N, n, n)
+    m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / sigma1.unsqueeze(-1)
+    z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / sigma1.unsqueeze(-1)                         # (spans, N, n, n)
+    for (s, _, _), zs in zip(spans, z):
+        dx[:, :s].baddbmm_(x[:, :s], zs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
