@@ -55,8 +55,6 @@ class GPTConfig:
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ValueError(f'svd_rank={self.svd_rank}: must be at least 1, or None for full rank '
                              f'(valid: 1 to {self.n_embd // self.n_head}, or None)')
-        if self.svd_method == 'randomized':
-            raise ValueError(f"svd_method='randomized': not available yet (valid: {', '.join(METHODS)})")
         if self.svd_method not in METHODS:
             raise ValueError(f'svd_method={self.svd_method!r}: unknown method (valid: {", ".join(METHODS)})')
         if self.svd_scope not in SCOPES:

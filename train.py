@@ -197,7 +197,6 @@ def train(cfg, set_by, saved, processes):
         model = build_model(cfg, set_by, saved, data, say)
     except ValueError as e:
         raise UserError(f'{cfg.out_dir}/ckpt.pt: {e}' if saved and not isinstance(e, UserError) else str(e)) from None
-    cfg.block_size, cfg.vocab_size = model.config.block_size, model.config.vocab_size
     data.check_length(cfg.block_size)
     model.to(device)
     describe(cfg, model, data, device, dtype, processes)
@@ -258,9 +257,9 @@ def train(cfg, set_by, saved, processes):
         last = iter_num >= cfg.max_iters
         if (iter_num % cfg.eval_interval == 0 or last) and processes.is_main:
             started = time.perf_counter()
-            result = evaluate.final() if last else evaluate.interim()
+            result = evaluate.interim()
             log({'iter': iter_num, **result})
-            say(evaluate.describe_final(result) if last else f'step {iter_num}: ' + evaluate.describe(result))
+            say(f'step {iter_num}: {evaluate.describe(result)}')
             improved = result['val/loss'] < best_val_loss
             best_val_loss = min(best_val_loss, result['val/loss'])
             if iter_num > 0 and (improved or cfg.always_save_checkpoint):
@@ -305,6 +304,9 @@ def train(cfg, set_by, saved, processes):
             timed_steps, clock = 0, time.perf_counter()
     bar.close()
     if processes.is_main:
+        result = evaluate.final()
+        log({'iter': iter_num, **result})
+        say(evaluate.describe_final(result))
         say('sample:\n' + sample(model, data, device, context) + '\n')
     if wandb:
         wandb.finish()

@@ -84,8 +84,8 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True):
     """Best rank-k approximation X_k of every matrix: x (..., m, n) -> (..., m, n), differentiable once.
 
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the cut,
-    lambda_k - lambda_{k+1}, is below n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32): there X_k is not
-    unique and the gap is replaced by that bound, so gradients stay finite. basis_grad=False takes P for a constant: the
+    lambda_k - lambda_{k+1}, is below n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32): there X_k is hardly
+    determined, and the gap is replaced by that bound, so gradients stay finite. basis_grad=False takes P for a constant: the
     gradient is D P alone. Computed in float32 (float64 stays float64)
     whatever autocast says; the result has x's dtype. Raises ValueError for rank < 1 or an unknown method, and
     torch.linalg.LinAlgError for non-finite input.
@@ -133,8 +133,7 @@ class _ProjectRows(torch.autograd.Function):
     x (N, T, n). Rows outside every span pass unchanged. One span (T, 0, T) is the plain truncated SVD. The backward is
     the formula at the top of this file summed over spans, written with the symmetric F, F_ij = 1 / |lambda_i -
     lambda_j| for i <= k < j or j <= k < i and 0 elsewhere: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T. Lambda is in units
-    of lambda_1 = sigma_1^2, and one sigma_1 is divided out of each factor X, so that nothing in between overflows (any
-    unit gives the same product: sigma_1 is bounded from below for the sake of X = 0).
+    of sigma_1^2, and one sigma_1 is divided out of each factor X, so that nothing in between overflows.
     """
 
     @staticmethod
@@ -175,13 +174,14 @@ def _apply_projectors(x, projectors, spans):
 def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
     """dx[:s] += x[:s] (Z + Z^T) for every span, in place: dx, dy, x (N, T, n), sigma (spans, N, n), w (spans, N, n, n)."""
     n = x.shape[-1]
-    sigma1 = sigma[..., -1:].clamp_min(torch.finfo(x.dtype).tiny ** 0.75)                       # (spans, N, 1)
-    relative = (sigma / sigma1).square()                            # (spans, N, n)
+    unit = torch.maximum(sigma[..., -1].amax(0), x.abs().amax((-2, -1)))    # (N); the rows behind a basis may be 0
+    unit = unit.clamp_min(torch.finfo(x.dtype).tiny ** 0.75).view(-1, 1)    # (N, 1)
+    relative = (sigma / unit).square()                              # (spans, N, n)
     gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()   # (spans, N, n, n)
     kept = torch.arange(n, device=x.device) >= n - rank             # (n)
     f = (kept.unsqueeze(-1) != kept) / gap.clamp_min(n * torch.finfo(x.dtype).eps)              # (spans, N, n, n)
-    m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / sigma1.unsqueeze(-1)
-    z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / sigma1.unsqueeze(-1)                         # (spans, N, n, n)
+    m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / unit.unsqueeze(-1)
+    z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / unit.unsqueeze(-1)                           # (spans, N, n, n)
     for (s, _, _), zs in zip(spans, z):
         dx[:, :s].baddbmm_(x[:, :s], zs)
 

@@ -69,7 +69,8 @@ def run_config_file(path, values, hints):
         tree = ast.parse(source, filename=path)
     except FileNotFoundError:
         siblings = [str(p) for folder in {Path(path).parent, Path('config')} for p in sorted(folder.glob('*.py'))]
-        raise UserError(f'{path}: no such config file{did_you_mean(path, siblings)}') from None
+        other = 'none in config/' if not siblings else f'there are {", ".join(siblings[:8])}'
+        raise UserError(f'{path}: no such config file{did_you_mean(path, siblings, other=other)}') from None
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
     except (OSError, ValueError) as e:

@@ -1,0 +1,110 @@
+"""What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in this process."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train                                                                                # noqa: E402
+from runtime import download                                                                # noqa: E402
+from runtime.dataset import write_dataset                                                   # noqa: E402
+
+# 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
+TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2) for animal in ('cat', 'hen', 'toad')
+               for verb in ('sat', 'sang', 'lies', 'ate') for place in ('bed', 'roof', 'sea', 'stone'))
+TINY = ('--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_iters=2 '
+        '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --eval_interval=2 --learning_rate=1e-2').split()
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """Tiny matrices on many threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='session')
+def toy(tmp_path_factory):
+    """The data set `toy`, prepared once."""
+    folder = tmp_path_factory.mktemp('toy') / 'toy'
+    write_dataset(folder, TEXT, 'char', source='tests')
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, toy):
+    """An empty working directory with data/toy in it."""
+    shutil.copytree(toy, tmp_path / 'data' / 'toy')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """call(main, *argv) -> what a shell would see of it: code, out, err."""
+    def call(main, *argv):
+        capsys.readouterr()
+        code = main([str(arg) for arg in argv])
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """refused(main, *argv) -> the one line on stderr with which wrong input ends, code 2 and nothing trained."""
+    def refused(main, *argv):
+        result = call(main, *argv)
+        lines = result.err.splitlines()
+        assert (result.code, len(lines)) == (2, 1), (result.code, lines)
+        return lines[0]
+    return refused
+
+
+@pytest.fixture
+def fit(call):
+    """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace TINY's."""
+    def fit(*options):
+        result = call(train.main, *TINY, *options)
+        assert result.code == 0, result.err
+        return result.out
+    return fit
+
+
+def rows(folder='out', file='metrics.jsonl'):
+    """The rows of a JSON Lines file, which must be strict JSON: NaN is not."""
+    def refuse(word):
+        raise ValueError(f'{word} is not JSON')
+    return [json.loads(line, parse_constant=refuse) for line in (Path(folder) / file).read_text().splitlines()]
+
+
+def checkpoint(folder='out'):
+    return torch.load(Path(folder) / 'ckpt.pt', weights_only=True)
+
+
+def equal(a, b):
+    """Whether two state dicts are the same to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def folder_bytes(folder='out'):
+    """Every file below a folder -> its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+
+
+@pytest.fixture
+def byte_bpe(monkeypatch):
+    """In place of GPT-2's BPE: a byte is a token, and the other ids are bytes that no text has."""
+    import tiktoken
+    ranks = {bytes([i]): i for i in range(256)} | {i.to_bytes(3, 'big'): i for i in range(256, 50256)}
+    encoding = tiktoken.Encoding('bytes', pat_str='(?s).', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256})
+    monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)
+    return encoding

@@ -1,0 +1,550 @@
+"""model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD scope promises."""
+
+import math
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import model as model_module
+from lowrank.svd import METHODS
+from model import GPT, SCOPES, GPTConfig
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+TINY = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, svd_block=4)       # head size 4
+each_scope = pytest.mark.parametrize('scope', SCOPES)
+each_method = pytest.mark.parametrize('method', METHODS)
+
+
+def make(seed=0, dtype=torch.float64, **overrides):
+    """A small model with every parameter well away from its initial value, in eval mode."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**TINY, **overrides})).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=.3)
+    return model
+
+
+def svd(scope, rank=2, method='gram', **overrides):
+    return dict(use_svd=True, svd_scope=scope, svd_rank=rank, svd_method=method, **overrides)
+
+
+def tokens(rows=2, columns=16, seed=0):
+    return torch.randint(TINY['vocab_size'], (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def copy_of(model):
+    """A model's parameters by name, as leaves that autograd follows; the tied matrix is one tensor."""
+    state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    return {**state, 'lm_head.weight': state['transformer.wte.weight']}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model by hand
+
+def logits_by_hand(state, idx, n_layer=2, n_head=2, cut_v=None, cut_w_v=None):
+    """GPT-2 from a state dict, with an explicit mask. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v (nh, hs, C)."""
+    def linear(x, name):
+        return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return x * state[f'{name}.weight'] + state.get(f'{name}.bias', 0)
+
+    T = idx.size(1)
+    future = torch.ones(T, T).triu(1).bool()
+    x = state['transformer.wte.weight'][idx] + state['transformer.wpe.weight'][:T]
+    for h in (f'transformer.h.{i}' for i in range(n_layer)):
+        inside = norm(x, f'{h}.ln_1')
+        q, k, v = linear(inside, f'{h}.attn.c_attn').unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+        if cut_w_v:
+            w_v = state[f'{h}.attn.c_attn.weight'].unflatten(0, (3, n_head, -1))[2]         # (nh, hs, C)
+            v = v + torch.einsum('btc,hsc->bhts', inside, cut_w_v(w_v) - w_v)
+        if cut_v:
+            v = cut_v(v)
+        attention = (q @ k.mT / math.sqrt(k.size(-1))).masked_fill(future, -math.inf).softmax(-1)
+        x = x + linear((attention @ v).transpose(1, 2).flatten(2), f'{h}.attn.c_proj')
+        inside = linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')
+        x = x + linear(inside * (1 + torch.erf(inside / math.sqrt(2))) / 2, f'{h}.mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ state['lm_head.weight'].T
+
+
+def loss_by_hand(logits, targets):
+    chosen = logits.log_softmax(-1).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return -chosen[targets != -1].mean()
+
+
+def cut_by_hand(scope, rank, basis_grad=True):
+    """The keyword arguments that give `logits_by_hand` the SVD of a scope."""
+    def projected(x, basis_of):
+        vh = torch.linalg.svd(basis_of if basis_grad else basis_of.detach(), full_matrices=False)[2][..., :rank, :]
+        return x @ vh.mT @ vh
+
+    def causal(v):
+        rows = [v[..., :4, :]]
+        for s in (4, 8):                                            # svd_block = 4: bases from rows [0, 4) and [0, 8)
+            rows.append(projected(v[..., s:2 * s, :], v[..., :s, :]))
+        return torch.cat(rows, dim=-2)
+
+    return {'sequence': dict(cut_v=lambda v: projected(v, v)),
+            'causal': dict(cut_v=causal),
+            'weight': dict(cut_w_v=lambda w_v: projected(w_v.mT, w_v.mT).mT)}[scope]
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_logits_and_loss_are_those_of_a_gpt_by_hand(bias):
+    model, idx, targets = make(dtype=torch.float32, bias=bias), tokens(), tokens(seed=1)
+    targets[0, :5] = -1                                             # ignored
+    logits, loss = model(idx, targets)
+    expected = logits_by_hand(model.state_dict(), idx)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, loss_by_hand(expected, targets), rtol=1e-5, atol=1e-5)
+
+
+def test_without_targets_only_the_last_position_is_computed():
+    model, idx = make(), tokens()
+    logits, loss = model(idx)
+    assert loss is None and logits.shape == (2, 1, 11)
+    torch.testing.assert_close(logits, model(idx, idx)[0][:, -1:])
+
+
+@each_scope
+@each_method
+@pytest.mark.parametrize('basis_grad', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+def test_svd_equals_the_svd_by_hand(scope, method, basis_grad, bias):
+    """Logits, and the gradient of every parameter, with V (or W_v) replaced by a float64 U_k S_k V_k^T of each head."""
+    model = make(bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad))
+    idx, state = tokens(), copy_of(model)
+    logits, loss = model(idx, idx)
+    expected = logits_by_hand(state, idx, **cut_by_hand(scope, 2, basis_grad))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    loss.backward()
+    loss_by_hand(expected, idx).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, state[name].grad, rtol=1e-6, atol=1e-9, msg=lambda m: f'{name}: {m}')
+
+
+@each_scope
+@each_method
+@pytest.mark.parametrize('rank', [None, 4, 9])
+def test_full_rank_is_the_baseline_to_the_bit(scope, method, rank):
+    baseline, cut, idx = make(), make(**svd(scope, rank, method)), tokens()
+    for model in (baseline, cut):
+        model(idx, idx)[1].backward()
+    assert torch.equal(cut(idx, idx)[0], baseline(idx, idx)[0])
+    for p, q in zip(cut.parameters(), baseline.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_the_two_reconstructions_are_one_matrix():
+    attention = make(**svd('sequence', 2)).transformer.h[0].attn
+    v = torch.randn(2, 2, 16, 4, dtype=torch.float64)
+    standard, gram = attention._standard_svd_reconstruction, attention._gram_reconstruction
+    for rank in (1, 2, 3):
+        torch.testing.assert_close(standard(v, rank), gram(v, rank))
+        assert torch.linalg.matrix_rank(gram(v, rank)).eq(rank).all()
+    assert torch.equal(standard(v), standard(v, 2)) and torch.equal(gram(v), gram(v, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which positions see which
+
+def leak(model):
+    """Largest change of a logit before position j when token j changes, over all j."""
+    idx = tokens(1)
+    before = model(idx, idx)[0]
+    worst = 0
+    for j in range(1, idx.size(1)):
+        changed = idx.clone()
+        changed[0, j] = (idx[0, j] + 1) % TINY['vocab_size']
+        difference = (model(changed, changed)[0] - before).abs()[0]
+        assert difference[j].max() > 1e-6                           # the change does arrive
+        worst = max(worst, difference[:j].max().item())
+    return worst
+
+
+@each_method
+@pytest.mark.parametrize('scope', [None, 'causal', 'weight'])
+def test_no_logit_depends_on_a_later_token(scope, method):
+    model = make(**svd(scope, 2, method)) if scope else make()
+    assert leak(model) <= 1e-9 and not model.config.svd_sees_future
+
+
+@each_method
+def test_sequence_scope_does_see_the_future_and_says_so(method):
+    model = make(**svd('sequence', 2, method))
+    assert leak(model) > 1e-3 and model.config.svd_sees_future
+
+
+@pytest.mark.parametrize('options', [svd('sequence', None), svd('sequence', 4), svd('sequence', 2, block_size=2),
+                                     {**svd('sequence', 2), 'use_svd': False}])
+def test_sequence_scope_that_cuts_nothing_does_not_see_the_future(options):
+    assert not GPTConfig(**{**TINY, **options}).svd_sees_future
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parameters
+
+def test_parameter_names_and_shapes_are_those_of_nanogpt():
+    block = [('ln_1.weight', (8,)), ('ln_1.bias', (8,)),
+             ('attn.c_attn.weight', (24, 8)), ('attn.c_attn.bias', (24,)),
+             ('attn.c_proj.weight', (8, 8)), ('attn.c_proj.bias', (8,)),
+             ('ln_2.weight', (8,)), ('ln_2.bias', (8,)),
+             ('mlp.c_fc.weight', (32, 8)), ('mlp.c_fc.bias', (32,)),
+             ('mlp.c_proj.weight', (8, 32)), ('mlp.c_proj.bias', (8,))]
+    expected = [('transformer.wte.weight', (11, 8)), ('transformer.wpe.weight', (16, 8)),
+                *((f'transformer.h.0.{name}', shape) for name, shape in block),
+                *((f'transformer.h.1.{name}', shape) for name, shape in block),
+                ('transformer.ln_f.weight', (8,)), ('transformer.ln_f.bias', (8,)),
+                ('lm_head.weight', (11, 8))]
+
+    def listing(**overrides):
+        return [(name, tuple(p.shape)) for name, p in make(**overrides).state_dict().items()]
+
+    assert listing() == expected
+    assert listing(bias=False) == [(name, shape) for name, shape in expected if not name.endswith('bias')]
+    for scope in SCOPES:
+        assert listing(**svd(scope)) == expected
+
+
+def test_initial_weights_follow_gpt2():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=64))
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            assert p.count_nonzero() == 0, name
+        elif '.ln_' in name:
+            assert (p == 1).all(), name
+        else:
+            std = .02 / math.sqrt(4) if name.endswith('c_proj.weight') else .02
+            assert p.std().item() == pytest.approx(std, rel=.05) and abs(p.mean().item()) < std / 10, name
+
+
+def test_the_head_is_the_token_embedding():
+    model = make()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert 'lm_head.weight' not in dict(model.named_parameters())   # one parameter, so one entry in an optimizer
+
+
+@each_scope
+def test_equal_seeds_give_equal_weights_with_and_without_svd(scope):
+    for p, q in zip(make(3).parameters(), make(3, **svd(scope)).parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(make(3).lm_head.weight, make(4).lm_head.weight)
+
+
+def test_number_of_parameters():
+    a_block = 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)
+    assert make().get_num_params() == 11 * 8 + 2 * a_block + 16
+    assert make().get_num_params(non_embedding=False) == 16 * 8 + make().get_num_params()
+
+
+def test_mfu_is_palms_formula():
+    model = make()
+    flops_per_token = 6 * model.get_num_params() + 12 * 2 * 2 * 4 * 16          # layers, heads, head size, tokens
+    assert model.estimate_mfu(10, .5) == pytest.approx(flops_per_token * 16 * 10 / .5 / 312e12)
+    assert model.estimate_mfu(10, .5, flops_promised=1e12) == pytest.approx(flops_per_token * 16 * 10 / .5 / 1e12)
+
+
+def test_crop_block_size():
+    model, idx = make(), tokens(columns=6)
+    before = model(idx, idx)[0]
+    model.crop_block_size(6)
+    assert model.config.block_size == 6 and model.transformer.wpe.weight.shape == (6, 8)
+    assert torch.equal(model(idx, idx)[0], before)
+    model(idx, idx)[1].backward()
+    assert model.transformer.wpe.weight.grad is not None
+    with pytest.raises(ValueError, match='cannot forward 7 tokens'):
+        model(tokens(columns=7))
+    for size in (0, 7):
+        with pytest.raises(ValueError, match=f'block_size={size}: can only be cropped to 1..6'):
+            model.crop_block_size(size)
+
+
+@pytest.mark.parametrize('columns', [0, 17])
+def test_forward_refuses_no_tokens_and_too_many(columns):
+    with pytest.raises(ValueError, match=f'cannot forward {columns} tokens: valid are 1 to block_size=16'):
+        make()(tokens(columns=columns))
+
+
+def test_dropout_is_for_training_only():
+    model, idx = make(dropout=.5), tokens()
+    assert torch.equal(model(idx)[0], make()(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optimizers
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_optim_groups_hold_every_parameter_once(bias):
+    model = make(bias=bias)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {kind: [names[id(p)] for p in group['params']] for kind, group in model.optim_groups(.1).items()}
+    assert sorted(sum(groups.values(), [])) == sorted(names.values())
+    assert groups['embedding'] == ['transformer.wte.weight', 'transformer.wpe.weight']
+    assert all(name.startswith('transformer.h.') and name.endswith('weight') for name in groups['hidden'])
+    assert len(groups['hidden']) == 8 and all('ln_' in name or name.endswith('bias') for name in groups['vector'])
+    assert [group['weight_decay'] for group in model.optim_groups(.1).values()] == [.1, .1, 0]
+
+
+def test_optim_groups_leave_out_frozen_parameters():
+    model = make()
+    model.transformer.wpe.requires_grad_(False)
+    in_groups = [p for group in model.optim_groups(.1).values() for p in group['params']]
+    assert len(in_groups) == len(list(model.parameters())) - 1
+    assert all(p is not model.transformer.wpe.weight for p in in_groups)
+
+
+def test_configure_optimizers_groups_in_the_order_of_nanogpt():
+    """Matrices, then vectors, both in the order of named_parameters: optimizer states are stored by position."""
+    model = make()
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(.1, 1e-3, (.9, .95), 'cpu')
+    decay, no_decay = optimizer.param_groups
+    matrices = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
+    assert [names[id(p)] for p in decay['params']] == [
+        'transformer.wte.weight', 'transformer.wpe.weight',
+        *(f'transformer.h.{i}.{name}.weight' for i in (0, 1) for name in matrices)]
+    assert [names[id(p)] for p in no_decay['params']] == [name for name, p in model.named_parameters() if p.dim() == 1]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (decay['weight_decay'], no_decay['weight_decay']) == (.1, 0)
+    assert all(group['lr'] == 1e-3 and group['betas'] == (.9, .95) for group in optimizer.param_groups)
+
+
+def test_training_is_adamw_on_the_loss_by_hand():
+    """Five steps against the model by hand and AdamW by hand (Loshchilov and Hutter 2019), in float64."""
+    model, lr, decay, (beta1, beta2), eps = make(), .01, .1, (.9, .95), 1e-8
+    state = copy_of(model)
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(decay, lr, (beta1, beta2), 'cpu')
+    for step in range(1, 6):
+        idx, targets = tokens(seed=step), tokens(seed=-step)
+        loss, expected = model(idx, targets)[1], loss_by_hand(logits_by_hand(state, idx), targets)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gradients = torch.autograd.grad(expected, [state[name] for name in moments])
+        for (name, (m, v)), g in zip(moments.items(), gradients):
+            m.lerp_(g, 1 - beta1)
+            v.lerp_(g * g, 1 - beta2)
+            update = (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt() + eps)
+            with torch.no_grad():
+                state[name] -= lr * (update + (decay * state[name] if state[name].dim() > 1 else 0))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, state[name], rtol=0, atol=1e-8, msg=lambda m: f'{name}: {m}')
+
+
+@each_scope
+@each_method
+def test_autocast_bfloat16_trains(scope, method):
+    model, idx = make(dtype=torch.float32, **svd(scope, 2, method)), tokens()
+    with torch.autocast('cpu', torch.bfloat16):
+        logits, loss = model(idx, idx)
+    loss.backward()
+    torch.testing.assert_close(loss.float(), model(idx, idx)[1], rtol=.1, atol=0)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation
+
+def generate_by_hand(model, idx, max_new_tokens, temperature=1.0, top_k=None):
+    """One token at a time as nanoGPT samples it, from logits by hand."""
+    for _ in range(max_new_tokens):
+        logits = logits_by_hand(model.state_dict(), idx[:, -model.config.block_size:])[:, -1] / temperature
+        if top_k is not None:
+            threshold = logits.sort(descending=True).values[:, min(top_k, logits.size(-1)) - 1]
+            logits = logits.masked_fill(logits < threshold[:, None], -math.inf)
+        idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
+    return idx
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('columns, options', [
+    (1, {}), (3, dict(temperature=.5)), (3, dict(temperature=3., top_k=4)), (3, dict(top_k=1)), (3, dict(top_k=99)),
+    (14, dict(top_k=5)),                                            # grows beyond block_size = 16
+    (20, {}),                                                       # starts beyond it
+])
+def test_generate_draws_the_tokens_of_nanogpt(columns, options):
+    model, idx = make(), tokens(columns=columns)
+    torch.manual_seed(1)
+    expected = generate_by_hand(model, idx, 12, **options)
+    torch.manual_seed(1)
+    actual = model.generate(idx, 12, **options)
+    assert actual.shape == (2, columns + 12) and torch.equal(actual, expected)
+
+
+def test_generate_no_tokens():
+    assert torch.equal(make().generate(tokens(), 0), tokens())
+
+
+@each_scope
+def test_generate_recomputes_the_prefix(scope):
+    """Greedy tokens are the argmax of a fresh forward pass over the prefix, whatever the scope."""
+    model = make(**svd(scope))
+    idx = model.generate(tokens(columns=2), 14, top_k=1)
+    for t in range(2, 16):
+        assert torch.equal(model(idx[:, :t])[0][:, -1].argmax(-1), idx[:, t])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+@pytest.mark.parametrize('field, overrides, hint', [
+    ('block_size', dict(block_size=0), 'at least 1'),
+    ('vocab_size', dict(vocab_size=-5), 'at least 1'),
+    ('n_layer', dict(n_layer=0), 'at least 1'),
+    ('n_head', dict(n_head=0), 'at least 1'),
+    ('n_embd', dict(n_embd=0), 'at least 1'),
+    ('n_embd', dict(n_embd=10, n_head=4), 'nearest: 8'),
+    ('n_embd', dict(n_embd=3, n_head=8), 'nearest: 8'),
+    ('dropout', dict(dropout=1.0), 'below 1'),
+    ('dropout', dict(dropout=-.1), 'at least 0'),
+    ('dropout', dict(dropout=float('nan')), 'at least 0'),
+    ('svd_rank', dict(svd_rank=0), 'valid: 1 to 4, or None'),
+    ('svd_rank', dict(svd_rank=-2), 'at least 1'),
+    ('svd_block', dict(svd_block=0), 'at least 1'),
+    ('svd_method', dict(svd_method='qr'), 'valid: standard, gram'),
+    ('svd_method', dict(svd_method='randomized'), 'valid: standard, gram'),
+    ('svd_scope', dict(svd_scope='token'), 'valid: sequence, causal, weight'),
+])
+def test_impossible_values_are_refused_by_name(field, overrides, hint):
+    with pytest.raises(ValueError) as e:
+        GPTConfig(**{**TINY, **overrides})
+    message = str(e.value)
+    assert message.startswith(f'{field}={overrides[field]!r}') and hint in message and '\n' not in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints and published weights
+
+def checkpoint_of(model):
+    return {'model_args': asdict(model.config), 'model': model.state_dict()}
+
+
+@pytest.mark.parametrize('options', [{}, svd('sequence'), svd('causal', dropout=.1)])
+def test_from_checkpoint_gives_the_model_back(options):
+    model, idx = make(dtype=torch.float32, **options), tokens()
+    again = GPT.from_checkpoint(checkpoint_of(model)).eval()
+    assert again.config == model.config and torch.equal(again(idx, idx)[0], model(idx, idx)[0])
+
+
+def test_from_checkpoint_needs_only_the_fields_of_nanogpt():
+    model, idx = make(dtype=torch.float32), tokens()
+    fields = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    saved = {'model': model.state_dict(), 'model_args': {name: getattr(model.config, name) for name in fields}}
+    assert torch.equal(GPT.from_checkpoint(saved).eval()(idx)[0], model(idx)[0])
+
+
+def test_from_checkpoint_overrides():
+    model, idx = make(dtype=torch.float32), tokens()
+    cut = GPT.from_checkpoint(checkpoint_of(model), **svd('weight', 2), dropout=.2).eval()
+    assert cut.config == GPTConfig(**{**asdict(model.config), **svd('weight', 2), 'dropout': .2})
+    torch.testing.assert_close(cut(idx, idx)[0], logits_by_hand(model.state_dict(), idx, **cut_by_hand('weight', 2)),
+                               rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('field, value', [('n_embd', 16), ('n_layer', 3), ('n_layer', 1), ('bias', False),
+                                          ('block_size', 8)])
+def test_from_checkpoint_refuses_weights_that_do_not_fit(field, value):
+    saved = checkpoint_of(make())
+    saved['model_args'][field] = value
+    with pytest.raises(ValueError, match='weights do not fit') as e:
+        GPT.from_checkpoint(saved)
+    assert '\n' not in str(e.value)
+
+
+def gpt2_file(model, prefix):
+    """A model's weights as Hugging Face stores GPT-2: linear layers transposed, buffers among them, no lm_head."""
+    transposed = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+    state = {name.removeprefix('transformer.'): (p.T if name.endswith(transposed) else p).detach().clone().contiguous()
+             for name, p in model.named_parameters()}
+    for i in range(model.config.n_layer):
+        state[f'h.{i}.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+        state[f'h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
+    return {prefix + name: w for name, w in state.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Stands in for the Hugging Face hub, and for GPT-2's four sizes: every model built is TINY. hub.files is what the
+    hub has, by repository; hub.asked the configurations asked for."""
+    class Hub:
+        files, asked = {}, []                                       # fresh with every test: the class is made here
+
+        def download(repository, filename):
+            save_file(Hub.files[repository], tmp_path / filename)
+            return str(tmp_path / filename)
+
+        def config(**args):
+            Hub.asked.append(args)
+            return GPTConfig(**{**args, **TINY})
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', Hub.download)
+    monkeypatch.setattr(model_module, 'GPTConfig', Hub.config)
+    return Hub
+
+
+@pytest.mark.parametrize('prefix', ['', 'transformer.'])
+def test_from_pretrained_copies_every_weight(hub, prefix):
+    original, idx = make(dtype=torch.float32), tokens()
+    hub.files['openai-community/gpt2'] = gpt2_file(original, prefix)
+    loaded = GPT.from_pretrained('gpt2').eval()
+    assert torch.equal(loaded(idx, idx)[0], original(idx, idx)[0])
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize('name, layers, heads, width', [
+    ('gpt2', 12, 12, 768), ('gpt2-medium', 24, 16, 1024), ('gpt2-large', 36, 20, 1280), ('gpt2-xl', 48, 25, 1600)])
+def test_from_pretrained_knows_the_four_sizes_and_takes_dropout_and_svd(hub, name, layers, heads, width):
+    hub.files[f'openai-community/{name}'] = gpt2_file(make(), '')
+    model = GPT.from_pretrained(name, dict(dropout=.1, **svd('causal', 3)))
+    assert hub.asked == [dict(n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, block_size=1024, bias=True,
+                              dropout=.1, **svd('causal', 3))]
+    assert (model.config.dropout, model.config.svd_rank, model.config.svd_scope) == (.1, 3, 'causal')
+
+
+def test_from_pretrained_refuses_a_file_of_another_shape(hub):
+    hub.files['openai-community/gpt2'] = gpt2_file(make(n_embd=16), '')
+    with pytest.raises(ValueError, match=r'wte.weight: shape \(11, 16\) in the file, \(11, 8\) in the model'):
+        GPT.from_pretrained('gpt2')
+
+
+@pytest.mark.parametrize('name, overrides, message', [
+    ('gpt3', {}, "init_from='gpt3': unknown model (valid: gpt2, gpt2-medium, gpt2-large, gpt2-xl)"),
+    ('gpt2', dict(n_layer=3), 'n_layer=3: the shape of gpt2 is fixed')])
+def test_from_pretrained_refuses_other_names_and_shapes(hub, name, overrides, message):
+    with pytest.raises(ValueError) as e:
+        GPT.from_pretrained(name, overrides)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize('package', ['safetensors', 'huggingface_hub'])
+def test_from_pretrained_names_a_missing_package(monkeypatch, package):
+    class Absent:
+        def find_spec(name, *_):
+            if name == package:
+                raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+    for name in [name for name in sys.modules if name.partition('.')[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, 'meta_path', [Absent, *sys.meta_path])
+    with pytest.raises(ValueError, match=f"^init_from='gpt2': needs a package: pip install {package}$"):
+        GPT.from_pretrained('gpt2')
+
+
+def test_from_pretrained_without_a_hub(hub, monkeypatch):
+    def unreachable(repository, filename):
+        raise OSError('We couldn\'t connect to the hub\nand found no cached file.\nCheck your connection.')
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
+    with pytest.raises(ValueError, match="^init_from='gpt2': its weights are neither") as e:
+        GPT.from_pretrained('gpt2')
+    assert '\n' not in str(e.value) and "couldn't connect" in str(e.value)

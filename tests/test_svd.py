@@ -1,0 +1,387 @@
+"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, degenerate matrices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank.svd import (METHODS, causal_low_rank_approximation, energy, low_rank_approximation, rank_for_energy,
+                         truncated_svd)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+BAR = {'standard': 1e-5, 'gram': 1e-4}                              # relative error of a float32 X_k
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the definitions, written out, and matrices to try them on
+
+def whole(x, rank, method, block=None, basis_grad=True):
+    return low_rank_approximation(x, rank, method, basis_grad)
+
+
+def causal(x, rank, method, block=4, basis_grad=True):
+    return causal_low_rank_approximation(x, rank, method, block, basis_grad)
+
+
+def whole_truth(x, rank):
+    """U_k S_k V_k^T by torch.linalg.svd."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+def projector(x, rank):
+    """V_k V_k^T by torch.linalg.svd."""
+    vh = torch.linalg.svd(x, full_matrices=False)[2][..., :rank, :]
+    return vh.mT @ vh
+
+
+def causal_truth(x, rank, block=4, basis_of=None):
+    """One row at a time: row t in [s, 2s), s = block, 2 block, 4 block ..., uses the SVD of rows [0, s) if s > rank."""
+    basis_of = x if basis_of is None else basis_of
+    rows = []
+    for t in range(x.shape[-2]):
+        row, s = x[..., t:t + 1, :], block
+        while 2 * s <= t:
+            s *= 2
+        if t >= block and s > rank:
+            row = row @ projector(basis_of[..., :s, :], rank)
+        rows.append(row)
+    return torch.cat(rows, dim=-2)
+
+
+TRUTH = {whole: whole_truth, causal: causal_truth}
+each_method = pytest.mark.parametrize('method', METHODS)
+each_map = pytest.mark.parametrize('approximate', [whole, causal])
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def with_singular_values(sigma, rows, columns, seed=0):
+    """A random float64 matrix (rows, columns) with singular values sigma, min(rows, columns) of them."""
+    u, v = (torch.linalg.qr(normal(side, len(sigma), seed=seed + i))[0] for i, side in enumerate((rows, columns)))
+    return u * torch.as_tensor(sigma, dtype=torch.float64) @ v.mT
+
+
+def value_and_gradient(f, x, dy):
+    x = x.clone().requires_grad_()
+    y = f(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+def assert_close(actual, expected, bar):
+    """Frobenius error below bar, relative to the expected norm."""
+    error = torch.linalg.norm(actual.double() - expected.double()) / torch.linalg.norm(expected.double())
+    assert error <= bar, f'relative error {error:.1e}, allowed {bar}'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# values
+
+@each_method
+@pytest.mark.parametrize('rows, columns', [(40, 8), (8, 8), (8, 40)])
+@pytest.mark.parametrize('sigma', [
+    [1, .9, .8, .7, .6, .5, .4, .3],
+    [1, .5, .2, .1, .05, .03, .02, .01],                            # sigma_1 / sigma_k up to 100
+    [1, 1, 1, 1, .1, .1, .1, .1],                                   # repeated, but not across the cut at 4
+    [1, .9, .9, .01, 1e-3, 1e-3, 1e-3, 0],
+], ids=['linear', 'steep', 'repeated', 'deficient'])
+def test_is_the_best_approximation_of_rank_k(method, rows, columns, sigma):
+    x = torch.stack([with_singular_values(sigma, rows, columns, seed) for seed in (0, 10)]).float()
+    for rank in (1, 3, 4, 7):
+        if sigma[rank - 1] > sigma[rank] and sigma[0] <= 100 * sigma[rank - 1]:
+            y = low_rank_approximation(x, rank, method)
+            assert y.shape == x.shape and y.dtype == x.dtype
+            assert_close(y, whole_truth(x.double(), rank), BAR[method])
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), batch=st.sampled_from([(), (1,), (3,), (2, 2)]),
+       rank=st.integers(1, 24), seed=st.integers(0, 99), method=st.sampled_from(METHODS))
+def test_any_shape_and_rank(rows, columns, batch, rank, seed, method):
+    x = normal(*batch, rows, columns, seed=seed).float()
+    assert_close(low_rank_approximation(x, rank, method), whole_truth(x.double(), rank), BAR[method])
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(rows=st.integers(1, 40), columns=st.integers(2, 8), rank=st.integers(1, 7), block=st.integers(1, 9),
+       seed=st.integers(0, 99), method=st.sampled_from(METHODS))
+def test_causal_equals_its_definition_row_by_row(rows, columns, rank, block, seed, method):
+    x = normal(2, rows, columns, seed=seed)
+    expected = causal_truth(x, rank, block) if rank < columns else x
+    torch.testing.assert_close(causal(x, rank, method, block), expected, rtol=0, atol=1e-12)
+
+
+@each_method
+def test_a_small_gap_at_the_cut_costs_no_precision(method):
+    """sigma_k and sigma_k+1 2% apart: a Gram matrix in float32 is wrong by 1e-3 here."""
+    x = with_singular_values([1] * 8 + [.05, .049] + [.01] * 22, 256, 32).float()
+    assert_close(low_rank_approximation(x, 9, method), whole_truth(x.double(), 9), 1e-6)
+
+
+@pytest.mark.parametrize('rank', [None, 5, 6, 99])
+@pytest.mark.parametrize('shape', [(9, 5), (5, 9), (2, 3, 5, 5)])
+def test_full_rank_returns_the_very_tensor(shape, rank):
+    x = normal(*shape)
+    assert low_rank_approximation(x, rank) is x
+
+
+@pytest.mark.parametrize('rank', [None, 5, 6])
+def test_causal_full_rank_returns_the_very_tensor(rank):
+    x = normal(64, 5)
+    assert causal(x, rank, 'gram') is x
+
+
+@each_method
+@each_map
+@pytest.mark.parametrize('c', [2.0 ** 60, 2.0 ** -60])
+def test_scaling_the_input_scales_the_output_and_leaves_the_gradient(approximate, method, c):
+    x, dy = normal(20, 6).float(), normal(20, 6, seed=1).float()
+    y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
+    scaled_y, scaled_gradient = value_and_gradient(lambda x: approximate(x, 2, method), c * x, dy)
+    assert_close(scaled_y / c, y, 1e-6)
+    assert_close(scaled_gradient, gradient, 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gradients
+
+@each_method
+@each_map
+@pytest.mark.parametrize('shape', [(13, 4), (2, 9, 3), (5, 7), (3, 6)], ids=str)
+def test_gradcheck(approximate, method, shape):
+    """Finite differences; the last two have fewer rows than columns. A block of 3 gives bases of fewer rows too."""
+    x = normal(*shape).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: approximate(x, 2, method, block=3), x)
+
+
+@each_method
+@each_map
+@pytest.mark.parametrize('rows, columns', [(40, 6), (6, 6), (6, 9)])
+def test_gradient_is_that_of_autograd_through_u_s_vh(approximate, method, rows, columns):
+    """Every gap is wide, in every prefix, and autograd's own formula therefore holds."""
+    x, dy = normal(rows, columns) * 1.5 ** torch.arange(columns), normal(rows, columns, seed=1)
+    y, gradient = value_and_gradient(lambda x: approximate(x, 3, method), x, dy)
+    expected_y, expected_gradient = value_and_gradient(lambda x: TRUTH[approximate](x, 3), x, dy)
+    assert_close(y, expected_y, 1e-11)
+    assert_close(gradient, expected_gradient, 1e-11)
+
+
+@each_method
+@each_map
+def test_without_basis_grad_the_projectors_are_constants(approximate, method):
+    """Then the map is linear and symmetric, so its gradient is the same map applied to dy."""
+    x, dy = normal(20, 6), normal(20, 6, seed=1)
+    y, gradient = value_and_gradient(lambda x: approximate(x, 2, method, basis_grad=False), x, dy)
+    assert torch.equal(y, approximate(x, 2, method))
+    assert_close(gradient, dy @ projector(x, 2) if approximate is whole else causal_truth(dy, 2, basis_of=x), 1e-11)
+
+
+DEGENERATE = {
+    'zero': torch.zeros(20, 6),
+    'rank one': torch.outer(torch.arange(1., 21), torch.tensor([1., -2, 0, 3, 1, 1])),
+    'equal rows': torch.tensor([1., 2, 3, 4, 5, 6]).expand(20, 6),
+    'duplicated rows': normal(4, 6).repeat(5, 1).float(),
+    'identity': torch.eye(20, 6),
+    'stacked identities': torch.eye(6).repeat(4, 1)[:20],
+    'zero rows first': torch.cat((torch.zeros(9, 6), normal(11, 6).float())),
+    'zero columns': normal(20, 6).float() * torch.tensor([1., 0, 0, 1, 0, 0]),
+    'fewer rows than columns': normal(5, 6).float(),
+    'scale 1e-40': normal(20, 6).float() * 1e-40,
+    'scale 1e-30': normal(20, 6).float() * 1e-30,
+    'scale 1e30': normal(20, 6).float() * 1e30,
+}
+
+
+@each_method
+@each_map
+@pytest.mark.parametrize('x', DEGENERATE.values(), ids=DEGENERATE)
+@pytest.mark.parametrize('rank', [1, 3])
+def test_degenerate_matrices_give_finite_values_and_gradients(approximate, method, x, rank):
+    y, gradient = value_and_gradient(lambda x: approximate(x, rank, method), x, normal(*x.shape, seed=1).float())
+    assert y.isfinite().all() and gradient.isfinite().all()
+    if approximate is whole and torch.linalg.matrix_rank(x.double()) <= rank:
+        torch.testing.assert_close(y, x)                            # nothing to cut
+
+
+@each_method
+@each_map
+def test_double_backward_raises(approximate, method):
+    """It is not implemented; silence would mean wrong Hessians."""
+    x = normal(20, 6).requires_grad_()
+    gradient, = torch.autograd.grad(approximate(x, 2, method).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# causality
+
+@each_method
+def test_causal_changing_a_row_changes_no_row_before_it(method):
+    x = normal(40, 6)
+    y = causal(x, 2, method)
+    for j in range(40):
+        changed = x.clone()
+        changed[j] += 1
+        difference = (causal(changed, 2, method) - y).abs().amax(-1)
+        assert (difference[:j] <= 1e-12).all() and difference[j] > 1e-3
+
+
+@each_method
+def test_causal_gradient_never_reaches_a_later_row(method):
+    x = normal(40, 6).requires_grad_()
+    y = causal(x, 2, method)
+    for t in range(40):
+        gradient, = torch.autograd.grad(y[t].sum(), x, retain_graph=True)
+        assert gradient[t + 1:].count_nonzero() == 0
+
+
+@each_method
+def test_causal_appending_rows_changes_no_earlier_row(method):
+    x = normal(40, 6)
+    y = causal(x, 2, method)
+    for rows in range(1, 40):
+        torch.testing.assert_close(causal(x[:rows], 2, method), y[:rows], rtol=0, atol=1e-12)
+
+
+@each_method
+@pytest.mark.parametrize('rank, block, unchanged', [(2, 4, 4), (3, 4, 4), (4, 4, 8), (5, 4, 8), (5, 1, 8), (2, 99, 40)])
+def test_causal_rows_pass_until_there_are_block_rows_and_more_rows_than_the_rank(method, rank, block, unchanged):
+    x = normal(40, 6)
+    passed = (causal(x, rank, method, block) == x).all(-1)
+    assert passed[:unchanged].all() and not passed[unchanged:].any()
+
+
+@each_method
+def test_causal_projects_most_rows_with_the_default_block(method):
+    x = normal(256, 32)
+    changed = (causal_low_rank_approximation(x, 8, method) != x).any(-1)
+    assert changed.double().mean() >= .85
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# spectra
+
+@each_method
+@pytest.mark.parametrize('shape', [(40, 8), (8, 8), (8, 40), (2, 3, 12, 8)], ids=str)
+@pytest.mark.parametrize('rank', [1, 5, 8])
+def test_truncated_svd_is_orthonormal_descending_and_reconstructs(method, shape, rank):
+    x = normal(*shape)
+    u, s, vh = truncated_svd(x, rank, method)
+    assert u.shape == (*shape[:-1], rank) and vh.shape == (*shape[:-2], rank, shape[-1])
+    torch.testing.assert_close(s, torch.linalg.svdvals(x)[..., :rank], rtol=1e-10, atol=0)
+    assert (s.diff(dim=-1) <= 0).all()
+    for gram in (u.mT @ u, vh @ vh.mT):
+        torch.testing.assert_close(gram, torch.eye(rank, dtype=x.dtype).expand_as(gram), rtol=0, atol=1e-10)
+    assert_close(u * s[..., None, :] @ vh, whole_truth(x, rank), 1e-12)
+
+
+@each_method
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_truncated_svd_keeps_the_dtype(method, dtype):
+    x = normal(12, 8).to(dtype)
+    u, s, vh = truncated_svd(x, 3, method)
+    assert u.dtype == s.dtype == vh.dtype == dtype
+    assert_close(u.float() * s.float() @ vh.float(), whole_truth(x.double(), 3), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('scale', [1e-30, 1, 1e30])
+def test_gram_gives_zero_columns_of_u_beyond_the_rank_of_x(dtype, scale):
+    x = (scale * with_singular_values([3, 2], 20, 6)).to(dtype)
+    u, s, vh = truncated_svd(x, 5, 'gram')
+    assert u[:, 2:].count_nonzero() == 0 and (u[:, :2].norm(dim=0) - 1).abs().max() < 1e-6
+    torch.testing.assert_close(vh @ vh.mT, torch.eye(5, dtype=dtype))
+    assert_close(u * s @ vh, x, 1e-6)
+
+
+def test_energy_is_the_share_of_the_squared_norm():
+    torch.testing.assert_close(energy(torch.tensor([[2., 1, 1], [1, 0, 0]])).float(),
+                               torch.tensor([[4 / 6, 5 / 6, 1], [1, 1, 1]]))
+    assert rank_for_energy(torch.tensor([[2., 1, 1], [1, 0, 0]]), .8).tolist() == [2, 1]
+
+
+@settings(derandomize=True, deadline=None)
+@given(s=st.lists(st.floats(0, 1e3), min_size=1, max_size=9), fraction=st.floats(0, 1, exclude_min=True))
+def test_rank_for_energy_is_the_smallest_that_reaches_it(s, fraction):
+    s = torch.tensor(sorted(s, reverse=True), dtype=torch.float64)
+    share, rank, slack = energy(s), rank_for_energy(s, fraction).item(), 1e-14
+    assert 1 <= rank <= len(s) and share[rank - 1] >= fraction - slack
+    assert rank == 1 or share[rank - 2] < fraction
+
+
+@pytest.mark.parametrize('scale', [1e-200, 1, 1e200])
+def test_energy_of_all_and_of_nothing(scale):
+    """fraction 1 asks for every singular value that counts, never more than there are; a zero matrix needs rank 1."""
+    s = scale * torch.tensor([[4., 3, 2, 1], [4, 3, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    assert rank_for_energy(s, 1).tolist() == [4, 2, 1]
+    assert energy(s)[:, -1].tolist() == [1, 1, 1] and energy(s)[2].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize('fraction', [0, -.1, 1.001, float('nan')])
+def test_energy_fraction_out_of_range(fraction):
+    with pytest.raises(ValueError, match='energy fraction must be above 0 and at most 1'):
+        rank_for_energy(torch.ones(3), fraction)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# errors, autocast, compilation
+
+@pytest.mark.parametrize('f', [low_rank_approximation, causal_low_rank_approximation, truncated_svd])
+@pytest.mark.parametrize('shape, rank, method, message', [
+    ((8, 4), 0, 'gram', 'rank must be at least 1, got 0'),
+    ((8, 4), -3, 'gram', 'rank must be at least 1, got -3'),
+    ((8, 4), 2, 'qr', "unknown SVD method 'qr'; valid: standard, gram"),
+    ((8,), 2, 'gram', r'two dimensions, got shape \(8,\)'),
+])
+def test_errors(f, shape, rank, method, message):
+    with pytest.raises(ValueError, match=message):
+        f(torch.zeros(shape), rank, method)
+
+
+def test_more_errors():
+    with pytest.raises(ValueError, match=r'rank 5 is more than the smaller side of \(8, 4\); valid: 1 to 4'):
+        truncated_svd(torch.zeros(8, 4), 5)
+    with pytest.raises(ValueError, match='block must be at least 1 row, got 0'):
+        causal_low_rank_approximation(torch.zeros(8, 4), 2, block=0)
+
+
+@each_method
+@each_map
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_non_finite_input_raises(approximate, method, value):
+    x = normal(2, 20, 6).float()
+    x[1, 3, 2] = value
+    with pytest.raises(torch.linalg.LinAlgError):
+        approximate(x, 2, method)
+
+
+@each_method
+@each_map
+def test_autocast_changes_nothing(approximate, method):
+    """A float32 tensor stays at full precision, a bfloat16 one loses only its own two casts."""
+    x, dy = normal(20, 6).float(), normal(20, 6, seed=1).float()
+    expected = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+
+    half, half_dy = x.bfloat16(), dy.bfloat16()
+    expected = value_and_gradient(lambda x: approximate(x, 2, method), half.float(), half_dy.float())
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = value_and_gradient(lambda x: approximate(x, 2, method), half, half_dy)
+    assert all(torch.equal(a, e.bfloat16()) for a, e in zip(actual, expected))
+
+
+@each_method
+@each_map
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiles_to_one_graph_with_the_same_result(approximate, method, backend):
+    """inductor generates code, and so can fail where aot_eager passes; it needs a C++ compiler, hence slow."""
+    x, dy = normal(2, 20, 6).float(), normal(2, 20, 6, seed=1).float()
+    compiled = torch.compile(lambda x: approximate(x, 2, method), fullgraph=True, backend=backend)
+    for actual, expected in zip(value_and_gradient(compiled, x, dy),
+                                value_and_gradient(lambda x: approximate(x, 2, method), x, dy)):
+        torch.testing.assert_close(actual, expected)
