@@ -19,8 +19,9 @@ from runtime.dataset import write_dataset                                       
 # 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
 TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2) for animal in ('cat', 'hen', 'toad')
                for verb in ('sat', 'sang', 'lies', 'ate') for place in ('bed', 'roof', 'sea', 'stone'))
-TINY = ('--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_iters=2 '
-        '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --eval_interval=2 --learning_rate=1e-2').split()
+TINY = ('--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 '
+        '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --learning_rate=1e-2 '
+        '--eval_interval=2 --eval_iters=2').split()
 
 
 @pytest.fixture(scope='module')
@@ -70,8 +71,11 @@ def refused(call):
 
 
 @pytest.fixture
-def fit(call):
-    """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace TINY's."""
+def fit(call, monkeypatch):
+    """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace TINY's. The closing
+    sample is left out: it takes longer than the training."""
+    monkeypatch.setattr(train, 'sample', lambda *args: '')
+
     def fit(*options):
         result = call(train.main, *TINY, *options)
         assert result.code == 0, result.err
@@ -105,6 +109,7 @@ def byte_bpe(monkeypatch):
     """In place of GPT-2's BPE: a byte is a token, and the other ids are bytes that no text has."""
     import tiktoken
     ranks = {bytes([i]): i for i in range(256)} | {i.to_bytes(3, 'big'): i for i in range(256, 50256)}
-    encoding = tiktoken.Encoding('bytes', pat_str='(?s).', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256})
+    encoding = tiktoken.Encoding('bytes', pat_str='(?s).', mergeable_ranks=ranks,
+                                 special_tokens={'<|endoftext|>': 50256})
     monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)
     return encoding

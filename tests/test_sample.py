@@ -111,7 +111,11 @@ def test_samples_come_from_one_batch_and_keep_the_prompt(run, texts, monkeypatch
     run()
     shapes = []
     generate = GPT.generate
-    monkeypatch.setattr(GPT, 'generate', lambda self, idx, *a, **k: shapes.append(idx.shape) or generate(self, idx, *a, **k))
+
+    def record(self, idx, *args, **options):
+        shapes.append(idx.shape)
+        return generate(self, idx, *args, **options)
+    monkeypatch.setattr(GPT, 'generate', record)
     found = texts('--start=the cat', '--num_samples=5')
     assert shapes == [(5, 7)] and len(found) == 5 and len(set(found)) > 1
     assert all(text.startswith('the cat') and len(text) == 7 + 30 for text in found)
@@ -129,7 +133,8 @@ def test_a_prompt_may_be_longer_than_the_context(run, texts):
     assert all(text.startswith(prompt) and len(text) == 78 + 30 for text in texts(f'--start={prompt}'))
 
 
-@pytest.mark.parametrize('content', [b'the toad\nlies', b'the toad\r\nlies', pytest.param(b'\xef\xbb\xbfthe toad\nlies', marks=known_bug)],
+@pytest.mark.parametrize('content', [b'the toad\nlies', b'the toad\r\nlies',
+                                     pytest.param(b'\xef\xbb\xbfthe toad\nlies', marks=known_bug)],
                          ids=['unix', 'windows', 'byte order mark'])
 def test_a_prompt_may_come_from_a_file(run, texts, here, content):
     run()
@@ -192,7 +197,8 @@ def test_a_model_trained_with_svd_keeps_it_unless_told_otherwise(run, texts, cal
     assert texts() != plain == texts('--use_svd=False')
 
 
-@pytest.mark.parametrize('option', [pytest.param(f'--{key}=None', marks=known_bug) for key in ('use_svd', 'svd_method', 'svd_scope')])
+@known_bug
+@pytest.mark.parametrize('option', ['--use_svd=None', '--svd_method=None', '--svd_scope=None'])
 def test_none_means_as_trained(run, texts, option):
     args = checkpoint(run())['model_args']
     run(model_args=args | dict(use_svd=True, svd_rank=2))
@@ -284,7 +290,8 @@ def test_bench_compares_every_method_and_scope_with_the_baseline(results):
     assert found.keys() == {'device', 'torch', 'pairs', 'seed', 'results'} and found['pairs'] == 2
     assert found['results'].keys() == {f'{method}, {scope}' for method in METHODS for scope in SCOPES}
     for row in found['results'].values():
-        assert row.keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'} and min(row['a_ms'], row['b_ms'], row['ratio']) > 0
+        assert row.keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
+        assert min(row['a_ms'], row['b_ms'], row['ratio']) > 0
 
 
 def test_bench_times_a_peers_model(results, here):

@@ -8,8 +8,9 @@ import pickle
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +65,12 @@ def test_a_run_writes_checkpoint_configuration_environment_and_metrics(fit):
     environment = json.loads(Path('out/environment.json').read_text())
     assert environment.keys() >= {'command', 'python', 'torch', 'platform', 'cpus', 'threads', 'device', 'dtype',
                                   'git_commit', 'git_changes'}
-    assert f'{last["val/loss"]:.4f}' in out and 'sample:' in out
+    assert f'final, all 235 validation tokens: val loss {last["val/loss"]:.4f}' in out
+
+
+def test_a_run_closes_with_a_sample_of_200_tokens(call):
+    text = call(train.main, *TINY).out.partition('sample:\n')[2]
+    assert len(text) == 1 + 200 + 2 and text[0] == '\n' and set(text) <= set(TEXT)
 
 
 def test_the_written_configuration_runs_again_to_the_same_bits(fit, call):
@@ -132,6 +138,11 @@ def test_an_out_dir_that_cannot_be_made_is_refused(refused, here, out_dir):
 
 
 @known_bug
+def test_the_data_sets_own_folder_is_no_out_dir(refused):
+    assert "out_dir='data/toy'" in refused(train.main, *TINY, '--out_dir=data/toy')
+
+
+@known_bug
 @pytest.mark.parametrize('method', ['write_text', 'rename'])
 def test_an_out_dir_that_cannot_be_written_is_refused(fit, refused, monkeypatch, method):
     fit()
@@ -165,8 +176,8 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
 
 @pytest.mark.parametrize('method', ['gram', 'standard'])
 @pytest.mark.parametrize('options', [['--svd_rank=2', '--use_svd=False'], ['--svd_rank=None'],
-                                     *[[f'--svd_scope={scope}', f'--svd_rank={rank}'] for scope in SCOPES for rank in (8, 99)]],
-                         ids=' '.join)
+                                     *[[f'--svd_scope={scope}', f'--svd_rank={rank}']
+                                       for scope in SCOPES for rank in (8, 99)]], ids=' '.join)
 def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(fit, options, method):
     fit('--use_svd=False', '--dropout=.1')
     baseline = checkpoint()['model']
@@ -337,7 +348,8 @@ GAP_KEYS = {'val/prefix_loss', 'val/prefix_gap', 'val/prefix_gap_se', 'val/prefi
 
 
 @pytest.mark.parametrize('options', [[], [*SVD, '--svd_scope=causal'], [*SVD, '--svd_scope=weight'],
-                                     ['--use_svd=True', '--svd_rank=8'], ['--use_svd=False', '--svd_rank=2']], ids=' '.join)
+                                     ['--use_svd=True', '--svd_rank=8'], ['--use_svd=False', '--svd_rank=2']],
+                         ids=' '.join)
 def test_no_prefix_loss_where_no_token_sees_the_future(fit, options):
     out = fit(*options)
     assert not any(GAP_KEYS & row.keys() for row in rows()) and 'prefix' not in out
@@ -355,7 +367,7 @@ def test_sequence_scope_reports_the_loss_that_generation_would_see(fit):
 
 
 class Reader(torch.nn.Module):
-    """Sure of the token after next where it can look at it (`peeks`), else of the one it stands on: what leaks counts."""
+    """Sure of the next token where it can look at it (`peeks`), else of the one it stands on."""
 
     def __init__(self, peeks):
         super().__init__()
@@ -371,7 +383,8 @@ class Reader(torch.nn.Module):
 
 def test_the_prefix_gap_is_zero_for_a_causal_model_and_large_for_one_that_peeks():
     data = Dataset('data/toy')
-    gap = {peeks: prefix_gap(Reader(peeks), data, 'val', 200, 16, 'cpu', nullcontext(), seed=0) for peeks in (False, True)}
+    gap = {peeks: prefix_gap(Reader(peeks), data, 'val', 200, 16, 'cpu', nullcontext(), seed=0)
+           for peeks in (False, True)}
     assert gap[False]['gap'] == gap[False]['gap_se'] == 0 and gap[False]['parallel'] == gap[False]['prefix'] > 3
     assert gap[True]['gap'] > 3 and gap[True]['gap'] > 10 * gap[True]['gap_se'] > 0
     assert gap[True]['positions'] == gap[False]['positions'] == 200
@@ -390,7 +403,7 @@ def test_the_standard_error_of_the_gap_is_what_repetition_shows():
 @pytest.mark.parametrize('gap, se, warns', [(.021, .01, True), (-.021, .01, True), (.019, .01, False), (0., 0., False),
                                             (-.019, .01, False), (1e-9, 0., True)])
 def test_a_warning_appears_exactly_when_the_gap_exceeds_two_standard_errors(gap, se, warns):
-    row = {'train/loss': 1., 'val/loss': 2., 'val/prefix_loss': 2. + gap, 'val/prefix_gap': gap, 'val/prefix_gap_se': se}
+    row = {'val/loss': 2., 'val/prefix_loss': 2. + gap, 'val/prefix_gap': gap, 'val/prefix_gap_se': se}
     text = Evaluation(None, None, None, None, None, True).describe(row)
     assert ('warning: ' in text) == warns and f'(gap {gap:+.4f} +- {se:.4f})' in text
 
@@ -508,7 +521,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(fit, options):
     assert rows()[-1] == rows('whole')[-1]
 
 
-@pytest.mark.parametrize('options', [['--svd_rank=3', '--use_svd=True', '--svd_scope=causal'], ['--dropout=.5']], ids=' '.join)
+@pytest.mark.parametrize('options', [['--svd_rank=3', '--use_svd=True', '--svd_scope=causal'], ['--dropout=.5']],
+                         ids=' '.join)
 def test_what_changes_no_parameter_may_change_at_resume(fit, options):
     fit()
     assert train.main([RESUME, '--device=cpu', '--max_iters=6', *options]) == 0
@@ -519,7 +533,8 @@ def test_what_changes_no_parameter_may_change_at_resume(fit, options):
 
 def as_nanogpt(saved):
     """A checkpoint as nanoGPT writes it after torch.compile on a GPU."""
-    args = {k: saved['model_args'][k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    args = {k: saved['model_args'][k] for k in (
+        'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
     config = {k: saved['config'][k] for k in (
         'out_dir', 'eval_interval', 'log_interval', 'eval_iters', 'eval_only', 'always_save_checkpoint', 'init_from',
         'wandb_log', 'wandb_project', 'wandb_run_name', 'dataset', 'gradient_accumulation_steps', 'batch_size',
@@ -542,7 +557,8 @@ def test_a_checkpoint_of_nanogpt_resumes(fit):
     assert 0 < max(moved.values()) < .02                            # one step of a learning rate of at most 0.01
 
 
-def test_a_shape_that_contradicts_the_checkpoint_is_an_error_on_the_command_line_and_a_remark_in_a_file(fit, call, refused, here):
+def test_a_shape_that_contradicts_the_checkpoint_is_refused(fit, call, refused, here):
+    """On the command line; in a config file it gives way with a remark."""
     fit()
     assert 'n_layer=2' in refused(train.main, RESUME, '--device=cpu', '--n_layer=2')
     (here / 'two.py').write_text('n_layer = 2\nmax_iters = 5\n')
@@ -564,6 +580,23 @@ def test_the_context_can_be_cropped_at_resume(fit, optimizer):
     assert train.main([RESUME, '--device=cpu', '--max_iters=6', '--block_size=8']) == 0
     saved = checkpoint()
     assert saved['model_args']['block_size'] == 8 and saved['model']['transformer.wpe.weight'].shape == (8, 16)
+
+
+@known_bug
+def test_a_resumed_checkpoint_is_freed_before_training(fit, monkeypatch):
+    """It holds the weights a second time."""
+    fit()
+    loaded, alive = [], []
+    load = train.ckpt.load
+
+    def watch(path):
+        saved = load(path)
+        loaded.append(weakref.ref(saved['model']['transformer.wpe.weight']))
+        return saved
+    monkeypatch.setattr(train.ckpt, 'load', watch)
+    monkeypatch.setattr(train.ckpt, 'save', lambda *args: alive.append(loaded[0]() is not None))
+    assert train.main([RESUME, '--device=cpu', '--max_iters=6']) == 0
+    assert alive and not any(alive)
 
 
 @known_bug
@@ -610,11 +643,11 @@ def without(key):
     (without('model_args'), 'it needs the keys'), (without('model'), 'it needs the keys'),
     (lambda good: good | {'model': {}}, 'do not fit its model_args'),
     (lambda good: good | {'model_args': {**good['model_args'], 'n_embd': 32}}, 'do not fit its model_args'),
-    (lambda good: good | {'model_args': {**good['model_args'], 'n_head': 'two'}}, "n_head='two': must be a whole number"),
+    (lambda good: good | {'model_args': {**good['model_args'], 'n_head': 'two'}}, "n_head='two': must be"),
     (lambda good: good | {'model_args': {**good['model_args'], 'svd_scope': 'rows'}}, "svd_scope='rows'"),
     (lambda good: good | {'config': {**good['config'], 'batch_size': 'big'}}, "batch_size='big'"),
     (without('optimizer'), 'state of another optimizer'),
-    pytest.param(lambda good: good | {'model_args': {**good['model_args'], 'n_expert': 8}}, 'n_expert', marks=known_bug),
+    pytest.param(lambda good: good | {'model_args': {**good['model_args'], 'n_moe': 8}}, 'n_moe', marks=known_bug),
     pytest.param(without('best_val_loss'), 'best_val_loss', marks=known_bug),
     pytest.param(lambda good: good | {'model': 1}, 'out/ckpt.pt', marks=known_bug),
     pytest.param(lambda good: good | {'config': None}, 'out/ckpt.pt', marks=known_bug),
@@ -670,6 +703,24 @@ def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_checkpoint(c
 
 
 @known_bug
+def test_ctrl_c_saves_a_checkpoint_and_ends_with_130(call, monkeypatch):
+    class Interrupted(GPT):
+        def forward(self, idx, targets=None):
+            steps[0] += self.training
+            if steps[0] == 4:
+                steps[0] += 1
+                raise KeyboardInterrupt
+            return super().forward(idx, targets)
+    steps = [0]
+    monkeypatch.setattr(train, 'GPT', Interrupted)
+    try:
+        code = train.main([*TINY, '--eval_interval=100', '--max_iters=10'])
+    except KeyboardInterrupt:                                       # or pytest itself would stop
+        code = None
+    assert code == 130 and checkpoint()['iter_num'] == 3
+
+
+@known_bug
 def test_weights_that_are_no_numbers_are_never_saved(call):
     """A step can spoil the weights after its own loss was fine; the evaluation that follows sees it."""
     result = call(train.main, *TINY, '--learning_rate=1e38', '--grad_clip=0', '--eval_interval=1', '--warmup_iters=0',
@@ -702,7 +753,8 @@ def test_a_block_longer_than_the_data_is_refused(call, block_size, ok):
 
 @pytest.mark.parametrize('spoil', [lambda d: (d / 'val.bin').unlink(), lambda d: (d / 'val.bin').write_bytes(b''),
                                    lambda d: (d / 'train.bin').write_bytes(b'123'),
-                                   lambda d: (d / 'meta.json').write_text('{'), lambda d: (d / 'meta.json').write_text('[]'),
+                                   lambda d: (d / 'meta.json').write_text('{'),
+                                   lambda d: (d / 'meta.json').write_text('[]'),
                                    lambda d: (d / 'meta.json').write_text('{"unfinished": "prepare again"}')],
                          ids=['no val', 'empty val', 'odd train', 'broken meta', 'foreign meta', 'unfinished'])
 def test_a_data_folder_left_half_written_is_refused(refused, spoil):
@@ -721,7 +773,7 @@ def test_a_data_folder_left_half_written_is_called_that():
 @pytest.fixture
 def texts(monkeypatch, here):
     """Text files are encoded below this folder, not into the repository."""
-    monkeypatch.setattr(train, 'locate', lambda name, tokenizer, locate=train.locate: locate(name, tokenizer, (here / 'data',)))
+    monkeypatch.setattr(train, 'locate', partial(train.locate, roots=(here / 'data',)))
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n'], ids=['unix', 'windows'])
@@ -729,14 +781,16 @@ def test_a_text_file_prepares_itself_once(texts, fit, end):
     Path('my text.txt').write_bytes(TEXT.replace('\n', end).encode())
     assert '2,360 characters' in fit('--dataset=my text.txt')
     assert '2,360 characters' not in fit('--dataset=my text.txt')
-    assert checkpoint()['tokenizer']['chars'] == sorted(set(TEXT)) and len(list(Path('data').glob('my text-char-*'))) == 1
+    assert checkpoint()['tokenizer']['chars'] == sorted(set(TEXT))
+    assert len(list(Path('data').glob('my text-char-*'))) == 1
 
 
 def test_a_text_file_can_be_encoded_by_gpt2s_bpe(texts, fit, byte_bpe):
     Path('my.txt').write_text(TEXT)
     fit('--dataset=my.txt', '--tokenizer=gpt2')
     saved = checkpoint()
-    assert (saved['tokenizer']['tokenizer'], saved['model_args']['vocab_size']) == ('gpt2', 50304)     # rounded up to 64s
+    assert saved['tokenizer']['tokenizer'] == 'gpt2'
+    assert saved['model_args']['vocab_size'] == 50304               # 50257 rounded up to 64s
     assert rows()[-1]['val/tokens'] == 235
 
 
@@ -779,6 +833,17 @@ def test_missing_wandb_is_refused_before_anything_happens(refused, monkeypatch):
     assert 'pip install wandb' in refused(train.main, *TINY, '--wandb_log=True') and not Path('out').exists()
 
 
+@known_bug
+def test_wandb_that_cannot_start_is_refused_and_nothing_is_moved(fit, refused, monkeypatch):
+    fit()
+    before = folder_bytes('.')
+
+    def init(**options):
+        raise RuntimeError('No API key configured.')
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
+    assert 'No API key' in refused(train.main, *TINY, '--wandb_log=True') and folder_bytes('.') == before
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # several processes
 
@@ -796,8 +861,8 @@ def deal_by_number(rank, world_size):
 def test_two_processes_train_what_one_does_with_the_same_micro_batches(fit, monkeypatch):
     """torchrun on the CPU: both finish, one of them logs and saves, gradients are averaged over both."""
     options = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=3', '--optimizer=adamw']
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__,
-                           *options, '--out_dir=two'], capture_output=True, text=True, timeout=100,
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = subprocess.run([*torchrun, __file__, *options, '--out_dir=two'], capture_output=True, text=True, timeout=100,
                           env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('sample:') == 1 and 'backend=nccl needs CUDA: using gloo' in done.stdout
@@ -831,7 +896,8 @@ def machine(monkeypatch):
         monkeypatch.setattr('torch.cuda.device_count', lambda: cuda)
         monkeypatch.setattr('torch.backends.mps.is_available', lambda: mps)
         monkeypatch.setattr('torch.cuda.get_device_name', lambda device=None: name)
-        monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation=True: bf16 or including_emulation)
+        monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation=True:
+                            bf16 or including_emulation)
     return machine
 
 
@@ -857,8 +923,8 @@ def test_pick_dtype_is_bfloat16_only_where_the_hardware_has_it(machine, bf16, wa
 
 
 @pytest.mark.parametrize('name, tera', [
-    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
-    ('NVIDIA H200', 989), ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA L4', 121),
+    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312), ('NVIDIA H100 80GB HBM3', 989),
+    ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989), ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA L4', 121),
     ('NVIDIA L40S', 362), ('NVIDIA A10', 125), ('NVIDIA A10G', 70), ('Tesla T4', None), ('NVIDIA RTX A1000', None),
     pytest.param('NVIDIA GeForce RTX 4090 Laptop GPU', None, marks=known_bug),
     pytest.param('NVIDIA A100-SXM4-80GB MIG 1g.10gb', None, marks=known_bug)])
