@@ -924,8 +924,9 @@ def test_pick_dtype_is_bfloat16_only_where_the_hardware_has_it(machine, bf16, wa
 
 @pytest.mark.parametrize('name, tera', [
     ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312), ('NVIDIA H100 80GB HBM3', 989),
-    ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989), ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA L4', 121),
-    ('NVIDIA L40S', 362), ('NVIDIA A10', 125), ('NVIDIA A10G', 70), ('Tesla T4', None), ('NVIDIA RTX A1000', None),
+    ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989), ('NVIDIA GeForce RTX 4090', 165),
+    ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA L4', 121), ('NVIDIA L40S', 362), ('NVIDIA A10', 125),
+    ('NVIDIA A10G', 70), ('Tesla T4', None), ('NVIDIA RTX A1000', None),
     pytest.param('NVIDIA GeForce RTX 4090 Laptop GPU', None, marks=known_bug),
     pytest.param('NVIDIA A100-SXM4-80GB MIG 1g.10gb', None, marks=known_bug)])
 def test_peak_flops_are_the_data_sheets_and_unknown_names_have_none(machine, name, tera):

@@ -1,0 +1,43 @@
+"""The commands in README.md and docs/ name files and options that exist, with values that pass the checks."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import bench
+import sample
+import train
+from runtime import config as configuration
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig}
+COMMANDS = sorted({match for text in TEXTS.values()
+                   for match in re.findall(r'python ((?:train|sample|bench)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)', text)})
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 8 and 'train.py config/train_svd_test.py' in COMMANDS
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_are_valid(command, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / 'config', tmp_path / 'config')
+    (tmp_path / 'NANOGPT').mkdir()                                  # stands for a checkout in --peer=NANOGPT
+    (tmp_path / 'NANOGPT' / 'model.py').touch()
+    monkeypatch.chdir(tmp_path)
+    script, *argv = shlex.split(command.replace('../nanoGPT', 'NANOGPT'))
+    configuration.load(CLASSES[script], [arg for arg in argv if arg != '--help'])
+
+
+def test_all_options_of_the_table_exist():
+    rows = re.findall(r'^\| ((?:`\w+`(?:, )?)+) \|', TEXTS['README.md'], re.M)
+    named = {name for row in rows for name in re.findall(r'`(\w+)`', row)} - {'sequence', 'causal', 'weight'}
+    assert {'use_svd', 'svd_basis_grad', 'optimizer'} <= named <= set(train.TrainConfig.__dataclass_fields__)
+
+
+def test_no_placeholder_is_left():
+    assert not [name for name, text in TEXTS.items() if re.search(r'@[A-Z0-9_]+@', text)]
