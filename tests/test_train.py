@@ -93,9 +93,9 @@ def test_a_checkpoint_is_plain_and_has_raw_names(fit):
 
 
 def test_without_always_save_only_an_improvement_is_saved(fit, monkeypatch):
-    losses = iter([3., 1., 2.])
+    losses = iter([3., 1., 2., 1.5])                                # 1.5 is better than the last, not than the best
     monkeypatch.setattr(Evaluation, 'interim', lambda self: {'train/loss': 0., 'val/loss': next(losses)})
-    fit('--always_save_checkpoint=False')
+    fit('--always_save_checkpoint=False', '--max_iters=6')
     assert (checkpoint()['iter_num'], checkpoint()['best_val_loss']) == (2, 1.)
 
 
@@ -165,13 +165,17 @@ def test_the_loss_falls(fit, options):
     assert 2.6 < losses[0] < 3.1 and sum(losses[-5:]) / 5 < 2.2 and rows()[-1]['val/loss'] < 2.2
 
 
-@pytest.mark.parametrize('options', [['--dropout=.2'], ['--optimizer=muon'], SVD], ids=' '.join)
+@pytest.mark.parametrize('options', [['--dropout=.2'], ['--optimizer=muon'], SVD, ['--learning_rate=0', '--min_lr=0']],
+                         ids=' '.join)
 def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
-    states = []
+    """Of the trained weights, of the initial ones (a learning rate of 0) and of the data's order."""
+    states, orders = [], []
     for seed in (1, 1, 2):
         fit(*options, f'--seed={seed}')
         states.append(checkpoint()['model'])
+        orders.append(checkpoint()['random']['batches'])
     assert equal(states[0], states[1]) and not equal(states[0], states[2])
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
 @pytest.mark.parametrize('method', ['gram', 'standard'])
@@ -848,23 +852,27 @@ def test_wandb_that_cannot_start_is_refused_and_nothing_is_moved(fit, refused, m
 # several processes
 
 def deal_by_number(rank, world_size):
-    """Micro-batch i of rank r is number i * world_size + r of one sequence, and evaluation reads nothing."""
+    """Micro-batch i of rank r is number i * world_size + r of one sequence, and evaluation reads nothing. The seed that
+    the process would have used is written down."""
     numbers = itertools.count(rank, world_size)
     batch = Dataset.batch
 
     def numbered(self, split, batch_size, block_size, generator, device):
+        Path(f'seed-of-{rank}').write_text(str(generator.initial_seed()))
         return batch(self, split, batch_size, block_size, torch.Generator().manual_seed(next(numbers)), device)
     Dataset.batch = numbered
     evaluation.Evaluation.interim = lambda self: {'train/loss': 0., 'val/loss': 0.}
 
 
 def test_two_processes_train_what_one_does_with_the_same_micro_batches(fit, monkeypatch):
-    """torchrun on the CPU: both finish, one of them logs and saves, gradients are averaged over both."""
+    """torchrun on the CPU: both finish, one of them logs and saves, gradients are averaged over both. Left alone, they
+    draw other windows: their generators' seeds differ."""
     options = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=3', '--optimizer=adamw']
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     done = subprocess.run([*torchrun, __file__, *options, '--out_dir=two'], capture_output=True, text=True, timeout=100,
                           env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
+    assert Path('seed-of-0').read_text() != Path('seed-of-1').read_text()
     assert done.stdout.count('sample:') == 1 and 'backend=nccl needs CUDA: using gloo' in done.stdout
     monkeypatch.setattr(Dataset, 'batch', Dataset.batch)            # both are put back afterwards
     monkeypatch.setattr(Evaluation, 'interim', Evaluation.interim)
