@@ -1,7 +1,7 @@
 # the twin of config/train_svd_test.py without SVD: same model, data, optimizer, steps and seed
 
 out_dir = 'out-baseline-test'
-eval_interval = 350
+eval_interval = 300
 eval_iters = 20
 log_interval = 10
 
@@ -17,6 +17,6 @@ n_embd = 128
 optimizer = 'muon'
 learning_rate = 5e-3
 min_lr = 5e-4
-max_iters = 1400
-lr_decay_iters = 1400
-warmup_iters = 70
+max_iters = 1200
+lr_decay_iters = 1200
+warmup_iters = 60

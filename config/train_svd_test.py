@@ -2,7 +2,7 @@
 # change svd_rank, svd_scope or svd_method and compare with config/train_baseline_test.py
 
 out_dir = 'out-svd-test'
-eval_interval = 350             # a few looks on the way; each costs a second or two
+eval_interval = 300             # a few looks on the way; each costs a second or two
 eval_iters = 20                 # the final evaluation covers the whole validation split anyway
 log_interval = 10
 
@@ -24,6 +24,6 @@ svd_basis_grad = False          # with it Muon learns to smuggle the answer thro
 optimizer = 'muon'              # a quarter of AdamW's steps on nanoGPT's CPU recipe: docs/RESULTS.md
 learning_rate = 5e-3            # 3e-3 and 8e-3 are slower off the plateau at 2.5
 min_lr = 5e-4                   # learning_rate / 10
-max_iters = 1400
-lr_decay_iters = 1400           # = max_iters
-warmup_iters = 70               # 5% of the run
+max_iters = 1200
+lr_decay_iters = 1200           # = max_iters
+warmup_iters = 60               # 5% of the run
