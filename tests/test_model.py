@@ -140,6 +140,12 @@ def test_full_rank_is_the_baseline_to_the_bit(scope, method, rank):
         assert torch.equal(p.grad, q.grad)
 
 
+@each_scope
+def test_use_svd_false_is_the_baseline_whatever_the_other_options(scope):
+    idx = tokens()
+    assert torch.equal(make(**{**svd(scope, 1), 'use_svd': False})(idx, idx)[0], make()(idx, idx)[0])
+
+
 def test_the_two_reconstructions_are_one_matrix():
     attention = make(**svd('sequence', 2)).transformer.h[0].attn
     v = torch.randn(2, 2, 16, 4, dtype=torch.float64)
@@ -275,6 +281,17 @@ def test_dropout_is_for_training_only():
     model, idx = make(dropout=.5), tokens()
     assert torch.equal(model(idx)[0], make()(idx)[0])
     model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize('place', ['transformer.drop', 'transformer.h.0.attn', 'transformer.h.0.attn.resid_dropout',
+                                   'transformer.h.0.mlp.dropout'])
+def test_dropout_acts_in_the_places_of_nanogpt(place):
+    """Each of them alone makes two passes differ; 'attn' itself stands for the attention weights."""
+    model, idx = make().train(), tokens()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    module = model.get_submodule(place)
+    setattr(module, 'p' if isinstance(module, torch.nn.Dropout) else 'dropout', .5)
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 

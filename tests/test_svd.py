@@ -169,6 +169,16 @@ def test_gradient_is_that_of_autograd_through_u_s_vh(approximate, method, rows, 
 
 
 @each_method
+@pytest.mark.parametrize('scale', [1, 1e-2, 1e-4])
+def test_causal_gradient_is_exact_where_early_rows_are_small(method, scale):
+    """Every basis has its own scale: gaps count relative to the rows it comes from, not to larger rows after them."""
+    x, dy = normal(20, 6), normal(20, 6, seed=1)
+    x[:4] *= scale
+    gradient = value_and_gradient(lambda x: causal(x, 2, method), x.float(), dy.float())[1]
+    assert_close(gradient, value_and_gradient(lambda x: causal_truth(x, 2), x, dy)[1], 1e-5)
+
+
+@each_method
 @each_map
 def test_without_basis_grad_the_projectors_are_constants(approximate, method):
     """Then the map is linear and symmetric, so its gradient is the same map applied to dy."""
