@@ -174,8 +174,8 @@ def _apply_projectors(x, projectors, spans):
 def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
     """dx[:s] += x[:s] (Z + Z^T) for every span, in place: dx, dy, x (N, T, n), sigma (spans, N, n), w (spans, N, n, n)."""
     n = x.shape[-1]
-    unit = torch.maximum(sigma[..., -1].amax(0), x.abs().amax((-2, -1)))    # (N); the rows behind a basis may be 0
-    unit = unit.clamp_min(torch.finfo(x.dtype).tiny ** 0.75).view(-1, 1)    # (N, 1)
+    floor = 1e-15 * x.abs().amax((-2, -1))                          # (N); the rows behind a basis may all be 0
+    unit = torch.maximum(sigma[..., -1], floor).clamp_min(torch.finfo(x.dtype).tiny ** 0.75).unsqueeze(-1)  # (spans, N, 1)
     relative = (sigma / unit).square()                              # (spans, N, n)
     gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()   # (spans, N, n, n)
     kept = torch.arange(n, device=x.device) >= n - rank             # (n)
