@@ -131,7 +131,7 @@ def compare(name, a, b, pairs, device, b_name):
     for i in range(pairs):
         pair = (seconds(a), seconds(b)) if i % 2 else (seconds(b), seconds(a))[::-1]
         times.append(pair)
-    low, ratio, high = statistics.quantiles([ta / tb for ta, tb in times], n=4)
+    low, ratio, high = statistics.quantiles([ta / tb for ta, tb in times], n=4, method='inclusive')
     a_ms, b_ms = (1e3 * statistics.median(column) for column in zip(*times))
     print(f'{name:32} {a_ms:8.1f} ms   {b_name} {b_ms:8.1f} ms   ratio {ratio:.3f} (quartiles {low:.3f} to {high:.3f})')
     return {'a_ms': a_ms, 'b_ms': b_ms, 'ratio': ratio, 'ratio_quartiles': [low, high]}

@@ -275,8 +275,10 @@ class GPT(nn.Module):
     def from_checkpoint(cls, saved, **overrides):
         """The model of a checkpoint dict, this repo's or nanoGPT's: its `model_args` and `model` (a state dict) are all
         that is needed. overrides: fields that add no parameters. Raises ValueError where the three do not fit."""
-        config = GPTConfig(**{**saved['model_args'], **overrides})
-        model = cls(config)
+        unknown = sorted(set(saved['model_args']) - set(GPTConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f'its model_args have fields that this model does not know: {", ".join(unknown)}')
+        model = cls(GPTConfig(**{**saved['model_args'], **overrides}))
         try:
             model.load_state_dict(saved['model'])
         except RuntimeError as e:                                   # names and shapes, over many lines

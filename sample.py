@@ -47,6 +47,8 @@ class SampleConfig:
         for name, least in dict(num_samples=1, max_new_tokens=1, seed=0, top_k=1).items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
+        if self.seed >= 2 ** 63:
+            raise ValueError(f'seed={self.seed}: must be below 2**63')
         if not self.temperature > 0:
             raise ValueError(f'temperature={self.temperature}: must be above 0 (nearest: 0.01)')
 
@@ -71,7 +73,8 @@ def samples(cfg, set_by):
     """-> list of num_samples texts, prompt included."""
     device = devices.pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    model, meta = load_model(cfg, {k: getattr(cfg, k) for k in set_by if 'svd' in k})
+    model, meta = load_model(cfg, {k: getattr(cfg, k) for k in set_by
+                                   if k == 'svd_rank' or 'svd' in k and getattr(cfg, k) is not None})
     model.to(device).eval()
     if cfg.compile:
         model.compile(dynamic=True)                                 # the context grows by a token a step
@@ -82,7 +85,7 @@ def samples(cfg, set_by):
     start = cfg.start
     if start.startswith('FILE:'):
         try:
-            start = Path(start[5:]).read_text(encoding='utf-8')
+            start = Path(start[5:]).read_text(encoding='utf-8-sig')
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f'start={cfg.start}: not a readable UTF-8 text file ({type(e).__name__})') from None
     ids = tokenizer.encode(start)
@@ -105,8 +108,6 @@ def load_model(cfg, svd):
                             'config/train_svd_test.py, or name it: --out_dir=DIR')
         saved = ckpt.load(path)
         model = GPT.from_checkpoint(saved, **svd)
-    except TypeError as e:                                          # model_args of something else
-        raise UserError(f'{path}: its model_args are not a GPTConfig: {e}') from None
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(str(e)) from None
     c = model.config

@@ -97,8 +97,11 @@ class TrainConfig(GPTConfig):
         out = Path(self.out_dir).resolve()
         if not self.out_dir or out == Path.cwd() or out in Path.cwd().parents:
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
-        if out.exists() and not out.is_dir():
-            raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {self.out_dir + "-run"!r})')
+        try:
+            if out.exists() and not out.is_dir():
+                raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {self.out_dir + "-run"!r})')
+        except OSError as e:
+            raise ValueError(f'out_dir={self.out_dir[:40]!r}: {e.strerror}') from None
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
@@ -133,6 +136,8 @@ def load_config(argv):
         return cfg, set_by, None
     path = Path(cfg.out_dir) / 'ckpt.pt'
     saved = ckpt.load(path)
+    if 'best_val_loss' not in saved:
+        raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
     hints = {f.name: f.type for f in fields(TrainConfig)}
     base = {k: v for k, v in saved.get('config', {}).items() if k in hints and k not in HERE_KEYS}
     base |= {k: v for k, v in saved['model_args'].items() if k in hints}
@@ -224,7 +229,10 @@ def train(cfg, set_by, saved, processes):
 
     wandb = import_wandb() if cfg.wandb_log and processes.is_main else None
     if processes.is_main:
-        prepare_out_dir(cfg, device, dtype, say)
+        try:
+            prepare_out_dir(cfg, device, dtype, say)
+        except OSError as e:
+            raise UserError(f'out_dir={cfg.out_dir!r}: cannot be written: {e.strerror}') from None
     if wandb:
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), dir=cfg.out_dir)
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device else model
@@ -341,8 +349,7 @@ def build_model(cfg, set_by, saved, data, say):
 
 
 def build_optimizer(cfg, model, device):
-    device_type = torch.device(device).type
-    betas = (cfg.beta1, cfg.beta2)
+    device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
     if cfg.optimizer == 'muon':
         dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
         return MuonAdamW(model.optim_groups(cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
@@ -381,10 +388,8 @@ def describe(cfg, model, data, device, dtype, processes):
     c = model.config
     say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary '
         f'{c.vocab_size}: {model.get_num_params():,} parameters; {device}, {dtype}, seed {cfg.seed}')
-    source = data.meta.get('source')
-    say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens'
-        + (f' ({source})' if source else '')
-        + f'; {cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
+    say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
+        f'({data.meta.get("source", "source unknown")}); {cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
     if c.use_svd and c.svd_rank is not None:
         say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
     elif c.use_svd or c.svd_rank is not None:
@@ -411,8 +416,7 @@ def prepare_out_dir(cfg, device, dtype, say):
         out.rename(aside)
         say(f'{out} holds a run: moved to {aside}')
     make_folder(out)
-    comment = '# resolved configuration of this run; can be given to train.py again\n'
-    (out / 'config.py').write_text(configuration.dump(cfg, comment), encoding='utf-8')
+    (out / 'config.py').write_text(configuration.dump(cfg, '# this run, resolved; can be given to train.py again\n'))
     (out / 'environment.json').write_text(json.dumps(devices.environment(device, dtype), indent=1), encoding='utf-8')
 
 

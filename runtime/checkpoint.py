@@ -30,6 +30,9 @@ def load(path):
         raise UserError(f'{path}: {whole} ({type(e).__name__})') from None
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise UserError(f'{path}: not a checkpoint of this repo or nanoGPT; it needs the keys {", ".join(REQUIRED)}')
+    for key, kind in dict(model=dict, model_args=dict, iter_num=int, config=dict).items():
+        if not isinstance(checkpoint.get(key, {}), kind) and key in checkpoint:
+            raise UserError(f'{path}: its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}')
     checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     return checkpoint
 

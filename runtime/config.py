@@ -65,7 +65,7 @@ def parse_option(arg, hints):
 def run_config_file(path, values, hints):
     """Run one Python config file with the current values visible -> the keys it sets."""
     try:
-        source = Path(path).read_text(encoding='utf-8')
+        source = Path(path).read_text(encoding='utf-8-sig')
         tree = ast.parse(source, filename=path)
     except FileNotFoundError:
         siblings = [str(p) for folder in {Path(path).parent, Path('config')} for p in sorted(folder.glob('*.py'))]
@@ -118,8 +118,11 @@ def matches(value, hint):
         return isinstance(value, bool) and hint is bool, value
     if hint is int and isinstance(value, numbers.Integral):
         return True, int(value)
-    if hint is float and isinstance(value, numbers.Real) and math.isfinite(value):
-        return True, float(value)
+    if hint is float and isinstance(value, numbers.Real):
+        try:
+            return math.isfinite(value), float(value)
+        except OverflowError:                                       # a whole number of hundreds of digits
+            return False, None
     if hint is str and isinstance(value, str):
         return '\0' not in value, value
     return False, None

@@ -187,7 +187,7 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
             print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + {meta["val_tokens"]:,} tokens '
                   f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
         return folder
-    folders = [root / name for root in roots]
+    folders = [*(root / name for root in roots), Path(name)]
     for folder in folders:
         if is_prepared(folder):
             return folder

@@ -54,6 +54,8 @@ def peak_flops(device, dtype):
     if torch.device(device).type != 'cuda' or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
+    if 'Laptop' in name or 'MIG' in name:                           # slower parts and slices under the same name
+        return None
     matches = [key for key in PEAK_FLOPS if all(word in name.replace('-', ' ').split() for word in key.split())]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
