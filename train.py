@@ -389,7 +389,8 @@ def describe(cfg, model, data, device, dtype, processes):
     say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary '
         f'{c.vocab_size}: {model.get_num_params():,} parameters; {device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
-        f'({data.meta.get("source", "source unknown")}); {cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
+        f'({data.meta.get("source", "source unknown")}); '
+        f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
     if c.use_svd and c.svd_rank is not None:
         say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
     elif c.use_svd or c.svd_rank is not None:

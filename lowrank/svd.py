@@ -178,8 +178,8 @@ def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
     unit = torch.maximum(sigma[..., -1], floor).clamp_min(torch.finfo(x.dtype).tiny ** 0.75).unsqueeze(-1)  # (spans, N, 1)
     relative = (sigma / unit).square()                              # (spans, N, n)
     gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()   # (spans, N, n, n)
-    kept = torch.arange(n, device=x.device) >= n - rank             # (n)
-    f = (kept.unsqueeze(-1) != kept) / gap.clamp_min(n * torch.finfo(x.dtype).eps)              # (spans, N, n, n)
+    kept = (torch.arange(n, device=x.device) >= n - rank).to(x.dtype)   # (n); 0 and 1, for inductor fails on bool != bool
+    f = (kept.unsqueeze(-1) - kept).abs() / gap.clamp_min(n * torch.finfo(x.dtype).eps)              # (spans, N, n, n)
     m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / unit.unsqueeze(-1)
     z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / unit.unsqueeze(-1)                           # (spans, N, n, n)
     for (s, _, _), zs in zip(spans, z):
