@@ -15,7 +15,7 @@ values are equal, which happens whenever X has rank below its width (zero rows, 
 
 Letters: m rows, n columns, k rank; "..." any batch dimensions. Methods: 'standard' is torch.linalg.svd of X, 'gram' is
 eigh of G. Both decompose in float64: a float32 G squares the condition number and loses X_k where the gap at the cut is
-small (measured: error 1e-3 at a gap of 2%, against 2e-7), and overflows at 1e30. Everything else is float32. MPS has
+small (docs/RESULTS.md, section 4), and overflows at 1e30. Everything else is float32. MPS has
 no float64, hence a float32 sum for G there, and no eigh or svd before torch 2.14: those two run on the CPU.
 """
 
