@@ -279,8 +279,10 @@ class GPT(nn.Module):
         if unknown:
             raise ValueError(f'its model_args have fields that this model does not know: {", ".join(unknown)}')
         model = cls(GPTConfig(**{**saved['model_args'], **overrides}))
+        # before it used flash attention, nanoGPT stored its causal mask
+        state = {name: w for name, w in saved['model'].items() if not name.endswith('.attn.bias')}
         try:
-            model.load_state_dict(saved['model'])
+            model.load_state_dict(state)
         except RuntimeError as e:                                   # names and shapes, over many lines
             raise ValueError(f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
         return model

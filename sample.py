@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from model import GPT, METHODS, SCOPES
+from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
@@ -99,6 +99,7 @@ def samples(cfg, set_by):
 
 def load_model(cfg, svd):
     """The model, its SVD options replaced by those given in `svd`, and the tokenizer's meta; says which model it is."""
+    saved = None
     try:
         if cfg.init_from != 'resume':
             return GPT.from_pretrained(cfg.init_from, svd), GPT2_META
@@ -107,9 +108,10 @@ def load_model(cfg, svd):
             raise UserError('no run below this folder (no */ckpt.pt); train one first: python train.py '
                             'config/train_svd_test.py, or name it: --out_dir=DIR')
         saved = ckpt.load(path)
+        configuration.check_all(GPTConfig, saved['model_args'], path)
         model = GPT.from_checkpoint(saved, **svd)
     except ValueError as e:
-        raise e if isinstance(e, UserError) else UserError(str(e)) from None
+        raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None
     c = model.config
     words = f'rank {c.svd_rank}, {c.svd_method}, {c.svd_scope}' if c.use_svd and c.svd_rank else 'off'
     print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '

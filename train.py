@@ -4,26 +4,25 @@ Train a GPT, with or without a truncated SVD on V:
     python train.py config/train_svd_test.py                     # the main job: SVD on V, minutes on two CPU cores
     python train.py config/train_svd_test.py --svd_rank=8        # any option can be overridden
     python train.py --help                                       # every option with default and meaning
+    python train.py --init_from=resume --out_dir=OUT             # go on where a run stopped, to the same bits
     python train.py --eval_only=True --init_from=resume --out_dir=OUT --use_svd=True --svd_rank=8
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Option names and defaults are nanoGPT's. OUT_DIR gets ckpt.pt, config.py (resolved; can be run again), environment.json
-and metrics.jsonl.
+and metrics.jsonl. Ctrl-C and SIGTERM save after the step at hand; what is promised beyond that: docs/RELIABILITY.md.
 """
 
-import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -31,10 +30,13 @@ from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime.config import UserError
+from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
 from runtime.optim import MuonAdamW
+from runtime.processes import LostProcess, Processes
+from runtime.run import Run, TrainingStopped, append_json, make_folder
+from runtime.stopping import Interrupted, Stop
 
 
 @dataclass
@@ -49,7 +51,7 @@ class TrainConfig(GPTConfig):
     log_interval: Annotated[int, 'steps between lines of metrics.jsonl'] = 1
     eval_iters: Annotated[int, 'random batches a split and evaluation; the final one covers all of val'] = 200
     eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
-    always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: only when the val loss improved'] = True
+    always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
     init_from: Annotated[Literal['scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'],
                          "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings) or GPT-2 weights"] = 'scratch'
     # wandb
@@ -71,7 +73,7 @@ class TrainConfig(GPTConfig):
     grad_clip: Annotated[float, 'largest gradient norm; 0: no clipping'] = 1.0
     # learning rate schedule
     decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
-    warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of max_iters where it would not fit'] = 2000
+    warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit'] = 2000
     lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = 600000
     min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10'] = 6e-5
     # system
@@ -98,6 +100,8 @@ class TrainConfig(GPTConfig):
         if not self.out_dir or out == Path.cwd() or out in Path.cwd().parents:
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
         try:
+            if any((out / name).exists() for name in ('train.bin', 'prepare.py')):
+                raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder (nearest: 'out')")
             if out.exists() and not out.is_dir():
                 raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {self.out_dir + "-run"!r})')
         except OSError as e:
@@ -110,82 +114,49 @@ HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr), 1 training failed (one line)."""
+    """-> exit code: 0 done, 2 wrong input, 1 training failed, 130 / 143 after Ctrl-C / SIGTERM; one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(TrainConfig, __doc__.strip()))
         return 0
-    try:
-        cfg, set_by, saved = load_config(argv)
-        with Processes(cfg) as processes:
-            train(cfg, set_by, saved, processes)
-        return 0
-    except UserError as e:
-        print(f'train.py: {e}', file=sys.stderr)
-        return 2
-    except (torch.linalg.LinAlgError, FloatingPointError) as e:
-        print(f'train.py: training stopped: {configuration.one_line(e)}', file=sys.stderr)
-        return 1
+    with Stop(patient='RANK' in os.environ) as stop:
+        try:
+            cfg, set_by, saved = load_config(argv)
+            with Processes(cfg) as processes:
+                train(cfg, set_by, saved, processes, stop)
+            return 0
+        except UserError as e:
+            code, words = 2, str(e)
+        except (TrainingStopped, LostProcess, torch.linalg.LinAlgError) as e:
+            code, words = 1, f'training stopped: {one_line(e)}'
+        except KeyboardInterrupt as e:
+            number = getattr(e, 'signal', signal.SIGINT)
+            code, words = 128 + number, f'stopped by {signal.Signals(number).name}'
+    if code != 2 or os.environ.get('LOCAL_RANK', '0') == '0':           # wrong input is the same for all processes
+        who = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
+        print(f'train.py: {who}{words}', file=sys.stderr)
+    return code
 
 
 def load_config(argv):
     """argv -> configuration, the keys the user set -> where, and the checkpoint if one is resumed, else None. A
     resumed run starts from the checkpoint's own settings, so that they need not be given again."""
-    cfg, set_by = configuration.load(TrainConfig, argv)
-    if cfg.init_from != 'resume':
-        return cfg, set_by, None
-    path = Path(cfg.out_dir) / 'ckpt.pt'
+    values, set_by = configuration.parse(TrainConfig, argv)
+    if values['init_from'] != 'resume':
+        return configuration.build(TrainConfig, values, set_by), set_by, None
+    path = Path(values['out_dir']) / 'ckpt.pt'
+    if not values['eval_only'] and path.with_name('last.pt').exists():      # where ckpt.pt is the best, this is later
+        path = path.with_name('last.pt')
     saved = ckpt.load(path)
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
-    hints = {f.name: f.type for f in fields(TrainConfig)}
-    base = {k: v for k, v in saved.get('config', {}).items() if k in hints and k not in HERE_KEYS}
-    base |= {k: v for k, v in saved['model_args'].items() if k in hints}
-    base = {k: configuration.check(k, v, hints[k], path) for k, v in base.items()}
-    cfg, set_by = configuration.load(TrainConfig, argv, base)
-    return cfg, set_by, saved
+    config = {k: v for k, v in saved.get('config', {}).items() if k not in HERE_KEYS}
+    base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
+    values, set_by = configuration.parse(TrainConfig, argv, base)
+    return configuration.build(TrainConfig, values, set_by, otherwise=path), set_by, saved
 
 
-class Processes:
-    """torchrun's processes, or one: rank, world_size, is_main, device. A context manager: leaves the group at the end."""
-
-    def __init__(self, cfg):
-        self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
-        self.rank, self.world_size = (int(os.environ[k]) if self.distributed else d
-                                      for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
-        self.is_main = self.rank == 0
-        self.device = devices.pick_device(cfg.device)
-        if cfg.gradient_accumulation_steps % self.world_size:
-            nearest = math.ceil(cfg.gradient_accumulation_steps / self.world_size) * self.world_size
-            raise UserError(f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}: not a multiple of the '
-                            f'{self.world_size} processes (nearest: {nearest})')
-        self.backend = cfg.backend if self.device.startswith('cuda') else 'gloo'
-
-    def __enter__(self):
-        if self.distributed:
-            if self.device.startswith('cuda'):
-                self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
-                torch.cuda.set_device(self.device)
-            distributed.init_process_group(self.backend, timeout=timedelta(hours=2))  # rank 0 evaluates, others wait
-        return self
-
-    def __exit__(self, *_):
-        if self.distributed:
-            distributed.destroy_process_group()
-
-    def main_first(self, work):
-        """Run `work` on rank 0, then on the others, which find it done."""
-        result = work() if self.is_main else None
-        if self.distributed:
-            distributed.barrier()
-        return work() if result is None else result
-
-    def print(self, text):
-        if self.is_main:
-            tqdm.write(text)
-
-
-def train(cfg, set_by, saved, processes):
+def train(cfg, set_by, saved, processes, stop):
     """One run from start to end: model, optimizer, loop, final evaluation, sample."""
     device, say = processes.device, processes.print
     dtype = devices.pick_dtype(cfg.dtype, device)
@@ -198,11 +169,12 @@ def train(cfg, set_by, saved, processes):
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
                         'only text files can be encoded anew')
+    if saved and saved.get('tokenizer', {}).get('chars', data.meta.get('chars')) != data.meta.get('chars'):
+        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {cfg.out_dir}/ckpt.pt')
     try:
-        model = build_model(cfg, set_by, saved, data, say)
+        model = build_model(cfg, set_by, saved, data, device, say)
     except ValueError as e:
         raise UserError(f'{cfg.out_dir}/ckpt.pt: {e}' if saved and not isinstance(e, UserError) else str(e)) from None
-    data.check_length(cfg.block_size)
     model.to(device)
     describe(cfg, model, data, device, dtype, processes)
     evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.svd_sees_future)
@@ -213,120 +185,156 @@ def train(cfg, set_by, saved, processes):
             append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
         return
 
-    # optimizer, and where a resumed run stood
-    optimizer = build_optimizer(cfg, model, device)
-    scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and device.startswith('cuda'))
-    order = torch.Generator().manual_seed(cfg.seed + processes.rank)    # of training batches, and nothing else
-    iter_num, best_val_loss = 0, 1e9
-    if saved is not None:
-        iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
-        restore_optimizer(optimizer, saved, cfg)
-        if 'random' in saved and not processes.distributed:
-            ckpt.set_random_state(saved['random'], order)
-        if scaler.is_enabled() and saved.get('scaler'):
-            scaler.load_state_dict(saved['scaler'])
-        saved = None                                                    # free the memory
-
-    wandb = import_wandb() if cfg.wandb_log and processes.is_main else None
+    run = Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes)
+    if saved:
+        run.restore(saved)
+        saved.clear()                                                   # main() still holds it: free the memory
     if processes.is_main:
-        try:
-            prepare_out_dir(cfg, device, dtype, say)
-        except OSError as e:
-            raise UserError(f'out_dir={cfg.out_dir!r}: cannot be written: {e.strerror}') from None
-    if wandb:
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), dir=cfg.out_dir)
-    compiled = torch.compile(model) if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device else model
-    replica = compiled
+        run.open_files()
+    replica = model
+    if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device:
+        replica = torch.compile(model, fullgraph=True)
     if processes.distributed:
-        replica = DistributedDataParallel(compiled, device_ids=[device] if 'cuda' in device else None)
+        replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
 
-    def log(row):
-        append_json(Path(cfg.out_dir) / 'metrics.jsonl', row)
-        if wandb:
-            wandb.log({k: v for k, v in row.items() if k != 'iter'}, step=row['iter'])
+    stop.deferred = True
+    loop(run, replica, evaluate, stop)
+    stop.deferred = False
+    if processes.is_main:
+        result = evaluate.final()
+        run.log({'iter': run.iter_num, **result})
+        say(evaluate.describe_final(result))
+        say('sample:\n' + sample(model, data, device, context) + '\n')
+        if run.wandb:
+            run.wandb.finish()
 
-    def save():
-        ckpt.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': iter_num,
-                   'model_args': {k: getattr(model.config, k) for k in MODEL_KEYS}, 'best_val_loss': best_val_loss,
-                   'config': asdict(cfg), 'tokenizer': data.meta, 'random': ckpt.random_state(order),
-                   'scaler': scaler.state_dict()}, Path(cfg.out_dir) / 'ckpt.pt')
 
-    micro_steps = cfg.gradient_accumulation_steps // processes.world_size
+def loop(run, replica, evaluate, stop):
+    """Steps until max_iters or until a signal asks to stop: learning rate, evaluation and checkpoint, step, log."""
+    cfg, processes = run.cfg, run.processes
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    peak = devices.peak_flops(device, dtype)
-    bar = tqdm(total=cfg.max_iters, initial=iter_num, desc='train', unit='step', disable=not processes.is_main,
+    peak = devices.peak_flops(processes.device, run.dtype)
+    bar = tqdm(total=cfg.max_iters, initial=run.iter_num, desc='train', unit='step', disable=not processes.is_main,
                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
     timed_steps, clock = 0, time.perf_counter()
     while True:
-        lr = get_lr(iter_num, cfg)
-        for group in optimizer.param_groups:
+        lr = get_lr(run.iter_num, cfg)
+        for group in run.optimizer.param_groups:
             group['lr'] = lr
 
-        last = iter_num >= cfg.max_iters
-        if (iter_num % cfg.eval_interval == 0 or last) and processes.is_main:
+        last, due = run.iter_num >= cfg.max_iters, run.iter_num % cfg.eval_interval == 0
+        if due or last:
             started = time.perf_counter()
-            result = evaluate.interim()
-            log({'iter': iter_num, **result})
-            say(f'step {iter_num}: {evaluate.describe(result)}')
-            improved = result['val/loss'] < best_val_loss
-            best_val_loss = min(best_val_loss, result['val/loss'])
-            if iter_num > 0 and (improved or cfg.always_save_checkpoint):
-                save()
+            look(run, evaluate, due, stop)
             clock += time.perf_counter() - started                      # evaluation is not training time
+        number = processes.largest(stop.signal)                         # all stop at the same step
+        if number:
+            save_interrupted(run)
+            raise Interrupted(number)
         if last:
             break
 
-        # forward and backward; the loss is the mean over all micro-batches of this process
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            x, y = data.batch('train', cfg.batch_size, cfg.block_size, order, device)
-            sync = processes.distributed and micro_step < micro_steps - 1
-            with replica.no_sync() if sync else nullcontext():          # gradients travel once a step
-                with context:
-                    _, loss = replica(x, y)
-                    loss = loss / micro_steps
-                scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        if cfg.grad_clip > 0:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        iter_num += 1
+        loss = step(run, replica)
         timed_steps += 1
-
         bar.update()
-        if iter_num % cfg.log_interval == 0 and processes.is_main:
-            lossf = loss_sum.item()                                     # waits for the device
-            if not math.isfinite(lossf):
-                raise FloatingPointError(f'step {iter_num}: the loss is {lossf}; the last checkpoint is kept')
+        if run.iter_num % cfg.log_interval == 0 and processes.is_main:
             seconds = (time.perf_counter() - clock) / timed_steps
-            row = {'iter': iter_num, 'loss': lossf, 'lr': lr, 'step_ms': seconds * 1e3,
+            row = {'iter': run.iter_num, 'loss': loss, 'lr': lr, 'step_ms': seconds * 1e3,
                    'tokens_per_s': tokens_per_iter / seconds}
             if peak:
-                row['mfu'] = model.estimate_mfu(cfg.batch_size * micro_steps, seconds, peak)
-            log(row)
-            bar.set_postfix_str(f'loss {lossf:.4f}, {row["tokens_per_s"]:,.0f} tokens/s'
+                micro_steps = cfg.gradient_accumulation_steps // processes.world_size
+                row['mfu'] = run.model.estimate_mfu(cfg.batch_size * micro_steps, seconds, peak)
+            run.log(row)
+            bar.set_postfix_str(f'loss {loss:.4f}, {row["tokens_per_s"]:,.0f} tokens/s'
                                 + (f', mfu {row["mfu"]:.1%}' if peak else ''), refresh=False)
             timed_steps, clock = 0, time.perf_counter()
     bar.close()
-    if processes.is_main:
-        result = evaluate.final()
-        log({'iter': iter_num, **result})
-        say(evaluate.describe_final(result))
-        say('sample:\n' + sample(model, data, device, context) + '\n')
-    if wandb:
-        wandb.finish()
 
 
-def build_model(cfg, set_by, saved, data, say):
+def look(run, evaluate, due, stop):
+    """Evaluate and save, on process 0. A signal ends the evaluation: after a resume it is made again."""
+    cfg, random = run.cfg, run.random_states()
+    if not run.processes.is_main:
+        return
+    result = None
+    with stop.at_once():
+        try:
+            result = evaluate.interim()
+        except torch.linalg.LinAlgError:                                # SVD of what is not finite
+            result = {'train/loss': math.nan, 'val/loss': math.nan}
+    if result is None:
+        return
+    if not math.isfinite(result['train/loss'] + result['val/loss']):
+        batch = run.data.batch('val', cfg.batch_size, cfg.block_size, torch.Generator(), run.processes.device)
+        raise run.stopped(f'step {run.iter_num}: at evaluation the loss is {result["val/loss"]}', [batch])
+    run.log({'iter': run.iter_num, **result})
+    run.processes.print(f'step {run.iter_num}: {evaluate.describe(result)}')
+    improved, best = result['val/loss'] < run.best_val_loss, min(result['val/loss'], run.best_val_loss)
+    if due:
+        run.best_val_loss = best
+    if run.iter_num > 0 and (improved or cfg.always_save_checkpoint):
+        run.save('ckpt.pt', random, best)
+
+
+def save_interrupted(run):
+    """The state as it is: in ckpt.pt, unless that is to stay the best one."""
+    random = run.random_states()
+    if run.processes.is_main:
+        keep = (run.out / 'ckpt.pt').exists() and not run.cfg.always_save_checkpoint
+        name = 'last.pt' if keep else 'ckpt.pt'
+        run.save(name, random, run.best_val_loss)
+        run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: python train.py '
+                            f'--init_from=resume --out_dir={run.out}')
+
+
+def step(run, replica):
+    """One optimizer step -> the loss, the mean over all micro-batches of all processes. Raises TrainingStopped, before
+    the optimizer touches anything, where the loss or the gradient is not finite."""
+    cfg, model, processes, scaler = run.cfg, run.model, run.processes, run.scaler
+    micro_steps, batches = cfg.gradient_accumulation_steps // processes.world_size, []
+    loss_sum = torch.zeros((), device=processes.device)
+    for micro_step in range(micro_steps):
+        # all processes draw the windows of all, in the order in which a single process would take them
+        starts = run.data.draw('train', processes.world_size * cfg.batch_size, cfg.block_size, run.order)
+        own = starts.view(processes.world_size, cfg.batch_size)[processes.rank].tolist()
+        x, y = run.data.windows(run.data.tokens('train'), own, cfg.block_size, 'train', processes.device)
+        batches.append((x, y))
+        alone = processes.distributed and micro_step < micro_steps - 1
+        try:
+            with replica.no_sync() if alone else nullcontext():         # gradients travel once a step
+                with run.context:
+                    _, loss = replica(x, y)
+                    loss = loss / micro_steps
+                scaler.scale(loss).backward()
+        except torch.linalg.LinAlgError as e:
+            raise run.stopped(f'step {run.iter_num + 1}: {one_line(e)}', batches) from None
+        loss_sum += loss.detach()
+
+    scaler.unscale_(run.optimizer)
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    loss, norm_value = torch.stack((processes.mean(loss_sum), norm)).tolist()       # waits for the device
+    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: an overflow at first is no fault
+    if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
+        raise run.stopped(f'step {run.iter_num + 1}: the loss is {loss}, the norm of the gradient {norm_value}', batches)
+    if cfg.grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
+    scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.iter_num += 1
+    return loss
+
+
+def build_model(cfg, set_by, saved, data, device, say):
     """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
     free = {k: getattr(cfg, k) for k in FREE_KEYS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:                                      # GPT-2's 50257 becomes 50304: faster products
             cfg.vocab_size = data.vocab_size if data.meta['tokenizer'] == 'char' else math.ceil(data.vocab_size / 64) * 64
+        data.check_length(cfg.block_size)
+        check_memory(cfg, device)
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS}))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
@@ -345,7 +353,20 @@ def build_model(cfg, set_by, saved, data, say):
     if data.vocab_size > cfg.vocab_size:
         raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
                         f'(nearest: {data.vocab_size})')
+    data.check_length(cfg.block_size)
     return model
+
+
+def check_memory(cfg, device):
+    """Refuse, before anything is built, what cannot fit: a lower bound of what training needs against all there is."""
+    here = devices.memory_bytes(device)
+    parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
+    activations = cfg.batch_size * cfg.block_size * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
+    need = 12 * parameters + 2 * activations                            # weights, gradients, a moment; half precision
+    if here and need > here:
+        raise UserError(f'n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, batch_size='
+                        f'{cfg.batch_size}, block_size={cfg.block_size}: need {need / 1e9:,.0f} GB or more, and '
+                        f'{device} has {here / 1e9:,.0f} GB; make one of them smaller')
 
 
 def build_optimizer(cfg, model, device):
@@ -356,17 +377,15 @@ def build_optimizer(cfg, model, device):
     return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 
 
-def restore_optimizer(optimizer, saved, cfg):
-    try:
-        optimizer.load_state_dict(saved['optimizer'])
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f'optimizer={cfg.optimizer}: the checkpoint holds the state of another optimizer '
-                        f'({configuration.one_line(e)[:80]})') from None
+def schedule_length(cfg):
+    """Steps of the learning rate schedule: lr_decay_iters, or max_iters where that was left at its default, which is
+    that of a long run. A run that is stopped early with max_iters keeps its schedule."""
+    return cfg.max_iters if cfg.lr_decay_iters == TrainConfig.lr_decay_iters else cfg.lr_decay_iters
 
 
 def warmup_iters(cfg):
-    """Steps of warm-up: as asked for if the run is longer than that, else a tenth of the run."""
-    return cfg.warmup_iters if cfg.warmup_iters < cfg.max_iters else cfg.max_iters // 10
+    """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
+    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(cfg) else schedule_length(cfg) // 10
 
 
 def get_lr(it, cfg):
@@ -396,42 +415,9 @@ def describe(cfg, model, data, device, dtype, processes):
     elif c.use_svd or c.svd_rank is not None:
         say(f'no SVD: use_svd={c.use_svd} with svd_rank={c.svd_rank} changes nothing')
     if cfg.decay_lr and warmup_iters(cfg) != cfg.warmup_iters and not cfg.eval_only:
-        say(f'warmup_iters={cfg.warmup_iters} does not fit max_iters={cfg.max_iters}: using {warmup_iters(cfg)}')
+        say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using {warmup_iters(cfg)}')
     if processes.distributed and processes.backend != cfg.backend:
         say(f'backend={cfg.backend} needs CUDA: using {processes.backend}')
-
-
-def import_wandb():
-    try:
-        import wandb
-        return wandb
-    except ImportError:
-        raise UserError('wandb_log=True: needs a package: pip install wandb (nearest: --wandb_log=False)') from None
-
-
-def prepare_out_dir(cfg, device, dtype, say):
-    """An empty OUT_DIR for a new run: whatever run is there moves to OUT_DIR.1, .2, ... Then config and environment."""
-    out = Path(cfg.out_dir)
-    if cfg.init_from != 'resume' and any((out / name).exists() for name in ('ckpt.pt', 'metrics.jsonl')):
-        aside = next(p for p in (Path(f'{out}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
-        out.rename(aside)
-        say(f'{out} holds a run: moved to {aside}')
-    make_folder(out)
-    (out / 'config.py').write_text(configuration.dump(cfg, '# this run, resolved; can be given to train.py again\n'))
-    (out / 'environment.json').write_text(json.dumps(devices.environment(device, dtype), indent=1), encoding='utf-8')
-
-
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'out_dir={str(path)!r}: cannot be made: {e.strerror}') from None
-    return Path(path)
-
-
-def append_json(path, row):
-    with open(path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(row) + '\n')
 
 
 def sample(model, data, device, context, tokens=200):

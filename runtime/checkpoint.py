@@ -6,35 +6,67 @@ from pathlib import Path
 import torch
 
 from runtime.config import UserError
+from runtime.dataset import check_meta
 from runtime.files import replacing
+from runtime.finite import first_bad_tensor
 
-REQUIRED = ('model', 'model_args', 'iter_num')
+REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
+NUMBER = (int, float, torch.Tensor)                                 # nanoGPT's best_val_loss is a tensor
+OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list, best_val_loss=NUMBER,
+                interim_best_val_loss=NUMBER)
 
 
 def save(checkpoint, path):
-    """A crash while saving leaves the old checkpoint."""
-    with replacing(path) as f:
-        torch.save(checkpoint, f)
+    """A crash or an error while saving leaves the old checkpoint. Raises OSError where the disk does not take it, and
+    FloatingPointError, before anything is written, for weights or an optimizer state that are not finite."""
+    for key in ('model', 'optimizer'):
+        bad = first_bad_tensor(checkpoint.get(key), key)
+        if bad:
+            raise FloatingPointError(f'{bad} is not finite')
+    try:
+        with replacing(path) as f:
+            torch.save(checkpoint, f)
+    except RuntimeError as e:                                       # torch's own complaint hides the disk's
+        raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def load(path):
     """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed (weights_only). Raises
-    UserError, one line, for a missing, truncated or foreign file. torch.compile's name prefix is removed."""
+    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}')
     try:
+        if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():        # torch does not look at checksums
+            raise UserError(f'{path}: damaged, or not a PyTorch file')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                                          # torch raises half a dozen kinds for damaged files
-        whole = 'not a whole PyTorch file' if not zipfile.is_zipfile(path) else 'not loadable with weights_only=True'
-        raise UserError(f'{path}: {whole} ({type(e).__name__})') from None
+    except UserError:
+        raise
+    except zipfile.BadZipFile:
+        raise UserError(f'{path}: damaged, or not a PyTorch file') from None
+    except Exception as e:                                          # torch raises half a dozen kinds
+        raise UserError(f'{path}: not loadable with weights_only=True ({type(e).__name__})') from None
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise UserError(f'{path}: not a checkpoint of this repo or nanoGPT; it needs the keys {", ".join(REQUIRED)}')
-    for key, kind in dict(model=dict, model_args=dict, iter_num=int, config=dict).items():
-        if not isinstance(checkpoint.get(key, {}), kind) and key in checkpoint:
-            raise UserError(f'{path}: its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}')
-    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+    for key, kind in (REQUIRED | OPTIONAL).items():
+        value = checkpoint.get(key)
+        if key in checkpoint and (not isinstance(value, kind) or kind is NUMBER and not _is_finite(value)):
+            raise UserError(f'{path}: its {key} is {type(value).__name__}, which cannot be used')
+    if 'tokenizer' in checkpoint:
+        check_meta(checkpoint['tokenizer'], path)
+    for name, value in checkpoint['model'].items():
+        if not torch.is_tensor(value) or not value.is_floating_point():
+            raise UserError(f'{path}: its weight {name} is no floating-point tensor')
+    bad = first_bad_tensor(checkpoint['model'], 'model')
+    if bad:
+        raise UserError(f'{path}: its weight {bad.removeprefix("model.")} is not finite')
+    checkpoint['model'] = {str(k).removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     return checkpoint
+
+
+def _is_finite(value):
+    value = torch.as_tensor(value)
+    return value.numel() == 1 and bool(value.isfinite())
 
 
 def newest(root='.'):
@@ -47,21 +79,20 @@ def _nearest_checkpoint(path):
     return f' (nearest: {found})' if found else ''
 
 
-def random_state(batches):
-    """Everything random: torch's generators and the one that orders training batches."""
+def random_state(batches, device):
+    """Everything random in this process: torch's generators and the one that orders training batches."""
+    kind = torch.device(device).type
     state = {'torch': torch.get_rng_state(), 'batches': batches.get_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state['mps'] = torch.mps.get_rng_state()
+    if kind != 'cpu':
+        state[kind] = torch.cuda.get_rng_state(device) if kind == 'cuda' else torch.mps.get_rng_state()
     return state
 
 
-def set_random_state(state, batches):
-    """The inverse of `random_state`; generators of devices that are not here are left alone."""
+def set_random_state(state, batches, device):
+    """The inverse of `random_state`. A run that moves to another kind of device keeps its data order and draws other
+    dropout masks there. Raises KeyError, TypeError or RuntimeError for what is no such state."""
+    kind = torch.device(device).type
     torch.set_rng_state(state['torch'])
     batches.set_state(state['batches'])
-    if 'cuda' in state and torch.cuda.is_available() and len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state['cuda'])
-    if 'mps' in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state['mps'])
+    if kind in state:
+        torch.cuda.set_rng_state(state[kind], device) if kind == 'cuda' else torch.mps.set_rng_state(state[kind])

@@ -20,27 +20,42 @@ class UserError(ValueError):
     """The user's input was wrong. The entry points print it as one line and exit with code 2."""
 
 
-def load(cls, argv, base=None):
-    """argv (config files and --key=value, in any order; files count first) -> an instance of dataclass `cls`, and a
-    dict of the keys the user set -> where. `base` replaces defaults (a checkpoint's configuration). A ValueError from
-    the class that starts with "key=" is reported with the place that set key."""
+def load(cls, argv):
+    """argv -> an instance of dataclass `cls`, and a dict of the keys the user set -> where."""
+    values, set_by = parse(cls, argv)
+    return build(cls, values, set_by), set_by
+
+
+def parse(cls, argv, base=None):
+    """argv (config files and --key=value, in any order; files count first) -> dict of all values, each of its type, and
+    a dict of the keys the user set -> where. `base` replaces defaults (a checkpoint's configuration)."""
     values = {f.name: f.default for f in fields(cls)} | (base or {})
     hints = get_type_hints(cls, include_extras=True)
-    files = [arg for arg in argv if not arg.startswith('-')]
     set_by = {}
-    for path in files:
+    for path in (arg for arg in argv if not arg.startswith('-')):
         for key, value in run_config_file(path, values, hints).items():
             values[key], set_by[key] = check(key, value, hints[key], path), path
     for arg in argv:
         if arg.startswith('-'):
             key, value = parse_option(arg, hints)
             values[key], set_by[key] = value, 'the command line'
+    return values, set_by
+
+
+def build(cls, values, set_by, otherwise='default'):
+    """The instance of `cls`. Its ValueError that starts with "key=" is reported with the place that set key."""
     try:
-        return cls(**values), set_by
+        return cls(**values)
     except ValueError as e:
         key = str(e).partition('=')[0]
-        where = set_by.get(key, 'default') if key in values else ''
-        raise UserError(f'{e}' + (f' [{where}]' if where else '')) from None
+        where = f' [{set_by.get(key, otherwise)}]' if key in values else ''
+        raise UserError(f'{e}{where}') from None
+
+
+def check_all(cls, values, where):
+    """What a file says of fields of `cls` -> the same in their types; other keys are left out. Raises UserError."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {key: check(key, value, hints[key], where) for key, value in values.items() if key in hints}
 
 
 def parse_option(arg, hints):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from runtime import download
-from runtime.config import UserError, did_you_mean
+from runtime.config import UserError, did_you_mean, one_line
 from runtime.files import write_atomically
 
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
@@ -97,14 +97,28 @@ def read_meta(folder):
                         chars=[old['itos'][i] for i in range(old['vocab_size'])])
         else:
             return dict(GPT2_META)
-        known = meta['tokenizer'] == 'gpt2' or meta['tokenizer'] == 'char' and len(meta['chars']) == meta['vocab_size']
-        if not known or meta['dtype'] not in ('uint16', 'uint32') or not 0 < int(meta['vocab_size']) < 2 ** 32:
-            raise ValueError('tokenizer, chars, vocab_size or dtype do not fit together')
-        return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, ImportError,
-            pickle.UnpicklingError) as e:
-        raise UserError(f'{folder}: its meta file cannot be used: {type(e).__name__}: {" ".join(str(e).split())}; '
+            OverflowError, MemoryError, RecursionError, pickle.UnpicklingError) as e:
+        raise UserError(f'{folder}: its meta file cannot be used: {type(e).__name__}: {one_line(e)[:200]}; '
                         'prepare the data set again') from None
+    return check_meta(meta, folder)
+
+
+def check_meta(meta, where):
+    """The meta dict itself, or UserError that starts with `where`."""
+    try:
+        kind, size, dtype = meta['tokenizer'], meta['vocab_size'], meta['dtype']
+        right = kind in ('char', 'gpt2') and dtype in ('uint16', 'uint32') and type(size) is int and size > 0
+        right = right and size <= 2 ** (8 * np.dtype(dtype).itemsize)
+        if right and kind == 'char':
+            chars = meta['chars']
+            right = len(chars) == len(set(chars)) == size and all(type(c) is str and len(c) == 1 for c in chars)
+    except (KeyError, TypeError):
+        right = False
+    if not right:
+        raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit together; prepare the '
+                        'data set again')
+    return meta
 
 
 class Dataset:
@@ -140,11 +154,14 @@ class Dataset:
                 raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} tokens '
                                 f'(nearest: {max(1, n - 1)})')
 
+    def draw(self, split, count, block_size, generator):
+        """Where `count` random windows start: int64 (count)."""
+        return torch.randint(len(self.tokens(split)) - block_size, (count,), generator=generator)
+
     def batch(self, split, batch_size, block_size, generator, device):
         """Random windows: x (B, T) token ids, y (B, T) the ids that follow; int64, on `device`."""
-        tokens = self.tokens(split)
-        starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator).tolist()
-        return self.windows(tokens, starts, block_size, split, device)
+        starts = self.draw(split, batch_size, block_size, generator)
+        return self.windows(self.tokens(split), starts.tolist(), block_size, split, device)
 
     def windows(self, tokens, starts, block_size, split, device):
         """The windows at `starts`: x (B, T), y (B, T)."""
@@ -165,8 +182,11 @@ LARGE = {'openwebtext': 'downloads about 24 GB'}
 def is_prepared(folder):
     """Whether both splits are there and no preparation was cut off."""
     meta = folder / 'meta.json'
-    return (folder / 'train.bin').exists() and (folder / 'val.bin').exists() and not (
-        meta.exists() and meta.read_bytes() == UNFINISHED)
+    try:
+        return (folder / 'train.bin').exists() and (folder / 'val.bin').exists() and not (
+            meta.exists() and meta.read_bytes() == UNFINISHED)
+    except OSError:                                                 # unreadable: read_meta will say so
+        return True
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):
@@ -193,13 +213,18 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
             return folder
     for folder in folders:
         script = folder / 'prepare.py'
+        missing = [f for f in ('train.bin', 'val.bin') if not (folder / f).exists()]
         if script.exists() and name in LARGE:
             raise UserError(f'dataset={name}: not prepared; run python {script} first ({LARGE[name]}; '
                             'nearest: --dataset=shakespeare_char, prepared in seconds)')
         if script.exists():
-            print(f'data set {name} is not prepared yet: running {script}', flush=True)
+            state = 'not prepared yet' if len(missing) == 2 else 'left half-prepared'
+            print(f'data set {name} is {state}: running {script}', flush=True)
             if subprocess.run([sys.executable, str(script)]).returncode:
                 raise UserError(f'dataset={name}: {script} failed; the line above says why')
             return folder
+        if len(missing) < 2:
+            raise UserError(f'dataset={name}: {folder} was left half-prepared '
+                            f'({missing[0] + " is missing" if missing else "its meta.json says so"}); prepare it again')
     known = sorted({f.parent.name for root in roots for f in [*root.glob('*/prepare.py'), *root.glob('*/train.bin')]})
     raise UserError(f'dataset={name}: no such data set or text file{did_you_mean(name, known, other="known: " + ", ".join(known))}')

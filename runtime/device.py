@@ -60,6 +60,16 @@ def peak_flops(device, dtype):
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+def memory_bytes(device):
+    """All memory of the device, or None where that is unknown."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')     # MPS shares the machine's
+    except (AttributeError, ValueError, OSError):                           # Windows
+        return None
+
+
 def synchronize(device):
     """Wait for queued work, before reading a clock."""
     kind = torch.device(device).type

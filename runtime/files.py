@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,3 +32,23 @@ def write_atomically(path, content):
     """bytes -> file, by `replacing`."""
     with replacing(path) as f:
         f.write(content)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of processes that were killed while `replacing`; not those of living ones."""
+    for path in Path(folder).glob('*.tmp'):
+        number = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
+        if number and not _is_alive(int(number[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process):
+    if os.name != 'posix':
+        return True                                                 # asking would end it there
+    try:
+        os.kill(process, 0)
+        return True
+    except PermissionError:
+        return True                                                 # somebody else's
+    except (ProcessLookupError, OverflowError):
+        return False

@@ -65,6 +65,10 @@ class MuonAdamW:
     def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    @property
+    def state(self):
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
     def step(self):
         for optimizer in self.optimizers:
             optimizer.step()
@@ -79,3 +83,29 @@ class MuonAdamW:
     def load_state_dict(self, state):
         self.optimizers[0].load_state_dict(state['muon'])
         self.optimizers[1].load_state_dict(state['adamw'])
+
+
+def restore_optimizer(optimizer, saved, steps, cropped):
+    """Load the state dict `saved` of an optimizer that took `steps` steps. Its options (weight decay, betas) do not
+    count: those that `optimizer` was made with do. cropped: a parameter that may have lost its last rows since. Raises
+    ValueError, where torch would load what fails later, for a state that is not this optimizer's."""
+    options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+        raise ValueError(f'{type(e).__name__}: {" ".join(str(e).split())[:100]}') from None
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+    kinds = {'momentum_buffer'}, {'step', 'exp_avg', 'exp_avg_sq'}
+    for p in (p for group in optimizer.param_groups for p in group['params']):
+        state = optimizer.state.get(p, {})
+        if not steps and not state:
+            continue
+        if set(state) not in kinds or not all(torch.is_tensor(value) for value in state.values()):
+            raise ValueError(f'a parameter has {", ".join(map(str, state)) or "nothing"} in it')
+        for key, value in state.items():
+            if p is cropped and value.dim() == 2 and value.shape[0] > p.shape[0]:
+                state[key] = value = value[:p.shape[0]].clone()
+            if value.shape != (p.shape if key != 'step' else ()) or not value.isfinite().all():
+                raise ValueError(f'{key} of shape {tuple(value.shape)}, or not finite, for a parameter of shape '
+                                 f'{tuple(p.shape)}')

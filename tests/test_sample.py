@@ -93,7 +93,7 @@ def test_a_foreign_checkpoint_is_refused(run, refused, spoil, words):
 def test_a_truncated_checkpoint_is_refused(run, refused):
     path = Path(run()) / 'ckpt.pt'
     path.write_bytes(path.read_bytes()[:3000])
-    assert 'out/ckpt.pt: not a whole PyTorch file' in refused(sample.main)
+    assert 'out/ckpt.pt: damaged, or not a PyTorch file' in refused(sample.main)
 
 
 def test_gpt2_samples_through_its_own_tokenizer(here, call, monkeypatch, byte_bpe):

@@ -1,0 +1,92 @@
+"""One process, or those that torchrun started: who is who, and the little they tell each other besides gradients."""
+
+import math
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from runtime import device as devices
+from runtime.config import UserError, one_line
+
+# the others wait while process 0 evaluates; a process that is gone is noticed at once, by its closed connection
+PATIENCE = timedelta(hours=2)
+
+
+LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # in what torch says then
+
+
+class LostProcess(Exception):
+    """Another process of the job is gone, or does not answer."""
+
+
+class Processes:
+    """rank, world_size, is_main, device. A context manager: joins the group, and leaves it at the end."""
+
+    def __init__(self, cfg):
+        self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+        self.rank, self.world_size = (int(os.environ[k]) if self.distributed else d
+                                      for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
+        self.is_main = self.rank == 0
+        self.device = devices.pick_device(cfg.device)
+        self.on_cuda = self.device.startswith('cuda')
+        if cfg.gradient_accumulation_steps % self.world_size:
+            nearest = math.ceil(cfg.gradient_accumulation_steps / self.world_size) * self.world_size
+            raise UserError(f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}: not a multiple of the '
+                            f'{self.world_size} processes (nearest: {nearest})')
+        here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if self.distributed and self.on_cuda and here > torch.cuda.device_count():
+            raise UserError(f'{here} processes on this machine need a GPU each, and it has {torch.cuda.device_count()} '
+                            f'(nearest: --nproc_per_node={torch.cuda.device_count()})')
+        self.backend = cfg.backend if self.on_cuda else 'gloo'      # of the gradients
+
+    def __enter__(self):
+        if self.distributed:
+            if self.on_cuda:
+                self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+                torch.cuda.set_device(self.device)
+            backend = f'cpu:gloo,cuda:{self.backend}' if self.on_cuda else 'gloo'       # numbers travel on the CPU
+            distributed.init_process_group(backend, timeout=PATIENCE)
+        return self
+
+    def __exit__(self, kind, error, _):
+        if not self.distributed:
+            return
+        if kind is None:                                            # after an error another process may never come
+            distributed.destroy_process_group()
+        elif issubclass(kind, RuntimeError) and any(word in str(error).lower() for word in LOST):
+            raise LostProcess(f'no contact with another process ({one_line(error)[:120]})') from None
+
+    def main_first(self, work):
+        """Run `work` on process 0, then on the others, which find it done."""
+        result = work() if self.is_main else None
+        if self.distributed:
+            distributed.barrier()
+        return work() if result is None else result
+
+    def gather(self, value):
+        """Every process's `value`, in order, as a list on process 0; None on the others."""
+        if not self.distributed:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        distributed.gather_object(value, values)
+        return values
+
+    def largest(self, number):
+        """The largest of the processes' whole numbers, on all of them."""
+        return self._reduce(torch.tensor(number), distributed.ReduceOp.MAX).item() if self.distributed else number
+
+    def mean(self, value):
+        """The mean of the processes' scalars (), on all of them."""
+        return self._reduce(value, distributed.ReduceOp.SUM) / self.world_size if self.distributed else value
+
+    @staticmethod
+    def _reduce(tensor, op):
+        distributed.all_reduce(tensor, op)
+        return tensor
+
+    def print(self, text):
+        if self.is_main:
+            tqdm.write(text)

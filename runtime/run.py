@@ -1,0 +1,169 @@
+"""A run in progress: what its checkpoints hold, and the files in OUT_DIR."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from runtime import checkpoint as ckpt
+from runtime import config as configuration
+from runtime import device as devices
+from runtime.config import UserError, one_line
+from runtime.files import remove_leftovers, write_atomically
+from runtime.finite import first_bad_layer
+from runtime.optim import restore_optimizer
+
+
+class TrainingStopped(Exception):
+    """A run that cannot go on, through no fault of its input: one line and exit code 1."""
+
+
+class Run:
+    """Model, optimizer, position in the data and best loss, as saved and restored together. Raises TrainingStopped
+    where files cannot be written, or would hold numbers that are not finite."""
+
+    def __init__(self, cfg, model, optimizer, data, dtype, processes):
+        self.cfg, self.model, self.optimizer, self.data, self.processes = cfg, model, optimizer, data, processes
+        self.dtype, self.context = dtype, devices.autocast(processes.device, dtype)
+        on_cuda = processes.device.startswith('cuda')
+        self.scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and on_cuda)
+        self.order = torch.Generator().manual_seed(cfg.seed)            # of training batches, and of nothing else
+        self.iter_num, self.best_val_loss = 0, 1e9
+        self.out, self.saved_at, self.wandb = Path(cfg.out_dir), None, None
+
+    def restore(self, saved):
+        """Go on where the checkpoint stood. Raises UserError where it does not fit."""
+        states, here, path = saved.get('random'), self.processes.world_size, f'{self.out}/ckpt.pt'
+        if states is None:
+            self.processes.print(f'{path} has no random state: the order of the data starts anew')
+        elif len(states) != here:
+            raise UserError(f'{path}: its run has {len(states)} processes, and here are {here}: the data would come in '
+                            f'another order (nearest: torchrun --nproc_per_node={len(states)})')
+        try:
+            restore_optimizer(self.optimizer, saved.get('optimizer'), saved['iter_num'], self.model.transformer.wpe.weight)
+        except ValueError as e:
+            raise UserError(f'{path}: its optimizer state does not fit optimizer={self.cfg.optimizer}: {e}') from None
+        try:
+            if states:
+                ckpt.set_random_state(states[self.processes.rank], self.order, self.processes.device)
+            if self.scaler.is_enabled() and saved.get('scaler'):
+                self.scaler.load_state_dict(saved['scaler'])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise UserError(f'{path}: its random or scaler state cannot be used: {one_line(e)[:200]}') from None
+        self.iter_num = self.saved_at = saved['iter_num']
+        self.best_val_loss = float(saved.get('interim_best_val_loss', saved['best_val_loss']))
+
+    def open_files(self):
+        """OUT_DIR and wandb, on process 0."""
+        cfg, say = self.cfg, self.processes.print
+        wandb = import_wandb() if cfg.wandb_log else None
+        prepare_folder(cfg.out_dir, self.saved_at, {
+            'config.py': configuration.dump(cfg, '# this run, resolved; can be given to train.py again\n'),
+            'environment.json': json.dumps(devices.environment(self.processes.device, self.dtype), indent=1)}, say)
+        if wandb:
+            try:
+                wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), dir=cfg.out_dir)
+                self.wandb = wandb
+            except Exception as e:                                      # no key, no network: train all the same
+                say(f'wandb does not start ({type(e).__name__}: {one_line(e)[:200]}); metrics.jsonl has everything')
+
+    def log(self, row):
+        """A line of metrics.jsonl, and to wandb."""
+        if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
+            raise self.stopped(f'after step {self.iter_num}: a loss is not finite')
+        try:
+            append_json(self.out / 'metrics.jsonl', row)
+        except OSError as e:
+            raise self.stopped(f'after step {self.iter_num}: {self.out}/metrics.jsonl: {e.strerror}') from None
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if k != 'iter'}, step=row['iter'])
+
+    def random_states(self):
+        """Of every process, on process 0; all have to call it."""
+        return self.processes.gather(ckpt.random_state(self.order, self.processes.device))
+
+    def save(self, name, random, best_val_loss):
+        """OUT_DIR/name. best_val_loss counts every evaluation; interim_best_val_loss leaves out one that only took place
+        because the run ended there: a run that went on, or that is resumed, does not know it."""
+        model = self.model
+        try:
+            ckpt.save({'model': model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'iter_num': self.iter_num,
+                       'model_args': asdict(model.config), 'best_val_loss': best_val_loss,
+                       'interim_best_val_loss': self.best_val_loss, 'config': asdict(self.cfg),
+                       'tokenizer': self.data.meta, 'random': random, 'scaler': self.scaler.state_dict()},
+                      self.out / name)
+            if name == 'ckpt.pt':
+                (self.out / 'last.pt').unlink(missing_ok=True)
+        except OSError as e:
+            raise self.stopped(f'after step {self.iter_num}: {self.out / name} was not saved: {e.strerror}') from None
+        except FloatingPointError as e:
+            raise self.stopped(f'step {self.iter_num}: {e}') from None
+        self.saved_at = self.iter_num
+
+    def stopped(self, why, batches=None):
+        """TrainingStopped to raise: why, the first bad layer if `batches` are given, and what is kept."""
+        if batches is not None:
+            bad = first_bad_layer(self.model, batches, self.context)
+            why += f'; first bad layer: {bad or "none, it did not happen again"}'
+        kept = 'no checkpoint had been saved' if self.saved_at is None else f'the checkpoint of step {self.saved_at} is kept'
+        return TrainingStopped(f'{why}; {kept}')
+
+
+def import_wandb():
+    try:
+        import wandb
+        return wandb
+    except ImportError:
+        raise UserError('wandb_log=True: needs a package: pip install wandb (nearest: --wandb_log=False)') from None
+
+
+def prepare_folder(out_dir, resumed_at, texts, say):
+    """Make OUT_DIR ready and write `texts` {file name: text} into it. resumed_at: the step from which its run goes on;
+    if None, a run that is there moves to OUT_DIR.1, .2, ... as a whole. A symbolic link stays: its target is what
+    moves. Raises UserError."""
+    out = Path(out_dir)
+    try:
+        if resumed_at is None and any((out / name).exists() for name in ('ckpt.pt', 'metrics.jsonl')):
+            real = out.resolve()
+            aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
+            real.rename(aside)
+            say(f'{out} holds a run: moved to {aside if out.is_symlink() else out.with_name(aside.name)}')
+        make_folder(out)
+        remove_leftovers(out)
+        for name, text in texts.items():
+            write_atomically(out / name, text.encode())
+        if resumed_at is not None and (out / 'metrics.jsonl').exists():
+            forget_after(out / 'metrics.jsonl', resumed_at)
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir!r}: cannot be written: {e.strerror or e}') from None
+
+
+def make_folder(path):
+    """The folder as a Path, made if need be; a link's target too."""
+    try:
+        Path(path).resolve().mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out_dir={str(path)!r}: cannot be made: {e.strerror}') from None
+    return Path(path)
+
+
+def append_json(path, row):
+    """One more line of JSON. Raises OSError."""
+    with open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(row, allow_nan=False) + '\n')
+
+
+def forget_after(path, iter_num):
+    """Cut metrics.jsonl back to what an undisturbed run had written when step `iter_num` was done: no later rows, no
+    evaluation at that step, which is repeated, no final one, and no line that a crash left unfinished."""
+    kept = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            row = json.loads(line)
+            if row['iter'] < iter_num or row['iter'] == iter_num and 'loss' in row:
+                kept.append(line + '\n')
+        except (ValueError, KeyError, TypeError):
+            pass
+    write_atomically(path, ''.join(kept).encode())
