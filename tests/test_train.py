@@ -818,17 +818,6 @@ def test_wandb_that_cannot_start_does_not_stop_training(fit, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# several processes
-
-@pytest.mark.parametrize('steps, nearest', [(1, 2), (3, 4)])
-def test_micro_batches_that_do_not_divide_among_the_processes_are_refused(refused, monkeypatch, steps, nearest):
-    for key, value in dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2').items():
-        monkeypatch.setenv(key, value)
-    assert f'not a multiple of the 2 processes (nearest: {nearest})' in refused(
-        train.main, *TINY, f'--gradient_accumulation_steps={steps}')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # devices, by fakes
 
 @pytest.fixture

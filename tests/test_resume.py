@@ -1,0 +1,203 @@
+"""A run that was stopped and resumed is the run that was never stopped, to the last bit."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT, TINY, checkpoint, equal, rows
+from model import METHODS, SCOPES
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'here')
+SVD = [f'--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope={scope} --svd_method={method} --svd_basis_grad={grad}'
+       for scope in SCOPES for method in METHODS for grad in (True, False)]
+FEATURES = ['', '--dropout=.2', '--gradient_accumulation_steps=3', '--optimizer=muon', '--dtype=bfloat16',
+            '--decay_lr=False', '--warmup_iters=5', '--log_interval=3', '--always_save_checkpoint=False', '--bias=True',
+            '--grad_clip=0', *(f'--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon {svd}' for svd in SVD)]
+STEPS = 13
+RUN = [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=4']
+
+
+def same(a, b):
+    """Whether two nested structures are the same, tensors to the bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def untimed(folder):
+    """The rows of metrics.jsonl without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in ('step_ms', 'tokens_per_s')} for row in rows(folder)]
+
+
+def assert_same_run(folder, other):
+    a, b = checkpoint(folder), checkpoint(other)
+    for key in a.keys() - {'config'}:
+        assert same(a[key], b[key]), key
+    here = ('out_dir', 'init_from', 'max_iters')
+    assert {k: v for k, v in a['config'].items() if k not in here} == {
+        k: v for k, v in b['config'].items() if k not in here}
+    assert untimed(folder) == untimed(other)
+
+
+def interrupt(monkeypatch, steps, number=signal.SIGINT):
+    """A signal arrives while step `steps` is computed."""
+    calls = itertools.count(1)
+    step = train.step
+
+    def interrupted(*args):
+        if next(calls) == steps:
+            os.kill(os.getpid(), number)
+        return step(*args)
+    monkeypatch.setattr(train, 'step', interrupted)
+
+
+@pytest.mark.parametrize('options', FEATURES)
+def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
+    """Stopped twice: by a small max_iters, which evaluates and ends in order, and by Ctrl-C. Checkpoint (parameters,
+    optimizer, best loss, random states, data order) and metrics are equal at the end."""
+    options = options.split()
+    fit(*RUN, *options, '--out_dir=whole')
+    first, second = sorted(random.Random(' '.join(options)).sample(range(1, STEPS), 2))
+    fit(*RUN, *options, f'--max_iters={first}')
+    with monkeypatch.context() as patch:
+        interrupt(patch, second - first)
+        assert call(train.main, '--init_from=resume', '--device=cpu', *options, f'--max_iters={STEPS}').code == 130
+    assert call(train.main, '--init_from=resume', '--device=cpu', *options).code == 0
+    assert_same_run('out', 'whole')
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
+    interrupt(monkeypatch, 3, number)
+    result = call(train.main, *RUN, '--eval_interval=100')
+    assert result.code == code and checkpoint()['iter_num'] == 3
+    assert 'interrupted after step 3, saved to out/ckpt.pt' in result.out
+    assert result.err.splitlines()[-1] == f'train.py: stopped by {number.name}'
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)     # as it was
+
+
+def test_a_second_signal_stops_without_saving(call, monkeypatch):
+    def twice(run, replica):
+        os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(train, 'step', twice)
+    assert call(train.main, *RUN).code == 130 and not Path('out/ckpt.pt').exists()
+
+
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(fit, call, monkeypatch):
+    fit(*RUN, '--out_dir=whole')
+    interim = train.Evaluation.interim
+
+    def interrupted(self):
+        if next(calls) == 3:                                        # at step 8
+            os.kill(os.getpid(), signal.SIGTERM)
+        return interim(self)
+    calls = itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Evaluation, 'interim', interrupted)
+        assert call(train.main, *RUN).code == 143
+    assert checkpoint()['iter_num'] == 8 and [row['iter'] for row in rows() if 'val/loss' in row] == [0, 4]
+    assert call(train.main, '--init_from=resume', '--device=cpu').code == 0
+    assert_same_run('out', 'whole')
+
+
+def test_before_training_and_after_it_a_signal_ends_at_once(call, monkeypatch):
+    for name in ('build_model', 'sample'):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+            assert call(train.main, *RUN).code == 143
+    assert rows()[-1]['final'] and checkpoint()['iter_num'] == STEPS
+
+
+def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(fit, call, monkeypatch):
+    """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, and resuming takes that."""
+    losses = {0: 5., 4: 1., 8: 2., 12: 3., STEPS: 4.}
+
+    def interim(self):
+        return {'train/loss': 0., 'val/loss': losses[step_of(self)]}
+
+    def step_of(evaluate):
+        return runs[0].iter_num
+    runs, init = [], train.Run.__init__
+
+    def remember(self, *args):
+        init(self, *args)
+        runs[:] = [self]
+    monkeypatch.setattr(train.Run, '__init__', remember)
+    monkeypatch.setattr(train.Evaluation, 'interim', interim)
+    fit(*RUN, '--always_save_checkpoint=False', '--out_dir=whole')
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6)
+        assert call(train.main, *RUN, '--always_save_checkpoint=False').code == 130
+    assert checkpoint()['iter_num'] == 4 and torch.load('out/last.pt', weights_only=True)['iter_num'] == 6
+    assert call(train.main, '--init_from=resume', '--device=cpu').code == 0
+    assert_same_run('out', 'whole')
+    assert checkpoint()['best_val_loss'] == 1.
+
+
+def test_a_later_checkpoint_replaces_last_pt(fit, call, monkeypatch):
+    fit(*RUN, '--max_iters=4')
+    os.rename('out/ckpt.pt', 'out/last.pt')
+    assert call(train.main, '--init_from=resume', '--device=cpu', f'--max_iters={STEPS}').code == 0
+    assert checkpoint()['iter_num'] == STEPS and not Path('out/last.pt').exists()
+
+
+def test_metrics_of_a_run_that_died_are_cut_back_to_the_checkpoint(fit, call):
+    """Rows of steps after the last checkpoint, and the half line that was being written."""
+    fit(*RUN, '--out_dir=whole')
+    fit(*RUN, '--max_iters=6')
+    os.truncate('out/metrics.jsonl', Path('out/metrics.jsonl').stat().st_size - 7)
+    with open('out/metrics.jsonl', 'a') as f:
+        f.write('\n{"iter": 7, "loss": 1.0}\n[8]\n{"iter": 9, "lo')
+    assert call(train.main, '--init_from=resume', '--device=cpu', f'--max_iters={STEPS}').code == 0
+    assert_same_run('out', 'whole')
+
+
+def test_what_a_resumed_run_asks_for_counts_not_the_optimizers_old_options(fit, call, monkeypatch):
+    fit(*RUN, '--max_iters=2')
+    seen, build = [], train.build_optimizer
+    monkeypatch.setattr(train, 'build_optimizer', lambda *args: seen.append(build(*args)) or seen[0])
+    assert call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=3', '--weight_decay=.5', '--beta2=.5').code == 0
+    assert [(g['weight_decay'], g['betas']) for g in seen[0].param_groups] == [(.5, (.9, .5)), (0., (.9, .5))]
+
+
+def test_another_number_of_processes_is_refused(fit, refused):
+    fit(*RUN, '--max_iters=2')
+    saved = checkpoint()
+    torch.save(saved | {'random': saved['random'] * 2}, 'out/ckpt.pt')
+    line = refused(train.main, '--init_from=resume', '--device=cpu', '--max_iters=3')
+    assert 'its run has 2 processes, and here are 1' in line and 'torchrun --nproc_per_node=2' in line
+
+
+def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(fit):
+    fit(*RUN, '--max_iters=2')
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    for name in (f'ckpt.pt.{dead.pid}.tmp', f'ckpt.pt.{os.getppid()}.tmp', 'mine.tmp'):
+        (Path('out') / name).touch()
+    assert train.main(['--init_from=resume', '--device=cpu', '--max_iters=3']) == 0
+    assert {p.name for p in Path('out').glob('*.tmp')} == {f'ckpt.pt.{os.getppid()}.tmp', 'mine.tmp'}
+
+
+def test_ctrl_c_in_a_real_process():
+    """As a user would: the whole command, the signal from outside."""
+    command = [sys.executable, str(ROOT / 'train.py'), *RUN, '--max_iters=1000000', '--eval_interval=1000000']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {'OMP_NUM_THREADS': '1'})
+    while not (Path('out/metrics.jsonl').exists() and len(Path('out/metrics.jsonl').read_text().splitlines()) > 5):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and 'saved to out/ckpt.pt' in out and 'Traceback' not in err
+    assert checkpoint()['iter_num'] == rows()[-1]['iter'] > 5
