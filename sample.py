@@ -54,7 +54,7 @@ class SampleConfig:
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr)."""
+    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(SampleConfig, __doc__.strip()))
@@ -67,6 +67,8 @@ def main(argv=None):
     except UserError as e:
         print(f'sample.py: {e}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def samples(cfg, set_by):

@@ -165,7 +165,7 @@ def train(cfg, set_by, saved, processes, stop):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
     torch.manual_seed(cfg.seed + processes.rank)
 
-    data = Dataset(processes.main_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
+    data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
                         'only text files can be encoded anew')

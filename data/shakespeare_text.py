@@ -29,7 +29,7 @@ DIRECTION = re.compile(r'[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*')
 
 
 def prepare(tokenizer, folder, argv=None):
-    """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network, 2 wrong input."""
+    """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network, 2 wrong input, 130."""
     parser = argparse.ArgumentParser(prog=f'python data/{folder.name}/prepare.py', allow_abbrev=False)
     parser.add_argument('--input', metavar='FILE', help='a UTF-8 text (default: input.txt here, else a download)')
     parser.add_argument('--out_dir', metavar='DIR', type=Path, default=folder, help='default: this folder')
@@ -45,6 +45,9 @@ def prepare(tokenizer, folder, argv=None):
     except (UserError, OSError) as e:
         print(e, file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
+    except KeyboardInterrupt:
+        print('interrupted; the same command starts anew', file=sys.stderr)
+        return 130
     print(f'{source}: {len(text):,} characters, {len(set(text))} distinct, sha256 {meta["sha256"]}')
     print(f'{args.out_dir}: {meta["train_tokens"]:,} tokens for training, {meta["val_tokens"]:,} for validation, '
           f'vocabulary {meta["vocab_size"]:,}')

@@ -17,7 +17,7 @@ import torch
 
 from runtime import download
 from runtime.config import UserError, did_you_mean, one_line
-from runtime.files import write_atomically
+from runtime.files import remove_leftovers, write_atomically
 
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
 DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')     # below this folder first, then the repo's
@@ -70,6 +70,7 @@ def write_dataset(folder, text, tokenizer, source):
     cut = int(len(text) * 0.9)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     write_atomically(folder / 'meta.json', UNFINISHED)
     for split, part in (('train', text[:cut]), ('val', text[cut:])):
         ids = encoder.encode(part) if chars else encoder.bpe.encode_ordinary(part)

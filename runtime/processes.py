@@ -59,12 +59,15 @@ class Processes:
         elif issubclass(kind, RuntimeError) and any(word in str(error).lower() for word in LOST):
             raise LostProcess(f'no contact with another process ({one_line(error)[:120]})') from None
 
-    def main_first(self, work):
-        """Run `work` on process 0, then on the others, which find it done."""
-        result = work() if self.is_main else None
-        if self.distributed:
-            distributed.barrier()
-        return work() if result is None else result
+    def in_turn(self, work):
+        """work() on process 0, then on the first of every other machine, then on the rest, who find it done."""
+        turn = 0 if self.is_main else 1 if os.environ['LOCAL_RANK'] == '0' else 2
+        for now in range(3):
+            if now == turn:
+                result = work()
+            if self.distributed:
+                distributed.barrier()
+        return result
 
     def gather(self, value):
         """Every process's `value`, in order, as a list on process 0; None on the others."""

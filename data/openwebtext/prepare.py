@@ -38,7 +38,7 @@ VAL_ONE_IN = 2000                   # 0.05%, as nanoGPT
 
 
 def main(argv=None):
-    """Returns the exit code: 0, 1 when the source cannot be reached, 2 for wrong input."""
+    """Returns the exit code: 0, 1 when the source cannot be reached, 2 for wrong input, 130."""
     parser = argparse.ArgumentParser(prog='python data/openwebtext/prepare.py', allow_abbrev=False)
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--source', choices=SOURCES, default='openwebtext', help='default: openwebtext')
@@ -54,6 +54,9 @@ def main(argv=None):
     except (UserError, OSError) as e:
         print(one_line(e), file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
+    except KeyboardInterrupt:
+        print('interrupted; the same command goes on', file=sys.stderr)
+        return 130
     return 0
 
 
