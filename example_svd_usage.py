@@ -87,7 +87,7 @@ def train_and_truncate():
         optimizer.step()
         optimizer.zero_grad()
     evaluation = [batch() for _ in range(20)]
-    print('   loss on 20 batches by scope and rank, of a head size of 16 (seen text: this is about V, not generalisation)')
+    print('   loss on 20 batches by scope and rank, of a head size of 16 (seen text: about V, not generalisation)')
     print('   rank      ' + ''.join(f'{rank!s:>8}' for rank in (1, 2, 4, 8, None)))
     for scope in SCOPES:
         losses = []

@@ -35,13 +35,13 @@ class GPTConfig:
     bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = True
     use_svd: Annotated[bool, 'replace V in attention by its best rank-svd_rank approximation'] = False
     svd_rank: Annotated[int | None, 'rank kept of at most n_embd / n_head; None or full rank changes nothing'] = None
-    svd_method: Annotated[Literal[METHODS], "how: 'standard' is torch.linalg.svd, 'gram' eigh of V^T V, faster"] = 'gram'
-    svd_scope: Annotated[Literal[SCOPES], "which matrix: 'sequence' V of the whole sequence (sees the future), 'causal' "
-                         "only rows already seen, 'weight' the value projection"] = 'sequence'
+    svd_method: Annotated[Literal[METHODS],
+                          "how: 'standard' is torch.linalg.svd, 'gram' eigh of V^T V, faster"] = 'gram'
+    svd_scope: Annotated[Literal[SCOPES], "which matrix: 'sequence' V of the whole sequence (sees the future), "
+                         "'causal' only rows already seen, 'weight' the value projection"] = 'sequence'
     svd_block: Annotated[int, "'causal' scope: rows that pass before the first basis; blocks double after it"] = 32
-
-    svd_basis_grad: Annotated[bool, "whether gradients reach the basis; False takes it for constant, which in 'sequence' "
-                              'scope removes the reward for hiding the future in it'] = True
+    svd_basis_grad: Annotated[bool, 'whether gradients reach the basis; False takes it for constant, which in '
+                              "'sequence' scope removes the reward for hiding the future in it"] = True
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'svd_block'):
@@ -127,7 +127,9 @@ class CausalSelfAttention(nn.Module):
         'causal': rows only use a basis made of earlier rows. 'weight' and no SVD: v itself (see `value_weight`).
         """
         if self.svd_scope == 'sequence':
-            return self._standard_svd_reconstruction(v) if self.svd_method == 'standard' else self._gram_reconstruction(v)
+            if self.svd_method == 'standard':
+                return self._standard_svd_reconstruction(v)
+            return self._gram_reconstruction(v)
         if self.svd_scope == 'causal':
             return causal_low_rank_approximation(v, self.svd_rank, self.svd_method, self.svd_block, self.svd_basis_grad)
         return v
@@ -137,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         return low_rank_approximation(v, rank or self.svd_rank, 'standard', self.svd_basis_grad)
 
     def _gram_reconstruction(self, v, rank=None):
-        """The same matrix by eigh of V^T V (hs x hs): T drops out of the decomposition, so it is several times faster."""
+        """The same matrix by eigh of V^T V (hs x hs): T drops out, so it is several times faster."""
         return low_rank_approximation(v, rank or self.svd_rank, 'gram', self.svd_basis_grad)
 
 

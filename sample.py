@@ -22,6 +22,7 @@ from runtime import device as devices
 from runtime.config import UserError
 from runtime.dataset import DATA_ROOTS, GPT2_META, Tokenizer, read_meta
 
+
 @dataclass
 class SampleConfig:
     """nanoGPT's options and defaults; the model's own SVD options come from the checkpoint unless given here."""
@@ -81,8 +82,8 @@ def samples(cfg, set_by):
     if cfg.compile:
         model.compile(dynamic=True)                                 # the context grows by a token a step
     if meta['vocab_size'] > model.config.vocab_size:                # a nanoGPT checkpoint away from its data folder
-        raise UserError(f'the model has {model.config.vocab_size} token ids and no tokenizer for them was found; put the '
-                        'meta.pkl of its data set into data/DATASET')
+        raise UserError(f'the model has {model.config.vocab_size} token ids and no tokenizer for them was found; put '
+                        'the meta.pkl of its data set into data/DATASET')
     tokenizer = Tokenizer(meta)
     start = cfg.start
     if start.startswith('FILE:'):

@@ -110,7 +110,7 @@ class TrainConfig(GPTConfig):
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 FREE_KEYS = [k for k in MODEL_KEYS if k == 'dropout' or 'svd' in k]     # change no parameter: any checkpoint takes them
-HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend')    # not taken from a checkpoint
+HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend')  # of no checkpoint's choosing
 
 
 def main(argv=None):
@@ -127,7 +127,7 @@ def main(argv=None):
             return 0
         except UserError as e:
             code, words = 2, str(e)
-        except (TrainingStopped, LostProcess, torch.linalg.LinAlgError) as e:
+        except (TrainingStopped, LostProcess, torch.linalg.LinAlgError, torch.OutOfMemoryError, OSError) as e:
             code, words = 1, f'training stopped: {one_line(e)}'
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
@@ -171,6 +171,8 @@ def train(cfg, set_by, saved, processes, stop):
                         'only text files can be encoded anew')
     if saved and saved.get('tokenizer', {}).get('chars', data.meta.get('chars')) != data.meta.get('chars'):
         raise UserError(f'dataset={cfg.dataset}: its characters are not those of {cfg.out_dir}/ckpt.pt')
+    if saved and saved.get('tokenizer', data.meta).get('sha256') != data.meta.get('sha256'):
+        say(f'dataset={cfg.dataset}: another text than the one of {cfg.out_dir}/ckpt.pt')
     try:
         model = build_model(cfg, set_by, saved, data, device, say)
     except ValueError as e:
@@ -197,9 +199,8 @@ def train(cfg, set_by, saved, processes, stop):
     if processes.distributed:
         replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
 
-    stop.deferred = True
-    loop(run, replica, evaluate, stop)
-    stop.deferred = False
+    with stop.noted():
+        loop(run, replica, evaluate, stop)
     if processes.is_main:
         result = evaluate.final()
         run.log({'iter': run.iter_num, **result})
@@ -283,8 +284,8 @@ def save_interrupted(run):
         keep = (run.out / 'ckpt.pt').exists() and not run.cfg.always_save_checkpoint
         name = 'last.pt' if keep else 'ckpt.pt'
         run.save(name, random, run.best_val_loss)
-        run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: python train.py '
-                            f'--init_from=resume --out_dir={run.out}')
+        run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: '
+                            f'python train.py --init_from=resume --out_dir={run.out}')
 
 
 def step(run, replica):
@@ -316,7 +317,7 @@ def step(run, replica):
     loss, norm_value = torch.stack((processes.mean(loss_sum), norm)).tolist()       # waits for the device
     scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: an overflow at first is no fault
     if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
-        raise run.stopped(f'step {run.iter_num + 1}: the loss is {loss}, the norm of the gradient {norm_value}', batches)
+        raise run.stopped(f'step {run.iter_num + 1}: the loss is {loss}, the gradient norm {norm_value}', batches)
     if cfg.grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
     scaler.step(run.optimizer)
@@ -332,7 +333,8 @@ def build_model(cfg, set_by, saved, data, device, say):
     free = {k: getattr(cfg, k) for k in FREE_KEYS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:                                      # GPT-2's 50257 becomes 50304: faster products
-            cfg.vocab_size = data.vocab_size if data.meta['tokenizer'] == 'char' else math.ceil(data.vocab_size / 64) * 64
+            step = 1 if data.meta['tokenizer'] == 'char' else 64
+            cfg.vocab_size = math.ceil(data.vocab_size / step) * step
         data.check_length(cfg.block_size)
         check_memory(cfg, device)
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS}))
@@ -342,7 +344,8 @@ def build_model(cfg, set_by, saved, data, device, say):
         model = GPT.from_pretrained(cfg.init_from, free)
     shape = asdict(model.config)
     for key in set(MODEL_KEYS) - set(FREE_KEYS):
-        if key in set_by and getattr(cfg, key) != shape[key] and not (key == 'block_size' and cfg.block_size < shape[key]):
+        cropped = key == 'block_size' and cfg.block_size < shape[key]
+        if key in set_by and getattr(cfg, key) != shape[key] and not cropped:
             if set_by[key] == 'the command line':
                 raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed')
             say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={shape[key]}')

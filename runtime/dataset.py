@@ -228,4 +228,5 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
             raise UserError(f'dataset={name}: {folder} was left half-prepared '
                             f'({missing[0] + " is missing" if missing else "its meta.json says so"}); prepare it again')
     known = sorted({f.parent.name for root in roots for f in [*root.glob('*/prepare.py'), *root.glob('*/train.bin')]})
-    raise UserError(f'dataset={name}: no such data set or text file{did_you_mean(name, known, other="known: " + ", ".join(known))}')
+    hint = did_you_mean(name, known, other='known: ' + ', '.join(known))
+    raise UserError(f'dataset={name}: no such data set or text file{hint}')

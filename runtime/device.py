@@ -92,4 +92,5 @@ def environment(device, dtype):
             'platform': platform.platform(), 'processor': platform.processor() or platform.machine(),
             'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': device, 'dtype': dtype,
             'device_name': torch.cuda.get_device_name(device) if kind == 'cuda' else kind,
-            'git_commit': git('rev-parse', '--verify', '-q', 'HEAD'), 'git_changes': bool(git('status', '--porcelain', '-uno'))}
+            'git_commit': git('rev-parse', '--verify', '-q', 'HEAD'),
+            'git_changes': bool(git('status', '--porcelain', '-uno'))}

@@ -5,7 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-GAP_POSITIONS, FINAL_GAP_POSITIONS = 128, 1024      # tokens whose prefix-only loss is measured at an evaluation, the last
+# tokens whose prefix-only loss is measured: at an evaluation on the way, at the last
+GAP_POSITIONS, FINAL_GAP_POSITIONS = 128, 1024
 
 
 @torch.no_grad()

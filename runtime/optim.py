@@ -57,9 +57,10 @@ class MuonAdamW:
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):
         hidden = groups['hidden']
+        rest = [group for name, group in groups.items() if name != 'hidden' and group['params']]
+        fused = device_type in ('cpu', 'cuda', 'mps')
         self.optimizers = (Muon(hidden['params'], lr, hidden['weight_decay'], muon_dtype),
-                           torch.optim.AdamW([g for name, g in groups.items() if name != 'hidden' and g['params']], lr=lr,
-                                             betas=betas, fused=device_type in ('cpu', 'cuda', 'mps')))
+                           torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused))
 
     @property
     def param_groups(self):

@@ -42,7 +42,8 @@ class Run:
             raise UserError(f'{path}: its run has {len(states)} processes, and here are {here}: the data would come in '
                             f'another order (nearest: torchrun --nproc_per_node={len(states)})')
         try:
-            restore_optimizer(self.optimizer, saved.get('optimizer'), saved['iter_num'], self.model.transformer.wpe.weight)
+            restore_optimizer(self.optimizer, saved.get('optimizer'), saved['iter_num'],
+                              cropped=self.model.transformer.wpe.weight)
         except ValueError as e:
             raise UserError(f'{path}: its optimizer state does not fit optimizer={self.cfg.optimizer}: {e}') from None
         try:
@@ -85,8 +86,8 @@ class Run:
         return self.processes.gather(ckpt.random_state(self.order, self.processes.device))
 
     def save(self, name, random, best_val_loss):
-        """OUT_DIR/name. best_val_loss counts every evaluation; interim_best_val_loss leaves out one that only took place
-        because the run ended there: a run that went on, or that is resumed, does not know it."""
+        """OUT_DIR/name. best_val_loss counts every evaluation; interim_best_val_loss leaves out one that only took
+        place because the run ended there: a run that went on, or that is resumed, does not know it."""
         model = self.model
         try:
             ckpt.save({'model': model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'iter_num': self.iter_num,
@@ -107,8 +108,9 @@ class Run:
         if batches is not None:
             bad = first_bad_layer(self.model, batches, self.context)
             why += f'; first bad layer: {bad or "none, it did not happen again"}'
-        kept = 'no checkpoint had been saved' if self.saved_at is None else f'the checkpoint of step {self.saved_at} is kept'
-        return TrainingStopped(f'{why}; {kept}')
+        if self.saved_at is None:
+            return TrainingStopped(f'{why}; no checkpoint had been saved')
+        return TrainingStopped(f'{why}; the checkpoint of step {self.saved_at} is kept')
 
 
 def import_wandb():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where nothing can be lost, else as a request that the training loop answers after a step."""
+"""Ctrl-C and SIGTERM: at once where nothing can be lost, else as a request that is answered after a step."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """Context manager that catches SIGINT and SIGTERM. `signal`: the number of the first that came, 0 before.
 
-    A signal raises Interrupted, except after `deferred = True`: then it is only noted, and a second one raises.
-    `patient`: only ever note it then. Under torchrun, Ctrl-C reaches every process twice: from the terminal and from
-    torchrun, which kills what has not ended after 30 seconds anyway.
+    A signal raises Interrupted. Within `noted()` it is only noted, and a second one raises, unless `patient`: under
+    torchrun Ctrl-C reaches every process twice, from the terminal and from torchrun, which kills after 30 seconds
+    whatever has not ended.
     """
 
     def __init__(self, patient):
-        self.signal, self.deferred, self.patient = 0, False, patient
+        self.signal, self.patient, self._deferred = 0, patient, False
         self._handlers = {}
 
     def __enter__(self):
@@ -37,18 +37,29 @@ class Stop:
 
     def _note(self, number, frame):
         again, self.signal = bool(self.signal), self.signal or number
-        if not self.deferred or again and not self.patient:
+        if not self._deferred or again and not self.patient:
             raise Interrupted(self.signal)
         if not self.patient:                                            # print() may be what the signal interrupted
             os.write(2, b'\nsaving after this step; Ctrl-C once more stops without saving\n')
 
     @contextmanager
-    def at_once(self):
-        """A block that a signal ends right away, and the program goes on behind it: for work that can be repeated."""
+    def noted(self):
+        """A block that looks at `signal` itself, where stopping does no harm. What it did not answer ends it."""
+        self._deferred = True
         try:
-            self.deferred = False
+            yield
+        finally:
+            self._deferred = False
+        if self.signal:
+            raise Interrupted(self.signal)
+
+    @contextmanager
+    def at_once(self):
+        """Within `noted`, a block that a signal ends right away, to go on behind it: for work that can be repeated."""
+        try:
+            self._deferred = False
             yield
         except Interrupted:
             pass
         finally:
-            self.deferred = True
+            self._deferred = True
