@@ -26,8 +26,8 @@ from runtime.dataset import Dataset, is_prepared                                
 from test_resume import same, untimed                                                       # noqa: E402
 
 OPTIONS = ('--dataset=mine --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --dropout=.1 '
-           '--gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 --svd_scope=causal --svd_block=8 '
-           '--learning_rate=1e-2 --eval_interval=2 --eval_iters=1').split()
+           '--gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 --svd_scope=causal '
+           '--svd_block=8 --learning_rate=1e-2 --eval_interval=2 --eval_iters=1').split()
 PREPARE = f'''import sys
 sys.path.insert(0, {str(ROOT)!r})
 from data.shakespeare_text import prepare
@@ -52,13 +52,14 @@ def main():
         started = time.perf_counter()
         run('train.py', *options, '--out_dir=whole')
         print(f'undisturbed: {steps} steps in {time.perf_counter() - started:.0f} s')
-        of_data = kill_preparations(args.kills // 5, draw)
-        while_saving = kill_training(args.kills - args.kills // 5, draw, options)
+        of_data = args.kills // 5
+        kill_preparations(of_data, draw)
+        while_saving = kill_training(args.kills - of_data, draw, options)
         run(*resume(options))
         compare()
-    print(f'{args.kills} of {args.kills} kills survived: {of_data} while data was prepared, {while_saving} while a '
-          'checkpoint was written, the rest at random moments; parameters, optimizer, best loss and metrics are those of '
-          f'the undisturbed run to the bit (seed {args.seed})')
+    print(f'{args.kills} of {args.kills} kills survived: {of_data} of the data preparation, {while_saving} while a '
+          'checkpoint was written, the rest at random moments; parameters, optimizer, best loss and metrics are those '
+          f'of the undisturbed run to the bit (seed {args.seed})')
 
 
 def run(script, *argv):
@@ -73,12 +74,13 @@ def start(script, *argv):
 
 def resume(options):
     """Scratch until there is a checkpoint. Then it needs no more than its name."""
-    return ('train.py', '--init_from=resume', '--device=cpu') if Path('out/ckpt.pt').exists() else ('train.py', *options)
+    there = Path('out/ckpt.pt').exists()
+    return ('train.py', *(('--init_from=resume', '--device=cpu') if there else options))
 
 
 def kill_preparations(kills, draw):
     """Each from an empty folder; half of the kills when a temporary file is seen. Then the data set is whole or known
-    not to be. -> kills"""
+    not to be."""
     whole = {f: Path('data/mine', f).read_bytes() for f in ('train.bin', 'val.bin', 'meta.json')}
     for number in range(kills):
         for path in Path('data/mine').iterdir():
@@ -91,7 +93,6 @@ def kill_preparations(kills, draw):
             assert all(Path('data/mine', f).read_bytes() == content for f, content in whole.items())
     run(Path.cwd() / 'data/mine/prepare.py')
     assert all(Path('data/mine', f).read_bytes() == content for f, content in whole.items())
-    return kills
 
 
 def kill_training(kills, draw, options):

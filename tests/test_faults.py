@@ -65,8 +65,8 @@ NAMES = ['transformer.wpe.weight', 'transformer.h.0.attn.c_attn.weight', 'transf
     *((poison(name), f'{name} (the parameter)') for name in NAMES),
     *((poison_gradient(name), f'{name} (its gradient)') for name in NAMES),
     (overflow('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc (its output)'),
-    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)'),         # 1e37 still is a number,
-    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)')])       # its square is not
+    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)'),     # 1e37 still is a number,
+    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)')])   # its square is not
 def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named(call, in_step, spoil, bad):
     in_step(5, spoil)
     result = call(train.main, *TWO_LAYERS)
@@ -131,7 +131,8 @@ def test_an_optimizer_state_that_is_not_finite_is_never_saved(call, monkeypatch)
         return loss
     monkeypatch.setattr(train, 'step', spoiling)
     result = call(train.main, *TWO_LAYERS)
-    assert result.code == 1 and 'optimizer.state.1.exp_avg_sq is not finite; the checkpoint of step 2 is kept' in result.err
+    words = 'optimizer.state.1.exp_avg_sq is not finite; the checkpoint of step 2 is kept'
+    assert result.code == 1 and words in result.err
 
 
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):

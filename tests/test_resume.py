@@ -168,7 +168,8 @@ def test_what_a_resumed_run_asks_for_counts_not_the_optimizers_old_options(fit, 
     fit(*RUN, '--max_iters=2')
     seen, build = [], train.build_optimizer
     monkeypatch.setattr(train, 'build_optimizer', lambda *args: seen.append(build(*args)) or seen[0])
-    assert call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=3', '--weight_decay=.5', '--beta2=.5').code == 0
+    options = '--init_from=resume --device=cpu --max_iters=3 --weight_decay=.5 --beta2=.5'.split()
+    assert call(train.main, *options).code == 0
     assert [(g['weight_decay'], g['betas']) for g in seen[0].param_groups] == [(.5, (.9, .5)), (0., (.9, .5))]
 
 
