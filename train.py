@@ -110,7 +110,7 @@ class TrainConfig(GPTConfig):
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 FREE_KEYS = [k for k in MODEL_KEYS if k == 'dropout' or 'svd' in k]     # change no parameter: any checkpoint takes them
-HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend')  # a checkpoint's do not count
+HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend')
 
 
 def main(argv=None):
