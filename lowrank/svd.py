@@ -101,8 +101,9 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True):
     has x's dtype.
 
     Raises ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError where a matrix to decompose has
-    non-finite values. What is not decomposed passes NaN and inf on: x of full rank, and rows that no basis comes from.
-    CUDA's eigh may return NaN instead of raising; looking for it would make the processor wait for the device.
+    non-finite values. What is not decomposed passes NaN and inf on: x at full rank, and rows that no basis comes from.
+    On CUDA eigh and svd may return NaN instead of raising: to look for it, the processor would have to wait for the
+    device. Nothing is looked for under torch.compile.
     """
     _check(x, rank, method)
     m, n = x.shape[-2:]
@@ -263,13 +264,22 @@ def _svd_spectrum(x, stops):
 
 
 def _decompose(f, a, method, **options):
-    """f(a), with a plain word where it fails because a is not finite."""
-    try:
+    """f(a), with a plain word where a is not finite: eigh and svd either blame something else or return NaN."""
+    if torch.compiler.is_compiling():
         return f(a, **options)
+    try:
+        parts = f(a, **options)
+        # the eigenvalues or singular values are the smallest part, and NaN if any is
+        if a.device.type != 'cpu' or _finite(min(parts, key=torch.Tensor.numel)):
+            return parts
     except torch.linalg.LinAlgError:
-        if a.isfinite().all():
+        if _finite(a):
             raise
-        raise torch.linalg.LinAlgError(f'SVD method {method!r}: the input has non-finite values (NaN or inf)') from None
+    raise torch.linalg.LinAlgError(f'the input has non-finite values (NaN or inf); SVD method {method!r}')
+
+
+def _finite(x):
+    return bool(x.isfinite().all())                                 # waits for a device
 
 
 def _lacks_float64(device):
