@@ -40,10 +40,11 @@ def truncated_svd(x, rank, method='gram'):
     torch.linalg.LinAlgError where x has non-finite values.
     """
     _check(x, rank, method)
-    if rank is None or rank > min(x.shape[-2:]):
-        raise ValueError(f'rank {rank} is {"no number" if rank is None else "more than the smaller side"} '
-                         f'of {tuple(x.shape[-2:])}; valid: 1 to {min(x.shape[-2:])}')
-    if x.shape[-2] < x.shape[-1]:
+    m, n = x.shape[-2:]
+    if rank is None or rank > min(m, n):
+        fault = 'is missing' if rank is None else f'{rank} is more than the smaller side of {(m, n)}'
+        raise ValueError(f'rank {fault}; valid: 1 to {min(m, n)}')
+    if m < n:
         u, s, vh = truncated_svd(x.mT, rank, method)
         return vh.mT, s, u.mT
     with _full_precision(x):
@@ -52,10 +53,10 @@ def truncated_svd(x, rank, method='gram'):
             u, s, vh = _decompose(torch.linalg.svd, wide, method, full_matrices=False)
             u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]                          # vh (..., k, n)
         else:
-            spectrum = _gram_spectrum(wide, (x.shape[-2],))
+            spectrum = _gram_spectrum(wide, (m,))
             s, w = (part[0].flip(-1)[..., :rank] for part in spectrum)                          # (..., k), (..., n, k)
-            n, eps = x.shape[-1], torch.finfo(torch.float64).eps
-            floor = s[..., :1] * max(n * torch.finfo(_working_dtype(x)).eps, (n * eps) ** 0.5)
+            # errors relative to sigma_1: n eps of x's own digits, and of G's, which are those of sigma^2, the root
+            floor = s[..., :1] * max(n * torch.finfo(_working_dtype(x)).eps, (n * torch.finfo(wide.dtype).eps) ** 0.5)
             # where s is near 0 so is its column of x w, and all of its digits count: in float64
             divisor = s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2)                      # (..., 1, k)
             u = torch.where((s > floor).unsqueeze(-2), wide @ w / divisor, 0)                   # (..., m, k)
@@ -218,13 +219,13 @@ def _gram_spectrum(x, stops):
     rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
     if x.dtype == torch.float32 and not _lacks_float64(x.device):
         unit = None
-        grams = torch.stack([r.mT @ r for r in map(torch.Tensor.double, rows)])                 # (stops, ..., n, n)
+        grams = torch.stack([r.mT @ r for r in (r.double() for r in rows)])                     # (stops, ..., n, n)
         grams = grams.cumsum(0) if len(stops) > 1 else grams
     else:
         grams, unit = _scaled_grams(rows)
     eigenvalues, w = _decompose(torch.linalg.eigh, grams, 'gram')
     sigma = eigenvalues.clamp_min(0).sqrt()
-    return sigma if unit is None else sigma * unit, w
+    return (sigma if unit is None else sigma * unit), w
 
 
 def _scaled_grams(rows):

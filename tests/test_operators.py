@@ -25,6 +25,9 @@ from lowrank.svd import METHODS, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 from runtime.optim import MuonAdamW
 
+# Muon's matrix norm, by a route that only fake tensors take
+pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated')
+
 DEVICES = ('mps', 'cuda')
 COPIES = {'_to_copy', 'copy_'}
 DECOMPOSITIONS = {'_linalg_eigh', '_linalg_svd'}
