@@ -15,8 +15,11 @@ values are equal, which happens whenever X has rank below its width (zero rows, 
 
 Letters: m rows, n columns, k rank; "..." any batch dimensions. Methods: 'standard' is torch.linalg.svd of X, 'gram' is
 eigh of G. Both decompose in float64: a float32 G squares the condition number and loses X_k where the gap at the cut is
-small (docs/RESULTS.md, section 4), and overflows at 1e30. Everything else is float32. MPS has
-no float64, hence a float32 sum for G there, and no eigh or svd before torch 2.14: those two run on the CPU.
+small (docs/RESULTS.md, section 4), and overflows at 1e19. Everything else is float32. MPS has no float64, hence float32
+sums for G there, and no eigh or svd before torch 2.14: those two run on the CPU.
+
+Scales: X times a power of two has the same P, to the bit, so squares are taken of X in units of a power of two near its
+largest element or singular value, unless float64 holds them anyway, as it does those of every float32.
 """
 
 import torch
@@ -30,46 +33,55 @@ METHODS = ('standard', 'gram')
 def truncated_svd(x, rank, method='gram'):
     """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n), k = rank.
 
-    U diag(S) Vh is the best rank-k approximation of x. For looking at spectra and for factoring weights; where a
-    gradient is needed use `low_rank_approximation`. With 'gram', columns of U whose singular value is below what x's
-    precision and G's can tell from zero are zero: their direction is not determined.
-    Raises ValueError for a rank outside 1..min(m, n) or an unknown method.
+    U diag(S) Vh is the best rank-k approximation of x. For looking at spectra and for factoring weights, hence float64
+    inside (on the CPU where the device has none); where a gradient is needed use `low_rank_approximation`. With 'gram',
+    columns of U whose singular value is below what x's precision and G's can tell from zero are zero: their direction
+    is not determined. Raises ValueError for a rank outside 1..min(m, n) or an unknown method, and
+    torch.linalg.LinAlgError where x has non-finite values.
     """
     _check(x, rank, method)
-    if rank > min(x.shape[-2:]):
-        raise ValueError(f'rank {rank} is more than the smaller side of {tuple(x.shape[-2:])}; '
-                         f'valid: 1 to {min(x.shape[-2:])}')
-    if x.shape[-2] < x.shape[-1]:
+    m, n = x.shape[-2:]
+    if rank is None or rank > min(m, n):
+        fault = 'is missing' if rank is None else f'{rank} is more than the smaller side of {(m, n)}'
+        raise ValueError(f'rank {fault}; valid: 1 to {min(m, n)}')
+    if m < n:
         u, s, vh = truncated_svd(x.mT, rank, method)
         return vh.mT, s, u.mT
     with _full_precision(x):
-        dtype, x = x.dtype, x.to(_working_dtype(x))
+        wide = (x.cpu() if _lacks_float64(x.device) else x).double()
         if method == 'standard':
-            u, s, vh = _svd(x)                                      # (..., m, n), (..., n), (..., n, n)
-            u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+            u, s, vh = _decompose(torch.linalg.svd, wide, method, full_matrices=False)
+            u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]                          # vh (..., k, n)
         else:
-            s, w = (part.flip(-1)[..., :rank] for part in _gram_spectrum(x, (x.shape[-2],)))
-            s, w = s[0], w[0]                                       # (..., k), (..., n, k)
-            eps = torch.finfo(torch.float32 if x.device.type == 'mps' else torch.float64).eps
-            floor = s[..., :1] * max(x.shape[-1] * torch.finfo(x.dtype).eps, (x.shape[-1] * eps) ** 0.5)
-            u = torch.where((s > floor).unsqueeze(-2), x @ w.to(x.dtype) / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2), 0)
+            spectrum = _gram_spectrum(wide, (m,))
+            s, w = (part[0].flip(-1)[..., :rank] for part in spectrum)                          # (..., k), (..., n, k)
+            # errors relative to sigma_1: n eps of x's own digits, and of G's, which are those of sigma^2, the root
+            floor = s[..., :1] * max(n * torch.finfo(_working_dtype(x)).eps, (n * torch.finfo(wide.dtype).eps) ** 0.5)
+            # where s is near 0 so is its column of x w, and all of its digits count: in float64
+            divisor = s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2)                      # (..., 1, k)
+            u = torch.where((s > floor).unsqueeze(-2), wide @ w / divisor, 0)                   # (..., m, k)
             vh = w.mT                                               # (..., k, n)
-        return u.to(dtype), s.to(dtype), vh.to(dtype)
+        return tuple(part.to(x.dtype).to(x.device) for part in (u, s, vh))
 
 
 def energy(s):
     """Cumulative share of the squared Frobenius norm: singular values s (..., n) descending -> (..., n) rising to 1.
 
-    All-zero s gives ones: nothing is lost at any rank.
+    All-zero s gives ones: nothing is lost at any rank. Raises ValueError for NaN and inf.
     """
     tiny = torch.finfo(torch.float64).tiny
     s = s.detach().cpu().double()                                   # MPS has no float64
+    if not s.isfinite().all():
+        raise ValueError('singular values must be finite, got NaN or inf')
     cumulative = (s / s.amax(-1, keepdim=True).clamp_min(tiny)).square().cumsum(-1)
     return torch.where(cumulative[..., -1:] > 0, cumulative / cumulative[..., -1:].clamp_min(tiny), 1.0)
 
 
 def rank_for_energy(s, fraction):
-    """Smallest rank whose cumulative energy reaches `fraction` (0 < fraction <= 1): s (..., n) -> int64 (...)."""
+    """Smallest rank whose cumulative energy reaches `fraction` (0 < fraction <= 1): s (..., n) -> int64 (...).
+
+    Raises ValueError for another fraction and for NaN and inf in s.
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f'energy fraction must be above 0 and at most 1, got {fraction}')
     # one rounding error of the sum below the fraction still counts as reaching it, else fraction=1 may ask for n + 1
@@ -85,10 +97,14 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True):
 
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the cut,
     lambda_k - lambda_{k+1}, is below n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32): there X_k is hardly
-    determined, and the gap is replaced by that bound, so gradients stay finite. basis_grad=False takes P for a constant: the
-    gradient is D P alone. Computed in float32 (float64 stays float64)
-    whatever autocast says; the result has x's dtype. Raises ValueError for rank < 1 or an unknown method, and
-    torch.linalg.LinAlgError for non-finite input.
+    determined, and the gap is replaced by that bound, so gradients stay finite. basis_grad=False takes P for a
+    constant: the gradient is D P alone. Computed in float32 (float64 stays float64) whatever autocast says; the result
+    has x's dtype.
+
+    Raises ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError where a matrix to decompose has
+    non-finite values. What is not decomposed passes NaN and inf on: x at full rank, and rows that no basis comes from.
+    On CUDA eigh and svd may return NaN instead of raising: to look for it, the processor would have to wait for the
+    device. Nothing is looked for under torch.compile.
     """
     _check(x, rank, method)
     m, n = x.shape[-2:]
@@ -132,19 +148,18 @@ class _ProjectRows(torch.autograd.Function):
 
     x (N, T, n). Rows outside every span pass unchanged. One span (T, 0, T) is the plain truncated SVD. The backward is
     the formula at the top of this file summed over spans, written with the symmetric F, F_ij = 1 / |lambda_i -
-    lambda_j| for i <= k < j or j <= k < i and 0 elsewhere: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T. Lambda is in units
-    of sigma_1^2, and one sigma_1 is divided out of each factor X, so that nothing in between overflows.
+    lambda_j| for i <= k < j or j <= k < i and 0 elsewhere: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T.
     """
 
     @staticmethod
     def forward(ctx, x, rank, method, spans, basis_grad):
         stops = tuple(s for s, _, _ in spans)
         sigma, w = _svd_spectrum(x, stops) if method == 'standard' else _gram_spectrum(x, stops)
-        sigma, w = sigma.to(x.dtype), w.to(x.dtype)                 # (spans, N, n), (spans, N, n, n), smallest first
+        w = w.to(x.dtype).to(x.device)                              # (spans, N, n, n), smallest first
         wk = w[..., -rank:]                                         # (spans, N, n, k)
         projectors = wk @ wk.mT                                     # (spans, N, n, n)
         if basis_grad:
-            ctx.save_for_backward(projectors, x, sigma, w)
+            ctx.save_for_backward(projectors, x, sigma, w)          # sigma (spans, N, n) stays in float64
         else:
             ctx.save_for_backward(projectors)
         ctx.rank, ctx.spans = rank, spans
@@ -172,18 +187,26 @@ def _apply_projectors(x, projectors, spans):
 
 
 def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
-    """dx[:s] += x[:s] (Z + Z^T) for every span, in place: dx, dy, x (N, T, n), sigma (spans, N, n), w (spans, N, n, n)."""
-    n = x.shape[-1]
-    floor = 1e-15 * x.abs().amax((-2, -1))                          # (N); the rows behind a basis may all be 0
-    unit = torch.maximum(sigma[..., -1], floor).clamp_min(torch.finfo(x.dtype).tiny ** 0.75).unsqueeze(-1)  # (spans, N, 1)
-    relative = (sigma / unit).square()                              # (spans, N, n)
+    """dx[:s] += x[:s] (Z + Z^T) for every span, in place: dx, dy, x (N, T, n), sigma (spans, N, n), w (spans, N, n, n).
+
+    X and sigma in units of a power of two near sigma_1, which cancels: nothing in between over- or underflows."""
+    n, info = x.shape[-1], torch.finfo(x.dtype)
+    top = sigma[..., -1:]                                           # (spans, N, 1)
+    if spans[0][0] < x.shape[1]:
+        # a basis may come from rows that are zero or nearly so: sigma_1 then counts as 1e-15 of the largest element of
+        # all rows, so that later rows in that unit, and their products, stay within float32
+        top = top.maximum(1e-15 * x.abs().amax((-2, -1)).to(sigma).unsqueeze(-1))
+    shrink = 1 / _power_of_two(top, x.dtype)                        # (spans, N, 1)
+    least = (n * info.eps * (top * shrink).square()).clamp_min(info.tiny)
+    relative, least, shrink = (t.to(x.dtype).to(x.device) for t in ((sigma * shrink).square(), least, shrink))
     gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()   # (spans, N, n, n)
-    kept = (torch.arange(n, device=x.device) >= n - rank).to(x.dtype)   # (n); 0 and 1, for inductor fails on bool != bool
-    f = (kept.unsqueeze(-1) - kept).abs() / gap.clamp_min(n * torch.finfo(x.dtype).eps)              # (spans, N, n, n)
-    m = torch.stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans]) / unit.unsqueeze(-1)
-    z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT / unit.unsqueeze(-1)                           # (spans, N, n, n)
-    for (s, _, _), zs in zip(spans, z):
-        dx[:, :s].baddbmm_(x[:, :s], zs)
+    kept = (torch.arange(n, device=x.device) >= n - rank).to(x.dtype)   # (n); 0 and 1: inductor fails on bool != bool
+    f = (kept.unsqueeze(-1) - kept).abs() / gap.maximum(least.unsqueeze(-1))                    # (spans, N, n, n)
+    scaled = [x[:, :b] * shrink[i].unsqueeze(-1) for i, (_, _, b) in enumerate(spans)]
+    m = torch.stack([torch.bmm(rows[:, a:].mT, dy[:, a:b]) for rows, (_, a, b) in zip(scaled, spans)])
+    z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT                    # (spans, N, n, n)
+    for (s, _, _), rows, zs in zip(spans, scaled, z):
+        dx[:, :s].baddbmm_(rows[:, :s], zs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,44 +214,78 @@ def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
 
 def _gram_spectrum(x, stops):
     """Singular values (stops, ..., n), smallest first, and right singular vectors (stops, ..., n, n) of every x[:stop],
-    in float64, from G = x[:stop]^T x[:stop]. Each row enters one product: G of a longer prefix adds the new rows."""
-    if x.device.type == 'mps':                                      # no float64: a float32 G of x scaled to magnitude 1
-        scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)       # (..., 1, 1)
-        grams = _prefix_grams(x / scale, stops).cpu().double() * scale.cpu().double().square()
+    in float64, from G = x[:stop]^T x[:stop]. Each row enters one product: G of a longer prefix adds the new rows.
+    Where the device has no float64 they are on the CPU."""
+    rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
+    if x.dtype == torch.float32 and not _lacks_float64(x.device):
+        unit = None
+        grams = torch.stack([r.mT @ r for r in (r.double() for r in rows)])                     # (stops, ..., n, n)
+        grams = grams.cumsum(0) if len(stops) > 1 else grams
     else:
-        grams = _prefix_grams(x.double(), stops)                    # (stops, ..., n, n)
-    eigenvalues, w = torch.linalg.eigh(grams)
+        grams, unit = _scaled_grams(rows)
+    eigenvalues, w = _decompose(torch.linalg.eigh, grams, 'gram')
     sigma = eigenvalues.clamp_min(0).sqrt()
-    return _back_to(x, sigma), _back_to(x, w)
+    return (sigma if unit is None else sigma * unit), w
 
 
-def _prefix_grams(x, stops):
-    rows = (x[..., a:b, :] for a, b in zip((0, *stops), stops))
-    grams = torch.stack([r.mT @ r for r in rows])
-    return grams.cumsum(0) if len(stops) > 1 else grams
+def _scaled_grams(rows):
+    """G of every prefix of a list of blocks of rows (..., m, n), and the power of two that is the unit of its rows:
+    (blocks, ..., n, n) and (blocks, ..., 1), float64. Every block has its own unit and is summed before it meets
+    another, so that no G depends on a later row, not even by rounding."""
+    units = [_power_of_two(r.abs().amax((-2, -1), keepdim=True), r.dtype) for r in rows]
+    grams = torch.stack([r.mT @ r for r in (r / unit for r, unit in zip(rows, units))])
+    units = torch.stack(units)                                      # (blocks, ..., 1, 1)
+    if _lacks_float64(grams.device):
+        grams, units = grams.cpu(), units.cpu()
+    grams, units = [*grams.double()], [*units.double()]
+    for i in range(1, len(grams)):
+        unit = torch.maximum(units[i - 1], units[i])
+        grams[i] = grams[i - 1] * (units[i - 1] / unit).square() + grams[i] * (units[i] / unit).square()
+        units[i] = unit
+    return torch.stack(grams), torch.stack(units).squeeze(-1)
+
+
+def _power_of_two(x, dtype):
+    """A power of two at most x >= 0 and within a factor of 2 of it, or the nearest that dtype and its inverse hold."""
+    limit = 126 if dtype == torch.float32 else 1022
+    return torch.exp2(x.log2().floor().clamp(-limit, limit))
 
 
 def _svd_spectrum(x, stops):
     """The same from torch.linalg.svd of every x[:stop]."""
+    x = (x.cpu() if _lacks_float64(x.device) else x).double()
     spectra = []
     for stop in stops:
         rows = x[..., :stop, :]
         if stop < x.shape[-1]:                                      # zero rows leave the row space; Vh becomes (n, n)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, x.shape[-1] - stop))
-        _, sigma, vh = _svd(rows)                                   # (..., n), (..., n, n)
+        _, sigma, vh = _decompose(torch.linalg.svd, rows, 'standard', full_matrices=False)      # (..., n), (..., n, n)
         spectra.append((sigma.flip(-1), vh.mT.flip(-1)))
     return tuple(torch.stack(parts) for parts in zip(*spectra))
 
 
-def _svd(x):
-    """torch.linalg.svd of tall x (..., m, n), reduced, in float64: (..., m, n), (..., n), (..., n, n)."""
-    parts = torch.linalg.svd((x.cpu() if x.device.type == 'mps' else x).double(), full_matrices=False)
-    return tuple(_back_to(x, part) for part in parts)
+def _decompose(f, a, method, **options):
+    """f(a), with a plain word where a is not finite: eigh and svd either blame something else or return NaN."""
+    if torch.compiler.is_compiling():
+        return f(a, **options)
+    try:
+        parts = f(a, **options)
+        # the eigenvalues or singular values are the smallest part, and NaN if any is
+        if a.device.type != 'cpu' or _finite(min(parts, key=torch.Tensor.numel)):
+            return parts
+    except torch.linalg.LinAlgError:
+        if _finite(a):
+            raise
+    raise torch.linalg.LinAlgError(f'the input has non-finite values (NaN or inf); SVD method {method!r}')
 
 
-def _back_to(x, part):
-    """A float64 result on x's device; MPS gets it in float32."""
-    return part.float().to(x.device) if x.device.type == 'mps' else part
+def _finite(x):
+    return bool(x.isfinite().all())                                 # waits for a device
+
+
+def _lacks_float64(device):
+    """MPS; it has no eigh or svd before torch 2.14 either."""
+    return device.type == 'mps'
 
 
 def _working_dtype(x):

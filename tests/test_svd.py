@@ -1,10 +1,13 @@
-"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, degenerate matrices."""
+"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, degenerate matrices.
+
+Apple's MPS has no float64; tests marked `each_branch` run what is done there, too, on CPU tensors."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowrank import svd
 from lowrank.svd import (METHODS, causal_low_rank_approximation, energy, low_rank_approximation, rank_for_energy,
                          truncated_svd)
 
@@ -52,6 +55,14 @@ def causal_truth(x, rank, block=4, basis_of=None):
 TRUTH = {whole: whole_truth, causal: causal_truth}
 each_method = pytest.mark.parametrize('method', METHODS)
 each_map = pytest.mark.parametrize('approximate', [whole, causal])
+each_branch = pytest.mark.parametrize('float64_here', [True, False], indirect=True)
+
+
+@pytest.fixture
+def float64_here(request, monkeypatch):
+    """False: what a device without float64 does."""
+    monkeypatch.setattr(svd, '_lacks_float64', lambda device: not request.param)
+    return request.param
 
 
 def normal(*shape, seed=0):
@@ -135,13 +146,62 @@ def test_causal_full_rank_returns_the_very_tensor(rank):
 
 @each_method
 @each_map
-@pytest.mark.parametrize('c', [2.0 ** 60, 2.0 ** -60])
-def test_scaling_the_input_scales_the_output_and_leaves_the_gradient(approximate, method, c):
-    x, dy = normal(20, 6).float(), normal(20, 6, seed=1).float()
+@each_branch
+@pytest.mark.parametrize('dtype, c', [
+    *((torch.float32, 2.0 ** e) for e in (-110, -60, 60, 125)),
+    *((torch.float64, 2.0 ** e) for e in (-960, -531, 531, 960))])
+def test_scaling_the_input_scales_the_output_and_leaves_the_gradient(approximate, method, float64_here, dtype, c):
+    """From near the smallest normal number to near the largest; 2^531 is 1e160. 'gram' does it to the bit, LAPACK's svd
+    scales by other factors."""
+    x, dy = normal(20, 6).to(dtype), normal(20, 6, seed=1).to(dtype)
+    assert (c * x).abs().max() < torch.finfo(dtype).max
     y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
     scaled_y, scaled_gradient = value_and_gradient(lambda x: approximate(x, 2, method), c * x, dy)
-    assert_close(scaled_y / c, y, 1e-6)
-    assert_close(scaled_gradient, gradient, 1e-5)
+    bar = 0 if method == 'gram' else 1e-6 if dtype == torch.float32 else 1e-13
+    assert_close(scaled_y / c, y, bar)
+    assert_close(scaled_gradient, gradient, bar)
+
+
+@each_method
+@each_map
+@pytest.mark.parametrize('c', [1e-43, 1e-38, 3e-29, 1e38])
+def test_float32_gradient_at_the_ends_of_its_range(approximate, method, c):
+    """The first is denormal: what little it keeps of x is the truth."""
+    x, dy = (c * normal(20, 6).double().clamp(-3, 3)).float(), normal(20, 6, seed=1).float()
+    actual = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
+    expected = value_and_gradient(lambda x: TRUTH[approximate](x, 2), x.double() / c, dy.double())
+    assert_close(actual[0].double() / c, expected[0], max(1e-6, 1e-44 / c))
+    assert_close(actual[1], expected[1], 1e-5)
+
+
+# what float32 sums for G cost; measured 5 times below these bars
+@pytest.mark.parametrize('ratio, gap, bar, gradient_bar', [
+    (1, .1, 1e-6, 3e-6), (10, .1, 3e-6, 2e-5), (100, .1, 2e-5, 1e-3), (10, .01, 1e-5, 4e-4), (100, .01, 2e-4, None)])
+@pytest.mark.parametrize('float64_here', [False], indirect=True)
+def test_precision_of_gram_without_float64(float64_here, monkeypatch, ratio, gap, bar, gradient_bar):
+    """sigma_1 / sigma_k = ratio, sigma_k and sigma_k+1 a relative gap apart. At the last one the bound on the gap is
+    what the gradient shows, in both branches."""
+    sigma = [ratio ** (-i / 15) for i in range(16)] + [(1 - gap) / ratio] + [.5 / ratio] * 15
+    for seed in range(0, 30, 10):
+        x, dy = with_singular_values(sigma, 256, 32, seed).float(), normal(256, 32, seed=7)
+        y, gradient = value_and_gradient(lambda x: low_rank_approximation(x, 16, 'gram'), x, dy.float())
+        assert_close(y, whole_truth(x.double(), 16), bar)
+        with monkeypatch.context() as patch:
+            patch.setattr(svd, '_lacks_float64', lambda device: False)
+            expected = value_and_gradient(lambda x: low_rank_approximation(x, 16, 'standard'), x.double(), dy)[1]
+        if gradient_bar:
+            assert_close(gradient, expected, gradient_bar)
+
+
+@each_method
+@each_map
+@each_branch
+def test_either_branch_gives_the_truth(approximate, method, float64_here):
+    x, dy = normal(2, 64, 16), normal(2, 64, 16, seed=1)
+    y, gradient = value_and_gradient(lambda x: approximate(x, 4, method), x.float(), dy.float())
+    expected_y, expected_gradient = value_and_gradient(lambda x: TRUTH[approximate](x, 4), x, dy)
+    assert_close(y, expected_y, 1e-6)
+    assert_close(gradient, expected_gradient, 3e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,6 +310,21 @@ def test_causal_changing_a_row_changes_no_row_before_it(method):
 
 
 @each_method
+@each_branch
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('later', [1e-30, 1.1, 1e30, float('nan')])
+def test_causal_no_bit_of_a_row_depends_on_a_later_one(method, float64_here, dtype, later):
+    """Nor on the scale of later rows, which is where a scale of all rows would show. NaN stays where no basis comes
+    from it: in the second half."""
+    x = normal(2, 40, 6).to(dtype)
+    y = causal(x, 2, method)
+    for j in (39, 33) if later != later else (39, 33, 17, 9, 8, 5, 1):
+        changed = x.clone()
+        changed[:, j:] *= later
+        assert torch.equal(causal(changed, 2, method)[:, :j], y[:, :j])
+
+
+@each_method
 def test_causal_gradient_never_reaches_a_later_row(method):
     x = normal(40, 6).requires_grad_()
     y = causal(x, 2, method)
@@ -317,6 +392,16 @@ def test_gram_gives_zero_columns_of_u_beyond_the_rank_of_x(dtype, scale):
     assert_close(u * s @ vh, x, 1e-6)
 
 
+@each_method
+@pytest.mark.parametrize('condition', [1e3, 1e5])
+@each_branch
+def test_u_is_orthonormal_where_singular_values_are_small(method, float64_here, condition):
+    """A column of U is x w / sigma: small sigma bring out what x w lost."""
+    x = with_singular_values([condition ** (-i / 7) for i in range(8)], 40, 8).float()
+    u = truncated_svd(x, 8, method)[0]
+    torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=3e-6)
+
+
 def test_energy_is_the_share_of_the_squared_norm():
     torch.testing.assert_close(energy(torch.tensor([[2., 1, 1], [1, 0, 0]])).float(),
                                torch.tensor([[4 / 6, 5 / 6, 1], [1, 1, 1]]))
@@ -346,6 +431,14 @@ def test_energy_fraction_out_of_range(fraction):
         rank_for_energy(torch.ones(3), fraction)
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_energy_of_singular_values_that_are_not_finite(value):
+    s = torch.tensor([[3., 2, 1], [value, 1, 1]])
+    for f in (energy, lambda s: rank_for_energy(s, .5)):
+        with pytest.raises(ValueError, match='singular values must be finite, got NaN or inf'):
+            f(s)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # errors, autocast, compilation
 
@@ -364,18 +457,40 @@ def test_errors(f, shape, rank, method, message):
 def test_more_errors():
     with pytest.raises(ValueError, match=r'rank 5 is more than the smaller side of \(8, 4\); valid: 1 to 4'):
         truncated_svd(torch.zeros(8, 4), 5)
+    with pytest.raises(ValueError, match='rank is missing; valid: 1 to 4'):
+        truncated_svd(torch.zeros(8, 4), None)
     with pytest.raises(ValueError, match='block must be at least 1 row, got 0'):
         causal_low_rank_approximation(torch.zeros(8, 4), 2, block=0)
 
 
 @each_method
-@each_map
+@each_branch
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
-def test_non_finite_input_raises(approximate, method, value):
-    x = normal(2, 20, 6).float()
-    x[1, 3, 2] = value
-    with pytest.raises(torch.linalg.LinAlgError):
-        approximate(x, 2, method)
+@pytest.mark.parametrize('f', [whole, causal, truncated_svd])
+@pytest.mark.parametrize('shape', [(2, 20, 6), (2, 20, 2), (2, 5, 6)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_non_finite_input_raises_and_says_so(f, method, float64_here, value, shape, dtype):
+    x = normal(*shape).to(dtype)
+    x[1, 3, 1] = value
+    with pytest.raises(torch.linalg.LinAlgError, match=f"^the input has non-finite values .* SVD method '{method}'$"):
+        f(x, 1, method)
+
+
+@each_method
+def test_a_failure_on_finite_input_keeps_its_own_words(method, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError('did not converge')
+    monkeypatch.setattr(torch.linalg, {'gram': 'eigh', 'standard': 'svd'}[method], fail)
+    with pytest.raises(torch.linalg.LinAlgError, match='^did not converge$'):
+        low_rank_approximation(normal(20, 6), 2, method)
+
+
+@each_method
+def test_non_finite_rows_that_nothing_decomposes_pass(method):
+    x = normal(40, 6).float()
+    x[33, 2] = float('nan')
+    assert low_rank_approximation(x, 6, method) is x
+    assert (~causal(x, 2, method).isfinite().all(-1)).nonzero().tolist() == [[33]]
 
 
 @each_method
