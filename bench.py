@@ -4,12 +4,12 @@ another checkout's model.py. Or test that what must be equal is equal on this ma
 
     python bench.py config/train_svd_test.py                     # the main job's model
     python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT and its optimizer
-    python bench.py --check                                      # the self-test, under two minutes; --device, --dtype, --seed
+    python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
 
 A step is forward, backward, clipping and the optimizer, on random tokens. The two sides of a ratio take turns, in
-alternating order, so that a drifting machine slows both. The self-test prints one line a check: ok, FAIL or skip, and why. The last line
-is JSON.
+alternating order, so that a drifting machine slows both. The self-test prints ok, FAIL or skip for each equality, in
+under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
 """
 
 import importlib.util

@@ -27,7 +27,7 @@ from runtime.dataset import write_dataset
 
 SHAPE = dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=32, svd_rank=4, svd_block=8)     # head size 16
 HALVES = ('bfloat16', 'float16')
-COMPILE_UNTIL = 90                  # seconds after the start: no compilation begins later, so that all takes two minutes
+COMPILE_UNTIL = 100                 # seconds after the start: no compilation begins later, so that all take two minutes
 
 Setup = namedtuple('Setup', 'device kind dtype seed folder started')    # kind: of device; started: time.perf_counter()
 
@@ -66,8 +66,8 @@ def versions(device, dtype, seed):
     kind = torch.device(device).type
     extra = {'cuda': f', CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}',
              'mps': f', MPS of macOS {platform.mac_ver()[0]}'}.get(kind, '')
-    return (f'python {here["python"]}, torch {here["torch"]}, {here["platform"]}\n'
-            f'{device} ({here["device_name"]}, {here["processor"]}){extra}, {dtype}, {here["threads"]} threads, seed {seed}')
+    return (f'python {here["python"]}, torch {here["torch"]}, {here["platform"]}\n{device} ({here["device_name"]}{extra}), '
+            f'{here["processor"]}, {here["threads"]} threads, {dtype}, seed {seed}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,9 +86,9 @@ def label(options):
 
 
 def make(setup, device=None, **overrides):
-    """A small model in eval mode whose parameters are well away from zero, where errors would not show. Each of a head's
-    value projections is half the one before: the singular values of V fall as fast, the gap at the cut is wide, and a
-    difference is rounding, not the cut's condition."""
+    """A small model in eval mode, its parameters well away from zero, where errors would not show. Each of a head's
+    value projections is half the one before: the singular values of V fall as fast, the gap at the cut is wide, and
+    what differs is rounding, not the cut's condition."""
     torch.manual_seed(setup.seed)
     model = GPT(GPTConfig(**SHAPE | overrides)).eval()
     c = model.config
@@ -180,8 +180,8 @@ def device_against_cpu(setup):
 
 def causality(setup):
     """Later tokens leave earlier logits alone, except in 'sequence' scope."""
-    # 0 on the CPU, where LAPACK takes one matrix at a time. Elsewhere a batch of matrices is iterated until the last has
-    # converged, so one may get another sweep because of another's content: rounding in float64. A leak is 1e-2 and more
+    # 0 on the CPU, where LAPACK takes one matrix at a time. Elsewhere a batch may be iterated until the last of it has
+    # converged, so one matrix gets another sweep for another's sake: rounding in float64. A leak is 1e-2 and more
     bound = 0.0 if setup.kind == 'cpu' else 1e-5
     x, y = tokens(setup)
     half = SHAPE['block_size'] // 2
@@ -265,7 +265,8 @@ def resume(setup):
 
     def steps(max_iters, out_dir, **more):
         """-> the weights after max_iters, as one vector."""
-        argv = [f'--{k}={v}' for k, v in {**options, 'max_iters': max_iters, 'out_dir': setup.folder / out_dir, **more}.items()]
+        more |= options | {'max_iters': max_iters, 'out_dir': setup.folder / out_dir}
+        argv = [f'--{key}={value}' for key, value in more.items()]
         printed = StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
             code = train.main(argv)
@@ -283,7 +284,8 @@ def resume(setup):
         value = ((parts - straight).norm() / straight.norm()).item()
         return value <= bound, f'weights differ by {value:.1e} of their norm (bound {bound:.0e})'
 
-    for dtype in [setup.dtype] + ['float16'] * (setup.kind == 'cuda' and setup.dtype != 'float16'):     # with its scaler
+    scaled = {'float16'} if setup.kind == 'cuda' else set()         # with a GradScaler, which must be resumed too
+    for dtype in sorted({setup.dtype} | scaled):
         yield f'resumed run = uninterrupted run, {dtype}', lambda dtype=dtype: compare(dtype)
 
 
@@ -343,28 +345,28 @@ def optimizers(setup):
 
 
 def compiled(setup):
-    """torch.compile against eager, whole graph, in the chosen dtype; the slow ones, hence last."""
+    """torch.compile against eager, as one graph, in the chosen dtype; last, because a compiler takes seconds each."""
     # inductor fuses and adds in another order; in half precision it rounds less often, see `autocast`
     bound = {'float32': 1e-4, 'bfloat16': 0.4, 'float16': 0.06}[setup.dtype]
-    small = dict(n_layer=1, n_embd=16, block_size=SHAPE['block_size'])
     x, y = tokens(setup, rows=2)
     unable = []
 
     def probe():
-        """The reason why not even x + 1 compiles here, if so: then it is not this repo's."""
         try:
             with redirect_stderr(StringIO()):
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=setup.device))
         except Exception as e:
-            unable.append(f'{type(e).__name__}: {one_line(e)[:200]}')
+            unable.append(f'not even x + 1 compiles here ({type(e).__name__}: {one_line(e)[:200]})')
 
     def same(options):
-        if unable:
-            raise Skip(f'not even x + 1 compiles here ({unable[0]})')
-        if time.perf_counter() - setup.started > COMPILE_UNTIL:
+        if setup.started + COMPILE_UNTIL < time.perf_counter():
             raise Skip(f'not begun: {COMPILE_UNTIL} s have passed')
+        if not options['use_svd']:
+            probe()
+        if unable:
+            raise Skip(*unable)
         torch._dynamo.reset()                                       # one function, many models: else its limit is hit
-        model = make(setup, **small, **options)
+        model = make(setup, n_layer=1, n_embd=16, **options)
         expected = outcome(model, x, y, setup.dtype)
         try:
             ours = outcome(torch.compile(model, fullgraph=True), x, y, setup.dtype)
@@ -374,8 +376,7 @@ def compiled(setup):
             raise Skip(f'torch cannot compile this for MPS ({one_line(e)[:200]})') from None     # a prototype there
         return within(difference(ours, expected), bound)
 
-    probe()
-    for options in EVERY:
+    for options in sorted(EVERY, key=lambda options: options['svd_method'] != 'gram'):  # the default before time runs out
         yield f'compiled = eager, {label(options)}', lambda options=options: same(options)
 
 
