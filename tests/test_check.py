@@ -64,7 +64,8 @@ def test_a_method_wrong_by_a_thousandth_fails(run, monkeypatch):
     failed = {name for name, row in rows.items() if row['verdict'] == 'FAIL'}
     assert code == 1 and failed == {"standard = gram, 'sequence'", "standard = gram, 'weight'",
                                     'standard = float64 torch.linalg.svd'}
-    assert f'{len(rows)} checks, 3 failed, 0 skipped' in lines[-1] and sum(line.startswith('FAIL ') for line in lines) == 3
+    assert f'{len(rows)} checks, 3 failed, 0 skipped' in lines[-1]
+    assert sum(line.startswith('FAIL ') for line in lines) == 3
 
 
 def test_a_wrong_gradient_fails(run, monkeypatch):
@@ -103,9 +104,8 @@ def test_a_gradient_that_is_not_finite_fails(run, monkeypatch):
     assert code == 1 and rows['degenerate V, zeros']['verdict'] == 'FAIL'
 
 
-@pytest.mark.parametrize('bound', [0, 1e-2], ids=['on the CPU', 'elsewhere'])
-def test_a_resume_that_loses_the_random_state_fails(run, monkeypatch, bound):
-    """By more than what is allowed where kernels add in no fixed order."""
+def test_a_resume_that_loses_the_random_state_fails(run, monkeypatch):
+    """By more than is allowed where kernels add in no fixed order."""
     def forgetful(argv, real=train.main):
         if '--init_from=resume' in argv:
             path = Path(next(arg for arg in argv if arg.startswith('--out_dir=')).partition('=')[2]) / 'ckpt.pt'
@@ -117,14 +117,15 @@ def test_a_resume_that_loses_the_random_state_fails(run, monkeypatch, bound):
     code, _, rows = run(check.resume)
     (row,) = rows.values()
     assert (code, row['verdict']) == (1, 'FAIL')
-    assert float(re.search(r'differ by (\S+)', row['detail'])[1]) > bound
+    assert float(re.search(r'differ by (\S+)', row['detail'])[1]) > 0.1
 
 
 def test_an_svd_in_half_precision_fails(run, monkeypatch):
-    def rounded(x, rank, method):
-        return low_rank_approximation(x, rank, method) * torch.ones((), dtype=x.dtype) if x.dtype == torch.float32 else (
-            low_rank_approximation(x, rank, method) @ torch.eye(x.shape[-1], dtype=x.dtype) * 1.01)
-    monkeypatch.setattr(check, 'low_rank_approximation', rounded)
+    def careless(x, rank, method):
+        """X P, with the product left to autocast."""
+        w = torch.linalg.eigh((x.mT @ x).double())[1][..., -rank:].to(x.dtype)
+        return x @ (w @ w.mT)
+    monkeypatch.setattr(check, 'low_rank_approximation', careless)
     code, _, rows = run(check.autocast)
     assert code == 1 and rows['bfloat16: SVD in float32']['verdict'] == 'FAIL'
 

@@ -60,8 +60,8 @@ def assert_close(ours, expected, tolerance):
 @pytest.mark.parametrize('options', [BASELINE, *({**options, 'svd_basis_grad': basis_grad} for options in SVDS
                                                  for basis_grad in (True, False))], ids=name)
 def test_the_compiled_model_is_the_model(fresh, options, backend):
-    """fullgraph: a graph break raises. aot_eager traces forward and backward and runs them in torch's own kernels, so to
-    the bit; inductor makes kernels that add in another order, needs a compiler and is slow."""
+    """fullgraph: a graph break raises. aot_eager traces forward and backward and runs them in torch's own kernels, so
+    to the bit; inductor makes kernels that add in another order, needs a compiler and is slow."""
     model = make(**options)
     assert_close(outcome(torch.compile(model, fullgraph=True, backend=backend)), outcome(model),
                  1e-4 if backend == 'inductor' else 0)
