@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,17 @@ def test_values_that_are_not_finite_are_never_near():
     assert not check.within(check.difference([nan, torch.ones(2)], [torch.ones(2), torch.ones(2)]), 1.0)[0]
 
 
+@pytest.mark.parametrize('kind', ['cuda', 'mps'])
+def test_what_is_only_checked_elsewhere_holds_here_too(tmp_path, kind):
+    """The CPU under another kind's name: the comparison with the CPU, the wider bounds, float16 with its scaler."""
+    setup = check.Setup('cpu', kind, 'float32', 1337, tmp_path, 0)
+    rows = {name: f() for group in (check.methods, check.device_against_cpu, check.causality, check.no_truncation,
+                                    check.resume) for name, f in group(setup)}
+    assert all(ok for ok, _ in rows.values()), rows
+    assert sum(name.startswith('cpu = CPU') for name in rows) == 7
+    assert ('resumed run = uninterrupted run, float16' in rows) == (kind == 'cuda')
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # torch.compile
 
@@ -175,6 +187,18 @@ def test_a_model_that_does_not_compile_where_others_do_fails(run, monkeypatch):
     monkeypatch.setattr(torch, 'compile', compile)
     code, _, rows = run(check.compiled)
     assert code == 1 and {row['verdict'] for row in rows.values()} == {'FAIL'}
+
+
+@pytest.mark.parametrize('kind', ['cpu', 'mps'])
+def test_what_the_compiler_of_mps_cannot_do_is_skipped(monkeypatch, tmp_path, kind):
+    def compile(f, fullgraph=False):
+        if fullgraph:
+            raise torch._dynamo.exc.BackendCompilerFailed(compile, NotImplementedError('no such kernel'), None)
+        return f
+    monkeypatch.setattr(torch, 'compile', compile)
+    _, baseline = next(check.compiled(check.Setup('cpu', kind, 'float32', 1337, tmp_path, time.perf_counter())))
+    with pytest.raises(check.Skip if kind == 'mps' else torch._dynamo.exc.BackendCompilerFailed, match='no such kernel'):
+        baseline()
 
 
 def test_compilation_does_not_begin_late(run, monkeypatch):
