@@ -349,7 +349,7 @@ def optimizers(setup):
 
 def compiled(setup):
     """torch.compile against eager, as one graph, in the chosen dtype; last, because a compiler takes seconds each."""
-    # inductor fuses and adds in another order; in half precision it also rounds less often, hence bounds as in `autocast`
+    # inductor fuses and adds in another order; in half precision it also rounds less often: bounds as in `autocast`
     bound = {'float32': 1e-4, 'bfloat16': 0.2, 'float16': 0.03}[setup.dtype]
     x, y = tokens(setup, rows=2)
     unable = []
