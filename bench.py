@@ -1,13 +1,15 @@
 """
 Time whole training steps, paired: this repo's model without SVD against every SVD method and scope, and against
-another checkout's model.py.
+another checkout's model.py. Or test that what must be equal is equal on this machine.
 
     python bench.py config/train_svd_test.py                     # the main job's model
     python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT and its optimizer
+    python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
 
 A step is forward, backward, clipping and the optimizer, on random tokens. The two sides of a ratio take turns, in
-alternating order, so that a drifting machine slows both. The last line is JSON.
+alternating order, so that a drifting machine slows both. The self-test prints ok, FAIL or skip for each equality, in
+under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
 """
 
 import importlib.util
@@ -21,16 +23,18 @@ from typing import Annotated
 
 import torch
 
+from check import run
 from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
-from runtime.config import UserError
+from runtime.config import SWITCH, UserError
 from train import TrainConfig, build_optimizer
 
 
 @dataclass
 class BenchConfig(TrainConfig):
     """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
+    check: Annotated[bool, 'test on this device that what must be equal is equal, and time nothing', SWITCH] = False
     pairs: Annotated[int, 'timed pairs a comparison'] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against'] = None
 
@@ -43,22 +47,21 @@ class BenchConfig(TrainConfig):
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr)."""
+    """-> exit code: 0 done, 1 a check failed, 2 wrong input (one line on stderr)."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(BenchConfig, __doc__.strip()))
         return 0
     try:
         cfg, _ = configuration.load(BenchConfig, argv)
-        bench(cfg)
-        return 0
+        return check(cfg) if cfg.check else bench(cfg)
     except UserError as e:
         print(f'bench.py: {e}', file=sys.stderr)
         return 2
 
 
 def bench(cfg):
-    """Print a table of step times and ratios, then the same as one line of JSON."""
+    """Print a table of step times and ratios, then the same as one line of JSON. -> exit code 0."""
     device = devices.pick_device(cfg.device)
     context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
     cfg.vocab_size = cfg.vocab_size or 50304
@@ -88,6 +91,16 @@ def bench(cfg):
                                   peer_step(cfg, device, x, y, context), cfg.pairs, device, 'peer')
     print(json.dumps({'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs, 'seed': cfg.seed,
                       'results': results}))
+    return 0
+
+
+def check(cfg):
+    """The self-test of check.py, then its rows as one line of JSON. -> exit code."""
+    device = devices.pick_device(cfg.device)
+    dtype = devices.pick_dtype(cfg.dtype, device)
+    rows, code = run(device, dtype, cfg.seed)
+    print(json.dumps({**devices.environment(device, dtype), 'seed': cfg.seed, 'checks': rows}))
+    return code
 
 
 def train_step(model, optimizer, x, y, context, grad_clip):

@@ -1,9 +1,10 @@
 """Configuration: defaults < config files < --key=value, checked against the annotations of a dataclass.
 
 A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...] or a union
-of these. Config files are Python run from top to bottom; they may read the values before them by name, import modules
-and use names that start with an underscore. Everything wrong raises UserError, whose text is one line: what, where,
-the nearest valid choice.
+of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be written bare:
+--name. Config files are Python run from top to bottom; they may read the values before them by name, import modules and
+use names that start with an underscore. Everything wrong raises UserError, whose text is one line: what, where, the
+nearest valid choice.
 """
 
 import ast
@@ -14,6 +15,8 @@ import types
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+SWITCH = 'switch'
 
 
 class UserError(ValueError):
@@ -66,6 +69,8 @@ def parse_option(arg, hints):
         raise UserError(f'{arg}: options are written --key=value; --help lists them')
     if key not in hints:
         raise UserError(f'--{key}: no such option{did_you_mean(key, hints, "--")}')
+    if not equals and is_switch(hints[key]):
+        return key, True
     if not equals:
         raise UserError(f'--{key}: needs a value, written --{key}=VALUE, which is {describe(hints[key])}')
     try:
@@ -143,6 +148,10 @@ def matches(value, hint):
     return False, None
 
 
+def is_switch(hint):
+    return SWITCH in get_args(hint)[2:]
+
+
 def describe(hint):
     """A type in words: "a whole number or None"."""
     if get_origin(hint) is Annotated:
@@ -182,7 +191,10 @@ def help_text(cls, usage, base=None):
     lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
     for f in fields(cls):
         hint = get_type_hints(cls, include_extras=True)[f.name]
-        lines.append(f'  --{f.name}={f.default!r}'.ljust(42) + f' {get_args(hint)[1]} [{describe(hint)}]')
+        written, values = f'--{f.name}={f.default!r}', describe(hint)
+        if is_switch(hint):
+            written, values = f'--{f.name}', 'given or not'
+        lines.append(f'  {written}'.ljust(42) + f' {get_args(hint)[1]} [{values}]')
     return '\n'.join(lines)
 
 

@@ -152,6 +152,26 @@ def test_sampling_values_that_cannot_be_are_refused(refused, option, words):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# switches
+
+@pytest.mark.parametrize('arguments, value', [
+    ([], False), (['--check'], True), (['--check=True'], True), (['--check=False'], False),
+    (['--check', '--check=False'], False), (['my.py'], True), (['my.py', '--check=False'], False)])
+def test_a_switch_may_be_written_bare(config_file, arguments, value):
+    config_file('check = True\n')
+    cfg, set_by = configuration.load(bench.BenchConfig, arguments)
+    assert cfg.check is value and ('check' in set_by) == bool(arguments)
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--check=1'], 'check=1: must be True or False (nearest: True)'), (['--check='], 'must be True or False'),
+    (['--chek'], '--chek: no such option (nearest: --check)'), (['-check'], 'options are written --key=value'),
+    (['--check', '--use_svd'], '--use_svd: needs a value')])
+def test_a_switch_is_checked_and_makes_none_of_other_options(refused, arguments, words):
+    assert words in refused(bench.main, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # config files
 
 @pytest.mark.parametrize('source, key, value', [
@@ -236,7 +256,8 @@ def test_help_lists_every_option_with_its_default_and_meaning(call, main, config
     result = call(main, '--seed=nonsense', argument)
     assert result.code == 0 and not result.err
     for f in fields(config):
-        described = [line for line in result.out.splitlines() if line.lstrip().startswith(f'--{f.name}={f.default!r} ')]
+        written = f'--{f.name} ' if configuration.is_switch(f.type) else f'--{f.name}={f.default!r} '
+        described = [line for line in result.out.splitlines() if line.lstrip().startswith(written)]
         assert len(described) == 1 and get_args(f.type)[1] in described[0], f.name
 
 
