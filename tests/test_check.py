@@ -111,7 +111,7 @@ def test_a_resume_that_loses_the_random_state_fails(run, monkeypatch):
         if '--init_from=resume' in argv:
             path = Path(next(arg for arg in argv if arg.startswith('--out_dir=')).partition('=')[2]) / 'ckpt.pt'
             saved = torch.load(path, weights_only=True)
-            saved['random']['torch'] = torch.Generator().manual_seed(0).get_state()
+            saved['random'][0]['torch'] = torch.Generator().manual_seed(0).get_state()
             torch.save(saved, path)
         return real(argv)
     monkeypatch.setattr(train, 'main', forgetful)
