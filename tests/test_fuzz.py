@@ -71,7 +71,7 @@ def values(key, hint):
                         int: st.integers(0, LONG.get(key, 12)).map(str) | st.sampled_from(ABSURD)
                         }.get(kind, st.just('None')))
     text = st.text(max_size=12).map(lambda s: s.replace('/', '_'))  # nothing outside the working directory
-    return st.one_of(*own, *own, st.sampled_from(ODD), text).filter(lambda s: harmless(key, s))
+    return st.one_of(*own, *own, *own, *own, st.sampled_from(ODD), text).filter(lambda s: harmless(key, s))
 
 
 def options(cls, without=()):
