@@ -354,6 +354,8 @@ def build_model(cfg, set_by, saved, data, device, say):
         raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
                         f'(nearest: {data.vocab_size})')
     data.check_length(cfg.block_size)
+    if cfg.init_from != 'scratch':
+        check_memory(cfg, device)
     return model
 
 
@@ -362,11 +364,14 @@ def check_memory(cfg, device):
     here = devices.memory_bytes(device)
     parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
     activations = cfg.batch_size * cfg.block_size * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
-    need = 12 * parameters + 2 * activations                            # weights, gradients, a moment; half precision
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    # weights, with gradients and a moment; half precision; int64
+    need = (4 if cfg.eval_only else 12) * parameters + 2 * activations + 8 * tokens
     if here and need > here:
         raise UserError(f'n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, batch_size='
-                        f'{cfg.batch_size}, block_size={cfg.block_size}: need {need / 1e9:,.0f} GB or more, and '
-                        f'{device} has {here / 1e9:,.0f} GB; make one of them smaller')
+                        f'{cfg.batch_size}, block_size={cfg.block_size}, gradient_accumulation_steps='
+                        f'{cfg.gradient_accumulation_steps}: need {need // 10 ** 9:,} GB or more, and {device} has '
+                        f'{here // 10 ** 9:,} GB; make one of them smaller')
 
 
 def build_optimizer(cfg, model, device):
