@@ -91,9 +91,19 @@ def samples(cfg, set_by):
     ids = tokenizer.encode(start)
     if not ids:
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
+    need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
+    if here and need > here:                                        # ids, logits and probabilities
+        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} GB '
+                        f'or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
     prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
-    with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
-        out = model.generate(prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
+    try:
+        with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
+            out = model.generate(prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
+    except RuntimeError as e:                                       # LinAlgError is one, too
+        if not isinstance(e, torch.linalg.LinAlgError) and 'probability' not in str(e):
+            raise
+        raise UserError(f'the next token has no probabilities ({configuration.one_line(e)[:100]}): the weights or '
+                        f'temperature={cfg.temperature} take the numbers out of range') from None
     return [tokenizer.decode(row) for row in out.tolist()]
 
 

@@ -96,12 +96,12 @@ class TrainConfig(GPTConfig):
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
-        out = Path(self.out_dir).resolve()
+        out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
         if not self.out_dir or out == Path.cwd() or out in Path.cwd().parents:
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
         try:
-            if any((out / name).exists() for name in ('train.bin', 'prepare.py')):
-                raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder (nearest: 'out')")
+            if any(any(out.glob(place + name)) for name in ('train.bin', 'prepare.py') for place in ('', '*/')):
+                raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder, or holds one (nearest: 'out')")
             if out.exists() and not out.is_dir():
                 raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {self.out_dir + "-run"!r})')
         except OSError as e:
@@ -145,7 +145,7 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    if not values['eval_only'] and path.with_name('last.pt').exists():      # where ckpt.pt is the best, this is later
+    if not values['eval_only'] and os.path.exists(path.with_name('last.pt')):   # where ckpt.pt is the best, it is later
         path = path.with_name('last.pt')
     saved = ckpt.load(path)
     if 'best_val_loss' not in saved:
@@ -182,7 +182,12 @@ def train(cfg, set_by, saved, processes, stop):
         if processes.is_main:
             result = evaluate.final()
             say(evaluate.describe_final(result))
-            append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            try:
+                append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            except OSError as e:
+                raise UserError(f'{cfg.out_dir}/eval.jsonl: cannot be written: {e.strerror}') from None
+            except ValueError as e:
+                raise e if isinstance(e, UserError) else TrainingStopped('the loss is not finite') from None
         return
 
     run = Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes)

@@ -1,5 +1,6 @@
 """Checkpoints: a plain dict of tensors, numbers, strings and containers, written whole or not at all."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def load(path):
     """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed (weights_only). Raises
     UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):                                    # Path.is_file raises for names that are too long
         raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}')
     try:
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():        # torch does not look at checksums
