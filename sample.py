@@ -93,8 +93,8 @@ def samples(cfg, set_by):
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
     need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
     if here and need > here:                                        # ids, logits and probabilities
-        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} GB '
-                        f'or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
+        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
+                        f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
     prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
     try:
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):

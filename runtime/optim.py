@@ -34,7 +34,8 @@ class Muon(torch.optim.Muon):
                 updates = self._orthogonalize(torch.stack(updates), group)                      # (params, m, n)
                 for p, update in zip(params, updates):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(update, alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)
+                    # a factor that float32 does not hold is an error to torch; the largest one diverges as well
+                    p.add_(update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5, torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
         """g (params, m, n) -> about U V^T of each: Newton-Schulz, singular values end near 0.7 to 1.2."""

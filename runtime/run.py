@@ -132,7 +132,7 @@ def prepare_folder(out_dir, resumed_at, texts, say):
         ours = (out / 'config.py').exists() and (out / 'config.py').read_bytes().startswith(HEAD.encode())
         foreign = [name for name in texts if (out / name).exists() and not ours]
         if foreign:
-            raise UserError(f'out_dir={out_dir!r}: has a {foreign[0]} that is not of a run (nearest: {out_dir + "-run"!r})')
+            raise UserError(f'out_dir={out_dir!r}: holds a {foreign[0]} of no run (nearest: {out_dir + "-run"!r})')
         if resumed_at is None and any((out / name).exists() for name in ('ckpt.pt', 'metrics.jsonl')):
             real = Path(os.path.realpath(out))
             aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())

@@ -1,5 +1,6 @@
 """Any options, config files and folders: a run, or one line and exit code 2; never a traceback, a hang, a lost file."""
 
+import functools
 import io
 import os
 import shutil
@@ -34,13 +35,16 @@ QUICK = [*TINY, '--max_iters=2', '--eval_interval=1', '--out_dir=out']
 # ----------------------------------------------------------------------------------------------------------------------
 # values and lines: right, at the border, of another type, absurd
 
-ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan', '-inf', '1' + '0' * 18,
-       '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"', '(', '[' * 3000, '-' * 9000 + '1', '0x3', '1j',
-       '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0', 'größe', '🙂', '"\\d"', '1or 2', '{[]: 1}', "b'x'",
-       '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300, 'x' * 100_000, 'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
-PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy', 'data/toy/x', 'mine',
-         'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy', 'one.txt', 'latin1.txt',
-         'empty.txt', 'my.txt', 'FILE:notes.txt', 'FILE:run', 'new\nline', 'größer 🙂']
+ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan', '-inf',
+       '1' + '0' * 18, '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"', '(', '[' * 3000,
+       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0', 'größe', '🙂',
+       '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300, 'x' * 100_000,
+       'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
+PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy', 'data/toy/x',
+         'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy', 'one.txt',
+         'latin1.txt', 'empty.txt', 'my.txt', 'FILE:notes.txt', 'FILE:run', 'new\nline', 'größer 🙂']
+GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'], 'peer': ['mine'],
+        'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']}
 # what would only take long is small, or so large that it cannot be
 ABSURD = [str(10 ** n) for n in (12, 18, 30, 120)]
 LONG = {'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3, 'n_layer': 3, 'n_embd': 24,
@@ -57,8 +61,8 @@ def harmless(key, text):
     return key not in LONG or number <= LONG[key] or key not in ENDLESS and 10 ** 12 <= number
 
 
-def values(key, hint):
-    """Texts for an option: half of them of its type."""
+def values(key, hint, tame):
+    """Texts for an option, of its type, at its borders; where not `tame`, others too."""
     kinds = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     kinds = [kinds] if get_origin(kinds) in (None, Literal) else get_args(kinds)
     own = []
@@ -66,58 +70,65 @@ def values(key, hint):
         if get_origin(kind) is Literal:
             own.append(st.sampled_from([str(a) for a in get_args(kind)]))
         else:
-            own.append({bool: st.sampled_from(['True', 'False']), str: st.sampled_from(PATHS),
-                        float: st.sampled_from('0 1e-300 1e-3 .5 .9 .999999999 1 1e9 1e38 1e300 1.7e308'.split()),
-                        int: st.integers(0, LONG.get(key, 12)).map(str) | st.sampled_from(ABSURD)
+            own.append({bool: st.sampled_from(['True', 'False']), str: st.sampled_from(GOOD.get(key, ['a']) if tame else PATHS),
+                        float: st.sampled_from('0 1e-300 1e-3 .5 .9 .999999999 1e9 1e38 1e300 1.7e308'.split()),
+                        int: st.sampled_from([*map(str, range(1, LONG.get(key, 12) + 1)), *['0', *ABSURD][4 * tame:]])
                         }.get(kind, st.just('None')))
     text = st.text(max_size=12).map(lambda s: s.replace('/', '_'))  # nothing outside the working directory
-    return st.one_of(*own, *own, *own, *own, st.sampled_from(ODD), text).filter(lambda s: harmless(key, s))
+    wild = [] if tame else [st.sampled_from(ODD), text]
+    return st.one_of(*own, *own, *wild).filter(lambda s: harmless(key, s))
 
 
-def options(cls, without=()):
+@functools.cache
+def options(cls, tame, without=''):
     hints = get_type_hints(cls, include_extras=True)
-    return st.sampled_from([f.name for f in fields(cls) if f.name not in without]).flatmap(
-        lambda key: st.tuples(st.just(key), values(key, hints[key])))
+    refused = ('dataset', 'tokenizer', 'wandb_log', 'init_from') if tame else ()
+    keys = [f.name for f in fields(cls) if f.name != without and f.name not in refused]
+    return st.sampled_from(keys).flatmap(lambda key: st.tuples(st.just(key), values(key, hints[key], tame)))
 
 
 malformed = st.one_of(
-    st.sampled_from(['', '-', '--', '---', '--=', '--=1', '--seed', '-seed=1', '--Seed=1', '--max_iter=3', '--n-layer=1',
-                     '--a\nb=1', '--\u2028=1', '-\x1b', '--__class__=1', 'seed=1', 'nowhere.py', 'no\nwhere.py', 'data',
-                     'notes.txt', 'loop', 'run/ckpt.pt', '\0.py', '\udcff.py', 'x' * 300, 'latin1.txt', 'run/config.py']),
+    st.sampled_from(['', '-', '--', '---', '--=', '--=1', '--seed', '-seed=1', '--Seed=1', '--max_iter=3',
+                     '--n-layer=1', '--a\nb=1', '--\u2028=1', '-\x1b', '--__class__=1', 'seed=1', 'nowhere.py',
+                     'no\nwhere.py', 'data', 'notes.txt', 'loop', 'run/ckpt.pt', '\0.py', '\udcff.py', 'x' * 300,
+                     'latin1.txt', 'run/config.py']),
     st.text(max_size=8).map(lambda s: '--' + s))
-LINES = ['import math', 'import no_such_module', 'from os import *', 'n_layer = = 1', ' n_layer = 1', 'n_embd', '1 / 0',
-         'sys.exit(3)', 'exit()', 'raise SystemExit', 'raise ValueError("two\\nlines")', 'raise ValueError("\\x1b\\u2028")',
-         'class E(BaseException): pass\nraise E', 'raise GeneratorExit', 'assert 0, "\\ud800"', 'def f(): f()\nf()',
-         'class R:\n    def __repr__(self): return 1 / 0\nseed = R()', 'class Q(Exception):\n    __str__ = 1\nraise Q',
-         'seed = 10 ** 5000', 'learning_rate = 10 ** 5000', 'n_embd = 10 ** 400', 'learning_rate = -1e308 * 10',
-         'import numpy as np\nn_layer = np.zeros((9, 9))', 'import numpy as np\nn_layer = np.int64(1)', 'warmup = 3',
-         'import numpy as np\nlearning_rate = np.float32("nan")', 'seed = None', 'seed = lambda: 1', 'out_dir = object()',
-         'out_dir = "a\\nb"', 'out_dir = "\\ud800"', 'out_dir = "\\0"', 'out_dir = __file__', 'del seed', 'del __file__',
-         'globals()[3] = 4', 'globals()["a b"] = 4', '_x = 3', 'min_lr = learning_rate / 10', 'dataset = ["toy"]', '"\\d"',
-         'seed = 1or 2', '-' * 99999 + '1', '(' * 999, 'x' * 99999, 'print()', '"""', '\\', 'é = 1', 'lambda: (yield)',
-         'return', 'await f()', 'from __future__ import x', 'seed: int = 3', 'global seed', 'for seed in range(3): pass',
-         'type(seed)()', 'class seed: pass', 'dtype = "float16"; use_svd = True; svd_rank = 2', 'seed = True', 'svd_rank = 2.',
-         b'# \xe9', b'\0', b'\xff\xfe', b'\xef\xbb\xbfseed = 2', b'seed = 2\r\n', b'# coding: latin-1']
+LINES = [
+    'import math', 'import no_such_module', 'from os import *', 'n_layer = = 1', ' n_layer = 1', 'n_embd', '1 / 0',
+    'sys.exit(3)', 'exit()', 'raise SystemExit', 'raise ValueError("two\\nlines")', 'raise ValueError("\\x1b\\u2028")',
+    'class E(BaseException): pass\nraise E', 'raise GeneratorExit', 'assert 0, "\\ud800"', 'def f(): f()\nf()',
+    'class R:\n    def __repr__(self): return 1 / 0\nseed = R()', 'class Q(Exception):\n    __str__ = 1\nraise Q',
+    'seed = 10 ** 5000', 'learning_rate = 10 ** 5000', 'n_embd = 10 ** 400', 'learning_rate = -1e308 * 10',
+    'import numpy as np\nn_layer = np.zeros((9, 9))', 'import numpy as np\nn_layer = np.int64(1)', 'warmup = 3',
+    'import numpy as np\nlearning_rate = np.float32("nan")', 'seed = None', 'seed = lambda: 1', 'out_dir = object()',
+    'out_dir = "a\\nb"', 'out_dir = "\\ud800"', 'out_dir = "\\0"', 'out_dir = __file__', 'del seed', 'del __file__',
+    'globals()[3] = 4', 'globals()["a b"] = 4', '_x = 3', 'min_lr = learning_rate / 10', 'dataset = ["toy"]', '"\\d"',
+    'seed = 1or 2', '-' * 99999 + '1', '(' * 999, 'x' * 99999, 'print()', '"""', '\\', 'é = 1', 'lambda: (yield)',
+    'return', 'await f()', 'from __future__ import x', 'seed: int = 3', 'global seed', 'for seed in range(3): pass',
+    'type(seed)()', 'class seed: pass', 'dtype = "float16"; use_svd = True; svd_rank = 2', 'seed = True',
+    'svd_rank = 2.', b'# \xe9', b'\0', b'\xff\xfe', b'\xef\xbb\xbfseed = 2', b'seed = 2\r\n', b'# coding: latin-1']
 
 
 @st.composite
 def command_lines(draw, cls):
     """-> argv, and the config files that it names: name -> content."""
-    given_options = [draw(options(cls)) for _ in range(draw(st.sampled_from([0, 1, 1, 2, 3, 6])))]
-    extra = draw(st.lists(malformed, max_size=1)) if draw(st.integers(0, 5)) == 0 else []
+    tame = draw(st.booleans())
+    chosen = [draw(options(cls, tame)) for _ in range(draw(st.sampled_from([0, 1, 2, 3, 4, 8])))]
+    extra = [draw(malformed)] if not tame and draw(st.integers(0, 4)) == 0 else []
     files = {}
-    for name in 'ab'[:draw(st.sampled_from([0, 0, 0, 1, 2]))]:
-        lines = draw(st.lists(st.one_of(st.sampled_from(LINES), options(cls, ('init_from',)).map(
-            lambda o: f'{o[0]} = {o[1]}'), options(cls, ('init_from',)).map(lambda o: f'{o[0]} = {o[1]!r}')), max_size=3))
+    for name in 'ab'[:draw(st.sampled_from([0, 0, 1, 2]))]:
+        setting = options(cls, tame, 'init_from')
+        line = st.one_of(*[st.sampled_from(LINES)] * (not tame), setting.map(lambda o: f'{o[0]} = {o[1]}'),
+                         setting.map(lambda o: f'{o[0]} = {o[1]!r}'))
+        lines = draw(st.lists(line, max_size=3))
         files[f'{name}.py'] = b'\n'.join(x if isinstance(x, bytes) else x.encode(errors='replace') for x in lines)
     base = QUICK if cls is not sample.SampleConfig else ['--num_samples=2', '--max_new_tokens=3', '--device=cpu']
     if cls is not sample.SampleConfig and draw(st.integers(0, 2)) == 0:
-        base = [*base, '--init_from=resume', f'--out_dir={draw(st.sampled_from(["run", "run", *PATHS]))}']
+        base = [*base, '--init_from=resume', f'--out_dir={draw(st.sampled_from(["run", "run", "run", *PATHS]))}']
     if files and draw(st.booleans()):                               # so that they count
         base = [o for o in base if o[2:].partition('=')[0] in ('max_iters', 'eval_iters', 'dataset')
                 or o[2:].partition('=')[0].encode() not in b''.join(files.values())]
-    end = [*(f'--{key}={value}' for key, value in given_options), *extra, *files]
-    return [*base, *draw(st.permutations(end))], files
+    return [*base, *draw(st.permutations([*(f'--{k}={v}' for k, v in chosen), *extra, *files]))], files
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,7 +140,7 @@ class Hang(BaseException):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, one_thread):
-    """A folder with a data set, a run and whatever may lie about; and what would take long or needs a network, cut off."""
+    """A folder with a data set, a run and what else may lie about. What takes long or needs a network is cut off."""
     root = tmp_path_factory.mktemp('world')
     work = root / 'work'
     for folder in ('data', 'mine', 'twisted/ckpt.pt'):
@@ -234,7 +245,7 @@ def settled(cls, argv):
 
 def keep_all_but(root, before, after, said):
     """Only OUT_DIR has changed, and OUT_DIR.1 where a run was moved aside; every file is still there somewhere."""
-    out = os.path.relpath((root / 'work' / said['out_dir']).resolve(), root)
+    out = os.path.relpath(os.path.realpath(root / 'work' / said['out_dir']), root)
     inside = tuple(f'{place}{os.sep}' for place in (out, f'{out}.1'))
     for path in before.keys() | after.keys():
         if before.get(path, 0) != after.get(path, 0) and path not in (out, f'{out}.1'):
