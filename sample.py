@@ -127,8 +127,11 @@ def load_model(cfg, svd):
     print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '
           f'SVD on V {words}' + (' (switched here)' if svd else ''))
     if 'tokenizer' in saved:
+        if saved['tokenizer']['vocab_size'] > c.vocab_size:
+            raise UserError(f'{path}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, and its model has '
+                            f'{c.vocab_size}')
         return model, saved['tokenizer']
-    dataset = saved.get('config', {}).get('dataset', '')            # nanoGPT's checkpoints: beside the data
+    dataset = str(saved.get('config', {}).get('dataset', ''))           # nanoGPT's checkpoints: beside the data
     return model, read_meta(next((root / dataset for root in DATA_ROOTS if (root / dataset).is_dir()), dataset))
 
 

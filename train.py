@@ -169,7 +169,8 @@ def train(cfg, set_by, saved, processes, stop):
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
                         'only text files can be encoded anew')
-    if saved and saved.get('tokenizer', {}).get('chars', data.meta.get('chars')) != data.meta.get('chars'):
+    tokens = saved.get('tokenizer', data.meta) if saved else data.meta
+    if any(tokens.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
         raise UserError(f'dataset={cfg.dataset}: its characters are not those of {cfg.out_dir}/ckpt.pt')
     try:
         model = build_model(cfg, set_by, saved, data, device, say)

@@ -107,6 +107,7 @@ def restore_optimizer(optimizer, saved, steps, cropped):
         for key, value in state.items():
             if p is cropped and value.dim() == 2 and value.shape[0] > p.shape[0]:
                 state[key] = value = value[:p.shape[0]].clone()
-            if value.shape != (p.shape if key != 'step' else ()) or not value.isfinite().all():
-                raise ValueError(f'{key} of shape {tuple(value.shape)}, or not finite, for a parameter of shape '
-                                 f'{tuple(p.shape)}')
+            if value.shape != (p.shape if key != 'step' else ()) or not value.isfinite().all() or (
+                    key in ('step', 'exp_avg_sq') and value.min() < 0):
+                raise ValueError(f'{key} of shape {tuple(value.shape)}, or with impossible values, for a parameter of '
+                                 f'shape {tuple(p.shape)}')
