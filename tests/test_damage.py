@@ -58,9 +58,10 @@ def check(refused):
 
 def same(a, b):
     """Whether two trees of containers and tensors are equal to the bit."""
-    if isinstance(a, (dict, list)) and type(a) is type(b) and len(a) == len(b):
-        keys = a if isinstance(a, dict) else range(len(a))
-        return all((isinstance(a, list) or key in b) and same(a[key], b[key]) for key in keys)
+    for kind in (dict, list):
+        if isinstance(a, kind) and isinstance(b, kind):
+            pairs = [(a[k], b.get(k)) for k in a] if kind is dict else zip(a, b)
+            return len(a) == len(b) and all(same(x, y) for x, y in pairs)
     return torch.is_tensor(b) and torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
@@ -130,7 +131,7 @@ FILES = {
     'another zip': lambda good: zipped(good, lambda name, content: b'?'), 'a pickle': lambda good: pickle.dumps({'a': 1}),
     'code': lambda good: pickle.dumps(Bomb()), 'code in a zip': pickled(Bomb()), 'code, nested': pickled([{'model': Bomb()}]),
     'legacy': lambda good: legacy(torch.load(io.BytesIO(good), weights_only=True)), 'legacy code': lambda good: legacy(Bomb()),
-    'compressed': partial(zipped, compression=zipfile.ZIP_DEFLATED), 'twice': lambda good: good[:-22] + good,
+    'compressed': partial(zipped, compression=zipfile.ZIP_DEFLATED),
     'compressed zeros': lambda good: zipped(good, lambda name, c: bytes(2 ** 22), compression=zipfile.ZIP_DEFLATED),
     'other sizes': lambda good: zipped(good, lambda name, c: c + b'1234' if '/data/' in name else c),
     'without data.pkl': lambda good: zipped(good).replace(b'data.pkl', b'data.pk_'),
@@ -145,9 +146,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(run, good, check, spoil):
     check('out/ckpt.pt: ', RESUME, SAMPLE)
 
 
-def test_what_follows_a_checkpoint_is_refused_or_changes_nothing(run, good, check):
-    for tail in (b'\0', b'garbage', bytes(70_000), good[:500]):
-        PATH.write_bytes(good + tail)
+def test_what_surrounds_a_checkpoint_is_refused_or_changes_nothing(run, good, check):
+    for head, tail in ((b'', b'\0'), (b'', b'garbage'), (b'', bytes(70_000)), (b'', good[:500]), (b'', good[-500:]),
+                       (b'\0', b''), (b'garbage', b''), (good[:-22], b'')):
+        PATH.write_bytes(head + good + tail)
         try:
             assert same(ckpt.load(PATH), run)
         except UserError:
@@ -229,11 +231,11 @@ BOTH |= {'a larger tokenizer': lambda good: good | {'tokenizer': dict(
     tokenizer='char', vocab_size=99, dtype='uint16', chars=[chr(200 + n) for n in range(99)])}}
 TRAIN = at('best_val_loss', missing=put) | at('optimizer', missing=put, empty={}, two={'muon': {}, 'adamw': {}})
 for key in ('step', 'exp_avg', 'exp_avg_sq'):
-    TRAIN |= at('optimizer', 'state', 0, key, missing=put, none=None, number=1., longer=torch.ones(3, 3),
+    TRAIN |= at('optimizer', 'state', 0, key, missing=put, none=None, text='x', longer=torch.ones(3, 3),
                 nan=lambda v: v * float('nan'), view=torch.ones(1).expand(10 ** 15))
 TRAIN |= at('optimizer', 'state', 0, 'exp_avg_sq', negative=lambda v: v - 1) | at('optimizer', 'state', 0, 'new', new=1)
 TRAIN |= at('optimizer', 'state', 0, 'step', negative=torch.tensor(-3.)) | at('optimizer', 'state', 1, missing=put, none=None)
-TRAIN |= at('optimizer', 'state', missing=put, none=None, list=[], empty={}) | at('optimizer', 'state', 'x', new=1)
+TRAIN |= at('optimizer', 'state', missing=put, none=None, list=[], empty={})
 TRAIN |= at('optimizer', 'param_groups', missing=put, none=None, empty=[], three=lambda g: [*g, g[0]], one=lambda g: g[:1],
             text='x', numbers=[1, 2], few=lambda g: [g[0] | {'params': [0]}, g[1]], bare=[{}, {}])
 TRAIN |= at('random', empty=[], two=lambda r: r * 2, none=[None], text=['x'], bare=[{}])
@@ -248,11 +250,6 @@ for key, *bad in (('batch_size', 0, 'x', None, 10 ** 12), ('learning_rate', -1.,
               for n, value in enumerate(bad) if key != 'n_layer'}
 
 
-def save(spoil, run):
-    torch.save(spoil(run), PATH)
-    return next((word for word in ('dataset',) if 'config dataset' in str(spoil)), 'out/ckpt.pt')
-
-
 @pytest.mark.parametrize('spoil', BOTH.values(), ids=BOTH)
 def test_spoilt_content_is_refused(run, check, spoil):
     torch.save(spoil(run), PATH)
@@ -264,3 +261,103 @@ def test_spoilt_content_that_only_training_needs_is_refused(run, check, name):
     torch.save(TRAIN[name](run), PATH)
     check('dataset=nowhere' if name == 'config dataset 0' else 'batch_size' if name == 'config batch_size 3' else
           'out/ckpt.pt', RESUME)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data sets
+
+META = json.dumps({'tokenizer': 'char', 'vocab_size': 17, 'dtype': 'uint16', 'chars': sorted(set(TEXT)), 'source': 'x'})
+OLD = {'vocab_size': 17, 'itos': dict(enumerate(sorted(set(TEXT)))), 'stoi': {c: n for n, c in enumerate(sorted(set(TEXT)))}}
+
+
+def foreign(place, top):
+    """A token id beyond the vocabulary, at a place of the file."""
+    def spoil(content):
+        ids = np.frombuffer(content, np.uint16).copy()
+        ids[int(place * (len(ids) - 1))] = top
+        return ids.tobytes()
+    return spoil
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+BINS = {'missing': Path.unlink, 'a folder': folder} | {
+    name: lambda path, change=change: path.write_bytes(change(path.read_bytes())) for name, change in {
+        'empty': lambda c: b'', 'one byte': lambda c: c[:1], 'one token': lambda c: c[:2], 'two tokens': lambda c: c[:4],
+        **{f'odd at {n}': lambda c, n=n: c[:n] for n in (3, 99, 235, 471)}, 'a byte more': lambda c: c + b'\0',
+        'a token more': lambda c: c + b'\0\0', 'a token less': lambda c: c[:-2], 'half': lambda c: c[:len(c) // 4 * 2],
+        'twice': lambda c: c * 2, 'text': lambda c: TEXT.encode()[:len(c)], 'shifted': lambda c: b'\1' + c[:-1],
+        **{f'id {top} at {place}': foreign(place, top) for place in (0, .5, 1) for top in (17, 2 ** 15, 2 ** 16 - 1)}}.items()}
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('spoil', BINS.values(), ids=BINS)
+def test_spoilt_tokens_are_refused(run, check, spoil, split):
+    spoil(Path(f'data/toy/{split}.bin'))
+    check('toy', RESUME)
+
+
+def test_a_meta_json_cut_off_anywhere_is_refused(run, check):
+    path = Path('data/toy/meta.json')
+    content = path.read_bytes()
+    for cut in range(0, len(content) - 1, 9):
+        path.write_bytes(content[:cut])
+        check('data/toy', RESUME)
+
+
+METAS = {'a folder': folder, 'not UTF-8': lambda path: path.write_bytes(b'\xff' + path.read_bytes())} | {
+    name: lambda path, text=text: path.write_text(text) for name, text in {
+        'null': 'null', 'a list': '[]', 'a number': '1' + '0' * 400, 'digits': '1' + '0' * 5000, 'deep': '[' * 100_000,
+        'NaN': 'NaN', 'empty': '{}', 'two': META + META, 'unfinished': '{"unfinished": "prepare again"}'}.items()} | {
+    f'{key} {n}': lambda path, key=key, value=value: path.write_text(json.dumps(put(json.loads(path.read_text()), key, value)))
+    for key, values in {'tokenizer': (put, None, 'gpt2', 'word', ['char']), 'train_tokens': (1, 10 ** 30, 'x', None),
+                        'vocab_size': (put, None, 0, -1, 2, 16, 18, 17., True, '17', 10 ** 9, 10 ** 400),
+                        'dtype': (put, None, 'uint32', 'int8', 'object', 'float64', 16), 'source': ('\ud800', ),
+                        'chars': (put, None, [], 17, 'abcdefghijklmnopq', ['a'] * 17, [1] * 17, ['ab'] * 17,
+                                  sorted(set(TEXT))[::-1], {c: 1 for c in set(TEXT)})}.items()
+    for n, value in enumerate(values)}
+
+
+@pytest.mark.parametrize('spoil', METAS.values(), ids=METAS)
+def test_a_spoilt_meta_json_is_refused(run, check, spoil):
+    spoil(Path('data/toy/meta.json'))
+    check('toy', RESUME)
+
+
+def test_a_meta_pkl_cut_off_anywhere_is_refused(run, check):
+    Path('data/toy/meta.json').unlink()
+    content = pickle.dumps(OLD)
+    for cut in range(0, len(content), 7):
+        Path('data/toy/meta.pkl').write_bytes(content[:cut])
+        check('data/toy', RESUME)
+
+
+PICKLES = [pickle.dumps(content) for content in (
+    Bomb(), {**OLD, 'itos': Bomb()}, [Bomb()], {**OLD, 'itos': {n: Bomb() for n in range(17)}}, None, [], 'x', {}, Path('x'),
+    put(OLD, 'itos', put), put(OLD, 'vocab_size', put), put(OLD, 'itos', []), put(OLD, 'itos', 3, put), put(OLD, 'itos', 3, 'ab'),
+    put(OLD, 'vocab_size', '17'), put(OLD, 'vocab_size', 18), put(OLD, 'vocab_size', -1), put(OLD, 'vocab_size', 10 ** 300),
+    put(OLD, 'itos', 0, None), put(OLD, 'itos', 0, 'e'), put(OLD, 'itos', dict(enumerate(sorted(set(TEXT))[::-1]))))] + [
+    b"cposix\nsystem\n(S'touch EXECUTED'\ntR.", b'cbuiltins\neval\n(Vopen("EXECUTED", "w")\ntR.', b'Px\n.', b'\x80\x7f.',
+    b'(lp0\ng9\n.', b'\x8c\xff', b'\x8e' + b'\xff' * 8, b'i__main__\nX\n.', b'\x82\1.', META.encode()]
+
+
+@pytest.mark.parametrize('content', PICKLES, ids=range(len(PICKLES)))
+def test_a_spoilt_meta_pkl_is_refused(run, check, content):
+    Path('data/toy/meta.json').unlink()
+    Path('data/toy/meta.pkl').write_bytes(content)
+    check('toy', RESUME)
+
+
+@pytest.mark.parametrize('content', [b'', b'a', b'\xff\xfe', TEXT.encode('utf-16'), TEXT.encode() + b'\xe9', b'\xed\xa0\x80',
+                                     b'\xef\xbb\xbf', b'\xef\xbb\xbfa', b'\r\n', b'\x1f\x8b\x08'])
+def test_a_spoilt_text_is_refused(here, check, monkeypatch, content):
+    monkeypatch.setattr(train, 'locate', partial(train.locate, roots=(here / 'data',)))
+    Path('my.txt').write_bytes(content)
+    check('my.txt', (train.main, *TINY, '--dataset=my.txt'))
+
+
+def test_there_are_more_than_two_hundred_kinds_of_damage():
+    assert len(FILES) + len(BOTH) + len(TRAIN) + 2 * len(BINS) + len(METAS) + len(PICKLES) > 400
