@@ -128,7 +128,7 @@ def load_model(cfg, svd):
           f'SVD on V {words}' + (' (switched here)' if svd else ''))
     if 'tokenizer' in saved:
         if saved['tokenizer']['vocab_size'] > c.vocab_size:
-            raise UserError(f'{path}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, and its model has '
+            raise UserError(f'{path}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, its model '
                             f'{c.vocab_size}')
         return model, saved['tokenizer']
     dataset = str(saved.get('config', {}).get('dataset', ''))           # nanoGPT's checkpoints: beside the data

@@ -89,8 +89,8 @@ def _odd_tensor(tree, name):
     numbers in memory, for a view of a single one can claim any size; or None."""
     if torch.is_tensor(tree):
         plain = tree.dtype in DTYPES and tree.layout is torch.strided and not tree.is_nested
-        plain = plain and tree.device.type == 'cpu' and tree.untyped_storage().nbytes() >= tree.numel() * tree.element_size()
-        return None if plain else name
+        whole = plain and tree.device.type == 'cpu' and tree.untyped_storage().nbytes() >= tree.numel() * tree.element_size()
+        return None if whole else name
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     return next(filter(None, (_odd_tensor(value, f'{name}.{key}') for key, value in items)), None)
 

@@ -18,8 +18,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 
 
 class UserError(ValueError):
-    """The user's input was wrong. The entry points print it as one line and exit with code 2: what could break that line
-    or steer a terminal is escaped."""
+    """The user's input was wrong. The entry points print it as one line and exit with code 2: what could break that
+    line, or steer a terminal, is escaped."""
 
     def __init__(self, text):
         super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text))

@@ -126,18 +126,29 @@ def pickled(kind):
     return lambda good: zipped(good, lambda name, c: pickle.dumps(kind, 2) if name.endswith('data.pkl') else c)
 
 
+def tenths(change):
+    """change(good, start of the hole) for ten places of the file."""
+    return {f'{change.__name__} {k}': lambda good, k=k: change(good, len(good) * k // 10) for k in range(10)}
+
+
+def zeros_from(good, start):
+    return good[:start].ljust(len(good), b'\0')
+
+
+def hole_at(good, start):
+    return good[:start] + bytes(512) + good[start + 512:]
+
+
 FILES = {
     'empty': lambda good: b'', 'text': lambda good: TEXT.encode(), 'zeros': lambda good: bytes(len(good)),
-    'another zip': lambda good: zipped(good, lambda name, content: b'?'), 'a pickle': lambda good: pickle.dumps({'a': 1}),
-    'code': lambda good: pickle.dumps(Bomb()), 'code in a zip': pickled(Bomb()), 'code, nested': pickled([{'model': Bomb()}]),
-    'legacy': lambda good: legacy(torch.load(io.BytesIO(good), weights_only=True)), 'legacy code': lambda good: legacy(Bomb()),
-    'compressed': partial(zipped, compression=zipfile.ZIP_DEFLATED),
+    'another zip': lambda good: zipped(good, lambda name, content: b'?'), 'a pickle': lambda good: pickle.dumps({}),
+    'code': lambda good: pickle.dumps(Bomb()), 'code in a zip': pickled(Bomb()), 'code inside': pickled([Bomb()]),
+    'legacy': lambda good: legacy(torch.load(io.BytesIO(good), weights_only=True)),
+    'legacy code': lambda good: legacy(Bomb()), 'compressed': partial(zipped, compression=zipfile.ZIP_DEFLATED),
     'compressed zeros': lambda good: zipped(good, lambda name, c: bytes(2 ** 22), compression=zipfile.ZIP_DEFLATED),
     'other sizes': lambda good: zipped(good, lambda name, c: c + b'1234' if '/data/' in name else c),
     'without data.pkl': lambda good: zipped(good).replace(b'data.pkl', b'data.pk_'),
-    **{f'zeros from {k}/9 on': partial(lambda k, good: good[:len(good) * k // 9].ljust(len(good), b'\0'), k) for k in range(9)},
-    **{f'hole at {k}/9': partial(lambda k, good: good[:len(good) * k // 9] + bytes(512) + good[len(good) * k // 9 + 512:], k)
-       for k in range(9)}}
+    **tenths(zeros_from), **tenths(hole_at)}
 
 
 @pytest.mark.parametrize('spoil', FILES.values(), ids=FILES)
@@ -196,6 +207,7 @@ def at(*ways, **named):
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
 WEIGHTS = ('transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.ln_1.weight', 'lm_head.weight',
            'transformer.h.0.attn.c_attn.weight', 'transformer.h.0.mlp.c_proj.weight', 'transformer.ln_f.weight')
+VIEW = torch.ones(1).expand(10 ** 15)                                # a petabyte, in a few bytes of the file
 HUGE = {f'1e{n}': 10 ** n for n in (9, 18, 300)}
 BOTH = {}                                                           # what sample.py reads, too
 for key in ('model', 'model_args', 'iter_num'):
@@ -218,36 +230,39 @@ for key in WEIGHTS:
     BOTH |= at('model', key, missing=put, none=None, int64=lambda w: w.long(), nan=lambda w: w * float('nan'),
                infinite=lambda w: w / 0, longer=lambda w: torch.cat((w, w)), flat=lambda w: w.flatten()[:-1],
                deeper=lambda w: w[None], sparse=lambda w: w.to_sparse(), empty=lambda w: w[:0],
-               complex=lambda w: w.to(torch.complex64), eighth=lambda w: w.to(torch.float8_e4m3fn), list=lambda w: w.tolist())
-BOTH |= at('model', 'extra', weight=torch.ones(2), view=torch.ones(1).expand(10 ** 15), meta=torch.ones(3, device='meta'))
+               complex=lambda w: w.to(torch.complex64), eighth=lambda w: w.to(torch.float8_e4m3fn),
+               list=lambda w: w.tolist())
+BOTH |= at('model', 'extra', weight=torch.ones(2), view=VIEW, meta=torch.ones(3, device='meta'))
 BOTH |= at('model', 'lm_head.weight', other=lambda w: w + 1)
 BOTH |= at('tokenizer', 'tokenizer', missing=put, other='word', none=None, list=['char'], gpt2='gpt2')
 BOTH |= at('tokenizer', 'vocab_size', missing=put, other=16, text='17', half=17., bool=True, **HUGE)
 BOTH |= at('tokenizer', 'dtype', missing=put, other='int8', none=None)
-BOTH |= at('tokenizer', 'chars', missing=put, none=None, number=17, few=['a'], text='abcdefghijklmnopq', equal=['a'] * 17,
-           long=[f'{n:02}' for n in range(17)], numbers=list(range(17)), half=list('abcdefghijklmnop\ud800'))
+BOTH |= at('tokenizer', 'chars', missing=put, none=None, number=17, few=['a'], text='abcdefghijklmnopq',
+           equal=['a'] * 17, long=[f'{n:02}' for n in range(17)], numbers=list(range(17)),
+           half=list('abcdefghijklmnop\ud800'))
 BOTH |= {'two': lambda good: [good, good], 'weights alone': lambda good: good['model'], 'nothing': lambda good: {}}
 BOTH |= {'a larger tokenizer': lambda good: good | {'tokenizer': dict(
     tokenizer='char', vocab_size=99, dtype='uint16', chars=[chr(200 + n) for n in range(99)])}}
 TRAIN = at('best_val_loss', missing=put) | at('optimizer', missing=put, empty={}, two={'muon': {}, 'adamw': {}})
 for key in ('step', 'exp_avg', 'exp_avg_sq'):
     TRAIN |= at('optimizer', 'state', 0, key, missing=put, none=None, text='x', longer=torch.ones(3, 3),
-                nan=lambda v: v * float('nan'), view=torch.ones(1).expand(10 ** 15))
+                nan=lambda v: v * float('nan'), view=VIEW)
 TRAIN |= at('optimizer', 'state', 0, 'exp_avg_sq', negative=lambda v: v - 1) | at('optimizer', 'state', 0, 'new', new=1)
-TRAIN |= at('optimizer', 'state', 0, 'step', negative=torch.tensor(-3.)) | at('optimizer', 'state', 1, missing=put, none=None)
+TRAIN |= at('optimizer', 'state', 0, 'step', negative=torch.tensor(-3.))
+TRAIN |= at('optimizer', 'state', 1, missing=put, none=None)
 TRAIN |= at('optimizer', 'state', missing=put, none=None, list=[], empty={})
-TRAIN |= at('optimizer', 'param_groups', missing=put, none=None, empty=[], three=lambda g: [*g, g[0]], one=lambda g: g[:1],
-            text='x', numbers=[1, 2], few=lambda g: [g[0] | {'params': [0]}, g[1]], bare=[{}, {}])
+TRAIN |= at('optimizer', 'param_groups', missing=put, none=None, empty=[], one=lambda g: g[:1],
+            three=lambda g: [*g, g[0]], text='x', numbers=[1, 2], bare=[{}, {}],
+            few=lambda g: [g[0] | {'params': [0]}, g[1]])
 TRAIN |= at('random', empty=[], two=lambda r: r * 2, none=[None], text=['x'], bare=[{}])
 for key in ('torch', 'batches'):
-    for name, value in dict(missing=put, none=None, text='x', short=torch.zeros(9, dtype=torch.uint8), int64=torch.ones(5056),
-                            none_of_it=torch.zeros(0, dtype=torch.uint8), zeros=torch.zeros(5056, dtype=torch.uint8)).items():
-        TRAIN[f'random {key} {name}'] = lambda good, key=key, value=value: good | {'random': [put(good['random'][0], key, value)]}
+    TRAIN |= at('random', 0, key, missing=put, none=None, text='x', float=torch.ones(5056),
+                **{f'{n} bytes': torch.zeros(n, dtype=torch.uint8) for n in (0, 9, 5056)})
 for key, *bad in (('batch_size', 0, 'x', None, 10 ** 12), ('learning_rate', -1., 'x', float('nan')), ('beta1', 1., 'x'),
                   ('seed', -1, 2 ** 63, 1.5), ('optimizer', 'sgd', 'muon'), ('dataset', 'nowhere', 3, '\0', '\ud800'),
-                  ('always_save_checkpoint', 'x'), ('eval_interval', 0), ('grad_clip', [1.]), ('n_layer', 'x')):
+                  ('always_save_checkpoint', 'x'), ('eval_interval', 0), ('grad_clip', [1.])):
     TRAIN |= {f'config {key} {n}': lambda good, key=key, value=value: put(good, 'config', key, value)
-              for n, value in enumerate(bad) if key != 'n_layer'}
+              for n, value in enumerate(bad)}
 
 
 @pytest.mark.parametrize('spoil', BOTH.values(), ids=BOTH)
@@ -267,7 +282,8 @@ def test_spoilt_content_that_only_training_needs_is_refused(run, check, name):
 # data sets
 
 META = json.dumps({'tokenizer': 'char', 'vocab_size': 17, 'dtype': 'uint16', 'chars': sorted(set(TEXT)), 'source': 'x'})
-OLD = {'vocab_size': 17, 'itos': dict(enumerate(sorted(set(TEXT)))), 'stoi': {c: n for n, c in enumerate(sorted(set(TEXT)))}}
+CHARS = sorted(set(TEXT))
+OLD = {'vocab_size': 17, 'itos': dict(enumerate(CHARS)), 'stoi': {c: n for n, c in enumerate(CHARS)}}
 
 
 def foreign(place, top):
@@ -286,11 +302,12 @@ def folder(path):
 
 BINS = {'missing': Path.unlink, 'a folder': folder} | {
     name: lambda path, change=change: path.write_bytes(change(path.read_bytes())) for name, change in {
-        'empty': lambda c: b'', 'one byte': lambda c: c[:1], 'one token': lambda c: c[:2], 'two tokens': lambda c: c[:4],
+        'empty': lambda c: b'', 'one byte': lambda c: c[:1], 'one token': lambda c: c[:2], 'two': lambda c: c[:4],
         **{f'odd at {n}': lambda c, n=n: c[:n] for n in (3, 99, 235, 471)}, 'a byte more': lambda c: c + b'\0',
         'a token more': lambda c: c + b'\0\0', 'a token less': lambda c: c[:-2], 'half': lambda c: c[:len(c) // 4 * 2],
         'twice': lambda c: c * 2, 'text': lambda c: TEXT.encode()[:len(c)], 'shifted': lambda c: b'\1' + c[:-1],
-        **{f'id {top} at {place}': foreign(place, top) for place in (0, .5, 1) for top in (17, 2 ** 15, 2 ** 16 - 1)}}.items()}
+        **{f'id {top} at {place}': foreign(place, top) for place in (0, .5, 1)
+           for top in (17, 2 ** 15, 2 ** 16 - 1)}}.items()}
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -312,12 +329,12 @@ METAS = {'a folder': folder, 'not UTF-8': lambda path: path.write_bytes(b'\xff' 
     name: lambda path, text=text: path.write_text(text) for name, text in {
         'null': 'null', 'a list': '[]', 'a number': '1' + '0' * 400, 'digits': '1' + '0' * 5000, 'deep': '[' * 100_000,
         'NaN': 'NaN', 'empty': '{}', 'two': META + META, 'unfinished': '{"unfinished": "prepare again"}'}.items()} | {
-    f'{key} {n}': lambda path, key=key, value=value: path.write_text(json.dumps(put(json.loads(path.read_text()), key, value)))
+    f'{key} {n}': lambda path, way=(key, value): path.write_text(json.dumps(put(json.loads(path.read_text()), *way)))
     for key, values in {'tokenizer': (put, None, 'gpt2', 'word', ['char']), 'train_tokens': (1, 10 ** 30, 'x', None),
                         'vocab_size': (put, None, 0, -1, 2, 16, 18, 17., True, '17', 10 ** 9, 10 ** 400),
                         'dtype': (put, None, 'uint32', 'int8', 'object', 'float64', 16), 'source': ('\ud800', ),
                         'chars': (put, None, [], 17, 'abcdefghijklmnopq', ['a'] * 17, [1] * 17, ['ab'] * 17,
-                                  sorted(set(TEXT))[::-1], {c: 1 for c in set(TEXT)})}.items()
+                                  CHARS[::-1], {c: 1 for c in set(TEXT)})}.items()
     for n, value in enumerate(values)}
 
 
@@ -336,12 +353,12 @@ def test_a_meta_pkl_cut_off_anywhere_is_refused(run, check):
 
 
 PICKLES = [pickle.dumps(content) for content in (
-    Bomb(), {**OLD, 'itos': Bomb()}, [Bomb()], {**OLD, 'itos': {n: Bomb() for n in range(17)}}, None, [], 'x', {}, Path('x'),
-    put(OLD, 'itos', put), put(OLD, 'vocab_size', put), put(OLD, 'itos', []), put(OLD, 'itos', 3, put), put(OLD, 'itos', 3, 'ab'),
-    put(OLD, 'vocab_size', '17'), put(OLD, 'vocab_size', 18), put(OLD, 'vocab_size', -1), put(OLD, 'vocab_size', 10 ** 300),
-    put(OLD, 'itos', 0, None), put(OLD, 'itos', 0, 'e'), put(OLD, 'itos', dict(enumerate(sorted(set(TEXT))[::-1]))))] + [
-    b"cposix\nsystem\n(S'touch EXECUTED'\ntR.", b'cbuiltins\neval\n(Vopen("EXECUTED", "w")\ntR.', b'Px\n.', b'\x80\x7f.',
-    b'(lp0\ng9\n.', b'\x8c\xff', b'\x8e' + b'\xff' * 8, b'i__main__\nX\n.', b'\x82\1.', META.encode()]
+    Bomb(), [Bomb()], {**OLD, 'itos': Bomb()}, {**OLD, 'itos': {n: Bomb() for n in range(17)}}, None, [], 'x', {},
+    *(put(OLD, 'vocab_size', value) for value in (put, '17', 18, -1, 10 ** 300)), Path('x'),
+    *(put(OLD, 'itos', 3, value) for value in (put, 'ab', None, 'e')),
+    *(put(OLD, 'itos', value) for value in (put, [], dict(enumerate(CHARS[::-1])))))] + [
+    b"cposix\nsystem\n(S'touch EXECUTED'\ntR.", b'cbuiltins\neval\n(Vopen("EXECUTED", "w")\ntR.', b'i__main__\nX\n.',
+    b'Px\n.', b'\x80\x7f.', b'(lp0\ng9\n.', b'\x8c\xff', b'\x8e' + b'\xff' * 8, b'\x82\1.', META.encode()]
 
 
 @pytest.mark.parametrize('content', PICKLES, ids=range(len(PICKLES)))
@@ -351,8 +368,8 @@ def test_a_spoilt_meta_pkl_is_refused(run, check, content):
     check('toy', RESUME)
 
 
-@pytest.mark.parametrize('content', [b'', b'a', b'\xff\xfe', TEXT.encode('utf-16'), TEXT.encode() + b'\xe9', b'\xed\xa0\x80',
-                                     b'\xef\xbb\xbf', b'\xef\xbb\xbfa', b'\r\n', b'\x1f\x8b\x08'])
+@pytest.mark.parametrize('content', [b'', b'a', b'\xff\xfe', TEXT.encode('utf-16'), TEXT.encode() + b'\xe9',
+                                     b'\xed\xa0\x80', b'\xef\xbb\xbf', b'\xef\xbb\xbfa', b'\r\n', b'\x1f\x8b\x08'])
 def test_a_spoilt_text_is_refused(here, check, monkeypatch, content):
     monkeypatch.setattr(train, 'locate', partial(train.locate, roots=(here / 'data',)))
     Path('my.txt').write_bytes(content)

@@ -43,7 +43,7 @@ ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e
 PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy', 'data/toy/x',
          'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy', 'one.txt',
          'latin1.txt', 'empty.txt', 'my.txt', 'FILE:notes.txt', 'FILE:run', 'new\nline', 'größer 🙂']
-GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'], 'peer': ['mine'],
+GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
         'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']}
 # what would only take long is small, or so large that it cannot be
 ABSURD = [str(10 ** n) for n in (12, 18, 30, 120)]
@@ -70,7 +70,8 @@ def values(key, hint, tame):
         if get_origin(kind) is Literal:
             own.append(st.sampled_from([str(a) for a in get_args(kind)]))
         else:
-            own.append({bool: st.sampled_from(['True', 'False']), str: st.sampled_from(GOOD.get(key, ['a']) if tame else PATHS),
+            own.append({bool: st.sampled_from(['True', 'False']),
+                        str: st.sampled_from(GOOD.get(key, ['a']) if tame else PATHS),
                         float: st.sampled_from('0 1e-300 1e-3 .5 .9 .999999999 1e9 1e38 1e300 1.7e308'.split()),
                         int: st.sampled_from([*map(str, range(1, LONG.get(key, 12) + 1)), *['0', *ABSURD][4 * tame:]])
                         }.get(kind, st.just('None')))
