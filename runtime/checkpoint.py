@@ -88,8 +88,8 @@ def _odd_tensor(tree, name):
     """The path of the first tensor in nested dicts and lists that is not plain: dense, on the CPU, and with all of its
     numbers in memory, for a view of a single one can claim any size; or None."""
     if torch.is_tensor(tree):
-        plain = tree.dtype in DTYPES and tree.layout is torch.strided and not tree.is_nested
-        whole = plain and tree.device.type == 'cpu' and tree.untyped_storage().nbytes() >= tree.numel() * tree.element_size()
+        plain = tree.dtype in DTYPES and tree.layout is torch.strided and not tree.is_nested and not tree.is_meta
+        whole = plain and tree.untyped_storage().nbytes() >= tree.numel() * tree.element_size()
         return None if whole else name
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     return next(filter(None, (_odd_tensor(value, f'{name}.{key}') for key, value in items)), None)
