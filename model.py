@@ -277,12 +277,26 @@ class GPT(nn.Module):
     def from_checkpoint(cls, saved, **overrides):
         """The model of a checkpoint dict, this repo's or nanoGPT's: its `model_args` and `model` (a state dict) are all
         that is needed. overrides: fields that add no parameters. Raises ValueError where the three do not fit."""
-        unknown = sorted(set(saved['model_args']) - set(GPTConfig.__dataclass_fields__))
+        args = saved['model_args']
+        unknown = sorted(map(str, set(args) - set(GPTConfig.__dataclass_fields__)))
         if unknown:
             raise ValueError(f'its model_args have fields that this model does not know: {", ".join(unknown)}')
-        model = cls(GPTConfig(**{**saved['model_args'], **overrides}))
+        missing = [name for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if name not in args]
+        if missing:
+            raise ValueError(f'its model_args lack {", ".join(missing)}')
+        c = GPTConfig(**{**args, **overrides})
         # before it used flash attention, nanoGPT stored its causal mask
         state = {name: w for name, w in saved['model'].items() if not name.endswith('.attn.bias')}
+        # model_args can name any size: nothing is built before the weights that are there agree
+        sizes = {'transformer.wte.weight': (c.vocab_size, c.n_embd), 'lm_head.weight': (c.vocab_size, c.n_embd),
+                 'transformer.wpe.weight': (c.block_size, c.n_embd)}
+        wrong = [name for name, shape in sizes.items() if name not in state or state[name].shape != shape]
+        layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
+        if wrong or layers != c.n_layer:
+            raise ValueError(f'its weights do not fit its model_args: {", ".join(wrong) or f"{layers} layers"}')
+        if not torch.equal(state['transformer.wte.weight'], state['lm_head.weight']):
+            raise ValueError('its weights transformer.wte and lm_head differ, which are one tensor')
+        model = cls(c)
         try:
             model.load_state_dict(state)
         except RuntimeError as e:                                   # names and shapes, over many lines

@@ -94,9 +94,19 @@ def samples(cfg, set_by):
     ids = tokenizer.encode(start)
     if not ids:
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
+    need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
+    if here and need > here:                                        # ids, logits and probabilities
+        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
+                        f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
     prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
-    with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
-        out = model.generate(prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
+    try:
+        with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
+            out = model.generate(prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
+    except RuntimeError as e:                                       # LinAlgError is one, too
+        if not isinstance(e, torch.linalg.LinAlgError) and 'probability' not in str(e):
+            raise
+        raise UserError(f'the next token has no probabilities ({configuration.one_line(e)[:100]}): the weights or '
+                        f'temperature={cfg.temperature} take the numbers out of range') from None
     return [tokenizer.decode(row) for row in out.tolist()]
 
 
@@ -120,8 +130,11 @@ def load_model(cfg, svd):
     print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '
           f'SVD on V {words}' + (' (switched here)' if svd else ''))
     if 'tokenizer' in saved:
+        if saved['tokenizer']['vocab_size'] > c.vocab_size:
+            raise UserError(f'{path}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, its model '
+                            f'{c.vocab_size}')
         return model, saved['tokenizer']
-    dataset = saved.get('config', {}).get('dataset', '')            # nanoGPT's checkpoints: beside the data
+    dataset = str(saved.get('config', {}).get('dataset', ''))           # nanoGPT's checkpoints: beside the data
     return model, read_meta(next((root / dataset for root in DATA_ROOTS if (root / dataset).is_dir()), dataset))
 
 

@@ -96,12 +96,12 @@ class TrainConfig(GPTConfig):
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
-        out = Path(self.out_dir).resolve()
+        out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
         if not self.out_dir or out == Path.cwd() or out in Path.cwd().parents:
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
         try:
-            if any((out / name).exists() for name in ('train.bin', 'prepare.py')):
-                raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder (nearest: 'out')")
+            if any(any(out.glob(place + name)) for name in ('train.bin', 'prepare.py') for place in ('', '*/')):
+                raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder, or holds one (nearest: 'out')")
             if out.exists() and not out.is_dir():
                 raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {self.out_dir + "-run"!r})')
         except OSError as e:
@@ -145,7 +145,7 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    if not values['eval_only'] and path.with_name('last.pt').exists():      # where ckpt.pt is the best, this is later
+    if not values['eval_only'] and os.path.exists(path.with_name('last.pt')):   # where ckpt.pt is the best, it is later
         path = path.with_name('last.pt')
     saved = ckpt.load(path)
     if 'best_val_loss' not in saved:
@@ -169,7 +169,8 @@ def train(cfg, set_by, saved, processes, stop):
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
                         'only text files can be encoded anew')
-    if saved and saved.get('tokenizer', {}).get('chars', data.meta.get('chars')) != data.meta.get('chars'):
+    tokens = saved.get('tokenizer', data.meta) if saved else data.meta
+    if any(tokens.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
         raise UserError(f'dataset={cfg.dataset}: its characters are not those of {cfg.out_dir}/ckpt.pt')
     if saved and saved.get('tokenizer', data.meta).get('sha256') != data.meta.get('sha256'):
         say(f'dataset={cfg.dataset}: another text than the one of {cfg.out_dir}/ckpt.pt')
@@ -184,7 +185,12 @@ def train(cfg, set_by, saved, processes, stop):
         if processes.is_main:
             result = evaluate.final()
             say(evaluate.describe_final(result))
-            append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            try:
+                append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            except OSError as e:
+                raise UserError(f'{cfg.out_dir}/eval.jsonl: cannot be written: {e.strerror}') from None
+            except ValueError as e:
+                raise e if isinstance(e, UserError) else TrainingStopped('the loss is not finite') from None
         return
 
     run = Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes)
@@ -357,6 +363,8 @@ def build_model(cfg, set_by, saved, data, device, say):
         raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
                         f'(nearest: {data.vocab_size})')
     data.check_length(cfg.block_size)
+    if cfg.init_from != 'scratch':
+        check_memory(cfg, device)
     return model
 
 
@@ -365,11 +373,14 @@ def check_memory(cfg, device):
     here = devices.memory_bytes(device)
     parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
     activations = cfg.batch_size * cfg.block_size * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
-    need = 12 * parameters + 2 * activations                            # weights, gradients, a moment; half precision
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    # weights, with gradients and a moment; half precision; int64
+    need = (4 if cfg.eval_only else 12) * parameters + 2 * activations + 8 * tokens
     if here and need > here:
         raise UserError(f'n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, batch_size='
-                        f'{cfg.batch_size}, block_size={cfg.block_size}: need {need / 1e9:,.0f} GB or more, and '
-                        f'{device} has {here / 1e9:,.0f} GB; make one of them smaller')
+                        f'{cfg.batch_size}, block_size={cfg.block_size}, gradient_accumulation_steps='
+                        f'{cfg.gradient_accumulation_steps}: need {need // 10 ** 9:,} GB or more, and {device} has '
+                        f'{here // 10 ** 9:,} GB; make one of them smaller')
 
 
 def build_optimizer(cfg, model, device):

@@ -1,5 +1,7 @@
 """Checkpoints: a plain dict of tensors, numbers, strings and containers, written whole or not at all."""
 
+import math
+import os
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
 NUMBER = (int, float, torch.Tensor)                                 # nanoGPT's best_val_loss is a tensor
 OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list, best_val_loss=NUMBER,
                 interim_best_val_loss=NUMBER)
+DTYPES = {getattr(torch, name) for name in 'float32 float64 float16 bfloat16 uint8 int32 int64 bool'.split()}
 
 
 def save(checkpoint, path):
@@ -34,10 +37,10 @@ def load(path):
     """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed (weights_only). Raises
     UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):                                    # Path.is_file raises for names that are too long
         raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}')
     try:
-        if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():        # torch does not look at checksums
+        if not zipfile.is_zipfile(path) or not _is_whole(path):
             raise UserError(f'{path}: damaged, or not a PyTorch file')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UserError:
@@ -48,10 +51,18 @@ def load(path):
         raise UserError(f'{path}: not loadable with weights_only=True ({type(e).__name__})') from None
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise UserError(f'{path}: not a checkpoint of this repo or nanoGPT; it needs the keys {", ".join(REQUIRED)}')
+    try:
+        odd = _odd_tensor(checkpoint, 'checkpoint')
+    except RecursionError:
+        odd = 'checkpoint'
+    if odd:
+        raise UserError(f'{path}: its {odd.removeprefix("checkpoint.")} is not made of plain tensors')
     for key, kind in (REQUIRED | OPTIONAL).items():
         value = checkpoint.get(key)
         if key in checkpoint and (not isinstance(value, kind) or kind is NUMBER and not _is_finite(value)):
             raise UserError(f'{path}: its {key} is {type(value).__name__}, which cannot be used')
+    if type(checkpoint['iter_num']) is not int or not 0 <= checkpoint['iter_num'] < 2 ** 63:
+        raise UserError(f'{path}: its iter_num is {checkpoint["iter_num"]}, which is no number of steps')
     if 'tokenizer' in checkpoint:
         check_meta(checkpoint['tokenizer'], path)
     for name, value in checkpoint['model'].items():
@@ -64,9 +75,29 @@ def load(path):
     return checkpoint
 
 
+def _is_whole(path):
+    """Whether every piece of a zip has its checksum, which torch does not look at, and is stored as torch stores it:
+    a compressed one, or one that others overlap, may unpack to any size."""
+    with zipfile.ZipFile(path) as archive:
+        pieces = archive.infolist()
+        stored = all(piece.compress_type == zipfile.ZIP_STORED for piece in pieces)
+        return stored and sum(piece.file_size for piece in pieces) < path.stat().st_size and not archive.testzip()
+
+
+def _odd_tensor(tree, name):
+    """The path of the first tensor in nested dicts and lists that is not plain: dense, on the CPU, and with all of its
+    numbers in memory, for a view of a single one can claim any size; or None."""
+    if torch.is_tensor(tree):
+        plain = tree.dtype in DTYPES and tree.layout is torch.strided and not tree.is_nested and not tree.is_meta
+        whole = plain and tree.untyped_storage().nbytes() >= tree.numel() * tree.element_size()
+        return None if whole else name
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return next(filter(None, (_odd_tensor(value, f'{name}.{key}') for key, value in items)), None)
+
+
 def _is_finite(value):
-    value = torch.as_tensor(value)
-    return value.numel() == 1 and bool(value.isfinite())
+    return not isinstance(value, bool) and (
+        value.numel() == 1 and bool(value.isfinite()) if torch.is_tensor(value) else math.isfinite(value))
 
 
 def newest(root='.'):

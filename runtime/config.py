@@ -12,6 +12,7 @@ import difflib
 import math
 import numbers
 import types
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,7 +21,11 @@ SWITCH = 'switch'
 
 
 class UserError(ValueError):
-    """The user's input was wrong. The entry points print it as one line and exit with code 2."""
+    """The user's input was wrong. The entry points print it as one line and exit with code 2: what could break that
+    line, or steer a terminal, is escaped."""
+
+    def __init__(self, text):
+        super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def load(cls, argv):
@@ -49,6 +54,8 @@ def build(cls, values, set_by, otherwise='default'):
     """The instance of `cls`. Its ValueError that starts with "key=" is reported with the place that set key."""
     try:
         return cls(**values)
+    except OSError as e:                                            # of a path that was looked at
+        raise UserError(f'{e.filename}: {e.strerror}') from None
     except ValueError as e:
         key = str(e).partition('=')[0]
         where = f' [{set_by.get(key, otherwise)}]' if key in values else ''
@@ -74,7 +81,9 @@ def parse_option(arg, hints):
     if not equals:
         raise UserError(f'--{key}: needs a value, written --{key}=VALUE, which is {describe(hints[key])}')
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                         # '1or 2' and '"\\d"' are text, and no news
+            value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         value = text
     if not isinstance(value, str) and not matches(value, hints[key])[0] and matches(text, hints[key])[0]:
@@ -86,19 +95,23 @@ def run_config_file(path, values, hints):
     """Run one Python config file with the current values visible -> the keys it sets."""
     try:
         source = Path(path).read_text(encoding='utf-8-sig')
-        tree = ast.parse(source, filename=path)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                         # about a string's backslashes, say: not errors
+            tree = ast.parse(source, filename=path)
     except FileNotFoundError:
         siblings = [str(p) for folder in {Path(path).parent, Path('config')} for p in sorted(folder.glob('*.py'))]
         other = 'none in config/' if not siblings else f'there are {", ".join(siblings[:8])}'
         raise UserError(f'{path}: no such config file{did_you_mean(path, siblings, other=other)}') from None
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path}: cannot be read as a Python file: {one_line(e)}') from None
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise UserError(f'{path}: cannot be read as a Python file: {one_line(e) or type(e).__name__}') from None
     namespace = dict(values, __name__='config', __file__=str(path))
     try:
         exec(compile(tree, path, 'exec'), namespace)
-    except (Exception, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:                                      # SystemExit too
         tb, line = e.__traceback__, None
         while tb is not None:
             line = tb.tb_lineno if tb.tb_frame.f_code.co_filename == path else line
@@ -110,7 +123,7 @@ def run_config_file(path, values, hints):
         if key in hints:
             if key in assigned or value is not values[key]:
                 found[key] = value
-        elif not key.startswith('_') and not callable(value) and not isinstance(value, types.ModuleType):
+        elif not str(key).startswith('_') and not callable(value) and not isinstance(value, types.ModuleType):
             raise UserError(f'{path}: {key}: no such option{did_you_mean(key, hints)}'
                             ' (a helper variable may start with an underscore)')
     return found
@@ -121,7 +134,15 @@ def check(key, value, hint, where):
     ok, converted = matches(value, hint)
     if ok:
         return converted
-    raise UserError(f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)} [{where}]')
+    raise UserError(f'{key}={shown(value)}: must be {describe(hint)}{nearest(value, hint)} [{where}]')
+
+
+def shown(value):
+    """repr on one line, if it has one: that of 10 ** 5000 is a ValueError, and a config file can make anything."""
+    try:
+        return ' '.join(repr(value).split(chr(10)))
+    except Exception:
+        return f'<{type(value).__name__}>'
 
 
 def matches(value, hint):
@@ -136,15 +157,15 @@ def matches(value, hint):
         return value is None, None
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool, value
-    if hint is int and isinstance(value, numbers.Integral):
-        return True, int(value)
-    if hint is float and isinstance(value, numbers.Real):
-        try:
+    try:
+        if hint is int and isinstance(value, numbers.Integral):
+            return math.isfinite(value), int(value)
+        if hint is float and isinstance(value, numbers.Real):
             return math.isfinite(value), float(value)
-        except OverflowError:                                       # a whole number of hundreds of digits
-            return False, None
+    except OverflowError:                                           # a whole number of hundreds of digits
+        return False, None
     if hint is str and isinstance(value, str):
-        return '\0' not in value, value
+        return '\0' not in value and value == value.encode(errors='ignore').decode(), value    # no half characters
     return False, None
 
 
@@ -183,7 +204,10 @@ def did_you_mean(word, choices, prefix='', other='--help lists the options'):
 
 
 def one_line(error):
-    return ' '.join(str(error).split())
+    try:
+        return ' '.join(str(error).split())
+    except Exception:                                               # a config file's own, without a text
+        return type(error).__name__
 
 
 def help_text(cls, usage, base=None):

@@ -113,8 +113,12 @@ def check_meta(meta, where):
         right = right and size <= 2 ** (8 * np.dtype(dtype).itemsize)
         if right and kind == 'char':
             chars = meta['chars']
-            right = len(chars) == len(set(chars)) == size and all(type(c) is str and len(c) == 1 for c in chars)
-    except (KeyError, TypeError):
+            right = type(chars) is list and len(chars) == len(set(chars)) == size
+            right = right and all(type(c) is str and len(c) == 1 for c in chars)
+        elif right:
+            right = size == GPT2_META['vocab_size']
+        json.dumps(meta, ensure_ascii=False).encode()               # half characters cannot be printed, say
+    except (KeyError, TypeError, ValueError, RuntimeError):         # RecursionError too
         right = False
     if not right:
         raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit together; prepare the '
@@ -136,7 +140,11 @@ class Dataset:
                 raise UserError(f'{path}: missing; prepare the data set again')
             if path.stat().st_size == 0 or path.stat().st_size % self.dtype.itemsize:
                 raise UserError(f'{path}: {path.stat().st_size} bytes are no whole number of {self.dtype} token ids')
-            self._check_ids(self.tokens(split)[:SCAN_LIMIT], split)
+            tokens = self.tokens(split)
+            self._check_ids(tokens[:SCAN_LIMIT], split)
+            if self.meta.get(f'{split}_tokens', len(tokens)) != len(tokens):
+                raise UserError(f'{path}: has {len(tokens)} token ids, and its meta.json says '
+                                f'{str(self.meta[f"{split}_tokens"])[:20]}; prepare the data set again')
 
     def tokens(self, split):
         """All ids of a split (N,), memory-mapped. Opened anew each time: a long-lived map leaks (nanoGPT#428)."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -22,7 +23,8 @@ def pick_device(name):
         return next(kind for kind, there in available.items() if there)
     kind, _, index = name.partition(':')
     count = torch.cuda.device_count() if kind == 'cuda' else 1
-    if not available.get(kind) or index and not (index.isdigit() and int(index) < count):
+    numbered = name == kind or re.fullmatch('0|[1-9][0-9]{0,3}', index) and int(index) < count
+    if not available.get(kind) or not numbered:
         here = [k for k, there in available.items() if there]
         raise UserError(f'device={name}: not on this machine (available: {", ".join(here)}; nearest: {here[0]})')
     return name

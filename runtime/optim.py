@@ -34,7 +34,8 @@ class Muon(torch.optim.Muon):
                 updates = self._orthogonalize(torch.stack(updates), group)                      # (params, m, n)
                 for p, update in zip(params, updates):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(update, alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)
+                    # a factor that float32 does not hold is an error to torch; the largest one diverges as well
+                    p.add_(update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5, torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
         """g (params, m, n) -> about U V^T of each: Newton-Schulz, singular values end near 0.7 to 1.2."""
@@ -107,6 +108,7 @@ def restore_optimizer(optimizer, saved, steps, cropped):
         for key, value in state.items():
             if p is cropped and value.dim() == 2 and value.shape[0] > p.shape[0]:
                 state[key] = value = value[:p.shape[0]].clone()
-            if value.shape != (p.shape if key != 'step' else ()) or not value.isfinite().all():
-                raise ValueError(f'{key} of shape {tuple(value.shape)}, or not finite, for a parameter of shape '
-                                 f'{tuple(p.shape)}')
+            if value.shape != (p.shape if key != 'step' else ()) or not value.isfinite().all() or (
+                    key in ('step', 'exp_avg_sq') and value.min() < 0):
+                raise ValueError(f'{key} of shape {tuple(value.shape)}, or with impossible values, for a parameter of '
+                                 f'shape {tuple(p.shape)}')

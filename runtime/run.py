@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from runtime.config import UserError, one_line
 from runtime.files import remove_leftovers, write_atomically
 from runtime.finite import first_bad_layer
 from runtime.optim import restore_optimizer
+
+
+HEAD = '# this run, resolved; can be given to train.py again\n'       # of config.py, which it tells from the user's own
 
 
 class TrainingStopped(Exception):
@@ -61,7 +65,7 @@ class Run:
         cfg, say = self.cfg, self.processes.print
         wandb = import_wandb() if cfg.wandb_log else None
         prepare_folder(cfg.out_dir, self.saved_at, {
-            'config.py': configuration.dump(cfg, '# this run, resolved; can be given to train.py again\n'),
+            'config.py': configuration.dump(cfg, HEAD),
             'environment.json': json.dumps(devices.environment(self.processes.device, self.dtype), indent=1)}, say)
         if wandb:
             try:
@@ -127,8 +131,12 @@ def prepare_folder(out_dir, resumed_at, texts, say):
     moves. Raises UserError."""
     out = Path(out_dir)
     try:
+        ours = (out / 'config.py').exists() and (out / 'config.py').read_bytes().startswith(HEAD.encode())
+        foreign = [name for name in texts if (out / name).exists() and not ours]
+        if foreign:
+            raise UserError(f'out_dir={out_dir!r}: holds a {foreign[0]} of no run (nearest: {out_dir + "-run"!r})')
         if resumed_at is None and any((out / name).exists() for name in ('ckpt.pt', 'metrics.jsonl')):
-            real = out.resolve()
+            real = Path(os.path.realpath(out))
             aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
             real.rename(aside)
             say(f'{out} holds a run: moved to {aside if out.is_symlink() else out.with_name(aside.name)}')
@@ -145,7 +153,7 @@ def prepare_folder(out_dir, resumed_at, texts, say):
 def make_folder(path):
     """The folder as a Path, made if need be; a link's target too."""
     try:
-        Path(path).resolve().mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'out_dir={str(path)!r}: cannot be made: {e.strerror}') from None
     return Path(path)
