@@ -145,7 +145,7 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    if not values['eval_only'] and os.path.exists(path.with_name('last.pt')):   # where ckpt.pt is the best, it is later
+    if not values['eval_only'] and os.path.exists(path.with_name('last.pt')):   # later than ckpt.pt, which is the best
         path = path.with_name('last.pt')
     saved = ckpt.load(path)
     if 'best_val_loss' not in saved:
@@ -185,12 +185,9 @@ def train(cfg, set_by, saved, processes, stop):
         if processes.is_main:
             result = evaluate.final()
             say(evaluate.describe_final(result))
-            try:
-                append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
-            except OSError as e:
-                raise UserError(f'{cfg.out_dir}/eval.jsonl: cannot be written: {e.strerror}') from None
-            except ValueError as e:
-                raise e if isinstance(e, UserError) else TrainingStopped('the loss is not finite') from None
+            if not math.isfinite(result['val/loss']):
+                raise TrainingStopped(f'the loss is {result["val/loss"]}')
+            append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
         return
 
     run = Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes)
@@ -370,12 +367,13 @@ def build_model(cfg, set_by, saved, data, device, say):
 
 def check_memory(cfg, device):
     """Refuse, before anything is built, what cannot fit: a lower bound of what training needs against all there is."""
-    here = devices.memory_bytes(device)
+    here, tokens = devices.memory_bytes(device), cfg.batch_size * cfg.block_size
     parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
-    activations = cfg.batch_size * cfg.block_size * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
-    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    # weights, with gradients and a moment; half precision; int64
-    need = (4 if cfg.eval_only else 12) * parameters + 2 * activations + 8 * tokens
+    if cfg.eval_only:                                                   # weights, logits
+        need = 4 * parameters + 2 * tokens * cfg.vocab_size
+    else:                                                               # with gradients, a moment, activations; int64
+        need = 12 * parameters + 2 * tokens * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
+        need += 8 * cfg.gradient_accumulation_steps * tokens
     if here and need > here:
         raise UserError(f'n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, batch_size='
                         f'{cfg.batch_size}, block_size={cfg.block_size}, gradient_accumulation_steps='

@@ -16,8 +16,7 @@ from runtime.files import remove_leftovers, write_atomically
 from runtime.finite import first_bad_layer
 from runtime.optim import restore_optimizer
 
-
-HEAD = '# this run, resolved; can be given to train.py again\n'       # of config.py, which it tells from the user's own
+HEAD = '# this run, resolved; can be given to train.py again\n'       # tells a run's config.py from a user's own
 
 
 class TrainingStopped(Exception):
@@ -131,10 +130,8 @@ def prepare_folder(out_dir, resumed_at, texts, say):
     moves. Raises UserError."""
     out = Path(out_dir)
     try:
-        ours = (out / 'config.py').exists() and (out / 'config.py').read_bytes().startswith(HEAD.encode())
-        foreign = [name for name in texts if (out / name).exists() and not ours]
-        if foreign:
-            raise UserError(f'out_dir={out_dir!r}: holds a {foreign[0]} of no run (nearest: {out_dir + "-run"!r})')
+        if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
+            raise UserError(f'out_dir={out_dir!r}: its config.py is not that of a run (nearest: {out_dir + "-run"!r})')
         if resumed_at is None and any((out / name).exists() for name in ('ckpt.pt', 'metrics.jsonl')):
             real = Path(os.path.realpath(out))
             aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())

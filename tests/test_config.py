@@ -284,7 +284,8 @@ def test_the_config_files_that_come_along_are_valid(path):
 
 @pytest.mark.parametrize('options', [
     [], ['--use_svd=True', '--svd_rank=3', '--learning_rate=1', f'--min_lr={1 / 3!r}', '--compile=True'],
-    ['--out_dir=it\'s "C:\\new"\tgrößer', '--wandb_run_name=\n', '--weight_decay=1e-300', '--max_iters=1' + '0' * 30]])
+    ['--out_dir=it\'s "C:\\new"\tgrößer', '--wandb_run_name=\n', '--weight_decay=1e-300',
+     '--max_iters=1' + '0' * 30]])
 def test_a_dumped_configuration_is_a_config_file_that_gives_it_back(config_file, options):
     cfg = load(*options)
     text = configuration.dump(cfg, '# a comment\n')

@@ -158,7 +158,8 @@ def world(tmp_path_factory, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         patch.setattr(train, 'sample', lambda *args: '')
-        patch.setattr(bench, 'bench', lambda cfg: None)             # its options are what is looked at
+        for name in ('bench', 'check'):                             # its options are what is looked at
+            patch.setattr(bench, name, lambda cfg: 0)
         patch.setattr(GPT, 'from_pretrained', refuse)
         patch.setattr(GPT, 'compile', lambda self, **options: None)
         patch.setattr(torch, 'compile', lambda model, **options: model)

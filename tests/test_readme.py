@@ -13,10 +13,11 @@ import train
 from runtime import config as configuration
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
+         for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig}
-COMMANDS = sorted({match for text in TEXTS.values()
-                   for match in re.findall(r'python ((?:train|sample|bench)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)', text)})
+COMMAND = r'python ((?:train|sample|bench)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
+COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
 def test_the_commands_are_found():
@@ -30,7 +31,8 @@ def test_commands_are_valid(command, tmp_path, monkeypatch):
     (tmp_path / 'NANOGPT' / 'model.py').touch()
     monkeypatch.chdir(tmp_path)
     script, *argv = shlex.split(command.replace('../nanoGPT', 'NANOGPT'))
-    configuration.load(CLASSES[script], [arg for arg in argv if arg not in ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')])
+    placeholders = ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')
+    configuration.load(CLASSES[script], [arg for arg in argv if arg not in placeholders])
 
 
 def test_all_options_of_the_table_exist():

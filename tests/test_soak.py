@@ -17,7 +17,8 @@ step, seen = train.step, {}
 def watched(run, replica):
     loss = step(run, replica)
     if run.iter_num in (2000, 20000):
-        seen[run.iter_num] = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS'))
+        lines = open('/proc/self/status').read().splitlines()
+        seen[run.iter_num] = next(int(line.split()[1]) for line in lines if line.startswith('VmRSS'))
     return loss
 train.step = watched
 assert train.main(sys.argv[1:]) == 0
