@@ -43,7 +43,8 @@ ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e
        'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
 PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy', 'data/toy/x',
          'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy', 'one.txt',
-         'latin1.txt', 'empty.txt', 'my.txt', 'FILE:notes.txt', 'FILE:run', 'new\nline', 'größer 🙂']
+         'latin1.txt', 'empty.txt', 'my.txt', 'locked', 'locked/x', 'FILE:notes.txt', 'FILE:run', 'new\nline',
+         'größer 🙂']
 GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
         'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']}
 # what would only take long is small, or so large that it cannot be
@@ -153,6 +154,8 @@ def world(tmp_path_factory, one_thread):
         (work / name).write_bytes(content)
     for name, target in {'link': 'run', 'loop': 'loop', 'dangling': 'nowhere', 'twisted/last.pt': 'loop'}.items():
         (work / name).symlink_to(target)
+
+    (work / 'locked').mkdir(mode=0o555)                             # but root may write everywhere
 
     def refuse(*args, **options):
         raise UserError('no network')
