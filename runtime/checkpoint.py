@@ -40,6 +40,10 @@ def load(path):
     if not os.path.isfile(path):                                    # Path.is_file raises for names that are too long
         raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}')
     try:
+        path.open('rb').close()                                     # is_zipfile says no to what it may not read
+    except OSError as e:
+        raise UserError(f'{path}: cannot be read: {e.strerror}') from None
+    try:
         if not zipfile.is_zipfile(path) or not _is_whole(path):
             raise UserError(f'{path}: damaged, or not a PyTorch file')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)

@@ -204,7 +204,11 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
     name: a folder below one of `roots` (searched in order), a path to a prepared folder, or a text file, which is
     encoded by `tokenizer` into roots[-1]/STEM-TOKENIZER-HASH. Raises UserError where there is no such thing.
     """
-    if Path(name).is_file():
+    try:
+        is_file = Path(name).is_file()
+    except OSError as e:
+        raise UserError(f'dataset={name}: {e.strerror}') from None
+    if is_file:
         try:
             content = Path(name).read_bytes()
             text = content.decode('utf-8-sig').replace('\r\n', '\n')

@@ -30,6 +30,7 @@ from runtime.dataset import write_dataset
 pytestmark = pytest.mark.usefixtures('one_thread')
 SECONDS = 20                                                        # an example takes a tenth of one; then it hangs
 QUICK = [*TINY, '--max_iters=2', '--eval_interval=1', '--out_dir=out']
+SAMPLE = ['--num_samples=2', '--max_new_tokens=3', '--device=cpu', '--out_dir=run']
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,7 +43,8 @@ ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e
        'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
 PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy', 'data/toy/x',
          'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy', 'one.txt',
-         'latin1.txt', 'empty.txt', 'my.txt', 'FILE:notes.txt', 'FILE:run', 'new\nline', 'größer 🙂']
+         'latin1.txt', 'empty.txt', 'my.txt', 'locked', 'locked/x', 'FILE:notes.txt', 'FILE:run', 'new\nline',
+         'größer 🙂']
 GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
         'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']}
 # what would only take long is small, or so large that it cannot be
@@ -123,7 +125,7 @@ def command_lines(draw, cls):
                          setting.map(lambda o: f'{o[0]} = {o[1]!r}'))
         lines = draw(st.lists(line, max_size=3))
         files[f'{name}.py'] = b'\n'.join(x if isinstance(x, bytes) else x.encode(errors='replace') for x in lines)
-    base = QUICK if cls is not sample.SampleConfig else ['--num_samples=2', '--max_new_tokens=3', '--device=cpu']
+    base = SAMPLE if cls is sample.SampleConfig else QUICK
     if cls is not sample.SampleConfig and draw(st.integers(0, 2)) == 0:
         base = [*base, '--init_from=resume', f'--out_dir={draw(st.sampled_from(["run", "run", "run", *PATHS]))}']
     if files and draw(st.booleans()):                               # so that they count
@@ -152,6 +154,8 @@ def world(tmp_path_factory, one_thread):
         (work / name).write_bytes(content)
     for name, target in {'link': 'run', 'loop': 'loop', 'dangling': 'nowhere', 'twisted/last.pt': 'loop'}.items():
         (work / name).symlink_to(target)
+
+    (work / 'locked').mkdir(mode=0o555)                             # but root may write everywhere
 
     def refuse(*args, **options):
         raise UserError('no network')
@@ -273,6 +277,28 @@ examples = st.sampled_from(SCRIPTS).flatmap(lambda script: st.tuples(st.just(scr
 def test_any_command_line_runs_or_is_refused(world, example):
     (main, cls), (argv, files) = example
     event(f'{main.__module__} {check(world, main, cls, argv, files)}')
+
+
+FORMS = ['--dataset={}', '--out_dir={}', '--device={}', '--init_from=resume --out_dir={}', '--start=the --out_dir={}',
+         '--eval_only=True --out_dir={}', '--init_from=resume --out_dir=run --dataset={}', '--start={}',
+         '--start=FILE:{}', '--peer={}']
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_any_path_is_usable_or_refused(world, form):
+    """One at a time, which random choice would hardly ever do."""
+    main, cls = SCRIPTS[-2 if 'start' in form else -1 if 'peer' in form else 0]
+    base = SAMPLE if main is sample.main else QUICK
+    for value in ODD + PATHS:
+        check(world, main, cls, [*base, *(part.format(value) for part in form.split())], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', [f.name for f in fields(train.TrainConfig)])
+def test_any_value_of_any_option_runs_or_is_refused(world, key):
+    for value in ODD:
+        if harmless(key, value):
+            check(world, train.main, train.TrainConfig, [*QUICK, f'--{key}={value}'], {})
 
 
 @pytest.mark.slow
