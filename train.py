@@ -288,7 +288,7 @@ def save_interrupted(run):
         name = 'last.pt' if keep else 'ckpt.pt'
         run.save(name, random, run.best_val_loss)
         run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: '
-                            f'python train.py --init_from=resume --out_dir={run.out}')
+                            f'--init_from=resume --out_dir={run.out}')
 
 
 def step(run, replica):

@@ -68,7 +68,8 @@ def two_processes_of_every_variant(ports):
         assert train.main([*RUN, *options, f'--out_dir=two-{name}']) == 0
 
 
-def test_torchrun_stops_and_resumes_to_the_same_bits(call, refused):
+@pytest.mark.slow
+def test_torchrun_stops_and_resumes_to_the_same_bits(refused):
     """Dropout included: each process has its own random state. One process alone may not go on."""
     options = [*RUN, '--dropout=.2', '--eval_interval=100']
     for argv in ([*options, '--out_dir=whole'], [*options, '--max_iters=3'], ['--init_from=resume', '--max_iters=6']):
@@ -107,7 +108,7 @@ def rank_of(pid):
     return next((int(line[5:]) for line in environ if line.startswith('RANK=')), None)
 
 
-def test_ctrl_c_under_torchrun_saves_once_and_resumes(call):
+def test_ctrl_c_under_torchrun_saves_once():
     """torchrun passes a signal on to every process; all stop after the same step."""
     options = [*RUN, '--max_iters=1000000', '--eval_interval=1000000']
     job = subprocess.Popen(torchrun(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

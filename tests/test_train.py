@@ -508,20 +508,6 @@ def test_muon_with_adamw_continues_from_its_state_to_the_bit():
 # ----------------------------------------------------------------------------------------------------------------------
 # resuming
 
-@pytest.mark.parametrize('options', [[], ['--optimizer=muon'], SVD], ids=' '.join)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(fit, options):
-    """It needs no other option than the new max_iters, and goes on in the same folder."""
-    fit('--max_iters=6', '--lr_decay_iters=6', '--warmup_iters=0', '--dropout=.2', '--out_dir=whole', *options)
-    fit('--max_iters=3', '--lr_decay_iters=6', '--warmup_iters=0', '--dropout=.2', *options)
-    assert checkpoint()['iter_num'] == 3
-    assert train.main([RESUME, '--device=cpu', '--max_iters=6']) == 0
-    resumed, whole = checkpoint(), checkpoint('whole')
-    assert resumed['iter_num'] == whole['iter_num'] == 6 and not Path('out.1').exists()
-    assert equal(resumed['model'], whole['model'])
-    assert [row['iter'] for row in rows() if 'loss' in row] == [1, 2, 3, 4, 5, 6]
-    assert rows()[-1] == rows('whole')[-1]
-
-
 @pytest.mark.parametrize('options', [['--svd_rank=3', '--use_svd=True', '--svd_scope=causal'], ['--dropout=.5']],
                          ids=' '.join)
 def test_what_changes_no_parameter_may_change_at_resume(fit, options):
