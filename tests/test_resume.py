@@ -78,6 +78,41 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
     assert_same_run('out', 'whole')
 
 
+def random_options(draw):
+    """A point of the whole grid of features, as a dict."""
+    steps = draw.randint(5, 40)
+    return dict(max_iters=steps, lr_decay_iters=draw.choice([steps, steps // 2 + 1, 2 * steps]),
+                warmup_iters=draw.choice([0, 2, 2000]), eval_interval=draw.randint(1, 12),
+                log_interval=draw.randint(1, 4), dropout=draw.choice([0, .1, .5]),
+                gradient_accumulation_steps=draw.randint(1, 4), optimizer=draw.choice(['adamw', 'muon']),
+                grad_clip=draw.choice([0, .1, 1]), n_layer=draw.randint(1, 3), bias=draw.random() < .5,
+                use_svd=draw.choice([True, True, False]), svd_rank=draw.randint(1, 8), svd_scope=draw.choice(SCOPES),
+                svd_method=draw.choice(METHODS), svd_block=draw.choice([2, 4, 8]), svd_basis_grad=draw.random() < .5,
+                dtype=draw.choice(['float32', 'bfloat16']), always_save_checkpoint=draw.random() < .7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(20))
+def test_random_stops_anywhere_on_the_grid_of_features(fit, call, monkeypatch, seed):
+    """Up to four stops, by max_iters, Ctrl-C or SIGTERM."""
+    draw = random.Random(seed)
+    options = random_options(draw)
+    steps, dtype = options['max_iters'], f'--dtype={options["dtype"]}'
+    argv = [*TINY, f'--seed={seed}', *(f'--{key}={value}' for key, value in options.items())]
+    fit(*argv, '--out_dir=whole')
+    for stop in sorted(draw.sample(range(1, steps), draw.randint(1, 4))):
+        saved = [torch.load(p, weights_only=True)['iter_num'] for p in Path().glob('out/*.pt')]
+        again = ['--init_from=resume', '--device=cpu', dtype] if saved else argv
+        if draw.random() < .5:
+            assert call(train.main, *again, f'--max_iters={stop}').code == 0
+            continue
+        with monkeypatch.context() as patch:
+            interrupt(patch, stop - max(saved, default=0), draw.choice([signal.SIGINT, signal.SIGTERM]))
+            assert call(train.main, *again, f'--max_iters={steps}').code in (130, 143)
+    assert call(train.main, '--init_from=resume', '--device=cpu', dtype, f'--max_iters={steps}').code == 0
+    assert_same_run('out', 'whole')
+
+
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
     interrupt(monkeypatch, 3, number)
