@@ -34,6 +34,7 @@ from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
 from runtime.optim import MuonAdamW
+from runtime.output import patient_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
 from runtime.stopping import Interrupted, Stop
@@ -110,7 +111,7 @@ class TrainConfig(GPTConfig):
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 FREE_KEYS = [k for k in MODEL_KEYS if k == 'dropout' or 'svd' in k]     # change no parameter: any checkpoint takes them
-HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend')
+HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'backend')                  # not those of a checkpoint
 
 
 def main(argv=None):
@@ -119,7 +120,7 @@ def main(argv=None):
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(TrainConfig, __doc__.strip()))
         return 0
-    with Stop(patient='RANK' in os.environ) as stop:
+    with patient_output(), Stop(patient='RANK' in os.environ) as stop:
         try:
             cfg, set_by, saved = load_config(argv)
             with Processes(cfg) as processes:
@@ -132,10 +133,10 @@ def main(argv=None):
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
             code, words = 128 + number, f'stopped by {signal.Signals(number).name}'
-    if code != 2 or os.environ.get('LOCAL_RANK', '0') == '0':           # wrong input is the same for all processes
-        who = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
-        print(f'train.py: {who}{words}', file=sys.stderr)
-    return code
+        if code != 2 or os.environ.get('LOCAL_RANK', '0') == '0':       # wrong input is the same for all processes
+            who = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
+            print(f'train.py: {who}{words}', file=sys.stderr)
+        return code
 
 
 def load_config(argv):
@@ -150,7 +151,8 @@ def load_config(argv):
     saved = ckpt.load(path)
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
-    config = {k: v for k, v in saved.get('config', {}).items() if k not in HERE_KEYS}
+    foreign = () if 'random' in saved else ('dtype', 'compile')         # nanoGPT's defaults are a GPU's
+    config = {k: v for k, v in saved.get('config', {}).items() if k not in (*HERE_KEYS, *foreign)}
     base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
     values, set_by = configuration.parse(TrainConfig, argv, base)
     return configuration.build(TrainConfig, values, set_by, otherwise=path), set_by, saved
@@ -166,18 +168,13 @@ def train(cfg, set_by, saved, processes, stop):
     torch.manual_seed(cfg.seed + processes.rank)
 
     data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
-    if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
-        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
-                        'only text files can be encoded anew')
-    tokens = saved.get('tokenizer', data.meta) if saved else data.meta
-    if any(tokens.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
-        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {cfg.out_dir}/ckpt.pt')
-    if saved and saved.get('tokenizer', data.meta).get('sha256') != data.meta.get('sha256'):
-        say(f'dataset={cfg.dataset}: another text than the one of {cfg.out_dir}/ckpt.pt')
+    check_tokenizer(cfg, set_by, saved, data, say)
     try:
         model = build_model(cfg, set_by, saved, data, device, say)
+    except UserError:
+        raise
     except ValueError as e:
-        raise UserError(f'{cfg.out_dir}/ckpt.pt: {e}' if saved and not isinstance(e, UserError) else str(e)) from None
+        raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
     model.to(device)
     describe(cfg, model, data, device, dtype, processes)
     evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.svd_sees_future)
@@ -190,27 +187,26 @@ def train(cfg, set_by, saved, processes, stop):
             append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
         return
 
-    run = Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes)
-    if saved:
-        run.restore(saved)
-        saved.clear()                                                   # main() still holds it: free the memory
-    if processes.is_main:
-        run.open_files()
     replica = model
     if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device:
         replica = torch.compile(model, fullgraph=True)
-    if processes.distributed:
-        replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
-
-    with stop.noted():
-        loop(run, replica, evaluate, stop)
-    if processes.is_main:
-        result = evaluate.final()
-        run.log({'iter': run.iter_num, **result})
-        say(evaluate.describe_final(result))
-        say('sample:\n' + sample(model, data, device, context) + '\n')
-        if run.wandb:
-            run.wandb.finish()
+    with Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes) as run:
+        if saved:
+            run.restore(saved)
+            saved.clear()                                               # main() still holds it: free the memory
+        if processes.is_main:
+            run.open_files()
+        if processes.distributed:
+            replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
+        with stop.noted():
+            loop(run, replica, evaluate, stop)
+        if processes.is_main:
+            result = evaluate.final()
+            run.log({'iter': run.iter_num, **result})
+            say(evaluate.describe_final(result))
+            say('sample:\n' + sample(model, data, device, context) + '\n')
+            if run.wandb:
+                run.wandb.finish()
 
 
 def loop(run, replica, evaluate, stop):
@@ -229,9 +225,10 @@ def loop(run, replica, evaluate, stop):
         last, due = run.iter_num >= cfg.max_iters, run.iter_num % cfg.eval_interval == 0
         if due or last:
             started = time.perf_counter()
-            look(run, evaluate, due, stop)
+            evaluate_and_save(run, evaluate, due, stop)
             clock += time.perf_counter() - started                      # evaluation is not training time
-        number = processes.largest(stop.signal)                         # all stop at the same step
+        signal_here = stop.signal or (signal.SIGTERM if processes.orphaned() else 0)
+        number = processes.largest(signal_here)                         # all stop at the same step
         if number:
             save_interrupted(run)
             raise Interrupted(number)
@@ -255,13 +252,15 @@ def loop(run, replica, evaluate, stop):
     bar.close()
 
 
-def look(run, evaluate, due, stop):
-    """Evaluate and save, on process 0. A signal ends the evaluation: after a resume it is made again."""
+def evaluate_and_save(run, evaluate, due, stop):
+    """All processes come here, for their random states; process 0 does the work. A signal ends the evaluation: after a
+    resume it is made again. due: whether the step is on the grid of eval_interval, or only the last."""
     cfg, random = run.cfg, run.random_states()
     if not run.processes.is_main:
         return
     result = None
     with stop.at_once():
+        stop.answer()
         try:
             result = evaluate.interim()
         except torch.linalg.LinAlgError:                                # SVD of what is not finite
@@ -273,9 +272,9 @@ def look(run, evaluate, due, stop):
         raise run.stopped(f'step {run.iter_num}: at evaluation the loss is {result["val/loss"]}', [batch])
     run.log({'iter': run.iter_num, **result})
     run.processes.print(f'step {run.iter_num}: {evaluate.describe(result)}')
-    improved, best = result['val/loss'] < run.best_val_loss, min(result['val/loss'], run.best_val_loss)
+    improved, best = result['val/loss'] < run.best_interim_loss, min(result['val/loss'], run.best_interim_loss)
     if due:
-        run.best_val_loss = best
+        run.best_interim_loss = best
     if run.iter_num > 0 and (improved or cfg.always_save_checkpoint):
         run.save('ckpt.pt', random, best)
 
@@ -286,7 +285,7 @@ def save_interrupted(run):
     if run.processes.is_main:
         keep = (run.out / 'ckpt.pt').exists() and not run.cfg.always_save_checkpoint
         name = 'last.pt' if keep else 'ckpt.pt'
-        run.save(name, random, run.best_val_loss)
+        run.save(name, random, run.best_interim_loss)
         run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: '
                             f'--init_from=resume --out_dir={run.out}')
 
@@ -330,6 +329,19 @@ def step(run, replica):
     return loss
 
 
+def check_tokenizer(cfg, set_by, saved, data, say):
+    """Refuse data in other tokens than those asked for, or those that the checkpoint was trained on."""
+    if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
+        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
+                        'only text files can be encoded anew')
+    if not saved or 'tokenizer' not in saved:
+        return
+    if any(saved['tokenizer'].get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
+        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {saved["path"]}')
+    if saved['tokenizer'].get('sha256') != data.meta.get('sha256'):
+        say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
+
+
 def build_model(cfg, set_by, saved, data, device, say):
     """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
@@ -339,7 +351,7 @@ def build_model(cfg, set_by, saved, data, device, say):
             step = 1 if data.meta['tokenizer'] == 'char' else 64
             cfg.vocab_size = math.ceil(data.vocab_size / step) * step
         data.check_length(cfg.block_size)
-        check_memory(cfg, device)
+        devices.check_memory(cfg, device)
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS}))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
@@ -361,24 +373,8 @@ def build_model(cfg, set_by, saved, data, device, say):
                         f'(nearest: {data.vocab_size})')
     data.check_length(cfg.block_size)
     if cfg.init_from != 'scratch':
-        check_memory(cfg, device)
+        devices.check_memory(cfg, device)
     return model
-
-
-def check_memory(cfg, device):
-    """Refuse, before anything is built, what cannot fit: a lower bound of what training needs against all there is."""
-    here, tokens = devices.memory_bytes(device), cfg.batch_size * cfg.block_size
-    parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
-    if cfg.eval_only:                                                   # weights, logits
-        need = 4 * parameters + 2 * tokens * cfg.vocab_size
-    else:                                                               # with gradients, a moment, activations; int64
-        need = 12 * parameters + 2 * tokens * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
-        need += 8 * cfg.gradient_accumulation_steps * tokens
-    if here and need > here:
-        raise UserError(f'n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, batch_size='
-                        f'{cfg.batch_size}, block_size={cfg.block_size}, gradient_accumulation_steps='
-                        f'{cfg.gradient_accumulation_steps}: need {need // 10 ** 9:,} GB or more, and {device} has '
-                        f'{here // 10 ** 9:,} GB; make one of them smaller')
 
 
 def build_optimizer(cfg, model, device):

@@ -35,8 +35,17 @@ def save(checkpoint, path):
 
 def load(path):
     """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed (weights_only). Raises
-    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed."""
+    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed, and the key
+    'path' added."""
     path = Path(path)
+    checkpoint = _read(path)
+    _check(checkpoint, path)
+    checkpoint['model'] = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()}
+    return checkpoint | {'path': str(path)}
+
+
+def _read(path):
+    """Whatever torch finds in the file."""
     if not os.path.isfile(path):                                    # Path.is_file raises for names that are too long
         raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}')
     try:
@@ -44,15 +53,19 @@ def load(path):
     except OSError as e:
         raise UserError(f'{path}: cannot be read: {e.strerror}') from None
     try:
-        if not zipfile.is_zipfile(path) or not _is_whole(path):
-            raise UserError(f'{path}: damaged, or not a PyTorch file')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except UserError:
-        raise
-    except zipfile.BadZipFile:
-        raise UserError(f'{path}: damaged, or not a PyTorch file') from None
+        whole = zipfile.is_zipfile(path) and _is_whole(path)
+    except Exception:                                               # a damaged directory: BadZipFile and others
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: damaged, or not a PyTorch file')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                                          # torch raises half a dozen kinds
         raise UserError(f'{path}: not loadable with weights_only=True ({type(e).__name__})') from None
+
+
+def _check(checkpoint, path):
+    """Raise UserError unless everything that is read later is there and of its kind."""
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise UserError(f'{path}: not a checkpoint of this repo or nanoGPT; it needs the keys {", ".join(REQUIRED)}')
     try:
@@ -70,13 +83,11 @@ def load(path):
     if 'tokenizer' in checkpoint:
         check_meta(checkpoint['tokenizer'], path)
     for name, value in checkpoint['model'].items():
-        if not torch.is_tensor(value) or not value.is_floating_point():
+        if type(name) is not str or not torch.is_tensor(value) or not value.is_floating_point():
             raise UserError(f'{path}: its weight {name} is no floating-point tensor')
     bad = first_bad_tensor(checkpoint['model'], 'model')
     if bad:
         raise UserError(f'{path}: its weight {bad.removeprefix("model.")} is not finite')
-    checkpoint['model'] = {str(k).removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-    return checkpoint
 
 
 def _is_whole(path):

@@ -210,7 +210,7 @@ def one_line(error):
         return type(error).__name__
 
 
-def help_text(cls, usage, base=None):
+def help_text(cls, usage):
     """Every option with type, default and meaning."""
     lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
     for f in fields(cls):

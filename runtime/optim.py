@@ -2,6 +2,8 @@
 
 import torch
 
+from runtime.config import one_line
+
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) whose orthogonalisation may run in float32.
@@ -95,12 +97,12 @@ def restore_optimizer(optimizer, saved, steps, cropped):
     try:
         optimizer.load_state_dict(saved)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
-        raise ValueError(f'{type(e).__name__}: {" ".join(str(e).split())[:100]}') from None
+        raise ValueError(f'{type(e).__name__}: {one_line(e)[:100]}') from None
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
-    kinds = {'momentum_buffer'}, {'step', 'exp_avg', 'exp_avg_sq'}
+    kinds, states = ({'momentum_buffer'}, {'step', 'exp_avg', 'exp_avg_sq'}), optimizer.state
     for p in (p for group in optimizer.param_groups for p in group['params']):
-        state = optimizer.state.get(p, {})
+        state = states.get(p, {})
         if not steps and not state:
             continue
         if set(state) not in kinds or not all(torch.is_tensor(value) for value in state.values()):

@@ -11,11 +11,9 @@ from tqdm import tqdm
 from runtime import device as devices
 from runtime.config import UserError, one_line
 
-# the others wait while process 0 evaluates; a process that is gone is noticed at once, by its closed connection
+# the others wait while process 0 evaluates; a killed process is noticed at once, by its closed connection
 PATIENCE = timedelta(hours=2)
-
-
-LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # in what torch says then
+LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # words of torch's errors when one is gone
 
 
 class LostProcess(Exception):
@@ -27,8 +25,11 @@ class Processes:
 
     def __init__(self, cfg):
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
-        self.rank, self.world_size = (int(os.environ[k]) if self.distributed else d
-                                      for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
+        if self.distributed:
+            self._check_environment()
+        self.rank, self.world_size, self.local_rank = (
+            int(os.environ[k]) if self.distributed else d for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+        self.parent = os.getppid()
         self.is_main = self.rank == 0
         self.device = devices.pick_device(cfg.device)
         self.on_cuda = self.device.startswith('cuda')
@@ -42,10 +43,18 @@ class Processes:
                             f'(nearest: --nproc_per_node={torch.cuda.device_count()})')
         self.backend = cfg.backend if self.on_cuda else 'gloo'      # of the gradients
 
+    @staticmethod
+    def _check_environment():
+        for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'):
+            if name == 'MASTER_ADDR' and os.environ.get(name) or os.environ.get(name, '').isdecimal():
+                continue
+            raise UserError(f'{name}={os.environ.get(name, "")}: RANK and WORLD_SIZE are set, so this is one of several '
+                            'processes, which torchrun starts (nearest: unset RANK)')
+
     def __enter__(self):
         if self.distributed:
             if self.on_cuda:
-                self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+                self.device = f'cuda:{self.local_rank}'
                 torch.cuda.set_device(self.device)
             backend = f'cpu:gloo,cuda:{self.backend}' if self.on_cuda else 'gloo'       # numbers travel on the CPU
             distributed.init_process_group(backend, timeout=PATIENCE)
@@ -60,14 +69,23 @@ class Processes:
             raise LostProcess(f'no contact with another process ({one_line(error)[:120]})') from None
 
     def in_turn(self, work):
-        """work() on process 0, then on the first of every other machine, then on the rest, who find it done."""
-        turn = 0 if self.is_main else 1 if os.environ['LOCAL_RANK'] == '0' else 2
+        """work() on process 0, then on the first of every other machine, then on the rest, who find it done. A
+        UserError of one of them is raised on all."""
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
+            error = None
             if now == turn:
-                result = work()
-            if self.distributed:
-                distributed.barrier()
+                try:
+                    result = work()
+                except UserError as e:
+                    error = e
+            if self.largest(int(error is not None)):                # all wait here for those whose turn it is
+                raise error or UserError('another process says what is wrong')
         return result
+
+    def orphaned(self):
+        """Whether torchrun is gone: nobody would end this process with the others."""
+        return self.distributed and os.getppid() != self.parent
 
     def gather(self, value):
         """Every process's `value`, in order, as a list on process 0; None on the others."""
@@ -83,7 +101,7 @@ class Processes:
 
     def mean(self, value):
         """The mean of the processes' scalars (), on all of them."""
-        return self._reduce(value, distributed.ReduceOp.SUM) / self.world_size if self.distributed else value
+        return self._reduce(value.clone(), distributed.ReduceOp.SUM) / self.world_size if self.distributed else value
 
     @staticmethod
     def _reduce(tensor, op):

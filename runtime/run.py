@@ -6,6 +6,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                                                     # Windows
+    fcntl = None
+
 import torch
 
 from runtime import checkpoint as ckpt
@@ -24,8 +29,9 @@ class TrainingStopped(Exception):
 
 
 class Run:
-    """Model, optimizer, position in the data and best loss, as saved and restored together. Raises TrainingStopped
-    where files cannot be written, or would hold numbers that are not finite."""
+    """Model, optimizer, position in the data and best loss, as saved and restored together. A context manager, which
+    keeps other runs out of OUT_DIR. Raises TrainingStopped where files cannot be written, or would hold numbers that
+    are not finite."""
 
     def __init__(self, cfg, model, optimizer, data, dtype, processes):
         self.cfg, self.model, self.optimizer, self.data, self.processes = cfg, model, optimizer, data, processes
@@ -33,12 +39,25 @@ class Run:
         on_cuda = processes.device.startswith('cuda')
         self.scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and on_cuda)
         self.order = torch.Generator().manual_seed(cfg.seed)            # of training batches, and of nothing else
-        self.iter_num, self.best_val_loss = 0, 1e9
-        self.out, self.saved_at, self.wandb = Path(cfg.out_dir), None, None
+        self.iter_num, self.saved_at = 0, None
+        self.best_interim_loss = 1e9                                    # without an evaluation off the grid, at the end
+        self.ended_off_grid, self.best_at_end = False, None
+        self.out, self.wandb, self._lock = Path(cfg.out_dir), None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._unlock()
+
+    def _unlock(self):
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def restore(self, saved):
         """Go on where the checkpoint stood. Raises UserError where it does not fit."""
-        states, here, path = saved.get('random'), self.processes.world_size, f'{self.out}/ckpt.pt'
+        states, here, path = saved.get('random'), self.processes.world_size, saved['path']
         if states is None:
             self.processes.print(f'{path} has no random state: the order of the data starts anew')
         elif len(states) != here:
@@ -57,15 +76,28 @@ class Run:
         except (KeyError, TypeError, RuntimeError) as e:
             raise UserError(f'{path}: its random or scaler state cannot be used: {one_line(e)[:200]}') from None
         self.iter_num = self.saved_at = saved['iter_num']
-        self.best_val_loss = float(saved.get('interim_best_val_loss', saved['best_val_loss']))
+        self.best_interim_loss = float(saved.get('interim_best_val_loss', saved['best_val_loss']))
+        self.ended_off_grid = self.iter_num % saved.get('config', {}).get('eval_interval', 1) > 0
+        if saved['best_val_loss'] < self.best_interim_loss:
+            self.best_at_end = float(saved['best_val_loss'])
 
     def open_files(self):
         """OUT_DIR and wandb, on process 0."""
         cfg, say = self.cfg, self.processes.print
         wandb = import_wandb() if cfg.wandb_log else None
-        prepare_folder(cfg.out_dir, self.saved_at, {
-            'config.py': configuration.dump(cfg, HEAD),
-            'environment.json': json.dumps(devices.environment(self.processes.device, self.dtype), indent=1)}, say)
+        texts = {'config.py': configuration.dump(cfg, HEAD),
+                 'environment.json': json.dumps(devices.environment(self.processes.device, self.dtype), indent=1)}
+        if self.out.is_dir():
+            self._lock = lock(self.out)
+        try:
+            prepare_folder(self.out, self.saved_at is None, texts, say)
+            if self.saved_at is not None and (self.out / 'metrics.jsonl').exists():
+                again = self.iter_num % cfg.eval_interval == 0 or self.iter_num >= cfg.max_iters or self.ended_off_grid
+                forget_after(self.out / 'metrics.jsonl', self.iter_num, again)
+        except OSError as e:
+            raise UserError(f'out_dir={cfg.out_dir!r}: cannot be written: {e.strerror or e}') from None
+        self._unlock()                                                  # of what may have moved aside
+        self._lock = lock(self.out)
         if wandb:
             try:
                 wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), dir=cfg.out_dir)
@@ -90,12 +122,14 @@ class Run:
 
     def save(self, name, random, best_val_loss):
         """OUT_DIR/name. best_val_loss counts every evaluation; interim_best_val_loss leaves out one that only took
-        place because the run ended there: a run that went on, or that is resumed, does not know it."""
+        place because the run ended there: a longer run, or this one when it is resumed, does not know it."""
         model = self.model
         try:
+            if name == 'ckpt.pt' and self.best_at_end is not None and not self.cfg.always_save_checkpoint:
+                self._keep_best_at_end(best_val_loss)
             ckpt.save({'model': model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'iter_num': self.iter_num,
                        'model_args': asdict(model.config), 'best_val_loss': best_val_loss,
-                       'interim_best_val_loss': self.best_val_loss, 'config': asdict(self.cfg),
+                       'interim_best_val_loss': self.best_interim_loss, 'config': asdict(self.cfg),
                        'tokenizer': self.data.meta, 'random': random, 'scaler': self.scaler.state_dict()},
                       self.out / name)
             if name == 'ckpt.pt':
@@ -106,11 +140,21 @@ class Run:
             raise self.stopped(f'step {self.iter_num}: {e}') from None
         self.saved_at = self.iter_num
 
+    def _keep_best_at_end(self, best_val_loss):
+        """The longer run takes the place of a ckpt.pt that it does not know to be the best: keep that beside it."""
+        if best_val_loss > self.best_at_end:
+            kept = self.out / f'best-{self.saved_at}.pt'
+            os.replace(self.out / 'ckpt.pt', kept)
+            self.processes.print(f'{self.out}/ckpt.pt of step {self.saved_at}, loss {self.best_at_end:.4f}: now {kept}')
+        self.best_at_end = None
+
     def stopped(self, why, batches=None):
         """TrainingStopped to raise: why, the first bad layer if `batches` are given, and what is kept."""
         if batches is not None:
             bad = first_bad_layer(self.model, batches, self.context)
             why += f'; first bad layer: {bad or "none, it did not happen again"}'
+        if not self.processes.is_main:                                  # which knows what is saved
+            return TrainingStopped(why)
         if self.saved_at is None:
             return TrainingStopped(f'{why}; no checkpoint had been saved')
         return TrainingStopped(f'{why}; the checkpoint of step {self.saved_at} is kept')
@@ -124,27 +168,36 @@ def import_wandb():
         raise UserError('wandb_log=True: needs a package: pip install wandb (nearest: --wandb_log=False)') from None
 
 
-def prepare_folder(out_dir, resumed_at, texts, say):
-    """Make OUT_DIR ready and write `texts` {file name: text} into it. resumed_at: the step from which its run goes on;
-    if None, a run that is there moves to OUT_DIR.1, .2, ... as a whole. A symbolic link stays: its target is what
-    moves. Raises UserError."""
-    out = Path(out_dir)
+def lock(folder):
+    """A descriptor that keeps other runs out of the folder until it is closed, at the latest with the process; None
+    where there are no such locks. Raises UserError if another run has it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
-            raise UserError(f'out_dir={out_dir!r}: its config.py is not that of a run (nearest: {out_dir + "-run"!r})')
-        if resumed_at is None and any((out / name).exists() for name in ('ckpt.pt', 'metrics.jsonl')):
-            real = Path(os.path.realpath(out))
-            aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
-            real.rename(aside)
-            say(f'{out} holds a run: moved to {aside if out.is_symlink() else out.with_name(aside.name)}')
-        make_folder(out)
-        remove_leftovers(out)
-        for name, text in texts.items():
-            write_atomically(out / name, text.encode())
-        if resumed_at is not None and (out / 'metrics.jsonl').exists():
-            forget_after(out / 'metrics.jsonl', resumed_at)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
     except OSError as e:
-        raise UserError(f'out_dir={out_dir!r}: cannot be written: {e.strerror or e}') from None
+        os.close(descriptor)
+        if isinstance(e, BlockingIOError):
+            raise UserError(f"out_dir='{folder}': a run is going on there (nearest: '{folder}-2')") from None
+        return None                                                     # some network file systems
+
+
+def prepare_folder(out, new, texts, say):
+    """Make OUT_DIR ready and write `texts` {file name: text} into it. new: a run that is there moves to OUT_DIR.1, .2,
+    ... as a whole. A symbolic link stays: its target is what moves. Raises UserError and OSError."""
+    if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
+        raise UserError(f"out_dir='{out}': its config.py is not that of a run (nearest: '{out}-run')")
+    if new and any((out / name).exists() for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')):
+        real = Path(os.path.realpath(out))
+        aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
+        real.rename(aside)
+        say(f'{out} holds a run: moved to {aside if out.is_symlink() else out.with_name(aside.name)}')
+    make_folder(out)
+    remove_leftovers(out)
+    for name, text in texts.items():
+        write_atomically(out / name, text.encode())
 
 
 def make_folder(path):
@@ -162,14 +215,15 @@ def append_json(path, row):
         f.write(json.dumps(row, allow_nan=False) + '\n')
 
 
-def forget_after(path, iter_num):
+def forget_after(path, iter_num, again):
     """Cut metrics.jsonl back to what an undisturbed run had written when step `iter_num` was done: no later rows, no
-    evaluation at that step, which is repeated, no final one, and no line that a crash left unfinished."""
+    final ones, no line that a crash left unfinished, and, if it is made `again`, no evaluation at that step."""
     kept = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             row = json.loads(line)
-            if row['iter'] < iter_num or row['iter'] == iter_num and 'loss' in row:
+            here = row['iter'] == iter_num and ('loss' in row or not again and 'final' not in row)
+            if row['iter'] < iter_num or here:
                 kept.append(line + '\n')
         except (ValueError, KeyError, TypeError):
             pass

@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: at once where nothing can be lost, else as a request that is answered after a step."""
+"""Ctrl-C, SIGTERM, SIGHUP: at once where nothing can be lost, else as a request that is answered after a step."""
 
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Interrupted(KeyboardInterrupt):
@@ -15,10 +15,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Context manager that catches SIGINT and SIGTERM. `signal`: the number of the first that came, 0 before.
+    """Context manager that catches SIGINT, SIGTERM and SIGHUP (a terminal that closes, unless nohup has it ignored).
+    `signal`: the number of the first that came, 0 before.
 
-    A signal raises Interrupted. Within `noted()` it is only noted, and a second one raises, unless `patient`: under
-    torchrun Ctrl-C reaches every process twice, from the terminal and from torchrun, which kills after 30 seconds
+    A signal raises Interrupted. Within `noted()` it is only noted, and Ctrl-C after that raises, unless `patient`:
+    under torchrun it reaches every process twice, from the terminal and from torchrun, which kills after 30 seconds
     whatever has not ended.
     """
 
@@ -28,7 +29,10 @@ class Stop:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():       # Python allows handlers nowhere else
-            self._handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -37,10 +41,12 @@ class Stop:
 
     def _note(self, number, frame):
         again, self.signal = bool(self.signal), self.signal or number
-        if not self._deferred or again and not self.patient:
+        by_hand = number == signal.SIGINT and not self.patient
+        if not self._deferred or again and by_hand:
             raise Interrupted(self.signal)
-        if not self.patient:                                            # print() may be what the signal interrupted
-            os.write(2, b'\nsaving after this step; Ctrl-C once more stops without saving\n')
+        if by_hand:
+            with suppress(OSError):                                     # not print(), which it may have interrupted
+                os.write(2, b'\nsaving after this step; Ctrl-C once more stops without saving\n')
 
     @contextmanager
     def noted(self):
@@ -50,12 +56,17 @@ class Stop:
             yield
         finally:
             self._deferred = False
+        self.answer()
+
+    def answer(self):
+        """Raise Interrupted if a signal was noted."""
         if self.signal:
             raise Interrupted(self.signal)
 
     @contextmanager
     def at_once(self):
-        """Within `noted`, a block that a signal ends right away, to go on behind it: for work that can be repeated."""
+        """Within `noted`, a block that a signal ends right away, to go on behind it: for work that can be repeated. It
+        begins with `answer()`, for a signal that came before."""
         try:
             self._deferred = False
             yield
