@@ -27,8 +27,9 @@ class Processes:
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
         if self.distributed:
             self._check_environment()
+        alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
         self.rank, self.world_size, self.local_rank = (
-            int(os.environ[k]) if self.distributed else d for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+            int(os.environ[name]) if self.distributed else value for name, value in alone.items())
         self.parent = os.getppid()
         self.is_main = self.rank == 0
         self.device = devices.pick_device(cfg.device)
@@ -48,7 +49,7 @@ class Processes:
         for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'):
             if name == 'MASTER_ADDR' and os.environ.get(name) or os.environ.get(name, '').isdecimal():
                 continue
-            raise UserError(f'{name}={os.environ.get(name, "")}: RANK and WORLD_SIZE are set, so this is one of several '
+            raise UserError(f'{name}={os.environ.get(name, "")}: RANK and WORLD_SIZE are set, as for one of several '
                             'processes, which torchrun starts (nearest: unset RANK)')
 
     def __enter__(self):

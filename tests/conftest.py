@@ -1,8 +1,13 @@
 """What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in this process."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +86,30 @@ def fit(call, monkeypatch):
         assert result.code == 0, result.err
         return result.out
     return fit
+
+
+@pytest.fixture
+def endless(here):
+    """endless(command, *options) starts command with the tiny model and no end -> the process, once it has taken five
+    steps. What is left of it at the end of the test is killed."""
+    started = []
+
+    def endless(command, *options):
+        process = subprocess.Popen([*command, *TINY, '--max_iters=1000000', '--eval_interval=1000000', *options],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                   env=os.environ | {'OMP_NUM_THREADS': '1'})
+        started.append(process)
+        until, metrics = time.monotonic() + 100, Path('out/metrics.jsonl')
+        while not (metrics.exists() and metrics.read_text().count('\n') > 5):
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            assert time.monotonic() < until, 'it does not begin'
+            time.sleep(.05)
+        return process
+    yield endless
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def rows(folder='out', file='metrics.jsonl'):

@@ -54,12 +54,12 @@ def main():
         print(f'undisturbed: {steps} steps in {time.perf_counter() - started:.0f} s')
         of_data = args.kills // 5
         kill_preparations(of_data, draw)
-        while_saving = kill_training(args.kills - of_data, draw, options)
+        counts = kill_training(args.kills - of_data, draw, options)
         run(*resume(options))
         compare()
-    print(f'{args.kills} of {args.kills} kills survived: {of_data} of the data preparation, {while_saving} while a '
-          'checkpoint was written, the rest at random moments; parameters, optimizer, best loss and metrics are those '
-          f'of the undisturbed run to the bit (seed {args.seed})')
+    words = ', '.join(f'{count} {place}' for place, count in counts.items())
+    print(f'{args.kills} of {args.kills} kills survived: {of_data} while data was prepared, {words}; parameters, '
+          f'optimizer, best loss and metrics are those of the undisturbed run to the bit (seed {args.seed})')
 
 
 def run(script, *argv):
@@ -68,8 +68,9 @@ def run(script, *argv):
 
 
 def start(script, *argv):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *argv], stdout=subprocess.DEVNULL,
-                            stderr=open('err', 'w'), env=os.environ | {'OMP_NUM_THREADS': '1'})
+    with open('err', 'w') as err:
+        return subprocess.Popen([sys.executable, str(ROOT / script), *argv], stdout=subprocess.DEVNULL, stderr=err,
+                                env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
 def resume(options):
@@ -87,7 +88,9 @@ def kill_preparations(kills, draw):
             if path.suffix in ('.bin', '.json', '.tmp'):
                 path.unlink()
         process = start(Path.cwd() / 'data/mine/prepare.py')
-        kill(process, 'data/mine/*.tmp' if number % 2 else None, draw.uniform(.5, 4))
+        if number % 2:
+            wait_for(process, lambda: any(Path('data/mine').glob('*.tmp')))
+        kill(process, draw.uniform(0, .003) if number % 2 else draw.uniform(.5, 4))
         if is_prepared(Path('data/mine')):
             Dataset('data/mine')
             assert all(Path('data/mine', f).read_bytes() == content for f, content in whole.items())
@@ -96,34 +99,49 @@ def kill_preparations(kills, draw):
 
 
 def kill_training(kills, draw, options):
-    """-> kills while a checkpoint was written"""
-    while_saving = 0
+    """A third at the start, a third at random moments of training, a third while a checkpoint of a new step is being
+    written. No checkpoint may be lost: the step saved never goes back. -> {where: number}"""
+    counts, saved = {'at the start': 0, 'in training': 0, 'while a checkpoint was written': 0}, 0
     for number in range(kills):
+        place = list(counts)[number % 3]
+        before = rows_written()
         process = start(*resume(options))
-        while_saving += kill(process, 'out/ckpt.pt.*.tmp' if number % 2 else None, draw.uniform(.5, 6))
-        if Path('out/ckpt.pt').exists():
-            step = ckpt.load('out/ckpt.pt')['iter_num']
-            print(f'\rkill {number + 1}: checkpoint of step {step} is good ', end='', flush=True)
+        if place != 'at the start':
+            wait_for(process, lambda: rows_written() > max(before, 2) + 2)      # steps that were not taken before
+        if place == 'while a checkpoint was written':
+            wait_for(process, lambda: any(Path('out').glob('ckpt.pt.*.tmp')))
+        kill(process, {'at the start': draw.uniform(0, 3), 'in training': draw.uniform(0, .3)}.get(
+            place, draw.uniform(0, .003)))
+        counts[place] += 1
+        step = ckpt.load('out/ckpt.pt')['iter_num'] if Path('out/ckpt.pt').exists() else 0
+        assert step >= saved, f'the checkpoint went back from step {saved} to {step}'
+        saved = step
+        print(f'\rkill {number + 1}: checkpoint of step {step} is good ', end='', flush=True)
     print()
-    return while_saving
+    return counts
 
 
-def kill(process, seen, seconds):
-    """SIGKILL after `seconds`, or within a few milliseconds of a file `seen` -> whether the file was seen."""
-    until, found = time.perf_counter() + (60 if seen else seconds), False
-    while time.perf_counter() < until and process.poll() is None and not found:
-        found = seen is not None and any(Path().glob(seen))
+def rows_written():
+    path = Path('out/metrics.jsonl')
+    return path.read_text().count('\n') if path.exists() else 0
+
+
+def wait_for(process, condition):
+    until = time.perf_counter() + 100
+    while not condition() and process.poll() is None:
+        assert time.perf_counter() < until, Path('err').read_text()[-1000:]
         time.sleep(.0002)
-    if found:
-        time.sleep(seconds / 2000)
+
+
+def kill(process, seconds):
+    time.sleep(seconds)
     process.kill()
     process.wait()
-    return found
 
 
 def compare():
     whole, killed = ckpt.load('whole/ckpt.pt'), ckpt.load('out/ckpt.pt')
-    for key in whole.keys() - {'config'}:
+    for key in whole.keys() - {'config', 'path'}:
         assert same(whole[key], killed[key]), f'{key} differs from the undisturbed run'
     assert untimed('whole') == untimed('out'), 'metrics.jsonl differs from the undisturbed run'
 

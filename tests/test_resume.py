@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, TINY, checkpoint, equal, rows
+from conftest import ROOT, TINY, checkpoint, rows
 from model import METHODS, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -73,8 +73,18 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
     fit(*RUN, *options, f'--max_iters={first}')
     with monkeypatch.context() as patch:
         interrupt(patch, second - first)
-        assert call(train.main, '--init_from=resume', '--device=cpu', *options, f'--max_iters={STEPS}').code == 130
-    assert call(train.main, '--init_from=resume', '--device=cpu', *options).code == 0
+        assert call(train.main, '--init_from=resume', '--device=cpu', f'--max_iters={STEPS}').code == 130
+    assert call(train.main, '--init_from=resume', '--device=cpu').code == 0
+    assert_same_run('out', 'whole')
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_resumed_compiled(fit, call):
+    """Dropout too: inductor draws other masks than eager torch from the same state."""
+    options = [*RUN, '--compile=True', '--dropout=.2', '--max_iters=6']
+    fit(*options, '--out_dir=whole')
+    fit(*options, '--max_iters=3')
+    assert call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=6').code == 0
     assert_same_run('out', 'whole')
 
 
@@ -97,23 +107,23 @@ def test_random_stops_anywhere_on_the_grid_of_features(fit, call, monkeypatch, s
     """Up to four stops, by max_iters, Ctrl-C or SIGTERM."""
     draw = random.Random(seed)
     options = random_options(draw)
-    steps, dtype = options['max_iters'], f'--dtype={options["dtype"]}'
+    steps = options['max_iters']
     argv = [*TINY, f'--seed={seed}', *(f'--{key}={value}' for key, value in options.items())]
     fit(*argv, '--out_dir=whole')
     for stop in sorted(draw.sample(range(1, steps), draw.randint(1, 4))):
         saved = [torch.load(p, weights_only=True)['iter_num'] for p in Path().glob('out/*.pt')]
-        again = ['--init_from=resume', '--device=cpu', dtype] if saved else argv
+        again = ['--init_from=resume', '--device=cpu'] if saved else argv
         if draw.random() < .5:
             assert call(train.main, *again, f'--max_iters={stop}').code == 0
             continue
         with monkeypatch.context() as patch:
             interrupt(patch, stop - max(saved, default=0), draw.choice([signal.SIGINT, signal.SIGTERM]))
             assert call(train.main, *again, f'--max_iters={steps}').code in (130, 143)
-    assert call(train.main, '--init_from=resume', '--device=cpu', dtype, f'--max_iters={steps}').code == 0
+    assert call(train.main, '--init_from=resume', '--device=cpu', f'--max_iters={steps}').code == 0
     assert_same_run('out', 'whole')
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
     interrupt(monkeypatch, 3, number)
     result = call(train.main, *RUN, '--eval_interval=100')
@@ -145,6 +155,24 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(fit, call
     assert checkpoint()['iter_num'] == 8 and [row['iter'] for row in rows() if 'val/loss' in row] == [0, 4]
     assert call(train.main, '--init_from=resume', '--device=cpu').code == 0
     assert_same_run('out', 'whole')
+
+
+def test_a_signal_just_before_an_evaluation_does_not_wait_for_it(call, monkeypatch):
+    interrupt(monkeypatch, 4)
+    seen, interim = [], train.Evaluation.interim
+    monkeypatch.setattr(train.Evaluation, 'interim', lambda self: seen.append(0) or interim(self))
+    assert call(train.main, *RUN).code == 130                       # --eval_interval=4
+    assert len(seen) == 1 and checkpoint()['iter_num'] == 4
+
+
+def test_nohup_stays_in_force(fit, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt(monkeypatch, 3, signal.SIGHUP)
+        fit(*RUN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint()['iter_num'] == STEPS
 
 
 def test_before_training_and_after_it_a_signal_ends_at_once(call, monkeypatch):
@@ -179,6 +207,38 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(fit, call, monkey
     assert call(train.main, '--init_from=resume', '--device=cpu').code == 0
     assert_same_run('out', 'whole')
     assert checkpoint()['best_val_loss'] == 1.
+
+
+def test_a_longer_run_keeps_the_better_checkpoint_of_the_shorter(fit, call, monkeypatch):
+    """Step 6, where the shorter run ended and evaluated, is off the grid of the longer one."""
+    losses = iter([5., 4., 1., 2., 3., 6.])
+    monkeypatch.setattr(train.Evaluation, 'interim', lambda self: {'train/loss': 0., 'val/loss': next(losses)})
+    options = [*RUN, '--always_save_checkpoint=False']
+    fit(*options, '--max_iters=6')
+    assert (checkpoint()['iter_num'], checkpoint()['best_val_loss']) == (6, 1.)
+    result = call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=9')
+    assert result.code == 0 and 'out/ckpt.pt of step 6, loss 1.0000: now out/best-6.pt' in result.out
+    assert checkpoint()['iter_num'] == 8 and torch.load('out/best-6.pt', weights_only=True)['iter_num'] == 6
+
+
+def test_another_eval_interval_at_resume_loses_no_evaluation(fit, call):
+    fit(*RUN, '--max_iters=8')
+    assert call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=13', '--eval_interval=5').code == 0
+    assert [row['iter'] for row in rows() if 'train/loss' in row] == [0, 4, 8, 10, 13]
+
+
+def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(fit):
+    fit(*RUN, '--max_iters=4')
+    os.remove('out/metrics.jsonl'), os.rename('out/ckpt.pt', 'out/last.pt')
+    fit(*RUN, '--max_iters=2', '--eval_interval=100', '--always_save_checkpoint=False')
+    assert {p.name for p in Path('out').glob('*.pt')} == {'ckpt.pt'} and Path('out.1/last.pt').exists()
+
+
+def test_the_file_that_was_read_is_the_one_that_is_named(fit, refused):
+    fit(*RUN, '--max_iters=2')
+    os.rename('out/ckpt.pt', 'out/last.pt')
+    assert 'out/last.pt: its optimizer' in refused(
+        train.main, '--init_from=resume', '--device=cpu', '--optimizer=muon', '--max_iters=4')
 
 
 def test_a_later_checkpoint_replaces_last_pt(fit, call, monkeypatch):
@@ -226,14 +286,20 @@ def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(fit):
     assert {p.name for p in Path('out').glob('*.tmp')} == {f'ckpt.pt.{os.getppid()}.tmp', 'mine.tmp'}
 
 
-def test_ctrl_c_in_a_real_process():
+def test_ctrl_c_in_a_real_process(endless):
     """As a user would: the whole command, the signal from outside."""
-    command = [sys.executable, str(ROOT / 'train.py'), *RUN, '--max_iters=1000000', '--eval_interval=1000000']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {'OMP_NUM_THREADS': '1'})
-    while not (Path('out/metrics.jsonl').exists() and len(Path('out/metrics.jsonl').read_text().splitlines()) > 5):
-        assert process.poll() is None
+    process = endless([sys.executable, str(ROOT / 'train.py')])
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and 'saved to out/ckpt.pt' in out and 'Traceback' not in err
     assert checkpoint()['iter_num'] == rows()[-1]['iter'] > 5
+
+
+def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused):
+    """`2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads what the run says, and it saves all the same."""
+    process = endless([sys.executable, str(ROOT / 'train.py')])
+    assert "out_dir='out': a run is going on there" in refused(train.main, *RUN)
+    process.stdout.close(), process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert checkpoint()['iter_num'] == rows()[-1]['iter'] > 5 and not Path('out.1').exists()
