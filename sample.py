@@ -21,6 +21,7 @@ from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError
 from runtime.dataset import DATA_ROOTS, GPT2_META, Tokenizer, read_meta
+from runtime.output import patient_output
 
 
 @dataclass
@@ -62,8 +63,10 @@ def main(argv=None):
         return 0
     try:
         cfg, set_by = configuration.load(SampleConfig, argv)
-        for text in samples(cfg, set_by):
-            print(text + '\n---------------')
+        texts = samples(cfg, set_by)
+        with patient_output():                                      # | head
+            for text in texts:
+                print(text + '\n---------------')
         return 0
     except UserError as e:
         print(f'sample.py: {e}', file=sys.stderr)
