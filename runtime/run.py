@@ -77,7 +77,7 @@ class Run:
             raise UserError(f'{path}: its random or scaler state cannot be used: {one_line(e)[:200]}') from None
         self.iter_num = self.saved_at = saved['iter_num']
         self.best_interim_loss = float(saved.get('interim_best_val_loss', saved['best_val_loss']))
-        self.ended_off_grid = self.iter_num % saved.get('config', {}).get('eval_interval', 1) > 0
+        self.ended_off_grid = self.iter_num % (saved.get('config', {}).get('eval_interval') or 1) > 0
         if saved['best_val_loss'] < self.best_interim_loss:
             self.best_at_end = float(saved['best_val_loss'])
 
