@@ -52,10 +52,8 @@ class Stop:
     def noted(self):
         """A block that looks at `signal` itself, where stopping does no harm. What it did not answer ends it."""
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+        yield
+        self._deferred = False                                          # not after an error, which has the last word
         self.answer()
 
     def answer(self):

@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
     os.kill(workers(job)[victim], signal.SIGKILL)
     _, err = job.communicate(timeout=60)                            # within a minute
     assert job.returncode == 1
-    assert f'train.py: process {1 - victim}: training stopped: no contact with another process' in err
+    assert f'train.py: process {1 - victim}: training stopped: no contact with another process' in err, err
     assert ckpt.load('out/ckpt.pt')['iter_num'] >= 5
 
 
