@@ -21,7 +21,7 @@ from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError
 from runtime.dataset import DATA_ROOTS, GPT2_META, Tokenizer, read_meta
-from runtime.output import patient_output
+from runtime.output import unfailing_output
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main(argv=None):
     try:
         cfg, set_by = configuration.load(SampleConfig, argv)
         texts = samples(cfg, set_by)
-        with patient_output():                                      # | head
+        with unfailing_output():                                      # | head
             for text in texts:
                 print(text + '\n---------------')
         return 0

@@ -34,7 +34,7 @@ from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
 from runtime.optim import MuonAdamW
-from runtime.output import patient_output
+from runtime.output import unfailing_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
 from runtime.stopping import Interrupted, Stop
@@ -120,7 +120,7 @@ def main(argv=None):
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(TrainConfig, __doc__.strip()))
         return 0
-    with patient_output(), Stop(patient='RANK' in os.environ) as stop:
+    with unfailing_output(), Stop(under_torchrun='RANK' in os.environ) as stop:
         try:
             cfg, set_by, saved = load_config(argv)
             with Processes(cfg) as processes:
@@ -133,9 +133,8 @@ def main(argv=None):
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
             code, words = 128 + number, f'stopped by {signal.Signals(number).name}'
-        if code != 2 or os.environ.get('LOCAL_RANK', '0') == '0':       # wrong input is the same for all processes
-            who = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
-            print(f'train.py: {who}{words}', file=sys.stderr)
+        who = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
+        print(f'train.py: {who}{words}', file=sys.stderr)
         return code
 
 
@@ -146,9 +145,12 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    if not values['eval_only'] and os.path.exists(path.with_name('last.pt')):   # later than ckpt.pt, which is the best
-        path = path.with_name('last.pt')
-    saved = ckpt.load(path)
+    later = path.with_name('last.pt')                                   # where ckpt.pt is to stay the best
+    if values['eval_only'] or not os.path.exists(later):
+        saved = ckpt.load(path)
+    else:
+        saved = max((ckpt.load(p) for p in (later, path) if p.exists()), key=lambda saved: saved['iter_num'])
+    path = saved['path']
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
     foreign = () if 'random' in saved else ('dtype', 'compile')         # nanoGPT's defaults are a GPU's
@@ -198,8 +200,8 @@ def train(cfg, set_by, saved, processes, stop):
             run.open_files()
         if processes.distributed:
             replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
-        with stop.noted():
-            loop(run, replica, evaluate, stop)
+        with stop.noted(), progress(run) as bar:
+            loop(run, replica, evaluate, stop, bar)
         if processes.is_main:
             result = evaluate.final()
             run.log({'iter': run.iter_num, **result})
@@ -209,13 +211,16 @@ def train(cfg, set_by, saved, processes, stop):
                 run.wandb.finish()
 
 
-def loop(run, replica, evaluate, stop):
+def progress(run):
+    return tqdm(total=run.cfg.max_iters, initial=run.iter_num, desc='train', unit='step', dynamic_ncols=True,
+                disable=not run.processes.is_main, mininterval=0.5 if sys.stderr.isatty() else 10)
+
+
+def loop(run, replica, evaluate, stop, bar):
     """Steps until max_iters or until a signal asks to stop: learning rate, evaluation and checkpoint, step, log."""
     cfg, processes = run.cfg, run.processes
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     peak = devices.peak_flops(processes.device, run.dtype)
-    bar = tqdm(total=cfg.max_iters, initial=run.iter_num, desc='train', unit='step', disable=not processes.is_main,
-               dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
     timed_steps, clock = 0, time.perf_counter()
     while True:
         lr = get_lr(run.iter_num, cfg)
@@ -249,7 +254,6 @@ def loop(run, replica, evaluate, stop):
             bar.set_postfix_str(f'loss {loss:.4f}, {row["tokens_per_s"]:,.0f} tokens/s'
                                 + (f', mfu {row["mfu"]:.1%}' if peak else ''), refresh=False)
             timed_steps, clock = 0, time.perf_counter()
-    bar.close()
 
 
 def evaluate_and_save(run, evaluate, due, stop):
@@ -258,15 +262,12 @@ def evaluate_and_save(run, evaluate, due, stop):
     cfg, random = run.cfg, run.random_states()
     if not run.processes.is_main:
         return
-    result = None
-    with stop.at_once():
-        stop.answer()
-        try:
-            result = evaluate.interim()
-        except torch.linalg.LinAlgError:                                # SVD of what is not finite
-            result = {'train/loss': math.nan, 'val/loss': math.nan}
-    if result is None:
+    try:
+        result = evaluate.interim(stop.raise_if_noted)
+    except Interrupted:
         return
+    except torch.linalg.LinAlgError:                                    # SVD of what is not finite
+        result = {'train/loss': math.nan, 'val/loss': math.nan}
     if not math.isfinite(result['train/loss'] + result['val/loss']):
         batch = run.data.batch('val', cfg.batch_size, cfg.block_size, torch.Generator(), run.processes.device)
         raise run.stopped(f'step {run.iter_num}: at evaluation the loss is {result["val/loss"]}', [batch])
@@ -285,7 +286,7 @@ def save_interrupted(run):
     if run.processes.is_main:
         keep = (run.out / 'ckpt.pt').exists() and not run.cfg.always_save_checkpoint
         name = 'last.pt' if keep else 'ckpt.pt'
-        run.save(name, random, run.best_interim_loss)
+        run.save(name, random, min(run.best_interim_loss, run.best_at_end))
         run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: '
                             f'--init_from=resume --out_dir={run.out}')
 

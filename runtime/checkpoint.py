@@ -35,13 +35,19 @@ def save(checkpoint, path):
 
 def load(path):
     """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed (weights_only). Raises
-    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed, and the key
-    'path' added."""
+    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed, 'path' and
+    'stamp' of the file are added."""
     path = Path(path)
     checkpoint = _read(path)
     _check(checkpoint, path)
     checkpoint['model'] = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()}
-    return checkpoint | {'path': str(path)}
+    return checkpoint | {'path': str(path), 'stamp': stamp(path)}
+
+
+def stamp(path):
+    """What tells a file from another that was written in its place."""
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _read(path):

@@ -10,15 +10,16 @@ GAP_POSITIONS, FINAL_GAP_POSITIONS = 128, 1024
 
 
 @torch.no_grad()
-def estimate_loss(model, data, batches, batch_size, block_size, device, context, seed):
+def estimate_loss(model, data, batches, batch_size, block_size, device, context, seed, poll=lambda: None):
     """Mean loss over `batches` random batches of each split -> {'train': nats, 'val': nats}. The same windows at each
-    call, so that a curve shows the model and not the draw."""
+    call, so that a curve shows the model and not the draw. poll: called before each batch; may raise."""
     model.eval()
     losses = {}
     for split in ('train', 'val'):
         generator = torch.Generator().manual_seed(seed)
         total = 0.0
         for _ in range(batches):
+            poll()
             x, y = data.batch(split, batch_size, block_size, generator, device)
             with context:
                 total += model(x, y)[1].item()
@@ -48,18 +49,20 @@ def split_loss(model, data, split, batch_size, block_size, device, context):
 
 
 @torch.no_grad()
-def prefix_gap(model, data, split, positions, block_size, device, context, seed, group=8):
+def prefix_gap(model, data, split, positions, block_size, device, context, seed, group=8, poll=lambda: None):
     """What a parallel loss hides if a model's output may depend on later tokens: the loss of the same tokens when only
     their prefix is given, which is what generation sees.
 
     At least `positions` random tokens, each in a window of its own at a uniformly drawn place; `group` windows share a
     place so that they run as one batch, and the standard error is that of the means of groups, which are independent.
-    -> dict: parallel and prefix loss at those tokens, gap = prefix - parallel, its standard error, positions.
+    -> dict: parallel and prefix loss at those tokens, gap = prefix - parallel, its standard error, positions. poll: as
+    in `estimate_loss`.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     parallel, prefix = [], []
     for _ in range(math.ceil(positions / group)):
+        poll()
         x, y = data.batch(split, group, block_size, generator, device)                          # (group, T) each
         t = torch.randint(block_size, (1,), generator=generator).item()
         with context:
@@ -83,12 +86,12 @@ class Evaluation:
         self.cfg, self.model, self.data, self.device, self.context = cfg, model, data, device, context
         self.sees_future = sees_future
 
-    def interim(self):
-        """-> row for metrics.jsonl: eval_iters random batches a split."""
+    def interim(self, poll=lambda: None):
+        """-> row for metrics.jsonl: eval_iters random batches a split. poll: called before each batch; may raise."""
         c = self.cfg
         losses = estimate_loss(self.model, self.data, c.eval_iters, c.batch_size, c.block_size, self.device,
-                               self.context, c.seed)
-        return self._with_gap({'train/loss': losses['train'], 'val/loss': losses['val']}, GAP_POSITIONS)
+                               self.context, c.seed, poll)
+        return self._with_gap({'train/loss': losses['train'], 'val/loss': losses['val']}, GAP_POSITIONS, poll)
 
     def final(self):
         """-> the same over the whole validation split, which is deterministic."""
@@ -97,10 +100,10 @@ class Evaluation:
         loss, tokens = split_loss(self.model, self.data, 'val', batch_size, c.block_size, self.device, self.context)
         return self._with_gap({'final': True, 'val/loss': loss, 'val/tokens': tokens}, FINAL_GAP_POSITIONS)
 
-    def _with_gap(self, row, positions):
+    def _with_gap(self, row, positions, poll=lambda: None):
         if self.sees_future:
             gap = prefix_gap(self.model, self.data, 'val', positions, self.cfg.block_size, self.device, self.context,
-                             self.cfg.seed)
+                             self.cfg.seed, poll=poll)
             row |= {'val/prefix_loss': row['val/loss'] + gap['gap'], 'val/prefix_gap': gap['gap'],
                     'val/prefix_gap_se': gap['gap_se'], 'val/prefix_positions': gap['positions'],
                     'val/parallel_loss_at_positions': gap['parallel'], 'val/prefix_loss_at_positions': gap['prefix']}

@@ -17,9 +17,12 @@ class _Stream:
 
     def write(self, text):
         try:
-            return self._stream.write(text)
-        except UnicodeEncodeError:
-            return self._stream.write(text.encode(self.encoding, 'replace').decode(self.encoding))
+            try:
+                return self._stream.write(text)
+            except UnicodeEncodeError:
+                return self._stream.write(text.encode(self.encoding, 'replace').decode(self.encoding))
+        except BlockingIOError:                                         # a slow reader: this text is lost, no more
+            return len(text)
         except OSError:
             self._fall_silent()
             return len(text)
@@ -38,12 +41,14 @@ class _Stream:
 
 
 @contextmanager
-def patient_output():
-    """Within the block, print never raises: a run does not end because nobody listens."""
+def unfailing_output():
+    """Within the block, print never raises: a run does not end because nobody listens. A stream that failed stays
+    silent after the block, too."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Stream(s) if s else open(os.devnull, 'w') for s in before)   # None: closed by the caller
     try:
         yield
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = before

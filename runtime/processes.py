@@ -74,26 +74,27 @@ class Processes:
         UserError of one of them is raised on all."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
-            error = None
+            fault = None
             if now == turn:
                 try:
                     result = work()
                 except UserError as e:
-                    error = e
-            if self.largest(int(error is not None)):                # all wait here for those whose turn it is
-                raise error or UserError('another process says what is wrong')
+                    fault = str(e)
+            for fault in self.gather(fault):                        # all wait here for those whose turn it is
+                if fault is not None:
+                    raise UserError(fault)
         return result
 
     def orphaned(self):
         """Whether torchrun is gone: nobody would end this process with the others."""
-        return self.distributed and os.getppid() != self.parent
+        return 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != self.parent
 
     def gather(self, value):
-        """Every process's `value`, in order, as a list on process 0; None on the others."""
+        """Every process's `value`, in order, as a list."""
         if not self.distributed:
             return [value]
-        values = [None] * self.world_size if self.is_main else None
-        distributed.gather_object(value, values)
+        values = [None] * self.world_size
+        distributed.all_gather_object(values, value)
         return values
 
     def largest(self, number):

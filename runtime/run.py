@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError, one_line
-from runtime.files import remove_leftovers, write_atomically
+from runtime.files import remove_leftovers, replacing, write_atomically
 from runtime.finite import first_bad_layer
 from runtime.optim import restore_optimizer
 
@@ -40,20 +42,16 @@ class Run:
         self.scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and on_cuda)
         self.order = torch.Generator().manual_seed(cfg.seed)            # of training batches, and of nothing else
         self.iter_num, self.saved_at = 0, None
-        self.best_interim_loss = 1e9                                    # without an evaluation off the grid, at the end
-        self.ended_off_grid, self.best_at_end = False, None
-        self.out, self.wandb, self._lock = Path(cfg.out_dir), None, None
+        # best over evaluations on the grid of eval_interval, and of one that was only made because the run ended there
+        self.best_interim_loss, self.best_at_end, self.ended_off_grid = 1e9, 1e9, False
+        self.out, self.wandb, self._lock, self._loaded = Path(cfg.out_dir), None, None, None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._unlock()
-
-    def _unlock(self):
         if self._lock is not None:
             os.close(self._lock)
-            self._lock = None
 
     def restore(self, saved):
         """Go on where the checkpoint stood. Raises UserError where it does not fit."""
@@ -80,6 +78,7 @@ class Run:
         self.ended_off_grid = self.iter_num % (saved.get('config', {}).get('eval_interval') or 1) > 0
         if saved['best_val_loss'] < self.best_interim_loss:
             self.best_at_end = float(saved['best_val_loss'])
+        self._loaded = saved['path'], saved['stamp']
 
     def open_files(self):
         """OUT_DIR and wandb, on process 0."""
@@ -87,17 +86,24 @@ class Run:
         wandb = import_wandb() if cfg.wandb_log else None
         texts = {'config.py': configuration.dump(cfg, HEAD),
                  'environment.json': json.dumps(devices.environment(self.processes.device, self.dtype), indent=1)}
-        if self.out.is_dir():
-            self._lock = lock(self.out)
         try:
-            prepare_folder(self.out, self.saved_at is None, texts, say)
+            self._lock = lock(self.out)
+            if self._loaded and ckpt.stamp(self._loaded[0]) != self._loaded[1]:
+                raise UserError(f'{self._loaded[0]}: another run has just saved it; start again')
+            config = self.out / 'config.py'
+            if config.exists() and not config.read_bytes().startswith(HEAD.encode()):
+                raise UserError(f"out_dir='{self.out}': its config.py is no run's (nearest: '{self.out}-run')")
+            if self.saved_at is None and move_aside(self.out, say):
+                moved, self._lock = self._lock, lock(self.out)
+                os.close(moved)
+            remove_leftovers(self.out)
+            for name, text in texts.items():
+                write_atomically(self.out / name, text.encode())
             if self.saved_at is not None and (self.out / 'metrics.jsonl').exists():
                 again = self.iter_num % cfg.eval_interval == 0 or self.iter_num >= cfg.max_iters or self.ended_off_grid
                 forget_after(self.out / 'metrics.jsonl', self.iter_num, again)
         except OSError as e:
             raise UserError(f'out_dir={cfg.out_dir!r}: cannot be written: {e.strerror or e}') from None
-        self._unlock()                                                  # of what may have moved aside
-        self._lock = lock(self.out)
         if wandb:
             try:
                 wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), dir=cfg.out_dir)
@@ -125,28 +131,33 @@ class Run:
         place because the run ended there: a longer run, or this one when it is resumed, does not know it."""
         model = self.model
         try:
-            if name == 'ckpt.pt' and self.best_at_end is not None and not self.cfg.always_save_checkpoint:
-                self._keep_best_at_end(best_val_loss)
+            if name == 'ckpt.pt' and self.best_at_end < best_val_loss and not self.cfg.always_save_checkpoint:
+                self._keep_best_at_end()
             ckpt.save({'model': model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'iter_num': self.iter_num,
                        'model_args': asdict(model.config), 'best_val_loss': best_val_loss,
                        'interim_best_val_loss': self.best_interim_loss, 'config': asdict(self.cfg),
                        'tokenizer': self.data.meta, 'random': random, 'scaler': self.scaler.state_dict()},
                       self.out / name)
-            if name == 'ckpt.pt':
-                (self.out / 'last.pt').unlink(missing_ok=True)
         except OSError as e:
             raise self.stopped(f'after step {self.iter_num}: {self.out / name} was not saved: {e.strerror}') from None
         except FloatingPointError as e:
             raise self.stopped(f'step {self.iter_num}: {e}') from None
         self.saved_at = self.iter_num
+        if name == 'ckpt.pt':
+            self.best_at_end = 1e9
+            with suppress(OSError):                                     # an older one does no harm
+                (self.out / 'last.pt').unlink(missing_ok=True)
 
-    def _keep_best_at_end(self, best_val_loss):
-        """The longer run takes the place of a ckpt.pt that it does not know to be the best: keep that beside it."""
-        if best_val_loss > self.best_at_end:
-            kept = self.out / f'best-{self.saved_at}.pt'
-            os.replace(self.out / 'ckpt.pt', kept)
-            self.processes.print(f'{self.out}/ckpt.pt of step {self.saved_at}, loss {self.best_at_end:.4f}: now {kept}')
-        self.best_at_end = None
+    def _keep_best_at_end(self):
+        """A longer run replaces a ckpt.pt that it does not know to be the best: under another name that stays."""
+        kept = self.out / f'best-{self.best_at_end:.4f}.pt'
+        if not kept.exists():
+            try:
+                os.link(self.out / 'ckpt.pt', kept)
+            except OSError:                                             # a file system without links
+                with open(self.out / 'ckpt.pt', 'rb') as old, replacing(kept) as new:
+                    shutil.copyfileobj(old, new)
+        self.processes.print(f'{self.out}/ckpt.pt, the best of a shorter run, stays as {kept}')
 
     def stopped(self, why, batches=None):
         """TrainingStopped to raise: why, the first bad layer if `batches` are given, and what is kept."""
@@ -169,35 +180,37 @@ def import_wandb():
 
 
 def lock(folder):
-    """A descriptor that keeps other runs out of the folder until it is closed, at the latest with the process; None
-    where there are no such locks. Raises UserError if another run has it."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError as e:
-        os.close(descriptor)
-        if isinstance(e, BlockingIOError):
+    """A descriptor that keeps other runs out of the folder, made if need be, until it is closed, at the latest with the
+    process; None where there are no such locks. Raises UserError if another run has it, and OSError."""
+    while fcntl:
+        descriptor = os.open(make_folder(folder), os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
             raise UserError(f"out_dir='{folder}': a run is going on there (nearest: '{folder}-2')") from None
-        return None                                                     # some network file systems
+        except FileNotFoundError:
+            pass
+        except OSError:                                                 # some network file systems
+            os.close(descriptor)
+            return None
+        os.close(descriptor)                                            # of a folder that was just moved aside
+    make_folder(folder)
+    return None
 
 
-def prepare_folder(out, new, texts, say):
-    """Make OUT_DIR ready and write `texts` {file name: text} into it. new: a run that is there moves to OUT_DIR.1, .2,
-    ... as a whole. A symbolic link stays: its target is what moves. Raises UserError and OSError."""
-    if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
-        raise UserError(f"out_dir='{out}': its config.py is not that of a run (nearest: '{out}-run')")
-    if new and any((out / name).exists() for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')):
-        real = Path(os.path.realpath(out))
-        aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
-        real.rename(aside)
-        say(f'{out} holds a run: moved to {aside if out.is_symlink() else out.with_name(aside.name)}')
-    make_folder(out)
-    remove_leftovers(out)
-    for name, text in texts.items():
-        write_atomically(out / name, text.encode())
+def move_aside(out, say):
+    """A run that is in the folder moves to OUT_DIR.1, .2, ... as a whole -> whether there was one. A symbolic link
+    stays: its target is what moves. Raises OSError."""
+    if not any((out / name).exists() for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')):
+        return False
+    real = Path(os.path.realpath(out))
+    aside = next(p for p in (Path(f'{real}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
+    real.rename(aside)
+    say(f'{out} holds a run: moved to {aside if out.is_symlink() else out.with_name(aside.name)}')
+    return True
 
 
 def make_folder(path):

@@ -18,13 +18,12 @@ class Stop:
     """Context manager that catches SIGINT, SIGTERM and SIGHUP (a terminal that closes, unless nohup has it ignored).
     `signal`: the number of the first that came, 0 before.
 
-    A signal raises Interrupted. Within `noted()` it is only noted, and Ctrl-C after that raises, unless `patient`:
-    under torchrun it reaches every process twice, from the terminal and from torchrun, which kills after 30 seconds
-    whatever has not ended.
+    The first signal raises Interrupted; within `noted()` it is only noted. Ctrl-C after that always raises, unless
+    under_torchrun: there it reaches every process twice, from the terminal and from torchrun.
     """
 
-    def __init__(self, patient):
-        self.signal, self.patient, self._deferred = 0, patient, False
+    def __init__(self, under_torchrun):
+        self.signal, self._under_torchrun, self._only_note = 0, under_torchrun, False
         self._handlers = {}
 
     def __enter__(self):
@@ -40,9 +39,9 @@ class Stop:
             signal.signal(number, handler or signal.SIG_DFL)            # None: it was not set from Python
 
     def _note(self, number, frame):
-        again, self.signal = bool(self.signal), self.signal or number
-        by_hand = number == signal.SIGINT and not self.patient
-        if not self._deferred or again and by_hand:
+        first, by_hand = not self.signal, number == signal.SIGINT and not self._under_torchrun
+        self.signal = self.signal or number
+        if by_hand and not first or first and not self._only_note:
             raise Interrupted(self.signal)
         if by_hand:
             with suppress(OSError):                                     # not print(), which it may have interrupted
@@ -51,24 +50,11 @@ class Stop:
     @contextmanager
     def noted(self):
         """A block that looks at `signal` itself, where stopping does no harm. What it did not answer ends it."""
-        self._deferred = True
+        self._only_note = True
         yield
-        self._deferred = False                                          # not after an error, which has the last word
-        self.answer()
+        self._only_note = False                                         # not after an error, which has the last word
+        self.raise_if_noted()
 
-    def answer(self):
-        """Raise Interrupted if a signal was noted."""
+    def raise_if_noted(self):
         if self.signal:
             raise Interrupted(self.signal)
-
-    @contextmanager
-    def at_once(self):
-        """Within `noted`, a block that a signal ends right away, to go on behind it: for work that can be repeated. It
-        begins with `answer()`, for a signal that came before."""
-        try:
-            self._deferred = False
-            yield
-        except Interrupted:
-            pass
-        finally:
-            self._deferred = True

@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(run, good, check):
     for n, place in enumerate(places(good)):
         PATH.write_bytes(good[:place] + bytes([good[place] ^ 1 << n % 8]) + good[place + 1:])
         try:
-            assert same(ckpt.load(PATH), run | {'path': str(PATH)}), place
+            assert same(ckpt.load(PATH), run | {'path': str(PATH), 'stamp': ckpt.stamp(PATH)}), place
             harmless += 1
         except UserError:
             check('out/ckpt.pt: ', RESUME, SAMPLE)
@@ -162,7 +162,7 @@ def test_what_surrounds_a_checkpoint_is_refused_or_changes_nothing(run, good, ch
                        (b'\0', b''), (b'garbage', b''), (good[:-22], b'')):
         PATH.write_bytes(head + good + tail)
         try:
-            assert same(ckpt.load(PATH), run | {'path': str(PATH)})
+            assert same(ckpt.load(PATH), run | {'path': str(PATH), 'stamp': ckpt.stamp(PATH)})
         except UserError:
             check('out/ckpt.pt: ', RESUME, SAMPLE)
 

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was never stopped, to the last bit."""
 
+import errno
 import itertools
 import os
 import random
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import runtime.run
 import train
 from conftest import ROOT, TINY, checkpoint, rows
 from model import METHODS, SCOPES
+from runtime.config import UserError
+from runtime.files import write_atomically
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = [f'--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope={scope} --svd_method={method} --svd_basis_grad={grad}'
@@ -144,10 +148,10 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(fit, call
     fit(*RUN, '--out_dir=whole')
     interim = train.Evaluation.interim
 
-    def interrupted(self):
+    def interrupted(self, poll):
         if next(calls) == 3:                                        # at step 8
             os.kill(os.getpid(), signal.SIGTERM)
-        return interim(self)
+        return interim(self, poll)
     calls = itertools.count(1)
     with monkeypatch.context() as patch:
         patch.setattr(train.Evaluation, 'interim', interrupted)
@@ -160,9 +164,9 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(fit, call
 def test_a_signal_just_before_an_evaluation_does_not_wait_for_it(call, monkeypatch):
     interrupt(monkeypatch, 4)
     seen, interim = [], train.Evaluation.interim
-    monkeypatch.setattr(train.Evaluation, 'interim', lambda self: seen.append(0) or interim(self))
+    monkeypatch.setattr(train.Evaluation, 'interim', lambda self, poll: interim(self, lambda: seen.append(poll())))
     assert call(train.main, *RUN).code == 130                       # --eval_interval=4
-    assert len(seen) == 1 and checkpoint()['iter_num'] == 4
+    assert len(seen) == 4 and checkpoint()['iter_num'] == 4
 
 
 def test_nohup_stays_in_force(fit, monkeypatch):
@@ -187,7 +191,7 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(fit, call, monkey
     """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, and resuming takes that."""
     losses = {0: 5., 4: 1., 8: 2., 12: 3., STEPS: 4.}
 
-    def interim(self):
+    def interim(self, poll):
         return {'train/loss': 0., 'val/loss': losses[step_of(self)]}
 
     def step_of(evaluate):
@@ -209,16 +213,81 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(fit, call, monkey
     assert checkpoint()['best_val_loss'] == 1.
 
 
-def test_a_longer_run_keeps_the_better_checkpoint_of_the_shorter(fit, call, monkeypatch):
+@pytest.mark.parametrize('interrupted', [False, True])
+def test_a_longer_run_keeps_the_better_checkpoint_of_the_shorter(fit, call, monkeypatch, interrupted):
     """Step 6, where the shorter run ended and evaluated, is off the grid of the longer one."""
     losses = iter([5., 4., 1., 2., 3., 6.])
-    monkeypatch.setattr(train.Evaluation, 'interim', lambda self: {'train/loss': 0., 'val/loss': next(losses)})
+    monkeypatch.setattr(train.Evaluation, 'interim', lambda *_: {'train/loss': 0., 'val/loss': next(losses)})
     options = [*RUN, '--always_save_checkpoint=False']
     fit(*options, '--max_iters=6')
     assert (checkpoint()['iter_num'], checkpoint()['best_val_loss']) == (6, 1.)
+    if interrupted:
+        with monkeypatch.context() as patch:
+            interrupt(patch, 1)
+            assert call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=9').code == 130
     result = call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=9')
-    assert result.code == 0 and 'out/ckpt.pt of step 6, loss 1.0000: now out/best-6.pt' in result.out
-    assert checkpoint()['iter_num'] == 8 and torch.load('out/best-6.pt', weights_only=True)['iter_num'] == 6
+    assert result.code == 0 and 'out/ckpt.pt, the best of a shorter run, stays as out/best-1.0000.pt' in result.out
+    assert checkpoint()['iter_num'] == 8 and torch.load('out/best-1.0000.pt', weights_only=True)['iter_num'] == 6
+
+
+def test_the_better_checkpoint_is_still_there_if_its_successor_cannot_be_saved(fit, call, monkeypatch):
+    losses = iter([5., 4., 1., 2.])
+    monkeypatch.setattr(train.Evaluation, 'interim', lambda *_: {'train/loss': 0., 'val/loss': next(losses)})
+    fit(*RUN, '--always_save_checkpoint=False', '--max_iters=6')
+
+    def full(checkpoint, file):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    result = call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=9')
+    assert result.code == 1 and 'the checkpoint of step 6 is kept' in result.err and checkpoint()['iter_num'] == 6
+
+
+def test_a_last_pt_that_is_older_than_ckpt_pt_does_not_count(fit, call):
+    fit(*RUN, '--max_iters=3', '--out_dir=early')
+    fit(*RUN, '--max_iters=6')
+    os.rename('early/ckpt.pt', 'out/last.pt')
+    assert call(train.main, '--init_from=resume', '--device=cpu', '--max_iters=7').code == 0
+    assert [row['iter'] for row in rows() if 'loss' in row] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_checkpoint_that_is_saved_while_the_run_is_resumed_is_not_thrown_away(fit, refused, monkeypatch):
+    """By the run that held the lock until then."""
+    fit(*RUN, '--max_iters=3')
+    content, lock = Path('out/ckpt.pt').read_bytes(), runtime.run.lock
+
+    def late(folder):
+        write_atomically(Path('out/ckpt.pt'), content)
+        return lock(folder)
+    monkeypatch.setattr(runtime.run, 'lock', late)
+    assert 'another run has just saved it' in refused(train.main, '--init_from=resume', '--device=cpu', '--max_iters=6')
+
+
+def test_a_folder_that_moves_away_while_it_is_locked_is_locked_again(here, monkeypatch):
+    """The lock is on the folder of that name, not on the one that had it."""
+    (here / 'out').mkdir()
+    flock = runtime.run.fcntl.flock
+
+    def moving(descriptor, kind):
+        if not (here / 'out.1').exists():
+            (here / 'out').rename(here / 'out.1')
+        flock(descriptor, kind)
+    monkeypatch.setattr(runtime.run.fcntl, 'flock', moving)
+    descriptor = runtime.run.lock(Path('out'))
+    assert os.path.samestat(os.fstat(descriptor), os.stat('out'))
+    with pytest.raises(UserError, match='a run is going on there'):
+        runtime.run.lock(Path('out'))
+    os.close(descriptor)
+
+
+def test_a_burst_of_signals_is_one_signal(call, monkeypatch):
+    step = train.step
+
+    def burst(*args):
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+    monkeypatch.setattr(train, 'step', burst)
+    assert call(train.main, *RUN).code == 143 and checkpoint()['iter_num'] == 1
 
 
 def test_another_eval_interval_at_resume_loses_no_evaluation(fit, call):

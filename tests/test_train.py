@@ -94,7 +94,7 @@ def test_a_checkpoint_is_plain_and_has_raw_names(fit):
 
 def test_without_always_save_only_an_improvement_is_saved(fit, monkeypatch):
     losses = iter([3., 1., 2., 1.5])                                # 1.5 is better than the last, not than the best
-    monkeypatch.setattr(Evaluation, 'interim', lambda self: {'train/loss': 0., 'val/loss': next(losses)})
+    monkeypatch.setattr(Evaluation, 'interim', lambda *_: {'train/loss': 0., 'val/loss': next(losses)})
     fit('--always_save_checkpoint=False', '--max_iters=6')
     assert (checkpoint()['iter_num'], checkpoint()['best_val_loss']) == (2, 1.)
 
