@@ -123,7 +123,7 @@ class Run:
             self.wandb.log({k: v for k, v in row.items() if k != 'iter'}, step=row['iter'])
 
     def random_states(self):
-        """Of every process, on process 0; all have to call it."""
+        """Of every process, as a list; all have to call it."""
         return self.processes.gather(ckpt.random_state(self.order, self.processes.device))
 
     def save(self, name, random, best_val_loss):

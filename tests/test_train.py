@@ -1,12 +1,9 @@
 """train.py and its runtime: what a run writes, what its numbers mean, what resumes, what is refused."""
 
-import itertools
 import json
 import math
-import os
 import pickle
 import re
-import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
@@ -21,11 +18,10 @@ from torch.nn import functional as F
 
 import runtime.run
 import train
-from conftest import ROOT, TEXT, TINY, checkpoint, equal, folder_bytes, rows
+from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
 from model import GPT, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import evaluation
 from runtime.config import UserError
 from runtime.dataset import Dataset, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
