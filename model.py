@@ -10,6 +10,7 @@ Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh he
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +18,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation
+from lowrank.rows import CausalRows, LowRankRows, Rows
+from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation, low_rank_factors
+from runtime.draw import check_draw, draw
 
 SCOPES = ('sequence', 'causal', 'weight')
 
@@ -89,36 +92,50 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # None: nothing to truncate, here or below. Full rank is decided per matrix in lowrank/svd.py
-        self.svd_scope = config.svd_scope if config.use_svd and config.svd_rank is not None else None
+        # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
+        truncates = config.use_svd and config.svd_rank is not None and config.svd_rank < config.n_embd // config.n_head
+        self.svd_scope = config.svd_scope if truncates else None
         self.svd_rank = config.svd_rank
         self.svd_method = config.svd_method
         self.svd_block = config.svd_block
         self.svd_basis_grad = config.svd_basis_grad
 
-    def forward(self, x):
-        q, k, v = self.project(x)                                   # each (B, nh, T, hs)
-        v = self.apply_svd_to_v(v)                                  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+    def forward(self, x, cache=None, only_last=False):
+        """x (B, T, C) -> (B, T, C); only_last: the last position's alone, (B, 1, C). With a cache (`new_cache`), x
+        follows the tokens in it and joins them: a whole prompt first, then one token at a time."""
+        q, k, v = self.project(x, cache)                            # each (B, nh, T, hs)
+        q = q[:, :, -1:] if only_last else q
+        if cache is None:
+            v = self.apply_svd_to_v(v)                              # (B, nh, T, hs)
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=not only_last)
+        else:
+            y = cache.attend(q, k, v)
         y = y.transpose(1, 2).flatten(2)                            # (B, nh, T, hs) -> (B, T, C), heads side by side
         return self.resid_dropout(self.c_proj(y))                   # (B, T, C)
 
-    def project(self, x):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs)."""
-        B, T, C = x.size()
-        weight = self.c_attn.weight
-        if self.svd_scope == 'weight':
-            weight = torch.cat((weight[:2 * C], self.value_weight()))                           # (3C, C)
-        q, k, v = F.linear(x, weight, self.c_attn.bias).split(C, dim=2)                         # each (B, T, C)
-        return tuple(t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+    def project(self, x, cache=None):
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs); 'weight' scope with a cache: v's coordinates, (B, nh, T, k)."""
+        C = x.size(2)
+        weight, bias = self.c_attn.weight, self.c_attn.bias
+        if self.svd_scope == 'weight' and cache is not None:
+            q, k = F.linear(x, weight[:2 * C], None if bias is None else bias[:2 * C]).split(C, dim=2)
+            v = F.linear(x, cache.to_coordinates)                                               # (B, T, nh k)
+        else:
+            if self.svd_scope == 'weight':
+                weight = torch.cat((weight[:2 * C], self.value_weight()))                       # (3C, C)
+            q, k, v = F.linear(x, weight, bias).split(C, dim=2)                                 # each (B, T, C)
+        return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
 
     def value_weight(self):
         """'weight' scope: every head's value projection W_v (hs, C), cut to rank k; (C, C), heads stacked. One small
         SVD a forward pass, independent of B and T; the bias is kept, so V - bias has rank k and no token sees another.
         """
-        C = self.c_attn.in_features
-        w_v = self.c_attn.weight[2 * C:].view(self.n_head, C // self.n_head, C)                 # (nh, hs, C)
-        return low_rank_approximation(w_v, self.svd_rank, self.svd_method, self.svd_basis_grad).reshape(C, C)
+        low = low_rank_approximation(self._heads_of_w_v(), self.svd_rank, self.svd_method, self.svd_basis_grad)
+        return low.flatten(0, 1)                                    # (nh, hs, C) -> (C, C)
+
+    def _heads_of_w_v(self):
+        return self.c_attn.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))                   # (nh, hs, C)
 
     def apply_svd_to_v(self, v):
         """Best rank-k approximation of every head's V: (B, nh, T, hs) -> (B, nh, T, hs). Float32 inside, v's dtype out.
@@ -143,6 +160,50 @@ class CausalSelfAttention(nn.Module):
         return low_rank_approximation(v, rank or self.svd_rank, 'gram', self.svd_basis_grad)
 
 
+    @torch.no_grad()
+    def new_cache(self, batch, tokens, device=None):
+        """LayerCache with room for `tokens` tokens of `batch` sequences; not for 'sequence' scope that truncates.
+        device None: the weights'."""
+        weight, bias = self.c_attn.weight, self.c_attn.bias
+        C, hs, at = weight.size(1), weight.size(1) // self.n_head, weight.device.type
+        dtype = torch.get_autocast_dtype(at) if torch.is_autocast_enabled(at) else weight.dtype     # what k and v have
+        shape, kind = (batch, self.n_head, tokens), dict(dtype=dtype, device=device or weight.device)
+        keys, to_coordinates = Rows((*shape, hs), **kind), None
+        if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
+            # (nh, hs, k), (nh, k, C)
+            a, b = low_rank_factors(self._heads_of_w_v(), self.svd_rank, self.svd_method)
+            offset = None if bias is None else bias[2 * C:].view(self.n_head, 1, hs)
+            values, to_coordinates = LowRankRows((*shape, self.svd_rank), a, offset, **kind), b.flatten(0, 1)
+        elif self.svd_scope == 'causal':
+            values = CausalRows((*shape, hs), self.svd_rank, self.svd_block, **kind)
+        else:
+            values = Rows((*shape, hs), **kind)
+        return LayerCache(keys, values, to_coordinates)
+
+
+class LayerCache:
+    """Keys and values of one layer's tokens so far, the values in the form that lowrank/rows.py has for the scope."""
+
+    def __init__(self, keys, values, to_coordinates=None):
+        """to_coordinates (nh k, C): 'weight' scope, what makes a token's coordinates; a weight, not counted here."""
+        self.keys, self.values, self.to_coordinates = keys, values, to_coordinates
+
+    @property
+    def nbytes(self):
+        return self.keys.nbytes + self.values.nbytes
+
+    def attend(self, q, k, v):
+        """Add k and v of T new tokens, and attend from the last tokens, those of q: -> like q, (B, nh, .., hs). A batch
+        of one joins every sequence of the cache."""
+        self.keys.append(k)
+        self.values.append(v)
+        if k.size(2) > 1:                                           # a prompt: expanded once, attended as in training
+            v = self.values.all()[:len(k)]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
+        scores = self.keys.all() @ (q * q.size(-1) ** -0.5).mT      # (B, nh, T, hs) x (B, nh, hs, 1)
+        return self.values.weighted_sum(F.softmax(scores.mT, dim=-1))
+
+
 class MLP(nn.Module):
 
     def __init__(self, config):
@@ -164,8 +225,11 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None, only_last=False):
+        """x (B, T, C) -> (B, T, C), or (B, 1, C) if only_last: keys and values are needed of all positions, nothing
+        else is."""
+        y = self.attn(self.ln_1(x), cache, only_last)
+        x = (x[:, -1:] if only_last else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -199,40 +263,86 @@ class GPT(nn.Module):
             for module in (block.attn, block.mlp):
                 nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.
 
         With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits of the last
-        position only (B, 1, vocab_size), and None. Raises ValueError for more than block_size tokens.
+        position only (B, 1, vocab_size), and None. With a cache (`new_cache`) idx follows the tokens in it and joins
+        them: a prompt first, then one token at a time. Raises ValueError for more than block_size tokens.
         """
-        T = idx.size(1)
-        if not 1 <= T <= self.config.block_size:
-            raise ValueError(f'cannot forward {T} tokens: valid are 1 to block_size={self.config.block_size}')
-        pos = torch.arange(T, device=idx.device)                    # (T)
+        T, start = idx.size(1), cache[0].keys.length if cache else 0
+        if not 1 <= T <= self.config.block_size - start:
+            raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to block_size={self.config.block_size}')
+        if start and T > 1:
+            raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
+        pos = torch.arange(start, start + T, device=idx.device)     # (T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        last = self.config.n_layer - 1
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache and cache[i], only_last=i == last and targets is None)
         x = self.transformer.ln_f(x)
+        logits = self.lm_head(x)                                    # (B, T, vocab), or (B, 1, vocab)
         if targets is None:
-            return self.lm_head(x[:, [-1], :]), None                # the list keeps the time dimension
-        logits = self.lm_head(x)                                    # (B, T, vocab)
+            return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
 
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
+        """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens); `stream` has the rest."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache, seed)), dim=1)
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens). Each token is drawn from
-        softmax(logits / temperature), of the top_k likeliest if given; the context is the last block_size tokens. The
-        prefix is recomputed for every token, which 'sequence' scope needs: each new token changes V of all earlier
-        ones. Put the model in eval mode first, else dropout applies."""
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])      # (B, 1, vocab)
-            logits = logits[:, -1, :] / temperature                 # (B, vocab)
-            if top_k is not None:
-                kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))                       # (B, top_k)
-                logits[logits < kept[:, [-1]]] = -float('inf')
-            idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)              # (B, 1)
-            idx = torch.cat((idx, idx_next), dim=1)
-        return idx
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
+        """Yield max_new_tokens next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`).
+
+        seed: of a generator of its own; None: torch's global one. The context is the last block_size tokens. Up to
+        there keys and values are cached, unless use_cache is False. Beyond, every token shifts the window and with it
+        all learned positions, so nothing cached is true any more: as in nanoGPT the whole window is recomputed for each
+        token, but for what only earlier positions of the last layer would need. 'sequence' scope recomputes from the
+        start, for each new token changes V of all earlier ones (a warning says so once), and so does a model in
+        training mode, whose dropout a cache would freeze. Raises ValueError for options that cannot be, and
+        FloatingPointError where logits are not finite.
+        """
+        check_draw(temperature, top_k, top_p)
+        if max_new_tokens < 0:
+            raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0')
+        B, T = idx.shape
+        block_size = self.config.block_size
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        if use_cache and self.config.svd_sees_future:
+            warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no cache is used and "
+                          'the prefix is recomputed for each')
+        use_cache = use_cache and not self.config.svd_sees_future and not self.training
+        ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
+        alike = B > 1 and bool((idx == idx[:1]).all())              # many samples of one prompt: it is computed once
+        room = min(T + max_new_tokens - 1, block_size)              # nothing follows the last token
+        cache = self.new_cache(B, room) if use_cache and T < room else None
+        for n in range(T, T + max_new_tokens):                      # n tokens so far
+            known = ids[:1, :n] if alike and n == T else ids[:, :n]
+            if cache and n <= block_size:
+                logits, _ = self(known[:, cache[0].keys.length:], cache=cache)
+            else:
+                cache = None                                        # frees its memory
+                logits, _ = self(known[:, -block_size:])
+            logits = logits[:, -1].expand(B, -1)                    # (B, vocab)
+            ids[:, n:n + 1] = draw(logits, temperature, top_k, top_p, generator)
+            yield ids[:, n:n + 1]
+
+    def new_cache(self, batch, tokens):
+        """Room for keys and values of `batch` sequences of `tokens` tokens: a list of LayerCache, in the parameters'
+        dtype, or autocast's where it is on. Raises ValueError for more than block_size tokens and for 'sequence' scope
+        that truncates."""
+        if not 1 <= tokens <= self.config.block_size:
+            raise ValueError(f'cannot cache {tokens} tokens: valid are 1 to block_size={self.config.block_size}')
+        if self.config.svd_sees_future:
+            raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one and cannot be cached")
+        return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
+
+    def kv_cache_bytes(self, batch, tokens):
+        """Bytes that `new_cache(batch, tokens)` allocates; 0 in 'sequence' scope, which caches nothing. The factors of
+        W_v that 'weight' scope decodes with, as large whatever the tokens, are weights and not among them."""
+        if self.config.svd_sees_future:
+            return 0
+        return self.config.n_layer * self.transformer.h[0].attn.new_cache(batch, tokens, 'meta').nbytes
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, without the position embeddings by default (the token embeddings are the head)."""

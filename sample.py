@@ -21,7 +21,11 @@ from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError
 from runtime.dataset import DATA_ROOTS, GPT2_META, Tokenizer, read_meta
+from runtime.draw import check_draw
 from runtime.output import unfailing_output
+
+
+END = '\n---------------\n'
 
 
 @dataclass
@@ -33,8 +37,9 @@ class SampleConfig:
     start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'
     num_samples: Annotated[int, 'samples to draw, as one batch'] = 10
     max_new_tokens: Annotated[int, 'tokens to add to the prompt'] = 500
-    temperature: Annotated[float, 'below 1 less random, above 1 more'] = 0.8
+    temperature: Annotated[float, 'below 1 less random, above 1 more; 0: always the likeliest token'] = 0.8
     top_k: Annotated[int | None, 'draw from the top_k likeliest tokens; None: from all'] = 200
+    top_p: Annotated[float | None, 'of these, from the fewest that have this probability together; None: all'] = None
     seed: Annotated[int, 'of the draws'] = 1337
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
     dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'], 'autocast type'] = 'auto'
@@ -46,13 +51,12 @@ class SampleConfig:
     svd_block: Annotated[int | None, "'causal' scope: rows before the first basis"] = None
 
     def __post_init__(self):
-        for name, least in dict(num_samples=1, max_new_tokens=1, seed=0, top_k=1).items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
+        for name, least in dict(num_samples=1, max_new_tokens=1, seed=0).items():
+            if getattr(self, name) < least:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
-        if not self.temperature > 0:
-            raise ValueError(f'temperature={self.temperature}: must be above 0 (nearest: 0.01)')
+        check_draw(self.temperature, self.top_k, self.top_p)
 
 
 def main(argv=None):
@@ -63,10 +67,9 @@ def main(argv=None):
         return 0
     try:
         cfg, set_by = configuration.load(SampleConfig, argv)
-        texts = samples(cfg, set_by)
         with unfailing_output():                                      # | head
-            for text in texts:
-                print(text + '\n---------------')
+            for piece in samples(cfg, set_by):
+                print(piece, end='', flush=True)
         return 0
     except UserError as e:
         print(f'sample.py: {e}', file=sys.stderr)
@@ -76,7 +79,8 @@ def main(argv=None):
 
 
 def samples(cfg, set_by):
-    """-> list of num_samples texts, prompt included."""
+    """Yield num_samples texts, prompt included, each followed by a line of dashes: the first token by token, while it
+    and the others are made as one batch, the others whole."""
     device = devices.pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     model, meta = load_model(cfg, {k: getattr(cfg, k) for k in set_by
@@ -97,20 +101,30 @@ def samples(cfg, set_by):
     ids = tokenizer.encode(start)
     if not ids:
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
+    cached = not model.config.svd_sees_future                       # load_model has said so
     need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
-    if here and need > here:                                        # ids, logits and probabilities
+    need += model.kv_cache_bytes(cfg.num_samples, min(len(ids) + cfg.max_new_tokens, model.config.block_size))
+    if here and need > here:                                        # ids, logits and probabilities, cache
         raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
                         f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
     prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
-    try:
+    columns = []                                                    # of token ids, num_samples each
+
+    def first_sample():
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
-            out = model.generate(prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
-    except RuntimeError as e:                                       # LinAlgError is one, too
-        if not isinstance(e, torch.linalg.LinAlgError) and 'probability' not in str(e):
-            raise
-        raise UserError(f'the next token has no probabilities ({configuration.one_line(e)[:100]}): the weights or '
-                        f'temperature={cfg.temperature} take the numbers out of range') from None
-    return [tokenizer.decode(row) for row in out.tolist()]
+            for new in model.stream(prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cached):
+                columns.append(new[:, 0].tolist())
+                yield columns[-1][0]
+
+    try:
+        for i, piece in enumerate(tokenizer.decode_stream(first_sample())):
+            yield piece if i else start + piece
+    except (FloatingPointError, torch.linalg.LinAlgError) as e:
+        raise UserError(f'the next token has no probabilities ({configuration.one_line(e)[:100]}): the weights take '
+                        'the numbers out of range') from None
+    yield END
+    for row in list(zip(*columns))[1:]:
+        yield start + tokenizer.decode(row) + END
 
 
 def load_model(cfg, svd):
@@ -131,7 +145,8 @@ def load_model(cfg, svd):
     c = model.config
     words = f'rank {c.svd_rank}, {c.svd_method}, {c.svd_scope}' if c.use_svd and c.svd_rank else 'off'
     print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '
-          f'SVD on V {words}' + (' (switched here)' if svd else ''))
+          f'SVD on V {words}' + (' (switched here)' if svd else '')
+          + (': each token changes V of all earlier ones, so nothing is cached' if c.svd_sees_future else ''))
     if 'tokenizer' in saved:
         if saved['tokenizer']['vocab_size'] > c.vocab_size:
             raise UserError(f'{path}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, its model '

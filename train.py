@@ -436,7 +436,8 @@ def sample(model, data, device, context, tokens=200):
     start = tokenizer.encode('\n' if newline else tokenizer.chars[0])
     model.eval()
     with context:
-        ids = model.generate(torch.tensor([start], device=device), tokens, temperature=0.8, top_k=200)
+        ids = model.generate(torch.tensor([start], device=device), tokens, temperature=0.8, top_k=200,
+                             use_cache=not model.config.svd_sees_future)
     return tokenizer.decode(ids[0].tolist())
 
 

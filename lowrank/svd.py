@@ -129,12 +129,40 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
     rows, n = x.shape[-2:]
     if rank is None or rank >= n:
         return x
-    spans, start = [], block
+    spans = tuple((start, start, min(2 * start, rows)) for start in causal_starts(rows, rank, block))
+    return _project(x, rank, method, spans, basis_grad) if spans else x
+
+
+def causal_starts(rows, rank, block):
+    """Where the spans [s, 2s) of `causal_low_rank_approximation` begin that hold any of `rows` rows: ascending list."""
+    starts, start = [], block
     while start < rows:
         if start > rank:
-            spans.append((start, start, min(2 * start, rows)))
+            starts.append(start)
         start *= 2
-    return _project(x, rank, method, tuple(spans), basis_grad) if spans else x
+    return starts
+
+
+def leading_eigenvectors(gram, rank):
+    """Orthonormal W_k (..., n, k), eigenvectors of the k largest eigenvalues of symmetric gram (..., n, n), the largest
+    last. In gram's precision; on the CPU where the device has no eigh. Raises torch.linalg.LinAlgError for NaN, inf."""
+    on_cpu = gram.cpu() if _lacks_float64(gram.device) else gram
+    return _decompose(torch.linalg.eigh, on_cpu, 'gram')[1][..., -rank:].to(gram.device)
+
+
+def low_rank_factors(x, rank, method='gram'):
+    """A (..., m, k) with orthonormal columns and B (..., k, n) such that A B is the best rank-k approximation of
+    x (..., m, n): A the leading left singular vectors, B = A^T x. Not differentiable; precision and errors as in
+    `low_rank_approximation`, but for rank > min(m, n), which is a ValueError, too."""
+    _check(x, rank, method)
+    if rank > min(x.shape[-2:]):
+        raise ValueError(f'rank {rank} is more than the smaller side of {tuple(x.shape[-2:])}')
+    wide = x.detach().to(_working_dtype(x))
+    spectrum = _svd_spectrum if method == 'standard' else _gram_spectrum
+    with _full_precision(x):
+        _, vectors = spectrum(wide.mT, (x.shape[-1],))              # (1, ..., m, m), smallest first
+        a = vectors[0][..., -rank:].to(wide)
+        return a.to(x.dtype), (a.mT @ wide).to(x.dtype)
 
 
 def _project(x, rank, method, spans, basis_grad):

@@ -5,6 +5,7 @@ text came from. Folders that nanoGPT prepared work too: meta.pkl is read by an u
 plain containers, and no meta at all means GPT-2 BPE in uint16.
 """
 
+import codecs
 import hashlib
 import json
 import pickle
@@ -49,6 +50,18 @@ class Tokenizer:
     def decode(self, ids):
         ids = [i for i in ids if i < self.vocab_size]               # a rounded-up vocabulary has ids without a text
         return self.bpe.decode(ids) if self.kind == 'gpt2' else ''.join(self.chars[i] for i in ids)
+
+    def decode_stream(self, ids):
+        """Yield the text of an iterable of ids as they come: a piece for each, and one more; joined, what `decode`
+        gives. A character that several tokens make up comes with the last of them."""
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        for i in ids:
+            known = i < self.vocab_size
+            if self.kind == 'char':
+                yield self.chars[i] if known else ''
+            else:
+                yield decoder.decode(self.bpe.decode_single_token_bytes(i) if known else b'')
+        yield decoder.decode(b'', final=True)
 
 
 def write_dataset(folder, text, tokenizer, source):
