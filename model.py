@@ -192,6 +192,7 @@ class LayerCache:
     def nbytes(self):
         return self.keys.nbytes + self.values.nbytes
 
+    @torch.compiler.disable                                         # shapes change every token, spans now and then
     def attend(self, q, k, v):
         """Add k and v of T new tokens, and attend from the last tokens, those of q: -> like q, (B, nh, .., hs). A batch
         of one joins every sequence of the cache."""
@@ -294,7 +295,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
         """Yield max_new_tokens next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`).
 
-        seed: of a generator of its own; None: torch's global one. The context is the last block_size tokens. Up to
+        An idx that is one prompt expanded to B rows (`Tensor.expand`) is computed as one prompt. seed: of a generator of
+        its own; None: torch's global one. The context is the last block_size tokens. Up to
         there keys and values are cached, unless use_cache is False. Beyond, every token shifts the window and with it
         all learned positions, so nothing cached is true any more: as in nanoGPT the whole window is recomputed for each
         token, but for what only earlier positions of the last layer would need. 'sequence' scope recomputes from the
@@ -313,7 +315,7 @@ class GPT(nn.Module):
                           'the prefix is recomputed for each')
         use_cache = use_cache and not self.config.svd_sees_future and not self.training
         ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-        alike = B > 1 and bool((idx == idx[:1]).all())              # many samples of one prompt: it is computed once
+        alike = B > 1 and idx.stride(0) == 0                        # one prompt, expanded: it is computed once
         room = min(T + max_new_tokens - 1, block_size)              # nothing follows the last token
         cache = self.new_cache(B, room) if use_cache and T < room else None
         for n in range(T, T + max_new_tokens):                      # n tokens so far

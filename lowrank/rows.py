@@ -5,9 +5,14 @@ Letters: "..." any batch dimensions, N rows there is room for, T rows there are,
 once; `nbytes` is what the rows take in it. No gradients: rows are written in place.
 """
 
+from collections import namedtuple
+
 import torch
 
 from lowrank.svd import causal_starts, leading_eigenvectors
+
+
+Span = namedtuple('Span', 'start stop kept basis')                  # of `CausalRows`: rows [start, stop)
 
 
 class Rows:
@@ -70,72 +75,69 @@ class CausalRows:
         """shape: (..., N, n); rank and block as in `causal_low_rank_approximation`."""
         *batch, room, n = shape
         self.starts = causal_starts(room, rank, block)
-        first = self.starts[0] if self.starts else room
-        self.full = torch.empty(*batch, first, n, dtype=dtype, device=device)
-        self.coordinates = torch.empty(*batch, room - first, rank, dtype=dtype, device=device)
-        self.bases = torch.empty(*batch, len(self.starts) * rank, n, dtype=dtype, device=device)     # W_k^T, stacked
+        edges = [*self.starts, room]
+        first, count = edges[0], len(self.starts)
+        full = torch.empty(*batch, first, n, dtype=dtype, device=device)
+        coordinates = torch.empty(*batch, room - first, rank, dtype=dtype, device=device)
+        self.bases = torch.empty(*batch, count * rank, n, dtype=dtype, device=device)           # W_k^T, stacked
+        # spans[0] are the first rows, in full; kept: the rows of each in turn, basis: views of self.bases
+        self.spans = [Span(0, first, full, None)]
+        for i, (start, stop) in enumerate(zip(edges, edges[1:])):
+            self.spans.append(Span(start, stop, coordinates[..., start - first:stop - first, :],
+                                   self.bases[..., i * rank:(i + 1) * rank, :]))
         self.rank, self.length = rank, 0
         # G_ij = G_ji once each, by diagonals that wrap around: gram[d, i] = G[i, (i + d) mod n], d = 0 ... n / 2. A
         # new row is then added by one multiplication of it with views of itself, 8 times faster than via a triangle
         kind = torch.float32 if torch.device(device).type == 'mps' else torch.float64
-        self.gram = torch.zeros(*batch, n // 2 + 1 if self.starts else 0, n, dtype=kind, device=device)
-
-    @property
-    def nbytes(self):
-        return sum(t.nbytes for t in (self.full, self.coordinates, self.bases, self.gram))
+        self.gram = torch.zeros(*batch, n // 2 + 1 if count else 0, n, dtype=kind, device=device)
+        self.nbytes = sum(t.nbytes for t in (full, coordinates, self.bases, self.gram))
 
     def append(self, x):
         """x (..., m, n): m more rows. Raises torch.linalg.LinAlgError where a basis would come from non-finite rows."""
-        end = self.length + x.shape[-2]
-        with torch.autocast(x.device.type, enabled=False):
-            for span, start, stop in self._spans(self.length, end):
-                rows = x[..., start - self.length:stop - self.length, :]
-                if span < 0:
-                    self.full[..., start:stop, :] = rows
-                else:
-                    if start == self.starts[span]:
-                        self._basis(span).copy_(leading_eigenvectors(self._gram_matrix(), self.rank).mT)
-                    self._coordinates(start, stop).copy_(rows.to(self.bases.dtype) @ self._basis(span).mT)
-                if span + 1 < len(self.starts):                     # a later span needs G of these rows
-                    self._add_to_gram(rows.to(self.gram.dtype))
-        self.length = end
+        while x.shape[-2]:
+            span = self.spans[self._span_of(self.length)]
+            m = min(span.stop - self.length, x.shape[-2])
+            rows, x = x[..., :m, :], x[..., m:, :]
+            if span.basis is None:
+                kept = rows
+            else:
+                if self.length == span.start:
+                    span.basis.copy_(leading_eigenvectors(self._gram_matrix(), self.rank).mT)
+                kept = rows.to(self.bases.dtype) @ span.basis.mT    # (..., m, k)
+            span.kept[..., self.length - span.start:self.length - span.start + m, :] = kept
+            if span is not self.spans[-1]:                          # a later span needs G of these rows
+                self._add_to_gram(rows.to(self.gram.dtype))
+            self.length += m
 
     def all(self):
         """The rows as projected: (..., T, n)."""
-        return torch.cat([self.full[..., a:b, :] if span < 0 else self._coordinates(a, b) @ self._basis(span)
-                          for span, a, b in self._spans(0, self.length)], dim=-2)
+        return torch.cat([kept if span.basis is None else kept @ span.basis for span, kept in self._filled()], dim=-2)
 
     def weighted_sum(self, weights):
         """weights (..., 1, T) -> (..., 1, n): summed in coordinates, span by span, then expanded once."""
-        first = self.full.shape[-2]
-        y = weights[..., :first] @ self.full[..., :self.length, :]
-        if self.length > first:
-            sums = torch.cat([weights[..., a:b] @ self._coordinates(a, b)                       # (..., 1, k) each
-                              for span, a, b in self._spans(first, self.length)], dim=-1)       # (..., 1, spans k)
-            y = y + sums @ self.bases[..., :sums.shape[-1], :]
-        return y
+        filled = self._filled()
+        weights = weights.split([kept.shape[-2] for _, kept in filled], dim=-1)
+        first, *sums = [w @ kept for w, (_, kept) in zip(weights, filled)]                      # (..., 1, n or k) each
+        if not sums:
+            return first
+        return first + torch.cat(sums, dim=-1) @ self.bases[..., :self.rank * len(sums), :]
 
-    def _spans(self, start, stop):
-        """The pieces (span, a, b) of rows [start, stop); span -1 is the first rows, kept in full."""
-        edges = [0, *self.starts, max(stop, *self.starts, 0)]
-        pieces = ((span - 1, max(a, start), min(b, stop)) for span, (a, b) in enumerate(zip(edges, edges[1:])))
-        return [piece for piece in pieces if piece[1] < piece[2]]
+    def _filled(self):
+        """The spans that have rows, each with what is kept of these."""
+        *whole, last = self.spans[:self._span_of(self.length - 1) + 1]
+        return [*((span, span.kept) for span in whole), (last, last.kept[..., :self.length - last.start, :])]
 
-    def _coordinates(self, a, b):
-        first = self.starts[0]
-        return self.coordinates[..., a - first:b - first, :]        # (..., b - a, k)
-
-    def _basis(self, span):
-        return self.bases[..., span * self.rank:(span + 1) * self.rank, :]                      # (..., k, n)
+    def _span_of(self, row):
+        return sum(start <= row for start in self.starts)
 
     def _add_to_gram(self, rows):
-        n = rows.shape[-1]
+        count, n = self.gram.shape[-2:]
         if rows.shape[-2] == 1:
-            row = rows.squeeze(-2)
-            shifted = torch.cat((row, row), dim=-1).unfold(-1, n, 1)[..., :self.gram.shape[-2], :]  # (..., n/2 + 1, n)
-            self.gram.addcmul_(rows, shifted)
+            shifted = torch.cat((rows, rows), dim=-1).squeeze(-2).unfold(-1, n, 1)              # (..., n + 1, n)
+            self.gram.addcmul_(rows, shifted[..., :count, :])
         else:
-            self.gram += (rows.mT @ rows)[(..., *self._diagonals())]
+            with torch.autocast(rows.device.type, enabled=False):   # would round the float32 of MPS
+                self.gram += (rows.mT @ rows)[(..., *self._diagonals())]
 
     def _gram_matrix(self):
         """-> (..., n, n)."""

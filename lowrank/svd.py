@@ -145,9 +145,9 @@ def causal_starts(rows, rank, block):
 
 def leading_eigenvectors(gram, rank):
     """Orthonormal W_k (..., n, k), eigenvectors of the k largest eigenvalues of symmetric gram (..., n, n), the largest
-    last. In gram's precision; on the CPU where the device has no eigh. Raises torch.linalg.LinAlgError for NaN, inf."""
-    on_cpu = gram.cpu() if _lacks_float64(gram.device) else gram
-    return _decompose(torch.linalg.eigh, on_cpu, 'gram')[1][..., -rank:].to(gram.device)
+    last. Decomposed in float64, as above. Raises torch.linalg.LinAlgError for NaN and inf."""
+    wide = (gram.cpu() if _lacks_float64(gram.device) else gram).double()
+    return _decompose(torch.linalg.eigh, wide, 'gram')[1][..., -rank:].to(gram)
 
 
 def low_rank_factors(x, rank, method='gram'):

@@ -18,7 +18,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Token ids (B, 1) drawn from softmax(logits / temperature), logits (B, vocab); temperature 0: the likeliest.
     Only the top_k likeliest can come, and of these only as many as are needed for a probability of top_p together
     (nucleus sampling, arXiv:1904.09751). Raises FloatingPointError where logits are not finite."""
-    if not logits.isfinite().all():
+    if not _finite(logits):
         raise FloatingPointError('the logits of the next token are not finite')
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -34,3 +34,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         unneeded = ranked.cumsum(-1) - ranked >= top_p              # those before it have top_p already
         p = p.masked_fill(torch.empty_like(unneeded).scatter_(-1, order, unneeded), 0)
     return torch.multinomial(p, num_samples=1, generator=generator)
+
+
+def _finite(x):
+    return bool(x.isfinite().all())                                 # waits for a device; multinomial would crash it

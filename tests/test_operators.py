@@ -126,6 +126,7 @@ def like_the_device(monkeypatch):
     path, foreach or not, that they take there. Fake tensors have no values to look at: what is on the CPU passes for
     finite, and a look at values on the device, for which the processor would have to wait, fails."""
     monkeypatch.setattr('lowrank.svd._finite', lambda x: x.device.type == 'cpu')
+    monkeypatch.setattr('runtime.draw._finite', lambda x: True)
     monkeypatch.setattr(_foreach_utils, '_foreach_supported_types',
                         [*_foreach_utils._foreach_supported_types, FakeTensor])
     group = torch._C._group_tensors_by_device_and_dtype
@@ -172,7 +173,10 @@ def train_and_generate(device, **options):
         optimizer.step()
     assert all(p.grad.device == p.device == device for p in model.parameters())
     model.eval()
-    assert model.generate(tokens, 2, .8, top_k=5).device == device
+    use_cache = not model.config.svd_sees_future
+    for prompt in (tokens, tokens[:, :3], tokens[:1, :1].expand(2, 1)):     # a window that slides; a cache
+        assert model.generate(prompt, 10, .8, top_k=5, top_p=.9, use_cache=use_cache).device == device
+    assert model.generate(tokens, 1, temperature=0, use_cache=use_cache).device == device
 
 
 @pytest.mark.parametrize('device', DEVICES)
