@@ -295,8 +295,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
         """Yield max_new_tokens next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`).
 
-        An idx that is one prompt expanded to B rows (`Tensor.expand`) is computed as one prompt. seed: of a generator of
-        its own; None: torch's global one. The context is the last block_size tokens. Up to
+        One prompt expanded to B rows (`Tensor.expand`) is computed as one prompt. seed: of a generator of its own;
+        None: torch's global one. The context is the last block_size tokens. Up to
         there keys and values are cached, unless use_cache is False. Beyond, every token shifts the window and with it
         all learned positions, so nothing cached is true any more: as in nanoGPT the whole window is recomputed for each
         token, but for what only earlier positions of the last layer would need. 'sequence' scope recomputes from the
