@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation
 
 SCOPES = ('sequence', 'causal', 'weight')
+GELUS = ('exact', 'tanh')
 
 
 @dataclass
@@ -33,6 +34,7 @@ class GPTConfig:
     n_embd: Annotated[int, 'width of the model; a multiple of n_head'] = 768
     dropout: Annotated[float, 'dropout probability; for pretraining 0 is good, for fine-tuning try 0.1 or more'] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = True
+    gelu: Annotated[Literal[GELUS], "GELU of the MLP: 'exact' as in nanoGPT, 'tanh' as in OpenAI's GPT-2"] = 'exact'
     use_svd: Annotated[bool, 'replace V in attention by its best rank-svd_rank approximation'] = False
     svd_rank: Annotated[int | None, 'rank kept of at most n_embd / n_head; None or full rank changes nothing'] = None
     svd_method: Annotated[Literal[METHODS],
@@ -52,6 +54,8 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: {nearest})')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: must be at least 0 and below 1')
+        if self.gelu not in GELUS:
+            raise ValueError(f'gelu={self.gelu!r}: unknown function (valid: {", ".join(GELUS)})')
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ValueError(f'svd_rank={self.svd_rank}: must be at least 1, or None for full rank '
                              f'(valid: 1 to {self.n_embd // self.n_head}, or None)')
@@ -150,9 +154,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'
 
-    def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))      # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+    def forward(self, x):                                           # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):

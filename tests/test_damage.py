@@ -223,6 +223,7 @@ BOTH |= at('model_args', 'bias', wrong=True, text='yes', number=1, none=None)
 BOTH |= at('model_args', 'dropout', one=1., negative=-.1, nan=float('nan'), text='x', none=None)
 BOTH |= at('model_args', 'use_svd', text='yes', none=None, number=1)
 BOTH |= at('model_args', 'svd_rank', zero=0, text='x', half=.5) | at('model_args', 'svd_block', zero=0, none=None)
+BOTH |= at('model_args', 'gelu', other='none', none=None, bool=True)
 BOTH |= at('model_args', 'svd_method', other='qr', none=None) | at('model_args', 'svd_scope', other='rows', number=2)
 for key in WEIGHTS:
     BOTH |= at('model', key, missing=put, none=None, int64=lambda w: w.long(), nan=lambda w: w * float('nan'),

@@ -45,7 +45,15 @@ def copy_of(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # the model by hand
 
-def logits_by_hand(state, idx, n_layer=2, n_head=2, cut_v=None, cut_w_v=None):
+def gelu_by_hand(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def tanh_gelu_by_hand(x):
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + .044715 * x ** 3))) / 2
+
+
+def logits_by_hand(state, idx, n_layer=2, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_hand):
     """GPT-2 from a state dict, with an explicit mask. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v (nh, hs, C)."""
     def linear(x, name):
         return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
@@ -67,8 +75,7 @@ def logits_by_hand(state, idx, n_layer=2, n_head=2, cut_v=None, cut_w_v=None):
             v = cut_v(v)
         attention = (q @ k.mT / math.sqrt(k.size(-1))).masked_fill(future, -math.inf).softmax(-1)
         x = x + linear((attention @ v).transpose(1, 2).flatten(2), f'{h}.attn.c_proj')
-        inside = linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')
-        x = x + linear(inside * (1 + torch.erf(inside / math.sqrt(2))) / 2, f'{h}.mlp.c_proj')
+        x = x + linear(gelu(linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')), f'{h}.mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ state['lm_head.weight'].T
 
 
@@ -95,13 +102,14 @@ def cut_by_hand(scope, rank, basis_grad=True):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_logits_and_loss_are_those_of_a_gpt_by_hand(bias):
-    model, idx, targets = make(dtype=torch.float32, bias=bias), tokens(), tokens(seed=1)
+@pytest.mark.parametrize('gelu, by_hand', [('exact', gelu_by_hand), ('tanh', tanh_gelu_by_hand)])
+def test_logits_and_loss_are_those_of_a_gpt_by_hand(bias, gelu, by_hand):
+    model, idx, targets = make(bias=bias, gelu=gelu), tokens(), tokens(seed=1)
     targets[0, :5] = -1                                             # ignored
     logits, loss = model(idx, targets)
-    expected = logits_by_hand(model.state_dict(), idx)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss, loss_by_hand(expected, targets), rtol=1e-5, atol=1e-5)
+    expected = logits_by_hand(model.state_dict(), idx, gelu=by_hand)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(loss, loss_by_hand(expected, targets), rtol=1e-10, atol=1e-10)
 
 
 def test_without_targets_only_the_last_position_is_computed():
@@ -429,6 +437,7 @@ def test_generate_recomputes_the_prefix(scope):
     ('svd_rank', dict(svd_rank=-2), 'at least 1'),
     ('svd_block', dict(svd_block=0), 'at least 1'),
     ('svd_method', dict(svd_method='qr'), 'valid: standard, gram'),
+    ('gelu', dict(gelu='none'), 'valid: exact, tanh'),
     ('svd_method', dict(svd_method='randomized'), 'valid: standard, gram'),
     ('svd_scope', dict(svd_scope='token'), 'valid: sequence, causal, weight'),
 ])
