@@ -18,9 +18,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation
+from runtime import pretrained
 
 SCOPES = ('sequence', 'causal', 'weight')
 GELUS = ('exact', 'tanh')
+# GPT-2 in Hugging Face's format: names of its config.json, and which matrices it stores transposed (its Conv1D)
+GPT2_FIELDS = dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', vocab_size='vocab_size',
+                   block_size='n_positions', dropout='resid_pdrop')
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
 
 
 @dataclass
@@ -65,11 +70,17 @@ class GPTConfig:
             raise ValueError(f'svd_scope={self.svd_scope!r}: unknown scope (valid: {", ".join(SCOPES)})')
 
     @property
+    def svd_truncates(self):
+        """False where the SVD changes nothing: off, or at full rank."""
+        full = self.n_embd // self.n_head
+        full = full if self.svd_scope == 'weight' else min(self.block_size, full)
+        return self.use_svd and self.svd_rank is not None and self.svd_rank < full
+
+    @property
     def svd_sees_future(self):
         """True where a position's output depends on later tokens, so that the parallel loss is not what generation
         gets: 'sequence' scope at a rank that truncates anything."""
-        full = min(self.block_size, self.n_embd // self.n_head)
-        return self.use_svd and self.svd_scope == 'sequence' and self.svd_rank is not None and self.svd_rank < full
+        return self.svd_scope == 'sequence' and self.svd_truncates
 
 
 class LayerNorm(nn.Module):
@@ -309,40 +320,52 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
+    def from_pretrained(cls, name, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
-        hub. override_args: fields that add no parameters (dropout, the SVD options). Needs safetensors and
-        huggingface_hub (the latter comes with datasets). Raises ValueError for another name or field, a missing
-        package and weights that cannot be had."""
-        sizes = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
-                 'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
-                 'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
-                 'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600)}       # 1558M
-        if model_type not in sizes:
-            raise ValueError(f'init_from={model_type!r}: unknown model (valid: {", ".join(sizes)})')
+        hub, or a folder in their format. Its dropout is resid_pdrop. override_args: fields that add no parameters
+        (dropout, the SVD options). Needs safetensors, and for the names huggingface_hub (which comes with datasets).
+        Raises ValueError for another name or field, a missing package, and what cannot be had or used."""
         for key in override_args or {}:
             if key != 'dropout' and 'svd' not in key:
-                raise ValueError(f'{key}={override_args[key]}: the shape of {model_type} is fixed')
+                raise ValueError(f'{key}={override_args[key]}: the shape of {name} is fixed')
+        config, state = pretrained.read(name)
+        args = {ours: config[theirs] for ours, theirs in GPT2_FIELDS.items()}
+        args['gelu'] = 'exact' if config['activation_function'] == 'gelu' else 'tanh'
+        biases = {k: w for k, w in state.items() if k.endswith('.bias')}
+        args['bias'] = config.get('bias') is not False or any(w.any() for w in biases.values())
+        state = {f'transformer.{k}': w.t() if k.endswith(CONV1D) else w for k, w in state.items()
+                 if args['bias'] or k not in biases}
+        state['lm_head.weight'] = state['transformer.wte.weight']
         try:
-            from huggingface_hub import hf_hub_download
-            from safetensors.torch import load_file
-            path = hf_hub_download(f'openai-community/{model_type}', 'model.safetensors')
-        except ImportError as e:
-            raise ValueError(f'init_from={model_type!r}: needs a package: pip install {e.name}') from None
-        except OSError as e:                                        # also what the hub's own errors derive from
-            raise ValueError(f'init_from={model_type!r}: its weights are neither in the Hugging Face cache nor to be '
-                             f'had: {" ".join(str(e).split())[:200]}') from None
-        model = cls(GPTConfig(**sizes[model_type], vocab_size=50257, block_size=1024, bias=True, **override_args or {}))
-        model.load_gpt2_state_dict(load_file(path))
-        return model
+            return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
+        except ValueError as e:
+            raise ValueError(f'init_from={name!r}: {e}') from None
 
     @torch.no_grad()
-    def load_gpt2_state_dict(self, state):
-        """Copy GPT-2 weights in Hugging Face's names; its linear layers are 'Conv1D', stored (in, out): transposed."""
-        state = {k.removeprefix('transformer.'): v for k, v in state.items()}
-        for name, p in self.named_parameters():                     # the tied lm_head.weight comes as wte.weight
-            name = name.removeprefix('transformer.')
-            w = state[name].t() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else state[name]
-            if w.shape != p.shape:
-                raise ValueError(f'{name}: shape {tuple(w.shape)} in the file, {tuple(p.shape)} in the model')
-            p.copy_(w)
+    def plain_state_dict(self):
+        """The state dict of the same model without an SVD: 'weight' scope becomes part of the weights. Raises
+        ValueError for scopes that cut V itself, which no weights do."""
+        c, state = self.config, self.state_dict()
+        if c.svd_truncates and c.svd_scope != 'weight':
+            raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
+                             "(nearest: 'weight')")
+        for i, attn in enumerate(block.attn for block in self.transformer.h):
+            if c.svd_truncates:
+                w = torch.cat((attn.c_attn.weight[:2 * c.n_embd], attn.value_weight()))         # (3C, C)
+                state[f'transformer.h.{i}.attn.c_attn.weight'] = w
+        return state
+
+    def to_gpt2(self):
+        """-> config, state dict in Hugging Face's GPT-2 format, both as its GPT2LMHeadModel has them. A model without
+        biases has zeros there, and "bias": false in its config. Raises ValueError as `plain_state_dict`."""
+        c, state = self.config, self.plain_state_dict()
+        del state['lm_head.weight']                                 # tied
+        if not c.bias:
+            state |= {k.removesuffix('weight') + 'bias': w.new_zeros(len(w)) for k, w in state.items()
+                      if not k.startswith('transformer.w')}         # wte, wpe
+        config = {theirs: getattr(c, ours) for ours, theirs in GPT2_FIELDS.items()}
+        config |= dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', n_inner=None, embd_pdrop=c.dropout,
+                       attn_pdrop=c.dropout, activation_function='gelu' if c.gelu == 'exact' else 'gelu_new',
+                       layer_norm_epsilon=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+        config |= {} if c.bias else dict(bias=False)
+        return config, {k: w.t() if k.endswith(CONV1D) else w for k, w in state.items()}
