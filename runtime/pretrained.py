@@ -119,6 +119,9 @@ def _check_config(config):
     for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'n_positions'):
         if type(config[key]) is not int or config[key] < 1:
             raise ValueError(f'its config.json has {key}={shown(config[key])[:40]}: must be a whole number from 1')
+    if config['n_embd'] % config['n_head']:
+        raise ValueError(f'its config.json has n_head={shown(config["n_head"])[:40]}, of which '
+                         f'n_embd={shown(config["n_embd"])[:40]} is no multiple')
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f'its config.json has {key}={shown(config[key])[:40]}: only {value} can be had')
@@ -168,7 +171,8 @@ def _read_weights(files, config):
                 if names:
                     raise ValueError(f'{Path(files[0]).name} {what} weights: {", ".join(sorted(names)[:3])}'
                                      + (f' and {len(names) - 3} more' if len(names) > 3 else ''))
-            for name, (f, stored) in found.items():
+            for name in shapes:
+                f, stored = found[name]
                 shape, dtype = tuple(f.get_slice(stored).get_shape()), f.get_slice(stored).get_dtype()
                 if shape != shapes[name]:
                     raise ValueError(f'{name}: shape {shape} in the file, {shapes[name]} in the model')

@@ -1,14 +1,11 @@
 """model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD scope promises."""
 
 import math
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import model as model_module
 from lowrank.svd import METHODS
 from model import GPT, SCOPES, GPTConfig
 
@@ -449,7 +446,7 @@ def test_impossible_values_are_refused_by_name(field, overrides, hint):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints and published weights
+# checkpoints
 
 def checkpoint_of(model):
     return {'model_args': asdict(model.config), 'model': model.state_dict()}
@@ -485,92 +482,3 @@ def test_from_checkpoint_refuses_weights_that_do_not_fit(field, value):
     with pytest.raises(ValueError, match='weights do not fit') as e:
         GPT.from_checkpoint(saved)
     assert '\n' not in str(e.value)
-
-
-def gpt2_file(model, prefix):
-    """A model's weights as Hugging Face stores GPT-2: linear layers transposed, buffers among them, no lm_head."""
-    transposed = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-    state = {name.removeprefix('transformer.'): (p.T if name.endswith(transposed) else p).detach().clone().contiguous()
-             for name, p in model.named_parameters()}
-    for i in range(model.config.n_layer):
-        state[f'h.{i}.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-        state[f'h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
-    return {prefix + name: w for name, w in state.items()}
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """Stands in for the Hugging Face hub, and for GPT-2's four sizes: every model built is TINY. hub.files is what the
-    hub has, by repository; hub.asked the configurations asked for."""
-    class Hub:
-        files, asked = {}, []                                       # fresh with every test: the class is made here
-
-        def download(repository, filename):
-            save_file(Hub.files[repository], tmp_path / filename)
-            return str(tmp_path / filename)
-
-        def config(**args):
-            Hub.asked.append(args)
-            return GPTConfig(**{**args, **TINY})
-
-    monkeypatch.setattr('huggingface_hub.hf_hub_download', Hub.download)
-    monkeypatch.setattr(model_module, 'GPTConfig', Hub.config)
-    return Hub
-
-
-@pytest.mark.parametrize('prefix', ['', 'transformer.'])
-def test_from_pretrained_copies_every_weight(hub, prefix):
-    original, idx = make(dtype=torch.float32), tokens()
-    hub.files['openai-community/gpt2'] = gpt2_file(original, prefix)
-    loaded = GPT.from_pretrained('gpt2').eval()
-    assert torch.equal(loaded(idx, idx)[0], original(idx, idx)[0])
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
-
-
-@pytest.mark.parametrize('name, layers, heads, width', [
-    ('gpt2', 12, 12, 768), ('gpt2-medium', 24, 16, 1024), ('gpt2-large', 36, 20, 1280), ('gpt2-xl', 48, 25, 1600)])
-def test_from_pretrained_knows_the_four_sizes_and_takes_dropout_and_svd(hub, name, layers, heads, width):
-    hub.files[f'openai-community/{name}'] = gpt2_file(make(), '')
-    model = GPT.from_pretrained(name, dict(dropout=.1, **svd('causal', 3)))
-    assert hub.asked == [dict(n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, block_size=1024, bias=True,
-                              dropout=.1, **svd('causal', 3))]
-    assert (model.config.dropout, model.config.svd_rank, model.config.svd_scope) == (.1, 3, 'causal')
-
-
-def test_from_pretrained_refuses_a_file_of_another_shape(hub):
-    hub.files['openai-community/gpt2'] = gpt2_file(make(n_embd=16), '')
-    with pytest.raises(ValueError, match=r'wte.weight: shape \(11, 16\) in the file, \(11, 8\) in the model'):
-        GPT.from_pretrained('gpt2')
-
-
-@pytest.mark.parametrize('name, overrides, message', [
-    ('gpt3', {}, "init_from='gpt3': unknown model (valid: gpt2, gpt2-medium, gpt2-large, gpt2-xl)"),
-    ('gpt2', dict(n_layer=3), 'n_layer=3: the shape of gpt2 is fixed')])
-def test_from_pretrained_refuses_other_names_and_shapes(hub, name, overrides, message):
-    with pytest.raises(ValueError) as e:
-        GPT.from_pretrained(name, overrides)
-    assert str(e.value) == message
-
-
-@pytest.mark.parametrize('package', ['safetensors', 'huggingface_hub'])
-def test_from_pretrained_names_a_missing_package(monkeypatch, package):
-    class Absent:
-        def find_spec(name, *_):
-            if name == package:
-                raise ModuleNotFoundError(f'No module named {name!r}', name=name)
-
-    for name in [name for name in sys.modules if name.partition('.')[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, 'meta_path', [Absent, *sys.meta_path])
-    with pytest.raises(ValueError, match=f"^init_from='gpt2': needs a package: pip install {package}$"):
-        GPT.from_pretrained('gpt2')
-
-
-def test_from_pretrained_without_a_hub(hub, monkeypatch):
-    def unreachable(repository, filename):
-        raise OSError('We couldn\'t connect to the hub\nand found no cached file.\nCheck your connection.')
-
-    monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
-    with pytest.raises(ValueError, match="^init_from='gpt2': its weights are neither") as e:
-        GPT.from_pretrained('gpt2')
-    assert '\n' not in str(e.value) and "couldn't connect" in str(e.value)
