@@ -158,8 +158,12 @@ def _read_weights(files, config):
             found = {}                                              # name -> file, name there
             for file in files:
                 f = stack.enter_context(safe_open(file, 'pt'))
-                found |= {name.removeprefix('transformer.'): (f, name) for name in f.keys()
-                          if not name.endswith(BUFFERS)}
+                for stored in f.keys():
+                    name = stored.removeprefix('transformer.')
+                    if name in found:
+                        raise ValueError(f'{Path(file).name} has {name} a second time')
+                    if not name.endswith(BUFFERS):
+                        found[name] = f, stored
             layers = len({name.split('.')[1] for name in found if name.startswith('h.')})
             if layers != config['n_layer']:                         # before a name is made for each of 10 ** 9
                 raise ValueError(f'n_layer={shown(config["n_layer"])[:40]} in config.json, and {layers} layers in the '

@@ -334,6 +334,19 @@ def test_weights_cut_off_anywhere_are_refused(good, bad):
         bad('model.safetensors is damaged')
 
 
+def test_a_flipped_bit_in_the_header_is_refused_or_changes_nothing(good):
+    path = good / 'model.safetensors'
+    content, refusals = path.read_bytes(), 0
+    for place in range(0, 8 + int.from_bytes(content[:8], 'little'), 11):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1:])
+        try:
+            GPT.from_pretrained('good')
+        except UserError as e:
+            assert str(e).startswith("init_from='good': ")
+            refusals += 1
+    assert refusals > 200
+
+
 JSONS = {'empty': '', 'null': 'null', 'list': '[]', 'text': 'hello', 'unfinished': '{"n_layer": 2', 'deep': '[' * 100_000,
          'digits': '{"n_layer": 1' + '0' * 5000 + '}', 'not UTF-8': b'\xff\xfe{}'}
 VALUES = [(key, value) for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'n_positions')
@@ -391,6 +404,7 @@ SPOILS = {
     'eighth': (lambda s: s.update({W: s[W].to(torch.float8_e4m3fn)}), 'wte.weight: numbers of type F8'),
     'nan': (lambda s: s[C_ATTN].view(-1)[5].fill_(float('nan')), 'h.1.attn.c_attn.weight is not finite'),
     'infinite': (lambda s: s['transformer.ln_f.bias'][0].fill_(float('-inf')), 'ln_f.bias is not finite'),
+    'twice': (lambda s: s.update({'wte.weight': s[W] + 1}), 'wte.weight a second time'),
     'untied': (lambda s: s.update({'lm_head.weight': s[W] + 1}), 'lm_head.weight and wte.weight differ')}
 
 
