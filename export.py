@@ -65,7 +65,8 @@ def main(argv=None):
 def export(cfg):
     """Writes save_dir whole or not at all -> what was written, in words."""
     path = ckpt.find(cfg.out_dir)
-    save_dir = Path(f'{path.parent}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
+    run = path.parent if path.parent.name not in ('', '..') else Path(os.path.realpath(path.parent))
+    save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
     where = f'save_dir={str(save_dir)!r}'
     try:
         if os.path.lexists(save_dir) and (not os.path.isdir(save_dir) or any(save_dir.iterdir())):
@@ -75,7 +76,12 @@ def export(cfg):
         saved = ckpt.load(path)
         configuration.check_all(GPTConfig, saved['model_args'], path)
         model = GPT.from_checkpoint(saved)
-        fill, remarks = (to_gpt2 if cfg.to == 'gpt2' else to_nanogpt)(model, saved)
+        meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
+        if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
+            meta = None
+            remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set '
+                           'into data/DATASET')
+        fill = (to_gpt2 if cfg.to == 'gpt2' else to_nanogpt)(model, saved, meta, remarks)
         with new_folder(save_dir) as folder:
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
@@ -91,27 +97,23 @@ def export(cfg):
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
 
-def to_gpt2(model, saved):
-    """-> function that fills a folder, remarks. Raises ValueError."""
+def to_gpt2(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added. Raises ValueError."""
     config, state = model.to_gpt2()
-    meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
-    if meta['vocab_size'] > model.config.vocab_size:                # nothing is known of it: GPT-2's is the default
-        meta = None
-        remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set into '
-                       'data/DATASET')
-    elif meta['tokenizer'] == 'gpt2':
+    remarks.append('left out: the optimizer state')
+    if meta and meta['tokenizer'] == 'gpt2':
         config |= dict(bos_token_id=meta['vocab_size'] - 1, eos_token_id=meta['vocab_size'] - 1)    # <|endoftext|>
         try:
             download.gpt2_encoding()
         except UserError as e:
             meta = None
             remarks.append(f'left out: the tokenizer, which is that of gpt2 on the hub ({e})')
-    return lambda folder: pretrained.write(folder, config, state, meta), remarks + ['left out: the optimizer state']
+    return lambda folder: pretrained.write(folder, config, state, meta)
 
 
-def to_nanogpt(model, saved):
-    """-> function that fills a folder, remarks. Raises ValueError."""
-    c, remarks = model.config, []
+def to_nanogpt(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added. Raises ValueError."""
+    c, chars = model.config, meta and meta.get('chars')
     if c.gelu != 'exact':
         raise ValueError(f"gelu={c.gelu!r}: nanoGPT has only 'exact' (nearest: --to=gpt2)")
     old, args = saved.get('config', {}), {key: getattr(c, key) for key in NANOGPT_SHAPE}
@@ -120,9 +122,8 @@ def to_nanogpt(model, saved):
     checkpoint = dict(model=model.plain_state_dict(), optimizer=adamw_state(model, saved, remarks), model_args=args,
                       iter_num=saved['iter_num'], best_val_loss=float(saved.get('best_val_loss', 1e9)),
                       config=config | {key: value for key, value in args.items() if key in NANOGPT_CONFIG})
-    meta, chars = saved.get('tokenizer'), None
     if meta:
-        checkpoint['tokenizer'], chars = meta, meta.get('chars')    # nanoGPT does not look, this repo does
+        checkpoint['tokenizer'] = meta                              # nanoGPT does not look, this repo does
     if chars:
         remarks.append(f'nanoGPT looks for meta.pkl as data/{dataset}/meta.pkl: put it there')
 
@@ -131,7 +132,7 @@ def to_nanogpt(model, saved):
         if chars:
             content = dict(vocab_size=len(chars), itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
             write_atomically(folder / 'meta.pkl', pickle.dumps(content))
-    return fill, remarks
+    return fill
 
 
 def adamw_state(model, saved, remarks):

@@ -320,15 +320,15 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, name, override_args=None):
+    def from_pretrained(cls, name_or_folder, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
         hub, or a folder in their format. Its dropout is resid_pdrop. override_args: fields that add no parameters
         (dropout, the SVD options). Needs safetensors, and for the names huggingface_hub (which comes with datasets).
         Raises ValueError for another name or field, a missing package, and what cannot be had or used."""
         for key in override_args or {}:
             if key != 'dropout' and 'svd' not in key:
-                raise ValueError(f'{key}={override_args[key]}: the shape of {name} is fixed')
-        config, state = pretrained.read(name)
+                raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed')
+        config, state = pretrained.read(name_or_folder)
         args = {ours: config[theirs] for ours, theirs in GPT2_FIELDS.items()}
         args['gelu'] = 'exact' if config['activation_function'] == 'gelu' else 'tanh'
         biases = {k: w for k, w in state.items() if k.endswith('.bias')}
@@ -336,10 +336,7 @@ class GPT(nn.Module):
         state = {f'transformer.{k}': w.t() if k.endswith(CONV1D) else w for k, w in state.items()
                  if args['bias'] or k not in biases}
         state['lm_head.weight'] = state['transformer.wte.weight']
-        try:
-            return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
-        except ValueError as e:
-            raise ValueError(f'init_from={name!r}: {e}') from None
+        return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
 
     @torch.no_grad()
     def plain_state_dict(self):

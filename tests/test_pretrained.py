@@ -728,6 +728,14 @@ def test_the_folder_one_stands_in_is_not_replaced(trained, refused, monkeypatch)
     assert 'must be another folder than this one' in refused(export.main, '--out_dir=../out', '--save_dir=.')
 
 
+@pytest.mark.parametrize('inside, out_dir', [('out', '.'), ('out/sub', '..')])
+def test_the_default_folder_is_beside_the_run_from_inside_it_too(trained, call, monkeypatch, inside, out_dir):
+    Path(inside).mkdir(exist_ok=True)
+    root = Path.cwd()
+    monkeypatch.chdir(inside)
+    assert call(export.main, f'--out_dir={out_dir}').code == 0 and (root / 'out-gpt2' / 'config.json').exists()
+
+
 def test_an_empty_folder_is_filled(trained, call):
     Path('empty').mkdir()
     assert call(export.main, '--save_dir=empty').code == 0 and (Path('empty') / 'config.json').exists()
