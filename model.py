@@ -20,9 +20,12 @@ from torch.nn import functional as F
 
 from lowrank.rows import CausalRows, LowRankRows, Rows
 from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation, low_rank_factors
+from runtime import pretrained
 from runtime.draw import check_draw, draw
+from runtime.linear import Linear, linear
 
 SCOPES = ('sequence', 'causal', 'weight')
+GELUS = ('exact', 'tanh')
 
 
 @dataclass
@@ -36,6 +39,7 @@ class GPTConfig:
     n_embd: Annotated[int, 'width of the model; a multiple of n_head'] = 768
     dropout: Annotated[float, 'dropout probability; for pretraining 0 is good, for fine-tuning try 0.1 or more'] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = True
+    gelu: Annotated[Literal[GELUS], "GELU of the MLP: 'exact' as in nanoGPT, 'tanh' as in OpenAI's GPT-2"] = 'exact'
     use_svd: Annotated[bool, 'replace V in attention by its best rank-svd_rank approximation'] = False
     svd_rank: Annotated[int | None, 'rank kept of at most n_embd / n_head; None or full rank changes nothing'] = None
     svd_method: Annotated[Literal[METHODS],
@@ -55,6 +59,8 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: {nearest})')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: must be at least 0 and below 1')
+        if self.gelu not in GELUS:
+            raise ValueError(f'gelu={self.gelu!r}: unknown function (valid: {", ".join(GELUS)})')
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ValueError(f'svd_rank={self.svd_rank}: must be at least 1, or None for full rank '
                              f'(valid: 1 to {self.n_embd // self.n_head}, or None)')
@@ -64,11 +70,17 @@ class GPTConfig:
             raise ValueError(f'svd_scope={self.svd_scope!r}: unknown scope (valid: {", ".join(SCOPES)})')
 
     @property
+    def svd_truncates(self):
+        """False where the SVD changes nothing: off, or at full rank."""
+        full = self.n_embd // self.n_head
+        full = full if self.svd_scope == 'weight' else min(self.block_size, full)
+        return self.use_svd and self.svd_rank is not None and self.svd_rank < full
+
+    @property
     def svd_sees_future(self):
         """True where a position's output depends on later tokens, so that the parallel loss is not what generation
         gets: 'sequence' scope at a rank that truncates anything."""
-        full = min(self.block_size, self.n_embd // self.n_head)
-        return self.use_svd and self.svd_scope == 'sequence' and self.svd_rank is not None and self.svd_rank < full
+        return self.svd_scope == 'sequence' and self.svd_truncates
 
 
 class LayerNorm(nn.Module):
@@ -87,14 +99,13 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # W_q, W_k, W_v stacked: (3C, C)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # W_q, W_k, W_v stacked: (3C, C)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
         # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
-        truncates = config.use_svd and config.svd_rank is not None and config.svd_rank < config.n_embd // config.n_head
-        self.svd_scope = config.svd_scope if truncates else None
+        self.svd_scope = config.svd_scope if config.svd_truncates else None
         self.svd_rank = config.svd_rank
         self.svd_method = config.svd_method
         self.svd_block = config.svd_block
@@ -119,12 +130,12 @@ class CausalSelfAttention(nn.Module):
         C = x.size(2)
         weight, bias = self.c_attn.weight, self.c_attn.bias
         if self.svd_scope == 'weight' and cache is not None:
-            q, k = F.linear(x, weight[:2 * C], None if bias is None else bias[:2 * C]).split(C, dim=2)
-            v = F.linear(x, cache.to_coordinates)                                               # (B, T, nh k)
+            q, k = linear(x, weight[:2 * C], None if bias is None else bias[:2 * C]).split(C, dim=2)
+            v = linear(x, cache.to_coordinates)                                               # (B, T, nh k)
         else:
             if self.svd_scope == 'weight':
                 weight = torch.cat((weight[:2 * C], self.value_weight()))                       # (3C, C)
-            q, k, v = F.linear(x, weight, bias).split(C, dim=2)                                 # each (B, T, C)
+            q, k, v = linear(x, weight, bias).split(C, dim=2)                                 # each (B, T, C)
         return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
 
     def value_weight(self):
@@ -209,12 +220,13 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'
 
-    def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))      # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+    def forward(self, x):                                           # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):
@@ -246,7 +258,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight           # tied, as in GPT-2
         self.init_weights()
 
@@ -416,40 +428,27 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
+    def from_pretrained(cls, name_or_folder, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
-        hub. override_args: fields that add no parameters (dropout, the SVD options). Needs safetensors and
-        huggingface_hub (the latter comes with datasets). Raises ValueError for another name or field, a missing
-        package and weights that cannot be had."""
-        sizes = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
-                 'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
-                 'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
-                 'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600)}       # 1558M
-        if model_type not in sizes:
-            raise ValueError(f'init_from={model_type!r}: unknown model (valid: {", ".join(sizes)})')
+        hub, or a folder in their format. Its dropout is resid_pdrop. override_args: fields that add no parameters
+        (dropout, the SVD options). Needs safetensors, and for the names huggingface_hub (which comes with datasets).
+        Raises ValueError for another name or field, a missing package, and what cannot be had or used."""
         for key in override_args or {}:
             if key != 'dropout' and 'svd' not in key:
-                raise ValueError(f'{key}={override_args[key]}: the shape of {model_type} is fixed')
-        try:
-            from huggingface_hub import hf_hub_download
-            from safetensors.torch import load_file
-            path = hf_hub_download(f'openai-community/{model_type}', 'model.safetensors')
-        except ImportError as e:
-            raise ValueError(f'init_from={model_type!r}: needs a package: pip install {e.name}') from None
-        except OSError as e:                                        # also what the hub's own errors derive from
-            raise ValueError(f'init_from={model_type!r}: its weights are neither in the Hugging Face cache nor to be '
-                             f'had: {" ".join(str(e).split())[:200]}') from None
-        model = cls(GPTConfig(**sizes[model_type], vocab_size=50257, block_size=1024, bias=True, **override_args or {}))
-        model.load_gpt2_state_dict(load_file(path))
-        return model
+                raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed')
+        args, state = pretrained.read(name_or_folder)
+        return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
 
     @torch.no_grad()
-    def load_gpt2_state_dict(self, state):
-        """Copy GPT-2 weights in Hugging Face's names; its linear layers are 'Conv1D', stored (in, out): transposed."""
-        state = {k.removeprefix('transformer.'): v for k, v in state.items()}
-        for name, p in self.named_parameters():                     # the tied lm_head.weight comes as wte.weight
-            name = name.removeprefix('transformer.')
-            w = state[name].t() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else state[name]
-            if w.shape != p.shape:
-                raise ValueError(f'{name}: shape {tuple(w.shape)} in the file, {tuple(p.shape)} in the model')
-            p.copy_(w)
+    def plain_state_dict(self):
+        """The state dict of the same model without an SVD: 'weight' scope becomes part of the weights. Raises
+        ValueError for scopes that cut V itself, which no weights do."""
+        c, state = self.config, self.state_dict()
+        if c.svd_truncates and c.svd_scope != 'weight':
+            raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
+                             "(nearest: 'weight')")
+        for i, attn in enumerate(block.attn for block in self.transformer.h):
+            if c.svd_truncates:
+                w = torch.cat((attn.c_attn.weight[:2 * c.n_embd], attn.value_weight()))         # (3C, C)
+                state[f'transformer.h.{i}.attn.c_attn.weight'] = w
+        return state

@@ -4,7 +4,7 @@ Generate text from a trained model:
     python sample.py                                             # the newest run below this folder
     python sample.py --out_dir=out-svd-test --start="ROMEO:" --num_samples=3
     python sample.py --use_svd=True --svd_rank=8                 # switch SVD on for a model trained without it
-    python sample.py --init_from=gpt2-xl --start="What is the answer?"
+    python sample.py --init_from=gpt2-xl --start="What is the answer?"       # or a folder in Hugging Face's format
     python sample.py --help                                      # every option with default and meaning
 """
 
@@ -19,8 +19,9 @@ from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
+from runtime import pretrained
 from runtime.config import UserError
-from runtime.dataset import DATA_ROOTS, GPT2_META, Tokenizer, read_meta
+from runtime.dataset import GPT2_META, Tokenizer
 from runtime.draw import check_draw
 from runtime.output import unfailing_output
 
@@ -31,8 +32,8 @@ END = '\n---------------\n'
 @dataclass
 class SampleConfig:
     """nanoGPT's options and defaults; the model's own SVD options come from the checkpoint unless given here."""
-    init_from: Annotated[Literal['resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'],
-                         "'resume' (a run's checkpoint) or GPT-2 weights"] = 'resume'
+    init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl') or a folder in Hugging Face's GPT-2 format"] = 'resume'
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'
     num_samples: Annotated[int, 'samples to draw, as one batch'] = 10
@@ -51,6 +52,7 @@ class SampleConfig:
     svd_block: Annotated[int | None, "'causal' scope: rows before the first basis"] = None
 
     def __post_init__(self):
+        pretrained.check_name(self.init_from, ('resume',))
         for name, least in dict(num_samples=1, max_new_tokens=1, seed=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
@@ -132,11 +134,13 @@ def load_model(cfg, svd):
     saved = None
     try:
         if cfg.init_from != 'resume':
-            return GPT.from_pretrained(cfg.init_from, svd), GPT2_META
-        path = Path(cfg.out_dir) / 'ckpt.pt' if cfg.out_dir else ckpt.newest()
-        if path is None:
-            raise UserError('no run below this folder (no */ckpt.pt); train one first: python train.py '
-                            'config/train_svd_test.py, or name it: --out_dir=DIR')
+            model, meta = GPT.from_pretrained(cfg.init_from, svd), pretrained.read_tokenizer(cfg.init_from)
+            ids = (meta or GPT2_META)['vocab_size']                 # without one it is taken for OpenAI's
+            if ids > model.config.vocab_size:
+                raise UserError(f'init_from={cfg.init_from!r}: ' + ('has no tokenizer.json' if meta is None else (
+                    f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
+            return model, meta or GPT2_META
+        path = ckpt.find(cfg.out_dir)
         saved = ckpt.load(path)
         configuration.check_all(GPTConfig, saved['model_args'], path)
         model = GPT.from_checkpoint(saved, **svd)
@@ -147,13 +151,7 @@ def load_model(cfg, svd):
     print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '
           f'SVD on V {words}' + (' (switched here)' if svd else '')
           + (': each token changes V of all earlier ones, so nothing is cached' if c.svd_sees_future else ''))
-    if 'tokenizer' in saved:
-        if saved['tokenizer']['vocab_size'] > c.vocab_size:
-            raise UserError(f'{path}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, its model '
-                            f'{c.vocab_size}')
-        return model, saved['tokenizer']
-    dataset = str(saved.get('config', {}).get('dataset', ''))           # nanoGPT's checkpoints: beside the data
-    return model, read_meta(next((root / dataset for root in DATA_ROOTS if (root / dataset).is_dir()), dataset))
+    return model, ckpt.tokenizer_of(saved, c.vocab_size)
 
 
 if __name__ == '__main__':

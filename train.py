@@ -30,6 +30,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
+from runtime import pretrained
 from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
@@ -53,8 +54,8 @@ class TrainConfig(GPTConfig):
     eval_iters: Annotated[int, 'random batches a split and evaluation; the final one covers all of val'] = 200
     eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
     always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
-    init_from: Annotated[Literal['scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'],
-                         "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings) or GPT-2 weights"] = 'scratch'
+    init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
+                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder in Hugging Face's format"] = 'scratch'
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
     wandb_project: Annotated[str, 'wandb project'] = 'owt'
@@ -87,6 +88,7 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        pretrained.check_name(self.init_from, ('scratch', 'resume'))
         for name, least in dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, seed=0,
                                 batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0, min_lr=0,
                                 weight_decay=0, grad_clip=0).items():
@@ -331,15 +333,17 @@ def step(run, replica):
 
 
 def check_tokenizer(cfg, set_by, saved, data, say):
-    """Refuse data in other tokens than those asked for, or those that the checkpoint was trained on."""
+    """Refuse data in other tokens than those asked for, or those that the model was trained on."""
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
                         'only text files can be encoded anew')
-    if not saved or 'tokenizer' not in saved:
-        return
-    if any(saved['tokenizer'].get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
-        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {saved["path"]}')
-    if saved['tokenizer'].get('sha256') != data.meta.get('sha256'):
+    if cfg.init_from in ('scratch', 'resume'):
+        theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
+    else:
+        theirs, whose = pretrained.read_tokenizer(cfg.init_from), cfg.init_from
+    if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
+        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}')
+    if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
         say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
 
 

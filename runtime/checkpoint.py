@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from runtime.config import UserError
-from runtime.dataset import check_meta
+from runtime.dataset import DATA_ROOTS, check_meta, read_meta
 from runtime.files import replacing
 from runtime.finite import first_bad_tensor
 
@@ -119,6 +119,27 @@ def _odd_tensor(tree, name):
 def _is_finite(value):
     return not isinstance(value, bool) and (
         value.numel() == 1 and bool(value.isfinite()) if torch.is_tensor(value) else math.isfinite(value))
+
+
+def find(out_dir):
+    """The checkpoint of a run, None: of the newest one below this folder. Raises UserError if there is none."""
+    path = Path(out_dir) / 'ckpt.pt' if out_dir else newest()
+    if path is None:
+        raise UserError('no run below this folder (no */ckpt.pt); train one first: python train.py '
+                        'config/train_svd_test.py, or name it: --out_dir=DIR')
+    return path
+
+
+def tokenizer_of(saved, vocab_size):
+    """The meta of the tokenizer that a loaded checkpoint, of a model with vocab_size ids, was trained on: its own, or
+    the one beside the data of a nanoGPT checkpoint."""
+    if 'tokenizer' in saved:
+        if saved['tokenizer']['vocab_size'] > vocab_size:
+            raise UserError(f'{saved["path"]}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, its '
+                            f'model {vocab_size}')
+        return saved['tokenizer']
+    dataset = str(saved.get('config', {}).get('dataset', ''))
+    return read_meta(next((root / dataset for root in DATA_ROOTS if (root / dataset).is_dir()), dataset))
 
 
 def newest(root='.'):

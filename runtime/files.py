@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+import glob
 import os
 import re
-from contextlib import contextmanager
+import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,8 +22,13 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == 'posix':                                          # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(path):
+    """A rename in it must reach the disk too."""
+    if os.name == 'posix':
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -34,12 +41,40 @@ def write_atomically(path, content):
         f.write(content)
 
 
-def remove_leftovers(folder):
-    """Delete the temporary files of processes that were killed while `replacing`; not those of living ones."""
-    for path in Path(folder).glob('*.tmp'):
+@contextmanager
+def new_folder(path):
+    """A folder to fill by `replacing`, which becomes `path` when the block ends: temporary folder beside it, rename. A
+    crash or an error leaves no `path`, and an error nothing else either. Raises OSError, also where `path` is more
+    than an empty folder."""
+    path = Path(os.path.realpath(path))
+    made = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, f'{glob.escape(path.name)}.*.tmp')
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rmdir()                                            # Windows renames over no folder
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):                                     # somebody else's file is in it
+            for folder in made:
+                folder.rmdir()
+        raise
+    _flush_folder(path.parent)
+
+
+def remove_leftovers(folder, pattern='*.tmp'):
+    """Delete what processes left that were killed while `replacing` or in `new_folder`; not that of living ones."""
+    for path in Path(folder).glob(pattern):
         number = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
         if number and not _is_alive(int(number[1])):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_alive(process):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import export
 import sample
 import train
 from conftest import TEXT, TINY, folder_bytes
@@ -21,6 +22,7 @@ from runtime.config import UserError
 pytestmark = [pytest.mark.usefixtures('one_thread', 'here'), pytest.mark.filterwarnings('ignore')]
 PATH = Path('out/ckpt.pt')
 RESUME = (train.main, '--init_from=resume', '--out_dir=out', '--device=cpu', '--max_iters=3')
+EXPORT = (export.main, '--out_dir=out', '--to=nanogpt')
 SAMPLE = (sample.main, '--out_dir=out', '--device=cpu', '--num_samples=1', '--max_new_tokens=1')
 
 
@@ -154,7 +156,7 @@ FILES = {
 @pytest.mark.parametrize('spoil', FILES.values(), ids=FILES)
 def test_a_file_that_is_no_checkpoint_is_refused(run, good, check, spoil):
     PATH.write_bytes(spoil(good))
-    check('out/ckpt.pt: ', RESUME, SAMPLE)
+    check('out/ckpt.pt: ', RESUME, SAMPLE, EXPORT)
 
 
 def test_what_surrounds_a_checkpoint_is_refused_or_changes_nothing(run, good, check):
@@ -223,6 +225,7 @@ BOTH |= at('model_args', 'bias', wrong=True, text='yes', number=1, none=None)
 BOTH |= at('model_args', 'dropout', one=1., negative=-.1, nan=float('nan'), text='x', none=None)
 BOTH |= at('model_args', 'use_svd', text='yes', none=None, number=1)
 BOTH |= at('model_args', 'svd_rank', zero=0, text='x', half=.5) | at('model_args', 'svd_block', zero=0, none=None)
+BOTH |= at('model_args', 'gelu', other='none', none=None, bool=True)
 BOTH |= at('model_args', 'svd_method', other='qr', none=None) | at('model_args', 'svd_scope', other='rows', number=2)
 for key in WEIGHTS:
     BOTH |= at('model', key, missing=put, none=None, int64=lambda w: w.long(), nan=lambda w: w * float('nan'),
@@ -266,7 +269,7 @@ for key, *bad in (('batch_size', 0, 'x', None, 10 ** 12), ('learning_rate', -1.,
 @pytest.mark.parametrize('spoil', BOTH.values(), ids=BOTH)
 def test_spoilt_content_is_refused(run, check, spoil):
     torch.save(spoil(run), PATH)
-    check('out/ckpt.pt', RESUME, SAMPLE)
+    check('out/ckpt.pt', RESUME, SAMPLE, EXPORT)
 
 
 @pytest.mark.parametrize('name', TRAIN)
@@ -274,6 +277,19 @@ def test_spoilt_content_that_only_training_needs_is_refused(run, check, name):
     torch.save(TRAIN[name](run), PATH)
     check('dataset=nowhere' if name == 'config dataset 0' else 'batch_size' if name == 'config batch_size 3' else
           'out/ckpt.pt', RESUME)
+
+
+@pytest.mark.parametrize('name', TRAIN)
+def test_spoilt_content_that_only_training_needs_is_exported_without_it_or_refused(run, call, name):
+    torch.save(TRAIN[name](run), PATH)
+    result = call(*EXPORT)
+    assert (result.code, result.err) == (0, '') or result.code == 2 and len(result.err.splitlines()) == 1
+    if result.code == 0:
+        optimizer = torch.load('out-nanogpt/ckpt.pt', weights_only=True)['optimizer']
+        left_out = 'left out: the optimizer state' in result.out
+        assert left_out == (not optimizer['state']) == (not same(optimizer['state'], run['optimizer']['state']))
+    else:
+        assert not Path('out-nanogpt').exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

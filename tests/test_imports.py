@@ -1,4 +1,4 @@
-"""Arrows go one way: lowrank and runtime are leaves, model.py stands on lowrank, entry points on everything."""
+"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, entry points on everything."""
 
 import ast
 import re

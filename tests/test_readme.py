@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import export
 import sample
 import train
 from runtime import config as configuration
@@ -15,8 +16,9 @@ from runtime import config as configuration
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
          for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
-CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig}
-COMMAND = r'python ((?:train|sample|bench)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
+CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
+           'export.py': export.ExportConfig}
+COMMAND = r'python ((?:train|sample|bench|export)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
@@ -29,6 +31,8 @@ def test_commands_are_valid(command, tmp_path, monkeypatch):
     shutil.copytree(ROOT / 'config', tmp_path / 'config')
     (tmp_path / 'NANOGPT').mkdir()                                  # stands for a checkout in --peer=NANOGPT
     (tmp_path / 'NANOGPT' / 'model.py').touch()
+    (tmp_path / 'FOLDER').mkdir()                                   # and for a model in --init_from=FOLDER
+    (tmp_path / 'FOLDER' / 'config.json').touch()
     monkeypatch.chdir(tmp_path)
     script, *argv = shlex.split(command.replace('../nanoGPT', 'NANOGPT'))
     placeholders = ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')

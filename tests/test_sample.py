@@ -268,6 +268,9 @@ class GPT(torch.nn.Module):
         logits = self.table(idx)
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        return torch.cat((idx, idx[:, :1].expand(-1, max_new_tokens)), dim=1)
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
 '''
@@ -299,20 +302,39 @@ def test_bench_times_a_peers_model(results, here):
     sys.modules.pop('peer_model', None)
 
 
+def test_bench_times_decoding(results, here):
+    """A row for each context and model; bytes as the models say; the peer has no cache."""
+    (here / 'peer').mkdir()
+    (here / 'peer' / 'model.py').write_text(PEER)
+    found = results('--decode', '--svd_rank=2', '--contexts=3,8', '--tokens=4', '--peer=peer', '--batch_size=2')
+    names = ['no SVD', *(repr(scope) for scope in SCOPES), 'bare one-token forward', 'peer']
+    assert [(row['context'], row['name']) for row in found['results']] == [(c, name) for c in (3, 8) for name in names]
+    for row in found['results']:
+        assert row['tokens_per_s'] > 0 and row['quartiles'][0] <= row['rate_over_no_svd'] <= row['quartiles'][1]
+    # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in 'weight' scope, 2 numbers
+    sizes = {row['name']: row['cache_bytes'] for row in found['results'] if row['context'] == 3}
+    assert sizes['no SVD'] == 4 * 2 * 2 * 6 * (8 + 8) and sizes["'weight'"] == 4 * 2 * 2 * 6 * (8 + 2)
+    assert sizes["'sequence'"] == 0 and sizes['peer'] is None
+    sys.modules.pop('peer_model', None)
+
+
 def test_bench_writes_no_file(results, here):
     results()
     assert [p.name for p in here.iterdir()] == ['data']
 
 
 @pytest.mark.parametrize('option, words', [('peer=nowhere', 'has no model.py'), ('pairs=1', 'nearest: 2'),
-                                           ('svd_rank=0', '1 to 8, or None')])
+                                           ('svd_rank=0', '1 to 8, or None'), ('tokens=1', 'nearest: 2'),
+                                           ('contexts=3,x', 'whole numbers'), ('contexts=14', 'at most'),
+                                           ('contexts=0', 'whole numbers'), ('contexts=', 'whole numbers')])
 def test_bench_refuses_what_cannot_be(here, refused, option, words):
-    assert words in refused(bench.main, *BENCH, f'--{option}')
+    assert words in refused(bench.main, *BENCH, '--decode', '--tokens=4', f'--{option}')
 
 
 def test_quartiles_of_a_ratio_lie_between_its_extremes(monkeypatch):
     """Two pairs: a takes 1 s and 3 s, b always 1 s. No quartile of the ratio is below 1, let alone below 0."""
-    clock = iter([0, 1, 0, 1, 0, 3, 0, 1])
+    warm_up = [0, 9] * 6
+    clock = iter([*warm_up, 0, 1, 0, 1, 0, 1, 0, 3])                # a, b, then b, a
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
     found = bench.compare('a', lambda: None, lambda: None, 2, 'cpu', 'b')
     assert (found['a_ms'], found['b_ms'], found['ratio']) == (2000, 1000, 2)

@@ -550,6 +550,19 @@ def test_a_shape_that_contradicts_the_checkpoint_is_refused(fit, call, refused, 
     assert checkpoint()['model_args']['n_layer'] == 1 and checkpoint()['iter_num'] == 5
 
 
+def test_the_gelu_of_a_checkpoint_stays(fit, call, refused):
+    """Checkpoints from before there was a choice are exact."""
+    fit('--gelu=tanh')
+    assert 'gelu=exact: resume has gelu=tanh, which is fixed' in refused(train.main, RESUME, '--gelu=exact',
+                                                                         '--device=cpu')
+    assert call(train.main, RESUME, '--device=cpu', '--max_iters=5').code == 0
+    saved = checkpoint()
+    assert saved['model_args'].pop('gelu') == saved['config'].pop('gelu') == 'tanh'
+    torch.save(saved, 'out/ckpt.pt')
+    assert call(train.main, RESUME, '--device=cpu', '--max_iters=6').code == 0
+    assert checkpoint()['model_args']['gelu'] == 'exact' and checkpoint()['iter_num'] == 6
+
+
 def test_a_shape_that_agrees_with_the_checkpoint_may_be_given(fit, call):
     """n_embd=16 fits the checkpoint's 2 heads, if not the default's 12."""
     fit()

@@ -1,0 +1,161 @@
+"""
+Take a trained model to where others work:
+
+    python export.py --out_dir=out-svd-test --to=gpt2            # for transformers: AutoModelForCausalLM, AutoTokenizer
+    python export.py --out_dir=out-svd-test --to=nanogpt --save_dir=DIR     # ckpt.pt for nanoGPT, meta.pkl for its data
+    python export.py                                             # the newest run below this folder, for transformers
+    python export.py --help                                      # every option with default and meaning
+
+SVD in 'weight' scope becomes part of the weights. 'sequence' and 'causal' cut V itself, which neither format can say.
+"""
+
+import os
+import pickle
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from model import GPT, GPTConfig
+from runtime import checkpoint as ckpt
+from runtime import config as configuration
+from runtime import download, pretrained
+from runtime.config import UserError, one_line
+from runtime.files import new_folder, write_atomically
+from runtime.optim import restore_optimizer
+from runtime.output import unfailing_output
+from runtime.stopping import Stop
+from train import TrainConfig
+
+NANOGPT_SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+NANOGPT_CONFIG = (
+    'out_dir', 'eval_interval', 'log_interval', 'eval_iters', 'eval_only', 'always_save_checkpoint', 'init_from',
+    'wandb_log', 'wandb_project', 'wandb_run_name', 'dataset', 'gradient_accumulation_steps', 'batch_size',
+    'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'learning_rate', 'max_iters', 'weight_decay',
+    'beta1', 'beta2', 'grad_clip', 'decay_lr', 'warmup_iters', 'lr_decay_iters', 'min_lr', 'backend', 'device', 'dtype',
+    'compile')
+
+
+@dataclass
+class ExportConfig:
+    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
+    to: Annotated[Literal['gpt2', 'nanogpt'], "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint"] = 'gpt2'
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2 or OUT_DIR-nanogpt'] = None
+
+
+def main(argv=None):
+    """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print(configuration.help_text(ExportConfig, __doc__.strip()))
+        return 0
+    try:
+        with unfailing_output(), Stop(under_torchrun=False):
+            cfg, _ = configuration.load(ExportConfig, argv)
+            print(export(cfg))
+        return 0
+    except UserError as e:
+        print(f'export.py: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        return 128 + getattr(e, 'signal', signal.SIGINT)
+
+
+def export(cfg):
+    """Writes save_dir whole or not at all -> what was written, in words."""
+    path = ckpt.find(cfg.out_dir)
+    run = path.parent if path.parent.name not in ('', '..') else Path(os.path.realpath(path.parent))
+    save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
+    where = f'save_dir={str(save_dir)!r}'
+    try:
+        if os.path.lexists(save_dir) and (not os.path.isdir(save_dir) or any(save_dir.iterdir())):
+            raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2')")
+        if Path(os.path.realpath(save_dir)) == Path.cwd():          # which would be replaced
+            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / cfg.to}')")
+        saved = ckpt.load(path)
+        configuration.check_all(GPTConfig, saved['model_args'], path)
+        model = GPT.from_checkpoint(saved)
+        meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
+        if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
+            meta = None
+            remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set '
+                           'into data/DATASET')
+        fill = (to_gpt2 if cfg.to == 'gpt2' else to_nanogpt)(model, saved, meta, remarks)
+        with new_folder(save_dir) as folder:
+            fill(folder)
+            files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    except OSError as e:
+        raise UserError(f'{where}: cannot be written: {e.strerror or one_line(e)}') from None
+    except ValueError as e:
+        raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
+    c = model.config
+    if c.svd_truncates:
+        remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
+    lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for '
+             f'{"transformers" if cfg.to == "gpt2" else "nanoGPT"}']
+    return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
+
+
+def to_gpt2(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added. Raises ValueError."""
+    config, state = pretrained.to_gpt2(asdict(model.config), model.plain_state_dict())
+    remarks.append('left out: the optimizer state')
+    if meta and meta['tokenizer'] == 'gpt2':
+        config |= dict(bos_token_id=meta['vocab_size'] - 1, eos_token_id=meta['vocab_size'] - 1)    # <|endoftext|>
+        try:
+            download.gpt2_encoding()
+        except UserError as e:
+            meta = None
+            remarks.append(f'left out: the tokenizer, which is that of gpt2 on the hub ({e})')
+    return lambda folder: pretrained.write(folder, config, state, meta)
+
+
+def to_nanogpt(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added. Raises ValueError."""
+    c, chars = model.config, meta and meta.get('chars')
+    if c.gelu != 'exact':
+        raise ValueError(f"gelu={c.gelu!r}: nanoGPT has only 'exact' (nearest: --to=gpt2)")
+    old, args = saved.get('config', {}), {key: getattr(c, key) for key in NANOGPT_SHAPE}
+    dataset = Path(str(old.get('dataset', ''))).name.removesuffix('.txt') or 'DATASET'
+    config = {key: old[key] for key in NANOGPT_CONFIG if key in old} | dict(dataset=dataset)
+    checkpoint = dict(model=model.plain_state_dict(), optimizer=adamw_state(model, saved, remarks), model_args=args,
+                      iter_num=saved['iter_num'], best_val_loss=float(saved.get('best_val_loss', 1e9)),
+                      config=config | {key: value for key, value in args.items() if key in NANOGPT_CONFIG})
+    if meta:
+        checkpoint['tokenizer'] = meta                              # nanoGPT does not look, this repo does
+    if chars:
+        remarks.append(f'nanoGPT looks for meta.pkl as data/{dataset}/meta.pkl: put it there')
+
+    def fill(folder):
+        ckpt.save(checkpoint, folder / 'ckpt.pt')
+        if chars:
+            content = dict(vocab_size=len(chars), itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
+            write_atomically(folder / 'meta.pkl', pickle.dumps(content))
+    return fill
+
+
+def adamw_state(model, saved, remarks):
+    """The state dict of nanoGPT's optimizer: the run's own if it was AdamW, on these weights, else one of step 0."""
+    options = dict(weight_decay=1e-1, learning_rate=6e-4, beta1=0.9, beta2=0.95)
+    options |= configuration.check_all(TrainConfig, {k: v for k, v in saved.get('config', {}).items() if k in options},
+                                       saved['path'])
+    betas = options['beta1'], options['beta2']
+    fresh, own = (model.configure_optimizers(options['weight_decay'], options['learning_rate'], betas, 'cpu')
+                  for _ in range(2))
+    try:
+        if model.config.svd_truncates:
+            raise ValueError('it belongs to the weights before that')
+        if 'optimizer' not in saved:
+            raise ValueError('the checkpoint has none')
+        if 'muon' in saved['optimizer']:
+            raise ValueError("it is Muon's")
+        restore_optimizer(own, saved['optimizer'], saved['iter_num'], cropped=None)
+        return own.state_dict()
+    except ValueError as e:
+        remarks.append(f'left out: the optimizer state ({e}); nanoGPT starts its AdamW anew')
+        return fresh.state_dict()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""Models in Hugging Face's GPT-2 format: config.json, model.safetensors and tokenizer.json, in a folder or by name.
+
+What is read has one shape only, OpenAI's: everything else that such a config.json can ask for, and files that are
+damaged, incomplete or of another model, raise UserError. Nothing is unpickled and no code of a folder is run.
+"""
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from runtime import download
+from runtime.config import UserError, one_line, shown
+from runtime.dataset import GPT2_META
+from runtime.files import write_atomically
+
+MODELS = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),                  # 124M parameters
+          'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),          # 350M
+          'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),           # 774M
+          'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600)}              # 1558M
+# what a config.json that lacks them means; only these values of the second line can be had
+DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024, n_inner=None,
+                activation_function='gelu_new', resid_pdrop=0.1, tie_word_embeddings=True)
+ONLY = dict(model_type='gpt2', layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False)
+ACTIVATIONS = ('gelu', 'gelu_new', 'gelu_pytorch_tanh')                     # the last two are one function
+# nanoGPT's names of the sizes and Hugging Face's; and what its Conv1D stores transposed
+FIELDS = dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', vocab_size='vocab_size', block_size='n_positions',
+              dropout='resid_pdrop')
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+BUFFERS = ('.attn.bias', '.attn.masked_bias')                               # causal masks, in older files
+# sha256 of GPT-2's tokens in the order of their ids, then its merges, a line each
+GPT2_BPE = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
+END = '<|endoftext|>'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which model
+
+def is_folder(name):
+    return os.path.isfile(os.path.join(name, 'config.json'))        # Path.is_file raises for names that are too long
+
+
+def check_name(name, others=()):
+    """Raise UserError unless `name` is one of MODELS, a folder with a config.json, or one of `others`."""
+    if name in MODELS or name in others or is_folder(name):
+        return
+    names = [*others, *MODELS]
+    if os.path.isdir(name):
+        raise UserError(f'init_from={name!r}: has no config.json, so it is no model in Hugging Face\'s format')
+    raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder with a config.json '
+                    f'(nearest: {difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
+def read(name):
+    """-> model_args, state dict (float32), both with nanoGPT's names. A folder, else the Hugging Face cache, else the
+    hub. Every size is checked before a weight is read. Raises UserError."""
+    check_name(name)
+    try:
+        if is_folder(name):
+            config = DEFAULTS | _read_json(Path(name) / 'config.json')
+            files = _files(Path(name))
+        else:
+            config, files = DEFAULTS | dict(resid_pdrop=0.0) | MODELS[name], [_from_hub(name)]
+        _check_config(config)
+        return _from_gpt2(config, _read_weights(files, config))
+    except ImportError as e:
+        raise UserError(f'init_from={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
+    except ValueError as e:
+        raise UserError(f'init_from={name!r}: {one_line(e)[:400]}') from None
+
+
+def _read_json(path):
+    """A JSON file's object. Raises ValueError."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ValueError(f'{path.name} cannot be read: {e.strerror}') from None
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f'{path.name} is damaged, or not JSON ({type(e).__name__})') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path.name} is damaged: no object')
+    return content
+
+
+def _files(folder):
+    """The safetensors files of a folder. Raises ValueError."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            raise ValueError(f'has no {WEIGHTS}' + (': its pytorch_model.bin is a pickle, which is not read' if (
+                folder / 'pytorch_model.bin').exists() else ''))
+        return [folder / WEIGHTS]
+    shards = _read_json(folder / INDEX).get('weight_map')
+    shards = list(shards.values()) if isinstance(shards, dict) else []
+    if not shards or not all(isinstance(name, str) and Path(name).name == name for name in shards):
+        raise ValueError(f'{INDEX} is damaged: no files in its weight_map')
+    missing = sorted(name for name in set(shards) if not os.path.isfile(folder / name))
+    if missing:
+        raise ValueError(f'{missing[0]} is missing')
+    return [folder / name for name in sorted(set(shards))]
+
+
+def _from_hub(name):
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(f'openai-community/{name}', WEIGHTS)
+    except Exception as e:                                          # the hub's own, and its network library's
+        raise ValueError(f'its weights are neither in the Hugging Face cache nor to be had: '
+                         f'{one_line(e)[:200] or type(e).__name__}') from None
+
+
+def _check_config(config):
+    """Raise ValueError for what is not OpenAI's GPT-2, but for its sizes."""
+    for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'n_positions'):
+        if type(config[key]) is not int or config[key] < 1:
+            raise ValueError(f'its config.json has {key}={shown(config[key])[:40]}: must be a whole number from 1')
+    if config['n_embd'] % config['n_head']:
+        raise ValueError(f'its config.json has n_head={shown(config["n_head"])[:40]}, of which '
+                         f'n_embd={shown(config["n_embd"])[:40]} is no multiple')
+    for key, value in ONLY.items():
+        if config.get(key, value) != value:
+            raise ValueError(f'its config.json has {key}={shown(config[key])[:40]}: only {value} can be had')
+    if config['n_inner'] not in (None, 4 * config['n_embd']):
+        raise ValueError(f'its config.json has n_inner={shown(config["n_inner"])[:40]}: only None, which is 4 n_embd, '
+                         'can be had')
+    if config['activation_function'] not in ACTIVATIONS:
+        raise ValueError(f'its config.json has activation_function={shown(config["activation_function"])[:40]}: only '
+                         f'{", ".join(ACTIVATIONS)} can be had')
+    if type(config['resid_pdrop']) not in (int, float) or not 0 <= config['resid_pdrop'] < 1:
+        raise ValueError(f'its config.json has resid_pdrop={shown(config["resid_pdrop"])[:40]}: must be at least 0 and '
+                         'below 1')
+
+
+def _shapes(config):
+    """Name of every weight -> its shape, but for lm_head."""
+    C = config['n_embd']
+    shapes = {'wte.weight': (config['vocab_size'], C), 'wpe.weight': (config['n_positions'], C)}
+    norms = ['ln_f', *(f'h.{i}.{name}' for i in range(config['n_layer']) for name in ('ln_1', 'ln_2'))]
+    linear = {'attn.c_attn': (C, 3 * C), 'attn.c_proj': (C, C), 'mlp.c_fc': (C, 4 * C), 'mlp.c_proj': (4 * C, C)}
+    for name in norms:
+        shapes |= {f'{name}.weight': (C,), f'{name}.bias': (C,)}
+    for i in range(config['n_layer']):
+        for name, shape in linear.items():
+            shapes |= {f'h.{i}.{name}.weight': shape, f'h.{i}.{name}.bias': shape[1:]}
+    return shapes
+
+
+def _read_weights(files, config):
+    """Name -> float32 tensor: all that config asks for, without the prefix 'transformer.', and without lm_head, which
+    is wte. Raises ValueError for what is missing, unknown, of another shape, or not finite."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with ExitStack() as stack:
+            found = {}                                              # name -> file, name there
+            for file in files:
+                f = stack.enter_context(safe_open(file, 'pt'))
+                for stored in f.keys():
+                    name = stored.removeprefix('transformer.')
+                    if name in found:
+                        raise ValueError(f'{Path(file).name} has {name} a second time')
+                    if not name.endswith(BUFFERS):
+                        found[name] = f, stored
+            layers = len({name.split('.')[1] for name in found if name.startswith('h.')})
+            if layers != config['n_layer']:                         # before a name is made for each of 10 ** 9
+                raise ValueError(f'n_layer={shown(config["n_layer"])[:40]} in config.json, and {layers} layers in the '
+                                 'file')
+            shapes = _shapes(config)
+            if 'lm_head.weight' in found or config['tie_word_embeddings'] is False:
+                shapes['lm_head.weight'] = shapes['wte.weight']
+            for what, names in (('lacks', shapes.keys() - found), ('has unknown', found.keys() - shapes)):
+                if names:
+                    raise ValueError(f'{Path(files[0]).name} {what} weights: {", ".join(sorted(names)[:3])}'
+                                     + (f' and {len(names) - 3} more' if len(names) > 3 else ''))
+            for name in shapes:
+                f, stored = found[name]
+                shape, dtype = tuple(f.get_slice(stored).get_shape()), f.get_slice(stored).get_dtype()
+                if shape != shapes[name]:
+                    raise ValueError(f'{name}: shape {shape} in the file, {shapes[name]} in the model')
+                if dtype not in ('F64', 'F32', 'F16', 'BF16'):
+                    raise ValueError(f'{name}: numbers of type {dtype} in the file, must be floating-point')
+            weights = {name: f.get_tensor(stored).float() for name, (f, stored) in found.items()}
+    except SafetensorError as e:
+        raise ValueError(f'{Path(files[0]).name} is damaged, or not in safetensors format: {one_line(e)}') from None
+    except OSError as e:
+        raise ValueError(f'{Path(files[0]).name} cannot be read: {e.strerror or one_line(e)}') from None
+    for name, w in weights.items():
+        if not w.isfinite().all():
+            raise ValueError(f'{name} is not finite')
+    if not weights.get('lm_head.weight', weights['wte.weight']).equal(weights['wte.weight']):
+        raise ValueError('lm_head.weight and wte.weight differ, which are one tensor here')
+    weights.pop('lm_head.weight', None)
+    return weights
+
+
+def read_tokenizer(name):
+    """The tokenizer of a model that `check_name` takes, as a data set's meta; None for a folder without one. Raises
+    UserError for all but tokenizers of single characters, as `write` makes them, and GPT-2's BPE."""
+    if not is_folder(name):
+        return dict(GPT2_META)
+    folder = Path(name)
+    try:
+        if (folder / 'tokenizer.json').exists():
+            meta = _meta_of(_read_json(folder / 'tokenizer.json'))
+        elif (folder / 'vocab.json').exists() and (folder / 'merges.txt').exists():
+            merges = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
+            merges = [line for line in merges if line and not line.startswith('#version')]
+            meta = GPT2_META if _bpe_hash(_read_json(folder / 'vocab.json'), merges) == GPT2_BPE else None
+        else:
+            return None
+        if meta:
+            return dict(meta)
+    except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as e:
+        raise UserError(f'init_from={name!r}: its tokenizer cannot be used: {one_line(e)[:200]}') from None
+    raise UserError(f"init_from={name!r}: its tokenizer is neither one of single characters nor GPT-2's BPE, which are "
+                    'the two that can be had')
+
+
+def _meta_of(spec):
+    """A tokenizer.json -> meta, or None. Raises KeyError, TypeError, AttributeError or ValueError."""
+    vocab, merges = spec['model']['vocab'], spec['model'].get('merges')
+    if merges is None:
+        chars = sorted(vocab, key=vocab.get)
+        ours, what = _char_spec(chars), ('added_tokens', 'normalizer', 'pre_tokenizer', 'decoder', 'model')
+        if not chars or any(len(c) != 1 for c in chars) or any(spec.get(key) != ours[key] for key in what):
+            return None
+        ''.join(chars).encode()                                     # half characters cannot be printed
+        return dict(tokenizer='char', vocab_size=len(chars), dtype='uint16' if len(chars) <= 2 ** 16 else 'uint32',
+                    chars=chars)
+    split = spec['pre_tokenizer'] or {}
+    plain = spec.get('normalizer') is None and split.get('type') == 'ByteLevel' and not split.get('add_prefix_space')
+    # tokens that were added (for padding, say) stand for no text
+    plain = plain and split.get('use_regex', True) and all(t['special'] for t in spec.get('added_tokens') or [])
+    merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in merges]
+    return GPT2_META if plain and _bpe_hash(vocab, merges) == GPT2_BPE else None
+
+
+def _bpe_hash(vocab, merges):
+    """What tells GPT-2's BPE from another: vocab (token -> id), merges ('a b', in order)."""
+    tokens = sorted((t for t in vocab if vocab[t] < GPT2_META['vocab_size']), key=vocab.get)
+    return hashlib.sha256('\n'.join([*tokens, *merges]).encode(errors='replace')).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# nanoGPT's names and Hugging Face's
+
+def _from_gpt2(config, weights):
+    """-> model_args, state dict. Models without biases come back without: `to_gpt2` leaves a mark, and it holds as long
+    as nobody has trained the zeros."""
+    args = {ours: config[theirs] for ours, theirs in FIELDS.items()}
+    args['gelu'] = 'exact' if config['activation_function'] == 'gelu' else 'tanh'
+    biases = {name: w for name, w in weights.items() if name.endswith('.bias')}
+    args['bias'] = config.get('bias') is not False or any(w.any() for w in biases.values())
+    state = {f'transformer.{name}': w.t() if name.endswith(CONV1D) else w for name, w in weights.items()
+             if args['bias'] or name not in biases}
+    return args, state | {'lm_head.weight': state['transformer.wte.weight']}
+
+
+def to_gpt2(args, state):
+    """model_args and the state dict of a model without an SVD -> config, weights as GPT2LMHeadModel has them. A model
+    without biases has zeros there, and "bias": false in its config."""
+    weights = {name: w.t() if name.endswith(CONV1D) else w for name, w in state.items() if name != 'lm_head.weight'}
+    config = {theirs: args[ours] for ours, theirs in FIELDS.items()}
+    config |= dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', n_inner=None, embd_pdrop=args['dropout'],
+                   attn_pdrop=args['dropout'], activation_function='gelu' if args['gelu'] == 'exact' else 'gelu_new',
+                   layer_norm_epsilon=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+    if not args['bias']:
+        config['bias'] = False
+        weights |= {name.removesuffix('weight') + 'bias': w.new_zeros(w.shape[-1]) for name, w in weights.items()
+                    if not name.startswith('transformer.w')}        # wte, wpe
+    return config, weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+def write(folder, config, weights, meta):
+    """Fill an empty folder: config.json, model.safetensors and, unless meta is None, the two files of its tokenizer.
+    weights: name -> tensor. Raises UserError for a missing package and OSError."""
+    try:
+        from safetensors.torch import save
+    except ImportError as e:
+        raise UserError(f'needs a package: pip install {e.name.partition(".")[0]}') from None
+    # not save_file, whose files are flushed nowhere and private to their owner
+    content = save({name: w.contiguous() for name, w in weights.items()}, metadata={'format': 'pt'})
+    write_atomically(folder / WEIGHTS, content)
+    files = {'config.json': config}
+    if meta:
+        limit = dict(model_max_length=config['n_positions'], clean_up_tokenization_spaces=False)
+        if meta['tokenizer'] == 'char':
+            files['tokenizer.json'] = _char_spec(meta['chars'])
+            files['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', **limit)
+        else:
+            files['tokenizer.json'] = _bpe_spec(download.gpt2_encoding())
+            files['tokenizer_config.json'] = dict(tokenizer_class='GPT2Tokenizer', add_prefix_space=False,
+                                                  bos_token=END, eos_token=END, unk_token=END, **limit)
+    for name, content in files.items():
+        write_atomically(folder / name, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
+
+
+def _char_spec(chars):
+    """tokenizer.json of a vocabulary of single characters: each is a token, and tokens are joined by nothing."""
+    return dict(version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None,
+                pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False),
+                post_processor=None, decoder=dict(type='Fuse'),
+                model=dict(type='WordLevel', vocab={c: i for i, c in enumerate(chars)}, unk_token='<unk>'))
+
+
+def _bpe_spec(encoding):
+    """tokenizer.json of a tiktoken.Encoding whose pattern is GPT-2's."""
+    ranks, letters = encoding._mergeable_ranks, _byte_letters()
+
+    def written(token):
+        return ''.join(letters[byte] for byte in token)
+
+    vocab = {written(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+    merges = [[written(a), written(b)] for a, b in _merges(ranks)]
+    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
+    end = dict(id=encoding.eot_token, content=END, single_word=False, lstrip=False, rstrip=False, normalized=False,
+               special=True)
+    return dict(version='1.0', truncation=None, padding=None, added_tokens=[end], normalizer=None, pre_tokenizer=level,
+                post_processor=level | dict(trim_offsets=False), decoder=level,
+                model=dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='',
+                           end_of_word_suffix='', fuse_unk=False, byte_fallback=False, ignore_merges=False,
+                           vocab=vocab | {END: encoding.eot_token}, merges=merges))
+
+
+def _merges(ranks):
+    """Mergeable ranks (bytes -> rank) -> pairs of bytes in order: a token's last merge is that of the two parts that
+    the merges before it leave."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts
+
+
+@functools.cache
+def _byte_letters():
+    """GPT-2's letter for each byte: itself where it is printed, else one from 256 on."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
