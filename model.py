@@ -198,7 +198,7 @@ class LayerCache:
         of one joins every sequence of the cache."""
         self.keys.append(k)
         self.values.append(v)
-        if k.size(2) > 1:                                           # a prompt: expanded once, attended as in training
+        if k.size(2) == self.keys.length:                           # a prompt: expanded once, attended as in training
             v = self.values.all()[:len(k)]
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
         scores = self.keys.all() @ (q * q.size(-1) ** -0.5).mT      # (B, nh, T, hs) x (B, nh, hs, 1)
@@ -269,13 +269,19 @@ class GPT(nn.Module):
 
         With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits of the last
         position only (B, 1, vocab_size), and None. With a cache (`new_cache`) idx follows the tokens in it and joins
-        them: a prompt first, then one token at a time. Raises ValueError for more than block_size tokens.
+        them: a prompt first, then one token at a time, without gradients. Raises ValueError for more than block_size
+        tokens and for what does not fit the cache.
         """
+        if cache and torch.is_grad_enabled():
+            with torch.no_grad():                                   # rows are written in place
+                return self.forward(idx, targets, cache)
         T, start = idx.size(1), cache[0].keys.length if cache else 0
         if not 1 <= T <= self.config.block_size - start:
             raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to block_size={self.config.block_size}')
         if start and T > 1:
             raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
+        if cache and len(idx) not in (1, cache[0].keys.batch):
+            raise ValueError(f'cannot add {len(idx)} sequences to a cache of {cache[0].keys.batch}')
         pos = torch.arange(start, start + T, device=idx.device)     # (T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
         last = self.config.n_layer - 1
