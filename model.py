@@ -166,7 +166,8 @@ class CausalSelfAttention(nn.Module):
         device None: the weights'."""
         weight, bias = self.c_attn.weight, self.c_attn.bias
         C, hs, at = weight.size(1), weight.size(1) // self.n_head, weight.device.type
-        dtype = torch.get_autocast_dtype(at) if torch.is_autocast_enabled(at) else weight.dtype     # what k and v have
+        cast = torch.is_autocast_enabled(at) and weight.dtype != torch.float64                      # which it leaves
+        dtype = torch.get_autocast_dtype(at) if cast else weight.dtype                              # what k and v have
         shape, kind = (batch, self.n_head, tokens), dict(dtype=dtype, device=device or weight.device)
         keys, to_coordinates = Rows((*shape, hs), **kind), None
         if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
