@@ -322,7 +322,8 @@ class GPT(nn.Module):
                           'the prefix is recomputed for each')
         use_cache = use_cache and not self.config.svd_sees_future and not self.training
         ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-        alike = B > 1 and idx.stride(0) == 0                        # one prompt, expanded: it is computed once
+        # one prompt, expanded: it is computed once; not under dropout, which differs from row to row
+        alike = B > 1 and idx.stride(0) == 0 and not self.training
         room = min(T + max_new_tokens - 1, block_size)              # nothing follows the last token
         cache = self.new_cache(B, room) if use_cache and T < room else None
         for n in range(T, T + max_new_tokens):                      # n tokens so far
