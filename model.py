@@ -177,7 +177,8 @@ class CausalSelfAttention(nn.Module):
         device None: the weights'."""
         weight, bias = self.c_attn.weight, self.c_attn.bias
         C, hs, at = weight.size(1), weight.size(1) // self.n_head, weight.device.type
-        dtype = torch.get_autocast_dtype(at) if torch.is_autocast_enabled(at) else weight.dtype     # what k and v have
+        cast = torch.is_autocast_enabled(at) and weight.dtype != torch.float64                      # which it leaves
+        dtype = torch.get_autocast_dtype(at) if cast else weight.dtype                              # what k and v have
         shape, kind = (batch, self.n_head, tokens), dict(dtype=dtype, device=device or weight.device)
         keys, to_coordinates = Rows((*shape, hs), **kind), None
         if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
@@ -209,7 +210,7 @@ class LayerCache:
         of one joins every sequence of the cache."""
         self.keys.append(k)
         self.values.append(v)
-        if k.size(2) > 1:                                           # a prompt: expanded once, attended as in training
+        if k.size(2) == self.keys.length:                           # a prompt: expanded once, attended as in training
             v = self.values.all()[:len(k)]
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
         scores = self.keys.all() @ (q * q.size(-1) ** -0.5).mT      # (B, nh, T, hs) x (B, nh, hs, 1)
@@ -281,13 +282,19 @@ class GPT(nn.Module):
 
         With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits of the last
         position only (B, 1, vocab_size), and None. With a cache (`new_cache`) idx follows the tokens in it and joins
-        them: a prompt first, then one token at a time. Raises ValueError for more than block_size tokens.
+        them: a prompt first, then one token at a time, without gradients. Raises ValueError for more than block_size
+        tokens and for what does not fit the cache.
         """
+        if cache and torch.is_grad_enabled():
+            with torch.no_grad():                                   # rows are written in place
+                return self.forward(idx, targets, cache)
         T, start = idx.size(1), cache[0].keys.length if cache else 0
         if not 1 <= T <= self.config.block_size - start:
             raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to block_size={self.config.block_size}')
         if start and T > 1:
             raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
+        if cache and len(idx) not in (1, cache[0].keys.batch):
+            raise ValueError(f'cannot add {len(idx)} sequences to a cache of {cache[0].keys.batch}')
         pos = torch.arange(start, start + T, device=idx.device)     # (T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
         last = self.config.n_layer - 1
@@ -327,7 +334,8 @@ class GPT(nn.Module):
                           'the prefix is recomputed for each')
         use_cache = use_cache and not self.config.svd_sees_future and not self.training
         ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-        alike = B > 1 and idx.stride(0) == 0                        # one prompt, expanded: it is computed once
+        # one prompt, expanded: it is computed once; not under dropout, which differs from row to row
+        alike = B > 1 and idx.stride(0) == 0 and not self.training
         room = min(T + max_new_tokens - 1, block_size)              # nothing follows the last token
         cache = self.new_cache(B, room) if use_cache and T < room else None
         for n in range(T, T + max_new_tokens):                      # n tokens so far

@@ -15,6 +15,11 @@ from lowrank.svd import causal_starts, leading_eigenvectors
 Span = namedtuple('Span', 'start stop kept basis')                  # of `CausalRows`: rows [start, stop)
 
 
+def _check_room(length, more, room):
+    if length + more > room:
+        raise ValueError(f'no room for {more} more rows: {length} of {room} are taken')
+
+
 class Rows:
     """Kept as they are: N n numbers."""
 
@@ -27,8 +32,13 @@ class Rows:
     def nbytes(self):
         return self.kept.nbytes
 
+    @property
+    def batch(self):
+        return len(self.kept)
+
     def append(self, x):
-        """x (..., m, n): m more rows."""
+        """x (..., m, n): m more rows. Raises ValueError where there is no room for them."""
+        _check_room(self.length, x.shape[-2], self.kept.shape[-2])
         self.kept[..., self.length:self.length + x.shape[-2], :] = x
         self.length += x.shape[-2]
 
@@ -93,7 +103,9 @@ class CausalRows:
         self.nbytes = sum(t.nbytes for t in (full, coordinates, self.bases, self.gram))
 
     def append(self, x):
-        """x (..., m, n): m more rows. Raises torch.linalg.LinAlgError where a basis would come from non-finite rows."""
+        """x (..., m, n): m more rows. Raises ValueError where there is no room for them, and torch.linalg.LinAlgError
+        where a basis would come from non-finite rows."""
+        _check_room(self.length, x.shape[-2], self.spans[-1].stop)
         while x.shape[-2]:
             span = self.spans[self._span_of(self.length)]
             m = min(span.stop - self.length, x.shape[-2])

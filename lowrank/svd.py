@@ -151,18 +151,22 @@ def leading_eigenvectors(gram, rank):
 
 
 def low_rank_factors(x, rank, method='gram'):
-    """A (..., m, k) with orthonormal columns and B (..., k, n) such that A B is the best rank-k approximation of
-    x (..., m, n): A the leading left singular vectors, B = A^T x. Not differentiable; precision and errors as in
-    `low_rank_approximation`, but for rank > min(m, n), which is a ValueError, too."""
+    """A (..., m, k) and B (..., k, n) such that A B is the best rank-k approximation of x (..., m, n), even where it is
+    not unique the one of `low_rank_approximation`: m < n: A orthonormal columns, the leading left singular vectors, and
+    B = A^T x; else B orthonormal rows, the right ones, and A = x B^T. Not differentiable; precision and errors as
+    there, but for rank > min(m, n), which is a ValueError, too."""
     _check(x, rank, method)
     if rank > min(x.shape[-2:]):
         raise ValueError(f'rank {rank} is more than the smaller side of {tuple(x.shape[-2:])}')
-    wide = x.detach().to(_working_dtype(x))
+    if x.shape[-2] < x.shape[-1]:
+        a, b = low_rank_factors(x.mT, rank, method)
+        return b.mT, a.mT
+    wide = x.detach().to(_working_dtype(x)).contiguous()
     spectrum = _svd_spectrum if method == 'standard' else _gram_spectrum
     with _full_precision(x):
-        _, vectors = spectrum(wide.mT, (x.shape[-1],))              # (1, ..., m, m), smallest first
-        a = vectors[0][..., -rank:].to(wide)
-        return a.to(x.dtype), (a.mT @ wide).to(x.dtype)
+        _, vectors = spectrum(wide, (x.shape[-2],))                 # (1, ..., n, n), smallest first
+        w = vectors[0][..., -rank:].to(wide)
+        return (wide @ w).to(x.dtype), w.mT.to(x.dtype)
 
 
 def _project(x, rank, method, spans, basis_grad):

@@ -22,16 +22,18 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         raise FloatingPointError('the logits of the next token are not finite')
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    limits = torch.finfo(logits.dtype)
     if top_k is not None:
         kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))   # (B, top_k)
         logits = logits.masked_fill(logits < kept[:, [-1]], -float('inf'))
-    # the largest becomes 0, so that no temperature takes it out of range
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
+    # the largest becomes 0, so that no temperature takes it out of range; -inf / inf would be NaN
+    logits = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, limits.tiny), limits.max)
     p = F.softmax(logits, dim=-1)                                   # (B, vocab)
     if top_p is not None and top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
-        unneeded = ranked.cumsum(-1) - ranked >= top_p              # those before it have top_p already
+        # those before it have top_p already; a top_p that rounds to 0 would leave nothing
+        unneeded = ranked.cumsum(-1) - ranked >= max(top_p, limits.tiny)
         p = p.masked_fill(torch.empty_like(unneeded).scatter_(-1, order, unneeded), 0)
     return torch.multinomial(p, num_samples=1, generator=generator)
 
