@@ -4,7 +4,8 @@ its value matrix V by a truncated SVD of it.
 
 Where the SVD happens: `CausalSelfAttention.apply_svd_to_v` (scopes 'sequence' and 'causal', on V) and
 `CausalSelfAttention.value_weight` (scope 'weight', on the projection that makes V). What it costs and what is exact:
-docs/SVD.md. The linear algebra, gradient included: lowrank/svd.py.
+docs/SVD.md. The linear algebra, gradient included: lowrank/svd.py. Decoding (`GPT.stream`) keeps keys and values in a
+`LayerCache`, the values in as few numbers as the rank allows: lowrank/rows.py.
 
 Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank.
 """
@@ -59,15 +60,12 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: {nearest})')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: must be at least 0 and below 1')
-        if self.gelu not in GELUS:
-            raise ValueError(f'gelu={self.gelu!r}: unknown function (valid: {", ".join(GELUS)})')
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ValueError(f'svd_rank={self.svd_rank}: must be at least 1, or None for full rank '
                              f'(valid: 1 to {self.n_embd // self.n_head}, or None)')
-        if self.svd_method not in METHODS:
-            raise ValueError(f'svd_method={self.svd_method!r}: unknown method (valid: {", ".join(METHODS)})')
-        if self.svd_scope not in SCOPES:
-            raise ValueError(f'svd_scope={self.svd_scope!r}: unknown scope (valid: {", ".join(SCOPES)})')
+        for name, valid in (('gelu', GELUS), ('svd_method', METHODS), ('svd_scope', SCOPES)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f'{name}={getattr(self, name)!r}: unknown (valid: {", ".join(valid)})')
 
     @property
     def svd_truncates(self):
@@ -83,20 +81,7 @@ class GPTConfig:
         return self.svd_scope == 'sequence' and self.svd_truncates
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, in nanoGPT's parameter names."""
-
-    def __init__(self, ndim, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
 class CausalSelfAttention(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # W_q, W_k, W_v stacked: (3C, C)
@@ -131,11 +116,11 @@ class CausalSelfAttention(nn.Module):
         weight, bias = self.c_attn.weight, self.c_attn.bias
         if self.svd_scope == 'weight' and cache is not None:
             q, k = linear(x, weight[:2 * C], None if bias is None else bias[:2 * C]).split(C, dim=2)
-            v = linear(x, cache.to_coordinates)                                               # (B, T, nh k)
+            v = linear(x, cache.to_coordinates)                     # (B, T, nh k)
         else:
             if self.svd_scope == 'weight':
                 weight = torch.cat((weight[:2 * C], self.value_weight()))                       # (3C, C)
-            q, k, v = linear(x, weight, bias).split(C, dim=2)                                 # each (B, T, C)
+            q, k, v = linear(x, weight, bias).split(C, dim=2)       # each (B, T, C)
         return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
 
     def value_weight(self):
@@ -170,26 +155,25 @@ class CausalSelfAttention(nn.Module):
         """The same matrix by eigh of V^T V (hs x hs): T drops out, so it is several times faster."""
         return low_rank_approximation(v, rank or self.svd_rank, 'gram', self.svd_basis_grad)
 
-
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
-        """LayerCache with room for `tokens` tokens of `batch` sequences; not for 'sequence' scope that truncates.
-        device None: the weights'."""
+        """LayerCache with room for `tokens` tokens of `batch` sequences, in the dtype that keys and values will have.
+        Not for 'sequence' scope that truncates. device None: the weights'."""
         weight, bias = self.c_attn.weight, self.c_attn.bias
-        C, hs, at = weight.size(1), weight.size(1) // self.n_head, weight.device.type
-        cast = torch.is_autocast_enabled(at) and weight.dtype != torch.float64                      # which it leaves
-        dtype = torch.get_autocast_dtype(at) if cast else weight.dtype                              # what k and v have
-        shape, kind = (batch, self.n_head, tokens), dict(dtype=dtype, device=device or weight.device)
-        keys, to_coordinates = Rows((*shape, hs), **kind), None
+        C, here = weight.size(1), weight.device.type
+        cast = torch.is_autocast_enabled(here) and weight.dtype != torch.float64                # which it leaves alone
+        kind = dict(dtype=torch.get_autocast_dtype(here) if cast else weight.dtype, device=device or weight.device)
+        shape = (batch, self.n_head, tokens, C // self.n_head)
+        keys, to_coordinates = Rows(shape, **kind), None
         if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
-            # (nh, hs, k), (nh, k, C)
-            a, b = low_rank_factors(self._heads_of_w_v(), self.svd_rank, self.svd_method)
-            offset = None if bias is None else bias[2 * C:].view(self.n_head, 1, hs)
-            values, to_coordinates = LowRankRows((*shape, self.svd_rank), a, offset, **kind), b.flatten(0, 1)
+            basis, b = low_rank_factors(self._heads_of_w_v(), self.svd_rank, self.svd_method)   # A (nh, hs, k)
+            to_coordinates = b.flatten(0, 1)                        # (nh, k, C) -> (nh k, C)
+            offset = None if bias is None else bias[2 * C:].view(self.n_head, 1, -1)            # (nh, 1, hs)
+            values = LowRankRows((*shape[:3], self.svd_rank), basis, offset, **kind)
         elif self.svd_scope == 'causal':
-            values = CausalRows((*shape, hs), self.svd_rank, self.svd_block, **kind)
+            values = CausalRows(shape, self.svd_rank, self.svd_block, **kind)
         else:
-            values = Rows((*shape, hs), **kind)
+            values = Rows(shape, **kind)
         return LayerCache(keys, values, to_coordinates)
 
 
@@ -203,6 +187,10 @@ class LayerCache:
     @property
     def nbytes(self):
         return self.keys.nbytes + self.values.nbytes
+
+    def clear(self):
+        self.keys.clear()
+        self.values.clear()
 
     @torch.compiler.disable                                         # shapes change every token, spans now and then
     def attend(self, q, k, v):
@@ -218,7 +206,6 @@ class LayerCache:
 
 
 class MLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -231,12 +218,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, only_last=False):
@@ -248,7 +234,6 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -257,7 +242,7 @@ class GPT(nn.Module):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight           # tied, as in GPT-2
@@ -312,40 +297,39 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
-        """Yield max_new_tokens next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`).
+        """Yield max_new_tokens next tokens of idx (B, T), each (B, 1), as they are drawn (see runtime/draw.py).
 
-        One prompt expanded to B rows (`Tensor.expand`) is computed as one prompt. seed: of a generator of its own;
-        None: torch's global one. The context is the last block_size tokens. Up to
-        there keys and values are cached, unless use_cache is False. Beyond, every token shifts the window and with it
-        all learned positions, so nothing cached is true any more: as in nanoGPT the whole window is recomputed for each
-        token, but for what only earlier positions of the last layer would need. 'sequence' scope recomputes from the
-        start, for each new token changes V of all earlier ones (a warning says so once), and so does a model in
-        training mode, whose dropout a cache would freeze. Raises ValueError for options that cannot be, and
-        FloatingPointError where logits are not finite.
+        The context is the last block_size tokens; up to there keys and values are cached, unless use_cache is False.
+        Beyond, each token shifts the window and with it all learned positions, so nothing cached is true any more: as
+        in nanoGPT, the whole window is computed for each token, but for what only earlier positions of the last layer
+        would need. 'sequence' scope computes the whole prefix from the start, for a new token changes V of all earlier
+        ones (a warning says so once), and so does a model in training mode, whose dropout a cache would freeze.
+
+        One prompt that is expanded to B rows (`Tensor.expand`) is computed once. seed: of a generator of its own; None:
+        torch's global one. Raises ValueError for options that cannot be, FloatingPointError for logits that are not
+        finite.
         """
         check_draw(temperature, top_k, top_p)
         if max_new_tokens < 0:
             raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0')
-        B, T = idx.shape
-        block_size = self.config.block_size
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         if use_cache and self.config.svd_sees_future:
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no cache is used and "
                           'the prefix is recomputed for each')
-        use_cache = use_cache and not self.config.svd_sees_future and not self.training
+        (B, T), block_size = idx.shape, self.config.block_size
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        cache, one_prompt = None, False
+        if not self.training:                                       # where dropout differs from row to row, too
+            one_prompt = B > 1 and idx.stride(0) == 0
+            if use_cache and max_new_tokens > 1 and not self.config.svd_sees_future:
+                cache = self.new_cache(B, min(T + max_new_tokens - 1, block_size))  # nothing follows the last token
         ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-        # one prompt, expanded: it is computed once; not under dropout, which differs from row to row
-        alike = B > 1 and idx.stride(0) == 0 and not self.training
-        room = min(T + max_new_tokens - 1, block_size)              # nothing follows the last token
-        cache = self.new_cache(B, room) if use_cache and T < room else None
         for n in range(T, T + max_new_tokens):                      # n tokens so far
-            known = ids[:1, :n] if alike and n == T else ids[:, :n]
-            if cache and n <= block_size:
-                logits, _ = self(known[:, cache[0].keys.length:], cache=cache)
-            else:
-                cache = None                                        # frees its memory
-                logits, _ = self(known[:, -block_size:])
-            logits = logits[:, -1].expand(B, -1)                    # (B, vocab)
+            window = ids[:1 if one_prompt and n == T else B, max(0, n - block_size):n]
+            if cache and n > block_size:                            # all positions shift
+                for layer in cache:
+                    layer.clear()
+            new = window[:, cache[0].keys.length:] if cache else window
+            logits = self(new, cache=cache)[0][:, -1].expand(B, -1)                             # (B, vocab)
             ids[:, n:n + 1] = draw(logits, temperature, top_k, top_p, generator)
             yield ids[:, n:n + 1]
 
@@ -360,10 +344,12 @@ class GPT(nn.Module):
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
     def kv_cache_bytes(self, batch, tokens):
-        """Bytes that `new_cache(batch, tokens)` allocates; 0 in 'sequence' scope, which caches nothing. The factors of
-        W_v that 'weight' scope decodes with, as large whatever the tokens, are weights and not among them."""
+        """Bytes of the cache when `batch` sequences have `tokens` tokens, of which it keeps block_size at most; 0 where
+        nothing is cached, in 'sequence' scope. The factors of W_v that 'weight' scope decodes with, as large whatever
+        the tokens, are weights and not among them."""
         if self.config.svd_sees_future:
             return 0
+        tokens = min(tokens, self.config.block_size)
         return self.config.n_layer * self.transformer.h[0].attn.new_cache(batch, tokens, 'meta').nbytes
 
     def get_num_params(self, non_embedding=True):

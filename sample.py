@@ -105,7 +105,7 @@ def samples(cfg, set_by):
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
     cached = not model.config.svd_sees_future                       # load_model has said so
     need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
-    need += model.kv_cache_bytes(cfg.num_samples, min(len(ids) + cfg.max_new_tokens, model.config.block_size))
+    need += model.kv_cache_bytes(cfg.num_samples, len(ids) + cfg.max_new_tokens)
     if here and need > here:                                        # ids, logits and probabilities, cache
         raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
                         f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')

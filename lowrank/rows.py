@@ -42,6 +42,9 @@ class Rows:
         self.kept[..., self.length:self.length + x.shape[-2], :] = x
         self.length += x.shape[-2]
 
+    def clear(self):
+        self.length = 0
+
     def all(self):
         """-> (..., T, n)."""
         return self.kept[..., :self.length, :]
@@ -120,6 +123,10 @@ class CausalRows:
             if span is not self.spans[-1]:                          # a later span needs G of these rows
                 self._add_to_gram(rows.to(self.gram.dtype))
             self.length += m
+
+    def clear(self):
+        self.length = 0
+        self.gram.zero_()
 
     def all(self):
         """The rows as projected: (..., T, n)."""
