@@ -143,7 +143,8 @@ def test_an_unknown_data_set_is_answered_with_the_nearest(here, refused):
 
 
 @pytest.mark.parametrize('option, words', [
-    ('temperature=-1', 'at least 0'), ('top_p=0', 'nearest: 0.01'), ('top_p=1.5', 'nearest: 1'), ('temperature=nan', 'a number'),
+    ('temperature=-1', 'at least 0'), ('temperature=nan', 'a number'), ('temperature=inf', 'a number'),
+    ('top_p=0', 'nearest: 0.01'), ('top_p=1.5', 'nearest: 1'), ('top_p=nan', 'a number'),
     ('top_k=0', 'nearest: 1'), ('num_samples=0', 'nearest: 1'), ('max_new_tokens=0', 'nearest: 1'),
     ('seed=-1', 'nearest: 0'), ('svd_scope=rows', "'sequence' or 'causal' or 'weight' or None"),
     pytest.param('seed=9' + '9' * 20, 'below 2**63')])
