@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -524,3 +526,58 @@ def test_openwebtext_without_network(monkeypatch, tmp_path, capsys):
 
 def test_validation_share():
     assert 70 < sum(map(openwebtext.is_validation, range(200_000))) < 130       # one in 2000
+
+# Pieces of text
+
+class Reader:
+    """An iterable of ids that knows how many have been taken."""
+
+    def __init__(self, ids):
+        self.ids, self.taken = ids, 0
+
+    def __iter__(self):
+        for i in self.ids:
+            self.taken += 1
+            yield i
+
+
+def assert_stream(tokenizer, ids):
+    """A piece for each id as it comes, and one more; together the text of all."""
+    reader, pieces = Reader(ids), []
+    for n, piece in enumerate(tokenizer.decode_stream(reader), 1):
+        assert reader.taken == min(n, len(ids))
+        pieces.append(piece)
+    assert len(pieces) == len(ids) + 1 and ''.join(pieces) == tokenizer.decode(ids)
+    return pieces
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(ids=st.lists(st.integers(0, 8)))
+def test_stream_of_characters(ids):
+    tokenizer = Tokenizer(dict(tokenizer='char', vocab_size=5, chars=list('aé€\n😀')))
+    pieces = assert_stream(tokenizer, ids)
+    assert pieces == [*('aé€\n😀'[i] if i < 5 else '' for i in ids), '']
+
+
+@settings(derandomize=True, deadline=None, max_examples=300,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=st.lists(st.integers(0, 255) | st.sampled_from([*'é€😀'.encode(), 0xed, 0xa0, 0xf4, 0x90, 0xc0, 0x80])
+                    | st.integers(256, 50256) | st.integers(50257, 50303), max_size=12))
+def test_stream_of_bytes_that_need_not_be_text(byte_bpe, ids):
+    """Invalid and cut-off characters anywhere, ids that a rounded-up vocabulary has beyond the tokenizer's."""
+    assert_stream(Tokenizer(dict(tokenizer='gpt2', vocab_size=50257)), ids)
+
+
+@pytest.mark.parametrize('extra', [[], [50300]], ids=['', 'an id without a text in between'])
+def test_stream_shows_a_character_with_its_last_byte(byte_bpe, extra):
+    ids = [i for byte in 'né€😀'.encode() for i in (*extra, byte)]
+    pieces = assert_stream(Tokenizer(dict(tokenizer='gpt2', vocab_size=50257)), ids)
+    assert pieces[len(extra)::len(extra) + 1][:10] == ['n', '', 'é', '', '', '€', '', '', '', '😀']
+    cut = assert_stream(Tokenizer(dict(tokenizer='gpt2', vocab_size=50257)), ids[:-1 - len(extra)])
+    assert cut[-1] == '\ufffd'
+
+
+def test_stream_of_the_end_of_text(byte_bpe):
+    tokenizer = Tokenizer(dict(tokenizer='gpt2', vocab_size=50257))
+    assert assert_stream(tokenizer, [97, EOT, 98]) == ['a', '<|endoftext|>', 'b', '']
+    assert assert_stream(tokenizer, []) == ['']

@@ -1,8 +1,11 @@
 """sample.py and bench.py: which run, which prompt, which SVD; what a comparison prints."""
 
+import io
+import itertools
 import json
 import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import sample
 import train
 from conftest import TINY, checkpoint
 from model import GPT, METHODS, SCOPES
+from runtime.dataset import Tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SHORT = ('--device=cpu', '--num_samples=2', '--max_new_tokens=30')
@@ -239,6 +243,144 @@ def test_a_meta_pkl_that_would_run_code_is_refused(run, refused, here):
     (here / 'data' / 'theirs').mkdir()
     (here / 'data' / 'theirs' / 'meta.pkl').write_bytes(pickle.dumps(Bomb()))
     assert 'data/theirs' in refused(sample.main) and not Path('EXECUTED').exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# as it is drawn
+
+class Screen(io.StringIO):
+    """A stdout that remembers what could be seen of it: its content at every flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = ['']
+
+    def flush(self):
+        if self.getvalue() != self.seen[-1]:
+            self.seen.append(self.getvalue())
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """screen() -> a new one, in place of stdout until the test ends."""
+    def screen():
+        monkeypatch.setattr(sys, 'stdout', Screen())
+        return sys.stdout
+    return screen
+
+
+def before_each_token(monkeypatch, act):
+    """act(n) is called before the n-th token is drawn, n = 0, 1, ..."""
+    stream = GPT.stream
+
+    def watched(*args, **options):
+        tokens = stream(*args, **options)
+        for n in itertools.count():
+            act(n)
+            try:
+                new = next(tokens)
+            except StopIteration:
+                return
+            yield new
+    monkeypatch.setattr(GPT, 'stream', watched)
+
+
+@pytest.mark.parametrize('svd', [{}, dict(use_svd=True, svd_rank=2, svd_scope='causal', svd_block=4),
+                                 dict(use_svd=True, svd_rank=2, svd_scope='sequence')], ids=str)
+def test_all_that_is_printed_is_the_texts_and_their_lines(run, call, svd):
+    """Byte for byte what it was before it streamed: texts that `generate` makes, each with a line of dashes."""
+    saved = checkpoint(run())
+    out = call(sample.main, *SHORT, '--num_samples=3', '--start=the toad', *(f'--{k}={v}' for k, v in svd.items())).out
+    torch.manual_seed(1337)                                         # making a model draws from it, too
+    model, tokenizer = GPT.from_checkpoint(saved, **svd).eval(), Tokenizer(saved['tokenizer'])
+    idx = torch.tensor(tokenizer.encode('the toad')).repeat(3, 1)
+    texts = [tokenizer.decode(row) for row in
+             model.generate(idx, 30, .8, 200, use_cache=not model.config.svd_sees_future).tolist()]
+    assert out.partition('\n')[2] == ''.join(f'{text}\n---------------\n' for text in texts)
+
+
+def test_the_first_sample_appears_token_by_token(run, screen, monkeypatch):
+    run()
+    shown, screen = [], screen()
+    before_each_token(monkeypatch, lambda n: shown.append(screen.seen[-1].partition('\n')[2]))
+    assert sample.main([*SHORT, '--num_samples=3', '--start=the toad', '--seed=3']) == 0
+    body = screen.getvalue().partition('\n')[2]
+    first = body.partition('\n---------------\n')[0]
+    assert body.count('\n---------------\n') == 3 and len(first) == 8 + 30
+    assert shown == ['', *(first[:8 + n] for n in range(1, 31))]
+
+
+def test_a_character_of_several_tokens_appears_with_the_last(here, screen, monkeypatch, byte_bpe):
+    """GPT-2's tokenizer, a byte a token; the model wants to say 'né€😀' over and over."""
+    ids, screen = iter('né€😀'.encode() * 2), screen()
+    monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: GPT(train.GPTConfig(
+        n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)))
+    monkeypatch.setattr('model.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
+    assert sample.main([*SHORT, '--init_from=gpt2', '--start=a', '--max_new_tokens=20', '--num_samples=1']) == 0
+    assert screen.seen[1:] == ['a' + ('né€😀' * 2)[:n] for n in range(1, 9)] + [screen.getvalue()]
+    assert screen.getvalue() == 'a' + 'né€😀' * 2 + '\n---------------\n'
+
+
+def test_a_character_that_is_cut_off_is_a_question_mark(here, call, monkeypatch, byte_bpe):
+    ids = iter('é€'.encode()[:4] + b'\xff')
+    monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: GPT(train.GPTConfig(
+        n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)))
+    monkeypatch.setattr('model.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
+    out = call(sample.main, '--device=cpu', '--init_from=gpt2', '--start=a', '--max_new_tokens=5',
+               '--num_samples=2').out
+    assert out == 2 * 'aé��\n---------------\n'
+
+
+@pytest.mark.parametrize('tokens', [0, 1, 17])
+def test_ctrl_c_leaves_what_was_printed(run, screen, monkeypatch, tokens):
+    run()
+    whole = screen()
+    assert sample.main([*SHORT, '--start=the toad']) == 0
+    head, _, body = whole.getvalue().partition('\n')
+    screen = screen()
+    before_each_token(monkeypatch, lambda n: n == tokens and signal.raise_signal(signal.SIGINT))
+    assert sample.main([*SHORT, '--start=the toad']) == 130
+    assert screen.getvalue() == f'{head}\n' + (body[:8 + tokens] if tokens else '')
+    assert sys.stdout is screen                                     # and no longer what hides its errors
+
+
+@pytest.mark.parametrize('fault', [FloatingPointError('not\nfinite'), torch.linalg.LinAlgError('NaN\nor inf')],
+                         ids=repr)
+def test_numbers_out_of_range_end_in_one_line(run, refused, monkeypatch, capsys, fault):
+    run()
+
+    def act(n):
+        if n == 5:
+            raise fault
+    before_each_token(monkeypatch, act)
+    line = refused(sample.main, *SHORT)
+    assert line.startswith('sample.py: the next token has no probabilities (') and 'out of range' in line
+
+
+@pytest.mark.parametrize('options', [[], ['--use_svd=True', '--svd_rank=2', '--svd_scope=causal', '--svd_block=2'],
+                                     ['--use_svd=True', '--svd_rank=2', '--svd_scope=weight'],
+                                     ['--use_svd=True', '--svd_rank=2']], ids=str)
+@pytest.mark.parametrize('name', ['lm_head.weight', 'transformer.h.0.attn.c_attn.weight'])
+def test_weights_that_take_the_numbers_out_of_range(run, refused, options, name):
+    """Each weight is a number; the logits are not."""
+    state = checkpoint(run())['model']
+    state[name].mul_(1e38 / state[name].abs().max())
+    if name == 'lm_head.weight':
+        state['transformer.wte.weight'] = state[name]
+    run(model=state)
+    assert 'the next token has no probabilities (' in refused(sample.main, *SHORT, *options)
+
+
+def test_top_p_of_nearly_nothing_is_the_likeliest_text(run, texts):
+    run()
+    assert texts('--top_p=1e-300') == texts('--top_p=1e-6', '--top_k=None') == texts('--temperature=0')
+    assert texts('--top_p=1') == texts('--top_p=None') == texts() != texts('--top_p=.5')
+
+
+@pytest.mark.parametrize('option', ['--top_p=.9', '--temperature=1e300', '--temperature=0'])
+def test_a_text_of_any_option_is_as_long_as_asked_for(run, texts, option):
+    run()
+    assert [len(text) for text in texts(option, '--start=the')] == [33, 33]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
