@@ -17,6 +17,7 @@ import model
 import train
 from conftest import ROOT
 from lowrank.svd import low_rank_approximation
+from model import GPTConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -91,6 +92,7 @@ def test_a_scope_that_sees_the_wrong_tokens_fails(run, monkeypatch, scope):
 
 def test_a_full_rank_that_changes_something_fails(run, monkeypatch):
     monkeypatch.setattr(model, 'low_rank_approximation', lambda x, *options: x * (1 + 2e-7))
+    monkeypatch.setattr(GPTConfig, 'svd_truncates', property(lambda config: config.use_svd))
     code, _, rows = run(check.no_truncation)
     assert code == 1 and rows["full rank = baseline, 'sequence'"]['verdict'] == 'FAIL'
     assert rows['SVD off = baseline']['verdict'] == rows["full rank = baseline, 'causal'"]['verdict'] == 'ok'

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-import weakref
 
 import pytest
 import torch
@@ -527,18 +526,12 @@ def test_beyond_block_size_every_token_moves_the_window(counts, columns, new, pa
     assert found.get('layer 0', 0) == passed
 
 
-def test_beyond_block_size_the_cache_is_given_back(monkeypatch):
-    """Its memory is free once no token can use it."""
+def test_beyond_block_size_w_v_is_not_decomposed_again(monkeypatch):
+    """The window slides through the one cache that a generation has, with its factors of W_v."""
     made, new_cache = [], GPT.new_cache
-
-    def record(*args):
-        cache = new_cache(*args)
-        made.append(weakref.ref(cache[0]))
-        return cache
-    monkeypatch.setattr(GPT, 'new_cache', record)
-    stream = make(**svd('causal')).stream(tokens(columns=3), 20)
-    alive = [made[0]() is not None for _ in stream]
-    assert len(made) == 1 and alive == [True] * 14 + [False] * 6
+    monkeypatch.setattr(GPT, 'new_cache', lambda *args: made.append(args[1:]) or new_cache(*args))
+    monkeypatch.setattr('model.low_rank_approximation', None)
+    assert len([*make(**svd('weight')).stream(tokens(columns=3), 20)]) == 20 and made == [(2, 16)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
