@@ -566,6 +566,14 @@ def test_a_stream_yields_tokens_as_they_are_drawn(options, counts):
     assert torch.equal(torch.cat(drawn, dim=1), expected)           # the first are still what they were
 
 
+@pytest.mark.parametrize('use_cache', [True, False])
+def test_a_stream_keeps_no_graph(use_cache):
+    model, seen = make(), []
+    model.lm_head.register_forward_hook(lambda _, args, logits: seen.append(logits.requires_grad))
+    model.generate(tokens(columns=5), 3, use_cache=use_cache)
+    assert seen == [False] * 3
+
+
 @each_cached
 def test_a_stream_can_be_abandoned(options, counts):
     model, idx = make(**options), tokens(3, 5)
