@@ -39,7 +39,7 @@ class BenchConfig(TrainConfig):
     """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
     check: Annotated[bool, 'test on this device that what must be equal is equal, and time nothing', SWITCH] = False
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
-    contexts: Annotated[str | None, "--decode: prompt lengths, like '16,128'; None: 1/8, 1/2, 7/8 of block_size"] = None
+    contexts: Annotated[str | None, "--decode: prompt lengths, like '16,128'; None: 3, 6, 14 16ths of block_size"] = None
     tokens: Annotated[int, '--decode: tokens after each prompt; a sixteenth where nothing is cached'] = 32
     pairs: Annotated[int, 'timed pairs a comparison'] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against'] = None
@@ -58,7 +58,8 @@ class BenchConfig(TrainConfig):
     def lengths(self):
         """`contexts` as a list of int."""
         if self.contexts is None:
-            return [max(1, self.block_size * eighths // 8) for eighths in (1, 4, 7)]
+            # within the spans of 'causal' scope; at their edges a basis is due, which lasts for as many tokens again
+            return [max(1, self.block_size * sixteenths // 16) for sixteenths in (3, 6, 14)]
         most = self.block_size - self.tokens                        # beyond that the window slides: not this table's
         words = self.contexts.split(',')
         if not all(re.fullmatch('[1-9][0-9]{0,8}', word) and int(word) <= most for word in words):

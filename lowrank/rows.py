@@ -77,9 +77,9 @@ class LowRankRows(Rows):
 class CausalRows:
     """What `svd.causal_low_rank_approximation` makes of the rows, row by row. The first rows, which it leaves as they
     are, are kept in full, the others as k coordinates, each span [s, 2s) with a basis of its own, k n numbers, made of
-    the Gram matrix G of all rows before s. G cannot be had from what is kept, so it is summed on the way, n (n + 1) / 2
-    numbers in float64: in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4). MPS has no float64;
-    there G is float32, and rows should be neither above 1e15 nor all below 1e-15.
+    the Gram matrix G of all rows before s. G cannot be had from what is kept, so it is summed on the way, half of it in
+    float64: in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4). MPS has no float64; there G is
+    float32, and rows should be neither above 1e15 nor all below 1e-15 (float64 rows: 1e150, 1e-150).
 
     A basis comes from eigh of G whatever the method: torch.linalg.svd would need the rows.
     """
