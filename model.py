@@ -291,12 +291,12 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None, seed=None):
         """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens); `stream` has the rest."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache, seed)), dim=1)
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, top_p, seed)), dim=1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, seed=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None, seed=None):
         """Yield max_new_tokens next tokens of idx (B, T), each (B, 1), as they are drawn (see runtime/draw.py).
 
         The context is the last block_size tokens; up to there keys and values are cached, unless use_cache is False.

@@ -114,7 +114,7 @@ def samples(cfg, set_by):
 
     def first_sample():
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
-            for new in model.stream(prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cached):
+            for new in model.stream(prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cached, cfg.top_p):
                 columns.append(new[:, 0].tolist())
                 yield columns[-1][0]
 
