@@ -40,7 +40,7 @@ def test_it_is_the_same_product(threads, products, m, shape, bias, dtype):
     b = torch.randn(m, generator=generator, dtype=dtype) if bias else None
     expected, y = F.linear(x, weight, b), linear(x, weight, b)
     assert y.shape == expected.shape
-    assert (y - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (y - expected).abs().max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
     rows, share = x.numel() // 512, m // threads
     assert products == [[(threads, share, 512), (threads, 512, rows)] if rows <= VERY_FEW_ROWS else
                         [(threads, rows, 512), (threads, 512, share)]]
