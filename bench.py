@@ -39,7 +39,7 @@ class BenchConfig(TrainConfig):
     """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
     check: Annotated[bool, 'test on this device that what must be equal is equal, and time nothing', SWITCH] = False
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
-    contexts: Annotated[str | None, "--decode: prompt lengths, like '16,128'; None: 3, 6, 14 16ths of block_size"] = None
+    contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths of block_size"] = None
     tokens: Annotated[int, '--decode: tokens after each prompt; a sixteenth where nothing is cached'] = 32
     pairs: Annotated[int, 'timed pairs a comparison'] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against'] = None

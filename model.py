@@ -118,10 +118,13 @@ class CausalSelfAttention(nn.Module):
             q, k = linear(x, weight[:2 * C], None if bias is None else bias[:2 * C]).split(C, dim=2)
             v = linear(x, cache.to_coordinates)                     # (B, T, nh k)
         else:
-            if self.svd_scope == 'weight':
-                weight = torch.cat((weight[:2 * C], self.value_weight()))                       # (3C, C)
-            q, k, v = linear(x, weight, bias).split(C, dim=2)       # each (B, T, C)
+            q, k, v = linear(x, self.effective_weight(), bias).split(C, dim=2)                  # each (B, T, C)
         return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
+
+    def effective_weight(self):
+        """c_attn's weight as it acts (3C, C): in 'weight' scope the rows that make V are `value_weight`."""
+        weight = self.c_attn.weight
+        return torch.cat((*weight.chunk(3)[:2], self.value_weight())) if self.svd_scope == 'weight' else weight
 
     def value_weight(self):
         """'weight' scope: every head's value projection W_v (hs, C), cut to rank k; (C, C), heads stacked. One small
@@ -330,8 +333,8 @@ class GPT(nn.Module):
                     layer.clear()
             new = window[:, cache[0].keys.length:] if cache else window
             logits = self(new, cache=cache)[0][:, -1].expand(B, -1)                             # (B, vocab)
-            ids[:, n:n + 1] = draw(logits, temperature, top_k, top_p, generator)
-            yield ids[:, n:n + 1]
+            ids[:, n:n + 1] = token = draw(logits, temperature, top_k, top_p, generator)
+            yield token
 
     def new_cache(self, batch, tokens):
         """Room for keys and values of `batch` sequences of `tokens` tokens: a list of LayerCache, in the parameters'
@@ -428,6 +431,8 @@ class GPT(nn.Module):
         (dropout, the SVD options). Needs safetensors, and for the names huggingface_hub (which comes with datasets).
         Raises ValueError for another name or field, a missing package, and what cannot be had or used."""
         for key in override_args or {}:
+            if key not in GPTConfig.__dataclass_fields__:
+                raise ValueError(f'{key}: no such field')
             if key != 'dropout' and 'svd' not in key:
                 raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed')
         args, state = pretrained.read(name_or_folder)
@@ -442,7 +447,5 @@ class GPT(nn.Module):
             raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
                              "(nearest: 'weight')")
         for i, attn in enumerate(block.attn for block in self.transformer.h):
-            if c.svd_truncates:
-                w = torch.cat((attn.c_attn.weight[:2 * c.n_embd], attn.value_weight()))         # (3C, C)
-                state[f'transformer.h.{i}.attn.c_attn.weight'] = w
+            state[f'transformer.h.{i}.attn.c_attn.weight'] = attn.effective_weight()
         return state

@@ -72,6 +72,8 @@ def main(argv=None):
         with unfailing_output():                                      # | head
             for piece in samples(cfg, set_by):
                 print(piece, end='', flush=True)
+                if getattr(sys.stdout, 'silent', False):              # nobody reads on
+                    break
         return 0
     except UserError as e:
         print(f'sample.py: {e}', file=sys.stderr)
@@ -88,7 +90,10 @@ def samples(cfg, set_by):
     model, meta = load_model(cfg, {k: getattr(cfg, k) for k in set_by
                                    if k == 'svd_rank' or 'svd' in k and getattr(cfg, k) is not None})
     model.to(device).eval()
+    cached = not model.config.svd_sees_future                       # load_model has said so
     if cfg.compile:
+        if not cached:                                              # inductor fails as the length crosses the rank
+            raise UserError("compile=True: not with svd_scope='sequence', whose prefix grows (nearest: compile=False)")
         model.compile(dynamic=True)                                 # the context grows by a token a step
     if meta['vocab_size'] > model.config.vocab_size:                # a nanoGPT checkpoint away from its data folder
         raise UserError(f'the model has {model.config.vocab_size} token ids and no tokenizer for them was found; put '
@@ -103,9 +108,10 @@ def samples(cfg, set_by):
     ids = tokenizer.encode(start)
     if not ids:
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
-    cached = not model.config.svd_sees_future                       # load_model has said so
     need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
-    need += model.kv_cache_bytes(cfg.num_samples, len(ids) + cfg.max_new_tokens)
+    context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
+    with context:
+        need += model.kv_cache_bytes(cfg.num_samples, len(ids) + cfg.max_new_tokens)
     if here and need > here:                                        # ids, logits and probabilities, cache
         raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
                         f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
@@ -113,7 +119,7 @@ def samples(cfg, set_by):
     columns = []                                                    # of token ids, num_samples each
 
     def first_sample():
-        with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
+        with context:
             for new in model.stream(prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cached, cfg.top_p):
                 columns.append(new[:, 0].tolist())
                 yield columns[-1][0]
@@ -131,27 +137,30 @@ def samples(cfg, set_by):
 
 def load_model(cfg, svd):
     """The model, its SVD options replaced by those given in `svd`, and the tokenizer's meta; says which model it is."""
-    saved = None
+    path = saved = None
     try:
-        if cfg.init_from != 'resume':
+        if cfg.init_from == 'resume':
+            path = ckpt.find(cfg.out_dir)
+            saved = ckpt.load(path)
+            configuration.check_all(GPTConfig, saved['model_args'], path)
+            model = GPT.from_checkpoint(saved, **svd)
+            meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
+            best = float(saved.get('best_val_loss', float('nan')))
+            words = f'{path}: {saved["iter_num"]} steps, validation loss {best:.4f}'
+        else:
             model, meta = GPT.from_pretrained(cfg.init_from, svd), pretrained.read_tokenizer(cfg.init_from)
             ids = (meta or GPT2_META)['vocab_size']                 # without one it is taken for OpenAI's
             if ids > model.config.vocab_size:
                 raise UserError(f'init_from={cfg.init_from!r}: ' + ('has no tokenizer.json' if meta is None else (
                     f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
-            return model, meta or GPT2_META
-        path = ckpt.find(cfg.out_dir)
-        saved = ckpt.load(path)
-        configuration.check_all(GPTConfig, saved['model_args'], path)
-        model = GPT.from_checkpoint(saved, **svd)
+            meta, words = meta or GPT2_META, cfg.init_from
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None
     c = model.config
-    words = f'rank {c.svd_rank}, {c.svd_method}, {c.svd_scope}' if c.use_svd and c.svd_rank else 'off'
-    print(f'{path}: {saved["iter_num"]} steps, validation loss {float(saved.get("best_val_loss", float("nan"))):.4f}; '
-          f'SVD on V {words}' + (' (switched here)' if svd else '')
+    print(f'{words}; SVD on V ' + (f'rank {c.svd_rank}, {c.svd_method}, {c.svd_scope}' if c.svd_truncates else 'off')
+          + (' (switched here)' if svd else '')
           + (': each token changes V of all earlier ones, so nothing is cached' if c.svd_sees_future else ''))
-    return model, ckpt.tokenizer_of(saved, c.vocab_size)
+    return model, meta
 
 
 if __name__ == '__main__':

@@ -78,8 +78,9 @@ class CausalRows:
     """What `svd.causal_low_rank_approximation` makes of the rows, row by row. The first rows, which it leaves as they
     are, are kept in full, the others as k coordinates, each span [s, 2s) with a basis of its own, k n numbers, made of
     the Gram matrix G of all rows before s. G cannot be had from what is kept, so it is summed on the way, half of it in
-    float64: in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4). MPS has no float64; there G is
-    float32, and rows should be neither above 1e15 nor all below 1e-15 (float64 rows: 1e150, 1e-150).
+    float64: in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4). For rows in half precision,
+    which are further off themselves, and on MPS, which has no float64, G is float32, and rows should be neither above
+    1e15 nor all below 1e-15 (float64 rows: 1e150, 1e-150).
 
     A basis comes from eigh of G whatever the method: torch.linalg.svd would need the rows.
     """
@@ -101,7 +102,8 @@ class CausalRows:
         self.rank, self.length = rank, 0
         # G_ij = G_ji once each, by diagonals that wrap around: gram[d, i] = G[i, (i + d) mod n], d = 0 ... n / 2. A
         # new row is then added by one multiplication of it with views of itself, 8 times faster than via a triangle
-        kind = torch.float32 if torch.device(device).type == 'mps' else torch.float64
+        wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
+        kind = torch.float64 if wide else torch.float32
         self.gram = torch.zeros(*batch, n // 2 + 1 if count else 0, n, dtype=kind, device=device)
         self.nbytes = sum(t.nbytes for t in (full, coordinates, self.bases, self.gram))
 

@@ -143,8 +143,10 @@ def tokenizer_of(saved, vocab_size):
 
 
 def newest(root='.'):
-    """The most recently written */ckpt.pt below `root`, or None: which run `python sample.py` alone means."""
-    return max(Path(root).glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime, default=None)
+    """The most recently written */ckpt.pt below `root`, or None: which run `python sample.py` alone means. Runs of this
+    repo, which have a config.py, come before what was brought or exported; hidden folders are no runs."""
+    found = (path for path in Path(root).glob('*/ckpt.pt') if not path.parent.name.startswith('.'))
+    return max(found, key=lambda p: (p.with_name('config.py').exists(), p.stat().st_mtime), default=None)
 
 
 def _nearest_checkpoint(path):

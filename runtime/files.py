@@ -1,6 +1,5 @@
 """Files and folders that are written whole or not at all."""
 
-import glob
 import os
 import re
 import shutil
@@ -43,16 +42,15 @@ def write_atomically(path, content):
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill by `replacing`, which becomes `path` when the block ends: temporary folder beside it, rename. A
-    crash or an error leaves no `path`, and an error nothing else either. Raises OSError, also where `path` is more
-    than an empty folder."""
+    """A folder to fill by `replacing`, which becomes `path` when the block ends: hidden folder beside it, rename. A
+    crash leaves no `path`, an error nothing at all. What a crash leaves stays: beside `path` are the user's own files.
+    Raises OSError, also where `path` is more than an empty folder."""
     path = Path(os.path.realpath(path))
     made = [folder for folder in path.parents if not folder.exists()]
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, f'{glob.escape(path.name)}.*.tmp')
-        temporary.mkdir()
         yield temporary
         if path.exists():
             path.rmdir()                                            # Windows renames over no folder
@@ -66,15 +64,12 @@ def new_folder(path):
     _flush_folder(path.parent)
 
 
-def remove_leftovers(folder, pattern='*.tmp'):
-    """Delete what processes left that were killed while `replacing` or in `new_folder`; not that of living ones."""
-    for path in Path(folder).glob(pattern):
+def remove_leftovers(folder):
+    """Delete the temporary files of processes that were killed while `replacing`; not those of living ones."""
+    for path in Path(folder).glob('*.tmp'):
         number = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
         if number and not _is_alive(int(number[1])):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _is_alive(process):

@@ -12,8 +12,8 @@ LARGE = 2 ** 18                     # elements of a weight: below, splitting cos
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias): x (..., n), weight (m, n) -> (..., m). For a few rows of x the BLAS behind it reads
     the whole weight with one thread; here each thread takes its share of the weight's rows, at up to the memory's
-    speed: 1.0 to 3.6 times faster on two cores, equal but for the order of sums (docs/RESULTS.md). F.linear itself where
-    gradients are recorded."""
+    speed: 1.0 to 3.6 times faster on two cores (docs/RESULTS.md), equal but for the order of sums. F.linear itself
+    where gradients are recorded."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != 'cpu':
         return F.linear(x, weight, bias)
     (m, n), threads = weight.shape, torch.get_num_threads()

@@ -11,6 +11,7 @@ class _Stream:
 
     def __init__(self, stream):
         self._stream = stream
+        self.silent = False
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -35,6 +36,7 @@ class _Stream:
 
     def _fall_silent(self):
         """What is still in the buffer goes to the null device, too, or Python complains when it ends."""
+        self.silent = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -22,7 +22,7 @@ MODELS = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),                  # 12
           'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),          # 350M
           'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),           # 774M
           'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600)}              # 1558M
-# what a config.json that lacks them means; only these values of the second line can be had
+# what a config.json that lacks them means; and what it must mean
 DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024, n_inner=None,
                 activation_function='gelu_new', resid_pdrop=0.1, tie_word_embeddings=True)
 ONLY = dict(model_type='gpt2', layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
@@ -81,7 +81,7 @@ def read(name):
 def _read_json(path):
     """A JSON file's object. Raises ValueError."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
     except OSError as e:
         raise ValueError(f'{path.name} cannot be read: {e.strerror}') from None
     except (ValueError, RecursionError, MemoryError) as e:

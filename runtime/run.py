@@ -61,9 +61,13 @@ class Run:
         elif len(states) != here:
             raise UserError(f'{path}: its run has {len(states)} processes, and here are {here}: the data would come in '
                             f'another order (nearest: torchrun --nproc_per_node={len(states)})')
+        optimizer = saved.get('optimizer')
         try:
-            restore_optimizer(self.optimizer, saved.get('optimizer'), saved['iter_num'],
-                              cropped=self.model.transformer.wpe.weight)
+            if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:     # as exported
+                self.processes.print(f'{path} has no optimizer state: the optimizer starts anew')
+            else:
+                restore_optimizer(self.optimizer, optimizer, saved['iter_num'],
+                                  cropped=self.model.transformer.wpe.weight)
         except ValueError as e:
             raise UserError(f'{path}: its optimizer state does not fit optimizer={self.cfg.optimizer}: {e}') from None
         try:

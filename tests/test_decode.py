@@ -293,13 +293,13 @@ def bytes_held(cache):
 
 
 def values_by_formula(scope, T, head_size, rank, block, each):
-    """Bytes of V of T tokens, per head, `each` of a number; sums of squares in float64."""
+    """Bytes of V of T tokens, per head, `each` of a number; sums of squares in float64, for halves in float32."""
     if scope == 'weight':
         return T * rank * each
     starts = [block * 2 ** i for i in range(20) if rank < block * 2 ** i < T] if scope == 'causal' else []
     if not starts:
         return T * head_size * each
-    sums = 8 * head_size * (head_size // 2 + 1)
+    sums = (4 if each == 2 else 8) * head_size * (head_size // 2 + 1)
     return (starts[0] * head_size + (T - starts[0]) * rank + len(starts) * rank * head_size) * each + sums
 
 
@@ -534,6 +534,12 @@ def test_a_cache_has_room_for_what_is_computed_and_no_more(monkeypatch, columns,
     monkeypatch.setattr(GPT, 'new_cache', lambda self, *args: asked.append(args) or new_cache(self, *args))
     make().generate(tokens(3, columns), new)
     assert asked == ([(3, room)] if room else [])
+
+
+def test_use_cache_is_the_fifth_argument(monkeypatch):
+    monkeypatch.setattr(GPT, 'new_cache', None)
+    model, idx = make(), tokens(columns=3)
+    assert torch.equal(model.generate(idx, 5, 1.0, 1, False), model.generate(idx, 5, temperature=0, use_cache=False))
 
 
 def test_beyond_block_size_w_v_is_not_decomposed_again(monkeypatch):

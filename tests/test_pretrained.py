@@ -327,7 +327,7 @@ def bad(refused):
 
 def test_a_good_folder_gives_a_sample(good, call):
     result = call(sample.main, *SAMPLE, '--init_from=good', '--start=abc')
-    assert result.code == 0 and result.out.startswith('abc')
+    assert result.code == 0 and result.out.startswith('good; SVD on V off\nabc')
 
 
 def test_weights_cut_off_anywhere_are_refused(good, bad):
@@ -633,7 +633,8 @@ def test_a_run_is_exported_for_transformers(hf, trained, call):
     ours = GPT.from_checkpoint(ckpt.load('out/ckpt.pt')).eval()
     encoder = Tokenizer(checkpoint()['tokenizer'])
     assert text == encoder.decode(ours.generate(torch.tensor([encoder.encode('the cat')]), 8, top_k=1)[0].tolist())
-    assert call(sample.main, *SAMPLE, '--init_from=out-gpt2', '--start=the cat').out.startswith('the cat')
+    assert call(sample.main, *SAMPLE, '--init_from=out-gpt2', '--start=the cat').out.startswith(
+        'out-gpt2; SVD on V off\nthe cat')
 
 
 def test_a_run_is_exported_for_nanogpt(trained, call):
@@ -673,6 +674,8 @@ def test_a_muon_run_leaves_out_its_optimizer(here, fit, call):
     fit('--optimizer=muon')
     assert "left out: the optimizer state (it is Muon's)" in call(export.main, '--to=nanogpt').out
     assert not checkpoint('out-nanogpt')['optimizer']['state']
+    out = fit('--init_from=resume', '--out_dir=out-nanogpt', '--max_iters=6')
+    assert 'no optimizer state: the optimizer starts anew' in out and checkpoint('out-nanogpt')['iter_num'] == 6
 
 
 def test_what_cannot_be_said_is_refused(trained, fit, refused):
@@ -758,14 +761,16 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing(trained, call, monkeypatch, to, er
     assert folder_bytes('.') == before and {p.name for p in Path().iterdir()} == {'data', 'out'}
 
 
-def test_what_a_killed_export_left_is_removed(tmp_path):
-    old = tmp_path / 'new.4194305.tmp'                              # larger than any process number
-    old.mkdir()
-    (old / 'config.json').touch()
-    (tmp_path / 'other.4194305.tmp').mkdir()
+def test_a_new_folder_removes_nothing_beside_it(tmp_path):
+    """Whoever has folders named like ours may need them."""
+    names = ['new.4194305.tmp', '.new.4194305.tmp', 'other.4194305.tmp']    # larger than any process number
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').touch()
     with new_folder(tmp_path / 'new') as folder:
+        assert folder.name.startswith('.')
         (folder / 'file').touch()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['new', 'other.4194305.tmp']
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, 'new'])
 
 
 def test_help_names_every_option(call):

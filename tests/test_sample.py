@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench
+import model as model_module
 import sample
 import train
 from conftest import TINY, checkpoint
@@ -65,6 +66,15 @@ def test_the_newest_run_is_taken_and_named(run, call):
     out = call(sample.main, *SHORT).out
     assert out.startswith('newest/ckpt.pt: 100 steps, validation loss ') and 'SVD on V off' in out
     assert call(sample.main, *SHORT, '--out_dir=old').out.startswith('old/ckpt.pt: 300 steps')
+
+
+def test_a_run_comes_before_what_was_exported_from_it(run, call):
+    for age, name in ((300, 'mine'), (100, 'mine-nanogpt'), (50, '.mine-nanogpt.123.tmp')):
+        os.utime(Path(run(name)) / 'ckpt.pt', (1e9 - age, 1e9 - age))
+    Path('mine/config.py').touch()
+    assert call(sample.main, *SHORT).out.startswith('mine/ckpt.pt')
+    Path('mine/config.py').unlink()
+    assert call(sample.main, *SHORT).out.startswith('mine-nanogpt/ckpt.pt')
 
 
 def test_without_any_run_one_line_says_how_to_get_one(here, refused):
@@ -200,6 +210,34 @@ def test_a_model_trained_with_svd_keeps_it_unless_told_otherwise(run, texts, cal
     assert texts() != plain == texts('--use_svd=False')
 
 
+def test_gpt2_says_what_is_cut_too(here, call, monkeypatch, byte_bpe):
+    gpt2 = GPT(train.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257, use_svd=True,
+                               svd_rank=2))
+    monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: gpt2)
+    out = call(sample.main, *SHORT, '--init_from=gpt2', '--use_svd=True', '--svd_rank=2', '--start=a').out
+    assert out.startswith('gpt2; SVD on V rank 2, gram, sequence (switched here): ') and 'nothing is cached' in out
+
+
+def test_a_prefix_that_is_recomputed_is_not_compiled(run, refused):
+    run()
+    assert 'nearest: compile=False' in refused(sample.main, '--use_svd=True', '--svd_rank=2', '--compile=True')
+
+
+def test_a_reader_who_leaves_ends_the_sampling(run, monkeypatch):
+    """| head"""
+    class Left(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+    drawn, draw = [], model_module.draw
+    run()
+    monkeypatch.setattr('model.draw', lambda *args: drawn.append(1) or draw(*args))
+    monkeypatch.setattr(sys, 'stdout', Left())
+    assert sample.main(['--device=cpu', '--max_new_tokens=100']) == 0 and len(drawn) < 3
+
+
 @pytest.mark.parametrize('option', ['--use_svd=None', '--svd_method=None', '--svd_scope=None'])
 def test_none_means_as_trained(run, texts, option):
     args = checkpoint(run())['model_args']
@@ -317,8 +355,9 @@ def test_a_character_of_several_tokens_appears_with_the_last(here, screen, monke
         n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)))
     monkeypatch.setattr('model.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
     assert sample.main([*SHORT, '--init_from=gpt2', '--start=a', '--max_new_tokens=20', '--num_samples=1']) == 0
-    assert screen.seen[1:] == ['a' + ('né€😀' * 2)[:n] for n in range(1, 9)] + [screen.getvalue()]
-    assert screen.getvalue() == 'a' + 'né€😀' * 2 + '\n---------------\n'
+    head, said = 'gpt2; SVD on V off\n', 'né€😀' * 2
+    assert screen.seen[1:] == [f'{head}a{said[:n]}' for n in range(1, 9)] + [screen.getvalue()]
+    assert screen.getvalue() == f'{head}a{said}\n---------------\n'
 
 
 def test_a_character_that_is_cut_off_is_a_question_mark(here, call, monkeypatch, byte_bpe):
@@ -328,7 +367,7 @@ def test_a_character_that_is_cut_off_is_a_question_mark(here, call, monkeypatch,
     monkeypatch.setattr('model.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
     out = call(sample.main, '--device=cpu', '--init_from=gpt2', '--start=a', '--max_new_tokens=5',
                '--num_samples=2').out
-    assert out == 2 * 'aé��\n---------------\n'
+    assert out == 'gpt2; SVD on V off\n' + 2 * 'aé��\n---------------\n'
 
 
 @pytest.mark.parametrize('tokens', [0, 1, 17])
