@@ -273,8 +273,8 @@ class GPT(nn.Module):
         them: a prompt first, then one token at a time, without gradients. Raises ValueError for more than block_size
         tokens and for what does not fit the cache.
         """
-        if cache and torch.is_grad_enabled():
-            with torch.no_grad():                                   # rows are written in place
+        if cache and torch.is_grad_enabled():                       # its rows are written in place
+            with torch.no_grad():
                 return self.forward(idx, targets, cache)
         T, start = idx.size(1), cache[0].keys.length if cache else 0
         if not 1 <= T <= self.config.block_size - start:
@@ -427,9 +427,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
-        hub, or a folder in their format. Its dropout is resid_pdrop. override_args: fields that add no parameters
-        (dropout, the SVD options). Needs safetensors, and for the names huggingface_hub (which comes with datasets).
-        Raises ValueError for another name or field, a missing package, and what cannot be had or used."""
+        hub, or a folder in their format, whose resid_pdrop is the dropout. override_args: fields that add no parameters
+        (dropout, the SVD options). Raises ValueError for other names and fields, and what cannot be had or used."""
         for key in override_args or {}:
             if key not in GPTConfig.__dataclass_fields__:
                 raise ValueError(f'{key}: no such field')

@@ -99,22 +99,13 @@ def samples(cfg, set_by):
         raise UserError(f'the model has {model.config.vocab_size} token ids and no tokenizer for them was found; put '
                         'the meta.pkl of its data set into data/DATASET')
     tokenizer = Tokenizer(meta)
-    start = cfg.start
-    if start.startswith('FILE:'):
-        try:
-            start = Path(start[5:]).read_text(encoding='utf-8-sig')
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f'start={cfg.start}: not a readable UTF-8 text file ({type(e).__name__})') from None
+    start = prompt_text(cfg.start)
     ids = tokenizer.encode(start)
     if not ids:
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
-    need, here = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size), devices.memory_bytes(device)
     context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
-    with context:
-        need += model.kv_cache_bytes(cfg.num_samples, len(ids) + cfg.max_new_tokens)
-    if here and need > here:                                        # ids, logits and probabilities, cache
-        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
-                        f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
+    with context:                                                   # halves may be cached
+        check_memory(cfg, model, len(ids), device)
     prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
     columns = []                                                    # of token ids, num_samples each
 
@@ -133,6 +124,26 @@ def samples(cfg, set_by):
     yield END
     for row in list(zip(*columns))[1:]:
         yield start + tokenizer.decode(row) + END
+
+
+def prompt_text(start):
+    """The option, or the file that it names."""
+    if not start.startswith('FILE:'):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'start={start}: not a readable UTF-8 text file ({type(e).__name__})') from None
+
+
+def check_memory(cfg, model, prompt_tokens, device):
+    """Refuse what cannot fit: ids, logits, probabilities and the cache against all there is."""
+    here = devices.memory_bytes(device)
+    need = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size)
+    need += model.kv_cache_bytes(cfg.num_samples, prompt_tokens + cfg.max_new_tokens)
+    if here and need > here:
+        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
+                        f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
 
 
 def load_model(cfg, svd):
