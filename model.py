@@ -353,7 +353,7 @@ class GPT(nn.Module):
         if self.config.svd_sees_future:
             return 0
         tokens = min(tokens, self.config.block_size)
-        return self.config.n_layer * self.transformer.h[0].attn.new_cache(batch, tokens, 'meta').nbytes
+        return batch * self.config.n_layer * self.transformer.h[0].attn.new_cache(1, tokens, 'meta').nbytes
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, without the position embeddings by default (the token embeddings are the head)."""

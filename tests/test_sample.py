@@ -166,6 +166,11 @@ def test_a_prompt_that_cannot_be_encoded_is_refused(run, refused, here, start, w
     assert words in refused(sample.main, f'--start={start}')
 
 
+def test_what_cannot_fit_is_refused(run, refused):
+    run()
+    assert 'make one of them smaller' in refused(sample.main, f'--num_samples={10 ** 100}')
+
+
 def test_equal_seeds_give_equal_texts_and_other_seeds_do_not(run, texts):
     run()
     a, again, b = texts('--seed=1'), texts('--seed=1'), texts('--seed=2')
