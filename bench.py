@@ -10,8 +10,8 @@ another checkout's model.py. Or time decoding. Or test that what must be equal i
 
 A step is forward, backward, clipping and the optimizer, on random tokens. Decoding is greedy, batch_size prompts of
 random tokens at a time; its prefill is timed apart. What is compared takes turns, in alternating order, so that a
-drifting machine slows all. The self-test prints ok, FAIL or skip for each equality, in
-under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
+drifting machine slows all. The self-test prints ok, FAIL or skip for each equality, in under two minutes, and ends with
+exit code 1 if one failed. The last line is JSON.
 """
 
 import importlib.util
@@ -57,14 +57,13 @@ class BenchConfig(TrainConfig):
 
     def lengths(self):
         """`contexts` as a list of int."""
-        if self.contexts is None:
-            # within the spans of 'causal' scope; at their edges a basis is due, which lasts for as many tokens again
-            return [max(1, self.block_size * sixteenths // 16) for sixteenths in (3, 6, 14)]
         most = self.block_size - self.tokens                        # beyond that the window slides: not this table's
-        words = self.contexts.split(',')
+        # within the spans of 'causal' scope; at their edges a basis is due, which lasts for as many tokens again
+        usual = ','.join(str(min(most, self.block_size * sixteenths // 16)) for sixteenths in (3, 6, 14))
+        words = (usual if self.contexts is None else self.contexts).split(',')
         if not all(re.fullmatch('[1-9][0-9]{0,8}', word) and int(word) <= most for word in words):
-            raise ValueError(f"contexts={self.contexts!r}: must be whole numbers, like '16,128', of at most block_size "
-                             f'- tokens = {most}')
+            raise ValueError(f"contexts={','.join(words)!r}: must be whole numbers, like '16,128', of at most "
+                             f'block_size - tokens = {most}')
         return [int(word) for word in words]
 
 

@@ -11,7 +11,6 @@ import torch
 
 from lowrank.svd import causal_starts, leading_eigenvectors
 
-
 Span = namedtuple('Span', 'start stop kept basis')                  # of `CausalRows`: rows [start, stop)
 
 

@@ -48,15 +48,18 @@ def new_folder(path):
     path = Path(os.path.realpath(path))
     made = [folder for folder in path.parents if not folder.exists()]
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        if path.exists():
-            path.rmdir()                                            # Windows renames over no folder
-        os.rename(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if path.exists():
+                path.rmdir()                                        # Windows renames over no folder
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):                                     # somebody else's file is in it
             for folder in made:
                 folder.rmdir()

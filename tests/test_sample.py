@@ -512,7 +512,8 @@ def test_bench_writes_no_file(results, here):
 @pytest.mark.parametrize('option, words', [('peer=nowhere', 'has no model.py'), ('pairs=1', 'nearest: 2'),
                                            ('svd_rank=0', '1 to 8, or None'), ('tokens=1', 'nearest: 2'),
                                            ('contexts=3,x', 'whole numbers'), ('contexts=14', 'at most'),
-                                           ('contexts=0', 'whole numbers'), ('contexts=', 'whole numbers')])
+                                           ('contexts=0', 'whole numbers'), ('tokens=16', 'at most'),
+                                           ('contexts=', 'whole numbers')])
 def test_bench_refuses_what_cannot_be(here, refused, option, words):
     assert words in refused(bench.main, *BENCH, '--decode', '--tokens=4', f'--{option}')
 
