@@ -208,6 +208,8 @@ def train_step(model, optimizer, x, y, context, grad_clip):
         if grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
+        if isinstance(model, GPT):                                  # no peer's
+            model.advance_svd_basis()
         optimizer.zero_grad(set_to_none=True)
     return step
 

@@ -34,7 +34,7 @@ from runtime import pretrained
 from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
-from runtime.optim import MuonAdamW
+from runtime.optim import MuonAdamW, gpt_groups
 from runtime.output import unfailing_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
@@ -201,7 +201,8 @@ def train(cfg, set_by, saved, processes, stop):
         if processes.is_main:
             run.open_files()
         if processes.distributed:
-            replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
+            ids = [device] if 'cuda' in device else None
+            replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
         with stop.noted(), progress(run) as bar:
             loop(run, replica, evaluate, stop, bar)
         if processes.is_main:
@@ -327,6 +328,8 @@ def step(run, replica):
         torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
     scaler.step(run.optimizer)
     scaler.update()
+    if math.isfinite(norm_value):                                       # else the scaler made no step
+        model.advance_svd_basis(processes.mean)
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
     return loss
@@ -386,7 +389,7 @@ def build_optimizer(cfg, model, device):
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
     if cfg.optimizer == 'muon':
         dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
-        return MuonAdamW(model.optim_groups(cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
+        return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
     return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.svd import METHODS, truncated_svd
 from model import GPT, SCOPES, GPTConfig
-from runtime.optim import MuonAdamW
+from runtime.optim import MuonAdamW, gpt_groups
 
 # Muon's matrix norm, by a route that only fake tensors take
 pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated')
@@ -164,7 +164,7 @@ def train_and_generate(device, **options):
     betas = (.9, .95)
     optimizers = [model.configure_optimizers(.1, 1e-3, betas, device.type)]
     if not options:                                                 # Muon sees the same parameters in every case
-        optimizers += [MuonAdamW(model.optim_groups(.1), 1e-3, betas, device.type, dtype)
+        optimizers += [MuonAdamW(gpt_groups(model, .1), 1e-3, betas, device.type, dtype)
                        for dtype in (torch.float32, torch.bfloat16)]
     loss = model(tokens, tokens)[1]
     loss.backward()

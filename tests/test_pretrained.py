@@ -69,7 +69,7 @@ def char_meta(chars):
 
 
 def gpt2_of(model):
-    return pretrained.to_gpt2(asdict(model.config), model.plain_state_dict())
+    return pretrained.to_gpt2(asdict(model.config), export.plain_state_dict(model))
 
 
 def write(folder, model, meta=None):
@@ -189,7 +189,7 @@ def test_an_svd_that_changes_nothing_is_left_out(tmp_path, options):
 @pytest.mark.parametrize('scope', ['sequence', 'causal'])
 def test_an_svd_of_v_itself_is_refused(scope):
     with pytest.raises(ValueError, match=f"svd_scope='{scope}'.*nearest: 'weight'"):
-        make(use_svd=True, svd_rank=2, svd_scope=scope).plain_state_dict()
+        export.plain_state_dict(make(use_svd=True, svd_rank=2, svd_scope=scope))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """lowrank/rows.py, rows that come in pieces, against lowrank/svd.py, which gets them at once; and the pieces of svd.py
 that only rows are made with."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,8 @@ def fill(kept, x, lengths=None):
 def causal_rows(x, rank, block, lengths=None, room=None):
     """CausalRows that hold x."""
     shape = (*x.shape[:-2], room or x.shape[-2], x.shape[-1])
-    return fill(CausalRows(shape, rank, block, dtype=x.dtype, device='cpu'), x, lengths)
+    leading = partial(leading_eigenvectors, rank=rank)
+    return fill(CausalRows(shape, rank, block, leading, dtype=x.dtype, device='cpu'), x, lengths)
 
 
 def assert_sums(kept, bar=1e-12):
@@ -61,8 +64,8 @@ def test_low_rank_rows_are_expanded_coordinates(with_offset):
 @pytest.mark.parametrize('make', [
     lambda room: Rows((2, room, 4), **DOUBLE),
     lambda room: LowRankRows((2, room, 4), normal(2, 6, 4), None, **DOUBLE),
-    lambda room: CausalRows((2, room, 4), 2, 3, **DOUBLE),
-    lambda room: CausalRows((2, room, 4), 2, 99, **DOUBLE)], ids=['rows', 'low rank', 'causal', 'causal, no basis'])
+    lambda room: CausalRows((2, room, 4), 2, 3, partial(leading_eigenvectors, rank=2), **DOUBLE),
+    lambda room: CausalRows((2, room, 4), 2, 99, None, **DOUBLE)], ids=['rows', 'low rank', 'causal', 'causal, no basis'])
 @pytest.mark.parametrize('held, more', [(0, 6), (5, 1), (3, 3), (4, 9)])
 def test_there_is_no_more_room_than_there_is(make, held, more):
     """What does not fit leaves what is there as it was."""
@@ -86,7 +89,7 @@ def test_causal_rows_in_any_pieces_are_the_rows_at_once(data, rows, columns, blo
         lengths.append(data.draw(st.integers(1, rows - sum(lengths))))
     x = normal(*batch, rows, columns, seed=seed)
     expected = causal_low_rank_approximation(x, rank, block=block)
-    kept, length = CausalRows((*batch, rows + spare, columns), rank, block, **DOUBLE), 0
+    kept, length = CausalRows((*batch, rows + spare, columns), rank, block, partial(leading_eigenvectors, rank=rank), **DOUBLE), 0
     for piece in x.split(lengths, dim=-2):
         kept.append(piece)
         length += piece.shape[-2]
@@ -108,7 +111,7 @@ def test_rows_of_one_sequence_join_all():
     """A prompt that several sequences share comes once; then every sequence goes on by itself."""
     prompt, later = normal(1, 11, 4), normal(3, 9, 4, seed=1)
     x = torch.cat((prompt.expand(3, -1, -1), later), dim=1)
-    for kept in (CausalRows((3, 20, 4), 2, 4, **DOUBLE), Rows((3, 20, 4), **DOUBLE)):
+    for kept in (CausalRows((3, 20, 4), 2, 4, partial(leading_eigenvectors, rank=2), **DOUBLE), Rows((3, 20, 4), **DOUBLE)):
         fill(kept, prompt, [10, 1])
         fill(kept, later)
         expected = x if isinstance(kept, Rows) else causal_truth(x, 2)

@@ -25,7 +25,7 @@ from runtime import device as devices
 from runtime.config import UserError
 from runtime.dataset import Dataset, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
-from runtime.optim import Muon, MuonAdamW
+from runtime.optim import Muon, MuonAdamW, gpt_groups
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = ('--use_svd=True', '--svd_rank=2')                            # of 8
@@ -469,7 +469,7 @@ def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, tolerance):
 
 
 def muon_adamw(model):
-    return MuonAdamW(model.optim_groups(.1), .01, (.9, .95), 'cpu', torch.float32)
+    return MuonAdamW(gpt_groups(model, .1), .01, (.9, .95), 'cpu', torch.float32)
 
 
 def train_steps(model, optimizer, steps):
