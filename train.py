@@ -175,10 +175,8 @@ def train(cfg, set_by, saved, processes, stop):
     check_tokenizer(cfg, set_by, saved, data, say)
     try:
         model = build_model(cfg, set_by, saved, data, device, say)
-    except UserError:
-        raise
     except ValueError as e:
-        raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
+        raise e if isinstance(e, UserError) else UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
     model.to(device)
     describe(cfg, model, data, device, dtype, processes)
     evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.svd_sees_future)
