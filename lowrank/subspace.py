@@ -107,8 +107,9 @@ def _orthonormal(y):
     total, info, eye = None, torch.finfo(y.dtype), torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
     for _ in range(1 if y.dtype == torch.float64 else 2):
         c = y.mT @ y                                                # (..., l, l)
-        jitter = 4 * info.eps * c.diagonal(dim1=-2, dim2=-1).sum(-1) + info.tiny ** 0.25
-        factor, _ = torch.linalg.cholesky_ex(c + jitter[..., None, None] * eye)
+        diagonal = c.diagonal(dim1=-2, dim2=-1)
+        diagonal += 4 * info.eps * diagonal.sum(-1, keepdim=True) + info.tiny ** 0.25
+        factor, _ = torch.linalg.cholesky_ex(c)
         inverse = torch.linalg.solve_triangular(factor, eye.expand(c.shape), upper=False).mT
         y, total = y @ inverse, inverse if total is None else total @ inverse
     return y, total

@@ -282,11 +282,14 @@ class _ProjectRowsOneStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rank, spans, basis_grad, power_iters, oversample, start):
         grams, unit = _working_grams(x, tuple(s for s, _, _ in spans))      # (spans, N, n, n), (spans, N, 1) or None
-        q, inverse, before = _iterate(grams, rank, power_iters, oversample, start)
-        q = q.to(x.dtype)                                           # (spans, N, n, k)
-        projectors = q @ q.mT                                       # (spans, N, n, n)
+        if start is not None and start.dim() > 2:
+            start = start.repeat(len(spans), 1, 1)                  # (spans N, n, l)
+        q, inverse, before = _iterate(grams.flatten(0, 1), rank, power_iters, oversample, start)
+        q = q.to(x.dtype)                                           # (spans N, n, k)
+        projectors = (q @ q.mT).view(grams.shape)                   # (spans, N, n, n)
         if basis_grad and ctx.needs_input_grad[0]:
-            ctx.save_for_backward(projectors, x, q @ (inverse.mT @ before.mT).to(x.dtype), unit)
+            f = q @ (inverse.mT @ before.mT).to(x.dtype)            # (spans N, n, n)
+            ctx.save_for_backward(projectors, x, f.view(grams.shape), unit)
         else:
             ctx.save_for_backward(projectors)
         ctx.spans = spans
@@ -328,7 +331,7 @@ def _add_basis_gradient(dx, dy, x, unit, spans, z_of):
     """dx[:s] += x[:s] Z' for every span, in place, Z' = z_of(M + M^T) symmetric (spans, N, n, n): dx, dy, x (N, T, n).
     X in units (spans, N, 1), powers of two, or None: nothing in between over- or underflows."""
     scaled = [x[:, :b] if unit is None else x[:, :b] / unit[i].unsqueeze(-1) for i, (_, _, b) in enumerate(spans)]
-    m = torch.stack([torch.bmm(rows[:, a:].mT, dy[:, a:b]) for rows, (_, a, b) in zip(scaled, spans)])
+    m = _stack([torch.bmm(rows[:, a:].mT, dy[:, a:b]) for rows, (_, a, b) in zip(scaled, spans)])
     for (s, _, _), rows, z in zip(spans, scaled, z_of(m + m.mT)):
         dx[:, :s].baddbmm_(rows[:, :s], z)
 
@@ -387,7 +390,7 @@ def _working_grams(x, stops):
 def _plain_grams(x, stops):
     """Each row enters one product: G of a longer prefix adds the new rows."""
     rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
-    grams = torch.stack([r.mT @ r for r in rows])                   # (stops, ..., n, n)
+    grams = _stack([r.mT @ r for r in rows])                        # (stops, ..., n, n)
     return grams.cumsum(0) if len(stops) > 1 else grams
 
 
@@ -449,6 +452,10 @@ def _decompose(f, a, method, **options):
 
 def _non_finite(method):
     return torch.linalg.LinAlgError(f'the input has non-finite values (NaN or inf); SVD method {method!r}')
+
+
+def _stack(tensors):
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)                # without a copy
 
 
 def _finite(x):
