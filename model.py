@@ -100,10 +100,8 @@ class CausalSelfAttention(nn.Module):
         # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
         self.svd_scope = config.svd_scope if config.svd_truncates else None
         self.svd_rank, self.svd_block, self.svd_basis_grad = config.svd_rank, config.svd_block, config.svd_basis_grad
-        self.svd = dict(rank=config.svd_rank, method=config.svd_method, power_iters=config.svd_power_iters,
-                        oversample=config.svd_oversample)
-        self.running_basis = None                                   # 'weight': one small problem a step, starts cold
-        if self.svd_scope in ('sequence', 'causal') and config.svd_method == 'randomized':
+        self.svd_method, self.running_basis = config.svd_method, None
+        if self.svd_scope and config.svd_method == 'randomized':
             self.running_basis = subspace.RunningBasis(config.n_head, config.n_embd // config.n_head, config.svd_rank,
                                                        config.svd_power_iters, config.svd_oversample)
 
@@ -141,8 +139,8 @@ class CausalSelfAttention(nn.Module):
         """'weight' scope: every head's value projection W_v (hs, C), cut to rank k; (C, C), heads stacked. One small
         SVD a forward pass, independent of B and T; the bias is kept, so V - bias has rank k and no token sees another.
         """
-        low = low_rank_approximation(self._heads_of_w_v(), basis_grad=self.svd_basis_grad, **self.svd)
-        return low.flatten(0, 1)                                    # (nh, hs, C) -> (C, C)
+        low = low_rank_approximation(self._heads_of_w_v().mT, basis_grad=self.svd_basis_grad, **self.svd_options())
+        return low.mT.flatten(0, 1)                                 # (nh, C, hs) -> (nh, hs, C) -> (C, C)
 
     def _heads_of_w_v(self):
         return self.c_attn.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))                   # (nh, hs, C)
@@ -153,7 +151,9 @@ class CausalSelfAttention(nn.Module):
         'sequence': of the T x hs matrix as a whole, the classic definition; position t then depends on tokens after t.
         'causal': rows only use a basis made of earlier rows. 'weight' and no SVD: v itself (see `value_weight`).
         """
-        options = dict(basis_grad=self.svd_basis_grad, **self.svd | self._start())
+        options = dict(basis_grad=self.svd_basis_grad, **self.svd_options())
+        if self.running_basis is not None and torch.is_grad_enabled():
+            options['note'] = self.running_basis.note               # a training step: the next one starts from its V
         if self.svd_scope == 'sequence':
             return low_rank_approximation(v, **options)
         if self.svd_scope == 'causal':
@@ -164,13 +164,12 @@ class CausalSelfAttention(nn.Module):
         """U_k S_k V_k^T by torch.linalg.svd: (B, nh, T, hs) -> (B, nh, T, hs). rank None: the configured one."""
         return low_rank_approximation(v, rank or self.svd_rank, 'standard', self.svd_basis_grad)
 
-    def _start(self):
-        """'randomized': where the iteration starts, and in training steps who takes note of V^T V."""
-        if self.running_basis is None:
-            return {}
-        start, iterations = self.running_basis.start()
-        note = dict(note=self.running_basis.note) if self.training and torch.is_grad_enabled() else {}
-        return dict(start=start, power_iters=iterations, **note)
+    def svd_options(self):
+        """Rank, method, and where 'randomized' starts: 'weight' scope, which takes note of nothing, always cold."""
+        options = dict(rank=self.svd_rank, method=self.svd_method)
+        if self.running_basis is not None:
+            options |= zip(('start', 'power_iters'), self.running_basis.start())
+        return options
 
     @torch.no_grad()
     def value_statistics(self, x):
@@ -191,12 +190,12 @@ class CausalSelfAttention(nn.Module):
         shape = (batch, self.n_head, tokens, C // self.n_head)
         keys, to_coordinates = Rows(shape, **kind), None
         if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
-            basis, b = low_rank_factors(self._heads_of_w_v(), **self.svd)                       # A (nh, hs, k)
-            to_coordinates = b.flatten(0, 1)                        # (nh, k, C) -> (nh k, C)
+            b, basis = low_rank_factors(self._heads_of_w_v().mT, **self.svd_options())          # (nh, C, k), (nh, k, hs)
+            to_coordinates = b.mT.flatten(0, 1)                     # (nh, k, C) -> (nh k, C)
             offset = None if bias is None else bias[2 * C:].view(self.n_head, 1, -1)            # (nh, 1, hs)
-            values = LowRankRows((*shape[:3], self.svd_rank), basis, offset, **kind)
+            values = LowRankRows((*shape[:3], self.svd_rank), basis.mT, offset, **kind)
         elif self.svd_scope == 'causal':
-            leading = partial(leading_eigenvectors, **self.svd | self._start())
+            leading = partial(leading_eigenvectors, **self.svd_options())
             values = CausalRows(shape, self.svd_rank, self.svd_block, leading, **kind)
         else:
             values = Rows(shape, **kind)
@@ -310,7 +309,10 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
         last = self.config.n_layer - 1
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache and cache[i], only_last=i == last and targets is None)
+            try:
+                x = block(x, cache and cache[i], only_last=i == last and targets is None)
+            except torch.linalg.LinAlgError as e:                   # what V is not finite
+                raise torch.linalg.LinAlgError(f'transformer.h.{i}.attn: {e}') from None
         x = self.transformer.ln_f(x)
         logits = self.lm_head(x)                                    # (B, T, vocab), or (B, 1, vocab)
         if targets is None:
@@ -432,17 +434,17 @@ class GPT(nn.Module):
         args, state = pretrained.read(name_or_folder)
         return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
 
-    def advance_svd_basis(self, average=lambda sums: sums):
-        """To be called after every completed optimizer step: 'randomized' starts the next one from this one's V, else
-        every step from the same random basis. average: of a tensor over processes."""
-        subspace.advance(subspace.running(self), average)
+    def advance_svd_basis(self, average=None, completed=True):
+        """To be called after every optimizer step: 'randomized' starts the next one from this one's V, else every step
+        from the same random basis. average: of a tensor over processes; completed: False if nothing was updated."""
+        subspace.advance(subspace.running_bases(self), average, completed)
 
     @property
     def svd_basis(self):
         """Where 'randomized' starts, (n_layer, nh, hs, k), None before the first step. A checkpoint keeps it. Set
-        to None, or to that of another shape or rank, changes nothing."""
-        return subspace.state(subspace.running(self))
+        to None, or to what has another shape, of another rank say: a cold start."""
+        return subspace.saved_state(subspace.running_bases(self))
 
     @svd_basis.setter
     def svd_basis(self, bases):
-        subspace.load_state(subspace.running(self), bases)
+        subspace.load_state(subspace.running_bases(self), bases)

@@ -199,7 +199,7 @@ def train(cfg, set_by, saved, processes, stop):
         if processes.is_main:
             run.open_files()
         if processes.distributed:
-            ids = [device] if 'cuda' in device else None
+            ids = [device] if 'cuda' in device else None                # each process notes V of its own batches
             replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
         with stop.noted(), progress(run) as bar:
             loop(run, replica, evaluate, stop, bar)
@@ -326,8 +326,7 @@ def step(run, replica):
         torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
     scaler.step(run.optimizer)
     scaler.update()
-    if math.isfinite(norm_value):                                       # else the scaler made no step
-        model.advance_svd_basis(processes.mean)
+    model.advance_svd_basis(processes.mean, completed=math.isfinite(norm_value))    # else the scaler made no step
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
     return loss

@@ -31,6 +31,8 @@ Scales: X times a power of two has the same P, to the bit, so squares are taken 
 largest element or singular value, unless float64 holds them anyway, as it does those of every float32.
 """
 
+from itertools import accumulate
+
 import torch
 
 from lowrank.subspace import gaussian_start, leading_subspace
@@ -46,11 +48,11 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
     """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n), k = rank.
 
     U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. For looking at spectra and for
-    factoring weights, hence float64
-    inside (on the CPU where the device has none); where a gradient is needed use `low_rank_approximation`. With 'gram',
-    columns of U whose singular value is below what x's precision and G's can tell from zero are zero: their direction
-    is not determined. Raises ValueError for a rank outside 1..min(m, n) or an unknown method, and
-    torch.linalg.LinAlgError where x has non-finite values.
+    factoring weights, hence float64 inside (on the CPU where the device has none); where a gradient is needed use
+    `low_rank_approximation`. With 'gram', columns of U whose singular value is below what x's precision and G's can
+    tell from zero are zero: their direction is not determined; with 'randomized' those rows of Vh are short. Raises
+    ValueError for a rank outside 1..min(m, n) or an unknown method, and torch.linalg.LinAlgError where x has non-finite
+    values.
     """
     _check(x, rank, method)
     m, n = x.shape[-2:]
@@ -110,8 +112,9 @@ def energy_kept(x, y):
     """Share of x's squared Frobenius norm that is left in an approximation y of it: both (..., m, n) -> float64 (...).
     1 where x is zero."""
     x, y = (t.detach().cpu().double() for t in (x, y))
-    norm = torch.linalg.matrix_norm(x)
-    return 1 - (torch.linalg.matrix_norm(x - y) / norm.clamp_min(torch.finfo(norm.dtype).tiny)).square()
+    unit = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.matrix_norm(x / unit).clamp_min(torch.finfo(x.dtype).tiny)
+    return 1 - (torch.linalg.matrix_norm((x - y) / unit) / norm).square()
 
 
 def effective_rank(x):
@@ -156,7 +159,7 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     m, n = x.shape[-2:]
     if rank is None or rank >= min(m, n):
         return x
-    if m < n and start is None:                                     # keep the Gram matrix the small one
+    if m < n and start is None and note is None:                    # keep the Gram matrix the small one
         return low_rank_approximation(x.mT, rank, method, basis_grad, power_iters=power_iters, oversample=oversample).mT
     return _project(x, rank, method, ((m, 0, m),), basis_grad, power_iters, oversample, start, note)
 
@@ -204,22 +207,23 @@ def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample
     return _decompose(torch.linalg.eigh, wide, method)[1][..., -rank:].to(gram)
 
 
-def low_rank_factors(x, rank, method='gram', *, power_iters=2, oversample=0):
+def low_rank_factors(x, rank, method='gram', *, power_iters=2, oversample=0, start=None):
     """A (..., m, k) and B (..., k, n) such that A B is the best rank-k approximation of x (..., m, n), even where it is
     not unique the one of `low_rank_approximation`: m < n: A orthonormal columns, the leading left singular vectors, and
-    B = A^T x; else B orthonormal rows, the right ones, and A = x B^T. Not differentiable; precision and errors as
-    there, but for rank > min(m, n), which is a ValueError, too."""
+    B = A^T x; else B orthonormal rows, the right ones, and A = x B^T. Not differentiable; precision, options and errors
+    as there, but for rank > min(m, n), which is a ValueError, too; of a matrix of lower rank 'randomized' leaves some of
+    the orthonormal ones short."""
     _check(x, rank, method)
     if rank > min(x.shape[-2:]):
         raise ValueError(f'rank {rank} is more than the smaller side of {tuple(x.shape[-2:])}')
-    if x.shape[-2] < x.shape[-1]:
+    if x.shape[-2] < x.shape[-1] and start is None:
         a, b = low_rank_factors(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
         return b.mT, a.mT
     wide = x.detach().to(_working_dtype(x)).contiguous()
     stops = (x.shape[-2],)
     with _full_precision(x):
         if method == 'randomized':
-            w = _iterate(_working_grams(wide, stops)[0][0], rank, power_iters, oversample, None)[0].to(wide)
+            w = _iterate(_working_grams(wide, stops)[0][0], rank, power_iters, oversample, start)[0].to(wide)
         else:
             _, vectors = (_svd_spectrum if method == 'standard' else _gram_spectrum)(wide, stops)
             w = vectors[0][..., -rank:].to(wide)                    # of (1, ..., n, n), smallest first
@@ -285,10 +289,9 @@ class _ProjectRowsOneStep(torch.autograd.Function):
         if start is not None and start.dim() > 2:
             start = start.repeat(len(spans), 1, 1)                  # (spans N, n, l)
         q, inverse, before = _iterate(grams.flatten(0, 1), rank, power_iters, oversample, start)
-        q = q.to(x.dtype)                                           # (spans N, n, k)
-        projectors = (q @ q.mT).view(grams.shape)                   # (spans, N, n, n)
+        projectors = (q @ q.mT).to(x.dtype).view(grams.shape)       # (spans, N, n, n)
         if basis_grad and ctx.needs_input_grad[0]:
-            f = q @ (inverse.mT @ before.mT).to(x.dtype)            # (spans N, n, n)
+            f = (q @ (inverse.mT @ before.mT)).to(x.dtype)          # (spans N, n, n)
             ctx.save_for_backward(projectors, x, f.view(grams.shape), unit)
         else:
             ctx.save_for_backward(projectors)
@@ -377,10 +380,11 @@ def _gram_spectrum(x, stops):
 def _working_grams(x, stops):
     """G of every x[:stop] (stops, ..., n, n) in x's dtype, and the unit of its rows (stops, ..., 1), None: 1. On the
     CPU, where looking at values costs no waiting, units are only taken where squares might not do without."""
-    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
+    if x.device.type == 'cpu' and x.numel() and not torch.compiler.is_compiling():
         grams = _plain_grams(x, stops)
         (low, high), least = x.aminmax(), grams[0].diagonal(dim1=-2, dim2=-1).sum(-1).amin()
-        if low > -2.0 ** 40 and high < 2.0 ** 40 and least > 2.0 ** -80:                        # NaN is neither
+        # from 1e-6 to 1e6 there is room for gradients up to 1e30; NaN is not in between
+        if low > -2.0 ** 20 and high < 2.0 ** 20 and least > 2.0 ** -40:
             return grams, None
         if not _finite(x[..., :stops[-1], :]):
             raise _non_finite('randomized')
@@ -388,10 +392,9 @@ def _working_grams(x, stops):
 
 
 def _plain_grams(x, stops):
-    """Each row enters one product: G of a longer prefix adds the new rows."""
+    """Each row enters one product: G of a longer prefix adds the new rows, in the order of `_scaled_grams`."""
     rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
-    grams = _stack([r.mT @ r for r in rows])                        # (stops, ..., n, n)
-    return grams.cumsum(0) if len(stops) > 1 else grams
+    return _stack([*accumulate((r.mT @ r for r in rows), torch.add)])   # (stops, ..., n, n)
 
 
 def _scaled_grams(x, stops):

@@ -22,7 +22,7 @@ DTYPES = {getattr(torch, name) for name in 'float32 float64 float16 bfloat16 uin
 def save(checkpoint, path):
     """A crash or an error while saving leaves the old checkpoint. Raises OSError where the disk does not take it, and
     FloatingPointError, before anything is written, for weights or an optimizer state that are not finite."""
-    for key in ('model', 'optimizer'):
+    for key in ('model', 'optimizer', 'svd_basis'):
         bad = first_bad_tensor(checkpoint.get(key), key)
         if bad:
             raise FloatingPointError(f'{bad} is not finite')
@@ -91,6 +91,9 @@ def _check(checkpoint, path):
     for name, value in checkpoint['model'].items():
         if type(name) is not str or not torch.is_tensor(value) or not value.is_floating_point():
             raise UserError(f'{path}: its weight {name} is no floating-point tensor')
+    basis = checkpoint.get('svd_basis')
+    if basis is not None and not (basis.is_floating_point() and basis.isfinite().all()):
+        raise UserError(f'{path}: its svd_basis is not of finite floating-point numbers')
     bad = first_bad_tensor(checkpoint['model'], 'model')
     if bad:
         raise UserError(f'{path}: its weight {bad.removeprefix("model.")} is not finite')

@@ -97,7 +97,7 @@ def value_statistics(model, data, batch_size, block_size, device, context, seed)
     finally:
         for hook in hooks:
             hook.remove()
-    model.train()
+        model.train()
     return row
 
 
