@@ -385,10 +385,12 @@ def _working_grams(x, stops):
 
 
 def _plain_grams(x, stops):
-    """Each row enters one product: G of a longer prefix adds the new rows."""
-    rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
-    grams = torch.stack([r.mT @ r for r in rows])                   # (stops, ..., n, n)
-    return grams.cumsum(0) if len(stops) > 1 else grams
+    """Each row enters one product: G of a longer prefix adds the new rows. Not by cumsum, which has more digits inside
+    than `_scaled_grams`: later rows decide which of the two it is."""
+    grams = [r.mT @ r for r in (x[..., a:b, :] for a, b in zip((0, *stops), stops))]
+    for i in range(1, len(grams)):
+        grams[i] = grams[i - 1] + grams[i]
+    return torch.stack(grams)                                       # (stops, ..., n, n)
 
 
 def _scaled_grams(x, stops):
