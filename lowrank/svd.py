@@ -376,12 +376,17 @@ def _working_grams(x, stops):
     CPU, where looking at values costs no waiting, units are only taken where squares might not do without."""
     if x.device.type == 'cpu' and not torch.compiler.is_compiling():
         grams = _plain_grams(x, stops)
-        (low, high), least = x.aminmax(), grams[0].diagonal(dim1=-2, dim2=-1).sum(-1).amin()
-        if low > -2.0 ** 40 and high < 2.0 ** 40 and least > 2.0 ** -80:                        # NaN is neither
+        if _is_ordinary(x, grams[0]):
             return grams, None
         if not _finite(x[..., :stops[-1], :]):
             raise _non_finite('randomized')
     return _scaled_grams(x, stops)
+
+
+def _is_ordinary(x, gram):
+    """Whether squares of squares of x stay in float32, and G of its first rows is not all rounding to zero."""
+    (low, high), least = x.aminmax(), gram.diagonal(dim1=-2, dim2=-1).sum(-1).amin()
+    return low > -2.0 ** 40 and high < 2.0 ** 40 and least > 2.0 ** -80                         # NaN is neither
 
 
 def _plain_grams(x, stops):
