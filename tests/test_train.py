@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import runtime.run
 import train
 from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
-from model import GPT, SCOPES, GPTConfig
+from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError
@@ -171,7 +171,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
-@pytest.mark.parametrize('method', ['gram', 'standard'])
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('options', [['--svd_rank=2', '--use_svd=False'], ['--svd_rank=None'],
                                      *[[f'--svd_scope={scope}', f'--svd_rank={rank}']
                                        for scope in SCOPES for rank in (8, 99)]], ids=' '.join)
