@@ -46,11 +46,10 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
     """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n), k = rank.
 
     U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. For looking at spectra and for
-    factoring weights, hence float64
-    inside (on the CPU where the device has none); where a gradient is needed use `low_rank_approximation`. With 'gram',
-    columns of U whose singular value is below what x's precision and G's can tell from zero are zero: their direction
-    is not determined. Raises ValueError for a rank outside 1..min(m, n) or an unknown method, and
-    torch.linalg.LinAlgError where x has non-finite values.
+    factoring weights, hence float64 inside (on the CPU where the device has none); where a gradient is needed use
+    `low_rank_approximation`. With 'gram', columns of U whose singular value is below what x's precision and G's can
+    tell from zero are zero: their direction is not determined. Raises ValueError for a rank outside 1..min(m, n) or an
+    unknown method, and torch.linalg.LinAlgError where x has non-finite values.
     """
     _check(x, rank, method)
     m, n = x.shape[-2:]
@@ -142,10 +141,10 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     has x's dtype.
 
     'randomized' is the best one to a few per cent of the residual, as long as sigma_k is above 1e-3 sigma_1 (float64:
-    1e-6), and has the gradient at the top of this file. The iteration starts from `start` (..., n, l), l >= k, its
-    batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 + oversample columns. `power_iters`
-    products with G precede the last one, 0 for a start that is a basis of something near. note: called with G (..., n,
-    n), for who wants to make a start of it. The other methods take none of the four.
+    1e-6; 3e-3 on a device without float64), and has the gradient at the top of this file. The iteration starts from
+    `start` (..., n, l), l >= k, its batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 +
+    oversample columns. `power_iters` products with G precede the last one, 0 for a start that is a basis of something
+    near. note: called with G (..., n, n), for who wants to make a start of it. The other methods take none of the four.
 
     Raises ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError where a matrix to decompose has
     non-finite values. What is not decomposed passes NaN and inf on: x at full rank, and rows that no basis comes from.

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank import svd
-from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation, energy, low_rank_approximation,
-                         rank_for_energy, truncated_svd)
+from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation, effective_rank, energy, energy_kept,
+                         low_rank_approximation, rank_for_energy, truncated_svd)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BAR = {'standard': 1e-5, 'gram': 1e-4}                              # relative error of a float32 X_k
@@ -58,15 +58,6 @@ each_method = pytest.mark.parametrize('method', METHODS)
 exact_method = pytest.mark.parametrize('method', EXACT_METHODS)
 each_map = pytest.mark.parametrize('approximate', [whole, causal])
 each_branch = pytest.mark.parametrize('float64_here', [True, False], indirect=True)
-
-
-@pytest.fixture
-def float64_here(request, monkeypatch):
-    """False: what a device without float64 does, where values are not looked at either."""
-    monkeypatch.setattr(svd, '_lacks_float64', lambda device: not request.param)
-    if not request.param:
-        monkeypatch.setattr(svd, '_working_grams', svd._scaled_grams)
-    return request.param
 
 
 def normal(*shape, seed=0):
@@ -441,6 +432,31 @@ def test_energy_of_singular_values_that_are_not_finite(value):
     for f in (energy, lambda s: rank_for_energy(s, .5)):
         with pytest.raises(ValueError, match='singular values must be finite, got NaN or inf'):
             f(s)
+
+
+@pytest.mark.parametrize('shape', [(12, 8), (8, 12), (2, 3, 12, 8)], ids=str)
+def test_energy_kept_is_what_energy_says_of_the_best_approximation(shape):
+    x = normal(*shape)
+    for rank in (1, 3, 8):
+        torch.testing.assert_close(energy_kept(x, whole_truth(x, rank)), energy(torch.linalg.svdvals(x))[..., rank - 1])
+    assert (energy_kept(x, 0 * x) == 0).all() and (energy_kept(0 * x, 0 * x) == 1).all()
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1, 1e30])
+def test_effective_rank_is_its_definition(scale):
+    x = normal(2, 12, 8)
+    s = torch.linalg.svdvals(x)
+    shares = s / s.sum(-1, keepdim=True)
+    expected = (-shares * shares.log()).sum(-1).exp()
+    for y in (x, x.mT):
+        torch.testing.assert_close(effective_rank(scale * y.float()), expected, rtol=1e-5, atol=0)
+
+
+def test_effective_rank_of_one_direction_of_all_and_of_nothing():
+    many = [torch.outer(normal(8), normal(8, seed=1)), torch.linalg.qr(normal(8, 8))[0], torch.zeros(8, 8).double(),
+            with_singular_values([2, 2, 2, 0, 0, 0, 0, 0], 8, 8), torch.full((8, 8), float('inf')).double()]
+    assert effective_rank(torch.stack(many)).tolist() == pytest.approx([1, 8, 1, 3, float('nan')], rel=1e-5,
+                                                                       nan_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def test_a_truncating_rank_is_not_the_baseline(fit):
     assert not equal(checkpoint()['model'], baseline)
 
 
-@pytest.mark.parametrize('options', [[], SVD], ids=['baseline', 'sequence'])
+@pytest.mark.parametrize('options', [[], SVD, [*SVD, '--svd_method=randomized', '--svd_scope=causal', '--svd_block=4']],
+                         ids=['baseline', 'sequence', 'randomized'])
 def test_evaluating_more_often_changes_no_parameter(fit, options):
     states = []
     for often in (['--eval_interval=1', '--eval_iters=3'], ['--eval_interval=100', '--eval_iters=1']):
