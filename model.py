@@ -101,7 +101,8 @@ class CausalSelfAttention(nn.Module):
         self.svd_scope = config.svd_scope if config.svd_truncates else None
         self.svd_rank, self.svd_block, self.svd_basis_grad = config.svd_rank, config.svd_block, config.svd_basis_grad
         self.svd_method, self.running_basis = config.svd_method, None
-        if self.svd_scope and config.svd_method == 'randomized':
+        self.svd_sketch = dict(power_iters=config.svd_power_iters, oversample=config.svd_oversample)
+        if self.svd_scope in ('sequence', 'causal') and config.svd_method == 'randomized':
             self.running_basis = subspace.RunningBasis(config.n_head, config.n_embd // config.n_head, config.svd_rank,
                                                        config.svd_power_iters, config.svd_oversample)
 
@@ -139,8 +140,8 @@ class CausalSelfAttention(nn.Module):
         """'weight' scope: every head's value projection W_v (hs, C), cut to rank k; (C, C), heads stacked. One small
         SVD a forward pass, independent of B and T; the bias is kept, so V - bias has rank k and no token sees another.
         """
-        low = low_rank_approximation(self._heads_of_w_v().mT, basis_grad=self.svd_basis_grad, **self.svd_options())
-        return low.mT.flatten(0, 1)                                 # (nh, C, hs) -> (nh, hs, C) -> (C, C)
+        low = low_rank_approximation(self._heads_of_w_v(), basis_grad=self.svd_basis_grad, **self.svd_options())
+        return low.flatten(0, 1)                                    # (nh, hs, C) -> (C, C)
 
     def _heads_of_w_v(self):
         return self.c_attn.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))                   # (nh, hs, C)
@@ -152,7 +153,7 @@ class CausalSelfAttention(nn.Module):
         'causal': rows only use a basis made of earlier rows. 'weight' and no SVD: v itself (see `value_weight`).
         """
         options = dict(basis_grad=self.svd_basis_grad, **self.svd_options())
-        if self.running_basis is not None and torch.is_grad_enabled():
+        if self.running_basis is not None and self.training and torch.is_grad_enabled():
             options['note'] = self.running_basis.note               # a training step: the next one starts from its V
         if self.svd_scope == 'sequence':
             return low_rank_approximation(v, **options)
@@ -165,10 +166,10 @@ class CausalSelfAttention(nn.Module):
         return low_rank_approximation(v, rank or self.svd_rank, 'standard', self.svd_basis_grad)
 
     def svd_options(self):
-        """Rank, method, and where 'randomized' starts: 'weight' scope, which takes note of nothing, always cold."""
-        options = dict(rank=self.svd_rank, method=self.svd_method)
+        """Rank, method, and where 'randomized' starts: 'weight' scope, one small problem a step, always cold."""
+        options = dict(rank=self.svd_rank, method=self.svd_method, **self.svd_sketch)
         if self.running_basis is not None:
-            options |= zip(('start', 'power_iters'), self.running_basis.start())
+            options['start'], options['power_iters'] = self.running_basis.start()
         return options
 
     @torch.no_grad()
@@ -190,10 +191,10 @@ class CausalSelfAttention(nn.Module):
         shape = (batch, self.n_head, tokens, C // self.n_head)
         keys, to_coordinates = Rows(shape, **kind), None
         if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
-            b, basis = low_rank_factors(self._heads_of_w_v().mT, **self.svd_options())          # (nh, C, k), (nh, k, hs)
-            to_coordinates = b.mT.flatten(0, 1)                     # (nh, k, C) -> (nh k, C)
+            basis, b = low_rank_factors(self._heads_of_w_v(), **self.svd_options())             # A (nh, hs, k)
+            to_coordinates = b.flatten(0, 1)                        # (nh, k, C) -> (nh k, C)
             offset = None if bias is None else bias[2 * C:].view(self.n_head, 1, -1)            # (nh, 1, hs)
-            values = LowRankRows((*shape[:3], self.svd_rank), basis.mT, offset, **kind)
+            values = LowRankRows((*shape[:3], self.svd_rank), basis, offset, **kind)
         elif self.svd_scope == 'causal':
             leading = partial(leading_eigenvectors, **self.svd_options())
             values = CausalRows(shape, self.svd_rank, self.svd_block, leading, **kind)

@@ -42,6 +42,7 @@ def leading_subspace(gram, rank, start, iterations):
     return basis, inverse, q
 
 
+@torch.compiler.assume_constant_result                              # a graph cannot hold a generator
 def gaussian_start(n, rank, oversample=0):
     """The start (n, l) where nothing is known, l = k + GUARD + oversample or n: the same one each time, of a generator
     of its own. float64, on the CPU."""

@@ -145,10 +145,10 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     has x's dtype.
 
     'randomized' is the best one to a few per cent of the residual, as long as sigma_k is above 1e-3 sigma_1 (float64:
-    1e-6), and has the gradient at the top of this file. The iteration starts from `start` (..., n, l), l >= k, its
-    batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 + oversample columns. `power_iters`
-    products with G precede the last one, 0 for a start that is a basis of something near. note: called with G (..., n,
-    n), for who wants to make a start of it. The other methods take none of the four.
+    1e-6; 3e-3 on a device without float64), and has the gradient at the top of this file. The iteration starts from
+    `start` (..., n, l), l >= k, its batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 +
+    oversample columns. `power_iters` products with G precede the last one, 0 for a start that is a basis of something
+    near. note: called with G (..., n, n), for who wants to make a start of it. The other methods take none of the four.
 
     Raises ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError where a matrix to decompose has
     non-finite values. What is not decomposed passes NaN and inf on: x at full rank, and rows that no basis comes from.
@@ -382,17 +382,23 @@ def _working_grams(x, stops):
     CPU, where looking at values costs no waiting, units are only taken where squares might not do without."""
     if x.device.type == 'cpu' and x.numel() and not torch.compiler.is_compiling():
         grams = _plain_grams(x, stops)
-        (low, high), least = x.aminmax(), grams[0].diagonal(dim1=-2, dim2=-1).sum(-1).amin()
-        # from 1e-6 to 1e6 there is room for gradients up to 1e30; NaN is not in between
-        if low > -2.0 ** 20 and high < 2.0 ** 20 and least > 2.0 ** -40:
+        if _is_ordinary(x, grams[0]):
             return grams, None
         if not _finite(x[..., :stops[-1], :]):
             raise _non_finite('randomized')
     return _scaled_grams(x, stops)
 
 
+def _is_ordinary(x, gram):
+    """Whether x does without units: from 1e-6 to 1e6 there is room in float32 for gradients up to 1e30. gram: G of the
+    first rows of x, which a basis comes from."""
+    (low, high), least = x.aminmax(), gram.diagonal(dim1=-2, dim2=-1).sum(-1).amin()
+    return low > -2.0 ** 20 and high < 2.0 ** 20 and least > 2.0 ** -40                         # NaN is neither
+
+
 def _plain_grams(x, stops):
-    """Each row enters one product: G of a longer prefix adds the new rows, in the order of `_scaled_grams`."""
+    """Each row enters one product: G of a longer prefix adds the new rows. Not by cumsum, which has more digits inside
+    than `_scaled_grams`: later rows decide which of the two it is."""
     rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
     return _stack([*accumulate((r.mT @ r for r in rows), torch.add)])   # (stops, ..., n, n)
 

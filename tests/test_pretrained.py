@@ -20,7 +20,7 @@ import export
 import sample
 import train
 from conftest import checkpoint, equal, folder_bytes
-from model import GPT, GPTConfig
+from model import GPT, METHODS, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import download, pretrained
 from runtime.config import UserError
@@ -164,7 +164,7 @@ def test_other_precisions_become_float32(tmp_path, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # SVD
 
-@pytest.mark.parametrize('method', ['gram', 'standard'])
+@pytest.mark.parametrize('method', METHODS)
 def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
     for dtype in TOLERANCE:
         model = make(use_svd=True, svd_rank=2, svd_scope='weight', svd_method=method).to(dtype)

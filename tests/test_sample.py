@@ -251,7 +251,7 @@ def test_none_means_as_trained(run, texts, option):
 
 
 @pytest.mark.parametrize('option, words', [('svd_rank=0', '1 to 8, or None'), ('svd_rank=-3', '1 to 8, or None'),
-                                           ('svd_block=0', 'at least 1'), ('svd_method=randomized', 'nearest: ')])
+                                           ('svd_block=0', 'at least 1'), ('svd_method=randomised', 'nearest: ')])
 def test_an_svd_that_cannot_be_is_refused(run, refused, option, words):
     run()
     assert words in refused(sample.main, '--use_svd=True', f'--{option}')

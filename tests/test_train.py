@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import runtime.run
 import train
 from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
-from model import GPT, SCOPES, GPTConfig
+from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError
@@ -171,7 +171,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
-@pytest.mark.parametrize('method', ['gram', 'standard'])
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('options', [['--svd_rank=2', '--use_svd=False'], ['--svd_rank=None'],
                                      *[[f'--svd_scope={scope}', f'--svd_rank={rank}']
                                        for scope in SCOPES for rank in (8, 99)]], ids=' '.join)
@@ -189,7 +189,8 @@ def test_a_truncating_rank_is_not_the_baseline(fit):
     assert not equal(checkpoint()['model'], baseline)
 
 
-@pytest.mark.parametrize('options', [[], SVD], ids=['baseline', 'sequence'])
+@pytest.mark.parametrize('options', [[], SVD, [*SVD, '--svd_method=randomized', '--svd_scope=causal', '--svd_block=4']],
+                         ids=['baseline', 'sequence', 'randomized'])
 def test_evaluating_more_often_changes_no_parameter(fit, options):
     states = []
     for often in (['--eval_interval=1', '--eval_iters=3'], ['--eval_interval=100', '--eval_iters=1']):
