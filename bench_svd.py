@@ -57,12 +57,13 @@ def run(cfg, device, step_of):
         plots.require_matplotlib(f'plot={cfg.plot!r}')
     _check_memory(cfg, device)
     torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
-    print(header(cfg, device))
+    print(header(cfg, device), flush=True)
     trained, why = trained_sources(cfg, device)
-    print(why)
+    print(why, flush=True)
     cases = cases_of(cfg)
     sources = [*trained, *(synthetic_source(cfg, name, device) for name in spectra(1, 1))]
     timed_on = sources[len(trained) // 2] if trained else next(s for s in sources if s.name == '1/i')
+    print(f'timing a layer, {len(cases)} cases', flush=True)
     rows, references = timings(cfg, device, cases, timed_on)
     whole_steps(cfg, device, cases, step_of, rows)
     print_timings(cfg, device, rows, references, timed_on)
@@ -386,6 +387,7 @@ def whole_steps(cfg, device, cases, step_of, rows):
         for row in rows:
             row['step'] = None
         return
+    print(f'timing whole training steps, {cfg.n_layer} layers, {len(cases)} cases against none', flush=True)
     baseline = step_of(cfg, device, use_svd=False)
     for case, row in zip(cases, rows):
         method, is_warm = KINDS[case.kind]
