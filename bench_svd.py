@@ -338,7 +338,8 @@ def timings(cfg, device, cases, source):
         seconds = time_in_turn(functions, cfg.pairs, device)
         for key, own in seconds.items():
             low, middle, high = quartiles([1e3 * t for t in own])
-            rows[key] |= {f'{quantity}_ms': middle, f'{quantity}_quartiles_ms': [low, high]}
+            rows[key] |= {f'{quantity}_ms': middle, f'{quantity}_quartiles_ms': [low, high],
+                          f'{quantity}_least_ms': 1e3 * min(own)}   # what a busy machine disturbs least
             gram = seconds[Case(key.scope if key in cases else 'sequence', 'gram')]
             low, middle, high = quartiles([a / b for a, b in zip(own, gram)])
             rows[key] |= {f'{quantity}_over_gram': middle, f'{quantity}_over_gram_quartiles': [low, high]}
