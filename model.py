@@ -95,8 +95,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # W_q, W_k, W_v stacked: (3C, C)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
         self.svd_scope = config.svd_scope if config.svd_truncates else None
         self.svd_rank, self.svd_block, self.svd_basis_grad = config.svd_rank, config.svd_block, config.svd_basis_grad
@@ -104,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         self.svd_sketch = dict(power_iters=config.svd_power_iters, oversample=config.svd_oversample)
         if self.svd_scope in ('sequence', 'causal') and config.svd_method == 'randomized':
             self.running_basis = subspace.RunningBasis(config.n_head, config.n_embd // config.n_head, config.svd_rank,
-                                                       config.svd_power_iters, config.svd_oversample)
+                                                       **self.svd_sketch)
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C); only_last: the last position's alone, (B, 1, C). With a cache (`new_cache`), x

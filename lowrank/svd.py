@@ -211,8 +211,8 @@ def low_rank_factors(x, rank, method='gram', *, power_iters=2, oversample=0, sta
     """A (..., m, k) and B (..., k, n) such that A B is the best rank-k approximation of x (..., m, n), even where it is
     not unique the one of `low_rank_approximation`: m < n: A orthonormal columns, the leading left singular vectors, and
     B = A^T x; else B orthonormal rows, the right ones, and A = x B^T. Not differentiable; precision, options and errors
-    as there, but for rank > min(m, n), which is a ValueError, too; of a matrix of lower rank 'randomized' leaves some of
-    the orthonormal ones short."""
+    as there, but for rank > min(m, n), which is a ValueError, too; of a matrix of lower rank 'randomized' leaves some
+    of the orthonormal ones short."""
     _check(x, rank, method)
     if rank > min(x.shape[-2:]):
         raise ValueError(f'rank {rank} is more than the smaller side of {tuple(x.shape[-2:])}')
