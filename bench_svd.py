@@ -161,7 +161,7 @@ def make_warm(bases, draw):
     for _ in range(WARM_STEPS):
         for basis, v in zip(bases, draw()):
             basis.note(v.mT @ v)
-        advance(bases, lambda sums: sums)
+        advance(bases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -34,9 +34,12 @@ import torch
 import model
 import train
 from runtime import config as configuration
+from runtime import plots
 from runtime.config import UserError
+from runtime.dataset import locate
 from runtime.files import write_atomically
 from runtime.linear import Linear
+from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'loss_against_rank.png'
@@ -73,8 +76,8 @@ class RandomProjection(model.CausalSelfAttention):
     def apply_svd_to_v(self, v):
         return v @ self.projector
 
-    def new_cache(self, *size, **options):
-        raise UserError('the control keeps no cache')
+    def value_statistics(self, x):
+        return {}
 
 
 class NarrowValues(model.CausalSelfAttention):
@@ -92,8 +95,8 @@ class NarrowValues(model.CausalSelfAttention):
         q, k, v = self.c_attn(x).split((C, C, self.c_proj.in_features), dim=2)
         return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
 
-    def new_cache(self, *size, **options):
-        raise UserError('the control keeps no cache')
+    def value_statistics(self, x):
+        return {}
 
 
 CONTROLS = {'random projection': RandomProjection, 'narrow values': NarrowValues}
@@ -126,7 +129,7 @@ def run(cfg, name, row, options):
             code = subprocess.run([sys.executable, __file__, '--train', row['arm'], *argv], stdout=log, stderr=log,
                                   env=os.environ | threads).returncode
         if code:
-            print(f'{name}: exit code {code}, see {folder}/log.txt', flush=True)
+            print(f'{name}: exit code {code}: {(folder / "log.txt").read_text().splitlines()[-1]}', flush=True)
             return False
         print(f'{name}: {result(folder, cfg.steps)["val/loss"]:.4f}', flush=True)
     return True
@@ -147,6 +150,16 @@ def result(folder, steps):
     except OSError:
         return None
     return next((row for row in rows if row.get('final') and row['iter'] == steps), None)
+
+
+def check(cfg):
+    """Before hours are spent: what all runs need. Raises UserError."""
+    plots.require_matplotlib('the figure')
+    if not cfg.jobs and not RECORD.exists():
+        raise UserError(f'jobs=0: there is no {RECORD} yet (nearest: --jobs=1)')
+    if cfg.jobs:
+        locate(cfg.dataset, 'char')
+        make_folder(cfg.out_dir)
 
 
 def collect(cfg):
@@ -229,22 +242,24 @@ def main(argv):
         return 0
     try:
         cfg, _ = configuration.load(SweepConfig, argv)
+        check(cfg)
     except UserError as e:
         print(f'loss_against_rank.py: {e}', file=sys.stderr)
         return 2
-    fine = [True]
     if cfg.jobs:
         todo = list(runs(cfg))
         with ThreadPoolExecutor(cfg.jobs) as pool:
             fine = list(pool.map(lambda one: run(cfg, *one), todo))
         print(f'{sum(fine)} of {len(todo)} runs done')
+        if not all(fine):
+            return 1
         rows = collect(cfg)
     else:
         rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
     print(table(rows))
     plot(rows)
     print(f'figure: {FIGURE}')
-    return int(not all(fine))
+    return 0
 
 
 if __name__ == '__main__':

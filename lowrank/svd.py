@@ -50,7 +50,8 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
     U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. For looking at spectra and for
     factoring weights, hence float64 inside (on the CPU where the device has none); where a gradient is needed use
     `low_rank_approximation`. With 'gram', columns of U whose singular value is below what x's precision and G's can
-    tell from zero are zero: their direction is not determined; with 'randomized' those rows of Vh are short. Raises
+    tell from zero are zero: their direction is not determined; with 'randomized' those rows of Vh are short,
+    and so they are where sigma_k is below 1e-3 sigma_1. Raises
     ValueError for a rank outside 1..min(m, n) or an unknown method, and torch.linalg.LinAlgError where x has non-finite
     values.
     """
@@ -144,11 +145,12 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     constant: the gradient is D P alone. Computed in float32 (float64 stays float64) whatever autocast says; the result
     has x's dtype.
 
-    'randomized' is the best one to a few per cent of the residual, as long as sigma_k is above 1e-3 sigma_1 (float64:
-    1e-6; 3e-3 on a device without float64), and has the gradient at the top of this file. The iteration starts from
-    `start` (..., n, l), l >= k, its batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 +
-    oversample columns. `power_iters` products with G precede the last one, 0 for a start that is a basis of something
-    near. note: called with G (..., n, n), for who wants to make a start of it. The other methods take none of the four.
+    'randomized' is the best one to a few per cent of the residual, as long as sigma_k is above 1e-3 sigma_1 (3e-3 on a
+    device without float64), and has the gradient at the top of this file. The iteration starts from `start`
+    (..., n, l), l >= k, its batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 + oversample
+    columns. `power_iters` products with G precede the last one, 0 for a start that is a basis of something near. note:
+    called with G (..., n, n), of matrices out of the ordinary in a unit of their own, for who wants to make a start of
+    it. The other methods have no use for the four.
 
     Raises ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError where a matrix to decompose has
     non-finite values. What is not decomposed passes NaN and inf on: x at full rank, and rows that no basis comes from.
@@ -419,6 +421,8 @@ def _scaled_grams(x, stops):
 
 def _iterate(grams, rank, power_iters, oversample, start):
     """`leading_subspace` of grams (..., n, n), in float64 where the device has it."""
+    if power_iters < 0 or oversample < 0:
+        raise ValueError(f'power_iters and oversample must be at least 0, got {power_iters} and {oversample}')
     wide = grams if _lacks_float64(grams.device) else grams.double()
     if start is None:
         start = gaussian_start(grams.shape[-1], rank, oversample)
