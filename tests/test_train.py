@@ -55,7 +55,8 @@ def test_a_run_writes_checkpoint_configuration_environment_and_metrics(fit):
     last = rows()[-1]
     assert [row['iter'] for row in steps] == [2, 4] and [row['iter'] for row in looks] == [0, 2, 4]
     assert all(row.keys() == {'iter', 'loss', 'lr', 'step_ms', 'tokens_per_s'} for row in steps)
-    assert all(row.keys() == {'iter', 'train/loss', 'val/loss'} for row in looks)
+    statistics = {f'svd/block0.head{head}/{name}' for head in (0, 1) for name in ('energy_kept', 'effective_rank')}
+    assert all(row.keys() == {'iter', 'train/loss', 'val/loss'} | statistics for row in looks)
     assert last.keys() == {'iter', 'final', 'val/loss', 'val/tokens'} and (last['iter'], last['final']) == (4, True)
     assert all(math.isfinite(value) for row in rows() for value in row.values())
     environment = json.loads(Path('out/environment.json').read_text())
