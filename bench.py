@@ -1,17 +1,20 @@
 """
 Time whole training steps, paired: this repo's model without SVD against every SVD method and scope, and against
-another checkout's model.py. Or time decoding. Or test that what must be equal is equal on this machine.
+another checkout's model.py. Or time decoding. Or measure what every SVD method costs and how good it is. Or test that
+what must be equal is equal on this machine.
 
     python bench.py config/train_svd_test.py                     # the main job's model
     python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT and its optimizer
     python bench.py config/train_svd_test.py --decode            # tokens/s and cache bytes; takes --peer, too
+    python bench.py config/train_svd_test.py --svd --plot        # every SVD method: time, memory, error, a figure
     python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
 
 A step is forward, backward, clipping and the optimizer, on random tokens. Decoding is greedy, batch_size prompts of
 random tokens at a time; its prefill is timed apart. What is compared takes turns, in alternating order, so that a
-drifting machine slows all. The self-test prints ok, FAIL or skip for each equality, in under two minutes, and ends with
-exit code 1 if one failed. The last line is JSON.
+drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the configuration's shape is there, and
+on synthetic spectra; bench_svd.py says what each figure is. The self-test prints ok, FAIL or skip for each equality,
+in under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
 """
 
 import importlib.util
@@ -19,18 +22,19 @@ import json
 import re
 import statistics
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
+import bench_svd
 from check import run
 from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
+from runtime.timing import paired, quartiles, take_turns, timed
 from train import TrainConfig, build_optimizer
 
 
@@ -41,7 +45,12 @@ class BenchConfig(TrainConfig):
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths of block_size"] = None
     tokens: Annotated[int, '--decode: tokens after each prompt; a sixteenth where nothing is cached'] = 32
-    pairs: Annotated[int, 'timed pairs a comparison'] = 30
+    svd: Annotated[bool, 'cost and quality of every SVD method, side by side', SWITCH] = False
+    plot: Annotated[bool | str, "--svd: a figure of error against time, as --plot=FILE.png or in bench-svd.png",
+                    SWITCH] = False
+    steps: Annotated[bool | Literal['auto'], "--svd: time whole training steps, too; 'auto': where they take at most "
+                     '10 minutes'] = 'auto'
+    pairs: Annotated[int, 'timed pairs a comparison, or rounds'] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against'] = None
 
     def __post_init__(self):
@@ -50,10 +59,38 @@ class BenchConfig(TrainConfig):
             raise ValueError(f'pairs={self.pairs}: must be at least 2 (nearest: 2)')
         if self.tokens < 2:
             raise ValueError(f'tokens={self.tokens}: must be at least 2 (nearest: 2)')
+        if self.svd:
+            self._check_svd()
         if self.decode:
             self.lengths()
+        if self.plot is not False:
+            self._check_plot()
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
             raise ValueError(f'peer={self.peer!r}: has no model.py')
+
+    def _check_svd(self):
+        other = next((name for name in ('check', 'decode', 'peer') if getattr(self, name)), None)
+        if other:
+            raise ValueError(f'{other}={getattr(self, other)!r}: not together with --svd')
+        full = min(self.block_size, self.n_embd // self.n_head)
+        if full < 2:
+            raise ValueError(f'svd_rank={self.svd_rank}: a side of V is {full}, and --svd needs one of 2 or more')
+        if self.svd_rank is None or self.svd_rank >= full:
+            why = 'needs a rank' if self.svd_rank is None else 'at full rank nothing is cut'
+            raise ValueError(f'svd_rank={self.svd_rank}: --svd: {why} (valid: 1 to {full - 1})')
+
+    def _check_plot(self):
+        if not self.svd:
+            raise ValueError(f'plot={self.plot!r}: only with --svd')
+        path = self.plot_path()
+        if not path.lower().endswith('.png'):
+            raise ValueError(f"plot={self.plot!r}: must be the name of a PNG (nearest: '{path}.png')")
+        if not Path(path).parent.is_dir() or Path(path).is_dir():
+            raise ValueError(f'plot={self.plot!r}: must be a file in a folder that exists')
+
+    def plot_path(self):
+        """The figure's file, None: no figure."""
+        return {True: 'bench-svd.png', False: None}.get(self.plot, self.plot)
 
     def lengths(self):
         """`contexts` as a list of int."""
@@ -75,7 +112,8 @@ def main(argv=None):
         return 0
     try:
         cfg, _ = configuration.load(BenchConfig, argv)
-        return (check if cfg.check else bench_decoding if cfg.decode else bench_steps)(cfg)
+        action = check if cfg.check else bench_decoding if cfg.decode else bench_methods if cfg.svd else bench_steps
+        return action(cfg)
     except UserError as e:
         print(f'bench.py: {e}', file=sys.stderr)
         return 2
@@ -84,35 +122,37 @@ def main(argv=None):
 def bench_steps(cfg):
     """Print a table of step times and ratios, then the same as one line of JSON. -> exit code 0."""
     device = devices.pick_device(cfg.device)
-    context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
     cfg.vocab_size = cfg.vocab_size or 50304
-    generator = torch.Generator().manual_seed(cfg.seed)
-    shape = (cfg.batch_size, cfg.block_size)
-    x, y = (torch.randint(cfg.vocab_size, shape, generator=generator).to(device) for _ in range(2))
-    print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {shape[0]} x {shape[1]}, rank '
-          f'{cfg.svd_rank}, {cfg.optimizer}, {device}, {torch.get_num_threads()} threads, {cfg.pairs} pairs')
-
-    def step_of(**changes):
-        torch.manual_seed(cfg.seed)
-        args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-        model = GPT(GPTConfig(**args | changes)).to(device)
-        return train_step(model, build_optimizer(cfg, model, device), x, y, context, cfg.grad_clip)
-
-    baseline = step_of(use_svd=False)
-    others = {}
-    if cfg.svd_rank is not None:
-        others = {f'{method}, {scope}': step_of(use_svd=True, svd_method=method, svd_scope=scope)
-                  for scope in SCOPES for method in METHODS}
+    print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size} x {cfg.block_size}, '
+          f'rank {cfg.svd_rank}, {cfg.optimizer}, {device}, {torch.get_num_threads()} threads, {cfg.pairs} pairs')
+    baseline = step_of(cfg, device, use_svd=False)
     results = {}
-    for name, step in others.items():
+    for scope, method in ((s, m) for s in SCOPES for m in METHODS if cfg.svd_rank is not None):
+        name = f'{method}, {scope}'
+        step = step_of(cfg, device, use_svd=True, svd_method=method, svd_scope=scope)       # one at a time: memory
         results[name] = compare(name, step, baseline, cfg.pairs, device, 'baseline')
     if cfg.peer:
         cfg.optimizer = 'adamw'                                     # the peer has no other
-        results['peer'] = compare('this repo without SVD, AdamW', step_of(use_svd=False),
-                                  peer_step(cfg, device, x, y, context), cfg.pairs, device, 'peer')
+        results['peer'] = compare('this repo without SVD, AdamW', step_of(cfg, device, use_svd=False),
+                                  peer_step(cfg, device), cfg.pairs, device, 'peer')
     print(json.dumps({'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs, 'seed': cfg.seed,
                       'results': results}))
     return 0
+
+
+def bench_methods(cfg):
+    """What bench_svd.py measures. -> exit code 0."""
+    cfg.vocab_size = cfg.vocab_size or 50304
+    return bench_svd.run(cfg, devices.pick_device(cfg.device), step_of)
+
+
+def step_of(cfg, device, advance=True, **changes):
+    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration."""
+    torch.manual_seed(cfg.seed)
+    args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+    model = GPT(GPTConfig(**args | changes)).to(device)
+    return train_step(cfg, device, model, build_optimizer(cfg, model, device),
+                      *random_tokens(cfg, device), advance)
 
 
 @torch.no_grad()
@@ -181,7 +221,7 @@ def decoding_runs(cfg, models, peer, prompt, device):
 def decoding_row(name, times, baseline, batch, cache_bytes):
     """Print what rounds of (prefill, a token) seconds come to -> row of the JSON. cache_bytes None: there is none."""
     prefill, a_token = (statistics.median(column) for column in zip(*times))
-    low, ratio, high = statistics.quantiles([b[1] / own[1] for own, b in zip(times, baseline)], n=4, method='inclusive')
+    low, ratio, high = quartiles([b[1] / own[1] for own, b in zip(times, baseline)])
     words = f'  {name:22} {batch / a_token:10.1f} tokens/s, {ratio:.3g} of no SVD ({low:.3g} to {high:.3g})'
     if cache_bytes is not None:
         words += f', prefill {prefill:.3f} s, cache {cache_bytes / 1e6:.2f} MB'
@@ -199,15 +239,19 @@ def check(cfg):
     return code
 
 
-def train_step(model, optimizer, x, y, context, grad_clip):
-    """-> a function that runs one training step."""
+def train_step(cfg, device, model, optimizer, x, y, advance=True):
+    """-> a function that runs one training step. advance: whether 'randomized' starts from the step before."""
+    context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
+
     def step():
         with context:
             _, loss = model(x, y)
         loss.backward()
-        if grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        if cfg.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
+        if advance and isinstance(model, GPT):                      # no peer's
+            model.advance_svd_basis()
         optimizer.zero_grad(set_to_none=True)
     return step
 
@@ -222,43 +266,28 @@ def peer_model(cfg, device):
     return peer.GPT(peer.GPTConfig(**{k: getattr(cfg, k) for k in keys})).to(device)
 
 
-def peer_step(cfg, device, x, y, context):
-    """One step of it, with nanoGPT's configure_optimizers."""
+def peer_step(cfg, device):
+    """One step of it, with nanoGPT's configure_optimizers, on the tokens of `step_of`."""
     model = peer_model(cfg, device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2),
                                            torch.device(device).type)
-    return train_step(model, optimizer, x, y, context, cfg.grad_clip)
+    return train_step(cfg, device, model, optimizer, *random_tokens(cfg, device))
 
 
-def timed(f, device):
-    """Seconds that f() takes, all its work on the device included."""
-    devices.synchronize(device)
-    start = time.perf_counter()
-    f()
-    devices.synchronize(device)
-    return time.perf_counter() - start
-
-
-def take_turns(runs, rounds, warmup=1):
-    """Call the functions of a dict in turn, `rounds` times after the warm-up, every other round backwards, so that a
-    drifting machine slows all -> name -> list of results."""
-    results = {name: [] for name in runs}
-    for i in range(warmup + rounds):
-        for name in list(runs)[::1 if i % 2 else -1]:
-            result = runs[name]()
-            if i >= warmup:
-                results[name].append(result)
-    return results
+def random_tokens(cfg, device):
+    """x, y (B, T)."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    return [torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator).to(device)
+            for _ in range(2)]
 
 
 def compare(name, a, b, pairs, device, b_name):
-    """Time a and b in turn -> {'a_ms', 'b_ms': medians, 'ratio': median of a / b a pair, 'ratio_quartiles'}."""
-    rounds = take_turns({'a': lambda: timed(a, device), 'b': lambda: timed(b, device)}, pairs, warmup=3)
-    low, ratio, high = statistics.quantiles([ta / tb for ta, tb in zip(rounds['a'], rounds['b'])], n=4,
-                                            method='inclusive')
-    a_ms, b_ms = (1e3 * statistics.median(rounds[side]) for side in 'ab')
-    print(f'{name:32} {a_ms:8.1f} ms   {b_name} {b_ms:8.1f} ms   ratio {ratio:.3f} (quartiles {low:.3f} to {high:.3f})')
-    return {'a_ms': a_ms, 'b_ms': b_ms, 'ratio': ratio, 'ratio_quartiles': [low, high]}
+    """`paired`, and a line about it."""
+    row = paired(a, b, pairs, device)
+    low, high = row['ratio_quartiles']
+    print(f'{name:32} {row["a_ms"]:8.1f} ms   {b_name} {row["b_ms"]:8.1f} ms   ratio {row["ratio"]:.3f} (quartiles '
+          f'{low:.3f} to {high:.3f})')
+    return row
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank.svd import energy, low_rank_approximation, rank_for_energy, truncated_svd
+from lowrank.svd import METHODS, energy, low_rank_approximation, rank_for_energy, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 
 
@@ -33,7 +33,10 @@ def best_approximation():
         error = torch.linalg.norm(x - low_rank_approximation(x, rank)) / torch.linalg.norm(x)
         kept = energy(s)[rank - 1].item()
         print(f'   {rank:2}   {kept:.6f}   {error:.6f} = sqrt(1 - energy) = {(1 - kept) ** 0.5:.6f}')
-    print(f'   99% of the energy needs rank {rank_for_energy(s, 0.99)}\n')
+    print(f'   99% of the energy needs rank {rank_for_energy(s, 0.99)}')
+    x = torch.randn(64, 32)                                         # the hard case: no gap to find the cut by
+    errors = {method: torch.linalg.norm(x - low_rank_approximation(x, 8, method)).item() for method in METHODS}
+    print('   Gaussian numbers, rank 8, error of ' + ', '.join(f'{name} {e:.4f}' for name, e in errors.items()) + '\n')
 
 
 def gradient():

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
+
 from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -97,9 +99,22 @@ def export(cfg):
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
 
+@torch.no_grad()
+def plain_state_dict(model):
+    """The state dict of the same model without an SVD: 'weight' scope becomes part of the weights. Raises ValueError
+    for scopes that cut V itself, which no weights do."""
+    c, state = model.config, model.state_dict()
+    if c.svd_truncates and c.svd_scope != 'weight':
+        raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
+                         "(nearest: 'weight')")
+    for i, block in enumerate(model.transformer.h):
+        state[f'transformer.h.{i}.attn.c_attn.weight'] = block.attn.effective_weight()
+    return state
+
+
 def to_gpt2(model, saved, meta, remarks):
     """-> function that fills a folder; remarks are added. Raises ValueError."""
-    config, state = pretrained.to_gpt2(asdict(model.config), model.plain_state_dict())
+    config, state = pretrained.to_gpt2(asdict(model.config), plain_state_dict(model))
     remarks.append('left out: the optimizer state')
     if meta and meta['tokenizer'] == 'gpt2':
         config |= dict(bos_token_id=meta['vocab_size'] - 1, eos_token_id=meta['vocab_size'] - 1)    # <|endoftext|>
@@ -119,7 +134,7 @@ def to_nanogpt(model, saved, meta, remarks):
     old, args = saved.get('config', {}), {key: getattr(c, key) for key in NANOGPT_SHAPE}
     dataset = Path(str(old.get('dataset', ''))).name.removesuffix('.txt') or 'DATASET'
     config = {key: old[key] for key in NANOGPT_CONFIG if key in old} | dict(dataset=dataset)
-    checkpoint = dict(model=model.plain_state_dict(), optimizer=adamw_state(model, saved, remarks), model_args=args,
+    checkpoint = dict(model=plain_state_dict(model), optimizer=adamw_state(model, saved, remarks), model_args=args,
                       iter_num=saved['iter_num'], best_val_loss=float(saved.get('best_val_loss', 1e9)),
                       config=config | {key: value for key, value in args.items() if key in NANOGPT_CONFIG})
     if meta:

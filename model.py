@@ -13,15 +13,19 @@ Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh he
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from lowrank import subspace
 from lowrank.rows import CausalRows, LowRankRows, Rows
-from lowrank.svd import METHODS, causal_low_rank_approximation, low_rank_approximation, low_rank_factors
+from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank, energy_kept, leading_eigenvectors,
+                         low_rank_approximation, low_rank_factors)
 from runtime import pretrained
+from runtime.checkpoint import fitting_weights
 from runtime.draw import check_draw, draw
 from runtime.linear import Linear, linear
 
@@ -44,17 +48,21 @@ class GPTConfig:
     use_svd: Annotated[bool, 'replace V in attention by its best rank-svd_rank approximation'] = False
     svd_rank: Annotated[int | None, 'rank kept of at most n_embd / n_head; None or full rank changes nothing'] = None
     svd_method: Annotated[Literal[METHODS],
-                          "how: 'standard' is torch.linalg.svd, 'gram' eigh of V^T V, faster"] = 'gram'
+                          "how: 'standard' is torch.linalg.svd, 'gram' eigh of V^T V, faster, 'randomized' subspace "
+                          'iteration, residual 1 to 4% above the best, faster still'] = 'gram'
     svd_scope: Annotated[Literal[SCOPES], "which matrix: 'sequence' V of the whole sequence (sees the future), "
                          "'causal' only rows already seen, 'weight' the value projection"] = 'sequence'
     svd_block: Annotated[int, "'causal' scope: rows that pass before the first basis; blocks double after it"] = 32
     svd_basis_grad: Annotated[bool, 'whether gradients reach the basis; False takes it for constant, which in '
                               "'sequence' scope removes the reward for hiding the future in it"] = True
+    svd_power_iters: Annotated[int, "'randomized': products with V^T V before the last, from a random start"] = 2
+    svd_oversample: Annotated[int, "'randomized': more columns in a random start than rank + 4"] = 0
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'svd_block'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name, least in dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, svd_block=1,
+                                svd_power_iters=0, svd_oversample=0).items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least}')
         if self.n_embd % self.n_head:
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: {nearest})')
@@ -87,14 +95,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # W_q, W_k, W_v stacked: (3C, C)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
         self.svd_scope = config.svd_scope if config.svd_truncates else None
-        self.svd_rank = config.svd_rank
-        self.svd_method = config.svd_method
-        self.svd_block = config.svd_block
-        self.svd_basis_grad = config.svd_basis_grad
+        self.svd_rank, self.svd_block, self.svd_basis_grad = config.svd_rank, config.svd_block, config.svd_basis_grad
+        self.svd_method, self.running_basis = config.svd_method, None
+        self.svd_sketch = dict(power_iters=config.svd_power_iters, oversample=config.svd_oversample)
+        if self.svd_scope in ('sequence', 'causal') and config.svd_method == 'randomized':
+            self.running_basis = subspace.RunningBasis(config.n_head, config.n_embd // config.n_head, config.svd_rank,
+                                                       **self.svd_sketch)
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C); only_last: the last position's alone, (B, 1, C). With a cache (`new_cache`), x
@@ -130,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         """'weight' scope: every head's value projection W_v (hs, C), cut to rank k; (C, C), heads stacked. One small
         SVD a forward pass, independent of B and T; the bias is kept, so V - bias has rank k and no token sees another.
         """
-        low = low_rank_approximation(self._heads_of_w_v(), self.svd_rank, self.svd_method, self.svd_basis_grad)
+        low = low_rank_approximation(self._heads_of_w_v(), basis_grad=self.svd_basis_grad, **self.svd_options())
         return low.flatten(0, 1)                                    # (nh, hs, C) -> (C, C)
 
     def _heads_of_w_v(self):
@@ -142,21 +151,33 @@ class CausalSelfAttention(nn.Module):
         'sequence': of the T x hs matrix as a whole, the classic definition; position t then depends on tokens after t.
         'causal': rows only use a basis made of earlier rows. 'weight' and no SVD: v itself (see `value_weight`).
         """
+        options = dict(basis_grad=self.svd_basis_grad, **self.svd_options())
+        if self.running_basis is not None and self.training and torch.is_grad_enabled():
+            options['note'] = self.running_basis.note               # a training step: the next one starts from its V
         if self.svd_scope == 'sequence':
-            if self.svd_method == 'standard':
-                return self._standard_svd_reconstruction(v)
-            return self._gram_reconstruction(v)
+            return low_rank_approximation(v, **options)
         if self.svd_scope == 'causal':
-            return causal_low_rank_approximation(v, self.svd_rank, self.svd_method, self.svd_block, self.svd_basis_grad)
+            return causal_low_rank_approximation(v, block=self.svd_block, **options)
         return v
 
     def _standard_svd_reconstruction(self, v, rank=None):
         """U_k S_k V_k^T by torch.linalg.svd: (B, nh, T, hs) -> (B, nh, T, hs). rank None: the configured one."""
         return low_rank_approximation(v, rank or self.svd_rank, 'standard', self.svd_basis_grad)
 
-    def _gram_reconstruction(self, v, rank=None):
-        """The same matrix by eigh of V^T V (hs x hs): T drops out, so it is several times faster."""
-        return low_rank_approximation(v, rank or self.svd_rank, 'gram', self.svd_basis_grad)
+    def svd_options(self):
+        """Rank, method, and where 'randomized' starts: 'weight' scope, one small problem a step, always cold."""
+        options = dict(rank=self.svd_rank, method=self.svd_method, **self.svd_sketch)
+        if self.running_basis is not None:
+            options['start'], options['power_iters'] = self.running_basis.start()
+        return options
+
+    @torch.no_grad()
+    def value_statistics(self, x):
+        """x (B, T, C) -> what the SVD leaves of V, {'energy_kept': (nh), 'effective_rank': (nh), of V before it}."""
+        v = F.linear(x, self.c_attn.weight, self.c_attn.bias).chunk(3, dim=2)[2]                # (B, T, C)
+        v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)       # (B, nh, T, hs)
+        cut = self.apply_svd_to_v(self.project(x)[2])
+        return {'energy_kept': energy_kept(v, cut).mean(0), 'effective_rank': effective_rank(v).mean(0)}
 
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
@@ -169,12 +190,13 @@ class CausalSelfAttention(nn.Module):
         shape = (batch, self.n_head, tokens, C // self.n_head)
         keys, to_coordinates = Rows(shape, **kind), None
         if self.svd_scope == 'weight':                              # W_v = A B: B x is kept, A expands it
-            basis, b = low_rank_factors(self._heads_of_w_v(), self.svd_rank, self.svd_method)   # A (nh, hs, k)
+            basis, b = low_rank_factors(self._heads_of_w_v(), **self.svd_options())             # A (nh, hs, k)
             to_coordinates = b.flatten(0, 1)                        # (nh, k, C) -> (nh k, C)
             offset = None if bias is None else bias[2 * C:].view(self.n_head, 1, -1)            # (nh, 1, hs)
             values = LowRankRows((*shape[:3], self.svd_rank), basis, offset, **kind)
         elif self.svd_scope == 'causal':
-            values = CausalRows(shape, self.svd_rank, self.svd_block, **kind)
+            leading = partial(leading_eigenvectors, **self.svd_options())
+            values = CausalRows(shape, self.svd_rank, self.svd_block, leading, **kind)
         else:
             values = Rows(shape, **kind)
         return LayerCache(keys, values, to_coordinates)
@@ -287,7 +309,10 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
         last = self.config.n_layer - 1
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache and cache[i], only_last=i == last and targets is None)
+            try:
+                x = block(x, cache and cache[i], only_last=i == last and targets is None)
+            except torch.linalg.LinAlgError as e:                   # its V is not finite
+                raise torch.linalg.LinAlgError(f'transformer.h.{i}.attn: {e}') from None
         x = self.transformer.ln_f(x)
         logits = self.lm_head(x)                                    # (B, T, vocab), or (B, 1, vocab)
         if targets is None:
@@ -368,17 +393,6 @@ class GPT(nn.Module):
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
                                                             freeze=False)
 
-    def optim_groups(self, weight_decay):
-        """Parameters in groups for an optimizer: 'hidden' (matrices of the blocks) and 'embedding' (wte, wpe) decay,
-        'vector' (biases, LayerNorm) do not. Every trainable parameter is in exactly one. -> dict name -> group."""
-        groups = {name: {'params': [], 'weight_decay': decay}
-                  for name, decay in (('hidden', weight_decay), ('embedding', weight_decay), ('vector', 0.0))}
-        for name, p in self.named_parameters():                     # tied weights appear once
-            if p.requires_grad:
-                kind = 'vector' if p.dim() < 2 else 'hidden' if name.startswith('transformer.h.') else 'embedding'
-                groups[kind]['params'].append(p)
-        return groups
-
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """nanoGPT's AdamW: one group that decays (everything with two dimensions), one that does not, in its order of
         parameters, so optimizer states move between the two repos. Fused where the device has the kernel."""
@@ -398,30 +412,13 @@ class GPT(nn.Module):
     def from_checkpoint(cls, saved, **overrides):
         """The model of a checkpoint dict, this repo's or nanoGPT's: its `model_args` and `model` (a state dict) are all
         that is needed. overrides: fields that add no parameters. Raises ValueError where the three do not fit."""
-        args = saved['model_args']
-        unknown = sorted(map(str, set(args) - set(GPTConfig.__dataclass_fields__)))
-        if unknown:
-            raise ValueError(f'its model_args have fields that this model does not know: {", ".join(unknown)}')
-        missing = [name for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if name not in args]
-        if missing:
-            raise ValueError(f'its model_args lack {", ".join(missing)}')
-        c = GPTConfig(**{**args, **overrides})
-        # before it used flash attention, nanoGPT stored its causal mask
-        state = {name: w for name, w in saved['model'].items() if not name.endswith('.attn.bias')}
-        # model_args can name any size: nothing is built before the weights that are there agree
-        sizes = {'transformer.wte.weight': (c.vocab_size, c.n_embd), 'lm_head.weight': (c.vocab_size, c.n_embd),
-                 'transformer.wpe.weight': (c.block_size, c.n_embd)}
-        wrong = [name for name, shape in sizes.items() if name not in state or state[name].shape != shape]
-        layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
-        if wrong or layers != c.n_layer:
-            raise ValueError(f'its weights do not fit its model_args: {", ".join(wrong) or f"{layers} layers"}')
-        if not torch.equal(state['transformer.wte.weight'], state['lm_head.weight']):
-            raise ValueError('its weights transformer.wte and lm_head differ, which are one tensor')
-        model = cls(c)
+        args, state = fitting_weights(saved, GPTConfig.__dataclass_fields__)
+        model = cls(GPTConfig(**{**args, **overrides}))
         try:
             model.load_state_dict(state)
         except RuntimeError as e:                                   # names and shapes, over many lines
             raise ValueError(f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
+        model.svd_basis = saved.get('svd_basis')
         return model
 
     @classmethod
@@ -437,14 +434,17 @@ class GPT(nn.Module):
         args, state = pretrained.read(name_or_folder)
         return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
 
-    @torch.no_grad()
-    def plain_state_dict(self):
-        """The state dict of the same model without an SVD: 'weight' scope becomes part of the weights. Raises
-        ValueError for scopes that cut V itself, which no weights do."""
-        c, state = self.config, self.state_dict()
-        if c.svd_truncates and c.svd_scope != 'weight':
-            raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
-                             "(nearest: 'weight')")
-        for i, attn in enumerate(block.attn for block in self.transformer.h):
-            state[f'transformer.h.{i}.attn.c_attn.weight'] = attn.effective_weight()
-        return state
+    def advance_svd_basis(self, average=None, completed=True):
+        """To be called after every optimizer step: 'randomized' starts the next one from this one's V, else every step
+        from the same random basis. average: of a tensor over processes; completed: False if nothing was updated."""
+        subspace.advance(subspace.running_bases(self), average, completed)
+
+    @property
+    def svd_basis(self):
+        """Where 'randomized' starts, (n_layer, nh, hs, k), None before the first step. A checkpoint keeps it. Set
+        to None, or to what has another shape, of another rank say: a cold start."""
+        return subspace.saved_state(subspace.running_bases(self))
+
+    @svd_basis.setter
+    def svd_basis(self, bases):
+        subspace.load_state(subspace.running_bases(self), bases)

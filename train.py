@@ -34,7 +34,7 @@ from runtime import pretrained
 from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, Tokenizer, locate
 from runtime.evaluation import Evaluation
-from runtime.optim import MuonAdamW
+from runtime.optim import MuonAdamW, gpt_groups
 from runtime.output import unfailing_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
@@ -175,10 +175,8 @@ def train(cfg, set_by, saved, processes, stop):
     check_tokenizer(cfg, set_by, saved, data, say)
     try:
         model = build_model(cfg, set_by, saved, data, device, say)
-    except UserError:
-        raise
     except ValueError as e:
-        raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
+        raise e if isinstance(e, UserError) else UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
     model.to(device)
     describe(cfg, model, data, device, dtype, processes)
     evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.svd_sees_future)
@@ -201,7 +199,8 @@ def train(cfg, set_by, saved, processes, stop):
         if processes.is_main:
             run.open_files()
         if processes.distributed:
-            replica = DistributedDataParallel(replica, device_ids=[device] if 'cuda' in device else None)
+            ids = [device] if 'cuda' in device else None                # each process notes V of its own batches
+            replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
         with stop.noted(), progress(run) as bar:
             loop(run, replica, evaluate, stop, bar)
         if processes.is_main:
@@ -327,6 +326,7 @@ def step(run, replica):
         torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
     scaler.step(run.optimizer)
     scaler.update()
+    model.advance_svd_basis(processes.mean, completed=math.isfinite(norm_value))    # else the scaler made no step
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
     return loss
@@ -386,7 +386,7 @@ def build_optimizer(cfg, model, device):
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
     if cfg.optimizer == 'muon':
         dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
-        return MuonAdamW(model.optim_groups(cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
+        return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
     return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 
 

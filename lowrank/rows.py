@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import torch
 
-from lowrank.svd import causal_starts, leading_eigenvectors
+from lowrank.svd import causal_starts
 
 Span = namedtuple('Span', 'start stop kept basis')                  # of `CausalRows`: rows [start, stop)
 
@@ -81,10 +81,10 @@ class CausalRows:
     which are further off themselves, and on MPS, which has no float64, G is float32, and rows should be neither above
     1e15 nor all below 1e-15 (float64 rows: 1e150, 1e-150).
 
-    A basis comes from eigh of G whatever the method: torch.linalg.svd would need the rows.
+    A basis is what `leading(G)` says, (..., n, k), a svd.leading_eigenvectors of that rank.
     """
 
-    def __init__(self, shape, rank, block, dtype, device):
+    def __init__(self, shape, rank, block, leading, dtype, device):
         """shape: (..., N, n); rank and block as in `causal_low_rank_approximation`."""
         *batch, room, n = shape
         self.starts = causal_starts(room, rank, block)
@@ -98,7 +98,7 @@ class CausalRows:
         for i, (start, stop) in enumerate(zip(edges, edges[1:])):
             self.spans.append(Span(start, stop, coordinates[..., start - first:stop - first, :],
                                    self.bases[..., i * rank:(i + 1) * rank, :]))
-        self.rank, self.length = rank, 0
+        self.rank, self.leading, self.length = rank, leading, 0
         # G_ij = G_ji once each, by diagonals that wrap around: gram[d, i] = G[i, (i + d) mod n], d = 0 ... n / 2. A
         # new row is then added by one multiplication of it with views of itself, 8 times faster than via a triangle
         wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
@@ -118,7 +118,7 @@ class CausalRows:
                 kept = rows
             else:
                 if self.length == span.start:
-                    span.basis.copy_(leading_eigenvectors(self._gram_matrix(), self.rank).mT)
+                    span.basis.copy_(self.leading(self._gram_matrix()).mT)
                 kept = rows.to(self.bases.dtype) @ span.basis.mT    # (..., m, k)
             span.kept[..., self.length - span.start:self.length - span.start + m, :] = kept
             if span is not self.spans[-1]:                          # a later span needs G of these rows

@@ -18,26 +18,42 @@ eigh of G. Both decompose in float64: a float32 G squares the condition number a
 small (docs/RESULTS.md, section 4), and overflows at 1e19. Everything else is float32. MPS has no float64, hence float32
 sums for G there, and no eigh or svd before torch 2.14: those two run on the CPU.
 
+'randomized' has neither: P = Q Q^T comes from subspace iteration on G (subspace.py), a float32 product, and is nearly
+the best projector, of rank k. No eigenvalue is ever computed, so its gradient is another: that of the last iteration
+Q R = G Q', the basis Q' before it held constant (one-step differentiation, Bolte, Pauwels and Vaiter 2023),
+
+    dL/dX = D P + X (Z + Z^T),   Z = (I - P) (M + M^T) F,   F = Q R^-T Q'^T,
+
+exact for the function that is computed where Q' comes from elsewhere, without small denominators: at convergence F is
+the pseudo-inverse of P G, and what the exact A_ij divides by lambda_i - lambda_j is here divided by lambda_i.
+
 Scales: X times a power of two has the same P, to the bit, so squares are taken of X in units of a power of two near its
 largest element or singular value, unless float64 holds them anyway, as it does those of every float32.
 """
 
+from itertools import accumulate
+
 import torch
 
-METHODS = ('standard', 'gram')
+from lowrank.subspace import gaussian_start, leading_subspace
+
+EXACT_METHODS = ('standard', 'gram')
+METHODS = (*EXACT_METHODS, 'randomized')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # spectra
 
-def truncated_svd(x, rank, method='gram'):
+def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
     """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n), k = rank.
 
-    U diag(S) Vh is the best rank-k approximation of x. For looking at spectra and for factoring weights, hence float64
-    inside (on the CPU where the device has none); where a gradient is needed use `low_rank_approximation`. With 'gram',
-    columns of U whose singular value is below what x's precision and G's can tell from zero are zero: their direction
-    is not determined. Raises ValueError for a rank outside 1..min(m, n) or an unknown method, and
-    torch.linalg.LinAlgError where x has non-finite values.
+    U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. For looking at spectra and for
+    factoring weights, hence float64 inside (on the CPU where the device has none); where a gradient is needed use
+    `low_rank_approximation`. With 'gram', columns of U whose singular value is below what x's precision and G's can
+    tell from zero are zero: their direction is not determined; with 'randomized' those rows of Vh are short,
+    and so they are where sigma_k is below 1e-3 sigma_1. Raises
+    ValueError for a rank outside 1..min(m, n) or an unknown method, and torch.linalg.LinAlgError where x has non-finite
+    values.
     """
     _check(x, rank, method)
     m, n = x.shape[-2:]
@@ -45,13 +61,17 @@ def truncated_svd(x, rank, method='gram'):
         fault = 'is missing' if rank is None else f'{rank} is more than the smaller side of {(m, n)}'
         raise ValueError(f'rank {fault}; valid: 1 to {min(m, n)}')
     if m < n:
-        u, s, vh = truncated_svd(x.mT, rank, method)
+        u, s, vh = truncated_svd(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
         return vh.mT, s, u.mT
     with _full_precision(x):
         wide = (x.cpu() if _lacks_float64(x.device) else x).double()
         if method == 'standard':
             u, s, vh = _decompose(torch.linalg.svd, wide, method, full_matrices=False)
             u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]                          # vh (..., k, n)
+        elif method == 'randomized':                                # the SVD of x projected on the basis Q (..., n, k)
+            q = _iterate(_working_grams(wide, (m,))[0][0], rank, power_iters, oversample, None)[0]
+            u, s, vh = _decompose(torch.linalg.svd, wide @ q.to(wide), method, full_matrices=False)
+            vh = vh @ q.to(wide).mT                                 # (..., k, k) x (..., k, n)
         else:
             spectrum = _gram_spectrum(wide, (m,))
             s, w = (part[0].flip(-1)[..., :rank] for part in spectrum)                          # (..., k), (..., n, k)
@@ -89,10 +109,34 @@ def rank_for_energy(s, fraction):
     return s.shape[-1] - reached.sum(-1) + 1
 
 
+def energy_kept(x, y):
+    """Share of x's squared Frobenius norm that is left in an approximation y of it: both (..., m, n) -> float64 (...).
+    1 where x is zero."""
+    x, y = (t.detach().cpu().double() for t in (x, y))
+    unit = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.matrix_norm(x / unit).clamp_min(torch.finfo(x.dtype).tiny)
+    return 1 - (torch.linalg.matrix_norm((x - y) / unit) / norm).square()
+
+
+def effective_rank(x):
+    """exp of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli 2007): x (..., m, n) ->
+    float64 (...), 1 for a rank-one matrix or zero, n where all are equal. NaN where x is not finite."""
+    x = x.detach().cpu().double()
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    finite = x.isfinite().all(-1).all(-1)                           # (...)
+    x = torch.where(finite[..., None, None], x, 0)
+    squares = torch.linalg.eigvalsh(x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT)
+    s = squares.clamp_min(0).sqrt()                                 # (..., n)
+    shares = s / s.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    rank = torch.special.entr(shares).sum(-1).exp()
+    return torch.where(finite, rank, torch.nan)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # best rank-k approximation, differentiable
 
-def low_rank_approximation(x, rank, method='gram', basis_grad=True):
+def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_iters=2, oversample=0, start=None,
+                           note=None):
     """Best rank-k approximation X_k of every matrix: x (..., m, n) -> (..., m, n), differentiable once.
 
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the cut,
@@ -100,6 +144,13 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True):
     determined, and the gap is replaced by that bound, so gradients stay finite. basis_grad=False takes P for a
     constant: the gradient is D P alone. Computed in float32 (float64 stays float64) whatever autocast says; the result
     has x's dtype.
+
+    'randomized' is the best one to a few per cent of the residual, as long as sigma_k is above 1e-3 sigma_1 (3e-3 on a
+    device without float64), and has the gradient at the top of this file. The iteration starts from `start`
+    (..., n, l), l >= k, its batch dimensions those of x or fewer; None: a fixed Gaussian one of k + 4 + oversample
+    columns. `power_iters` products with G precede the last one, 0 for a start that is a basis of something near. note:
+    called with G (..., n, n), of matrices out of the ordinary in a unit of their own, for who wants to make a start of
+    it. The other methods have no use for the four.
 
     Raises ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError where a matrix to decompose has
     non-finite values. What is not decomposed passes NaN and inf on: x at full rank, and rows that no basis comes from.
@@ -110,18 +161,20 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True):
     m, n = x.shape[-2:]
     if rank is None or rank >= min(m, n):
         return x
-    if m < n:                                                       # keep the Gram matrix the small one
-        return low_rank_approximation(x.mT, rank, method, basis_grad).mT
-    return _project(x, rank, method, ((m, 0, m),), basis_grad)
+    if m < n and start is None and note is None:                    # keep the Gram matrix the small one
+        return low_rank_approximation(x.mT, rank, method, basis_grad, power_iters=power_iters, oversample=oversample).mT
+    return _project(x, rank, method, ((m, 0, m),), basis_grad, power_iters, oversample, start, note)
 
 
-def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=True):
+def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=True, *, power_iters=2, oversample=0,
+                                  start=None, note=None):
     """Rank-k projection in which no row depends on a later one: x (..., T, n) -> (..., T, n), differentiable once.
 
     Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the top-k right singular vectors of rows [0, s):
     doubling blocks, so T rows need log2(T / block) bases. The first `block` rows, and rows whose basis would come from
     `rank` rows or fewer, pass unchanged. rank None or >= n returns x itself (T must not enter this rule: appending a
-    row must not change an earlier one). Precision, gradient and errors as in `low_rank_approximation`.
+    row must not change an earlier one). The rest as in `low_rank_approximation`; note gets G of all rows that a basis
+    comes from.
     """
     _check(x, rank, method)
     if block < 1:
@@ -130,7 +183,7 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
     if rank is None or rank >= n:
         return x
     spans = tuple((start, start, min(2 * start, rows)) for start in causal_starts(rows, rank, block))
-    return _project(x, rank, method, spans, basis_grad) if spans else x
+    return _project(x, rank, method, spans, basis_grad, power_iters, oversample, start, note) if spans else x
 
 
 def causal_starts(rows, rank, block):
@@ -143,36 +196,54 @@ def causal_starts(rows, rank, block):
     return starts
 
 
-def leading_eigenvectors(gram, rank):
-    """Orthonormal W_k (..., n, k), eigenvectors of the k largest eigenvalues of symmetric gram (..., n, n), the largest
-    last. Decomposed in float64, as above. Raises torch.linalg.LinAlgError for NaN and inf."""
+def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0, start=None):
+    """Orthonormal W_k (..., n, k) that spans the eigenvectors of the k largest eigenvalues of gram (..., n, n),
+    symmetric and positive semidefinite: by eigh in float64, or with 'randomized' as in `low_rank_approximation`. Raises
+    torch.linalg.LinAlgError for NaN and inf."""
+    if method == 'randomized':
+        if gram.device.type == 'cpu' and not _finite(gram):
+            raise _non_finite(method)
+        unit = _power_of_two(gram.diagonal(dim1=-2, dim2=-1).amax(-1), gram.dtype)
+        return _iterate(gram / unit[..., None, None], rank, power_iters, oversample, start)[0].to(gram)
     wide = (gram.cpu() if _lacks_float64(gram.device) else gram).double()
-    return _decompose(torch.linalg.eigh, wide, 'gram')[1][..., -rank:].to(gram)
+    return _decompose(torch.linalg.eigh, wide, method)[1][..., -rank:].to(gram)
 
 
-def low_rank_factors(x, rank, method='gram'):
+def low_rank_factors(x, rank, method='gram', *, power_iters=2, oversample=0, start=None):
     """A (..., m, k) and B (..., k, n) such that A B is the best rank-k approximation of x (..., m, n), even where it is
     not unique the one of `low_rank_approximation`: m < n: A orthonormal columns, the leading left singular vectors, and
-    B = A^T x; else B orthonormal rows, the right ones, and A = x B^T. Not differentiable; precision and errors as
-    there, but for rank > min(m, n), which is a ValueError, too."""
+    B = A^T x; else B orthonormal rows, the right ones, and A = x B^T. Not differentiable; precision, options and errors
+    as there, but for rank > min(m, n), which is a ValueError, too; of a matrix of lower rank 'randomized' leaves some
+    of the orthonormal ones short."""
     _check(x, rank, method)
     if rank > min(x.shape[-2:]):
         raise ValueError(f'rank {rank} is more than the smaller side of {tuple(x.shape[-2:])}')
-    if x.shape[-2] < x.shape[-1]:
-        a, b = low_rank_factors(x.mT, rank, method)
+    if x.shape[-2] < x.shape[-1] and start is None:
+        a, b = low_rank_factors(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
         return b.mT, a.mT
     wide = x.detach().to(_working_dtype(x)).contiguous()
-    spectrum = _svd_spectrum if method == 'standard' else _gram_spectrum
+    stops = (x.shape[-2],)
     with _full_precision(x):
-        _, vectors = spectrum(wide, (x.shape[-2],))                 # (1, ..., n, n), smallest first
-        w = vectors[0][..., -rank:].to(wide)
+        if method == 'randomized':
+            w = _iterate(_working_grams(wide, stops)[0][0], rank, power_iters, oversample, start)[0].to(wide)
+        else:
+            _, vectors = (_svd_spectrum if method == 'standard' else _gram_spectrum)(wide, stops)
+            w = vectors[0][..., -rank:].to(wide)                    # of (1, ..., n, n), smallest first
         return (wide @ w).to(x.dtype), w.mT.to(x.dtype)
 
 
-def _project(x, rank, method, spans, basis_grad):
+def _project(x, rank, method, spans, basis_grad, power_iters, oversample, start, note):
     flat = x.to(_working_dtype(x)).reshape(-1, *x.shape[-2:]).contiguous()      # (N, T, n); a strided V is 4 x slower
     with _full_precision(x):
-        return _ProjectRows.apply(flat, rank, method, spans, basis_grad).view(x.shape).to(x.dtype)
+        if method != 'randomized':
+            return _ProjectRows.apply(flat, rank, method, spans, basis_grad).view(x.shape).to(x.dtype)
+        if start is not None:                                       # a constant; one for each matrix if it has a batch
+            start = start.detach()
+            start = start if start.dim() == 2 else start.expand(*x.shape[:-2], -1, -1).flatten(0, -3)       # (N, n, l)
+        y, grams = _ProjectRowsOneStep.apply(flat, rank, spans, basis_grad, power_iters, oversample, start)
+        if note is not None:
+            note(grams.view(*x.shape[:-2], *grams.shape[-2:]))
+        return y.view(x.shape).to(x.dtype)
 
 
 class _ProjectRows(torch.autograd.Function):
@@ -204,8 +275,51 @@ class _ProjectRows(torch.autograd.Function):
         with _full_precision(dy):
             dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
             if basis:
-                _add_basis_gradient(dx, dy, *basis, ctx.rank, ctx.spans)
+                x, sigma, w = basis
+                unit, f = _divided_differences(x, sigma, ctx.rank, ctx.spans)
+                _add_basis_gradient(dx, dy, x, unit, ctx.spans, lambda m: w @ (f * (w.mT @ m @ w)) @ w.mT)
         return dx, None, None, None, None
+
+
+class _ProjectRowsOneStep(torch.autograd.Function):
+    """The same with P_s = Q Q^T of 'randomized' and its one-step gradient. -> y (N, T, n), and G of the longest prefix
+    (N, n, n), in units of a power of two where its elements are out of the ordinary."""
+
+    @staticmethod
+    def forward(ctx, x, rank, spans, basis_grad, power_iters, oversample, start):
+        grams, unit = _working_grams(x, tuple(s for s, _, _ in spans))      # (spans, N, n, n), (spans, N, 1) or None
+        if start is not None and start.dim() > 2:
+            start = start.repeat(len(spans), 1, 1)                  # (spans N, n, l)
+        q, inverse, before = _iterate(grams.flatten(0, 1), rank, power_iters, oversample, start)
+        projectors = (q @ q.mT).to(x.dtype).view(grams.shape)       # (spans, N, n, n)
+        if basis_grad and ctx.needs_input_grad[0]:
+            f = (q @ (inverse.mT @ before.mT)).to(x.dtype)          # (spans N, n, n)
+            ctx.save_for_backward(projectors, x, f.view(grams.shape), unit)
+        else:
+            ctx.save_for_backward(projectors)
+        ctx.spans = spans
+        last = grams[-1]
+        ctx.mark_non_differentiable(last)
+        return _apply_projectors(x, projectors, spans), last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _):
+        projectors, *basis = ctx.saved_tensors
+        with _full_precision(dy):
+            dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
+            if basis:
+                x, f, unit = basis                                  # f (spans, N, n, n)
+                if unit is not None:
+                    safe = _unit_for_all_rows(unit, x, ctx.spans)
+                    f, unit = f * (unit / safe).square().unsqueeze(-1), safe
+
+                def one_step(m):
+                    z = m @ f
+                    z = z - projectors @ z                          # (I - P) (M + M^T) F
+                    return z + z.mT
+                _add_basis_gradient(dx, dy, x, unit, ctx.spans, one_step)
+        return dx, None, None, None, None, None, None
 
 
 def _apply_projectors(x, projectors, spans):
@@ -218,27 +332,33 @@ def _apply_projectors(x, projectors, spans):
     return y
 
 
-def _add_basis_gradient(dx, dy, x, sigma, w, rank, spans):
-    """dx[:s] += x[:s] (Z + Z^T) for every span, in place: dx, dy, x (N, T, n), sigma (spans, N, n), w (spans, N, n, n).
+def _add_basis_gradient(dx, dy, x, unit, spans, z_of):
+    """dx[:s] += x[:s] Z' for every span, in place, Z' = z_of(M + M^T) symmetric (spans, N, n, n): dx, dy, x (N, T, n).
+    X in units (spans, N, 1), powers of two, or None: nothing in between over- or underflows."""
+    scaled = [x[:, :b] if unit is None else x[:, :b] / unit[i].unsqueeze(-1) for i, (_, _, b) in enumerate(spans)]
+    m = _stack([torch.bmm(rows[:, a:].mT, dy[:, a:b]) for rows, (_, a, b) in zip(scaled, spans)])
+    for (s, _, _), rows, z in zip(spans, scaled, z_of(m + m.mT)):
+        dx[:, :s].baddbmm_(rows[:, :s], z)
 
-    X and sigma in units of a power of two near sigma_1, which cancels: nothing in between over- or underflows."""
+
+def _divided_differences(x, sigma, rank, spans):
+    """The unit of X in which F is, a power of two near sigma_1 (spans, N, 1), and F (spans, N, n, n), in x's dtype."""
     n, info = x.shape[-1], torch.finfo(x.dtype)
-    top = sigma[..., -1:]                                           # (spans, N, 1)
-    if spans[0][0] < x.shape[1]:
-        # a basis may come from rows that are zero or nearly so: sigma_1 then counts as 1e-15 of the largest element of
-        # all rows, so that later rows in that unit, and their products, stay within float32
-        top = top.maximum(1e-15 * x.abs().amax((-2, -1)).to(sigma).unsqueeze(-1))
-    shrink = 1 / _power_of_two(top, x.dtype)                        # (spans, N, 1)
-    least = (n * info.eps * (top * shrink).square()).clamp_min(info.tiny)
-    relative, least, shrink = (t.to(x.dtype).to(x.device) for t in ((sigma * shrink).square(), least, shrink))
+    top = _unit_for_all_rows(sigma[..., -1:], x, spans)             # (spans, N, 1)
+    unit = _power_of_two(top, x.dtype)
+    least = (n * info.eps * (top / unit).square()).clamp_min(info.tiny)
+    relative, least, unit = (t.to(x.dtype).to(x.device) for t in ((sigma / unit).square(), least, unit))
     gap = (relative.unsqueeze(-1) - relative.unsqueeze(-2)).abs()   # (spans, N, n, n)
     kept = (torch.arange(n, device=x.device) >= n - rank).to(x.dtype)   # (n); 0 and 1: inductor fails on bool != bool
-    f = (kept.unsqueeze(-1) - kept).abs() / gap.maximum(least.unsqueeze(-1))                    # (spans, N, n, n)
-    scaled = [x[:, :b] * shrink[i].unsqueeze(-1) for i, (_, _, b) in enumerate(spans)]
-    m = torch.stack([torch.bmm(rows[:, a:].mT, dy[:, a:b]) for rows, (_, a, b) in zip(scaled, spans)])
-    z = w @ (f * (w.mT @ (m + m.mT) @ w)) @ w.mT                    # (spans, N, n, n)
-    for (s, _, _), rows, zs in zip(spans, scaled, z):
-        dx[:, :s].baddbmm_(rows[:, :s], zs)
+    return unit, (kept.unsqueeze(-1) - kept).abs() / gap.maximum(least.unsqueeze(-1))
+
+
+def _unit_for_all_rows(unit, x, spans):
+    """A basis may come from rows that are zero or nearly so: its unit (spans, N, 1) then counts as 1e-15 of the largest
+    element of all rows, so that later rows in that unit, and their products, stay within float32."""
+    if spans[0][0] == x.shape[1]:
+        return unit
+    return unit.maximum(1e-15 * x.abs().amax((-2, -1)).to(unit).unsqueeze(-1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,33 +368,65 @@ def _gram_spectrum(x, stops):
     """Singular values (stops, ..., n), smallest first, and right singular vectors (stops, ..., n, n) of every x[:stop],
     in float64, from G = x[:stop]^T x[:stop]. Each row enters one product: G of a longer prefix adds the new rows.
     Where the device has no float64 they are on the CPU."""
-    rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
     if x.dtype == torch.float32 and not _lacks_float64(x.device):
-        unit = None
-        grams = torch.stack([r.mT @ r for r in (r.double() for r in rows)])                     # (stops, ..., n, n)
-        grams = grams.cumsum(0) if len(stops) > 1 else grams
+        grams, unit = _plain_grams(x.double(), stops), None
     else:
-        grams, unit = _scaled_grams(rows)
+        grams, unit = _scaled_grams(x, stops)
+        if _lacks_float64(x.device):
+            grams, unit = grams.cpu().double(), unit.cpu().double()
     eigenvalues, w = _decompose(torch.linalg.eigh, grams, 'gram')
     sigma = eigenvalues.clamp_min(0).sqrt()
     return (sigma if unit is None else sigma * unit), w
 
 
-def _scaled_grams(rows):
-    """G of every prefix of a list of blocks of rows (..., m, n), and the power of two that is the unit of its rows:
-    (blocks, ..., n, n) and (blocks, ..., 1), float64. Every block has its own unit and is summed before it meets
-    another, so that no G depends on a later row, not even by rounding."""
-    units = [_power_of_two(r.abs().amax((-2, -1), keepdim=True), r.dtype) for r in rows]
-    grams = torch.stack([r.mT @ r for r in (r / unit for r, unit in zip(rows, units))])
-    units = torch.stack(units)                                      # (blocks, ..., 1, 1)
-    if _lacks_float64(grams.device):
-        grams, units = grams.cpu(), units.cpu()
-    grams, units = [*grams.double()], [*units.double()]
+def _working_grams(x, stops):
+    """G of every x[:stop] (stops, ..., n, n) in x's dtype, and the unit of its rows (stops, ..., 1), None: 1. On the
+    CPU, where looking at values costs no waiting, units are only taken where squares might not do without."""
+    if x.device.type == 'cpu' and x.numel() and not torch.compiler.is_compiling():
+        grams = _plain_grams(x, stops)
+        if _is_ordinary(x, grams[0]):
+            return grams, None
+        if not _finite(x[..., :stops[-1], :]):
+            raise _non_finite('randomized')
+    return _scaled_grams(x, stops)
+
+
+def _is_ordinary(x, gram):
+    """Whether x does without units: from 1e-6 to 1e6 there is room in float32 for gradients up to 1e30. gram: G of the
+    first rows of x, which a basis comes from."""
+    (low, high), least = x.aminmax(), gram.diagonal(dim1=-2, dim2=-1).sum(-1).amin()
+    return low > -2.0 ** 20 and high < 2.0 ** 20 and least > 2.0 ** -40                         # NaN is neither
+
+
+def _plain_grams(x, stops):
+    """Each row enters one product: G of a longer prefix adds the new rows. Not by cumsum, which has more digits inside
+    than `_scaled_grams`: later rows decide which of the two it is."""
+    rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
+    return _stack([*accumulate((r.mT @ r for r in rows), torch.add)])   # (stops, ..., n, n)
+
+
+def _scaled_grams(x, stops):
+    """G of every x[:stop] (stops, ..., n, n) and the power of two that is the unit of its rows (stops, ..., 1). Every
+    block of rows has its own unit and is summed before it meets another, so that no G depends on a later row, not even
+    by rounding."""
+    rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
+    units = [_power_of_two(r.abs().amax((-2, -1), keepdim=True), r.dtype) for r in rows]        # (..., 1, 1) each
+    grams = [r.mT @ r for r in (r / unit for r, unit in zip(rows, units))]
     for i in range(1, len(grams)):
         unit = torch.maximum(units[i - 1], units[i])
         grams[i] = grams[i - 1] * (units[i - 1] / unit).square() + grams[i] * (units[i] / unit).square()
         units[i] = unit
     return torch.stack(grams), torch.stack(units).squeeze(-1)
+
+
+def _iterate(grams, rank, power_iters, oversample, start):
+    """`leading_subspace` of grams (..., n, n), in float64 where the device has it."""
+    if power_iters < 0 or oversample < 0:
+        raise ValueError(f'power_iters and oversample must be at least 0, got {power_iters} and {oversample}')
+    wide = grams if _lacks_float64(grams.device) else grams.double()
+    if start is None:
+        start = gaussian_start(grams.shape[-1], rank, oversample)
+    return leading_subspace(wide, rank, start.to(wide.dtype).to(wide.device), power_iters)
 
 
 def _power_of_two(x, dtype):
@@ -308,7 +460,15 @@ def _decompose(f, a, method, **options):
     except torch.linalg.LinAlgError:
         if _finite(a):
             raise
-    raise torch.linalg.LinAlgError(f'the input has non-finite values (NaN or inf); SVD method {method!r}')
+    raise _non_finite(method)
+
+
+def _non_finite(method):
+    return torch.linalg.LinAlgError(f'the input has non-finite values (NaN or inf); SVD method {method!r}')
+
+
+def _stack(tensors):
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)                # without a copy
 
 
 def _finite(x):

@@ -15,14 +15,14 @@ from runtime.finite import first_bad_tensor
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
 NUMBER = (int, float, torch.Tensor)                                 # nanoGPT's best_val_loss is a tensor
 OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list, best_val_loss=NUMBER,
-                interim_best_val_loss=NUMBER)
+                interim_best_val_loss=NUMBER, svd_basis=torch.Tensor)
 DTYPES = {getattr(torch, name) for name in 'float32 float64 float16 bfloat16 uint8 int32 int64 bool'.split()}
 
 
 def save(checkpoint, path):
     """A crash or an error while saving leaves the old checkpoint. Raises OSError where the disk does not take it, and
     FloatingPointError, before anything is written, for weights or an optimizer state that are not finite."""
-    for key in ('model', 'optimizer'):
+    for key in ('model', 'optimizer', 'svd_basis'):
         bad = first_bad_tensor(checkpoint.get(key), key)
         if bad:
             raise FloatingPointError(f'{bad} is not finite')
@@ -91,9 +91,37 @@ def _check(checkpoint, path):
     for name, value in checkpoint['model'].items():
         if type(name) is not str or not torch.is_tensor(value) or not value.is_floating_point():
             raise UserError(f'{path}: its weight {name} is no floating-point tensor')
+    basis = checkpoint.get('svd_basis')
+    if basis is not None and not (basis.is_floating_point() and basis.isfinite().all()):
+        raise UserError(f'{path}: its svd_basis is not of finite floating-point numbers')
     bad = first_bad_tensor(checkpoint['model'], 'model')
     if bad:
         raise UserError(f'{path}: its weight {bad.removeprefix("model.")} is not finite')
+
+
+def fitting_weights(saved, fields):
+    """A checkpoint's model_args and state dict. Raises ValueError where they do not fit each other, or have other than
+    the `fields` of a model's configuration."""
+    args = saved['model_args']
+    unknown = sorted(map(str, set(args) - set(fields)))
+    if unknown:
+        raise ValueError(f'its model_args have fields that this model does not know: {", ".join(unknown)}')
+    missing = [name for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if name not in args]
+    if missing:
+        raise ValueError(f'its model_args lack {", ".join(missing)}')
+    # before it used flash attention, nanoGPT stored its causal mask
+    state = {name: w for name, w in saved['model'].items() if not name.endswith('.attn.bias')}
+    # model_args can name any size: nothing is built before the weights that are there agree
+    sizes = {'transformer.wte.weight': (args['vocab_size'], args['n_embd']),
+             'lm_head.weight': (args['vocab_size'], args['n_embd']),
+             'transformer.wpe.weight': (args['block_size'], args['n_embd'])}
+    wrong = [name for name, shape in sizes.items() if name not in state or state[name].shape != shape]
+    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
+    if wrong or layers != args['n_layer']:
+        raise ValueError(f'its weights do not fit its model_args: {", ".join(wrong) or f"{layers} layers"}')
+    if not torch.equal(state['transformer.wte.weight'], state['lm_head.weight']):
+        raise ValueError('its weights transformer.wte and lm_head differ, which are one tensor')
+    return args, state
 
 
 def _is_whole(path):

@@ -1,10 +1,10 @@
 """Configuration: defaults < config files < --key=value, checked against the annotations of a dataclass.
 
 A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...] or a union
-of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be written bare:
---name. Config files are Python run from top to bottom; they may read the values before them by name, import modules and
-use names that start with an underscore. Everything wrong raises UserError, whose text is one line: what, where, the
-nearest valid choice.
+of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be written bare,
+--name, and so may a `bool | str` that can name a file as well. Config files are Python run from top to bottom; they may
+read the values before them by name, import modules and use names that start with an underscore. Everything wrong raises
+UserError, whose text is one line: what, where, the nearest valid choice.
 """
 
 import ast
@@ -217,7 +217,7 @@ def help_text(cls, usage):
         hint = get_type_hints(cls, include_extras=True)[f.name]
         written, values = f'--{f.name}={f.default!r}', describe(hint)
         if is_switch(hint):
-            written, values = f'--{f.name}', 'given or not'
+            written, values = f'--{f.name}', values.replace('True or False', 'given or not')
         lines.append(f'  {written}'.ljust(42) + f' {get_args(hint)[1]} [{values}]')
     return '\n'.join(lines)
 

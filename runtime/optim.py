@@ -5,6 +5,18 @@ import torch
 from runtime.config import one_line
 
 
+def gpt_groups(model, weight_decay):
+    """A GPT's parameters in groups for an optimizer: 'hidden' (matrices of blocks) and 'embedding' (wte, wpe) decay,
+    'vector' (biases, LayerNorm) do not. Every trainable parameter is in exactly one. -> dict name -> group."""
+    groups = {name: {'params': [], 'weight_decay': decay}
+              for name, decay in (('hidden', weight_decay), ('embedding', weight_decay), ('vector', 0.0))}
+    for name, p in model.named_parameters():                        # tied weights appear once
+        if p.requires_grad:
+            kind = 'vector' if p.dim() < 2 else 'hidden' if name.startswith('transformer.h.') else 'embedding'
+            groups[kind]['params'].append(p)
+    return groups
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) whose orthogonalisation may run in float32.
 
@@ -55,7 +67,7 @@ class Muon(torch.optim.Muon):
 class MuonAdamW:
     """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as train.py uses them.
 
-    groups: dict name -> parameter group, as GPT.optim_groups makes it; 'hidden' goes to Muon.
+    groups: dict name -> parameter group, as `gpt_groups` makes it; 'hidden' goes to Muon.
     """
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):

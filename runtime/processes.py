@@ -102,7 +102,7 @@ class Processes:
         return self._reduce(torch.tensor(number), distributed.ReduceOp.MAX).item() if self.distributed else number
 
     def mean(self, value):
-        """The mean of the processes' scalars (), on all of them."""
+        """The mean of the processes' tensors, on all of them."""
         return self._reduce(value.clone(), distributed.ReduceOp.SUM) / self.world_size if self.distributed else value
 
     @staticmethod

@@ -140,8 +140,8 @@ class Run:
             ckpt.save({'model': model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'iter_num': self.iter_num,
                        'model_args': asdict(model.config), 'best_val_loss': best_val_loss,
                        'interim_best_val_loss': self.best_interim_loss, 'config': asdict(self.cfg),
-                       'tokenizer': self.data.meta, 'random': random, 'scaler': self.scaler.state_dict()},
-                      self.out / name)
+                       'tokenizer': self.data.meta, 'random': random, 'scaler': self.scaler.state_dict(),
+                       **({} if model.svd_basis is None else {'svd_basis': model.svd_basis})}, self.out / name)
         except OSError as e:
             raise self.stopped(f'after step {self.iter_num}: {self.out / name} was not saved: {e.strerror}') from None
         except FloatingPointError as e:

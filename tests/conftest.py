@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train                                                                                # noqa: E402
+from lowrank import svd                                                                     # noqa: E402
 from runtime import download                                                                # noqa: E402
 from runtime.dataset import write_dataset                                                   # noqa: E402
 
@@ -36,6 +37,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64_here(request, monkeypatch):
+    """False: what a device without float64 does, where values are not looked at either."""
+    monkeypatch.setattr(svd, '_lacks_float64', lambda device: not request.param)
+    if not request.param:
+        monkeypatch.setattr(svd, '_working_grams', svd._scaled_grams)
+    return request.param
 
 
 @pytest.fixture(scope='session')

@@ -16,8 +16,8 @@ import check
 import model
 import train
 from conftest import ROOT
-from lowrank.svd import low_rank_approximation
-from model import GPTConfig
+from lowrank.svd import EXACT_METHODS, low_rank_approximation
+from model import METHODS, SCOPES, GPTConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -40,8 +40,8 @@ def run(call, monkeypatch, tmp_path):
 
 def wrong(value):
     """A method result that is wrong by a thousandth."""
-    return lambda x, rank, method='gram', basis_grad=True: low_rank_approximation(x, rank, method, basis_grad) * (
-        1 if method == 'gram' else value)
+    return lambda x, rank, method='gram', basis_grad=True, **options: value ** (
+        method != 'gram') * low_rank_approximation(x, rank, method, basis_grad, **options)
 
 
 def test_everything_holds_on_the_cpu(run):
@@ -81,18 +81,19 @@ def test_a_wrong_gradient_fails(run, monkeypatch):
 def test_a_scope_that_sees_the_wrong_tokens_fails(run, monkeypatch, scope):
     """'causal' that leaks; 'sequence' that sees nothing, so that the check could not tell."""
     if scope == 'causal':
-        monkeypatch.setattr(model, 'causal_low_rank_approximation', lambda x, rank, method, block, basis_grad:
-                            low_rank_approximation(x, rank, method, basis_grad))
+        monkeypatch.setattr(model, 'causal_low_rank_approximation', lambda x, block, **options:
+                            low_rank_approximation(x, **options))
     else:
-        monkeypatch.setattr(model, 'low_rank_approximation', lambda x, *options: x)
+        monkeypatch.setattr(model, 'low_rank_approximation', lambda x, **options: x)
     code, _, rows = run(check.causality)
     assert code == 1 and [name for name, row in rows.items() if row['verdict'] == 'FAIL'] == [
         {'causal': "no token sees a later one, 'causal'", 'sequence': "'sequence' sees later tokens"}[scope]]
 
 
 def test_a_full_rank_that_changes_something_fails(run, monkeypatch):
-    monkeypatch.setattr(model, 'low_rank_approximation', lambda x, *options: x * (1 + 2e-7))
-    monkeypatch.setattr(GPTConfig, 'svd_truncates', property(lambda config: config.use_svd))
+    monkeypatch.setattr(model, 'low_rank_approximation', lambda x, **options: x * (1 + 2e-7))
+    monkeypatch.setattr(GPTConfig, 'svd_truncates', property(
+        lambda config: config.use_svd and config.svd_method in EXACT_METHODS))           # the other needs a rank
     code, _, rows = run(check.no_truncation)
     assert code == 1 and rows["full rank = baseline, 'sequence'"]['verdict'] == 'FAIL'
     assert rows['SVD off = baseline']['verdict'] == rows["full rank = baseline, 'causal'"]['verdict'] == 'ok'
@@ -164,7 +165,7 @@ def test_what_is_only_checked_elsewhere_holds_here_too(tmp_path, kind):
     rows = {name: f() for group in (check.methods, check.device_against_cpu, check.causality, check.no_truncation,
                                     check.resume) for name, f in group(setup)}
     assert all(ok for ok, _ in rows.values()), rows
-    assert sum(name.startswith('cpu = CPU') for name in rows) == 7
+    assert sum(name.startswith('cpu = CPU') for name in rows) == 1 + len(METHODS) * len(SCOPES)
     assert ('resumed run = uninterrupted run, float16' in rows) == (kind == 'cuda')
 
 
@@ -178,7 +179,7 @@ def test_compilation_is_skipped_with_the_reason_where_nothing_compiles(run, monk
     code, _, rows = run(check.compiled)
     assert code == 0 and {row['detail'] for row in rows.values()} == {
         'not even x + 1 compiles here (RuntimeError: No working C++ compiler found)'}
-    assert len(rows) == 7 and {row['verdict'] for row in rows.values()} == {'skip'}
+    assert len(rows) == 1 + len(METHODS) * len(SCOPES) and {row['verdict'] for row in rows.values()} == {'skip'}
 
 
 def test_a_model_that_does_not_compile_where_others_do_fails(run, monkeypatch):

@@ -82,7 +82,8 @@ def test_a_value_arrives_in_the_type_of_its_option(option, value):
     ('use_svd=1', 'must be True or False (nearest: True)'), ('use_svd=no', '(nearest: False)'),
     ('compile=2', "must be True or False or 'auto'"), ('svd_rank=half', 'must be a whole number or None'),
     ('svd_scope=sequense', "'causal' or 'weight' (nearest: 'sequence')"), ('svd_method=Gram', "(nearest: 'gram')"),
-    ('svd_method=randomized', "must be 'standard' or 'gram' (nearest: "), ('init_from=gpt3', "(nearest: 'gpt2')"),
+    ('svd_method=randomised', "'gram' or 'randomized' (nearest: 'randomized')"),
+    ('init_from=gpt3', "(nearest: 'gpt2')"),
     *[(f'{key}={bad}', 'must be a number') for key in ('learning_rate', 'dropout', 'beta2', 'grad_clip')
       for bad in ('nan', 'inf', '-inf', '1e999')],
     pytest.param('learning_rate=1' + '0' * 400, 'must be a number')])

@@ -93,6 +93,20 @@ def test_cached_logits_of_heads_as_large_as_those_of_gpt2(options, dtype):
     assert error(model, idx, 70) <= bar(dtype, options.get('svd_scope'))
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_cached_logits_after_training_steps(dtype):
+    """'randomized' then starts from the basis of the last step, in the cache as without."""
+    model = make(1, dtype, n_embd=32, block_size=64, **svd('causal', 5, 'randomized', svd_block=8))
+    idx = tokens(2, 64)
+    cold = model(idx, idx)[0].detach()
+    model.train()(idx, idx)[1].backward()
+    model.advance_svd_basis()
+    model.eval()
+    assert not torch.equal(model(idx, idx)[0], cold)
+    for prompt in (1, 8, 20, 63):
+        assert error(model, idx, prompt) <= bar(dtype, 'causal')
+
+
 @each_cached
 @pytest.mark.parametrize('prompt', [1, 2, 15, 16])
 def test_a_prompt_of_one_sequence_joins_all_of_the_cache(options, prompt):

@@ -15,7 +15,7 @@ import runtime.checkpoint
 import runtime.run
 import train
 from conftest import ROOT, TINY, checkpoint, folder_bytes, rows
-from model import GPT, SCOPES
+from model import GPT, METHODS, SCOPES
 from test_resume import same
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named
 
 
 @pytest.mark.parametrize('scope', SCOPES)
-@pytest.mark.parametrize('method', ['gram', 'standard'])
+@pytest.mark.parametrize('method', METHODS)
 def test_a_decomposition_that_fails_is_a_step_that_is_not_finite(call, in_step, scope, method):
     in_step(5, overflow('transformer.h.1.attn.c_attn.weight'))
     result = call(train.main, *TWO_LAYERS, '--use_svd=True', '--svd_rank=2', f'--svd_scope={scope}', '--svd_block=4',

@@ -10,6 +10,7 @@ it is not told here: autocast (adds casts), fused attention and fused dropout. W
 by name.
 """
 
+import re
 from collections import namedtuple
 from importlib import resources
 
@@ -21,16 +22,16 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowrank.svd import METHODS, truncated_svd
+from lowrank.svd import EXACT_METHODS, METHODS, truncated_svd
 from model import GPT, SCOPES, GPTConfig
-from runtime.optim import MuonAdamW
+from runtime.optim import MuonAdamW, gpt_groups
 
 # Muon's matrix norm, by a route that only fake tensors take
 pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated')
 
 DEVICES = ('mps', 'cuda')
 COPIES = {'_to_copy', 'copy_'}
-DECOMPOSITIONS = {'_linalg_eigh', '_linalg_svd'}
+DECOMPOSITIONS = re.compile('eig|svd|linalg_qr|geqrf|ormqr|householder|linalg_l|inv_ex|solve_ex')
 # what C++ may pick on the device in place of the operators recorded here
 CHOSEN_IN_C = {
     'mps': ('_scaled_dot_product_attention_math_for_mps', 'native_dropout', 'native_dropout_backward'),
@@ -126,6 +127,7 @@ def like_the_device(monkeypatch):
     path, foreach or not, that they take there. Fake tensors have no values to look at: what is on the CPU passes for
     finite, and a look at values on the device, for which the processor would have to wait, fails."""
     monkeypatch.setattr('lowrank.svd._finite', lambda x: x.device.type == 'cpu')
+    monkeypatch.setattr('lowrank.svd._is_ordinary', lambda x, gram: True)
     monkeypatch.setattr('runtime.draw._finite', lambda x: True)
     monkeypatch.setattr(_foreach_utils, '_foreach_supported_types',
                         [*_foreach_utils._foreach_supported_types, FakeTensor])
@@ -143,7 +145,10 @@ def like_the_device(monkeypatch):
 CASES = {'baseline': {}} | {
     f'{method}-{scope}-{"exact" if basis_grad else "constant"}':
         dict(use_svd=True, svd_rank=3, svd_method=method, svd_scope=scope, svd_basis_grad=basis_grad)
-    for method in METHODS for scope in SCOPES for basis_grad in (True, False)}
+    for method in METHODS for scope in SCOPES for basis_grad in (True, False)} | {
+    f'randomized-{scope}-oversampled': dict(use_svd=True, svd_rank=3, svd_method='randomized', svd_scope=scope,
+                                            svd_oversample=1)
+    for scope in SCOPES}                                            # 8 columns of 8 in all, so that none is left out
 
 
 def tiny_model(device, **options):
@@ -155,6 +160,7 @@ def tiny_model(device, **options):
         for name, p in module._parameters.items():
             if p is not None:
                 module._parameters[name] = moved.setdefault(p, torch.nn.Parameter(p.detach().to(device)))
+        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
     return model
 
 
@@ -164,13 +170,15 @@ def train_and_generate(device, **options):
     betas = (.9, .95)
     optimizers = [model.configure_optimizers(.1, 1e-3, betas, device.type)]
     if not options:                                                 # Muon sees the same parameters in every case
-        optimizers += [MuonAdamW(model.optim_groups(.1), 1e-3, betas, device.type, dtype)
+        optimizers += [MuonAdamW(gpt_groups(model, .1), 1e-3, betas, device.type, dtype)
                        for dtype in (torch.float32, torch.bfloat16)]
-    loss = model(tokens, tokens)[1]
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
+    for _ in range(2):                                              # from a random basis, and from that of the first
+        loss = model(tokens, tokens)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.advance_svd_basis()
     assert all(p.grad.device == p.device == device for p in model.parameters())
     model.eval()
     use_cache = not model.config.svd_sees_future
@@ -188,8 +196,14 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
     assert {'native_layer_norm_backward', '_fused_adamw_', 'multinomial'} <= there
     assert options or {'lerp_.Scalar', 'baddbmm'} <= there              # Muon
     assert ('_foreach_norm.Scalar' in there) == _foreach_utils._device_has_foreach_support(torch.device(device))
-    decompositions = [call for call in calls if call.op in DECOMPOSITIONS]
-    assert bool(decompositions) == bool(options)
+    decompositions = [call for call in calls if DECOMPOSITIONS.search(call.op)]
+    method = options.get('svd_method')
+    assert bool(decompositions) == (method in EXACT_METHODS)
+    factors = [call for call in calls if 'cholesky' in call.op]
+    assert bool(factors) == (method == 'randomized')
+    for call in factors:                                            # nothing leaves the device
+        assert {(a.device, a.dtype) for a in call.arguments} == {
+            (device, torch.float32 if device == 'mps' else torch.float64)}
     for call in decompositions:
         assert {(a.device, a.dtype) for a in call.arguments} == {('cpu' if device == 'mps' else device, torch.float64)}
 

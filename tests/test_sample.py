@@ -19,6 +19,7 @@ import sample
 import train
 from conftest import TINY, checkpoint
 from model import GPT, METHODS, SCOPES
+from runtime import timing
 from runtime.dataset import Tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -251,7 +252,7 @@ def test_none_means_as_trained(run, texts, option):
 
 
 @pytest.mark.parametrize('option, words', [('svd_rank=0', '1 to 8, or None'), ('svd_rank=-3', '1 to 8, or None'),
-                                           ('svd_block=0', 'at least 1'), ('svd_method=randomized', 'nearest: ')])
+                                           ('svd_block=0', 'at least 1'), ('svd_method=randomised', 'nearest: ')])
 def test_an_svd_that_cannot_be_is_refused(run, refused, option, words):
     run()
     assert words in refused(sample.main, '--use_svd=True', f'--{option}')
@@ -522,7 +523,7 @@ def test_quartiles_of_a_ratio_lie_between_its_extremes(monkeypatch):
     """Two pairs: a takes 1 s and 3 s, b always 1 s. No quartile of the ratio is below 1, let alone below 0."""
     warm_up = [0, 9] * 6
     clock = iter([*warm_up, 0, 1, 0, 1, 0, 1, 0, 3])                # a, b, then b, a
-    monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(timing, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
     found = bench.compare('a', lambda: None, lambda: None, 2, 'cpu', 'b')
     assert (found['a_ms'], found['b_ms'], found['ratio']) == (2000, 1000, 2)
     low, high = found['ratio_quartiles']

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 import runtime.run
 import train
 from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
-from model import GPT, SCOPES, GPTConfig
+from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError
 from runtime.dataset import Dataset, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
-from runtime.optim import Muon, MuonAdamW
+from runtime.optim import Muon, MuonAdamW, gpt_groups
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = ('--use_svd=True', '--svd_rank=2')                            # of 8
@@ -55,7 +55,8 @@ def test_a_run_writes_checkpoint_configuration_environment_and_metrics(fit):
     last = rows()[-1]
     assert [row['iter'] for row in steps] == [2, 4] and [row['iter'] for row in looks] == [0, 2, 4]
     assert all(row.keys() == {'iter', 'loss', 'lr', 'step_ms', 'tokens_per_s'} for row in steps)
-    assert all(row.keys() == {'iter', 'train/loss', 'val/loss'} for row in looks)
+    statistics = {f'svd/block0.head{head}/{name}' for head in (0, 1) for name in ('energy_kept', 'effective_rank')}
+    assert all(row.keys() == {'iter', 'train/loss', 'val/loss'} | statistics for row in looks)
     assert last.keys() == {'iter', 'final', 'val/loss', 'val/tokens'} and (last['iter'], last['final']) == (4, True)
     assert all(math.isfinite(value) for row in rows() for value in row.values())
     environment = json.loads(Path('out/environment.json').read_text())
@@ -171,7 +172,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
-@pytest.mark.parametrize('method', ['gram', 'standard'])
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('options', [['--svd_rank=2', '--use_svd=False'], ['--svd_rank=None'],
                                      *[[f'--svd_scope={scope}', f'--svd_rank={rank}']
                                        for scope in SCOPES for rank in (8, 99)]], ids=' '.join)
@@ -189,7 +190,8 @@ def test_a_truncating_rank_is_not_the_baseline(fit):
     assert not equal(checkpoint()['model'], baseline)
 
 
-@pytest.mark.parametrize('options', [[], SVD], ids=['baseline', 'sequence'])
+@pytest.mark.parametrize('options', [[], SVD, [*SVD, '--svd_method=randomized', '--svd_scope=causal', '--svd_block=4']],
+                         ids=['baseline', 'sequence', 'randomized'])
 def test_evaluating_more_often_changes_no_parameter(fit, options):
     states = []
     for often in (['--eval_interval=1', '--eval_iters=3'], ['--eval_interval=100', '--eval_iters=1']):
@@ -469,7 +471,7 @@ def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, tolerance):
 
 
 def muon_adamw(model):
-    return MuonAdamW(model.optim_groups(.1), .01, (.9, .95), 'cpu', torch.float32)
+    return MuonAdamW(gpt_groups(model, .1), .01, (.9, .95), 'cpu', torch.float32)
 
 
 def train_steps(model, optimizer, steps):
