@@ -94,12 +94,16 @@ def advance(bases, average=None, completed=True):
         found, _, _ = leading_subspace(wide, bases[0].rank, start.to(wide), iterations)
         n, rank = found.shape[-2:]
         finite = found.isfinite().all(-1).all(-1)                   # (bases, heads)
-        if bases[0].warm or bool((finite & found.any(-1).any(-1)).all()):   # waits for the device, at the first step
+        if bases[0].warm or _holds(finite & found.any(-1).any(-1)):
             found = (found + NUDGE * n ** -0.5 * bases[0].gaussian[:, :rank]).to(before)
             load_state(bases, torch.where(finite[..., None, None], found, before))
     for own in bases:
         own.pooled.zero_()
         own.noted = False
+
+
+def _holds(conditions):
+    return bool(conditions.all())                                   # waits for the device
 
 
 def saved_state(bases):

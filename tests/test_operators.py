@@ -127,6 +127,7 @@ def like_the_device(monkeypatch):
     path, foreach or not, that they take there. Fake tensors have no values to look at: what is on the CPU passes for
     finite, and a look at values on the device, for which the processor would have to wait, fails."""
     monkeypatch.setattr('lowrank.svd._finite', lambda x: x.device.type == 'cpu')
+    monkeypatch.setattr('lowrank.subspace._holds', lambda conditions: True)   # once a run, at its first step
     monkeypatch.setattr('lowrank.svd._is_ordinary', lambda x, gram: True)
     monkeypatch.setattr('runtime.draw._finite', lambda x: True)
     monkeypatch.setattr(_foreach_utils, '_foreach_supported_types',
