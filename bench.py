@@ -34,6 +34,7 @@ from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
+from runtime.output import unfailing_output
 from runtime.timing import paired, quartiles, take_turns, timed
 from train import TrainConfig, build_optimizer
 
@@ -65,6 +66,8 @@ class BenchConfig(TrainConfig):
             self.lengths()
         if self.plot is not False:
             self._check_plot()
+        if self.steps != 'auto' and not self.svd:
+            raise ValueError(f'steps={self.steps}: only with --svd')
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
             raise ValueError(f'peer={self.peer!r}: has no model.py')
 
@@ -113,7 +116,8 @@ def main(argv=None):
     try:
         cfg, _ = configuration.load(BenchConfig, argv)
         action = check if cfg.check else bench_decoding if cfg.decode else bench_methods if cfg.svd else bench_steps
-        return action(cfg)
+        with unfailing_output():
+            return action(cfg)
     except UserError as e:
         print(f'bench.py: {e}', file=sys.stderr)
         return 2

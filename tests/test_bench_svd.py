@@ -191,6 +191,7 @@ def test_a_bare_plot_has_a_name_of_its_own():
     (['--svd_rank=8'], 'svd_rank=8: --svd: at full rank nothing is cut (valid: 1 to 7)'),
     (['--block_size=3'], 'svd_rank=3: --svd: at full rank nothing is cut (valid: 1 to 2)'),
     (['--n_embd=2'], 'needs one of 2 or more'), (['--svd=False', '--plot'], 'plot=True: only with --svd'),
+    (['--svd=False', '--steps=True'], 'steps=True: only with --svd'),
     (['--plot=figure.pdf'], "nearest: 'figure.pdf.png'"), (['--plot='], 'must be the name of a PNG'),
     (['--plot=nowhere/figure.png'], 'a folder that exists'), (['--decode'], 'decode=True: not together with --svd'),
     (['--check'], 'check=True: not together with --svd'), (['--pairs=1'], 'nearest: 2'),
