@@ -259,7 +259,7 @@ def find_data(cfg, saved, model):
 
 def capture(model, x, y):
     """One pass over tokens x, y (B, T) -> for each layer V before the cut, the gradient of the loss at the cut V, W_v
-    and the gradient at W_v as it acts, (B, nh, T, hs) twice and (nh, hs, C) twice."""
+    and the gradient at W_v as it acts, (B, nh, T, hs) twice and (nh, hs, C) twice (MLA: U_v, (nh, hs, d))."""
     kept = {}
 
     def keep(name, f, *args):
@@ -271,20 +271,19 @@ def capture(model, x, y):
     attentions = [block.attn for block in model.transformer.h]
     for i, attn in enumerate(attentions):                           # on the instances, for this pass
         attn.apply_svd_to_v = partial(keep, ('v', i), attn.apply_svd_to_v)
-        attn.value_weight = partial(keep, ('w', i), attn.value_weight)
+        weight = attn.value_weight if attn.svd_scope == 'weight' else attn.c_attn.value_weight
+        attn.project = lambda x, i=i, attn=attn, weight=weight: attn.c_attn(x, keep(('w', i), weight))
     try:
         with torch.enable_grad():
             model(x, y)[1].backward()
     finally:
         for attn in attentions:
-            del attn.apply_svd_to_v, attn.value_weight
+            del attn.apply_svd_to_v, attn.project
     layers = []
     for i, attn in enumerate(attentions):
         (v,), cut = kept['v', i]
-        w = attn.c_attn.weight
-        at_w = kept['w', i][1].grad if ('w', i) in kept else w.grad.chunk(3)[2]                 # (C, C)
-        heads = [part.detach().unflatten(0, (attn.n_head, -1)) for part in (w.chunk(3)[2], at_w)]
-        layers.append((v.detach(), cut.grad.clone(), *(part.clone() for part in heads)))
+        w = attn.c_attn.value_weight()
+        layers.append((v.detach(), cut.grad.clone(), w.detach().clone(), kept['w', i][1].grad.clone()))
     model.zero_grad(set_to_none=True)
     return layers
 

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import download, pretrained
@@ -101,15 +101,29 @@ def export(cfg):
 
 @torch.no_grad()
 def plain_state_dict(model):
-    """The state dict of the same model without an SVD: 'weight' scope becomes part of the weights. Raises ValueError
-    for scopes that cut V itself, which no weights do."""
+    """The state dict of the same model without an SVD or latents: 'weight' scope becomes part of the weights, MLA's
+    factors become their products. Raises ValueError for scopes that cut V itself, which no weights do."""
     c, state = model.config, model.state_dict()
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
                          "(nearest: 'weight')")
+    plain = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False)))
+    names = plain.state_dict()
     for i, block in enumerate(model.transformer.h):
-        state[f'transformer.h.{i}.attn.c_attn.weight'] = block.attn.effective_weight()
-    return state
+        weight, bias = dense_projection(block.attn)
+        state |= {f'transformer.h.{i}.attn.c_attn.weight': weight, f'transformer.h.{i}.attn.c_attn.bias': bias}
+    return {name: state[name] for name in names}
+
+
+def dense_projection(attn):
+    """nanoGPT's c_attn that does what this attention's does: weight (3C, C), and bias, (3C) or None."""
+    c_attn = attn.c_attn
+    w_v = (attn.value_weight() if attn.svd_scope == 'weight' else c_attn.value_weight()).flatten(0, 1)
+    if isinstance(c_attn, QKVProjection):
+        return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
+    b = c_attn.query.bias
+    weight = torch.cat((c_attn.query.weight, torch.cat((c_attn.k_up.weight, w_v)) @ c_attn.kv_down.weight))
+    return weight, None if b is None else torch.cat((b, torch.zeros_like(b), c_attn.v_up.bias))
 
 
 def to_gpt2(model, saved, meta, remarks):

@@ -53,9 +53,7 @@ class SampleConfig:
 
     def __post_init__(self):
         pretrained.check_name(self.init_from, ('resume',))
-        for name, least in dict(num_samples=1, max_new_tokens=1, seed=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
+        configuration.at_least(self, num_samples=1, max_new_tokens=1, seed=0)
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
         check_draw(self.temperature, self.top_k, self.top_p)

@@ -89,11 +89,9 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         pretrained.check_name(self.init_from, ('scratch', 'resume'))
-        for name, least in dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, seed=0,
-                                batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0, min_lr=0,
-                                weight_decay=0, grad_clip=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
+        configuration.at_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1,
+                               seed=0, batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
+                               min_lr=0, weight_decay=0, grad_clip=0)
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
@@ -423,6 +421,8 @@ def describe(cfg, model, data, device, dtype, processes):
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
+    if c.use_mla:
+        say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     if c.use_svd and c.svd_rank is not None:
         say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
     elif c.use_svd or c.svd_rank is not None:

@@ -58,9 +58,7 @@ class SweepConfig:
     jobs: Annotated[int, 'runs at a time; 0: only table and figure'] = 2
 
     def __post_init__(self):
-        for name, least in dict(steps=20, seeds=1, jobs=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least} (nearest: {least})')
+        configuration.at_least(self, steps=20, seeds=1, jobs=0)
 
 
 class RandomProjection(model.CausalSelfAttention):
@@ -89,7 +87,7 @@ class NarrowValues(model.CausalSelfAttention):
         self.c_attn = Linear(config.n_embd, 2 * config.n_embd + width, bias=config.bias)
         self.c_proj = Linear(width, config.n_embd, bias=config.bias)
 
-    def project(self, x, cache=None):
+    def project(self, x):
         """x (B, T, C) -> q, k (B, nh, T, hs), v (B, nh, T, k)."""
         C = x.size(2)
         q, k, v = self.c_attn(x).split((C, C, self.c_proj.in_features), dim=2)

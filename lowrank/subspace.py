@@ -119,12 +119,13 @@ def load_state(bases, saved):
         own.warm = bool(fits)
 
 
-def _orthonormal(y):
+def _orthonormal(y, passes=1):
     """Cholesky QR: y (..., n, l) -> q (..., n, l) and r^-1 (..., l, l), upper triangular, with q = y r^-1. The jitter
-    makes up for rounding, so that the factor exists; directions of y that it outweighs come out short. In float32 that
-    would be all below 1e-3 of the largest, hence a second pass there (CholeskyQR2, Yamamoto et al. 2015)."""
+    makes up for rounding, so that the factor exists; directions of y that it outweighs come out short, unless a second
+    pass lengthens them (CholeskyQR2, Yamamoto et al. 2015). In float32 these would be all below 1e-3 of the largest,
+    hence two passes there."""
     total, info, eye = None, torch.finfo(y.dtype), torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-    for _ in range(1 if y.dtype == torch.float64 else 2):
+    for _ in range(passes if y.dtype == torch.float64 else 2):
         c = y.mT @ y                                                # (..., l, l)
         diagonal = c.diagonal(dim1=-2, dim2=-1)
         # the second term is for y = 0: its root and the inverse of that, squared, are within the type's range
@@ -138,11 +139,11 @@ def _orthonormal(y):
 def _drop_weakest(q, inverse, rank):
     """q (..., n, l), orthonormal, of Y = q R, R^-1 the inverse -> (..., n, k): q's span without the l - k weakest left
     singular vectors of Y, which are found by inverse iteration on R R^T (l x l), from the last columns, for the columns
-    of q come out roughly in order."""
+    of q come out roughly in order. R^-1 spans up to 1e7 where G has lower rank than l, hence the second passes."""
     inverse = inverse / inverse.abs().amax((-2, -1), keepdim=True)  # its squares count
     columns = q.shape[-1]
     weakest = torch.eye(columns, dtype=q.dtype, device=q.device)[:, rank:].expand(*q.shape[:-2], -1, -1)
     for _ in range(DROP_ROUNDS):
-        weakest, _ = _orthonormal(inverse @ weakest)                # (..., l, l - k)
-        weakest, _ = _orthonormal(inverse.mT @ weakest)
+        weakest, _ = _orthonormal(inverse @ weakest, passes=2)      # (..., l, l - k)
+        weakest, _ = _orthonormal(inverse.mT @ weakest, passes=2)
     return q[..., :rank] - (q @ weakest) @ weakest[..., :rank, :].mT

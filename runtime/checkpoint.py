@@ -124,6 +124,14 @@ def fitting_weights(saved, fields):
     return args, state
 
 
+def load_weights(model, state):
+    """model.load_state_dict(state). Raises ValueError, one line, for other names or shapes."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:                                       # over many lines
+        raise ValueError(f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
+
+
 def _is_whole(path):
     """Whether every piece of a zip has its checksum, which torch does not look at, and is stored as torch stores it:
     a compressed one, or one that others overlap, may unpack to any size."""

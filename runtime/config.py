@@ -198,6 +198,14 @@ def nearest(value, hint):
     return ''
 
 
+def at_least(cfg, **least):
+    """Raise ValueError for the first of these fields of cfg that is below its least value; None passes."""
+    for name, bound in least.items():
+        value = getattr(cfg, name)
+        if value is not None and value < bound:
+            raise ValueError(f'{name}={value}: must be at least {bound} (nearest: {bound})')
+
+
 def did_you_mean(word, choices, prefix='', other='--help lists the options'):
     close = difflib.get_close_matches(str(word).lower(), list(choices), 1, 0.5)
     return f' (nearest: {prefix}{close[0]})' if close else f' ({other})'

@@ -75,7 +75,7 @@ def memory_bytes(device):
 def check_memory(cfg, device):
     """Refuse, before anything is built, what cannot fit: a lower bound of what training needs against all there is."""
     here, tokens = memory_bytes(device), cfg.batch_size * cfg.block_size
-    parameters = cfg.n_layer * 12 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
+    parameters = cfg.n_layer * 10 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
     if cfg.eval_only:                                                   # weights, logits
         need = 4 * parameters + 2 * tokens * cfg.vocab_size
     else:                                                               # with gradients, a moment, activations; int64

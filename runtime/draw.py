@@ -1,4 +1,4 @@
-"""The next token from a model's logits."""
+"""Generation: the next token from a model's logits, and one after the other."""
 
 import torch
 from torch.nn import functional as F
@@ -36,6 +36,42 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         unneeded = ranked.cumsum(-1) - ranked >= max(top_p, limits.tiny)
         p = p.masked_fill(torch.empty_like(unneeded).scatter_(-1, order, unneeded), 0)
     return torch.multinomial(p, num_samples=1, generator=generator)
+
+
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True):
+    """The next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`): a generator. model: called as `GPT`.
+
+    The context is the last block_size tokens; up to there keys and values are cached if use_cache. Beyond, each token
+    shifts the window and with it all learned positions, so nothing cached is true any more: as in nanoGPT, the whole
+    window is computed for each token, but for what only earlier positions of the last layer would need.
+
+    One prompt that is expanded to B rows (`Tensor.expand`) is computed once. seed: of a generator of its own; None:
+    torch's global one. Raises ValueError for options that cannot be, FloatingPointError for logits that are not finite.
+    """
+    check_draw(temperature, top_k, top_p)
+    if max_new_tokens < 0:
+        raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0')
+    return _tokens(model, idx, max_new_tokens, (temperature, top_k, top_p), seed, use_cache)
+
+
+@torch.no_grad()
+def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
+    (B, T), block_size = idx.shape, model.config.block_size
+    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    one_prompt = B > 1 and idx.stride(0) == 0 and not model.training                            # dropout differs by row
+    cache = None
+    if use_cache and max_new_tokens > 1:
+        cache = model.new_cache(B, min(T + max_new_tokens - 1, block_size))                     # the last stays out
+    ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
+    for n in range(T, T + max_new_tokens):                          # n tokens so far
+        window = ids[:1 if one_prompt and n == T else B, max(0, n - block_size):n]
+        if cache and n > block_size:                                # all positions shift
+            for layer in cache:
+                layer.clear()
+        new = window[:, cache[0].length:] if cache else window
+        logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                                # (B, vocab)
+        ids[:, n:n + 1] = token = draw(logits, *options, generator)
+        yield token
 
 
 def _finite(x):

@@ -98,7 +98,7 @@ def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(here, fit, m
     assert words.endswith('starts from 8 batches of training windows') and drawn == ['train'] * 8 + ['val']
     assert source.warm.warm and not source.cold.warm
     model = bench_svd.GPT.from_checkpoint(checkpoint())
-    assert torch.equal(source.w, model.transformer.h[0].attn._heads_of_w_v()) and source.dw.abs().max() > 0
+    assert torch.equal(source.w, model.transformer.h[0].attn.c_attn.value_weight()) and source.dw.abs().max() > 0
 
 
 def test_the_captured_gradients_are_those_of_the_loss(here, fit):
@@ -109,7 +109,7 @@ def test_the_captured_gradients_are_those_of_the_loss(here, fit):
     ((v, dv, w, dw),) = bench_svd.capture(model, x, y)
     attn = model.transformer.h[0].attn
     assert v.shape == dv.shape == (2, 2, 16, 8) and w.shape == dw.shape == (2, 8, 16)
-    assert not {'apply_svd_to_v', 'value_weight'} & vars(attn).keys()
+    assert not {'apply_svd_to_v', 'project'} & vars(attn).keys()
     assert all(p.grad is None for p in model.parameters())
     losses = []
     for sign in (-1, 1):

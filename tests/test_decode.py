@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lowrank.rows import CausalRows, LowRankRows
 from lowrank.svd import METHODS
-from model import GPT, GPTConfig, LayerCache
+from lowrank.cache import KeyValueCache
+from model import GPT, GPTConfig
 from test_model import TINY, make, svd, tokens
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -289,7 +290,7 @@ def test_sequence_scope_that_truncates_has_no_cache():
 
 def bytes_held(cache):
     """Bytes of all storages that a cache refers to, found by walking it, but for the factors of W_v."""
-    weights = {LowRankRows: ('basis', 'offset'), LayerCache: ('to_coordinates',)}
+    weights = {LowRankRows: ('basis', 'offset'), KeyValueCache: ('to_coordinates',)}
     storages = {}
 
     def walk(x):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bench
-import model as model_module
+import runtime.draw as draw_module
 import sample
 import train
 from conftest import TINY, checkpoint
@@ -237,9 +237,9 @@ def test_a_reader_who_leaves_ends_the_sampling(run, monkeypatch):
 
         def fileno(self):
             return os.open(os.devnull, os.O_WRONLY)
-    drawn, draw = [], model_module.draw
+    drawn, draw = [], draw_module.draw
     run()
-    monkeypatch.setattr('model.draw', lambda *args: drawn.append(1) or draw(*args))
+    monkeypatch.setattr('runtime.draw.draw', lambda *args: drawn.append(1) or draw(*args))
     monkeypatch.setattr(sys, 'stdout', Left())
     assert sample.main(['--device=cpu', '--max_new_tokens=100']) == 0 and len(drawn) < 3
 
@@ -359,7 +359,7 @@ def test_a_character_of_several_tokens_appears_with_the_last(here, screen, monke
     ids, screen = iter('né€😀'.encode() * 2), screen()
     monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: GPT(train.GPTConfig(
         n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)))
-    monkeypatch.setattr('model.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
+    monkeypatch.setattr('runtime.draw.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
     assert sample.main([*SHORT, '--init_from=gpt2', '--start=a', '--max_new_tokens=20', '--num_samples=1']) == 0
     head, said = 'gpt2; SVD on V off\n', 'né€😀' * 2
     assert screen.seen[1:] == [f'{head}a{said[:n]}' for n in range(1, 9)] + [screen.getvalue()]
@@ -370,7 +370,7 @@ def test_a_character_that_is_cut_off_is_a_question_mark(here, call, monkeypatch,
     ids = iter('é€'.encode()[:4] + b'\xff')
     monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: GPT(train.GPTConfig(
         n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)))
-    monkeypatch.setattr('model.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
+    monkeypatch.setattr('runtime.draw.draw', lambda logits, *_: torch.full((len(logits), 1), next(ids)))
     out = call(sample.main, '--device=cpu', '--init_from=gpt2', '--start=a', '--max_new_tokens=5',
                '--num_samples=2').out
     assert out == 'gpt2; SVD on V off\n' + 2 * 'aé��\n---------------\n'

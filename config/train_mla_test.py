@@ -1,0 +1,25 @@
+# config/train_baseline_test.py with multi-head latent attention: same model, data, optimizer, steps and seed
+
+out_dir = 'out-mla-test'
+eval_interval = 300
+eval_iters = 20
+log_interval = 10
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 4
+block_size = 256
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+use_mla = True
+mla_latent_dim = 32             # a cache 8 times smaller than 2 n_embd; also the default, n_embd / 4
+
+optimizer = 'muon'
+learning_rate = 5e-3
+min_lr = 5e-4
+max_iters = 1200
+lr_decay_iters = 1200
+warmup_iters = 60
