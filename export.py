@@ -6,7 +6,8 @@ Take a trained model to where others work:
     python export.py                                             # the newest run below this folder, for transformers
     python export.py --help                                      # every option with default and meaning
 
-SVD in 'weight' scope becomes part of the weights. 'sequence' and 'causal' cut V itself, which neither format can say.
+SVD in 'weight' scope becomes part of the weights, and so do MLA's latents. 'sequence' and 'causal' cut V itself, which
+neither format can say.
 """
 
 import os
@@ -92,6 +93,8 @@ def export(cfg):
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
     c = model.config
+    if c.use_mla:
+        remarks.insert(0, f'multiplied out: latents of {c.latent_dim}; keys and values are cached in full there')
     if c.svd_truncates:
         remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
     lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for '
@@ -173,7 +176,7 @@ def adamw_state(model, saved, remarks):
     fresh, own = (model.configure_optimizers(options['weight_decay'], options['learning_rate'], betas, 'cpu')
                   for _ in range(2))
     try:
-        if model.config.svd_truncates:
+        if model.config.svd_truncates or model.config.use_mla:
             raise ValueError('it belongs to the weights before that')
         if 'optimizer' not in saved:
             raise ValueError('the checkpoint has none')
