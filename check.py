@@ -78,11 +78,15 @@ def svd(scope, method='gram', **overrides):
     return dict(use_svd=scope is not None, svd_scope=scope or SCOPES[0], svd_method=method, **overrides)
 
 
-EVERY = [svd(None), *(svd(scope, method) for scope in SCOPES for method in METHODS)]
+# latents of 8 for heads of 16
+EVERY = [svd(None), *(svd(scope, method) for scope in SCOPES for method in METHODS),
+         svd(None, use_mla=True), svd('causal', use_mla=True)]
 
 
 def label(options):
-    return f'{options["svd_method"]!r}, {options["svd_scope"]!r}' if options['use_svd'] else 'baseline'
+    latents = ['latents'] * options.get('use_mla', False)
+    cut = [repr(options['svd_method']), repr(options['svd_scope'])] * options['use_svd']
+    return ', '.join(latents + cut) or 'baseline'
 
 
 def make(setup, device=None, **overrides):
@@ -97,7 +101,7 @@ def make(setup, device=None, **overrides):
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
         for block in model.transformer.h:
-            block.attn.c_attn.weight[2 * c.n_embd:] *= 2.0 ** -torch.arange(hs).repeat(c.n_head).unsqueeze(-1)
+            block.attn.c_attn.value_weight().mul_(2.0 ** -torch.arange(hs).unsqueeze(-1))       # (nh, hs, C or latent)
     return model.to(device or setup.device)
 
 
@@ -397,7 +401,7 @@ def compiled(setup):
     def same(options):
         if setup.started + COMPILE_UNTIL < time.perf_counter():
             raise Skip(f'not begun: {COMPILE_UNTIL} s have passed')
-        if not options['use_svd']:
+        if options == EVERY[0]:
             probe()
         if unable:
             raise Skip(*unable)

@@ -149,7 +149,11 @@ CASES = {'baseline': {}} | {
     for method in METHODS for scope in SCOPES for basis_grad in (True, False)} | {
     f'randomized-{scope}-oversampled': dict(use_svd=True, svd_rank=3, svd_method='randomized', svd_scope=scope,
                                             svd_oversample=1)
-    for scope in SCOPES}                                            # 8 columns of 8 in all, so that none is left out
+    for scope in SCOPES} | {                                        # 8 columns of 8 in all, so that none is left out
+    f'latents-{method}-{scope}': dict(use_mla=True, use_svd=bool(scope), svd_rank=3, svd_method=method or METHODS[0],
+                                      svd_scope=scope or SCOPES[0])
+    for method, scope in ((None, None), ('standard', 'sequence'), ('gram', 'causal'), ('randomized', 'causal'),
+                          ('gram', 'weight'))}
 
 
 def tiny_model(device, **options):
@@ -198,7 +202,7 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
     assert options or {'lerp_.Scalar', 'baddbmm'} <= there              # Muon
     assert ('_foreach_norm.Scalar' in there) == _foreach_utils._device_has_foreach_support(torch.device(device))
     decompositions = [call for call in calls if DECOMPOSITIONS.search(call.op)]
-    method = options.get('svd_method')
+    method = options['svd_method'] if options.get('use_svd') else None
     assert bool(decompositions) == (method in EXACT_METHODS)
     factors = [call for call in calls if 'cholesky' in call.op]
     assert bool(factors) == (method == 'randomized')

@@ -19,7 +19,9 @@ from runtime.files import write_atomically
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 RUN = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=6', '--lr_decay_iters=6', '--eval_interval=3']
-VARIANTS = {'baseline': [], 'muon': ['--optimizer=muon']} | {
+LATENTS = ['--use_mla=True', '--mla_latent_dim=5', '--bias=True', '--use_svd=True', '--svd_rank=2',
+           '--svd_scope=causal', '--svd_block=4']
+VARIANTS = {'baseline': [], 'muon': ['--optimizer=muon'], 'latents': LATENTS} | {
     f'{scope}-{method}': ['--use_svd=True', '--svd_rank=2', f'--svd_scope={scope}', f'--svd_method={method}',
                           '--svd_block=4']
     for scope in SCOPES for method in METHODS if (scope, method) != ('weight', 'randomized')}   # only a basis is shared
@@ -29,8 +31,8 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 
 
 def test_two_processes_train_what_one_does(fit):
-    """The same options, the same seed, nothing arranged: baseline, Muon and every SVD method and scope. Parameters move
-    by about the learning rate, 0.01, a step; the sums of gradients are rounded in another order."""
+    """The same options, the same seed, nothing arranged: baseline, Muon, latents and every SVD method and scope.
+    Parameters move by about the learning rate, 0.01, a step; the sums of gradients are rounded in another order."""
     env = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='localhost', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
     jobs = [subprocess.Popen([sys.executable, __file__], env=env | dict(RANK=rank, LOCAL_RANK=rank),
                              stdout=subprocess.DEVNULL, stderr=open(f'err-{rank}', 'w')) for rank in '01']

@@ -24,7 +24,11 @@ SVD = [f'--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope={scope} --svd_met
        for scope in SCOPES for method in METHODS for grad in (True, False)]
 FEATURES = ['', '--dropout=.2', '--gradient_accumulation_steps=3', '--optimizer=muon', '--dtype=bfloat16',
             '--decay_lr=False', '--warmup_iters=5', '--log_interval=3', '--always_save_checkpoint=False', '--bias=True',
-            '--grad_clip=0', *(f'--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon {svd}' for svd in SVD)]
+            '--grad_clip=0', 
+            '--use_mla=True --bias=True --dropout=.2',
+            '--use_mla=True --optimizer=muon --use_svd=True --svd_rank=2 --svd_block=4 --svd_scope=causal '
+            '--svd_method=randomized',
+            *(f'--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon {svd}' for svd in SVD)]
 STEPS = 13
 RUN = [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=4']
 
@@ -102,7 +106,8 @@ def random_options(draw):
                 grad_clip=draw.choice([0, .1, 1]), n_layer=draw.randint(1, 3), bias=draw.random() < .5,
                 use_svd=draw.choice([True, True, False]), svd_rank=draw.randint(1, 8), svd_scope=draw.choice(SCOPES),
                 svd_method=draw.choice(METHODS), svd_block=draw.choice([2, 4, 8]), svd_basis_grad=draw.random() < .5,
-                dtype=draw.choice(['float32', 'bfloat16']), always_save_checkpoint=draw.random() < .7)
+                dtype=draw.choice(['float32', 'bfloat16']), always_save_checkpoint=draw.random() < .7,
+                use_mla=draw.random() < .4, mla_latent_dim=draw.choice([None, 1, 3, 12]))
 
 
 @pytest.mark.slow
