@@ -530,9 +530,9 @@ def optimizer_of(model, kind):
 @pytest.mark.parametrize('scope', SCOPES)
 @pytest.mark.parametrize('method', METHODS)
 def test_training_stays_finite_and_learns(scope, method, kind, steps=30):
-    """The default latent, 4 numbers, with heads of 2, 4 and 16: V then has singular values that are exactly zero, where
+    """The default latent, 4 numbers, with heads of 2 and of 16: V then has singular values that are exactly zero, where
     a gradient by autograd through torch.linalg.svd is NaN at once. Without biases, which would add a dimension."""
-    for n_head, rank in ((8, 1), (4, 3), (1, 6)):
+    for n_head, rank in ((8, 1), (1, 6)):
         torch.manual_seed(0)
         c = GPTConfig(**TINY | dict(n_layer=1, n_head=n_head, n_embd=16, bias=False, use_mla=True),
                       **svd(scope, rank, method))
