@@ -1,4 +1,4 @@
-"""Factors of trained weights, given statistics of what goes in and what comes out. Linear algebra alone: no GPT in here.
+"""Low-rank factors of trained weights, given statistics of inputs and outputs. Pure linear algebra: no GPT in here.
 
 A layer y = W x, W (m, n), is to become y = U A x, U (m, r), A (r, n). With C = E[x x^T] of its inputs and G = E[g g^T]
 of the loss's gradients g = dL/dy at its outputs, the error that counts is
@@ -33,7 +33,8 @@ def factor(weight, rank, inputs=None, gradients=None):
     m, n = weight.shape
     if rank < 1:
         raise ValueError(f'rank={rank}: must be at least 1 (nearest: 1)')
-    for name, tensor, shape in (('weight', weight, (m, n)), ('inputs', inputs, (n, n)), ('gradients', gradients, (m, m))):
+    named = ('weight', weight, (m, n)), ('inputs', inputs, (n, n)), ('gradients', gradients, (m, m))
+    for name, tensor, shape in named:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f'{name} of shape {tuple(tensor.shape)}: must be {shape}')
         if tensor is not None and not tensor.isfinite().all():

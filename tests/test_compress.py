@@ -95,7 +95,7 @@ def test_at_full_width_the_logits_stay(toy, tokens, bias, dtype, most, svd):
     statistics = tokens and compress.calibrate(model, Dataset(toy), settings(calibration_tokens=tokens), 'cpu')
     new = converted(model, 16, statistics)
     most = max(most, 1e-5) if svd else most                         # SVD of V works in float32 here and there
-    assert difference(model, new) < most < 1e-2 < difference(model, converted(model, 8, statistics))
+    assert difference(model, new) < most < 1e-3 < difference(model, converted(model, 8, statistics))
 
 
 def test_weight_scope_finds_nothing_more_to_cut(toy):
@@ -171,7 +171,8 @@ def test_the_checkpoint_starts_a_run_at_step_0(run, convert):
     model, new = model_of('out'), model_of('out-mla')
     loss = compress.loss_of(new, Dataset('data/toy'), 'cpu', 0)['val/loss']
     assert saved['best_val_loss'] == pytest.approx(loss, abs=1e-6)
-    assert f'{loss:.4f} after' in out and f'{model.attention_params():,} before, {new.attention_params():,} after' in out
+    assert f'{loss:.4f} after' in out
+    assert f'{model.attention_params():,} before, {new.attention_params():,} after' in out
     assert '2,048 before, 256 after' in out and new.kv_cache_bytes(1, 16) == 256
     numbers = sum(w.numel() for name, w in saved['model'].items() if name != 'lm_head.weight')
     assert Path('out-mla/ckpt.pt').stat().st_size < 4 * numbers + 40_000                        # and no larger tensors
@@ -206,7 +207,6 @@ def test_a_nanogpt_checkpoint_needs_its_text(run, convert, refused):
     saved['config']['dataset'] = 'gone'
     torch.save(saved, 'out/ckpt.pt')
     assert 'dataset=gone: no such data set' in refused(compress.main, *MLA)
-    Path('my.txt').write_text(TEXT)
     convert('--dataset=toy')
     assert checkpoint('out-mla')['config']['dataset'] == 'toy' and 'chars' in checkpoint('out-mla')['tokenizer']
 
