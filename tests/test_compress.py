@@ -106,6 +106,16 @@ def test_weight_scope_finds_nothing_more_to_cut(toy):
     assert difference(new, uncut) < 1e-4
 
 
+def test_a_running_basis_comes_along():
+    """From which 'randomized' starts: without it, another approximation."""
+    model = random_model(use_svd=True, svd_rank=3, svd_method='randomized', svd_power_iters=0)
+    model.svd_basis = torch.linalg.qr(torch.randn(2, 2, 8, 3, generator=torch.Generator().manual_seed(1)))[0]
+    new = converted(model, 16, None)
+    assert torch.equal(new.svd_basis, model.svd_basis) and difference(model, new) < 1e-4
+    new.svd_basis = None
+    assert difference(model, new) > 1e-3
+
+
 def test_a_bias_takes_the_mean_of_what_is_lost(toy):
     """The mean value over the calibration tokens stays; without statistics it moves."""
     model = random_model(bias=True, n_layer=1)
@@ -114,6 +124,19 @@ def test_a_bias_takes_the_mean_of_what_is_lost(toy):
     values = [m.transformer.h[0].attn.c_attn(mean)[2] for m in (model, *(converted(model, 4, s) for s in (
         statistics, None)))]
     assert torch.allclose(values[0], values[1], atol=1e-5) and not torch.allclose(values[0], values[2], atol=1e-2)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_a_mean_costs_no_direction_where_a_bias_takes_it(bias):
+    """Inputs that are all shifted have the same factors then, else others."""
+    attn, factors = random_model(bias=bias).transformer.h[0].attn, []
+    x, g = (torch.randn(200, n, generator=torch.Generator().manual_seed(n)) for n in (16, 32))
+    for shift in (0, 3):
+        statistics = compress.Statistics()
+        statistics.add(x + shift, g)
+        parts = compress.latent_projection(attn, 4, statistics)
+        factors.append(parts['k_up.weight'] @ parts['kv_down.weight'])
+    assert torch.allclose(*factors, atol=1e-4) == bias
 
 
 def test_the_statistics_are_those_of_inputs_and_gradients(toy):
