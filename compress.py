@@ -236,6 +236,7 @@ def calibrate(model, data, cfg, device):
     starts = data.draw('train', math.ceil(cfg.calibration_tokens / T), T, torch.Generator().manual_seed(cfg.seed))
     batches = starts.split(max(1, BATCH_TOKENS // T))
     seen = {}
+    model.eval()                                                    # an evaluation leaves it in training mode
 
     def look(attention, args, qkv, layer):
         q, k, v = qkv                                               # (B, nh, T, hs) each

@@ -161,6 +161,15 @@ def test_the_statistics_are_those_of_inputs_and_gradients(toy):
         assert torch.allclose(statistics.inputs, inputs.mT @ inputs) and torch.allclose(statistics.gradients, g.mT @ g)
 
 
+def test_dropout_and_the_running_basis_are_left_out_of_it(toy):
+    """Evaluations leave a model in training mode; the statistics are those of the model as it is used."""
+    model = random_model(dropout=.5, use_svd=True, svd_rank=3, svd_method='randomized')
+    a, b = (compress.calibrate(model.train(mode), Dataset(toy), settings(), 'cpu') for mode in (True, False))
+    assert all(torch.equal(x.gradients, y.gradients) and torch.equal(x.inputs, y.inputs) for x, y in zip(a, b))
+    model.advance_svd_basis()
+    assert model.svd_basis is None
+
+
 def test_only_the_training_split_is_measured(toy, monkeypatch):
     splits, tokens = set(), Dataset.tokens
     data = Dataset(toy)
