@@ -1,11 +1,12 @@
 """
-Time whole training steps, paired: this repo's model without SVD against every SVD method and scope, and against
-another checkout's model.py. Or time decoding. Or measure what every SVD method costs and how good it is. Or test that
-what must be equal is equal on this machine.
+Time whole training steps, paired: this repo's model without SVD against every SVD method and scope, against
+multi-head latent attention if the configuration has it, and against another checkout's model.py. Or time decoding. Or
+measure what every SVD method costs and how good it is. Or test that what must be equal is equal on this machine.
 
     python bench.py config/train_svd_test.py                     # the main job's model
     python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT and its optimizer
     python bench.py config/train_svd_test.py --decode            # tokens/s and cache bytes; takes --peer, too
+    python bench.py config/train_mla_test.py --decode            # MLA against ordinary attention: with FLOPs, too
     python bench.py config/train_svd_test.py --svd --plot        # every SVD method: time, memory, error, a figure
     python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
@@ -129,15 +130,17 @@ def bench_steps(cfg):
     cfg.vocab_size = cfg.vocab_size or 50304
     print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size} x {cfg.block_size}, '
           f'rank {cfg.svd_rank}, {cfg.optimizer}, {device}, {torch.get_num_threads()} threads, {cfg.pairs} pairs')
-    baseline = step_of(cfg, device, use_svd=False)
+    baseline = step_of(cfg, device, use_svd=False, use_mla=False)
     results = {}
+    if cfg.use_mla:
+        results['MLA'] = compare('MLA', step_of(cfg, device, use_svd=False), baseline, cfg.pairs, device, 'baseline')
     for scope, method in ((s, m) for s in SCOPES for m in METHODS if cfg.svd_rank is not None):
-        name = f'{method}, {scope}'
+        name = f'{method}, {scope}' + (', MLA' if cfg.use_mla else '')
         step = step_of(cfg, device, use_svd=True, svd_method=method, svd_scope=scope)       # one at a time: memory
         results[name] = compare(name, step, baseline, cfg.pairs, device, 'baseline')
     if cfg.peer:
         cfg.optimizer = 'adamw'                                     # the peer has no other
-        results['peer'] = compare('this repo without SVD, AdamW', step_of(cfg, device, use_svd=False),
+        results['peer'] = compare('this repo without SVD, AdamW', step_of(cfg, device, use_svd=False, use_mla=False),
                                   peer_step(cfg, device), cfg.pairs, device, 'peer')
     print(json.dumps({'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs, 'seed': cfg.seed,
                       'results': results}))
@@ -177,8 +180,8 @@ def bench_decoding(cfg):
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
             rounds = take_turns(decoding_runs(cfg, models, peer, prompt, device), cfg.pairs)
             for name, times in rounds.items():
-                cache = models[name].kv_cache_bytes(cfg.batch_size, length + cfg.tokens - 1) if name in models else None
-                results.append({'context': length} | decoding_row(name, times, rounds['no SVD'], cfg.batch_size, cache))
+                costs = decoding_costs(models.get(name), cfg.batch_size, length, cfg.tokens)
+                results.append({'context': length} | decoding_row(name, times, rounds['no SVD'], cfg.batch_size, costs))
     print(json.dumps({'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs, 'seed': cfg.seed,
                       'batch': cfg.batch_size, 'tokens': cfg.tokens, 'tokens_uncached': uncached_tokens(cfg),
                       'results': results}))
@@ -190,11 +193,14 @@ def uncached_tokens(cfg):
 
 
 def decoding_models(cfg, device):
-    """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank."""
+    """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank; then all that with MLA."""
     args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    variants = {'no SVD': dict(use_svd=False)}
-    if cfg.svd_rank is not None:
-        variants |= {f"'{scope}'": dict(use_svd=True, svd_scope=scope) for scope in SCOPES}
+    kinds = {'': dict(use_mla=False)} | ({'MLA': dict(use_mla=True)} if cfg.use_mla else {})
+    variants = {}
+    for kind, mla in kinds.items():
+        variants[kind or 'no SVD'] = dict(use_svd=False, **mla)
+        if cfg.svd_rank is not None:
+            variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **mla) for scope in SCOPES}
     models = {}
     for name, changes in variants.items():
         torch.manual_seed(cfg.seed)
@@ -222,16 +228,28 @@ def decoding_runs(cfg, models, peer, prompt, device):
     return runs
 
 
-def decoding_row(name, times, baseline, batch, cache_bytes):
-    """Print what rounds of (prefill, a token) seconds come to -> row of the JSON. cache_bytes None: there is none."""
+def decoding_costs(model, batch, length, tokens):
+    """What a model says of itself, for the last of `tokens` tokens after a prompt of `length`; model None: nothing."""
+    if model is None:
+        return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))
+    before = length + tokens - 2
+    again = model.config.svd_sees_future                            # the whole prefix, for each token
+    return {'cache_bytes': model.kv_cache_bytes(batch, before + 1), 'prefill_flops': model.flops_per_token(length),
+            'decode_flops': model.flops_per_token(before + 1) * (before + 1) if again else
+            model.flops_per_token(before, decode=True)}
+
+
+def decoding_row(name, times, baseline, batch, costs):
+    """Print what rounds of (prefill, a token) seconds come to -> row of the JSON. costs: of `decoding_costs`."""
     prefill, a_token = (statistics.median(column) for column in zip(*times))
     low, ratio, high = quartiles([b[1] / own[1] for own, b in zip(times, baseline)])
     words = f'  {name:22} {batch / a_token:10.1f} tokens/s, {ratio:.3g} of no SVD ({low:.3g} to {high:.3g})'
-    if cache_bytes is not None:
-        words += f', prefill {prefill:.3f} s, cache {cache_bytes / 1e6:.2f} MB'
+    if costs['cache_bytes'] is not None:
+        words += (f', prefill {prefill:.3f} s, cache {costs["cache_bytes"] / 1e6:.2f} MB, MFLOP a token '
+                  f'{costs["prefill_flops"] / 1e6:.1f} in prefill, {costs["decode_flops"] / 1e6:.1f} after it')
     print(words, flush=True)
     return {'name': name, 'tokens_per_s': batch / a_token, 'rate_over_no_svd': ratio, 'quartiles': [low, high],
-            'prefill_s': prefill, 'cache_bytes': cache_bytes}
+            'prefill_s': prefill} | costs
 
 
 def check(cfg):

@@ -294,8 +294,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2's initialisation: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections that write to the
         residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)), one factor for each of its 2 n_layer
-        additions. Draws in nanoGPT's order, so equal seeds give equal weights. Factors of MLA are drawn such that the
-        products U_k W_a and U_v W_a have 0.02; of factors with 0.02 they would be 8.8 times too small at d = 32."""
+        additions. Draws in nanoGPT's order, so equal seeds give equal weights. MLA's W_a is N(0, 1 / sqrt(d)), so that
+        its products with U_k and U_v have 0.02, and move as far with a step of these as W_k and W_v would."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -305,8 +305,7 @@ class GPT(nn.Module):
             for module in (block.attn, block.mlp):
                 nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
             if self.config.use_mla:
-                for factor in (block.attn.c_attn.kv_down, block.attn.c_attn.k_up, block.attn.c_attn.v_up):
-                    nn.init.normal_(factor.weight, mean=0.0, std=math.sqrt(0.02 / math.sqrt(self.config.latent_dim)))
+                nn.init.normal_(block.attn.c_attn.kv_down.weight, mean=0.0, std=self.config.latent_dim ** -0.5)
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.

@@ -1,0 +1,108 @@
+"""
+Multi-head latent attention computes the same in two ways: keys and values expanded from the latents, or the up-
+projections absorbed into queries and outputs. Which is faster for m new tokens after T cached ones? One layer, paired:
+
+    python experiments/absorb_or_expand.py                       # GPT-2's shape, docs/MLA.md's table
+    python experiments/absorb_or_expand.py --n_embd=128 --n_head=4 --latents=16,32,64 --cached=256
+"""
+
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                                       # run from anywhere
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from lowrank.cache import expand  # noqa: E402
+from runtime import config as configuration  # noqa: E402
+from runtime import device as devices  # noqa: E402
+from runtime.config import UserError  # noqa: E402
+from runtime.timing import quartiles, time_in_turn  # noqa: E402
+
+
+@dataclass
+class Config:
+    n_embd: Annotated[int, 'width'] = 768
+    n_head: Annotated[int, 'heads'] = 12
+    latents: Annotated[str, 'sizes of the latent'] = '64,128,256,512'
+    queries: Annotated[str, 'new tokens at a time'] = '1,4,16,64,256,1024'
+    cached: Annotated[int, 'tokens that each attends to'] = 1024
+    batch_size: Annotated[int, 'sequences'] = 1
+    rounds: Annotated[int, 'paired rounds'] = 10
+    seed: Annotated[int, 'of the numbers'] = 1337
+    device: Annotated[str, "'auto', 'cpu', 'cuda', 'mps'"] = 'auto'
+
+    def __post_init__(self):
+        configuration.at_least(self, n_head=1, n_embd=1, cached=1, batch_size=1, rounds=2, seed=0)
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head}')
+        for name in ('latents', 'queries'):
+            self.numbers(name)
+
+    def numbers(self, name):
+        words = getattr(self, name).split(',')
+        if not all(re.fullmatch('[1-9][0-9]{0,6}', word) for word in words):
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be whole numbers, like '16,128'")
+        return [int(word) for word in words]
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print(configuration.help_text(Config, __doc__.strip()))
+        return 0
+    try:
+        cfg, _ = configuration.load(Config, argv)
+        measure(cfg, devices.pick_device(cfg.device))
+    except UserError as e:
+        print(f'absorb_or_expand.py: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+@torch.no_grad()
+def measure(cfg, device):
+    """Print a line for each latent and number of queries: time absorbed over time expanded; then all as JSON."""
+    nh, hs = cfg.n_head, cfg.n_embd // cfg.n_head
+    print(f'{nh} heads of {hs}, {cfg.cached} cached tokens, batch {cfg.batch_size}, {device}, '
+          f'{torch.get_num_threads()} threads, {cfg.rounds} rounds')
+    rows = []
+    for d in cfg.numbers('latents'):
+        for m in cfg.numbers('queries'):
+            torch.manual_seed(cfg.seed)
+            q = torch.randn(cfg.batch_size, nh, m, hs, device=device)
+            c = torch.randn(cfg.batch_size, cfg.cached, d, device=device)
+            w_k, w_v = (torch.randn(nh, hs, d, device=device) / d ** 0.5 for _ in range(2))
+            assert torch.allclose(expanded(q, w_k, w_v, c), absorbed(q, w_k, w_v, c), atol=1e-3)
+            times = time_in_turn({f.__name__: partial(f, q, w_k, w_v, c) for f in (expanded, absorbed)}, cfg.rounds,
+                                 device)
+            low, ratio, high = quartiles([a / e for a, e in zip(times['absorbed'], times['expanded'])])
+            ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+            print(f'latent {d:4}, {m:4} queries: expanded {ms["expanded"]:8.2f} ms, absorbed {ms["absorbed"]:8.2f} ms, '
+                  f'ratio {ratio:.2f} ({low:.2f} to {high:.2f})', flush=True)
+            rows.append({'latent': d, 'queries': m, 'ratio': ratio, 'quartiles': [low, high]} | ms)
+    print(json.dumps({'device': device, 'torch': torch.__version__, 'rounds': cfg.rounds, 'results': rows}))
+
+
+def expanded(q, w_k, w_v, c):
+    """q (B, nh, m, hs), w_k and w_v (nh, hs, d), c (B, T, d) -> (B, nh, m, hs)."""
+    return F.scaled_dot_product_attention(q, expand(w_k, c), expand(w_v, c))
+
+
+def absorbed(q, w_k, w_v, c):
+    """The same; every head attends to the latents themselves."""
+    q = (q * q.size(-1) ** -0.5 @ w_k).flatten(1, 2)                # (B, nh, m, d) -> (B, nh m, d)
+    sums = F.softmax(q @ c.mT, dim=-1) @ c                          # (B, nh m, T) x (B, T, d)
+    return sums.unflatten(1, (w_k.size(0), -1)) @ w_v.mT            # (B, nh, m, d) x (nh, d, hs)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
