@@ -246,7 +246,7 @@ def decoding_row(name, times, baseline, batch, costs):
     words = f'  {name:22} {batch / a_token:10.1f} tokens/s, {ratio:.3g} of no SVD ({low:.3g} to {high:.3g})'
     if costs['cache_bytes'] is not None:
         words += (f', prefill {prefill:.3f} s, cache {costs["cache_bytes"] / 1e6:.2f} MB, MFLOP a token '
-                  f'{costs["prefill_flops"] / 1e6:.1f} in prefill, {costs["decode_flops"] / 1e6:.1f} after it')
+                  f'{costs["prefill_flops"] / 1e6:.3g} in prefill, {costs["decode_flops"] / 1e6:.3g} after it')
     print(words, flush=True)
     return {'name': name, 'tokens_per_s': batch / a_token, 'rate_over_no_svd': ratio, 'quartiles': [low, high],
             'prefill_s': prefill} | costs

@@ -34,7 +34,7 @@ from runtime.dataset import GPT2_META, Dataset, locate
 from runtime.evaluation import Evaluation
 from runtime.files import new_folder
 from runtime.output import unfailing_output
-from runtime.run import move_aside
+from runtime.run import lock, move_aside
 from runtime.stopping import Stop
 from train import check_tokenizer
 
@@ -54,7 +54,7 @@ class CompressConfig:
     save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-mla'] = None
     overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is refused'] = False
     dataset: Annotated[str | None, "as for train.py; None: the run's"] = None
-    calibration_tokens: Annotated[int, 'tokens of the training split to measure on, in whole windows'] = 16384
+    calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most all'] = 16384
     seed: Annotated[int, 'of the windows'] = 1337
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
 
@@ -65,6 +65,8 @@ class CompressConfig:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
         if self.init_from != 'resume' and self.dataset is None:
             raise ValueError(f'init_from={self.init_from}: needs a text to measure on (nearest: --dataset=my.txt)')
+        if self.init_from != 'resume' and self.out_dir is not None:
+            raise ValueError(f'out_dir={self.out_dir!r}: not together with init_from={self.init_from!r}')
 
 
 def main(argv=None):
@@ -91,41 +93,43 @@ def compress(cfg):
     run = path.parent if cfg.init_from == 'resume' else path
     run = run if run.name not in ('', '..') else Path(os.path.realpath(run))
     save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
-    where = f'save_dir={str(save_dir)!r}'
+    check_save_dir(save_dir, run, cfg.overwrite)
     try:
-        check_save_dir(save_dir, run, cfg.overwrite, where)
-        device = devices.pick_device(cfg.device)
         saved, model = load_model(cfg, path)
-        target = GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=target_latent(cfg, model)))
         data = find_data(cfg, saved, model)
-        model.to(device).eval().requires_grad_(False)
-        before = loss_of(model, data, device, cfg.seed)
-        started = time.perf_counter()
-        statistics = None if cfg.method == 'plain' else calibrate(model, data, cfg, device)
-        new = to_mla(model, target, statistics).to(device).eval()
-        seconds = time.perf_counter() - started
-        after = loss_of(new, data, device, cfg.seed)
-        if not math.isfinite(after['val/loss']):
-            raise UserError(f'{path}: after the conversion the loss is {after["val/loss"]}')
-        if cfg.overwrite:
-            move_aside(save_dir, print)
-        with new_folder(save_dir) as folder:
-            ckpt.save(checkpoint_of(new.cpu(), saved, data, cfg, save_dir, after), folder / 'ckpt.pt')
+        new, report = convert(cfg, model, data)
+        if not math.isfinite(report['val_loss'][1]):
+            raise UserError(f'{path}: after the conversion the loss is {report["val_loss"][1]}')
+        save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), save_dir, cfg.overwrite)
     except OSError as e:
-        raise UserError(f'{where}: cannot be written: {e.strerror or one_line(e)}') from None
+        raise UserError(f'{e.filename or path}: {e.strerror or one_line(e)}') from None
     except (ValueError, FloatingPointError, torch.linalg.LinAlgError) as e:
         words = one_line(e) if cfg.init_from != 'resume' else f'{path}: {one_line(e)}'
         raise e if isinstance(e, UserError) else UserError(words) from None
-    losses = [row.get('val/prefix_loss', row['val/loss']) for row in (before, after)]
+    return report | dict(path=str(path), save_dir=str(save_dir))
+
+
+def convert(cfg, model, data):
+    """-> the new model, on the CPU, and what it cost and saved. The loss is the prefix-only one where V sees the
+    future."""
+    device = devices.pick_device(cfg.device)
+    target = GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=target_latent(cfg, model)))
+    model.to(device).eval().requires_grad_(False)
+    before = loss_of(model, data, device, cfg.seed)
+    started = time.perf_counter()
+    statistics = None if cfg.method == 'plain' else calibrate(model, data, cfg, device)
+    new = to_mla(model, target, statistics).to(device).eval()
+    seconds = time.perf_counter() - started
+    losses = before, loss_of(new, data, device, cfg.seed)
     costs = {name: (cost(model), cost(new)) for name, cost in
              dict(attention_params=GPT.attention_params, parameters=GPT.get_num_params,
                   cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size)).items()}
-    return dict(path=str(path), save_dir=str(save_dir), method=cfg.method, latent_dim=target.latent_dim,
-                block_size=target.block_size, seconds=seconds, val_loss=losses, **costs)
+    return new.cpu(), dict(method=cfg.method, latent_dim=target.latent_dim, block_size=target.block_size,
+                           seconds=seconds, val_loss=losses, **costs)
 
 
 def describe(report):
-    """The report in words. The loss is the prefix-only one where the model's V sees the future."""
+    """The report in words."""
     names = dict(attention_params='parameters of attention', parameters='parameters',
                  cache_bytes=f'cache bytes at {report["block_size"]} tokens')
     lines = [f'{report["path"]}: keys and values of each layer from a latent of {report["latent_dim"]} numbers, method '
@@ -138,16 +142,39 @@ def describe(report):
 # ----------------------------------------------------------------------------------------------------------------------
 # in and out
 
-def check_save_dir(save_dir, run, overwrite, where):
-    """Raises UserError for a folder that must not be replaced, before any work is done. OSError too."""
-    real = Path(os.path.realpath(save_dir))
-    if real in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / 'mla'}')")
-    if real == Path(os.path.realpath(run)):
-        raise UserError(f"{where}: is the folder of the model itself (nearest: '{save_dir}-mla')")
-    free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
-    if not free and not (overwrite and (save_dir / 'ckpt.pt').exists()):
-        raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2')")
+def check_save_dir(save_dir, run, overwrite):
+    """Raises UserError for a folder that must not be replaced, before any work is done."""
+    real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, run))
+    where = f'save_dir={str(save_dir)!r}'
+    try:
+        if real in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / 'mla'}')")
+        if real in (own, *own.parents):
+            raise UserError(f"{where}: has the model itself in it (nearest: '{run}-mla')")
+        free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
+        a_run = (save_dir / 'ckpt.pt').exists()
+    except OSError as e:
+        raise UserError(f'{where}: cannot be used: {e.strerror}') from None
+    if not free and not (overwrite and a_run):
+        raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2'"
+                        + (', or --overwrite=True, which moves it aside)' if a_run else ')'))
+
+
+def save(checkpoint, save_dir, overwrite):
+    """Write save_dir/ckpt.pt; a run that is there is moved aside when everything else is done. Raises UserError where
+    that goes on, or the disk does not take it."""
+    try:
+        held = lock(save_dir, 'save_dir') if overwrite and os.path.isdir(save_dir) else None
+        try:
+            with new_folder(save_dir) as folder:
+                ckpt.save(checkpoint, folder / 'ckpt.pt')
+                if overwrite:
+                    move_aside(save_dir, print)
+        finally:
+            if held is not None:
+                os.close(held)
+    except OSError as e:
+        raise UserError(f'save_dir={str(save_dir)!r}: cannot be written: {e.strerror or one_line(e)}') from None
 
 
 def load_model(cfg, path):
@@ -182,7 +209,7 @@ def find_data(cfg, saved, model):
     check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
         raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model {c.vocab_size}')
-    for split, least in (('train', c.block_size + 1), ('val', 2)):
+    for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.svd_sees_future else 2)):
         if len(data.tokens(split)) < least:
             raise UserError(f'dataset={name}: its {split}.bin has {len(data.tokens(split))} tokens, too few for '
                             f'block_size={c.block_size} (nearest: {least})')
@@ -190,13 +217,14 @@ def find_data(cfg, saved, model):
 
 
 def loss_of(model, data, device, seed):
-    """Row of `Evaluation.final`: the whole validation split, the prefix-only loss too where that differs."""
+    """Over the whole validation split, the prefix-only one where that differs."""
     c = model.config
     windows = SimpleNamespace(batch_size=1, block_size=c.block_size, seed=seed)
-    return Evaluation(windows, model, data, device, devices.autocast(device, 'float32'), c.svd_sees_future).final()
+    row = Evaluation(windows, model, data, device, devices.autocast(device, 'float32'), c.svd_sees_future).final()
+    return row.get('val/prefix_loss', row['val/loss'])
 
 
-def checkpoint_of(new, saved, data, cfg, save_dir, after):
+def checkpoint_of(new, saved, data, cfg, save_dir, loss):
     """A checkpoint from which training starts at step 0, with the run's own settings and a fresh optimizer."""
     args = asdict(new.config)
     config = saved.get('config', {}) | args | dict(out_dir=str(save_dir), tokenizer=data.meta['tokenizer'])
@@ -204,8 +232,7 @@ def checkpoint_of(new, saved, data, cfg, save_dir, after):
         config['dataset'] = cfg.dataset
     optimizer = new.configure_optimizers(weight_decay=1e-1, learning_rate=6e-4, betas=(0.9, 0.95), device_type='cpu')
     return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args, iter_num=0,
-                best_val_loss=after.get('val/prefix_loss', after['val/loss']), config=config,
-                tokenizer=saved.get('tokenizer', data.meta),
+                best_val_loss=loss, config=config, tokenizer=saved.get('tokenizer', data.meta),
                 **({} if new.svd_basis is None else {'svd_basis': new.svd_basis}))
 
 
@@ -233,7 +260,8 @@ def calibrate(model, data, cfg, device):
     text itself; with labels drawn from the model, as the Fisher matrix has it, losses differ by 0.001 nats or less (two
     models, 32,768 tokens, a latent of 32 or 16 numbers for 256)."""
     T, layers = model.config.block_size, [Statistics() for _ in model.transformer.h]
-    starts = data.draw('train', math.ceil(cfg.calibration_tokens / T), T, torch.Generator().manual_seed(cfg.seed))
+    tokens = min(cfg.calibration_tokens, len(data.tokens('train')))
+    starts = data.draw('train', math.ceil(tokens / T), T, torch.Generator().manual_seed(cfg.seed))
     batches = starts.split(max(1, BATCH_TOKENS // T))
     seen = {}
     model.eval()                                                    # an evaluation leaves it in training mode

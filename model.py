@@ -73,7 +73,7 @@ class GPTConfig:
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ValueError(f'svd_rank={self.svd_rank}: must be at least 1 (valid: 1 to '
                              f'{self.n_embd // self.n_head}, or None)')
-        if self.latent_dim > self.n_embd:
+        if self.use_mla and self.latent_dim > self.n_embd:
             raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: must be at most n_embd (nearest: {self.n_embd})')
         for name, valid in (('gelu', GELUS), ('svd_method', METHODS), ('svd_scope', SCOPES)):
             if getattr(self, name) not in valid:
@@ -294,8 +294,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2's initialisation: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections that write to the
         residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)), one factor for each of its 2 n_layer
-        additions. Draws in nanoGPT's order, so equal seeds give equal weights. MLA's W_a is N(0, 1 / sqrt(d)), so that
-        its products with U_k and U_v have 0.02, and move as far with a step of these as W_k and W_v would."""
+        additions. Draws in nanoGPT's order, so equal seeds give equal weights. MLA's W_a has orthogonal rows and
+        entries of 1 / sqrt(d): products with U_k, U_v have 0.02 and move as far with these as W_k and W_v would."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -305,7 +305,8 @@ class GPT(nn.Module):
             for module in (block.attn, block.mlp):
                 nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
             if self.config.use_mla:
-                nn.init.normal_(block.attn.c_attn.kv_down.weight, mean=0.0, std=self.config.latent_dim ** -0.5)
+                gain = math.sqrt(self.config.n_embd / self.config.latent_dim)
+                nn.init.orthogonal_(block.attn.c_attn.kv_down.weight, gain)
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.

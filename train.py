@@ -153,7 +153,7 @@ def load_config(argv):
     path = saved['path']
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
-    foreign = () if 'random' in saved else ('dtype', 'compile')         # nanoGPT's defaults are a GPU's
+    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')      # nanoGPT's defaults are a GPU's
     config = {k: v for k, v in saved.get('config', {}).items() if k not in (*HERE_KEYS, *foreign)}
     base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
     values, set_by = configuration.parse(TrainConfig, argv, base)

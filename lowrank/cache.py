@@ -93,7 +93,7 @@ class LatentCache:
         self.latents.append(c)
         if c.size(1) == self.length:                                # a prompt: expanded once, attended as in training
             k = expand(self.w_k, c)                                 # (B, nh, T, hs)
-            v = self.values.all(self.latents.all())[:len(c)]        # (B, nh, T, hs)
+            v = self.values.all(c)                                  # (B, nh, T, hs)
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
         c = self.latents.all()                                      # (B, T, d)
         return self.values.weighted_sum(F.softmax(absorbed_scores(q, self.w_k, c), dim=-1), c)
@@ -156,8 +156,8 @@ class CausalValues(ExpandedValues):
     def all(self, c):
         """c (B, T, d) -> (B, nh, T, hs), cut."""
         self._make_bases(c)
-        v = super().all(c)
-        return torch.cat([part if i == 0 else part @ self.bases[i - 1] @ self.bases[i - 1].mT
+        v, bases = super().all(c), self.bases[:, :len(c)]           # a batch of one has the bases of the first
+        return torch.cat([part if i == 0 else part @ bases[i - 1] @ bases[i - 1].mT
                           for i, part in enumerate(v.split(self._lengths(c.size(1)), dim=2))], dim=2)
 
     def weighted_sum(self, weights, c):

@@ -13,7 +13,7 @@ Young's theorem gives the optimum: with E_r the first r left singular vectors of
 
 No inverse of C is needed. G = I is SVD-LLM's criterion (arXiv:2403.07378), the output error; C = G = I the plain SVD.
 Statistics are singular where tokens are few or an input is constant, hence a ridge on both: it settles the directions
-that the calibration text has not shown, as the plain SVD would, and r = n reproduces W for all inputs, not only these.
+that the calibration text has not shown, as the plain SVD would. Full rank is W itself, whatever the statistics.
 """
 
 import torch

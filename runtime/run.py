@@ -183,7 +183,7 @@ def import_wandb():
         raise UserError('wandb_log=True: needs a package: pip install wandb (nearest: --wandb_log=False)') from None
 
 
-def lock(folder):
+def lock(folder, option='out_dir'):
     """A descriptor that keeps other runs out of the folder, made if need be, until it is closed, at the latest with the
     process; None where there are no such locks. Raises UserError if another run has it, and OSError."""
     while fcntl:
@@ -194,7 +194,7 @@ def lock(folder):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"out_dir='{folder}': a run is going on there (nearest: '{folder}-2')") from None
+            raise UserError(f"{option}='{folder}': a run is going on there (nearest: '{folder}-2')") from None
         except FileNotFoundError:
             pass
         except OSError:                                                 # some network file systems

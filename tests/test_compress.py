@@ -1,5 +1,6 @@
 """compress.py: ordinary attention to MLA; exact at full width, better than the SVD of the weights below it."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import train
 from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
+from runtime.run import lock
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MLA = ('--to=mla', '--device=cpu', '--calibration_tokens=512')
@@ -181,7 +183,7 @@ def test_only_the_training_split_is_measured(toy, monkeypatch):
 @pytest.mark.parametrize('bias', [False, True])
 def test_the_loss_says_that_gradients_and_inputs_count(run, convert, bias):
     run(bias=bias)
-    before = compress.loss_of(model_of('out'), Dataset('data/toy'), 'cpu', 0)['val/loss']
+    before = compress.loss_of(model_of('out'), Dataset('data/toy'), 'cpu', 0)
     for latent in (8, 4, 2):
         losses = []
         for method in ('activation', 'plain'):
@@ -201,7 +203,7 @@ def test_the_checkpoint_starts_a_run_at_step_0(run, convert):
     assert saved['model_args'] == old['model_args'] | dict(use_mla=True, mla_latent_dim=4)
     assert saved['config'] == old['config'] | dict(use_mla=True, mla_latent_dim=4, out_dir='out-mla')
     model, new = model_of('out'), model_of('out-mla')
-    loss = compress.loss_of(new, Dataset('data/toy'), 'cpu', 0)['val/loss']
+    loss = compress.loss_of(new, Dataset('data/toy'), 'cpu', 0)
     assert saved['best_val_loss'] == pytest.approx(loss, abs=1e-6)
     assert f'{loss:.4f} after' in out
     assert f'{model.attention_params():,} before, {new.attention_params():,} after' in out
@@ -271,7 +273,8 @@ def test_a_run_is_only_replaced_when_asked_to(run, convert):
     (['--out_dir=nowhere'], 'no such checkpoint (nearest: '), (['--out_dir=latent'], 'latent/ckpt.pt: is MLA already'),
     (['--save_dir=data'], 'is there already'), (['--save_dir=data', '--overwrite=True'], 'is there already'),
     (['--save_dir=.'], 'must be another folder'), (['--save_dir=..', '--overwrite=True'], 'must be another folder'),
-    (['--save_dir=out', '--overwrite=True'], 'is the folder of the model itself'),
+    (['--save_dir=out', '--overwrite=True'], 'has the model itself in it'),
+    (['--init_from=gpt2', '--dataset=toy'], "out_dir='out': not together"),
     (['--save_dir=file/below'], 'cannot be written'), (['--dataset=short.txt'], 'too few for block_size=16'),
     (['--dataset=other.txt'], 'its characters are not those of out/ckpt.pt'), (['--dataset=none'], 'no such data set'),
     (['--init_from=gpt3'], 'gpt3'), (['--init_from=gpt2'], 'init_from=gpt2: needs a text'),
@@ -292,6 +295,56 @@ def test_wrong_input_is_one_line_and_writes_nothing(run, refused, here, monkeypa
     before = folder_bytes('.')
     assert words in refused(compress.main, '--device=cpu', '--out_dir=out', *argv)
     assert folder_bytes('.') == before
+
+
+def test_a_folder_around_the_run_is_not_replaced(run, refused, here):
+    run('outer'), run('outer/inner')
+    before = folder_bytes('.')
+    options = ['--device=cpu', '--out_dir=outer/inner', '--save_dir=outer', '--overwrite=True']
+    assert 'has the model itself in it' in refused(compress.main, *options)
+    assert folder_bytes('.') == before
+
+
+def test_a_run_that_goes_on_is_not_replaced(run, convert, refused):
+    run()
+    convert()
+    before, held = folder_bytes('out-mla'), lock('out-mla')
+    try:
+        assert "save_dir='out-mla': a run is going on there" in refused(compress.main, *MLA, '--overwrite=True')
+    finally:
+        os.close(held)
+    assert folder_bytes('out-mla') == before and not Path('out-mla.1').exists()
+
+
+def test_a_replacement_that_fails_leaves_what_was_there(run, convert, refused, monkeypatch):
+    run()
+    convert()
+    before = folder_bytes('.')
+    monkeypatch.setattr('runtime.checkpoint.torch.save', lambda *_: (_ for _ in ()).throw(OSError(28, 'full')))
+    assert "save_dir='out-mla': cannot be written: full" in refused(compress.main, *MLA, '--overwrite=True')
+    assert folder_bytes('.') == before
+
+
+def test_fine_tuning_keeps_dtype_and_compile(run, convert):
+    run()
+    saved = checkpoint('out')
+    saved['config'] |= dict(dtype='bfloat16', compile=False)
+    torch.save(saved, 'out/ckpt.pt')
+    convert()
+    cfg, _, _ = train.load_config(['--init_from=resume', '--out_dir=out-mla'])
+    assert (cfg.dtype, cfg.compile) == ('bfloat16', False)
+
+
+def test_short_texts(run, convert, refused):
+    """All there is to measure on; a prefix-only loss needs a window of the validation split."""
+    run()
+    write_dataset('data/toy', TEXT[:300], 'char', source='tests')
+    convert('--calibration_tokens=1000000000000000000')
+    saved = checkpoint('out')
+    saved['model_args'] |= dict(use_svd=True, svd_rank=2)
+    torch.save(saved, 'out/ckpt.pt')
+    write_dataset('data/toy', 7 * ''.join(sorted(set(TEXT))), 'char', source='tests')
+    assert 'val.bin has 12 tokens, too few for block_size=16' in refused(compress.main, *MLA, '--save_dir=other')
 
 
 @pytest.mark.parametrize('error, code', [(OSError(28, 'No space left on device'), 2), (KeyboardInterrupt(), 130)])

@@ -1,4 +1,4 @@
-"""experiments/: the controls train, and the record becomes a table and a figure."""
+"""experiments/: controls train, the record becomes a table and a figure; both ways of latent attention are timed."""
 
 import importlib.util
 import json
@@ -11,9 +11,16 @@ import model
 import train
 from conftest import ROOT, TINY, rows
 
-spec = importlib.util.spec_from_file_location('loss_against_rank', ROOT / 'experiments' / 'loss_against_rank.py')
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
+
+
+def experiment(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sweep, absorb = experiment('loss_against_rank'), experiment('absorb_or_expand')
 
 
 @pytest.mark.parametrize('control', sweep.CONTROLS)
@@ -58,3 +65,19 @@ def test_wrong_input_is_one_line(option, refused, here, monkeypatch):
     monkeypatch.setattr(sweep, 'RECORD', here / 'none.jsonl')
     argv = [option] if 'dataset' in option else [option, '--dataset=toy']
     assert option.removeprefix('--').partition('=')[0] in refused(sweep.main, *argv)
+
+
+def test_absorbed_and_expanded_are_timed_and_equal(call, monkeypatch):
+    shape = ['--n_embd=16', '--n_head=2', '--latents=4,8', '--queries=1,3', '--cached=8', '--rounds=2', '--device=cpu']
+    found = call(absorb.main, *shape)
+    results = json.loads(found.out.splitlines()[-1])['results']
+    assert found.code == 0 and [(row['latent'], row['queries']) for row in results] == [(4, 1), (4, 3), (8, 1), (8, 3)]
+    assert all(row['absorbed'] > 0 and row['expanded'] > 0 and row['ratio'] > 0 for row in results)
+    monkeypatch.setattr(absorb, 'absorbed', lambda q, w_k, w_v, c: 2 * absorb.expanded(q, w_k, w_v, c))
+    with pytest.raises(AssertionError):                             # what is not the same is not timed
+        absorb.main(shape)
+
+
+@pytest.mark.parametrize('option', ['--latents=0', '--queries=1,x', '--cached=0', '--rounds=1', '--n_embd=5'])
+def test_wrong_shapes_are_one_line(option, refused):
+    assert option.removeprefix('--').partition('=')[0] in refused(absorb.main, option)

@@ -237,5 +237,5 @@ def test_no_socket_is_opened_by_anything_on_local_data():
                    ['bench', *TINY, '--use_svd=True', '--svd_rank=2', '--pairs=2', '--vocab_size=17'],
                    ['train', *TINY, '--out_dir=plain'], ['export', '--out_dir=plain', '--save_dir=theirs'],
                    ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
-                   ['example_svd_usage'])
+                   ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'], ['example_svd_usage'])
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]

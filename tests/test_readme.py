@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import compress
 import export
 import sample
 import train
@@ -17,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
          for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
-           'export.py': export.ExportConfig}
-COMMAND = r'python ((?:train|sample|bench|export)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
+           'export.py': export.ExportConfig, 'compress.py': compress.CompressConfig}
+COMMAND = r'python ((?:train|sample|bench|export|compress)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
