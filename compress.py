@@ -3,7 +3,7 @@ Make a trained model smaller without training it again:
 
     python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # ordinary attention to MLA, into OUT-mla
     python compress.py --init_from=gpt2 --dataset=openwebtext --to=mla      # or a folder in Hugging Face's format
-    python train.py --init_from=resume --out_dir=OUT-mla --max_iters=120 --lr_decay_iters=120   # fine-tune the result
+    python train.py config/finetune_mla.py --out_dir=OUT-mla                # fine-tune the result, for 120 steps
     python compress.py --help                                               # every option with default and meaning
 
 Keys and values of each layer, [W_k; W_v] x, become [U_k; U_v] W_a x, of which only the latent W_a x is cached. The
