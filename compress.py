@@ -2,7 +2,7 @@
 Make a trained model smaller without training it again:
 
     python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # ordinary attention to MLA, into OUT-mla
-    python compress.py --init_from=gpt2 --dataset=openwebtext --to=mla      # or a folder in Hugging Face's format
+    python compress.py --init_from=gpt2 --dataset=my.txt --to=mla           # or a folder in Hugging Face's format
     python train.py config/finetune_mla.py --out_dir=OUT-mla                # fine-tune the result, for 120 steps
     python compress.py --help                                               # every option with default and meaning
 
@@ -51,7 +51,7 @@ class CompressConfig:
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl') or a folder in Hugging Face's GPT-2 format"] = 'resume'
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-mla'] = None
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-mla, or INIT_FROM-mla'] = None
     overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is refused'] = False
     dataset: Annotated[str | None, "as for train.py; None: the run's"] = None
     calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most all'] = 16384
@@ -113,7 +113,8 @@ def convert(cfg, model, data):
     """-> the new model, on the CPU, and what it cost and saved. The loss is the prefix-only one where V sees the
     future."""
     device = devices.pick_device(cfg.device)
-    target = GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=target_latent(cfg, model)))
+    target = GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=cfg.mla_latent_dim))
+    target.mla_latent_dim = target.latent_dim                       # the number itself, for model_args to say it
     model.to(device).eval().requires_grad_(False)
     before = loss_of(model, data, device, cfg.seed)
     started = time.perf_counter()
@@ -125,7 +126,7 @@ def convert(cfg, model, data):
              dict(attention_params=GPT.attention_params, parameters=GPT.get_num_params,
                   cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size)).items()}
     return new.cpu(), dict(method=cfg.method, latent_dim=target.latent_dim, block_size=target.block_size,
-                           seconds=seconds, val_loss=losses, **costs)
+                           seconds=seconds, val_loss=losses, prefix_only=model.config.svd_sees_future, **costs)
 
 
 def describe(report):
@@ -134,7 +135,8 @@ def describe(report):
                  cache_bytes=f'cache bytes at {report["block_size"]} tokens')
     lines = [f'{report["path"]}: keys and values of each layer from a latent of {report["latent_dim"]} numbers, method '
              f'{report["method"]!r}, {report["seconds"]:.1f} s']
-    lines += [f'  val loss: {report["val_loss"][0]:.4f} before, {report["val_loss"][1]:.4f} after']
+    which = 'prefix-only val loss' if report['prefix_only'] else 'val loss'
+    lines += [f'  {which}: {report["val_loss"][0]:.4f} before, {report["val_loss"][1]:.4f} after']
     lines += [f'  {word}: {report[name][0]:,} before, {report[name][1]:,} after' for name, word in names.items()]
     return '\n'.join([*lines, f'written to {report["save_dir"]}'])
 
@@ -188,14 +190,6 @@ def load_model(cfg, path):
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '
                         'it was made from)')
     return saved, model
-
-
-def target_latent(cfg, model):
-    """The latent dimension asked for. Raises UserError where it is above the model's width."""
-    width = model.config.n_embd
-    if cfg.mla_latent_dim is not None and cfg.mla_latent_dim > width:
-        raise UserError(f'mla_latent_dim={cfg.mla_latent_dim}: must be at most n_embd (nearest: {width})')
-    return cfg.mla_latent_dim or max(1, width // 4)
 
 
 def find_data(cfg, saved, model):

@@ -2,10 +2,10 @@
 A GPT in one file, nanoGPT's parameter for parameter (github.com/karpathy/nanoGPT, MIT), whose attention can replace
 its value matrix V by a truncated SVD of it, and make keys and values from one latent a token (MLA).
 
-Where the SVD happens: `CausalSelfAttention.apply_svd_to_v` (scopes 'sequence' and 'causal', on V) and
-`CausalSelfAttention.value_weight` (scope 'weight', on the projection that makes V). What it costs and what is exact:
-docs/SVD.md. The linear algebra, gradient included: lowrank/svd.py. MLA: `LatentProjection` in the place of
-`QKVProjection`, docs/MLA.md. What a cache keeps, and attention to it: lowrank/cache.py.
+Where the SVD happens: `CausalSelfAttention.apply_svd_to_v` ('sequence', 'causal': on V) and `.value_weight` ('weight':
+on the projection). It makes training slower, never faster; full rank is exact: docs/SVD.md. Where MLA happens:
+`LatentProjection` in the place of `QKVProjection`: d numbers a token cached instead of 2C, expanded in training and for
+a prompt, absorbed for single tokens (lowrank/cache.py), the same up to rounding: docs/MLA.md.
 
 Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank, d latent.
 """
@@ -350,7 +350,7 @@ class GPT(nn.Module):
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no cache is used and "
                           'the prefix is recomputed for each', stacklevel=2)
         cached = use_cache and not self.config.svd_sees_future and not self.training
-        return stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed, cached)
+        return stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed, use_cache=cached)
 
     def new_cache(self, batch, tokens):
         """Room for `tokens` tokens of `batch` sequences: a list of the layers' caches. Raises ValueError for more than

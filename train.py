@@ -389,8 +389,7 @@ def build_optimizer(cfg, model, device):
 
 
 def schedule_length(cfg):
-    """Steps of the learning rate schedule: lr_decay_iters, or max_iters where that was left at its default, which is
-    that of a long run. A run that is stopped early with max_iters keeps its schedule."""
+    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps its schedule."""
     return cfg.max_iters if cfg.lr_decay_iters == TrainConfig.lr_decay_iters else cfg.lr_decay_iters
 
 
@@ -423,6 +422,8 @@ def describe(cfg, model, data, device, dtype, processes):
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
     if c.use_mla:
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
+    elif c.mla_latent_dim is not None:
+        say(f'no MLA: use_mla=False with mla_latent_dim={c.mla_latent_dim} changes nothing')
     if c.use_svd and c.svd_rank is not None:
         say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
     elif c.use_svd or c.svd_rank is not None:

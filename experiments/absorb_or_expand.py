@@ -25,6 +25,7 @@ from lowrank.cache import expand  # noqa: E402
 from runtime import config as configuration  # noqa: E402
 from runtime import device as devices  # noqa: E402
 from runtime.config import UserError  # noqa: E402
+from runtime.output import unfailing_output  # noqa: E402
 from runtime.timing import quartiles, time_in_turn  # noqa: E402
 
 
@@ -43,7 +44,8 @@ class Config:
     def __post_init__(self):
         configuration.at_least(self, n_head=1, n_embd=1, cached=1, batch_size=1, rounds=2, seed=0)
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head}')
+            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: '
+                             f'{max(1, round(self.n_embd / self.n_head)) * self.n_head})')
         for name in ('latents', 'queries'):
             self.numbers(name)
 
@@ -61,7 +63,8 @@ def main(argv=None):
         return 0
     try:
         cfg, _ = configuration.load(Config, argv)
-        measure(cfg, devices.pick_device(cfg.device))
+        with unfailing_output():                                    # | head
+            measure(cfg, devices.pick_device(cfg.device))
     except UserError as e:
         print(f'absorb_or_expand.py: {e}', file=sys.stderr)
         return 2

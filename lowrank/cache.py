@@ -7,7 +7,7 @@ Letters: B batch, T tokens so far, nh heads, hs head size, d latent. No gradient
 import torch
 from torch.nn import functional as F
 
-from lowrank.rows import CausalRows, LowRankRows, Rows
+from lowrank.rows import CausalRows, LowRankRows, Rows, gram_dtype
 from lowrank.svd import causal_starts
 
 
@@ -178,13 +178,12 @@ class CausalValues(ExpandedValues):
         return [stop - start for start, stop in zip(edges, edges[1:])]
 
     def _make_bases(self, c):
-        """Those that c (B, T, d) makes due, of V^T V in float64 (float32 in half precision and on MPS)."""
+        """Those that c (B, T, d) makes due, of V^T V."""
         for start in self.starts[self.known:]:
             if start >= c.size(1):
                 break
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
-            wide = v.dtype in (torch.float32, torch.float64) and v.device.type != 'mps'
             with torch.autocast(v.device.type, enabled=False):
-                v = v.to(torch.float64 if wide else torch.float32)
+                v = v.to(gram_dtype(v.dtype, v.device))
                 self.bases[self.known] = self.leading(v.mT @ v)
             self.known += 1

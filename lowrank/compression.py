@@ -25,8 +25,8 @@ def factor(weight, rank, inputs=None, gradients=None):
     """U (m, r) and A (r, n) in float64, on the CPU, U A being the best approximation of weight (m, n) of rank r.
 
     inputs: E[x x^T] (n, n) of what is multiplied; gradients: E[g g^T] (m, m) of the loss's gradients at the products.
-    Both positive semi-definite; None: the identity. U and A are balanced, U^T U = A A^T: trained on, both learn at one
-    pace, and neither loses more to float32 than the other. r above min(m, n): zeros fill up. Raises ValueError for r
+    Both positive semi-definite; None: the identity. U and A are balanced, U^T U = A A^T, so that
+    neither loses more to float32 than the other. r above min(m, n): zeros fill up. Raises ValueError for r
     below 1, for shapes that do not fit and for what is not finite.
     """
     weight, inputs, gradients = (None if t is None else t.detach().cpu().double() for t in (weight, inputs, gradients))

@@ -19,6 +19,12 @@ def _check_room(length, more, room):
         raise ValueError(f'no room for {more} more rows: {length} of {room} are taken')
 
 
+def gram_dtype(dtype, device):
+    """Of a Gram matrix of rows: float64; float32 for half precision and on MPS, which has no float64."""
+    wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
+    return torch.float64 if wide else torch.float32
+
+
 class Rows:
     """Kept as they are: N n numbers."""
 
@@ -101,9 +107,7 @@ class CausalRows:
         self.rank, self.leading, self.length = rank, leading, 0
         # G_ij = G_ji once each, by diagonals that wrap around: gram[d, i] = G[i, (i + d) mod n], d = 0 ... n / 2. A
         # new row is then added by one multiplication of it with views of itself, 8 times faster than via a triangle
-        wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
-        kind = torch.float64 if wide else torch.float32
-        self.gram = torch.zeros(*batch, n // 2 + 1 if count else 0, n, dtype=kind, device=device)
+        self.gram = torch.zeros(*batch, n // 2 + 1 if count else 0, n, dtype=gram_dtype(dtype, device), device=device)
         self.nbytes = sum(t.nbytes for t in (full, coordinates, self.bases, self.gram))
 
     def append(self, x):

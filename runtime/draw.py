@@ -41,7 +41,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True):
     """The next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`): a generator. model: called as `GPT`.
 
-    The context is the last block_size tokens; up to there keys and values are cached if use_cache. Beyond, each token
+    The context is the last block_size tokens; up to there model.new_cache is used, if use_cache. Beyond, each token
     shifts the window and with it all learned positions, so nothing cached is true any more: as in nanoGPT, the whole
     window is computed for each token, but for what only earlier positions of the last layer would need.
 
@@ -56,6 +56,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 @torch.no_grad()
 def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
+    """The generator of `stream`; options: of `draw`."""
     (B, T), block_size = idx.shape, model.config.block_size
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     one_prompt = B > 1 and idx.stride(0) == 0 and not model.training                            # dropout differs by row

@@ -155,6 +155,8 @@ CASES = {'baseline': {}} | {
     for method, scope in ((None, None), ('standard', 'sequence'), ('gram', 'causal'), ('randomized', 'causal'),
                           ('gram', 'weight'))}
 
+SLOW = ('-constant', '-oversampled')
+
 
 def tiny_model(device, **options):
     """Two bases in 'causal' scope, fewer rows than columns in the first."""
@@ -193,7 +195,8 @@ def train_and_generate(device, **options):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+@pytest.mark.parametrize('options', [pytest.param(options, marks=[pytest.mark.slow] * name.endswith(SLOW))
+                                     for name, options in CASES.items()], ids=CASES)
 def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kernels, device, options):
     calls = record(device, lambda device: train_and_generate(device, **options))
     assert faults(calls, kernels, device) == set()
@@ -201,7 +204,9 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
     assert {'native_layer_norm_backward', '_fused_adamw_', 'multinomial'} <= there
     assert options or {'lerp_.Scalar', 'baddbmm'} <= there              # Muon
     assert ('_foreach_norm.Scalar' in there) == _foreach_utils._device_has_foreach_support(torch.device(device))
-    decompositions = [call for call in calls if DECOMPOSITIONS.search(call.op)]
+    if options.get('use_mla'):                                      # orthogonal initial weights, wherever they are made
+        assert {a.device for call in calls if call.op == 'linalg_qr' for a in call.arguments} == {'cpu'}
+    decompositions = [call for call in calls if DECOMPOSITIONS.search(call.op) and call.op != 'linalg_qr']
     method = options['svd_method'] if options.get('use_svd') else None
     assert bool(decompositions) == (method in EXACT_METHODS)
     factors = [call for call in calls if 'cholesky' in call.op]
