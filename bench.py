@@ -6,7 +6,7 @@ measure what every SVD method costs and how good it is. Or test that what must b
     python bench.py config/train_svd_test.py                     # the main job's model
     python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT and its optimizer
     python bench.py config/train_svd_test.py --decode            # tokens/s and cache bytes; takes --peer, too
-    python bench.py config/train_mla_test.py --decode            # MLA against ordinary attention: with FLOPs, too
+    python bench.py config/train_mla_test.py --decode            # MLA against ordinary attention; FLOPs without the SVD
     python bench.py config/train_svd_test.py --svd --plot        # every SVD method: time, memory, error, a figure
     python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help

@@ -90,7 +90,7 @@ def test_torchrun_stops_and_resumes_to_the_same_bits(refused):
     assert 'its run has 2 processes, and here are 1' in refused(train.main, '--init_from=resume', '--max_iters=9')
 
 
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endless, victim):
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2', '--eval_interval=5', '--eval_iters=1')
     until = time.monotonic() + 60
