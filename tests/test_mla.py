@@ -525,7 +525,7 @@ def optimizer_of(model, kind):
     return model.configure_optimizers(.1, 1e-2, betas, 'cpu')
 
 
-@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+@pytest.mark.parametrize('kind', ['adamw', pytest.param('muon', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('scope', SCOPES)
 @pytest.mark.parametrize('method', METHODS)
 def test_training_stays_finite_and_learns(scope, method, kind, steps=30):

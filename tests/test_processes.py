@@ -104,6 +104,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
     assert ckpt.load('out/ckpt.pt')['iter_num'] >= 5
 
 
+@pytest.mark.slow
 def test_processes_without_torchrun_save_and_end(endless):
     """SIGKILL leaves it no time to end them: they notice that it is gone."""
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2')

@@ -27,7 +27,8 @@ FEATURES = ['', '--dropout=.2', '--gradient_accumulation_steps=3', '--optimizer=
             '--grad_clip=0', '--use_mla=True --bias=True --dropout=.2',
             '--use_mla=True --optimizer=muon --use_svd=True --svd_rank=2 --svd_block=4 --svd_scope=causal '
             '--svd_method=randomized',
-            *(f'--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon {svd}' for svd in SVD)]
+            *(pytest.param(f'--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon {svd}',
+                           marks=[pytest.mark.slow] * ('standard' in svd)) for svd in SVD)]
 STEPS = 13
 RUN = [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=4']
 
