@@ -124,6 +124,7 @@ def workers(job):
     return {int(line[5:]): pid for pid, lines in environments.items() for line in lines if line.startswith('RANK=')}
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves_once(endless):
     """torchrun passes a signal on to every process; all stop after the same step."""
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2')
