@@ -110,8 +110,8 @@ def plain_state_dict(model):
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
                          "(nearest: 'weight')")
-    plain = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False)))
-    names = plain.state_dict()
+    with torch.device('meta'):                                      # only for its names, in their order
+        names = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False))).state_dict()
     for i, block in enumerate(model.transformer.h):
         weight, bias = dense_projection(block.attn)
         state |= {f'transformer.h.{i}.attn.c_attn.weight': weight, f'transformer.h.{i}.attn.c_attn.bias': bias}
