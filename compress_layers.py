@@ -5,7 +5,7 @@ and multi-head latent attention in the place of ordinary attention. The linear a
 
 import copy
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lowrank.compression import Factorization, budgeted_ranks, factored_size, refit, saving_rank
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.svd import rank_for_energy
-from model import GPT, GPTConfig, QKVProjection
+from model import GPT, QKVProjection
 
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
@@ -80,8 +80,9 @@ class Statistics:
     """Sums over calibration tokens of a layer with weight (m, n), float64 on the CPU, of its inputs x and the loss's
     gradients g at its outputs, both on its smaller side, s = min(m, n), as `Factorization` takes them."""
 
-    def __init__(self, weight):
-        self.weight = weight.detach().cpu().double()
+    def __init__(self, weight, centred):
+        """centred: a bias will take the mean error, so only the covariance of x counts."""
+        self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = len(weight) >= weight.size(1)
         self.tokens, self.input_sum, self.inputs, self.gradients = 0, 0, 0, None
 
@@ -101,11 +102,11 @@ class Statistics:
         """Of x: (n)."""
         return self.input_sum / self.tokens
 
-    def factorization(self, centred):
-        """centred: a bias will take the mean error, so only the covariance of x counts."""
+    def factorization(self):
+        """Of the weight, for inputs and gradients as they were."""
         inputs = self.inputs / self.tokens
         gradients = None if self.gradients is None else self.gradients / self.tokens
-        if centred:
+        if self.centred:
             mean = self.mean() if self.tall else self.weight @ self.mean()                      # (s)
             inputs = inputs - torch.outer(mean, mean)
         return Factorization(self.weight, *((inputs, gradients) if self.tall else (gradients, inputs)))
@@ -143,8 +144,8 @@ def calibrate(model, modules, statistics, windows, gradients):
         for x, y in tqdm(windows, desc='calibrate', unit='batch', leave=False, disable=None):
             with torch.set_grad_enabled(gradients):
                 loss = model(x, y)[1] * y.numel()
-            found = iter(torch.autograd.grad(loss, [p for _, probes in seen.values() for p in probes]) if gradients
-                         else ())
+            found = [p for _, probes in seen.values() for p in probes]
+            found = iter(torch.autograd.grad(loss, found) if gradients else ())
             for name, (inputs, probes) in seen.items():
                 g = [t.transpose(1, 2).flatten(2) if t.dim() == 4 else t                        # (B, nh, T, hs) -> (B, T, C)
                      for t in (next(found) for _ in probes)]
@@ -163,89 +164,97 @@ def low_rank(model, method, choose, modules, windows):
     layer's energy, in the method's measure: name -> share."""
     layers = dense_layers(model, layer_names(model, modules))
     dense = copy.deepcopy(model)
-    statistics = {} if method == 'plain' else {name: Statistics(layer.weight) for name, layer in layers.items()}
+    statistics = {} if method == 'plain' else {
+        name: Statistics(layer.weight, layer.bias is not None) for name, layer in layers.items()}
     if statistics:
         calibrate(model, layers, statistics, windows, gradients=method == 'activation')
-    factorizations, means = {}, {}
-    for name, layer in tqdm(layers.items(), desc='factor', unit='layer', leave=False, disable=None):
-        own = statistics.pop(name, None)
-        means[name] = None if own is None or layer.bias is None else own.mean()
-        factorizations[name] = Factorization(layer.weight) if own is None else own.factorization(layer.bias is not None)
-    ranks = choose({name: f.energies for name, f in factorizations.items()},
-                   {name: tuple(layer.weight.shape) for name, layer in layers.items()})
-    chosen = {name: factorizations.pop(name) for name, rank in ranks.items() if rank is not None}
+    energies, factorizations = {}, {}
+    for name, layer in tqdm(layers.items(), desc='decompose', unit='layer', leave=False, disable=None):
+        own = statistics.get(name)
+        found = Factorization(layer.weight) if own is None else own.factorization()
+        energies[name] = found.energies
+        if method != 'activation':                                  # which sees each layer again, with other inputs
+            factorizations[name] = found
+    ranks = choose(energies, {name: tuple(layer.weight.shape) for name, layer in layers.items()})
+    ranks = {name: rank for name, rank in ranks.items() if rank is not None}
     if method == 'activation':
-        replace_in_turn(model, dense, chosen, ranks, windows)
-    else:
-        for name, factorization in chosen.items():
-            up, down = factorization.factors(ranks[name])
-            put(model, name, up, down, means[name], means[name])
+        replace_in_turn(model, dense, statistics, ranks, windows)
+    for name in ranks if method != 'activation' else ():
+        mean = statistics[name].mean() if name in statistics else None
+        put(model, name, *factorizations[name].factors(ranks[name]), mean, mean)
     settle(model)
-    return {name: f.error(ranks[name]) / max(f.error(0), 1e-300) for name, f in chosen.items()}
+    return {name: (energies[name][rank:].sum() / energies[name].sum().clamp_min(1e-300)).item()
+            for name, rank in ranks.items()}
 
 
 @torch.no_grad()
 def put(model, name, up, down, mean_before, mean_now):
-    """The product up (m, r) @ down (r, n) in the place of a dense layer; its bias keeps the mean output, with inputs
-    (n) of these means before and now, None: as it is."""
+    """The product up (m, r) @ down (r, n) in the place of a dense layer, whose bias, if it has one, keeps the mean
+    output: for inputs (n) with these means before and now; None: it stays."""
     dense = model.transformer.get_submodule(name)
     layer = LowRankLinear.from_factors(up, down, dense)
-    if mean_before is not None:
+    if dense.bias is not None and mean_before is not None:
         shift = dense.weight.cpu().double() @ mean_before - up @ (down @ mean_now)              # (m)
         layer.bias.copy_(dense.bias.cpu().double() + shift)
     model.set_layer(name, layer)
 
 
 @torch.no_grad()
-def replace_in_turn(model, dense, factorizations, ranks, windows):
-    """`put` layer after layer, each with the second factor that is best for the inputs it gets now that those before it
-    are replaced, to make what the dense model's layer makes of its own: least squares (`refit`). windows of `batches`
-    run through both models side by side, a block at a time."""
-    bar = tqdm(total=len(factorizations), desc='replace', unit='layer', leave=False, disable=None)
+def replace_in_turn(model, dense, statistics, ranks, windows):
+    """`put` layer after layer, each made for the inputs it gets now that those before it are replaced, to give what the
+    dense model's layer gives for its own (`Shift`). windows of `batches` run through both models side by side, a block
+    at a time. statistics, ranks: name -> `Statistics` of the dense model, rank."""
+    bar = tqdm(total=len(ranks), desc='replace', unit='layer', leave=False, disable=None)
     model.eval(), dense.eval()
     now = [input_of(model, model.transformer.h[0], x) for x, _ in windows]                      # (B, T, C) each
     before = list(now)
     for i, (block, original) in enumerate(zip(model.transformer.h, dense.transformer.h)):
         for stage in STAGES:
-            names = [name for name in factorizations if name.startswith(f'h.{i}.{stage}')]
-            targets = {name: dense.transformer.get_submodule(name) for name in names}
-            moments = {name: Moments(*factorizations[name].factors(ranks[name])) for name in names}
+            names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]               # all with one input
+            shift = Shift(statistics[names[0]]) if names else None
             for x_now, x_before in zip(now, before) if names else ():
-                a, b = (input_of(part, part.get_submodule(stage), x).flatten(0, 1).cpu().double()
-                        for part, x in ((block, x_now), (original, x_before)))                  # (N, n)
-                for name, own in moments.items():
-                    own.add(a, b, targets[name].weight.cpu().double())
-            for name, own in moments.items():
-                means = (None, None) if targets[name].bias is None else (own.before / own.tokens, own.now / own.tokens)
-                put(model, name, own.refitted(centred=targets[name].bias is not None), own.down, *means)
+                shift.add(*(input_of(part, part.get_submodule(stage), x).flatten(0, 1)
+                            for part, x in ((block, x_now), (original, x_before))))             # (N, n) each
+            for name in names:
+                factors = shift.factorization(statistics[name]).factors(ranks[name])
+                put(model, name, *factors, shift.before / shift.tokens, shift.now / shift.tokens)
                 bar.update()
         now, before = [block(x) for x in now], [original(x) for x in before]
     bar.close()
 
 
-class Moments:
-    """Sums over tokens for `refit`: of x now and before, of z = A x now, and of outputs y = W x before with z."""
+class Shift:
+    """Sums over tokens of a layer's inputs as they were, x, and as they are now, x^: float64, on the CPU."""
 
-    def __init__(self, up, down):
-        self.up, self.down = up, down                               # (m, r), (r, n)
-        self.tokens, self.now, self.before, self.inputs, self.outputs = 0, 0, 0, 0, 0
+    def __init__(self, statistics):
+        self.weight, self.tall = statistics.weight, statistics.tall
+        self.tokens, self.now, self.before, self.inputs, self.cross = 0, 0, 0, 0, 0
 
-    def add(self, now, before, weight):
-        """now, before (N, n), weight (m, n)."""
-        z = now @ self.down.mT                                      # (N, r)
-        self.tokens += len(z)
-        self.now, self.before = self.now + now.sum(0), self.before + before.sum(0)
-        self.inputs = self.inputs + z.mT @ z                        # (r, r)
-        self.outputs = self.outputs + weight @ (before.mT @ z)      # (m, r)
-        self.output_mean = weight @ self.before / self.tokens       # (m)
+    def add(self, now, before):
+        """now, before (N, n)."""
+        now, before = now.cpu().double(), before.cpu().double()
+        self.tokens += len(now)
+        self.now, self.before = self.now + now.sum(0), self.before + before.sum(0)              # (n)
+        self.inputs = self.inputs + now.mT @ now                    # (n, n)
+        self.cross = self.cross + self.small(before).mT @ now       # (s, n)
 
-    def refitted(self, centred):
-        """The second factor (m, r). centred: of covariances, a bias takes the means."""
-        inputs, outputs = self.inputs / self.tokens, self.outputs / self.tokens
-        if centred:
-            z = self.down @ self.now / self.tokens                  # (r)
-            inputs, outputs = inputs - torch.outer(z, z), outputs - torch.outer(self.output_mean, z)
-        return refit(self.up, outputs, inputs)
+    def small(self, x):
+        """x (N, n) on the layer's smaller side: x itself, or W x (N, m)."""
+        return x if self.tall else x @ self.weight.mT
+
+    def factorization(self, statistics):
+        """Of the weight that best makes of x^ what the layer made of x, for the gradients in `statistics` of the layer
+        or, where n <= m, of another one with the same inputs. Covariances only, where a bias takes the means."""
+        inputs, cross = self.inputs / self.tokens, self.cross / self.tokens
+        if statistics.centred:
+            now, before = self.now / self.tokens, self.before / self.tokens
+            inputs, cross = inputs - torch.outer(now, now), cross - torch.outer(self.small(before[None])[0], now)
+        weight, gradients = statistics.weight, statistics.gradients / statistics.tokens
+        as_it_was = torch.eye(len(inputs), dtype=torch.float64) if self.tall else weight
+        refitted = refit(as_it_was, inputs, cross)                  # (s, n)
+        if self.tall:
+            return Factorization(weight @ refitted, inputs, refitted.mT @ gradients @ refitted)
+        return Factorization(refitted, gradients, refitted @ inputs @ refitted.mT)
 
 
 class _Reached(Exception):
@@ -319,7 +328,7 @@ def to_mla(model, latent_dim, windows):
     dense_layers(model, names)
     settle(model)                                                   # fused, whatever they were
     attentions = {i: block.attn for i, block in enumerate(model.transformer.h)}
-    statistics = {i: Statistics(key_value_weight(attn)) for i, attn in attentions.items()}
+    statistics = {i: Statistics(key_value_weight(attn), attn.c_attn.bias is not None) for i, attn in attentions.items()}
     if windows is not None:
         calibrate(model, {i: attn.c_attn for i, attn in attentions.items()}, statistics, windows, gradients=True)
     state = model.state_dict()
@@ -348,7 +357,7 @@ def latent_projection(attn, latent_dim, statistics):
     A bias can take the mean error, so only the covariance of the inputs counts then, else their second moment. A key's
     bias changes no attention weight."""
     weight, bias, seen = statistics.weight, attn.c_attn.bias, statistics.tokens > 0             # (2C, C)
-    factorization = statistics.factorization(bias is not None) if seen else Factorization(weight)
+    factorization = statistics.factorization() if seen else Factorization(weight)
     up, down = factorization.factors(latent_dim)                                                # (2C, d), (d, C)
     k_up, v_up = up.chunk(2)
     parts = {'query.weight': attn.c_attn.weight.chunk(3)[0], 'kv_down.weight': down, 'k_up.weight': k_up,

@@ -85,7 +85,7 @@ class GPTConfig:
         for name, rank in (self.layer_ranks or {}).items():
             shape = self.layer_shape(name)
             if shape is None or not 1 <= rank <= min(shape):
-                valid = f'must be 1 to {min(shape)}' if shape else f"no such layer (nearest: 'h.0.{[*self.layer_shapes][0]}')"
+                valid = f'must be 1 to {min(shape)}' if shape else "no such layer (nearest: 'h.0.mlp.c_fc')"
                 raise ValueError(f'layer_ranks={{{name!r}: {rank}}}: {valid}')
 
     @property
@@ -332,9 +332,10 @@ class GPT(subspace.RunningBases, nn.Module):
             for module in (block.attn, block.mlp):
                 last = getattr(module.c_proj, 'B', module.c_proj)
                 nn.init.normal_(last.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            for first in [block.attn.c_attn.kv_down] * self.config.use_mla + [
-                    module.A for module in block.modules() if isinstance(module, LowRankLinear)]:
-                nn.init.orthogonal_(first.weight, math.sqrt(first.in_features / first.out_features))
+            for module in block.modules():
+                if isinstance(module, (LowRankLinear, LatentProjection)):
+                    first = module.A if isinstance(module, LowRankLinear) else module.kv_down
+                    nn.init.orthogonal_(first.weight, math.sqrt(first.in_features / first.out_features))
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.
@@ -447,7 +448,7 @@ class GPT(subspace.RunningBases, nn.Module):
         hub, or a folder in their format, whose resid_pdrop is the dropout. override_args: fields that add no parameters
         (dropout, the SVD options). Raises ValueError for other names and fields, and what cannot be had or used."""
         for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
-            fixed = key in GPTConfig.__dataclass_fields__
-            raise ValueError(f'{key}: ' + (f'the shape of {name_or_folder} is fixed' if fixed else 'no such field'))
+            raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
+                             GPTConfig.__dataclass_fields__ else f'{key}: no such field')
         args, state = pretrained.read(name_or_folder)
         return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})

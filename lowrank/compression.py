@@ -113,14 +113,15 @@ def balanced(up, down, rank):
     return new_up, new_down
 
 
-def refit(up, outputs, inputs, ridge=RIDGE):
-    """The best U for outputs y that are to be made of z = A x, where x is no longer what U was made for: least squares,
-    for any G. up (m, r) before; outputs E[y z^T] (m, r), inputs E[z z^T] (r, r) -> (m, r), float64."""
+def refit(before, inputs, cross, ridge=RIDGE):
+    """The matrix M (k, n) for which M x^ is closest to u = P x, now that x has become x^: least squares, with a ridge
+    that holds M to P = before (k, n) in directions where there is nothing. inputs E[x^ x^^T] (n, n), cross E[u x^^T]
+    (k, n), float64."""
     level = inputs.diagonal().mean()
     if not level > 0:
-        return up
-    system = inputs + ridge * level * torch.eye(len(inputs), dtype=inputs.dtype)
-    return up + torch.linalg.solve(system, (outputs - up @ inputs).mT).mT
+        return before
+    factor = torch.linalg.cholesky(inputs + ridge * level * torch.eye(len(inputs), dtype=inputs.dtype))
+    return before + torch.cholesky_solve((cross - before @ inputs).mT, factor).mT
 
 
 def factored_size(shape, rank):
