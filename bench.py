@@ -36,7 +36,7 @@ from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
 from runtime.output import unfailing_output
-from runtime.timing import paired, quartiles, take_turns, timed
+from runtime.timing import generation, paired, quartiles, take_turns, timed
 from train import TrainConfig, build_optimizer
 
 
@@ -213,10 +213,7 @@ def decoding_runs(cfg, models, peer, prompt, device):
     few = uncached_tokens(cfg)
 
     def continues(model):
-        use_cache = not model.config.svd_sees_future
-        n = cfg.tokens - 1 if use_cache else few
-        stream = model.stream(prompt, n + 1, temperature=0, use_cache=use_cache)
-        return timed(lambda: next(stream), device), timed(lambda: [*stream], device) / n
+        return generation(model, prompt, 1 + few if model.config.svd_sees_future else cfg.tokens, device)
 
     def forwards():
         return 0.0, timed(lambda: [models['no SVD'](prompt[:, :1]) for _ in range(cfg.tokens)], device) / cfg.tokens

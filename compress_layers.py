@@ -17,7 +17,7 @@ from model import GPT, QKVProjection
 
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
-STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block: what comes later sees what is before it
+STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, each fed by those before it
 STEP, STEP_FROM = 8, 128            # ranks are multiples of 8, which hardware likes, where layers are as wide as that
 
 
@@ -147,8 +147,8 @@ def calibrate(model, modules, statistics, windows, gradients):
             found = [p for _, probes in seen.values() for p in probes]
             found = iter(torch.autograd.grad(loss, found) if gradients else ())
             for name, (inputs, probes) in seen.items():
-                g = [t.transpose(1, 2).flatten(2) if t.dim() == 4 else t                        # (B, nh, T, hs) -> (B, T, C)
-                     for t in (next(found) for _ in probes)]
+                g = [next(found) for _ in probes]                   # (B, T, m), or of heads (B, nh, T, hs)
+                g = [t.transpose(1, 2).flatten(2) if t.dim() == 4 else t for t in g]            # (B, T, m)
                 statistics[name].add(inputs.detach().flatten(0, 1), torch.cat(g, dim=2).flatten(0, 1) if g else None)
     finally:
         for hook in hooks:

@@ -10,9 +10,7 @@ SVD in 'weight' scope becomes part of the weights, and so do MLA's latents. 'seq
 neither format can say.
 """
 
-import os
 import pickle
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +20,12 @@ import torch
 
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
+from runtime import command
 from runtime import config as configuration
 from runtime import download, pretrained
 from runtime.config import UserError, one_line
 from runtime.files import new_folder, write_atomically
 from runtime.optim import restore_optimizer
-from runtime.output import unfailing_output
-from runtime.stopping import Stop
 from train import TrainConfig
 
 NANOGPT_SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
@@ -49,33 +46,16 @@ class ExportConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(ExportConfig, __doc__.strip()))
-        return 0
-    try:
-        with unfailing_output(), Stop(under_torchrun=False):
-            cfg, _ = configuration.load(ExportConfig, argv)
-            print(export(cfg))
-        return 0
-    except UserError as e:
-        print(f'export.py: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        return 128 + getattr(e, 'signal', signal.SIGINT)
+    return command.run('export.py', ExportConfig, __doc__, export, argv)
 
 
 def export(cfg):
     """Writes save_dir whole or not at all -> what was written, in words."""
     path = ckpt.find(cfg.out_dir)
-    run = path.parent if path.parent.name not in ('', '..') else Path(os.path.realpath(path.parent))
+    run = command.named(path.parent)
     save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
-    where = f'save_dir={str(save_dir)!r}'
+    command.check_save_dir(save_dir, run, cfg.to, overwrite=None)
     try:
-        if os.path.lexists(save_dir) and (not os.path.isdir(save_dir) or any(save_dir.iterdir())):
-            raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2')")
-        if Path(os.path.realpath(save_dir)) == Path.cwd():          # which would be replaced
-            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / cfg.to}')")
         saved = ckpt.load(path)
         configuration.check_all(GPTConfig, saved['model_args'], path)
         model = GPT.from_checkpoint(saved)
@@ -89,7 +69,7 @@ def export(cfg):
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     except OSError as e:
-        raise UserError(f'{where}: cannot be written: {e.strerror or one_line(e)}') from None
+        raise UserError(f'save_dir={str(save_dir)!r}: cannot be written: {e.strerror or one_line(e)}') from None
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
     c = model.config

@@ -68,26 +68,6 @@ class Factorization:
         return balanced(into.mT, out_of.mT @ self.weight, rank)
 
 
-def factor(weight, rank, inputs=None, gradients=None):
-    """U (m, r) and A (r, n) of `Factorization`, from both statistics in full.
-
-    inputs: E[x x^T] (n, n) of what is multiplied; gradients: E[g g^T] (m, m) of the loss's gradients at the products;
-    None: the identity. Raises ValueError for r below 1, for shapes that do not fit and for what is not finite.
-    """
-    weight, inputs, gradients = (None if t is None else t.detach().cpu().double() for t in (weight, inputs, gradients))
-    m, n = weight.shape
-    for name, tensor, shape in (('inputs', inputs, (n, n)), ('gradients', gradients, (m, m))):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f'{name} of shape {tuple(tensor.shape)}: must be {shape}')
-        if tensor is not None and not tensor.isfinite().all():
-            raise ValueError(f'{name}: not finite')
-    if m >= n:
-        near, far = inputs, None if gradients is None else weight.mT @ gradients @ weight
-    else:
-        near, far = gradients, None if inputs is None else weight @ inputs @ weight.mT
-    return Factorization(weight, near, far).factors(rank)
-
-
 def square_root(statistic, size, ridge):
     """Symmetric root (size, size) of a statistic in units of its mean diagonal, with a ridge; the root's inverse; that
     mean. None: identities and 1; nothing but zeros, which say as little: identities and 0."""

@@ -1,10 +1,10 @@
 """Configuration: defaults < config files < --key=value, checked against the annotations of a dataclass.
 
-A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...], dict[str, int] or a
-union of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be written bare,
---name, and so may a `bool | str` that can name a file as well. Config files are Python run from top to bottom; they may
-read the values before them by name, import modules and use names that start with an underscore. Everything wrong raises
-UserError, whose text is one line: what, where, the nearest valid choice.
+A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...], dict[str,
+int] or a union of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be
+written bare, --name, and so may a `bool | str` that can name a file as well. Config files are Python run from top to
+bottom; they may read the values before them by name, import modules and use names that start with an underscore.
+Everything wrong raises UserError, whose text is one line: what, where, the nearest valid choice.
 """
 
 import ast
