@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import compress_layers as layers
 import compress_spectrum as spectrum
-from model import GPT, GPTConfig
+from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import command
 from runtime import config as configuration
@@ -352,7 +352,6 @@ def load_model(cfg, path):
     if cfg.init_from != 'resume':
         return {}, GPT.from_pretrained(cfg.init_from)
     saved = ckpt.load(path)
-    configuration.check_all(GPTConfig, saved['model_args'], path)
     model = GPT.from_checkpoint(saved)
     if model.config.use_mla and cfg.to == 'mla' and not cfg.spectrum:
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '
