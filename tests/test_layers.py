@@ -47,7 +47,7 @@ def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias):
         assert (product.A.weight.shape, product.B.weight.shape) == ((rank, shape[1]), (shape[0], rank))
         assert product.rank == rank and product.weight.dtype == merged.weight.dtype == product.A.weight.dtype == dtype
         lost = (layer.weight - merged.weight).double().norm()
-        assert lost.item() == pytest.approx(s[rank:].square().sum().sqrt().item(), abs=20 * eps * s[0].item())
+        assert lost.item() == pytest.approx(s[rank:].square().sum().sqrt().item(), abs=100 * eps * s[0].item())
         a, b = product.A.weight.detach().double(), product.B.weight.detach().double()
         root, signs = s[:rank].sqrt(), (a * vh[:rank]).sum(1).sign()
         assert torch.allclose(a * signs[:, None], root[:, None] * vh[:rank], atol=100 * eps)
