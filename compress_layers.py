@@ -294,6 +294,8 @@ def rank_of_energy(fraction):
 def uniform_share(keep):
     """The rank at which each layer keeps this share of its numbers. Raises ValueError where that is below 1."""
     def choose(energies, shapes):
+        if keep >= 1:                                               # not the largest rank that saves: a layer loses it
+            return dict.fromkeys(shapes)
         ranks = {name: math.floor(keep * m * n / (m + n) + 1e-9) for name, (m, n) in shapes.items()}
         if min(ranks.values()) < 1:
             least = max((m + n) / (m * n) for m, n in shapes.values())

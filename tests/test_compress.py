@@ -1,9 +1,7 @@
 """compress.py: ordinary attention to MLA; exact at full width, better than the SVD of the weights below it."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
 from runtime.run import lock
+from test_compress_layers import difference
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MLA = ('--to=mla', '--device=cpu', '--calibration_tokens=512')
@@ -54,131 +53,12 @@ def convert(call):
     return convert
 
 
-def settings(**changes):
-    return SimpleNamespace(**dict(calibration_tokens=128, seed=1337) | changes)
-
-
-def random_model(dtype=torch.float32, **options):
-    """Weights and biases of a size that makes every one of them count."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=17) | options))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=.3)
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def converted(model, latent, statistics):
-    return compress.to_mla(model, GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=latent)),
-                           statistics).eval()
-
-
-def difference(a, b):
-    """Largest difference of logits on tokens nobody calibrated on."""
-    idx = torch.randint(17, (8, 16), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        return (a(idx, idx)[0] - b(idx, idx)[0]).abs().max().item()
-
-
 def model_of(folder):
     return GPT.from_checkpoint(checkpoint(folder)).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the conversion
-
-@pytest.mark.parametrize('svd', [{}, dict(svd_scope='weight'), dict(svd_scope='causal', svd_block=4),
-                                 dict(svd_scope='sequence', svd_method='randomized')])
-@pytest.mark.parametrize('dtype, most', [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('tokens', [None, 1, 512])
-def test_at_full_width_the_logits_stay(toy, tokens, bias, dtype, most, svd):
-    """On any input, with one calibration window of 16 too; tokens None: plain."""
-    model = random_model(dtype, bias=bias, **svd, **(dict(use_svd=True, svd_rank=3) if svd else {}))
-    statistics = tokens and compress.calibrate(model, Dataset(toy), settings(calibration_tokens=tokens), 'cpu')
-    new = converted(model, 16, statistics)
-    most = max(most, 1e-5) if svd else most                         # SVD of V works in float32 here and there
-    assert difference(model, new) < most < 1e-3 < difference(model, converted(model, 8, statistics))
-
-
-def test_weight_scope_finds_nothing_more_to_cut(toy):
-    model = random_model(use_svd=True, svd_rank=3, svd_scope='weight')
-    new = converted(model, 6, compress.calibrate(model, Dataset(toy), settings(), 'cpu'))
-    assert new.config.svd_truncates
-    uncut = GPT.from_checkpoint(dict(model_args=asdict(new.config), model=new.state_dict()), use_svd=False).eval()
-    assert difference(new, uncut) < 1e-4
-
-
-def test_a_running_basis_comes_along():
-    """From which 'randomized' starts: without it, another approximation."""
-    model = random_model(use_svd=True, svd_rank=3, svd_method='randomized', svd_power_iters=0)
-    model.svd_basis = torch.linalg.qr(torch.randn(2, 2, 8, 3, generator=torch.Generator().manual_seed(1)))[0]
-    new = converted(model, 16, None)
-    assert torch.equal(new.svd_basis, model.svd_basis) and difference(model, new) < 1e-4
-    new.svd_basis = None
-    assert difference(model, new) > 1e-3
-
-
-def test_a_bias_takes_the_mean_of_what_is_lost(toy):
-    """The mean value over the calibration tokens stays; without statistics it moves."""
-    model = random_model(bias=True, n_layer=1)
-    statistics = compress.calibrate(model, Dataset(toy), settings(), 'cpu')
-    mean = (statistics[0].input_sum / statistics[0].tokens).float()[None, None]                 # (1, 1, C)
-    values = [m.transformer.h[0].attn.c_attn(mean)[2] for m in (model, *(converted(model, 4, s) for s in (
-        statistics, None)))]
-    assert torch.allclose(values[0], values[1], atol=1e-5) and not torch.allclose(values[0], values[2], atol=1e-2)
-
-
-@pytest.mark.parametrize('bias', [False, True])
-def test_a_mean_costs_no_direction_where_a_bias_takes_it(bias):
-    """Inputs that are all shifted have the same factors then, else others."""
-    attn, factors = random_model(bias=bias).transformer.h[0].attn, []
-    x, g = (torch.randn(200, n, generator=torch.Generator().manual_seed(n)) for n in (16, 32))
-    for shift in (0, 3):
-        statistics = compress.Statistics()
-        statistics.add(x + shift, g)
-        parts = compress.latent_projection(attn, 4, statistics)
-        factors.append(parts['k_up.weight'] @ parts['kv_down.weight'])
-    assert torch.allclose(*factors, atol=1e-4) == bias
-
-
-def test_the_statistics_are_those_of_inputs_and_gradients(toy):
-    """Against hooks on the residual stream and autograd's own gradients of keys and values."""
-    model, data, seen = random_model(torch.float64), Dataset(toy), []
-    x, y = data.batch('train', 8, 16, torch.Generator().manual_seed(1337), 'cpu')
-    found = compress.calibrate(model, data, settings(), 'cpu')
-
-    def keep(layer, inputs, output):
-        for t in output:
-            t.retain_grad()
-        seen.append((inputs[0], output))
-    for block in model.transformer.h:
-        block.attn.c_attn.register_forward_hook(keep)
-    model.requires_grad_(True)
-    (model(x, y)[1] * y.numel()).backward()
-    assert len(seen) == len(found) == 2
-    for (inputs, (_, k, v)), statistics in zip(seen, found):
-        inputs, k, v = inputs.flatten(0, 1), *(t.grad.transpose(1, 2).reshape(128, 16) for t in (k, v))
-        g = torch.cat((k, v), dim=1)
-        assert statistics.tokens == 128 and torch.allclose(statistics.input_sum, inputs.sum(0))
-        assert torch.allclose(statistics.inputs, inputs.mT @ inputs) and torch.allclose(statistics.gradients, g.mT @ g)
-
-
-def test_dropout_and_the_running_basis_are_left_out_of_it(toy):
-    """Evaluations leave a model in training mode; the statistics are those of the model as it is used."""
-    model = random_model(dropout=.5, use_svd=True, svd_rank=3, svd_method='randomized')
-    a, b = (compress.calibrate(model.train(mode), Dataset(toy), settings(), 'cpu') for mode in (True, False))
-    assert all(torch.equal(x.gradients, y.gradients) and torch.equal(x.inputs, y.inputs) for x, y in zip(a, b))
-    model.advance_svd_basis()
-    assert model.svd_basis is None
-
-
-def test_only_the_training_split_is_measured(toy, monkeypatch):
-    splits, tokens = set(), Dataset.tokens
-    data = Dataset(toy)
-    monkeypatch.setattr(Dataset, 'tokens', lambda self, split: splits.add(split) or tokens(self, split))
-    compress.calibrate(random_model(), data, settings(), 'cpu')
-    assert splits == {'train'}
-
+# what is lost
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_the_loss_says_that_gradients_and_inputs_count(run, convert, bias):
