@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import compress_layers as layers
 import compress_spectrum as spectrum
-from model import GPT, GPTConfig
+from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import command
 from runtime import config as configuration
@@ -71,7 +71,8 @@ class CompressConfig:
                       ] = 'activation'
     finetune_iters: Annotated[int, 'steps of training all parameters afterwards, on the text and to agree with the '
                               'model as it was'] = 0
-    learning_rate: Annotated[float, 'of these steps (Muon), a tenth of it at the end'] = 1e-3
+    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: the run's, or 'adamw'"] = None
+    learning_rate: Annotated[float, 'of these steps, a tenth of it at the end'] = 1e-3
     batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12'] = None
     spectrum: Annotated[bool, 'only look: the singular values of every weight', SWITCH] = False
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
@@ -203,11 +204,12 @@ def choice_of(cfg):
 # fine-tuning
 
 def finetune_config(cfg, saved, model):
-    """The configuration of these steps: Muon, warm-up over a twentieth, cosine to a tenth."""
-    theirs = configuration.check_all(TrainConfig, {k: v for k, v in saved.get('config', {}).items()
-                                                   if k in ('batch_size', 'weight_decay')}, saved.get('path'))
-    own = theirs | ({} if cfg.batch_size is None else dict(batch_size=cfg.batch_size))
-    return TrainConfig(optimizer='muon', learning_rate=cfg.learning_rate, min_lr=cfg.learning_rate / 10,
+    """The configuration of these steps: warm-up over a twentieth, cosine to a tenth; the rest as in the run."""
+    kept = ('batch_size', 'weight_decay', 'optimizer', 'beta1', 'beta2')
+    own = configuration.check_all(TrainConfig, {k: v for k, v in saved.get('config', {}).items() if k in kept},
+                                  saved.get('path'))
+    own |= {k: getattr(cfg, k) for k in ('batch_size', 'optimizer') if getattr(cfg, k) is not None}
+    return TrainConfig(learning_rate=cfg.learning_rate, min_lr=cfg.learning_rate / 10,
                        max_iters=cfg.finetune_iters, lr_decay_iters=cfg.finetune_iters, seed=cfg.seed,
                        warmup_iters=cfg.finetune_iters // 20, block_size=model.config.block_size, **own)
 
@@ -352,7 +354,6 @@ def load_model(cfg, path):
     if cfg.init_from != 'resume':
         return {}, GPT.from_pretrained(cfg.init_from)
     saved = ckpt.load(path)
-    configuration.check_all(GPTConfig, saved['model_args'], path)
     model = GPT.from_checkpoint(saved)
     if model.config.use_mla and cfg.to == 'mla' and not cfg.spectrum:
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '

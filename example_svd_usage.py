@@ -10,7 +10,9 @@ sees the future; 5 a small model trained on this repo's model.py, then run at se
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
+from lowrank.layers import LowRankLinear
 from lowrank.svd import METHODS, energy, low_rank_approximation, rank_for_energy, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 
@@ -42,17 +44,22 @@ def best_approximation():
 
 def two_smaller_layers():
     """y = W x + b, W (m, n) of rank k, is B (A x) + b with B (m, k) and A (k, n): k (m + n) numbers instead of m n."""
-    w, bias, x = torch.randn(10, 2) @ torch.randn(2, 10), torch.randn(10), torch.randn(10)
-    _, s, _ = truncated_svd(w, 10)
-    rank = int((s > 10 * torch.finfo(w.dtype).eps * s[0]).sum())    # below that there is only rounding
-    print(f'2. A layer with W 10 x 10: {rank} of its 10 singular values are not zero')
-    u, s, vh = truncated_svd(w, rank)
-    a, b = s.sqrt().unsqueeze(-1) * vh, u * s.sqrt()                # (k, 10), (10, k)
-    difference = (w @ x + bias - (b @ (a @ x) + bias)).abs().max().item()
-    print(f'   W x + b and B (A x) + b differ by {difference:.1e} at most; W has {w.numel()} parameters, B and A have '
-          f'{b.numel() + a.numel()}')
+    linear, x = nn.Linear(10, 10), torch.randn(10)
+    with torch.no_grad():
+        w = linear.weight.copy_(torch.randn(10, 2) @ torch.randn(2, 10))
+        _, s, _ = truncated_svd(w, 10)
+        rank = int((s > 10 * torch.finfo(w.dtype).eps * s[0]).sum())    # below that there is only rounding
+        print(f'2. A layer with W 10 x 10: {rank} of its 10 singular values are not zero')
+        layer = LowRankLinear.from_linear(linear, rank)
+        dense, factored = linear(x), layer(x)
+        product = layer.B.weight @ layer.A.weight                   # (10, k) x (k, 10)
+    for name, y in (('y = W x + b', dense), ('y = B (A x) + b', factored)):
+        print(f'   {name:16}' + ''.join(f'{value:8.4f}' for value in y[:6].tolist()) + ' ...')
+    apart = [(a - b).abs().max().item() for a, b in ((dense, factored), (w, product))]
+    print(f'   largest difference {apart[0]:.1e}, of W and B A {apart[1]:.1e}; parameters without b: {w.numel()} -> '
+          f'{layer.A.weight.numel() + layer.B.weight.numel()}')
     print('   relative error at rank    ' + ''.join(f'{k:10}' for k in (1, 2, 3, 4)))
-    for name, matrix in (('this W', w), ('Gaussian numbers', torch.randn(10, 10))):
+    for name, matrix in (('this W', w.detach()), ('Gaussian numbers', torch.randn(10, 10))):
         errors = [torch.linalg.norm(matrix - low_rank_approximation(matrix, k)) / torch.linalg.norm(matrix)
                   for k in (1, 2, 3, 4)]
         print(f'   {name:26}' + ''.join(f'{error.item():10.1e}' for error in errors))

@@ -28,12 +28,11 @@ from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank,
                          low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
-from runtime.config import at_least
+from runtime.config import at_least, check_all
 from runtime.draw import stream
 from runtime.optim import adamw
 
-SCOPES = ('sequence', 'causal', 'weight')
-GELUS = ('exact', 'tanh')
+SCOPES, GELUS = ('sequence', 'causal', 'weight'), ('exact', 'tanh')
 
 
 @dataclass
@@ -60,8 +59,7 @@ class GPTConfig:
                               "'sequence' scope removes the reward for hiding the future in it"] = True
     svd_power_iters: Annotated[int, "'randomized': products with V^T V before the last, from a random start"] = 2
     svd_oversample: Annotated[int, "'randomized': more columns in a random start than rank + 4"] = 0
-    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from one latent a token, all that is '
-                       'cached'] = False
+    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from one latent a token'] = False
     mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
     layer_ranks: Annotated[dict[str, int] | None, 'layers that are products of two smaller ones -> their rank, like '
                            "{'h.0.mlp.c_fc': 64}; compress.py makes them"] = None
@@ -201,8 +199,7 @@ class CausalSelfAttention(nn.Module):
         q = q[:, :, -1:] if only_last else q
         if cache is None:
             k, v = kept[0], self.apply_svd_to_v(kept[1])            # (B, nh, T, hs)
-            p = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=not only_last)   # (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=not only_last)
         else:
             y = cache.attend(q, *kept)                              # (B, nh, T, hs)
         y = y.transpose(1, 2).flatten(2)                            # (B, nh, T, hs) -> (B, T, C), heads side by side
@@ -305,8 +302,7 @@ class GPT(subspace.RunningBases, nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight           # tied, as in GPT-2
         for name, rank in (config.layer_ranks or {}).items():
-            m, n = config.layer_shape(name)
-            self.set_layer(name, LowRankLinear(n, m, rank, config.bias))
+            self.set_layer(name, LowRankLinear(*config.layer_shape(name)[::-1], rank, config.bias))
         self.init_weights()
 
     def set_layer(self, name, layer):
@@ -316,13 +312,12 @@ class GPT(subspace.RunningBases, nn.Module):
             attn.c_attn = SplitProjection(attn.c_attn)
         self.transformer.set_submodule(name, layer)
 
-    @torch.no_grad()
     def init_weights(self):
         """GPT-2's initialisation: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections that write to the
         residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)), one factor for each of its 2 n_layer
-        additions. Draws in nanoGPT's order, so equal seeds give equal weights. Of a product the second factor has
-        that, the first (MLA's W_a, a LowRankLinear's A) orthogonal rows with entries of 1 / sqrt(rank): the product has
-        it, too, and moves as far with the second factor as a single weight would."""
+        additions. Draws in nanoGPT's order, so equal seeds give equal weights. In a product that is the second's, the
+        first (MLA's W_a, a LowRankLinear's A) has orthogonal rows with entries of 1 / sqrt(rank): so the product has
+        it, too, and moves as far with the second as a single weight would."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -436,6 +431,7 @@ class GPT(subspace.RunningBases, nn.Module):
     def from_checkpoint(cls, saved, **overrides):
         """The model of a checkpoint dict, this repo's or nanoGPT's: its `model_args` and `model` (a state dict) are all
         that is needed. overrides: fields that add no parameters. Raises ValueError where the three do not fit."""
+        check_all(GPTConfig, saved['model_args'], saved.get('path', 'model_args'))
         args, state = fitting_weights(saved, GPTConfig.__dataclass_fields__)
         model = cls(GPTConfig(**{**args, **overrides}))
         load_weights(model, state)
@@ -445,10 +441,10 @@ class GPT(subspace.RunningBases, nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
-        hub, or a folder in their format, whose resid_pdrop is the dropout. override_args: fields that add no parameters
-        (dropout, the SVD options). Raises ValueError for other names and fields, and what cannot be had or used."""
+        hub, or a folder in their format, whose resid_pdrop is the dropout, or in export.py's. override_args: dropout
+        and SVD options. Raises ValueError for other names and fields, and what cannot be had or used."""
         for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
             raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
         args, state = pretrained.read(name_or_folder)
-        return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
+        return cls.from_checkpoint(dict(model_args=args, model=state, path=name_or_folder), **override_args or {})
