@@ -240,6 +240,24 @@ def test_fine_tuning_lowers_the_loss(run, shrink, bias):
     assert plain['layers'] == report['layers']
 
 
+def test_the_teacher_has_no_dropout(run, shrink, monkeypatch):
+    """Though an evaluation leaves a model in training mode: of two passes a step one alone drops anything."""
+    dropout, dropped = torch.nn.functional.dropout, []
+    run(model_args=checkpoint(run())['model_args'] | dict(dropout=.5))
+    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda x, p=.5, training=True, inplace=False: (
+        dropped.append(training) or dropout(x, p, training, inplace)))
+    shrink('--method=plain', '--finetune_iters=5')
+    assert dropped.count(True) == 5 * 3                             # embeddings, attention's output, the MLP's
+
+
+def test_where_v_sees_the_future_the_loss_is_prefix_only(run, shrink):
+    """And there is no cache to report on."""
+    run(model_args=checkpoint(run())['model_args'] | dict(use_svd=True, svd_rank=2))
+    out, report = shrink('--keep=0.5')
+    assert report['prefix_only'] and report['cache_bytes'] == [0, 0]
+    assert 'prefix-only val loss: ' in out and 'cache bytes at 16 tokens: 0 before, 0 after\n' in out
+
+
 def test_everything_takes_factors(run, shrink, call):
     """sample.py, train.py, and compress.py again: fewer numbers, MLA."""
     run()

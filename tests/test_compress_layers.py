@@ -383,6 +383,22 @@ def test_methods_see_what_they_say(windows):
     assert not torch.allclose(products['whitened'].weight, products['activation'].weight, atol=.01)
 
 
+@pytest.mark.parametrize('method', ['plain', 'whitened', 'activation'])
+def test_layers_whose_inputs_never_change(windows, method):
+    """Weights of zeros leave each block its biases: what follows gets the same vector for all tokens, and there is no
+    covariance, but rounding, to be measured."""
+    model = random_model(bias=True)
+    for block in model.transformer.h:
+        for layer in (block.attn.c_attn, block.mlp.c_fc):
+            layer.weight.zero_()
+    dense = copy.deepcopy(model)
+    layers.low_rank(model, method, lambda energies, shapes: dict.fromkeys(shapes, 2), layers.MODULES,
+                    None if method == 'plain' else windows())
+    assert all(p.isfinite().all() for p in model.parameters())
+    if method != 'plain':                                           # whose biases do not take the mean
+        assert difference(model, dense) < 1e-3
+
+
 def test_w_v_is_left_to_weight_scope():
     """Which cuts it anew at each step; not where it cuts nothing."""
     for options, count in ((svd('weight', 3), 10), (svd('weight', 8), 12), (svd('causal', 3), 12)):
