@@ -220,6 +220,8 @@ def finetune(model, teacher, data, cfg, device):
     1); teacher None: cross-entropy alone. Raises FloatingPointError where the loss is not finite."""
     optimizer, order = build_optimizer(cfg, model.requires_grad_(True), device), torch.Generator().manual_seed(cfg.seed)
     model.train()
+    if teacher is not None:
+        teacher.eval()                                              # an evaluation leaves it in training mode
     torch.manual_seed(cfg.seed)                                     # of dropout
     for step in tqdm(range(cfg.max_iters), desc='fine-tune', unit='step', leave=False, disable=None):
         x, y = data.batch('train', cfg.batch_size, cfg.block_size, order, device)
@@ -282,7 +284,8 @@ def describe(report):
     """The report in words."""
     def pair(name, form=',', share=True):
         before, after = report[name]
-        return f'{before:{form}} before, {after:{form}} after' + f' ({after / before:.1%})' * (share and before > 0)
+        ratio = f' ({after / before:.1%})' if share and before else ''              # 'sequence' scope caches 0
+        return f'{before:{form}} before, {after:{form}} after{ratio}'
 
     made = (f'{len(report["layers"])} layers as products of two' if report['to'] == 'lowrank' else
             f'keys and values of each layer from a latent of {report["latent_dim"]} numbers')

@@ -18,6 +18,7 @@ from model import GPT, QKVProjection
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
 STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, each fed by those before it
+ROUNDING = 1e-12                    # of a mean's square, about eps(float32) squared, with some room
 STEP, STEP_FROM = 8, 128            # ranks are multiples of 8, which hardware likes, where layers are as wide as that
 
 
@@ -108,8 +109,15 @@ class Statistics:
         gradients = None if self.gradients is None else self.gradients / self.tokens
         if self.centred:
             mean = self.mean() if self.tall else self.weight @ self.mean()                      # (s)
-            inputs = inputs - torch.outer(mean, mean)
+            inputs = covariance(inputs, mean, mean)
         return Factorization(self.weight, *((inputs, gradients) if self.tall else (gradients, inputs)))
+
+
+def covariance(moments, mean, other):
+    """Second moments (m, n) less the product of the means (m) and (n). What float32 leaves of inputs that are constant
+    is nothing, and no statistic either."""
+    left = moments - torch.outer(mean, other)
+    return torch.where(left.abs() > ROUNDING * moments.abs(), left, 0)
 
 
 def batches(data, tokens, block_size, seed, device):
@@ -248,7 +256,7 @@ class Shift:
         inputs, cross = self.inputs / self.tokens, self.cross / self.tokens
         if statistics.centred:
             now, before = self.now / self.tokens, self.before / self.tokens
-            inputs, cross = inputs - torch.outer(now, now), cross - torch.outer(self.small(before[None])[0], now)
+            inputs, cross = covariance(inputs, now, now), covariance(cross, self.small(before[None])[0], now)
         weight, gradients = statistics.weight, statistics.gradients / statistics.tokens
         as_it_was = torch.eye(len(inputs), dtype=torch.float64) if self.tall else weight
         refitted = refit(as_it_was, inputs, cross)                  # (s, n)
@@ -294,6 +302,8 @@ def rank_of_energy(fraction):
 def uniform_share(keep):
     """The rank at which each layer keeps this share of its numbers. Raises ValueError where that is below 1."""
     def choose(energies, shapes):
+        if keep >= 1:                                               # not the largest rank that saves: a layer loses it
+            return dict.fromkeys(shapes)
         ranks = {name: math.floor(keep * m * n / (m + n) + 1e-9) for name, (m, n) in shapes.items()}
         if min(ranks.values()) < 1:
             least = max((m + n) / (m * n) for m, n in shapes.values())
