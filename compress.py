@@ -63,7 +63,7 @@ class CompressConfig:
     rank: Annotated[int | None, 'the same rank for all layers that it makes smaller'] = None
     energy: Annotated[float | None, "the smallest rank that keeps this share of a layer's energy, as the method "
                       'measures it'] = None
-    modules: Annotated[str, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'"] = 'attn,mlp'
+    modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; None: all"] = None
     mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'],
                       "'activation': what the loss makes of errors on the training split decides, on the ranks, too; "
@@ -93,17 +93,8 @@ class CompressConfig:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f'{name}={share}: must be above 0 and at most 1 (nearest: {1 if share > 1 else 0.1})')
-        given = [name for name in ('keep', 'rank', 'energy') if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f'{given[1]}={getattr(self, given[1])}: not together with {given[0]} (nearest: one of '
-                             'them)')
-        if given and self.to == 'mla':
-            raise ValueError(f'{given[0]}={getattr(self, given[0])}: not with --to=mla (nearest: --mla_latent_dim)')
-        if self.to == 'mla' and self.method == 'whitened':
-            raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
-        if self.to != 'mla' and self.mla_latent_dim is not None:
-            raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: only with --to=mla')
-        wrong = [word for word in self.modules.split(',') if word not in layers.MODULES]
+        self.check_combination()
+        wrong = [word for word in self.module_names() if word not in layers.MODULES]
         if wrong:
             raise ValueError(f"modules={self.modules!r}: {wrong[0]!r} is none of {', '.join(layers.MODULES)} (nearest: "
                              "'attn,mlp')")
@@ -111,6 +102,29 @@ class CompressConfig:
             raise ValueError(f'init_from={self.init_from}: needs a text to measure on (nearest: --dataset=my.txt)')
         if self.init_from != 'resume' and self.out_dir is not None:
             raise ValueError(f'out_dir={self.out_dir!r}: not together with init_from={self.init_from!r}')
+
+    def check_combination(self):
+        """Raise ValueError for options that would have no effect beside others."""
+        given = [name for name in ('keep', 'rank', 'energy', 'modules', 'mla_latent_dim', 'batch_size', 'optimizer')
+                 if getattr(self, name) is not None] + ['finetune_iters'] * (self.finetune_iters > 0)
+        ranks = [name for name in given if name in ('keep', 'rank', 'energy')]
+        kind = '--spectrum' if self.spectrum else f'--to={self.to}'
+        training = 'finetune_iters', 'batch_size', 'optimizer'
+        takes = {'--spectrum': ('modules',), '--to=mla': ('mla_latent_dim', *training),
+                 '--to=lowrank': ('modules', *ranks, *training)}[kind]
+        for name in given:
+            if name not in takes:
+                raise ValueError(f'{name}={getattr(self, name)!r}: not with {kind}')
+            if name in ('batch_size', 'optimizer') and not self.finetune_iters:
+                raise ValueError(f'{name}={getattr(self, name)!r}: only with --finetune_iters')
+        if len(ranks) > 1:
+            raise ValueError(f'{ranks[1]}={getattr(self, ranks[1])}: not together with {ranks[0]}')
+        if self.to == 'mla' and self.method == 'whitened':
+            raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
+
+    def module_names(self):
+        """`modules` as a list."""
+        return list(layers.MODULES) if self.modules is None else [word.strip() for word in self.modules.split(',')]
 
 
 def main(argv=None):
@@ -128,7 +142,7 @@ def compress(cfg):
     try:
         saved, model = load_model(cfg, path)
         if cfg.spectrum:
-            return look(model, save_dir, path)
+            return look(model, cfg.module_names(), save_dir, path)
         data = find_data(cfg, saved, model)
         new, report = convert(cfg, model, data, saved)
         words = describe(report | dict(path=str(path), save_dir=str(save_dir)))
@@ -141,9 +155,10 @@ def compress(cfg):
         raise e if isinstance(e, UserError) else UserError(words) from None
 
 
-def look(model, save_dir, path):
+def look(model, modules, save_dir, path):
     """The table of compress_spectrum.py, whose files go to save_dir."""
-    weights = {name: layer.weight for name, layer in layers.dense_layers(model, layers.layer_names(model)).items()}
+    dense = layers.dense_layers(model, layers.layer_names(model, modules))
+    weights = {name: layer.weight for name, layer in dense.items()}
     with new_folder(save_dir) as folder:
         table = spectrum.write(weights, folder, f'Weights of {path}')
     return f'{table}\nwritten to {save_dir}: spectrum.png, spectrum.csv'
@@ -153,41 +168,51 @@ def convert(cfg, model, data, saved):
     """-> the new model, on the CPU, and what it cost and saved, [before, after] where that is two numbers. The loss is
     the prefix-only one where V sees the future."""
     device = devices.pick_device(cfg.device)
-    new = copy.deepcopy(model.to(device).eval().requires_grad_(False))
-    losses = [loss_of(model, data, device, cfg.seed)]
-    started = time.perf_counter()
-    windows = None if cfg.method == 'plain' else layers.batches(data, cfg.calibration_tokens, model.config.block_size,
-                                                                cfg.seed, device)
-    lost = {}
-    if cfg.to == 'mla':
-        new = layers.to_mla(new, model.config.latent_dim if cfg.mla_latent_dim is None else cfg.mla_latent_dim, windows)
-    else:
-        lost = layers.low_rank(new, cfg.method, choice_of(cfg), cfg.modules.split(','), windows)
-    new.to(device).eval()
-    seconds = [time.perf_counter() - started]
+    model.to(device).eval().requires_grad_(False)
+    losses, clock = [loss_of(model, data, device, cfg.seed)], [time.perf_counter()]
+    new, lost = smaller(cfg, copy.deepcopy(model.eval()), data, device)
+    clock.append(time.perf_counter())
     losses.append(loss_of(new, data, device, cfg.seed))
     if cfg.finetune_iters:
+        clock.append(time.perf_counter())
         finetune(new, model, data, finetune_config(cfg, saved, model), device)
-        seconds.append(time.perf_counter() - started - seconds[0])
+        clock.append(time.perf_counter())
         losses.append(loss_of(new, data, device, cfg.seed))
     if not all(map(math.isfinite, losses)):
         raise ValueError(f'the loss is {losses[0]} before and {losses[-1]} after')
     both = model.eval(), new.eval()
-    report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), prefix_only=model.config.svd_sees_future,
-                  val_loss=[losses[0], losses[-1]], val_loss_before_finetuning=losses[1],
-                  perplexity=[math.exp(min(loss, 700)) for loss in (losses[0], losses[-1])],       # of float's range
-                  seconds=seconds[0], finetune_seconds=sum(seconds[1:]),
-                  block_params=[sum(p.numel() for p in m.transformer.h.parameters()) for m in both],
-                  attention_params=[m.attention_params() for m in both],
-                  params=[m.get_num_params(non_embedding=False) for m in both],
-                  bytes=[bytes_on_disk(m) for m in both], block_size=model.config.block_size,
-                  cache_bytes=[m.kv_cache_bytes(1, m.config.block_size) for m in both],
-                  latent_dim=new.config.latent_dim if cfg.to == 'mla' else None,
-                  layers={name: dict(rank=rank, of=min(new.config.layer_shape(name)), lost=lost.get(name))
-                          for name, rank in (new.config.layer_ranks or {}).items()},
-                  speed=speeds(both, data, device, cfg.seed), machine=devices.environment(device, 'float32'),
+    report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), machine=devices.environment(device, 'float32'),
+                  seconds=clock[1] - clock[0], finetune_seconds=clock[-1] - clock[-2] if cfg.finetune_iters else None,
+                  prefix_only=model.config.svd_sees_future, val_loss=[losses[0], losses[-1]],
+                  val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
+                  perplexity=[math.exp(min(loss, 700)) for loss in (losses[0], losses[-1])],        # of float's range
+                  latent_dim=new.config.latent_dim if cfg.to == 'mla' else None, layers=lost,
+                  speed=speeds(both, data, device, cfg.seed),
                   samples=[text_of(m, data, device, cfg.seed) for m in both])
-    return new.cpu(), report
+    return new.cpu(), report | sizes(both)
+
+
+def smaller(cfg, model, data, device):
+    """-> the new model, and of each layer of factors its rank, of how many, and the share of energy that is lost. The
+    model given is used up."""
+    windows = None if cfg.method == 'plain' else layers.batches(data, cfg.calibration_tokens, model.config.block_size,
+                                                                cfg.seed, device)
+    if cfg.to == 'mla':
+        latent_dim = model.config.latent_dim if cfg.mla_latent_dim is None else cfg.mla_latent_dim
+        return layers.to_mla(model, latent_dim, windows).to(device).eval(), {}
+    lost = layers.low_rank(model, cfg.method, choice_of(cfg), cfg.module_names(), windows)
+    c = model.config
+    return model.to(device).eval(), {name: dict(rank=rank, of=min(c.layer_shape(name)), lost=lost.get(name))
+                                     for name, rank in (c.layer_ranks or {}).items()}
+
+
+def sizes(models):
+    """Name -> [of the first, of the second]."""
+    counts = dict(block_params=lambda m: sum(p.numel() for p in m.transformer.h.parameters()),
+                  attention_params=GPT.attention_params, params=lambda m: m.get_num_params(non_embedding=False),
+                  bytes=bytes_on_disk, block_size=lambda m: m.config.block_size,
+                  cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size))
+    return {name: [count(m) for m in models] for name, count in counts.items()}
 
 
 def choice_of(cfg):
@@ -302,7 +327,7 @@ def describe(report):
               f'  parameters of attention: {pair("attention_params")}',
               f'  parameters: {pair("params")}',
               f'  bytes on disk, weights alone: {pair("bytes")}',
-              f'  cache bytes at {report["block_size"]} tokens: {pair("cache_bytes")}']
+              f'  cache bytes at {report["block_size"][0]} tokens: {pair("cache_bytes")}']
     for name, words in (('prefill', f'a prompt of {speed["prompt"]} tokens'),
                         ('decode', f'{speed["tokens"]} tokens after it')):
         (before, after), (low, high) = speed[name]['tokens_per_s'], speed[name]['quartiles']
