@@ -203,7 +203,7 @@ def put(model, name, up, down, mean_before, mean_now):
     layer = LowRankLinear.from_factors(up, down, dense)
     if dense.bias is not None and mean_before is not None:
         shift = dense.weight.cpu().double() @ mean_before - up @ (down @ mean_now)              # (m)
-        layer.bias.copy_(dense.bias.cpu().double() + shift)
+        layer.bias.copy_((dense.bias.cpu().double() + shift).to(layer.bias.dtype))              # MPS has no float64
     model.set_layer(name, layer)
 
 
@@ -347,7 +347,7 @@ def to_mla(model, latent_dim, windows):
         prefix = f'transformer.h.{i}.attn.c_attn.'
         parts = latent_projection(attn, latent_dim, statistics[i])
         state = {name: w for name, w in state.items() if not name.startswith(prefix)}
-        state |= {prefix + name: part for name, part in parts.items()}
+        state |= {prefix + name: part.to(attn.c_attn.weight.dtype) for name, part in parts.items()}
     new.load_state_dict(state)
     new.svd_basis = model.svd_basis
     return new

@@ -38,18 +38,18 @@ class LowRankLinear(nn.Module):
     def from_factors(cls, b, a, like):
         """b (m, r), a (r, n), with the bias, the kind of numbers and the device of the layer `like`."""
         layer = cls(a.size(1), len(b), len(a), like.bias is not None).to(like.weight)
-        layer.A.weight.copy_(a)
-        layer.B.weight.copy_(b)
+        layer.A.weight.copy_(a.to(like.weight.dtype))               # first the type: MPS has no float64
+        layer.B.weight.copy_(b.to(like.weight.dtype))
         if like.bias is not None:
             layer.bias.copy_(like.bias)
         return layer
 
     @torch.no_grad()
     def merge(self):
-        """The dense layer with the weight B A, multiplied in float64 where the device has it."""
+        """The dense layer with the weight B A, multiplied in float64."""
         dense = Linear(self.A.in_features, self.B.out_features, bias=self.bias is not None).to(self.A.weight)
         product = self.B.weight.cpu().double() @ self.A.weight.cpu().double()                   # (m, n)
-        dense.weight.copy_(product)
+        dense.weight.copy_(product.to(dense.weight.dtype))          # first the type: MPS has no float64
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense
