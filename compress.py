@@ -138,7 +138,7 @@ def compress(cfg):
     source = command.named(path.parent if cfg.init_from == 'resume' else path)
     kind = 'spectrum' if cfg.spectrum else cfg.to
     save_dir = Path(f'{source}-{kind}' if cfg.save_dir is None else cfg.save_dir)
-    command.check_save_dir(save_dir, source, kind, cfg.overwrite)
+    command.check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
     try:
         saved, model = load_model(cfg, path)
         if cfg.spectrum:
@@ -379,10 +379,8 @@ def save(checkpoint, report, save_dir, overwrite):
 
 def load_model(cfg, path):
     """The checkpoint, an empty dict for weights alone, and its model."""
-    if cfg.init_from != 'resume':
-        return {}, GPT.from_pretrained(cfg.init_from)
-    saved = ckpt.load(path)
-    model = GPT.from_checkpoint(saved)
+    saved = ckpt.load(path) if cfg.init_from == 'resume' else {}
+    model = GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from)
     if model.config.use_mla and cfg.to == 'mla' and not cfg.spectrum:
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '
                         'it was made from)')

@@ -66,6 +66,8 @@ def settle(model):
 def apply_svd_compression(model, rank, modules=MODULES):
     """Replace the weights of a GPT's blocks by their best rank-`rank` approximations, as products of two, wherever that
     saves parameters; no data needed. In place -> the model. Raises ValueError for a rank outside 1..n_embd."""
+    if set(modules) - set(MODULES):
+        raise ValueError(f'modules={list(modules)}: valid are {", ".join(MODULES)}')
     if not 1 <= rank <= model.config.n_embd:
         raise ValueError(f'rank={rank}: must be 1 to n_embd={model.config.n_embd}')
     for name, layer in dense_layers(model, layer_names(model, modules)).items():
@@ -171,7 +173,7 @@ def low_rank(model, method, choose, modules, windows):
     -> shape (m, n) -> name -> rank or None; windows: of `batches`, for all methods but 'plain' -> what was lost of each
     layer's energy, in the method's measure: name -> share."""
     layers = dense_layers(model, layer_names(model, modules))
-    dense = copy.deepcopy(model)
+    dense = copy.deepcopy(model) if method == 'activation' else None
     statistics = {} if method == 'plain' else {
         name: Statistics(layer.weight, layer.bias is not None) for name, layer in layers.items()}
     if statistics:
@@ -307,14 +309,17 @@ def uniform_share(keep):
         ranks = {name: math.floor(keep * m * n / (m + n) + 1e-9) for name, (m, n) in shapes.items()}
         if min(ranks.values()) < 1:
             least = max((m + n) / (m * n) for m, n in shapes.values())
-            raise ValueError(f'keep={keep}: leaves no rank at all (nearest: {math.ceil(least * 1e4) / 1e4})')
+            raise ValueError(f'keep={keep}: leaves no rank at all (nearest: {min(1, math.ceil(least * 1e4) / 1e4)})')
         return {name: saving_rank(shapes[name], rank) for name, rank in ranks.items()}
     return choose
 
 
 def best_share(keep):
-    """`budgeted_ranks` that keep this share of all numbers."""
+    """`budgeted_ranks` that keep this share of all numbers, of energies over the root of each layer's total: halfway
+    between what the second-order change of the loss says and the same share of each layer's energy. The former holds
+    for small errors only; by itself it takes too much from layers that the loss hardly feels yet (docs/RESULTS.md)."""
     def choose(energies, shapes):
+        energies = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
         total = sum(factored_size(shape, None) for shape in shapes.values())
         step = STEP if min(min(shape) for shape in shapes.values()) >= STEP_FROM else 1
         try:
@@ -322,7 +327,7 @@ def best_share(keep):
         except ValueError:
             least = sum(factored_size(shape, step) for shape in shapes.values()) / total
             raise ValueError(f'keep={keep}: leaves less than rank {step} a layer (nearest: '
-                             f'{math.ceil(least * 1e4) / 1e4})') from None
+                             f'{min(1, math.ceil(least * 1e4) / 1e4)})') from None
     return choose
 
 
@@ -373,7 +378,7 @@ def latent_projection(attn, latent_dim, statistics):
     parts = {'query.weight': attn.c_attn.weight.chunk(3)[0], 'kv_down.weight': down, 'k_up.weight': k_up,
              'v_up.weight': v_up}
     if bias is not None:
-        b_q, _, b_v = bias.double().cpu().chunk(3)
+        b_q, _, b_v = bias.cpu().double().chunk(3)
         lost = (weight.chunk(2)[1] - v_up @ down) @ statistics.mean() if seen else 0            # (C)
         parts |= {'query.bias': b_q, 'v_up.bias': b_v + lost}
     return parts

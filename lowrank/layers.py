@@ -30,7 +30,7 @@ class LowRankLinear(nn.Module):
         V^T, B = U sqrt(S), so that both factors have the same scale; the bias is kept. Raises ValueError for a rank
         outside 1..min(m, n)."""
         with torch.no_grad():
-            u, s, vh = truncated_svd(linear.weight.double().cpu(), rank, 'standard')            # (m, r), (r), (r, n)
+            u, s, vh = truncated_svd(linear.weight.cpu().double(), rank, 'standard')            # (m, r), (r), (r, n)
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
     @classmethod

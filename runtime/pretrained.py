@@ -126,9 +126,10 @@ def _checked(name, dtype, tensor):
     """The tensor in float32. Raises ValueError for what is no weight."""
     if dtype not in ('F64', 'F32', 'F16', 'BF16'):
         raise ValueError(f'{name}: numbers of type {dtype} in the file, must be floating-point')
+    tensor = tensor.float()
     if not tensor.isfinite().all():
         raise ValueError(f'{name} is not finite')
-    return tensor.float()
+    return tensor
 
 
 def _files(folder):
