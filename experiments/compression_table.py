@@ -64,7 +64,7 @@ MODELS = {
               '--max_iters=2000', '--lr_decay_iters=2000', '--eval_iters=20', '--always_save_checkpoint=True'],
     'wide': [RECIPE, '--block_size=256', '--batch_size=8', '--n_layer=6', '--n_head=6', '--n_embd=384', '--dropout=0',
              '--max_iters=1000', '--lr_decay_iters=1000', '--warmup_iters=50', '--optimizer=muon',
-             '--learning_rate=5e-3', '--min_lr=5e-4', '--eval_iters=8', '--always_save_checkpoint=True'],
+             '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95', '--eval_iters=8', '--always_save_checkpoint=True'],
 }
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
@@ -80,6 +80,7 @@ class TableConfig:
     out_dir: Annotated[str, 'folder of the trained models'] = 'out-compression'
     models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
     parts: Annotated[str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
+    keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))
     seeds: Annotated[int, 'calibrations of each method, and runs of each control'] = 3
     finetune_iters: Annotated[int, 'extra steps'] = 300
     learning_rate: Annotated[float, 'of these steps'] = 1e-3
@@ -87,7 +88,8 @@ class TableConfig:
 
     def __post_init__(self):
         configuration.at_least(self, seeds=1, finetune_iters=1, learning_rate=0)
-        for name, valid in (('models', tuple(MODELS)), ('parts', ('methods', 'finetune', 'scratch'))):
+        for name, valid in (('models', tuple(MODELS)), ('parts', ('methods', 'finetune', 'scratch')),
+                            ('keeps', tuple(map(str, KEEPS)))):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is none of {", ".join(valid)} '
@@ -298,7 +300,7 @@ def methods(cfg, record, name, dense, data):
         for label, method in METHODS.items():
             if method.gradients is None and seed:                   # draws nothing
                 continue
-            for keep in KEEPS:
+            for keep in map(float, cfg.keeps.split(',')):
                 def result():
                     measures = method[:2] + (method.biases,)
                     if measures not in known:
