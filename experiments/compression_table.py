@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +64,8 @@ MODELS = {
               '--max_iters=2000', '--lr_decay_iters=2000', '--eval_iters=20', '--always_save_checkpoint=True'],
     'wide': [RECIPE, '--block_size=256', '--batch_size=8', '--n_layer=6', '--n_head=6', '--n_embd=384', '--dropout=0',
              '--max_iters=1000', '--lr_decay_iters=1000', '--warmup_iters=50', '--optimizer=muon',
-             '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95', '--eval_iters=8', '--always_save_checkpoint=True'],
+             '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95', '--eval_iters=8',
+             '--always_save_checkpoint=True'],
 }
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
@@ -310,6 +311,13 @@ def methods(cfg, record, name, dense, data):
                 record.make(result, model=name, method=label, keep=keep, seed=seed, steps=0)
 
 
+def compressed(dense, data, keep, seed):
+    """By the default method."""
+    new = copy.deepcopy(dense)
+    layers.low_rank(new, 'activation', layers.best_share(keep), layers.MODULES, windows_of(data, dense, seed))
+    return new
+
+
 def tune(cfg, model, teacher, saved, data, seed):
     """Extra steps in place; None: no teacher."""
     options = compress.CompressConfig(learning_rate=cfg.learning_rate, finetune_iters=cfg.finetune_iters, seed=seed)
@@ -325,10 +333,7 @@ def finetune(cfg, record, name, dense, saved, data):
                     model=name, method='dense', seed=seed, **extra)
         for keep in TUNED_KEEPS:
             def result():
-                new = copy.deepcopy(dense)
-                layers.low_rank(new, 'activation', layers.best_share(keep), layers.MODULES,
-                                windows_of(data, dense, seed))
-                return tune(cfg, new, dense, saved, data, seed)
+                return tune(cfg, compressed(dense, data, keep, seed), dense, saved, data, seed)
             record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed, **extra)
 
 
@@ -337,7 +342,7 @@ def scratch(cfg, record, name, dense, data):
     extra = {'steps': cfg.finetune_iters, 'learning_rate': cfg.learning_rate}
     for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()), TUNED_KEEPS):
         def result(tuned):
-            saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, keep, record, name, dense.config))
+            saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, dense, data, keep))
             new = model_of(saved)
             return tune(cfg, new, None, saved, data, seed - SEED) if tuned else (loss_of(new, data), new, {})
         key = dict(model=name, method=kind, keep=keep, seed=seed)
@@ -345,11 +350,11 @@ def scratch(cfg, record, name, dense, data):
         record.make(lambda: result(True), **key, **extra)
 
 
-def smaller(kind, keep, record, name, c):
+def smaller(kind, dense, data, keep):
     """The option that makes train.py's model smaller: the width, or the ranks that the default method chose."""
     if kind == 'narrower':
-        return f'--n_embd={narrower(c, keep)}'
-    return f'--layer_ranks={record.find(model=name, method=DEFAULT, keep=keep, seed=0, steps=0)["ranks"]}'
+        return f'--n_embd={narrower(dense.config, keep)}'
+    return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
 
 
 def narrower(c, keep):
@@ -363,8 +368,8 @@ def make(cfg, record, name, data):
     saved = trained(cfg, name, 'dense', SEED)
     dense, parts = model_of(saved), cfg.parts.split(',')
     record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED, steps=0)
-    if 'methods' in parts or 'scratch' in parts:                    # whose ranks come from there
-        methods(replace(cfg, seeds=cfg.seeds if 'methods' in parts else 1), record, name, dense, data)
+    if 'methods' in parts:
+        methods(cfg, record, name, dense, data)
     if 'finetune' in parts:
         finetune(cfg, record, name, dense, saved, data)
     if 'scratch' in parts:

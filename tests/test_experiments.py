@@ -161,10 +161,9 @@ def test_the_table_is_made_once_and_gone_on_with(call, here, monkeypatch):
         returncode=train.main(argv[2:]))))                          # in this process: faster
     monkeypatch.setitem(compression.MODELS, 'small', [*TINY, '--n_head=1'])
     monkeypatch.setattr(compression, 'CALIBRATION_TOKENS', 128)
-    for name, value in (('KEEPS', (0.6,)), ('TUNED_KEEPS', (0.6,)), ('RECORD', here / 'record.jsonl'),
-                        ('FIGURE', here / 'figure.png')):
+    for name, value in (('TUNED_KEEPS', (0.6,)), ('RECORD', here / 'record.jsonl'), ('FIGURE', here / 'figure.png')):
         monkeypatch.setattr(compression, name, value)
-    options = ['--dataset=toy', '--models=small', '--finetune_iters=2', '--seeds=2']
+    options = ['--dataset=toy', '--models=small', '--keeps=0.6', '--finetune_iters=2', '--seeds=2']
     for parts in ('methods', 'finetune,scratch', 'methods,finetune,scratch'):
         found = call(compression.main, *options, f'--parts={parts}')
         assert found.code == 0, found.err
@@ -180,7 +179,8 @@ def test_the_table_is_made_once_and_gone_on_with(call, here, monkeypatch):
     assert call(compression.main, '--run=False').out.startswith('small: ')
 
 
-@pytest.mark.parametrize('option', ['--run=False', '--models=large', '--parts=all', '--seeds=0', '--dataset=nowhere'])
+@pytest.mark.parametrize('option', ['--run=False', '--models=large', '--parts=all', '--keeps=0.65', '--seeds=0',
+                                    '--dataset=nowhere'])
 def test_wrong_input_of_the_table_is_one_line(option, refused, here, monkeypatch):
     monkeypatch.setattr(compression, 'RECORD', here / 'none.jsonl')
     assert option.removeprefix('--').partition('=')[0] in refused(compression.main, option)
