@@ -33,10 +33,10 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -70,6 +70,7 @@ MODELS = {
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
 CALIBRATION_TOKENS = 16384
+EXTRA = ('steps', 'optimizer', 'learning_rate')     # of a row with extra steps
 SEED = 1337                         # of the dense models; calibrations have 0, 1, ...
 SCRATCH = {'small': ('narrower', 'factors')}        # of which models those controls are trained: minutes each
 
@@ -84,6 +85,7 @@ class TableConfig:
     keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))
     seeds: Annotated[int, 'calibrations of each method, and runs of each control'] = 3
     finetune_iters: Annotated[int, 'extra steps'] = 300
+    optimizer: Annotated[Literal['muon', 'adamw'], 'of these steps'] = 'muon'
     learning_rate: Annotated[float, 'of these steps'] = 1e-3
     run: Annotated[bool, 'False: only tables and figure'] = True
 
@@ -318,28 +320,32 @@ def compressed(dense, data, keep, seed):
     return new
 
 
+def extra_steps(cfg):
+    """Of the record's key."""
+    return dict(zip(EXTRA, (cfg.finetune_iters, cfg.optimizer, cfg.learning_rate)))
+
+
 def tune(cfg, model, teacher, saved, data, seed):
     """Extra steps in place; None: no teacher."""
     options = compress.CompressConfig(learning_rate=cfg.learning_rate, finetune_iters=cfg.finetune_iters, seed=seed)
-    compress.finetune(model, teacher, data, compress.finetune_config(options, saved, model), 'cpu')
+    options = replace(compress.finetune_config(options, saved, model), optimizer=cfg.optimizer)
+    compress.finetune(model, teacher, data, options, 'cpu')
     return loss_of(model, data), model, {}
 
 
 def finetune(cfg, record, name, dense, saved, data):
     """Rows with extra steps, from a seed for calibration and batches: of the dense model, then of compressed ones."""
-    extra = {'steps': cfg.finetune_iters, 'learning_rate': cfg.learning_rate}
     for seed in range(cfg.seeds):
         record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
-                    model=name, method='dense', seed=seed, **extra)
+                    model=name, method='dense', seed=seed, **extra_steps(cfg))
         for keep in TUNED_KEEPS:
             def result():
                 return tune(cfg, compressed(dense, data, keep, seed), dense, saved, data, seed)
-            record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed, **extra)
+            record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed, **extra_steps(cfg))
 
 
 def scratch(cfg, record, name, dense, data):
     """Rows of models of the size of compressed ones that were never larger, with and without extra steps."""
-    extra = {'steps': cfg.finetune_iters, 'learning_rate': cfg.learning_rate}
     for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()), TUNED_KEEPS):
         def result(tuned):
             saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, dense, data, keep))
@@ -347,7 +353,7 @@ def scratch(cfg, record, name, dense, data):
             return tune(cfg, new, None, saved, data, seed - SEED) if tuned else (loss_of(new, data), new, {})
         key = dict(model=name, method=kind, keep=keep, seed=seed)
         record.make(lambda: result(False), **key, steps=0)
-        record.make(lambda: result(True), **key, **extra)
+        record.make(lambda: result(True), **key, **extra_steps(cfg))
 
 
 def smaller(kind, dense, data, keep):
@@ -412,20 +418,24 @@ def row_of(rows, name, **key):
     return next(row for row in rows if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
 
 
+def extras_of(rows, name):
+    """The kinds of extra steps that were taken."""
+    return sorted({tuple(row[k] for k in EXTRA) for row in rows if row['model'] == name and row['steps']})
+
+
 def control_table(rows, name):
     """Markdown: what was trained, with and without extra steps; '' where nothing was."""
-    own = [row for row in rows if row['model'] == name]
-    extras = sorted({(row['steps'], row['learning_rate']) for row in own if row['steps']})
+    extras = extras_of(rows, name)
     lines = [f'{name}: nats added to the loss of the dense model as it is', '',
              '| | parameters in the blocks | no extra steps | '
-             + ' | '.join(f'{steps} extra steps at {rate:g}' for steps, rate in extras) + ' |',
+             + ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) + ' |',
              '|---' * (3 + len(extras)) + '|']
     for label, method in (('dense', 'dense'), ('compressed, default method', DEFAULT),
                           ('narrower, from scratch', 'narrower'), ('factors, from scratch', 'factors')):
         for keep in (None,) if method == 'dense' else TUNED_KEEPS:
             key = dict(method=method, keep=keep)
             cells = [cell(added(rows, name, **more)) for more in (
-                dict(key, steps=0), *(dict(key, steps=steps, learning_rate=rate) for steps, rate in extras))]
+                dict(key, steps=0), *(key | dict(zip(EXTRA, extra)) for extra in extras))]
             if any(cells[1:] if method in ('dense', DEFAULT) else cells):
                 size = row_of(rows, name, **key)['block_params']
                 lines.append(f'| {label}{"" if keep is None else f", keep {keep}"} | {size:,} | '
@@ -457,16 +467,15 @@ def draw(axis, rows, name):
         axis.errorbar([keep + 0.002 * (i - 3.5) for keep in found], [mean for mean, _, _ in found.values()],
                       [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}', capsize=2,
                       markersize=3.5, lw=1.3, label=label)
-    for steps, rate in sorted({(row['steps'], row['learning_rate']) for row in rows
-                               if row['model'] == name and row['steps']}):
-        extra = dict(steps=steps, learning_rate=rate)
+    for values, marker in zip(extras_of(rows, name), '*PXd'):
+        extra = dict(zip(EXTRA, values))
         dense = added(rows, name, method='dense', **extra)
         tuned = {keep: added(rows, name, method=DEFAULT, keep=keep, **extra) for keep in TUNED_KEEPS}
         tuned = {keep: (one[0] - dense[0], one[1]) for keep, one in tuned.items()
                  if one and dense and one[0] > dense[0]}
-        axis.errorbar([*tuned], [mean for mean, _ in tuned.values()], [spread for _, spread in tuned.values()], fmt='*',
-                      color='k', markersize=10, capsize=2,
-                      label=f'{DEFAULT}, {steps} steps of fine-tuning,\nagainst the dense model given the same')
+        axis.errorbar([*tuned], [mean for mean, _ in tuned.values()], [spread for _, spread in tuned.values()], fmt=marker,
+                      color='k', markersize=8, capsize=2,
+                      label=f'{DEFAULT}, {values[0]} steps of {values[1]},\nagainst the dense model given them')
     axis.set(yscale='log', xlabel="share of the blocks' weights kept", xlim=(0.93, 0.37),
              title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million in the blocks")
     axis.set_xticks(KEEPS, KEEPS)
