@@ -451,7 +451,7 @@ def plot(rows, names):
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6), layout='constrained', squeeze=False)
     for axis, name in zip(axes[0], names):
         draw(axis, rows, name)
-    axes[0, 0].set_ylabel('validation loss added, nats a character')
+    axes[0, 0].set_ylabel('validation loss added, nats a character; none below 0 shown')
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
     figure.savefig(FIGURE, dpi=110)
@@ -473,8 +473,8 @@ def draw(axis, rows, name):
         tuned = {keep: added(rows, name, method=DEFAULT, keep=keep, **extra) for keep in TUNED_KEEPS}
         tuned = {keep: (one[0] - dense[0], one[1]) for keep, one in tuned.items()
                  if one and dense and one[0] > dense[0]}
-        axis.errorbar([*tuned], [mean for mean, _ in tuned.values()], [spread for _, spread in tuned.values()], fmt=marker,
-                      color='k', markersize=8, capsize=2,
+        axis.errorbar([*tuned], [mean for mean, _ in tuned.values()], [spread for _, spread in tuned.values()],
+                      fmt=marker, color='k', markersize=8, capsize=2,
                       label=f'{DEFAULT}, {values[0]} steps of {values[1]},\nagainst the dense model given them')
     axis.set(yscale='log', xlabel="share of the blocks' weights kept", xlim=(0.93, 0.37),
              title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million in the blocks")
