@@ -16,6 +16,8 @@ Nothing is fine-tuned in the first tables, so they compare what each method make
     + budgeted ranks    and ranks chosen over all layers
     + anchored          and each layer made for inputs as they now are: compress.py's method 'activation'
 
+                        (with uniform ranks, too, to tell the two apart)
+
 the last three build on each other. Then the controls, what as many steps or as many parameters give otherwise:
 fine-tuned against the dense model given the same steps, and models of that size trained from scratch, a narrower one
 and one with the factors' ranks, each with and without those extra steps.
@@ -189,6 +191,7 @@ METHODS = {
     '+ output metric': Method(whitening, True, layers.uniform_share),
     '+ budgeted ranks': Method(whitening, True, layers.best_share),
     '+ anchored': Method(whitening, True, layers.best_share, anchored=True),
+    'anchored, uniform ranks': Method(whitening, True, layers.uniform_share, anchored=True),
 }
 DEFAULT = '+ anchored'
 
@@ -464,7 +467,7 @@ def draw(axis, rows, name):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
         found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}    # a logarithm needs that
         low = [min(spread, 0.9 * mean) for mean, spread, _ in found.values()]
-        axis.errorbar([keep + 0.002 * (i - 3.5) for keep in found], [mean for mean, _, _ in found.values()],
+        axis.errorbar([keep + 0.002 * (i - 4) for keep in found], [mean for mean, _, _ in found.values()],
                       [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}', capsize=2,
                       markersize=3.5, lw=1.3, label=label)
     for values, marker in zip(extras_of(rows, name), '*PXd'):

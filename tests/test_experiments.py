@@ -168,7 +168,7 @@ def test_the_table_is_made_once_and_gone_on_with(call, here, monkeypatch):
         found = call(compression.main, *options, f'--parts={parts}')
         assert found.code == 0, found.err
     made = rows('.', 'record.jsonl')
-    assert len(made) == 1 + (1 + 2 * 7) + 2 * 2 + 2 * 2 * 2     # dense, methods, fine-tuned, from scratch
+    assert len(made) == 1 + (1 + 2 * 8) + 2 * 2 + 2 * 2 * 2     # dense, methods, fine-tuned, from scratch
     keys = [tuple(row.get(k) for k in ('method', 'keep', 'seed', 'steps')) for row in made]
     assert len(set(keys)) == len(keys) and all(row['loss'] > 0 for row in made)
     narrow, full = (next(r['block_params'] for r in made if r['method'] == method) for method in ('narrower', 'dense'))
