@@ -401,7 +401,7 @@ def cell(found):
     if found is None:
         return ''
     mean, spread, count = found
-    return f'{mean:.4f}' + (f' +- {spread:.4f}' if count > 1 else '')
+    return f'{round(mean, 4) + 0.0:.4f}' + (f' +- {spread:.4f}' if count > 1 else '')                  # + 0: no -0
 
 
 def table(rows, name):
@@ -454,9 +454,11 @@ def plot(rows, names):
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6), layout='constrained', squeeze=False)
     for axis, name in zip(axes[0], names):
         draw(axis, rows, name)
-    axes[0, 0].set_ylabel('validation loss added, nats a character; none below 0 shown')
+    axes[0, 0].set_ylabel('validation loss added, nats a character')
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
+    figure.suptitle('Loss added by compression, calibration seeds: mean and standard deviation (none where it fell)',
+                    fontsize=11)
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)
 
