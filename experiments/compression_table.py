@@ -16,11 +16,9 @@ Nothing is fine-tuned in the first tables, so they compare what each method make
     + budgeted ranks    and ranks chosen over all layers
     + anchored          and each layer made for inputs as they now are: compress.py's method 'activation'
 
-                        (with uniform ranks, too, to tell the two apart)
-
-the last three build on each other. Then the controls, what as many steps or as many parameters give otherwise:
-fine-tuned against the dense model given the same steps, and models of that size trained from scratch, a narrower one
-and one with the factors' ranks, each with and without those extra steps.
+the last three build on each other; 'anchored, uniform ranks' leaves out the choice of ranks. Then the controls, what as
+many steps or as many parameters give otherwise: fine-tuned against the dense model given the same steps, and models of
+that size trained from scratch, a narrower one and one with the factors' ranks, each with and without those extra steps.
 
 A row of experiments/compression_table.jsonl is a result, written when it is there and not made again, so that an
 interrupted run goes on. All losses are over the whole validation split. The figure is docs/compression.png.
