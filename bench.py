@@ -41,7 +41,7 @@ from runtime.timing import generation, paired, quartiles, take_turns, timed
 from train import HERE_KEYS, TrainConfig, build_optimizer
 
 
-DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None)
+DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None)        # what all is compared with
 
 
 @dataclass
@@ -152,7 +152,7 @@ def bench_steps(cfg):
         results[name] = compare(name, step_of(cfg, device, use_svd=False, **kind), baseline, cfg.pairs, device,
                                 'baseline')
     for scope, method in ((s, m) for s in SCOPES for m in METHODS if cfg.svd_rank is not None):
-        name = f'{method}, {scope}' + (', MLA' if cfg.use_mla else '')
+        name = ', '.join(filter(None, (f'{method}, {scope}', [*kinds(cfg)][-1])))               # with all else of cfg
         step = step_of(cfg, device, use_svd=True, svd_method=method, svd_scope=scope)       # one at a time: memory
         results[name] = compare(name, step, baseline, cfg.pairs, device, 'baseline')
     if cfg.peer:

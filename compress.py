@@ -74,7 +74,7 @@ class CompressConfig:
     optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: the run's, or 'adamw'"] = None
     learning_rate: Annotated[float, 'of these steps, a tenth of it at the end'] = 1e-3
     batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12'] = None
-    spectrum: Annotated[bool, 'only look: the singular values of every weight', SWITCH] = False
+    spectrum: Annotated[bool, 'only look: the singular values of every weight that can be factored', SWITCH] = False
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl') or a folder with safetensors, in Hugging Face's format or as export.py writes "
                          'them'] = 'resume'

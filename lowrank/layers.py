@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
         layer.B.weight.copy_(b.to(like.weight.dtype))
         if like.bias is not None:
             layer.bias.copy_(like.bias)
-        return layer
+        return layer.requires_grad_(like.weight.requires_grad)
 
     @torch.no_grad()
     def merge(self):
@@ -78,6 +78,7 @@ def split(linear, parts):
         layers[-1].weight.copy_(weight)                             # copied: a view would keep the whole in memory
         if bias is not None:
             layers[-1].bias.copy_(bias)
+        layers[-1].requires_grad_(linear.weight.requires_grad)
     return layers
 
 
