@@ -32,12 +32,16 @@ import torch
 import bench_svd
 from check import run
 from model import GPT, METHODS, SCOPES, GPTConfig
+from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
 from runtime.output import unfailing_output
-from runtime.timing import paired, quartiles, take_turns, timed
-from train import TrainConfig, build_optimizer
+from runtime.timing import generation, paired, quartiles, take_turns, timed
+from train import HERE_KEYS, TrainConfig, build_optimizer
+
+
+DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None)        # what all is compared with
 
 
 @dataclass
@@ -115,7 +119,7 @@ def main(argv=None):
         print(configuration.help_text(BenchConfig, __doc__.strip()))
         return 0
     try:
-        cfg, _ = configuration.load(BenchConfig, argv)
+        cfg = load_config(argv)
         action = check if cfg.check else bench_decoding if cfg.decode else bench_methods if cfg.svd else bench_steps
         with unfailing_output():
             return action(cfg)
@@ -124,23 +128,36 @@ def main(argv=None):
         return 2
 
 
+def load_config(argv):
+    """argv -> configuration; with --init_from=resume what it leaves open is as in OUT_DIR/ckpt.pt. Only shapes are
+    taken from there: times do not depend on weights."""
+    values, set_by = configuration.parse(BenchConfig, argv)
+    if values['init_from'] != 'resume':
+        return configuration.build(BenchConfig, values, set_by)
+    saved = ckpt.load(Path(values['out_dir']) / 'ckpt.pt')
+    theirs = {k: v for k, v in saved.get('config', {}).items() if k not in HERE_KEYS} | saved['model_args']
+    values, set_by = configuration.parse(BenchConfig, argv, configuration.check_all(BenchConfig, theirs, saved['path']))
+    return configuration.build(BenchConfig, values, set_by, otherwise=saved['path'])
+
+
 def bench_steps(cfg):
     """Print a table of step times and ratios, then the same as one line of JSON. -> exit code 0."""
     device = devices.pick_device(cfg.device)
     cfg.vocab_size = cfg.vocab_size or 50304
     print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size} x {cfg.block_size}, '
           f'rank {cfg.svd_rank}, {cfg.optimizer}, {device}, {torch.get_num_threads()} threads, {cfg.pairs} pairs')
-    baseline = step_of(cfg, device, use_svd=False, use_mla=False)
+    baseline = step_of(cfg, device, **DENSE)
     results = {}
-    if cfg.use_mla:
-        results['MLA'] = compare('MLA', step_of(cfg, device, use_svd=False), baseline, cfg.pairs, device, 'baseline')
+    for name, kind in list(kinds(cfg).items())[1:]:
+        results[name] = compare(name, step_of(cfg, device, use_svd=False, **kind), baseline, cfg.pairs, device,
+                                'baseline')
     for scope, method in ((s, m) for s in SCOPES for m in METHODS if cfg.svd_rank is not None):
-        name = f'{method}, {scope}' + (', MLA' if cfg.use_mla else '')
+        name = ', '.join(filter(None, (f'{method}, {scope}', [*kinds(cfg)][-1])))               # with all else of cfg
         step = step_of(cfg, device, use_svd=True, svd_method=method, svd_scope=scope)       # one at a time: memory
         results[name] = compare(name, step, baseline, cfg.pairs, device, 'baseline')
     if cfg.peer:
         cfg.optimizer = 'adamw'                                     # the peer has no other
-        results['peer'] = compare('this repo without SVD, AdamW', step_of(cfg, device, use_svd=False, use_mla=False),
+        results['peer'] = compare('this repo without SVD, AdamW', step_of(cfg, device, **DENSE),
                                   peer_step(cfg, device), cfg.pairs, device, 'peer')
     print(json.dumps({'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs, 'seed': cfg.seed,
                       'results': results}))
@@ -188,19 +205,27 @@ def bench_decoding(cfg):
     return 0
 
 
+def kinds(cfg):
+    """Name -> changes of the configuration: the ordinary model, and what cfg has beyond it, one thing after another."""
+    dense = {key: DENSE[key] for key in ('use_mla', 'layer_ranks')}
+    return {'': dense} | ({'MLA': dense | dict(use_mla=True)} if cfg.use_mla else {}) | (
+        {'MLA, low-rank' if cfg.use_mla else 'low-rank': {}} if cfg.layer_ranks else {})
+
+
 def uncached_tokens(cfg):
     return max(1, cfg.tokens // 16)                                 # recomputing the prefix takes its time
 
 
 def decoding_models(cfg, device):
-    """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank; then all that with MLA."""
+    """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank; then all that of the other
+    kinds."""
     args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    kinds = {'': dict(use_mla=False)} | ({'MLA': dict(use_mla=True)} if cfg.use_mla else {})
     variants = {}
-    for kind, mla in kinds.items():
-        variants[kind or 'no SVD'] = dict(use_svd=False, **mla)
+    for kind, changes in kinds(cfg).items():
+        variants[kind or 'no SVD'] = dict(use_svd=False, **changes)
         if cfg.svd_rank is not None:
-            variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **mla) for scope in SCOPES}
+            variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **changes)
+                         for scope in SCOPES}
     models = {}
     for name, changes in variants.items():
         torch.manual_seed(cfg.seed)
@@ -213,10 +238,7 @@ def decoding_runs(cfg, models, peer, prompt, device):
     few = uncached_tokens(cfg)
 
     def continues(model):
-        use_cache = not model.config.svd_sees_future
-        n = cfg.tokens - 1 if use_cache else few
-        stream = model.stream(prompt, n + 1, temperature=0, use_cache=use_cache)
-        return timed(lambda: next(stream), device), timed(lambda: [*stream], device) / n
+        return generation(model, prompt, 1 + few if model.config.svd_sees_future else cfg.tokens, device)
 
     def forwards():
         return 0.0, timed(lambda: [models['no SVD'](prompt[:, :1]) for _ in range(cfg.tokens)], device) / cfg.tokens

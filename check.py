@@ -78,15 +78,16 @@ def svd(scope, method='gram', **overrides):
     return dict(use_svd=scope is not None, svd_scope=scope or SCOPES[0], svd_method=method, **overrides)
 
 
-# latents of 8 for heads of 16
+# latents of 8 for heads of 16; layers of each block as products of two
+FACTORS = {'h.0.attn.c_attn.c_v': 8, 'h.0.attn.c_proj': 8, 'h.1.mlp.c_fc': 16, 'h.1.mlp.c_proj': 16}
 EVERY = [svd(None), *(svd(scope, method) for scope in SCOPES for method in METHODS),
-         svd(None, use_mla=True), svd('causal', use_mla=True)]
+         svd(None, use_mla=True), svd('causal', use_mla=True), svd(None, layer_ranks=FACTORS)]
 
 
 def label(options):
-    latents = ['latents'] * options.get('use_mla', False)
+    parts = ['latents'] * options.get('use_mla', False) + ['factors'] * ('layer_ranks' in options)
     cut = [repr(options['svd_method']), repr(options['svd_scope'])] * options['use_svd']
-    return ', '.join(latents + cut) or 'baseline'
+    return ', '.join(parts + cut) or 'baseline'
 
 
 def make(setup, device=None, **overrides):

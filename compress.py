@@ -1,19 +1,25 @@
 """
 Make a trained model smaller without training it again:
 
-    python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # ordinary attention to MLA, into OUT-mla
-    python compress.py --init_from=gpt2 --dataset=my.txt --to=mla           # or a folder in Hugging Face's format
-    python train.py config/finetune_mla.py --out_dir=OUT-mla                # fine-tune the result, for 120 steps
-    python compress.py --help                                               # every option with default and meaning
+    python compress.py --out_dir=OUT --keep=0.6                  # weights of the blocks as products, 60% of the numbers
+    python compress.py --out_dir=OUT --keep=0.4 --finetune_iters=300        # and train the factors to agree with it
+    python compress.py --out_dir=OUT --rank=64 --modules=mlp --method=plain # both layers of the MLP at rank 64, by SVD
+    python compress.py --spectrum --out_dir=OUT                  # singular values: a table, a figure and a CSV file
+    python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # ordinary attention to MLA
+    python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8         # or a folder with safetensors
+    python compress.py --help                                    # every option with default and meaning
 
-Keys and values of each layer, [W_k; W_v] x, become [U_k; U_v] W_a x, of which only the latent W_a x is cached. The
-factors are the best ones for what the loss makes of their errors on the training split (lowrank/compression.py).
+SAVE_DIR (default: OUT-lowrank, OUT-mla, OUT-spectrum) gets ckpt.pt, which sample.py, train.py, bench.py, export.py and
+this script take, and compress.json with all that is printed. How it works and what it costs: docs/COMPRESSION.md.
 """
 
+import copy
+import io
+import json
 import math
 import os
-import signal
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,155 +27,347 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from lowrank.compression import factor
-from model import GPT, GPTConfig
+import compress_layers as layers
+import compress_spectrum as spectrum
+from model import GPT
 from runtime import checkpoint as ckpt
+from runtime import command
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained
-from runtime.config import UserError, one_line
+from runtime.config import SWITCH, UserError, one_line
 from runtime.dataset import GPT2_META, Dataset, locate
 from runtime.evaluation import Evaluation
-from runtime.files import new_folder
-from runtime.output import unfailing_output
+from runtime.files import new_folder, write_atomically
 from runtime.run import lock, move_aside
-from runtime.stopping import Stop
-from train import check_tokenizer
+from runtime.timing import generation, quartiles, take_turns
+from train import TrainConfig, build_optimizer, check_tokenizer, get_lr, sample
 
-BATCH_TOKENS = 4096                 # of a forward pass
+KEEP = 0.6                          # where nothing else is asked for
+ROUNDS = 5                          # of both models in turn, to time them
+apply_svd_compression = layers.apply_svd_compression
 
 
 @dataclass
 class CompressConfig:
-    to: Annotated[Literal['mla'], "'mla': multi-head latent attention, one latent a token for keys and values"] = 'mla'
-    mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
-    method: Annotated[Literal['activation', 'plain'],
-                      "'activation': errors count as far as the loss feels them on the training split; 'plain': SVD "
-                      'of the weights'] = 'activation'
-    init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl') or a folder in Hugging Face's GPT-2 format"] = 'resume'
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-mla, or INIT_FROM-mla'] = None
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-lowrank, OUT_DIR-mla or OUT_DIR-spectrum'] = None
     overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is refused'] = False
+    to: Annotated[Literal['lowrank', 'mla'], "'lowrank': products of two layers in the place of one; 'mla': multi-head "
+                  'latent attention, one latent a token for keys and values'] = 'lowrank'
+    keep: Annotated[float | None, "share of the numbers in the modules' weights to keep, above 0, at most 1; None: "
+                    f'{KEEP} unless rank or energy is given'] = None
+    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller'] = None
+    energy: Annotated[float | None, "the smallest rank that keeps this share of a layer's energy, as the method "
+                      'measures it'] = None
+    modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; None: all"] = None
+    mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
+    method: Annotated[Literal['activation', 'whitened', 'plain'],
+                      "'activation': what the loss makes of errors on the training split decides, on the ranks, too; "
+                      "'whitened': the error of each layer's outputs there; 'plain': the SVD of the weights"
+                      ] = 'activation'
+    finetune_iters: Annotated[int, 'steps of training all parameters afterwards, on the text and to agree with the '
+                              'model as it was'] = 0
+    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: the run's, or 'adamw'"] = None
+    learning_rate: Annotated[float, 'of these steps, a tenth of it at the end'] = 1e-3
+    batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12'] = None
+    spectrum: Annotated[bool, 'only look: the singular values of every weight that can be factored', SWITCH] = False
+    init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl') or a folder with safetensors, in Hugging Face's format or as export.py writes "
+                         'them'] = 'resume'
     dataset: Annotated[str | None, "as for train.py; None: the run's"] = None
     calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most all'] = 16384
-    seed: Annotated[int, 'of the windows'] = 1337
+    seed: Annotated[int, 'of the windows, and of training'] = 1337
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
 
     def __post_init__(self):
         pretrained.check_name(self.init_from, ('resume',))
-        configuration.at_least(self, mla_latent_dim=1, calibration_tokens=1, seed=0)
+        configuration.at_least(self, rank=1, mla_latent_dim=1, calibration_tokens=1, finetune_iters=0, batch_size=1,
+                               learning_rate=0, seed=0)
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
-        if self.init_from != 'resume' and self.dataset is None:
+        for name in ('keep', 'energy'):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f'{name}={share}: must be above 0 and at most 1 (nearest: {1 if share > 1 else 0.1})')
+        self.check_combination()
+        wrong = [word for word in self.module_names() if word not in layers.MODULES]
+        if wrong:
+            raise ValueError(f"modules={self.modules!r}: {wrong[0]!r} is none of {', '.join(layers.MODULES)} (nearest: "
+                             "'attn,mlp')")
+        if self.init_from != 'resume' and self.dataset is None and not self.spectrum:
             raise ValueError(f'init_from={self.init_from}: needs a text to measure on (nearest: --dataset=my.txt)')
         if self.init_from != 'resume' and self.out_dir is not None:
             raise ValueError(f'out_dir={self.out_dir!r}: not together with init_from={self.init_from!r}')
 
+    def check_combination(self):
+        """Raise ValueError for options that would have no effect beside others."""
+        given = [name for name in ('keep', 'rank', 'energy', 'modules', 'mla_latent_dim', 'batch_size', 'optimizer')
+                 if getattr(self, name) is not None] + ['finetune_iters'] * (self.finetune_iters > 0)
+        ranks = [name for name in given if name in ('keep', 'rank', 'energy')]
+        kind = '--spectrum' if self.spectrum else f'--to={self.to}'
+        training = 'finetune_iters', 'batch_size', 'optimizer'
+        takes = {'--spectrum': ('modules',), '--to=mla': ('mla_latent_dim', *training),
+                 '--to=lowrank': ('modules', *ranks, *training)}[kind]
+        for name in given:
+            if name not in takes:
+                raise ValueError(f'{name}={getattr(self, name)!r}: not with {kind}')
+            if name in ('batch_size', 'optimizer') and not self.finetune_iters:
+                raise ValueError(f'{name}={getattr(self, name)!r}: only with --finetune_iters')
+        if len(ranks) > 1:
+            raise ValueError(f'{ranks[1]}={getattr(self, ranks[1])}: not together with {ranks[0]}')
+        if self.to == 'mla' and self.method == 'whitened':
+            raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
+
+    def module_names(self):
+        """`modules` as a list."""
+        return list(layers.MODULES) if self.modules is None else [word.strip() for word in self.modules.split(',')]
+
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(CompressConfig, __doc__.strip()))
-        return 0
-    try:
-        with unfailing_output(), Stop(under_torchrun=False):
-            cfg, _ = configuration.load(CompressConfig, argv)
-            print(describe(compress(cfg)))
-        return 0
-    except UserError as e:
-        print(f'compress.py: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        return 128 + getattr(e, 'signal', signal.SIGINT)
+    return command.run('compress.py', CompressConfig, __doc__, compress, argv)
 
 
 def compress(cfg):
-    """Writes save_dir whole or not at all -> a dict of what it cost and saved, see `describe`."""
+    """Writes save_dir whole or not at all -> what it cost and saved, in words."""
     path = ckpt.find(cfg.out_dir) if cfg.init_from == 'resume' else Path(cfg.init_from)
-    run = path.parent if cfg.init_from == 'resume' else path
-    run = run if run.name not in ('', '..') else Path(os.path.realpath(run))
-    save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
-    check_save_dir(save_dir, run, cfg.overwrite)
+    source = command.named(path.parent if cfg.init_from == 'resume' else path)
+    kind = 'spectrum' if cfg.spectrum else cfg.to
+    save_dir = Path(f'{source}-{kind}' if cfg.save_dir is None else cfg.save_dir)
+    command.check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
     try:
         saved, model = load_model(cfg, path)
+        if cfg.spectrum:
+            return look(model, cfg.module_names(), save_dir, path)
         data = find_data(cfg, saved, model)
-        new, report = convert(cfg, model, data)
-        if not math.isfinite(report['val_loss'][1]):
-            raise UserError(f'{path}: after the conversion the loss is {report["val_loss"][1]}')
-        save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), save_dir, cfg.overwrite)
+        new, report = convert(cfg, model, data, saved)
+        words = describe(report | dict(path=str(path), save_dir=str(save_dir)))
+        save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), report, save_dir, cfg.overwrite)
+        return words
     except OSError as e:
         raise UserError(f'{e.filename or path}: {e.strerror or one_line(e)}') from None
     except (ValueError, FloatingPointError, torch.linalg.LinAlgError) as e:
         words = one_line(e) if cfg.init_from != 'resume' else f'{path}: {one_line(e)}'
         raise e if isinstance(e, UserError) else UserError(words) from None
-    return report | dict(path=str(path), save_dir=str(save_dir))
 
 
-def convert(cfg, model, data):
-    """-> the new model, on the CPU, and what it cost and saved. The loss is the prefix-only one where V sees the
-    future."""
+def look(model, modules, save_dir, path):
+    """The table of compress_spectrum.py, whose files go to save_dir."""
+    dense = layers.dense_layers(model, layers.layer_names(model, modules))
+    weights = {name: layer.weight for name, layer in dense.items()}
+    with new_folder(save_dir) as folder:
+        table = spectrum.write(weights, folder, f'Weights of {path}')
+    return f'{table}\nwritten to {save_dir}: spectrum.png, spectrum.csv'
+
+
+def convert(cfg, model, data, saved):
+    """-> the new model, on the CPU, and what it cost and saved, [before, after] where that is two numbers. The loss is
+    the prefix-only one where V sees the future."""
     device = devices.pick_device(cfg.device)
-    target = GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=cfg.mla_latent_dim))
-    target.mla_latent_dim = target.latent_dim                       # the number itself, for model_args to say it
     model.to(device).eval().requires_grad_(False)
-    before = loss_of(model, data, device, cfg.seed)
-    started = time.perf_counter()
-    statistics = None if cfg.method == 'plain' else calibrate(model, data, cfg, device)
-    new = to_mla(model, target, statistics).to(device).eval()
-    seconds = time.perf_counter() - started
-    losses = before, loss_of(new, data, device, cfg.seed)
-    costs = {name: (cost(model), cost(new)) for name, cost in
-             dict(attention_params=GPT.attention_params, parameters=GPT.get_num_params,
-                  cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size)).items()}
-    return new.cpu(), dict(method=cfg.method, latent_dim=target.latent_dim, block_size=target.block_size,
-                           seconds=seconds, val_loss=losses, prefix_only=model.config.svd_sees_future, **costs)
+    losses, clock = [loss_of(model, data, device, cfg.seed)], [time.perf_counter()]
+    new, lost = smaller(cfg, copy.deepcopy(model.eval()), data, device)
+    clock.append(time.perf_counter())
+    losses.append(loss_of(new, data, device, cfg.seed))
+    if cfg.finetune_iters:
+        clock.append(time.perf_counter())
+        finetune(new, model, data, finetune_config(cfg, saved, model), device)
+        clock.append(time.perf_counter())
+        losses.append(loss_of(new, data, device, cfg.seed))
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(f'the loss is {losses[0]} before and {losses[-1]} after')
+    both = model.eval(), new.eval()
+    report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), machine=devices.environment(device, 'float32'),
+                  seconds=clock[1] - clock[0], finetune_seconds=clock[-1] - clock[-2] if cfg.finetune_iters else None,
+                  prefix_only=model.config.svd_sees_future, val_loss=[losses[0], losses[-1]],
+                  val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
+                  perplexity=[math.exp(min(loss, 700)) for loss in (losses[0], losses[-1])],        # of float's range
+                  latent_dim=new.config.latent_dim if cfg.to == 'mla' else None, layers=lost,
+                  speed=speeds(both, data, device, cfg.seed),
+                  samples=[text_of(m, data, device, cfg.seed) for m in both])
+    return new.cpu(), report | sizes(both)
+
+
+def smaller(cfg, model, data, device):
+    """-> the new model, and of each layer of factors its rank, of how many, and the share of energy that is lost. The
+    model given is used up."""
+    windows = None if cfg.method == 'plain' else layers.batches(data, cfg.calibration_tokens, model.config.block_size,
+                                                                cfg.seed, device)
+    if cfg.to == 'mla':
+        latent_dim = model.config.latent_dim if cfg.mla_latent_dim is None else cfg.mla_latent_dim
+        return layers.to_mla(model, latent_dim, windows).to(device).eval(), {}
+    lost = layers.low_rank(model, cfg.method, choice_of(cfg), cfg.module_names(), windows)
+    c = model.config
+    return model.to(device).eval(), {name: dict(rank=rank, of=min(c.layer_shape(name)), lost=lost.get(name))
+                                     for name, rank in (c.layer_ranks or {}).items()}
+
+
+def sizes(models):
+    """Name -> [of the first, of the second]."""
+    counts = dict(block_params=lambda m: sum(p.numel() for p in m.transformer.h.parameters()),
+                  attention_params=GPT.attention_params, params=lambda m: m.get_num_params(non_embedding=False),
+                  bytes=bytes_on_disk, block_size=lambda m: m.config.block_size,
+                  cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size))
+    return {name: [count(m) for m in models] for name, count in counts.items()}
+
+
+def choice_of(cfg):
+    """How `layers.low_rank` chooses ranks."""
+    if cfg.rank is not None:
+        return layers.fixed_rank(cfg.rank)
+    if cfg.energy is not None:
+        return layers.rank_of_energy(cfg.energy)
+    keep = KEEP if cfg.keep is None else cfg.keep
+    return layers.best_share(keep) if cfg.method == 'activation' else layers.uniform_share(keep)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fine-tuning
+
+def finetune_config(cfg, saved, model):
+    """The configuration of these steps: warm-up over a twentieth, cosine to a tenth; the rest as in the run."""
+    kept = ('batch_size', 'weight_decay', 'optimizer', 'beta1', 'beta2')
+    own = configuration.check_all(TrainConfig, {k: v for k, v in saved.get('config', {}).items() if k in kept},
+                                  saved.get('path'))
+    own |= {k: getattr(cfg, k) for k in ('batch_size', 'optimizer') if getattr(cfg, k) is not None}
+    return TrainConfig(learning_rate=cfg.learning_rate, min_lr=cfg.learning_rate / 10,
+                       max_iters=cfg.finetune_iters, lr_decay_iters=cfg.finetune_iters, seed=cfg.seed,
+                       warmup_iters=cfg.finetune_iters // 20, block_size=model.config.block_size, **own)
+
+
+def finetune(model, teacher, data, cfg, device):
+    """Train all parameters in place for cfg.max_iters steps on random windows of the training split: cross-entropy plus
+    the Kullback-Leibler divergence of its predictions from the teacher's (distillation, arXiv:1503.02531, temperature
+    1); teacher None: cross-entropy alone. Raises FloatingPointError where the loss is not finite."""
+    optimizer, order = build_optimizer(cfg, model.requires_grad_(True), device), torch.Generator().manual_seed(cfg.seed)
+    model.train()
+    if teacher is not None:
+        teacher.eval()                                              # an evaluation leaves it in training mode
+    torch.manual_seed(cfg.seed)                                     # of dropout
+    for step in tqdm(range(cfg.max_iters), desc='fine-tune', unit='step', leave=False, disable=None):
+        x, y = data.batch('train', cfg.batch_size, cfg.block_size, order, device)
+        logits, loss = model(x, y)                                  # (B, T, vocab)
+        if teacher is not None:
+            with torch.no_grad():
+                target = F.log_softmax(teacher(x, y)[0], dim=-1)
+            divergence = F.kl_div(F.log_softmax(logits, dim=-1), target, reduction='none', log_target=True).sum(-1)
+            loss = loss + divergence.mean()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f'fine-tuning, step {step + 1}: the loss is {loss.item()} (nearest: a smaller '
+                                     f'--learning_rate than {cfg.learning_rate})')
+        loss.backward()
+        if cfg.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group['lr'] = get_lr(step, cfg)
+        optimizer.step()
+        model.advance_svd_basis()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is reported
+
+def speeds(models, data, device, seed):
+    """Two models in turn -> tokens/s of a prompt and after it, [of the first, of the second], and the ratio second over
+    first with its quartiles, paired."""
+    T = models[0].config.block_size
+    tokens = max(2, min(32, T // 8))
+    prompt = data.batch('val', 1, max(1, T - tokens), torch.Generator().manual_seed(seed), device)[0] if len(
+        data.tokens('val')) > T else torch.zeros(1, max(1, T - tokens), dtype=torch.int64, device=device)
+    runs = {i: lambda m=m: generation(m, prompt, tokens, device) for i, m in enumerate(models)}
+    with torch.no_grad():
+        rounds = take_turns(runs, ROUNDS)
+    result = {'prompt': prompt.size(1), 'tokens': tokens, 'rounds': ROUNDS}
+    for i, (name, per_call) in enumerate((('prefill', prompt.size(1)), ('decode', 1))):
+        before, after = ([per_call / times[i] for times in rounds[m]] for m in (0, 1))
+        low, ratio, high = quartiles([b / a for a, b in zip(before, after)])
+        medians = [quartiles(rates)[1] for rates in (before, after)]
+        result[name] = dict(tokens_per_s=medians, ratio=ratio, quartiles=[low, high])
+    return result
+
+
+def text_of(model, data, device, seed):
+    """200 tokens of the model, from one seed for both models."""
+    torch.manual_seed(seed)
+    return sample(model, data, device, devices.autocast(device, 'float32'))
+
+
+def bytes_on_disk(model):
+    """Of its weights as a checkpoint, without an optimizer's state."""
+    file = io.BytesIO()
+    torch.save(dict(model=model.state_dict(), model_args=asdict(model.config), iter_num=0), file)
+    return file.tell()
 
 
 def describe(report):
     """The report in words."""
-    names = dict(attention_params='parameters of attention', parameters='parameters',
-                 cache_bytes=f'cache bytes at {report["block_size"]} tokens')
-    lines = [f'{report["path"]}: keys and values of each layer from a latent of {report["latent_dim"]} numbers, method '
-             f'{report["method"]!r}, {report["seconds"]:.1f} s']
+    def pair(name, form=',', share=True):
+        before, after = report[name]
+        ratio = f' ({after / before:.1%})' if share and before else ''              # 'sequence' scope caches 0
+        return f'{before:{form}} before, {after:{form}} after{ratio}'
+
+    made = (f'{len(report["layers"])} layers as products of two' if report['to'] == 'lowrank' else
+            f'keys and values of each layer from a latent of {report["latent_dim"]} numbers')
+    tuned, speed = report['options']['finetune_iters'], report['speed']
+    lines = [f'{report["path"]}: {made}, method {report["method"]!r}, {report["seconds"]:.1f} s'
+             + (f', then {tuned} steps in {report["finetune_seconds"]:.1f} s' if tuned else '')]
+    if report['to'] == 'lowrank':
+        lines += rank_lines(report['layers'])
     which = 'prefix-only val loss' if report['prefix_only'] else 'val loss'
-    lines += [f'  {which}: {report["val_loss"][0]:.4f} before, {report["val_loss"][1]:.4f} after']
-    lines += [f'  {word}: {report[name][0]:,} before, {report[name][1]:,} after' for name, word in names.items()]
-    return '\n'.join([*lines, f'written to {report["save_dir"]}'])
+    lines += [f'  {which}: {pair("val_loss", ".4f", False)}'
+              + (f' ({report["val_loss_before_finetuning"]:.4f} before fine-tuning)' if tuned else ''),
+              f'  perplexity: {pair("perplexity", ".4g", False)}',
+              f'  parameters of the blocks: {pair("block_params")}',
+              f'  parameters of attention: {pair("attention_params")}',
+              f'  parameters: {pair("params")}',
+              f'  bytes on disk, weights alone: {pair("bytes")}',
+              f'  cache bytes at {report["block_size"][0]} tokens: {pair("cache_bytes")}']
+    for name, words in (('prefill', f'a prompt of {speed["prompt"]} tokens'),
+                        ('decode', f'{speed["tokens"]} tokens after it')):
+        (before, after), (low, high) = speed[name]['tokens_per_s'], speed[name]['quartiles']
+        lines.append(f'  tokens/s, {words}: {before:,.0f} before, {after:,.0f} after, ratio {speed[name]["ratio"]:.2f} '
+                     f'(quartiles {low:.2f} to {high:.2f}, {speed["rounds"]} pairs)')
+    lines += [*side_by_side(*report['samples']), f'written to {report["save_dir"]}']
+    return '\n'.join(lines)
+
+
+def rank_lines(ranked):
+    """A line a block: its layers' ranks."""
+    blocks = {}
+    for name, layer in ranked.items():
+        _, block, part = name.split('.', 2)
+        blocks.setdefault(block, []).append(f'{part.removeprefix("attn.c_attn.")} {layer["rank"]}')
+    return ['  ranks, the other layers stay dense:', *(f'    block {block}: {", ".join(parts)}'
+                                                     for block, parts in blocks.items())] if blocks else []
+
+
+def side_by_side(before, after, width=56, height=14):
+    """Two texts as lines of two columns."""
+    columns = [[piece for line in text.splitlines() for piece in textwrap.wrap(line, width) or ['']][:height]
+               for text in (before, after)]
+    longest = max(map(len, columns))
+    left, right = (column + [''] * (longest - len(column)) for column in columns)
+    return ['  ' + 'before'.ljust(width + 2) + 'after', *(f'  {a:{width}}  {b}'.rstrip() for a, b in zip(left, right))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in and out
 
-def check_save_dir(save_dir, run, overwrite):
-    """Raises UserError for a folder that must not be replaced, before any work is done."""
-    real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, run))
-    where = f'save_dir={str(save_dir)!r}'
-    try:
-        if real in (Path.cwd(), *Path.cwd().parents):
-            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / 'mla'}')")
-        if real in (own, *own.parents):
-            raise UserError(f"{where}: has the model itself in it (nearest: '{run}-mla')")
-        free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
-        a_run = (save_dir / 'ckpt.pt').exists()
-    except OSError as e:
-        raise UserError(f'{where}: cannot be used: {e.strerror}') from None
-    if not free and not (overwrite and a_run):
-        raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2'"
-                        + (', or --overwrite=True, which moves it aside)' if a_run else ')'))
-
-
-def save(checkpoint, save_dir, overwrite):
-    """Write save_dir/ckpt.pt; a run that is there is moved aside when everything else is done. Raises UserError where
-    that goes on, or the disk does not take it."""
+def save(checkpoint, report, save_dir, overwrite):
+    """Write save_dir/ckpt.pt and compress.json; a run that is there is moved aside when everything else is done. Raises
+    UserError where that goes on, or the disk does not take it."""
     try:
         held = lock(save_dir, 'save_dir') if overwrite and os.path.isdir(save_dir) else None
         try:
             with new_folder(save_dir) as folder:
                 ckpt.save(checkpoint, folder / 'ckpt.pt')
+                write_atomically(folder / 'compress.json', (json.dumps(report, indent=1) + '\n').encode())
                 if overwrite:
                     move_aside(save_dir, print)
         finally:
@@ -180,13 +378,10 @@ def save(checkpoint, save_dir, overwrite):
 
 
 def load_model(cfg, path):
-    """The checkpoint, an empty dict for GPT-2's weights, and its model."""
-    if cfg.init_from != 'resume':
-        return {}, GPT.from_pretrained(cfg.init_from)
-    saved = ckpt.load(path)
-    configuration.check_all(GPTConfig, saved['model_args'], path)
-    model = GPT.from_checkpoint(saved)
-    if model.config.use_mla:
+    """The checkpoint, an empty dict for weights alone, and its model."""
+    saved = ckpt.load(path) if cfg.init_from == 'resume' else {}
+    model = GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from)
+    if model.config.use_mla and cfg.to == 'mla' and not cfg.spectrum:
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '
                         'it was made from)')
     return saved, model
@@ -224,107 +419,10 @@ def checkpoint_of(new, saved, data, cfg, save_dir, loss):
     config = saved.get('config', {}) | args | dict(out_dir=str(save_dir), tokenizer=data.meta['tokenizer'])
     if cfg.dataset:
         config['dataset'] = cfg.dataset
-    optimizer = new.configure_optimizers(weight_decay=1e-1, learning_rate=6e-4, betas=(0.9, 0.95), device_type='cpu')
+    optimizer = new.requires_grad_(True).configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')
     return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args, iter_num=0,
                 best_val_loss=loss, config=config, tokenizer=saved.get('tokenizer', data.meta),
                 **({} if new.svd_basis is None else {'svd_basis': new.svd_basis}))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# statistics
-
-class Statistics:
-    """Sums over calibration tokens of one attention layer, float64 on the CPU: of its inputs x (N, C) and of the loss's
-    gradients g (N, 2C) at its keys and values."""
-
-    def __init__(self):
-        self.tokens, self.input_sum, self.inputs, self.gradients = 0, 0, 0, 0
-
-    def add(self, x, g):
-        """x (N, C), g (N, 2C)."""
-        x, g = x.cpu().double(), g.cpu().double()                   # MPS has no float64
-        self.tokens += len(x)
-        self.input_sum = self.input_sum + x.sum(0)                  # (C)
-        self.inputs = self.inputs + x.mT @ x                        # (C, C)
-        self.gradients = self.gradients + g.mT @ g                  # (2C, 2C)
-
-
-def calibrate(model, data, cfg, device):
-    """`Statistics` of every layer over random windows of the training split. The gradients are those of the loss on the
-    text itself; with labels drawn from the model, as the Fisher matrix has it, losses differ by 0.001 nats or less (two
-    models, 32,768 tokens, a latent of 32 or 16 numbers for 256)."""
-    T, layers = model.config.block_size, [Statistics() for _ in model.transformer.h]
-    tokens = min(cfg.calibration_tokens, len(data.tokens('train')))
-    starts = data.draw('train', math.ceil(tokens / T), T, torch.Generator().manual_seed(cfg.seed))
-    batches = starts.split(max(1, BATCH_TOKENS // T))
-    seen = {}
-    model.eval()                                                    # an evaluation leaves it in training mode
-
-    def look(attention, args, qkv, layer):
-        q, k, v = qkv                                               # (B, nh, T, hs) each
-        probes = [torch.zeros_like(t, requires_grad=True) for t in (k, v)]                      # what is added to k, v
-        seen[layer] = args[0], probes
-        return q, *(t + probe for t, probe in zip((k, v), probes))
-
-    hooks = [block.attn.c_attn.register_forward_hook(lambda *args, layer=layer: look(*args, layer))
-             for layer, block in enumerate(model.transformer.h)]
-    try:
-        for batch in tqdm(batches, desc='calibrate', unit='batch', leave=False, disable=None):
-            x, y = data.windows(data.tokens('train'), batch.tolist(), T, 'train', device)
-            loss = model(x, y)[1] * y.numel()
-            gradients = iter(torch.autograd.grad(loss, [p for inputs, probes in seen.values() for p in probes]))
-            for (inputs, _), statistics in zip(seen.values(), layers):
-                g = torch.cat([next(gradients).transpose(1, 2).flatten(2) for _ in 'kv'], dim=2)    # (B, T, 2C)
-                statistics.add(inputs.detach().flatten(0, 1), g.flatten(0, 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return layers
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ordinary attention -> MLA
-
-@torch.no_grad()
-def to_mla(model, target, statistics):
-    """The model with the configuration `target`, whose keys and values come from latents. statistics: of each layer, or
-    None for the SVD of the weights."""
-    model.cpu()
-    state = model.state_dict()
-    new = GPT(target).to(state['lm_head.weight'].dtype)
-    for i, block in enumerate(tqdm(model.transformer.h, desc='convert', unit='layer', leave=False, disable=None)):
-        prefix = f'transformer.h.{i}.attn.c_attn.'
-        parts = latent_projection(block.attn, target.latent_dim, statistics and statistics[i])
-        state = {name: w for name, w in state.items() if not name.startswith(prefix)}
-        state |= {prefix + name: part for name, part in parts.items()}
-    new.load_state_dict(state)
-    new.svd_basis = model.svd_basis
-    return new
-
-
-def latent_projection(attn, latent_dim, statistics):
-    """State dict of the `LatentProjection` in the place of a `QKVProjection`, biases where that has them.
-
-    A bias can take the mean error, so only the covariance of the inputs counts then, else their second moment. A key's
-    bias changes no attention weight. 'weight' scope: factors of the W_v that it leaves, whose rank theirs does not
-    exceed, so that it finds nothing more to cut."""
-    W_q, W_k, W_v = attn.c_attn.weight.double().chunk(3)            # (C, C) each
-    bias = attn.c_attn.bias
-    if attn.svd_scope == 'weight':
-        W_v = attn.value_weight().flatten(0, 1).double()
-    mean = inputs = gradients = None
-    if statistics:
-        mean = statistics.input_sum / statistics.tokens             # (C)
-        inputs, gradients = statistics.inputs / statistics.tokens, statistics.gradients / statistics.tokens
-        if bias is not None:
-            inputs = inputs - torch.outer(mean, mean)
-    up, down = factor(torch.cat((W_k, W_v)), latent_dim, inputs, gradients)                     # (2C, d), (d, C)
-    k_up, v_up = up.chunk(2)
-    parts = {'query.weight': W_q, 'kv_down.weight': down, 'k_up.weight': k_up, 'v_up.weight': v_up}
-    if bias is not None:
-        b_q, _, b_v = bias.double().chunk(3)
-        parts |= {'query.bias': b_q, 'v_up.bias': b_v if mean is None else b_v + (W_v - v_up @ down) @ mean}
-    return parts
 
 
 if __name__ == '__main__':

@@ -3,14 +3,16 @@ A tour of the truncated SVD in this repo, under a minute on a CPU, nothing downl
 
     python example_svd_usage.py
 
-1 what rank k keeps of a matrix; 2 why the gradient is our own; 3 which scope sees the future; 4 a small model trained
-on this repo's model.py, then run at several ranks.
+1 what rank k keeps of a matrix; 2 a layer of rank k as two smaller ones; 3 why the gradient is our own; 4 which scope
+sees the future; 5 a small model trained on this repo's model.py, then run at several ranks.
 """
 
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
+from lowrank.layers import LowRankLinear
 from lowrank.svd import METHODS, energy, low_rank_approximation, rank_for_energy, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 
@@ -18,6 +20,7 @@ from model import GPT, SCOPES, GPTConfig
 def main():
     torch.manual_seed(1337)
     best_approximation()
+    two_smaller_layers()
     gradient()
     causality()
     train_and_truncate()
@@ -39,10 +42,34 @@ def best_approximation():
     print('   Gaussian numbers, rank 8, error of ' + ', '.join(f'{name} {e:.4f}' for name, e in errors.items()) + '\n')
 
 
+def two_smaller_layers():
+    """y = W x + b, W (m, n) of rank k, is B (A x) + b with B (m, k) and A (k, n): k (m + n) numbers instead of m n."""
+    linear, x = nn.Linear(10, 10), torch.randn(10)
+    with torch.no_grad():
+        w = linear.weight.copy_(torch.randn(10, 2) @ torch.randn(2, 10))
+        _, s, _ = truncated_svd(w, 10)
+        rank = int((s > 10 * torch.finfo(w.dtype).eps * s[0]).sum())    # below that there is only rounding
+        print(f'2. A layer with W 10 x 10: {rank} of its 10 singular values are not zero')
+        layer = LowRankLinear.from_linear(linear, rank)
+        dense, factored = linear(x), layer(x)
+        product = layer.B.weight @ layer.A.weight                   # (10, k) x (k, 10)
+    for name, y in (('y = W x + b', dense), ('y = B (A x) + b', factored)):
+        print(f'   {name:16}' + ''.join(f'{value:8.4f}' for value in y[:6].tolist()) + ' ...')
+    apart = [(a - b).abs().max().item() for a, b in ((dense, factored), (w, product))]
+    print(f'   largest difference {apart[0]:.1e}, of W and B A {apart[1]:.1e}; parameters without b: {w.numel()} -> '
+          f'{layer.A.weight.numel() + layer.B.weight.numel()}')
+    print('   relative error at rank    ' + ''.join(f'{k:10}' for k in (1, 2, 3, 4)))
+    for name, matrix in (('this W', w.detach()), ('Gaussian numbers', torch.randn(10, 10))):
+        errors = [torch.linalg.norm(matrix - low_rank_approximation(matrix, k)) / torch.linalg.norm(matrix)
+                  for k in (1, 2, 3, 4)]
+        print(f'   {name:26}' + ''.join(f'{error.item():10.1e}' for error in errors))
+    print()
+
+
 def gradient():
     """A V whose rank is below its width has several singular values of zero, where autograd through the SVD divides
     by their difference."""
-    print('2. Gradient of the rank-2 approximation of a matrix of rank 3, 8 x 6')
+    print('3. Gradient of the rank-2 approximation of a matrix of rank 3, 8 x 6')
     x = (torch.randn(8, 6) * (torch.arange(6) < 3)).requires_grad_()
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     direct, = torch.autograd.grad((u[:, :2] * s[:2] @ vh[:2]).square().sum(), x)
@@ -55,7 +82,7 @@ def gradient():
 
 def causality():
     """Change the last token and see whether the outputs before it move."""
-    print('3. Change the last of 128 tokens: largest change of any logit before it')
+    print('4. Change the last of 128 tokens: largest change of any logit before it')
     idx = torch.randint(65, (1, 128))
     changed = idx.clone()
     changed[0, -1] = (idx[0, -1] + 1) % 65
@@ -77,7 +104,7 @@ def train_and_truncate():
     shape = dict(block_size=64, vocab_size=len(chars), n_layer=2, n_head=4, n_embd=64)
     model = GPT(GPTConfig(**shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    print(f'4. {model.get_num_params():,} parameters trained for 300 steps on the {len(text):,} characters of model.py')
+    print(f'5. {model.get_num_params():,} parameters trained for 300 steps on the {len(text):,} characters of model.py')
 
     def batch():
         starts = torch.randint(len(data) - 65, (16,))

@@ -3,16 +3,15 @@ Take a trained model to where others work:
 
     python export.py --out_dir=out-svd-test --to=gpt2            # for transformers: AutoModelForCausalLM, AutoTokenizer
     python export.py --out_dir=out-svd-test --to=nanogpt --save_dir=DIR     # ckpt.pt for nanoGPT, meta.pkl for its data
+    python export.py --out_dir=out-svd-test --to=safetensors     # any model as it is, for --init_from here
     python export.py                                             # the newest run below this folder, for transformers
     python export.py --help                                      # every option with default and meaning
 
-SVD in 'weight' scope becomes part of the weights, and so do MLA's latents. 'sequence' and 'causal' cut V itself, which
-neither format can say.
+For others SVD in 'weight' scope becomes part of the weights, and so do MLA's latents and layers of two factors.
+'sequence' and 'causal' cut V itself, which neither of their formats can say.
 """
 
-import os
 import pickle
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +19,15 @@ from typing import Annotated, Literal
 
 import torch
 
+from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
+from runtime import command
 from runtime import config as configuration
 from runtime import download, pretrained
 from runtime.config import UserError, one_line
 from runtime.files import new_folder, write_atomically
 from runtime.optim import restore_optimizer
-from runtime.output import unfailing_output
-from runtime.stopping import Stop
 from train import TrainConfig
 
 NANOGPT_SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
@@ -43,78 +42,67 @@ NANOGPT_CONFIG = (
 @dataclass
 class ExportConfig:
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    to: Annotated[Literal['gpt2', 'nanogpt'], "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint"] = 'gpt2'
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2 or OUT_DIR-nanogpt'] = None
+    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors'], "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint;"
+                  " 'safetensors': this repo's own, with all that its models can be"] = 'gpt2'
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt or OUT_DIR-safetensors'] = None
 
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(ExportConfig, __doc__.strip()))
-        return 0
-    try:
-        with unfailing_output(), Stop(under_torchrun=False):
-            cfg, _ = configuration.load(ExportConfig, argv)
-            print(export(cfg))
-        return 0
-    except UserError as e:
-        print(f'export.py: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        return 128 + getattr(e, 'signal', signal.SIGINT)
+    return command.run('export.py', ExportConfig, __doc__, export, argv)
 
 
 def export(cfg):
     """Writes save_dir whole or not at all -> what was written, in words."""
     path = ckpt.find(cfg.out_dir)
-    run = path.parent if path.parent.name not in ('', '..') else Path(os.path.realpath(path.parent))
+    run = command.named(path.parent)
     save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
-    where = f'save_dir={str(save_dir)!r}'
+    command.check_save_dir(save_dir, run, cfg.to, overwrite=None)
     try:
-        if os.path.lexists(save_dir) and (not os.path.isdir(save_dir) or any(save_dir.iterdir())):
-            raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2')")
-        if Path(os.path.realpath(save_dir)) == Path.cwd():          # which would be replaced
-            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / cfg.to}')")
         saved = ckpt.load(path)
-        configuration.check_all(GPTConfig, saved['model_args'], path)
         model = GPT.from_checkpoint(saved)
         meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
         if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
             meta = None
             remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set '
                            'into data/DATASET')
-        fill = (to_gpt2 if cfg.to == 'gpt2' else to_nanogpt)(model, saved, meta, remarks)
+        fill = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors)[cfg.to](model, saved, meta, remarks)
         with new_folder(save_dir) as folder:
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     except OSError as e:
-        raise UserError(f'{where}: cannot be written: {e.strerror or one_line(e)}') from None
+        raise UserError(f'save_dir={str(save_dir)!r}: cannot be written: {e.strerror or one_line(e)}') from None
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
     c = model.config
-    if c.use_mla:
+    plain = cfg.to != 'safetensors'
+    if plain and c.layer_ranks:
+        remarks.insert(0, f'multiplied out: {len(c.layer_ranks)} layers of two factors; the weights are as many as '
+                       'before compression')
+    if plain and c.use_mla:
         remarks.insert(0, f'multiplied out: latents of {c.latent_dim}; keys and values are cached in full there')
-    if c.svd_truncates:
+    if plain and c.svd_truncates:
         remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
     lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for '
-             f'{"transformers" if cfg.to == "gpt2" else "nanoGPT"}']
+             f'{dict(gpt2="transformers", nanogpt="nanoGPT", safetensors="--init_from here")[cfg.to]}']
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
 
 @torch.no_grad()
 def plain_state_dict(model):
-    """The state dict of the same model without an SVD or latents: 'weight' scope becomes part of the weights, MLA's
-    factors become their products. Raises ValueError for scopes that cut V itself, which no weights do."""
+    """The state dict of the same model without an SVD, latents or layers of two factors: 'weight' scope becomes part of
+    the weights, factors become their products. Raises ValueError for scopes that cut V itself, which no weights do."""
     c, state = model.config, model.state_dict()
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
                          "(nearest: 'weight')")
     with torch.device('meta'):                                      # only for its names, in their order
-        names = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False))).state_dict()
+        names = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False, layer_ranks=None))).state_dict()
     for i, block in enumerate(model.transformer.h):
-        weight, bias = dense_projection(block.attn)
-        state |= {f'transformer.h.{i}.attn.c_attn.weight': weight, f'transformer.h.{i}.attn.c_attn.bias': bias}
+        factored = {name: layer for name, layer in block.named_modules() if isinstance(layer, LowRankLinear)}
+        dense = {name: (layer.weight, layer.bias) for name, layer in factored.items()}
+        for name, (weight, bias) in (dense | {'attn.c_attn': dense_projection(block.attn)}).items():
+            state |= {f'transformer.h.{i}.{name}.weight': weight, f'transformer.h.{i}.{name}.bias': bias}
     return {name: state[name] for name in names}
 
 
@@ -122,6 +110,9 @@ def dense_projection(attn):
     """nanoGPT's c_attn that does what this attention's does: weight (3C, C), and bias, (3C) or None."""
     c_attn = attn.c_attn
     w_v = (attn.value_weight() if attn.svd_scope == 'weight' else c_attn.value_weight()).flatten(0, 1)
+    if isinstance(c_attn, SplitProjection):
+        weight, bias = fuse((c_attn.c_q, c_attn.c_k, c_attn.c_v))
+        return torch.cat((*weight.chunk(3)[:2], w_v)), bias
     if isinstance(c_attn, QKVProjection):
         return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
     b = c_attn.query.bias
@@ -140,6 +131,14 @@ def to_gpt2(model, saved, meta, remarks):
         except UserError as e:
             meta = None
             remarks.append(f'left out: the tokenizer, which is that of gpt2 on the hub ({e})')
+    return lambda folder: pretrained.write(folder, config, state, meta)
+
+
+def to_safetensors(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added."""
+    config, state = pretrained.to_own(asdict(model.config), model.state_dict())
+    remarks.append('left out: the optimizer state' + ('' if model.svd_basis is None else ', and the basis from which '
+                                                      "'randomized' starts"))
     return lambda folder: pretrained.write(folder, config, state, meta)
 
 
@@ -176,7 +175,7 @@ def adamw_state(model, saved, remarks):
     fresh, own = (model.configure_optimizers(options['weight_decay'], options['learning_rate'], betas, 'cpu')
                   for _ in range(2))
     try:
-        if model.config.svd_truncates or model.config.use_mla:
+        if model.config.svd_truncates or model.config.use_mla or model.config.layer_ranks:
             raise ValueError('it belongs to the weights before that')
         if 'optimizer' not in saved:
             raise ValueError('the checkpoint has none')

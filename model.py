@@ -1,6 +1,6 @@
 """
 A GPT in one file, nanoGPT's parameter for parameter (github.com/karpathy/nanoGPT, MIT), whose attention can replace
-its value matrix V by a truncated SVD of it, and make keys and values from one latent a token (MLA).
+its value matrix V by a truncated SVD of it, make keys and values from one latent a token (MLA), and factor its layers.
 
 Where the SVD happens: `CausalSelfAttention.apply_svd_to_v` ('sequence', 'causal': on V) and `.value_weight` ('weight':
 on the projection). It makes training slower, never faster; full rank is exact: docs/SVD.md. Where MLA happens:
@@ -21,17 +21,18 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from lowrank import subspace
-from lowrank.cache import KeyValueCache, LatentCache
+from lowrank.cache import KeyValueCache, LatentCache, check_room
+from lowrank.layers import LowRankLinear, SplitProjection, split_heads
+from lowrank.linear import Linear, linear
 from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank, energy_kept, leading_eigenvectors,
                          low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
-from runtime.config import at_least
+from runtime.config import at_least, check_all
 from runtime.draw import stream
-from runtime.linear import Linear, linear
+from runtime.optim import adamw
 
-SCOPES = ('sequence', 'causal', 'weight')
-GELUS = ('exact', 'tanh')
+SCOPES, GELUS = ('sequence', 'causal', 'weight'), ('exact', 'tanh')
 
 
 @dataclass
@@ -58,9 +59,10 @@ class GPTConfig:
                               "'sequence' scope removes the reward for hiding the future in it"] = True
     svd_power_iters: Annotated[int, "'randomized': products with V^T V before the last, from a random start"] = 2
     svd_oversample: Annotated[int, "'randomized': more columns in a random start than rank + 4"] = 0
-    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from one latent a token, all that is '
-                       'cached'] = False
+    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from one latent a token'] = False
     mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
+    layer_ranks: Annotated[dict[str, int] | None, 'layers that are products of two smaller ones -> their rank, like '
+                           "{'h.0.mlp.c_fc': 64}; compress.py makes them"] = None
 
     def __post_init__(self):
         at_least(self, block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, svd_block=1, svd_power_iters=0,
@@ -78,6 +80,24 @@ class GPTConfig:
         for name, valid in (('gelu', GELUS), ('svd_method', METHODS), ('svd_scope', SCOPES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f'{name}={getattr(self, name)!r}: unknown (valid: {", ".join(valid)})')
+        for name, rank in (self.layer_ranks or {}).items():
+            shape = self.layer_shape(name)
+            if shape is None or not 1 <= rank <= min(shape):
+                valid = f'must be 1 to {min(shape)}' if shape else "no such layer (nearest: 'h.0.mlp.c_fc')"
+                raise ValueError(f'layer_ranks={{{name!r}: {rank}}}: {valid}')
+
+    @property
+    def layer_shapes(self):
+        """The layers of a block that can be products of two -> shape (m, n) of their weight."""
+        C, square = self.n_embd, ('query',) if self.use_mla else ('c_q', 'c_k', 'c_v')
+        shapes = {f'attn.c_attn.{name}': (C, C) for name in square} | {'attn.c_proj': (C, C)}
+        return shapes | {'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
+
+    def layer_shape(self, name):
+        """The same of one that `layer_ranks` names, like 'h.0.mlp.c_fc'; None: there is no such layer."""
+        layer, _, part = name.removeprefix('h.').partition('.')
+        known = layer.isdecimal() and name == f'h.{int(layer)}.{part}' and int(layer) < self.n_layer
+        return self.layer_shapes.get(part) if known else None
 
     @property
     def latent_dim(self):
@@ -157,26 +177,20 @@ class LatentProjection(nn.Module):
         return LatentCache(shape, self.k_up.weight.unflatten(0, (self.n_head, -1)), w_v, self.v_up.bias, causal, **kind)
 
 
-def split_heads(n_head, *tensors):
-    """Each (B, T, nh n) -> (B, nh, T, n)."""
-    return tuple(t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in tensors)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_attn = (LatentProjection if config.use_mla else QKVProjection)(config)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.head_size, self.dropout = config.n_head, config.n_embd // config.n_head, config.dropout
         # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
         self.svd_scope = config.svd_scope if config.svd_truncates else None
         self.svd_rank, self.svd_method, self.svd_block = config.svd_rank, config.svd_method, config.svd_block
         self.svd_basis_grad, self.running_basis = config.svd_basis_grad, None
         self.svd_sketch = dict(power_iters=config.svd_power_iters, oversample=config.svd_oversample)
         if self.svd_scope in ('sequence', 'causal') and self.svd_method == 'randomized':
-            hs = config.n_embd // config.n_head
-            self.running_basis = subspace.RunningBasis(config.n_head, hs, self.svd_rank, **self.svd_sketch)
+            self.running_basis = subspace.RunningBasis(self.n_head, self.head_size, self.svd_rank, **self.svd_sketch)
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C); only_last: the last position's alone, (B, 1, C). With a cache (`new_cache`), x
@@ -185,8 +199,7 @@ class CausalSelfAttention(nn.Module):
         q = q[:, :, -1:] if only_last else q
         if cache is None:
             k, v = kept[0], self.apply_svd_to_v(kept[1])            # (B, nh, T, hs)
-            p = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=not only_last)   # (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=not only_last)
         else:
             y = cache.attend(q, *kept)                              # (B, nh, T, hs)
         y = y.transpose(1, 2).flatten(2)                            # (B, nh, T, hs) -> (B, T, C), heads side by side
@@ -237,10 +250,10 @@ class CausalSelfAttention(nn.Module):
     def new_cache(self, batch, tokens, device=None):
         """Room for `tokens` tokens of `batch` sequences (lowrank/cache.py), in the dtype that keys and values will
         have. Not for 'sequence' scope that truncates. device None: the weights'."""
-        weight, factors, causal = self.c_proj.weight, None, None
+        weight, factors, causal = next(self.parameters()), None, None
         cast = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64  # which it leaves alone
         dtype = torch.get_autocast_dtype(weight.device.type) if cast else weight.dtype
-        shape = (batch, self.n_head, tokens, weight.size(0) // self.n_head)
+        shape = (batch, self.n_head, tokens, self.head_size)
         if self.svd_scope == 'weight':
             factors = low_rank_factors(self.c_attn.value_weight(), **self.svd_options())        # A, B of each head
         elif self.svd_scope == 'causal':
@@ -275,7 +288,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
+class GPT(subspace.RunningBases, nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -288,14 +301,23 @@ class GPT(nn.Module):
         ))
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight           # tied, as in GPT-2
+        for name, rank in (config.layer_ranks or {}).items():
+            self.set_layer(name, LowRankLinear(*config.layer_shape(name)[::-1], rank, config.bias))
         self.init_weights()
 
-    @torch.no_grad()
+    def set_layer(self, name, layer):
+        """Put a layer in the place of one that config.layer_ranks can name; a fused c_attn is split for it."""
+        attn = self.transformer.h[int(name.split('.')[1])].attn
+        if '.c_attn.' in name and isinstance(attn.c_attn, QKVProjection):
+            attn.c_attn = SplitProjection(attn.c_attn)
+        self.transformer.set_submodule(name, layer)
+
     def init_weights(self):
         """GPT-2's initialisation: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections that write to the
         residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)), one factor for each of its 2 n_layer
-        additions. Draws in nanoGPT's order, so equal seeds give equal weights. MLA's W_a has orthogonal rows and
-        entries of 1 / sqrt(d): products with U_k, U_v have 0.02 and move as far with these as W_k and W_v would."""
+        additions. Draws in nanoGPT's order, so equal seeds give equal weights. In a product that is the second's, the
+        first (MLA's W_a, a LowRankLinear's A) has orthogonal rows with entries of 1 / sqrt(rank): so the product has
+        it, too, and moves as far with the second as a single weight would."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -303,10 +325,12 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
         for block in self.transformer.h:
             for module in (block.attn, block.mlp):
-                nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            if self.config.use_mla:
-                gain = math.sqrt(self.config.n_embd / self.config.latent_dim)
-                nn.init.orthogonal_(block.attn.c_attn.kv_down.weight, gain)
+                last = getattr(module.c_proj, 'B', module.c_proj)
+                nn.init.normal_(last.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            for module in block.modules():
+                if isinstance(module, (LowRankLinear, LatentProjection)):
+                    first = module.A if isinstance(module, LowRankLinear) else module.kv_down
+                    nn.init.orthogonal_(first.weight, math.sqrt(first.in_features / first.out_features))
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.
@@ -319,13 +343,7 @@ class GPT(nn.Module):
         if cache and torch.is_grad_enabled():                       # its rows are written in place
             with torch.no_grad():
                 return self.forward(idx, targets, cache)
-        T, start = idx.size(1), cache[0].length if cache else 0
-        if not 1 <= T <= self.config.block_size - start:
-            raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to block_size={self.config.block_size}')
-        if start and T > 1:
-            raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
-        if cache and len(idx) not in (1, cache[0].batch):
-            raise ValueError(f'cannot add {len(idx)} sequences to a cache of {cache[0].batch}')
+        T, start = idx.size(1), check_room(cache, idx, self.config.block_size)
         pos = torch.arange(start, start + T, device=idx.device)     # (T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))        # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -372,15 +390,15 @@ class GPT(nn.Module):
     def flops_per_token(self, tokens, decode=False):
         """Floating-point operations of the forward pass for one token, additions and multiplications: the mean of a
         prompt of `tokens` tokens, or decode: of the token after as many. Matrices and attention; not the SVD."""
-        c, block = self.config, self.transformer.h[0]
-        a_block, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
-                               for part in (block, block.attn.c_attn))
+        c, h = self.config, self.transformer.h
+        *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
+                                     for part in (*h, h[-1].attn.c_attn))
         head, pairs = self.lm_head.weight.numel(), tokens * (tokens + 1) // 2                   # of query and key
         if decode:                                                  # absorbed: each head meets the whole latent
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
-            return 2 * (c.n_layer * a_block + head) + 4 * c.n_layer * width * (tokens + 1)
-        once = a_block - projection + head + 2 * c.n_embd * tokens  # last layer: only the last position goes on
-        return 2 * ((c.n_layer - 1) * (a_block + 2 * c.n_embd * pairs / tokens) + projection + once / tokens)
+            return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
+        once = last - projection + head + 2 * c.n_embd * tokens     # last layer: only the last position goes on
+        return 2 * (sum(blocks) + 2 * c.n_embd * pairs / tokens * len(blocks) + projection + once / tokens)
 
     def attention_params(self):
         """Number of parameters of all attention layers."""
@@ -399,11 +417,8 @@ class GPT(nn.Module):
                                                             freeze=False)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """nanoGPT's AdamW: one group that decays (everything with two dimensions), one that does not, in its order of
-        parameters, so optimizer states move between the two repos. Fused where the device has the kernel."""
-        groups = [{'params': [p for p in self.parameters() if p.requires_grad and (p.dim() >= 2) == decays],
-                   'weight_decay': weight_decay if decays else 0.0} for decays in (True, False)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
+        """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the kernel."""
+        return adamw(self.parameters(), weight_decay, learning_rate, betas, device_type)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
         """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds, as a fraction of flops_promised a second
@@ -416,6 +431,7 @@ class GPT(nn.Module):
     def from_checkpoint(cls, saved, **overrides):
         """The model of a checkpoint dict, this repo's or nanoGPT's: its `model_args` and `model` (a state dict) are all
         that is needed. overrides: fields that add no parameters. Raises ValueError where the three do not fit."""
+        check_all(GPTConfig, saved['model_args'], saved.get('path', 'model_args'))
         args, state = fitting_weights(saved, GPTConfig.__dataclass_fields__)
         model = cls(GPTConfig(**{**args, **overrides}))
         load_weights(model, state)
@@ -425,26 +441,10 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
-        hub, or a folder in their format, whose resid_pdrop is the dropout. override_args: fields that add no parameters
-        (dropout, the SVD options). Raises ValueError for other names and fields, and what cannot be had or used."""
-        for key, value in (override_args or {}).items():
-            if key != 'dropout' and 'svd' not in key:
-                fixed = key in GPTConfig.__dataclass_fields__
-                raise ValueError(f'{key}={value}: the shape of {name_or_folder} is fixed' if fixed else
-                                 f'{key}: no such field')
+        hub, or a folder in their format, whose resid_pdrop is the dropout, or in export.py's. override_args: dropout
+        and SVD options. Raises ValueError for other names and fields, and what cannot be had or used."""
+        for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
+            raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
+                             GPTConfig.__dataclass_fields__ else f'{key}: no such field')
         args, state = pretrained.read(name_or_folder)
-        return cls.from_checkpoint({'model_args': args, 'model': state}, **override_args or {})
-
-    def advance_svd_basis(self, average=None, completed=True):
-        """To be called after every optimizer step: 'randomized' starts the next one from this one's V, else every step
-        from the same random basis. average: of a tensor over processes; completed: False if nothing was updated."""
-        subspace.advance(subspace.running_bases(self), average, completed)
-
-    @property
-    def svd_basis(self):
-        """Where 'randomized' starts, (n_layer, nh, hs, k), None before the first step. None, or another shape: cold."""
-        return subspace.saved_state(subspace.running_bases(self))
-
-    @svd_basis.setter
-    def svd_basis(self, bases):
-        subspace.load_state(subspace.running_bases(self), bases)
+        return cls.from_checkpoint(dict(model_args=args, model=state, path=name_or_folder), **override_args or {})

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from model import GPT, METHODS, SCOPES, GPTConfig
+from model import GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
@@ -151,7 +151,6 @@ def load_model(cfg, svd):
         if cfg.init_from == 'resume':
             path = ckpt.find(cfg.out_dir)
             saved = ckpt.load(path)
-            configuration.check_all(GPTConfig, saved['model_args'], path)
             model = GPT.from_checkpoint(saved, **svd)
             meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
             best = float(saved.get('best_val_loss', float('nan')))

@@ -358,8 +358,8 @@ def build_model(cfg, set_by, saved, data, device, say):
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS}))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
-    else:
-        model = GPT.from_pretrained(cfg.init_from, free)
+    else:                                                               # a folder may say what its SVD is
+        model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in FREE_KEYS if k in set_by or k == 'dropout'})
     shape = asdict(model.config)
     for key in set(MODEL_KEYS) - set(FREE_KEYS):
         cropped = key == 'block_size' and cfg.block_size < shape[key]
@@ -413,10 +413,10 @@ def get_lr(it, cfg):
 
 def describe(cfg, model, data, device, dtype, processes):
     """What is about to happen, in a few lines."""
-    say = processes.print
-    c = model.config
+    say, c = processes.print, model.config
+    factored = f', {len(c.layer_ranks)} layers of two factors' if c.layer_ranks else ''
     say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary '
-        f'{c.vocab_size}: {model.get_num_params():,} parameters; {device}, {dtype}, seed {cfg.seed}')
+        f'{c.vocab_size}: {model.get_num_params():,} parameters{factored}; {device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')

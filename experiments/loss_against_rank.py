@@ -38,7 +38,7 @@ from runtime import plots
 from runtime.config import UserError
 from runtime.dataset import locate
 from runtime.files import write_atomically
-from runtime.linear import Linear
+from lowrank.linear import Linear
 from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')

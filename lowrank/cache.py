@@ -187,3 +187,16 @@ class CausalValues(ExpandedValues):
                 v = v.to(gram_dtype(v.dtype, v.device))
                 self.bases[self.known] = self.leading(v.mT @ v)
             self.known += 1
+
+
+def check_room(cache, idx, block_size):
+    """The number of tokens in the layers' caches, 0 without: where idx (B, T) starts. Raises ValueError where that does
+    not fit: a prompt comes first, then one token at a time, block_size in all."""
+    T, start = idx.size(1), cache[0].length if cache else 0
+    if not 1 <= T <= block_size - start:
+        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to block_size={block_size}')
+    if start and T > 1:
+        raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
+    if cache and len(idx) not in (1, cache[0].batch):
+        raise ValueError(f'cannot add {len(idx)} sequences to a cache of {cache[0].batch}')
+    return start

@@ -119,6 +119,24 @@ def load_state(bases, saved):
         own.warm = bool(fits)
 
 
+class RunningBases:
+    """What a model has of its layers' RunningBasis: to be inherited from beside nn.Module."""
+
+    def advance_svd_basis(self, average=None, completed=True):
+        """To be called after every optimizer step: 'randomized' starts the next one from this one's V, else every step
+        from the same random basis. average: of a tensor over processes; completed: False if nothing was updated."""
+        advance(running_bases(self), average, completed)
+
+    @property
+    def svd_basis(self):
+        """Where 'randomized' starts, (n_layer, nh, hs, k), None before the first step. None, or another shape: cold."""
+        return saved_state(running_bases(self))
+
+    @svd_basis.setter
+    def svd_basis(self, bases):
+        load_state(running_bases(self), bases)
+
+
 def _orthonormal(y, passes=1):
     """Cholesky QR: y (..., n, l) -> q (..., n, l) and r^-1 (..., l, l), upper triangular, with q = y r^-1. The jitter
     makes up for rounding, so that the factor exists; directions of y that it outweighs come out short, unless a second

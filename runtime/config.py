@@ -1,10 +1,10 @@
 """Configuration: defaults < config files < --key=value, checked against the annotations of a dataclass.
 
-A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...] or a union
-of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be written bare,
---name, and so may a `bool | str` that can name a file as well. Config files are Python run from top to bottom; they may
-read the values before them by name, import modules and use names that start with an underscore. Everything wrong raises
-UserError, whose text is one line: what, where, the nearest valid choice.
+A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...], dict[str,
+int] or a union of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be
+written bare, --name, and so may a `bool | str` that can name a file as well. Config files are Python run from top to
+bottom; they may read the values before them by name, import modules and use names that start with an underscore.
+Everything wrong raises UserError, whose text is one line: what, where, the nearest valid choice.
 """
 
 import ast
@@ -155,6 +155,11 @@ def matches(value, hint):
         return any(type(value) is type(a) and value == a for a in get_args(hint)), value
     if hint is type(None):
         return value is None, None
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict) or not all(matches(v, h)[0] for item in value.items()
+                                                  for v, h in zip(item, get_args(hint))):
+            return False, None
+        return True, {k: matches(v, get_args(hint)[1])[1] for k, v in value.items()}
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool, value
     try:
@@ -181,6 +186,8 @@ def describe(hint):
         return ' or '.join(describe(h) for h in get_args(hint))
     if get_origin(hint) is Literal:
         return ' or '.join(repr(a) for a in get_args(hint))
+    if get_origin(hint) is dict:
+        return "a dict of names and whole numbers, like {'name': 1}"
     return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}.get(hint, 'None')
 
 

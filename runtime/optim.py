@@ -17,6 +17,15 @@ def gpt_groups(model, weight_decay):
     return groups
 
 
+def adamw(params, weight_decay, learning_rate, betas, device_type):
+    """AdamW in two groups, what has two dimensions and decays, and what does not, each in the order given: nanoGPT's,
+    so that optimizer states move between the two repos."""
+    params = [p for p in params if p.requires_grad]
+    groups = [{'params': [p for p in params if (p.dim() >= 2) == decays], 'weight_decay': weight_decay * decays}
+              for decays in (True, False)]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) whose orthogonalisation may run in float32.
 

@@ -13,6 +13,10 @@ PLACES = [(0, 8, 'center', 'bottom'), (0, -8, 'center', 'top'), (8, 0, 'left', '
           (0, -36, 'center', 'top')]
 LOOKS = ('o', 's', '^', 'D')
 
+Line = namedtuple('Line', 'x y number')             # number: a whole one, which gives the colour
+Panel = namedtuple('Panel', 'lines level upright')  # level, upright: guide lines, label -> their y or x
+PanelRow = namedtuple('PanelRow', 'y_label y_scale panels')         # panels: title -> Panel
+
 
 def require_matplotlib(option):
     """Raises UserError where there is none."""
@@ -54,6 +58,59 @@ def scatter_panels(path, panels, x_label, y_label, floor, floor_label, caption):
     canvas.draw()                                                   # labels need the places of all points
     for ax, points in zip(axes, panels.values()):
         _label(ax, points, floor, canvas.get_renderer())
+    _save(figure, path)
+
+
+def line_panels(path, rows, x_label, number_label, title):
+    """Write a PNG, path may be a binary file, too: PanelRows below each other with the same titles, axes shared along
+    rows and columns. Lines are coloured from the smallest number to the largest. Level guide lines are dashed and
+    labelled at the right end of the row, upright ones dotted and labelled at the bottom, left of them. Raises UserError
+    where the file cannot be written."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+    width = len(rows[0].panels)
+    figure = Figure(figsize=(1.4 + 2.3 * width, 0.9 + 2.7 * len(rows)), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), width, sharex=True, sharey='row', squeeze=False)
+    numbers = [line.number for row in rows for panel in row.panels.values() for line in panel.lines]
+    first, count = min(numbers), max(numbers) - min(numbers) + 1
+    # without the last tenth, a yellow that white paper swallows
+    colours = ListedColormap([colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)])
+    for row, own in zip(rows, axes):
+        for ax, panel in zip(own, row.panels.values()):
+            ax.set_yscale(row.y_scale)
+            ax.margins(x=0.02)
+            ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))  # short ones: the next panel is near
+            ax.grid(True, which='major', color='0.9')
+            ax.set_axisbelow(True)
+            for x, y, number in panel.lines:
+                ax.plot(x, y, color=colours(number - first), lw=1.2, marker='o' if len(x) == 1 else None)
+            for label, y in panel.level.items():
+                ax.axhline(y, color='0.35', ls='--', lw=0.8)
+                if ax is own[-1]:
+                    ax.annotate(label, (1, y), (3, 0), xycoords=ax.get_yaxis_transform(), textcoords='offset points',
+                                va='center', fontsize=7, color='0.35')
+            for label, x in panel.upright.items():
+                ax.axvline(x, color='0.35', ls=':', lw=1.2)
+                ax.annotate(label, (x, 0), (-3, 4), xycoords=ax.get_xaxis_transform(), textcoords='offset points',
+                            rotation=90, ha='right', va='bottom', fontsize=8, color='0.35')
+        own[0].set_ylabel(row.y_label)
+    for ax, name in zip(axes[0], rows[0].panels):
+        ax.set_title(name, fontsize=10)
+    if count > 1:
+        scale = ScalarMappable(BoundaryNorm([first - 0.5 + i for i in range(count + 1)], count), colours)
+        bar = figure.colorbar(scale, ax=axes, label=number_label, ticks=MaxNLocator(integer=True), aspect=40, pad=0.01)
+        bar.minorticks_off()
+    figure.supxlabel(x_label, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _save(figure, path):
     try:
         figure.savefig(path, format='png')
     except OSError as e:

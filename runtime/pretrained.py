@@ -1,7 +1,8 @@
-"""Models in Hugging Face's GPT-2 format: config.json, model.safetensors and tokenizer.json, in a folder or by name.
+"""Models as config.json, model.safetensors and tokenizer.json: Hugging Face's GPT-2 format, in a folder or by name, and
+this repo's own, in a folder, for what no GPT-2 has (an SVD of V, latents, products in the place of layers).
 
-What is read has one shape only, OpenAI's: everything else that such a config.json can ask for, and files that are
-damaged, incomplete or of another model, raise UserError. Nothing is unpickled and no code of a folder is run.
+What is read of the first has one shape only, OpenAI's: everything else that such a config.json can ask for, and files
+that are damaged, incomplete or of another model, raise UserError. Nothing is unpickled and no code of a folder is run.
 """
 
 import difflib
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from runtime import download
@@ -37,6 +38,7 @@ BUFFERS = ('.attn.bias', '.attn.masked_bias')                               # ca
 # sha256 of GPT-2's tokens in the order of their ids, then its merges, a line each
 GPT2_BPE = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
 END = '<|endoftext|>'
+OWN = 'lowrank-gpt'                                                         # the model_type of this repo's own format
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,11 +64,14 @@ def check_name(name, others=()):
 
 def read(name):
     """-> model_args, state dict (float32), both with nanoGPT's names. A folder, else the Hugging Face cache, else the
-    hub. Every size is checked before a weight is read. Raises UserError."""
+    hub. Of Hugging Face's format every size is checked before a weight is read. Raises UserError."""
     check_name(name)
     try:
         if is_folder(name):
-            config = DEFAULTS | _read_json(Path(name) / 'config.json')
+            config = _read_json(Path(name) / 'config.json')
+            if config.get('model_type') == OWN:
+                return _read_own(config, Path(name) / WEIGHTS)
+            config = DEFAULTS | config
             files = _files(Path(name))
         else:
             config, files = DEFAULTS | dict(resid_pdrop=0.0) | MODELS[name], [_from_hub(name)]
@@ -89,6 +94,42 @@ def _read_json(path):
     if not isinstance(content, dict):
         raise ValueError(f'{path.name} is damaged: no object')
     return content
+
+
+def _read_own(config, file):
+    """-> model_args, state dict. Whether they fit each other is for the model to say. Raises ValueError."""
+    args, weights = config.get('model_args'), {}
+    if not isinstance(args, dict):
+        raise ValueError('its config.json has no model_args')
+    with _opened(file) as f:
+        for name in f.keys():
+            weights[name] = _checked(name, f.get_slice(name).get_dtype(), f.get_tensor(name))
+    if 'transformer.wte.weight' not in weights:
+        raise ValueError(f'{file.name} lacks weights: transformer.wte.weight')
+    return args, weights | {'lm_head.weight': weights['transformer.wte.weight']}
+
+
+@contextmanager
+def _opened(file):
+    """A safetensors file. Raises ValueError for one that is damaged or cannot be read, also within the block."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, 'pt') as f:
+            yield f
+    except SafetensorError as e:
+        raise ValueError(f'{Path(file).name} is damaged, or not in safetensors format: {one_line(e)}') from None
+    except OSError as e:
+        raise ValueError(f'{Path(file).name} cannot be read: {e.strerror or one_line(e)}') from None
+
+
+def _checked(name, dtype, tensor):
+    """The tensor in float32. Raises ValueError for what is no weight."""
+    if dtype not in ('F64', 'F32', 'F16', 'BF16'):
+        raise ValueError(f'{name}: numbers of type {dtype} in the file, must be floating-point')
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f'{name} is not finite')
+    return tensor
 
 
 def _files(folder):
@@ -156,44 +197,34 @@ def _shapes(config):
 def _read_weights(files, config):
     """Name -> float32 tensor: all that config asks for, without the prefix 'transformer.', and without lm_head, which
     is wte. Raises ValueError for what is missing, unknown, of another shape, or not finite."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with ExitStack() as stack:
-            found = {}                                              # name -> file, name there
-            for file in files:
-                f = stack.enter_context(safe_open(file, 'pt'))
-                for stored in f.keys():
-                    name = stored.removeprefix('transformer.')
-                    if name in found:
-                        raise ValueError(f'{Path(file).name} has {name} a second time')
-                    if not name.endswith(BUFFERS):
-                        found[name] = f, stored
-            layers = len({name.split('.')[1] for name in found if name.startswith('h.')})
-            if layers != config['n_layer']:                         # before a name is made for each of 10 ** 9
-                raise ValueError(f'n_layer={shown(config["n_layer"])[:40]} in config.json, and {layers} layers in the '
-                                 'file')
-            shapes = _shapes(config)
-            if 'lm_head.weight' in found or config['tie_word_embeddings'] is False:
-                shapes['lm_head.weight'] = shapes['wte.weight']
-            for what, names in (('lacks', shapes.keys() - found), ('has unknown', found.keys() - shapes)):
-                if names:
-                    raise ValueError(f'{Path(files[0]).name} {what} weights: {", ".join(sorted(names)[:3])}'
-                                     + (f' and {len(names) - 3} more' if len(names) > 3 else ''))
-            for name in shapes:
-                f, stored = found[name]
-                shape, dtype = tuple(f.get_slice(stored).get_shape()), f.get_slice(stored).get_dtype()
-                if shape != shapes[name]:
-                    raise ValueError(f'{name}: shape {shape} in the file, {shapes[name]} in the model')
-                if dtype not in ('F64', 'F32', 'F16', 'BF16'):
-                    raise ValueError(f'{name}: numbers of type {dtype} in the file, must be floating-point')
-            weights = {name: f.get_tensor(stored).float() for name, (f, stored) in found.items()}
-    except SafetensorError as e:
-        raise ValueError(f'{Path(files[0]).name} is damaged, or not in safetensors format: {one_line(e)}') from None
-    except OSError as e:
-        raise ValueError(f'{Path(files[0]).name} cannot be read: {e.strerror or one_line(e)}') from None
-    for name, w in weights.items():
-        if not w.isfinite().all():
-            raise ValueError(f'{name} is not finite')
+    with ExitStack() as stack:
+        found = {}                                                  # name -> file, name there
+        for file in files:
+            f = stack.enter_context(_opened(file))
+            for stored in f.keys():
+                name = stored.removeprefix('transformer.')
+                if name in found:
+                    raise ValueError(f'{Path(file).name} has {name} a second time')
+                if not name.endswith(BUFFERS):
+                    found[name] = f, stored
+        layers = len({name.split('.')[1] for name in found if name.startswith('h.')})
+        if layers != config['n_layer']:                             # before a name is made for each of 10 ** 9
+            raise ValueError(f'n_layer={shown(config["n_layer"])[:40]} in config.json, and {layers} layers in the '
+                             'file')
+        shapes = _shapes(config)
+        if 'lm_head.weight' in found or config['tie_word_embeddings'] is False:
+            shapes['lm_head.weight'] = shapes['wte.weight']
+        for what, names in (('lacks', shapes.keys() - found), ('has unknown', found.keys() - shapes)):
+            if names:
+                raise ValueError(f'{Path(files[0]).name} {what} weights: {", ".join(sorted(names)[:3])}'
+                                 + (f' and {len(names) - 3} more' if len(names) > 3 else ''))
+        for name in shapes:
+            f, stored = found[name]
+            shape = tuple(f.get_slice(stored).get_shape())
+            if shape != shapes[name]:
+                raise ValueError(f'{name}: shape {shape} in the file, {shapes[name]} in the model')
+        weights = {name: _checked(name, f.get_slice(stored).get_dtype(), f.get_tensor(stored))
+                   for name, (f, stored) in found.items()}
     if not weights.get('lm_head.weight', weights['wte.weight']).equal(weights['wte.weight']):
         raise ValueError('lm_head.weight and wte.weight differ, which are one tensor here')
     weights.pop('lm_head.weight', None)
@@ -249,7 +280,7 @@ def _bpe_hash(vocab, merges):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# nanoGPT's names and Hugging Face's
+# nanoGPT's names and Hugging Face's; this repo's own format has nanoGPT's
 
 def _from_gpt2(config, weights):
     """-> model_args, state dict. Models without biases come back without: `to_gpt2` leaves a mark, and it holds as long
@@ -280,6 +311,12 @@ def to_gpt2(args, state):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # writing
+
+def to_own(args, state):
+    """model_args and the state dict of any model of this repo -> config, weights for `write`."""
+    return (dict(model_type=OWN, model_args=args, n_positions=args['block_size']),
+            {name: w for name, w in state.items() if name != 'lm_head.weight'})
+
 
 def write(folder, config, weights, meta):
     """Fill an empty folder: config.json, model.safetensors and, unless meta is None, the two files of its tokenizer.

@@ -84,3 +84,10 @@ def peak_bytes(f, device):
             events = [event for event in json.load(file)['traceEvents'] if event.get('name') == '[memory]']
     return max(itertools.accumulate(event['args']['Bytes'] for event in sorted(events, key=lambda e: e['ts'])),
                default=0)
+
+
+def generation(model, prompt, tokens, device):
+    """Continue prompt (B, T) by the likeliest tokens -> seconds for the prompt and the first one, seconds for each of
+    the other tokens - 1."""
+    stream = model.stream(prompt, tokens, temperature=0, use_cache=not model.config.svd_sees_future)
+    return timed(lambda: next(stream), device), timed(lambda: [*stream], device) / (tokens - 1)

@@ -165,7 +165,7 @@ def test_what_is_only_checked_elsewhere_holds_here_too(tmp_path, kind):
     rows = {name: f() for group in (check.methods, check.device_against_cpu, check.causality, check.no_truncation,
                                     check.resume) for name, f in group(setup)}
     assert all(ok for ok, _ in rows.values()), rows
-    assert sum(name.startswith('cpu = CPU') for name in rows) == 3 + len(METHODS) * len(SCOPES)      # two with latents
+    assert sum(name.startswith('cpu = CPU') for name in rows) == 4 + len(METHODS) * len(SCOPES)      # two with latents
     assert ('resumed run = uninterrupted run, float16' in rows) == (kind == 'cuda')
 
 
@@ -179,7 +179,7 @@ def test_compilation_is_skipped_with_the_reason_where_nothing_compiles(run, monk
     code, _, rows = run(check.compiled)
     assert code == 0 and {row['detail'] for row in rows.values()} == {
         'not even x + 1 compiles here (RuntimeError: No working C++ compiler found)'}
-    assert len(rows) == 3 + len(METHODS) * len(SCOPES) and {row['verdict'] for row in rows.values()} == {'skip'}
+    assert len(rows) == 4 + len(METHODS) * len(SCOPES) and {row['verdict'] for row in rows.values()} == {'skip'}
 
 
 def test_a_model_that_does_not_compile_where_others_do_fails(run, monkeypatch):

@@ -13,11 +13,12 @@ BASELINE = dict(use_svd=False)
 LATENTS = [dict(use_svd=True, svd_method=method, svd_scope=scope, use_mla=True, mla_latent_dim=3) for method, scope in (
     ('gram', 'causal'), ('standard', 'sequence'), ('gram', 'weight'), ('randomized', 'causal'))]
 LATENTS += [dict(use_svd=False, use_mla=True, mla_latent_dim=3)]
+FACTORS = dict(use_svd=False, layer_ranks={'h.0.attn.c_attn.c_v': 3, 'h.0.attn.c_proj': 4, 'h.0.mlp.c_fc': 5})
 half = pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
 
 
 def name(options):
-    names = {'use_mla': 'latents'}
+    names = {'use_mla': 'latents', 'layer_ranks': 'factors'}
     unsaid = ('use_svd', 'mla_latent_dim')
     return ', '.join(names.get(k, str(v)) for k, v in options.items() if k not in unsaid) or 'baseline'
 
@@ -66,7 +67,7 @@ def assert_close(ours, expected, tolerance):
     BASELINE, *(pytest.param({**options, 'svd_basis_grad': basis_grad}, marks=[pytest.mark.slow] * (
         not basis_grad or name(options) in ('randomized, sequence', 'randomized, weight')))
         for options in SVDS for basis_grad in (True, False) if basis_grad or options['svd_method'] in EXACT_METHODS),
-    LATENTS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in LATENTS[1:])], ids=name)
+    LATENTS[0], FACTORS, *(pytest.param(o, marks=pytest.mark.slow) for o in LATENTS[1:])], ids=name)
 def test_the_compiled_model_is_the_model(fresh, options, backend):
     """fullgraph: a graph break raises. aot_eager traces forward and backward and runs them in torch's own kernels, so
     to the bit; inductor makes kernels that add in another order, needs a compiler and is slow."""

@@ -1,10 +1,11 @@
-"""compress.py: ordinary attention to MLA; exact at full width, better than the SVD of the weights below it."""
+"""compress.py, the command: what it writes, says and refuses, and what its methods lose of a trained model."""
 
+import json
+import math
 import os
-from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,21 @@ from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
 from runtime.run import lock
+from test_compress_layers import difference
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MLA = ('--to=mla', '--device=cpu', '--calibration_tokens=512')
 LEARN = '--max_iters=100 --lr_decay_iters=100 --eval_interval=100 --learning_rate=2e-2 --optimizer=muon'.split()
+
+
+TEXT_OF = compress.text_of
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Timings and samples, which take longer than all else, are only looked at where the report is."""
+    monkeypatch.setattr(compress, 'ROUNDS', 2)
+    monkeypatch.setattr(compress, 'text_of', lambda *args: 'a text')
 
 
 @pytest.fixture(scope='module')
@@ -54,29 +66,28 @@ def convert(call):
     return convert
 
 
-def settings(**changes):
-    return SimpleNamespace(**dict(calibration_tokens=128, seed=1337) | changes)
+@pytest.fixture
+def shrink(call):
+    """shrink(*options) -> what compress.py prints, and its report, which must be strict JSON."""
+    def shrink(*options, save_dir='out-lowrank'):
+        result = call(compress.main, '--device=cpu', '--calibration_tokens=512', f'--save_dir={save_dir}', *options)
+        assert result.code == 0, result.err
+        return result.out, report_of(save_dir)
+    return shrink
 
 
-def random_model(dtype=torch.float32, **options):
-    """Weights and biases of a size that makes every one of them count."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=17) | options))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=.3)
-    return model.to(dtype).eval().requires_grad_(False)
+def report_of(folder):
+    def refuse(word):
+        raise ValueError(f'{word} is not JSON')
+    return json.loads(Path(folder, 'compress.json').read_text(), parse_constant=refuse)
 
 
-def converted(model, latent, statistics):
-    return compress.to_mla(model, GPTConfig(**asdict(model.config) | dict(use_mla=True, mla_latent_dim=latent)),
-                           statistics).eval()
+def untimed(report):
+    return {k: v for k, v in report.items() if k not in ('seconds', 'finetune_seconds', 'speed', 'options')}
 
 
-def difference(a, b):
-    """Largest difference of logits on tokens nobody calibrated on."""
-    idx = torch.randint(17, (8, 16), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        return (a(idx, idx)[0] - b(idx, idx)[0]).abs().max().item()
+def loss_in(folder):
+    return compress.loss_of(model_of(folder), Dataset('data/toy'), 'cpu', 0)
 
 
 def model_of(folder):
@@ -84,101 +95,7 @@ def model_of(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the conversion
-
-@pytest.mark.parametrize('svd', [{}, dict(svd_scope='weight'), dict(svd_scope='causal', svd_block=4),
-                                 dict(svd_scope='sequence', svd_method='randomized')])
-@pytest.mark.parametrize('dtype, most', [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('tokens', [None, 1, 512])
-def test_at_full_width_the_logits_stay(toy, tokens, bias, dtype, most, svd):
-    """On any input, with one calibration window of 16 too; tokens None: plain."""
-    model = random_model(dtype, bias=bias, **svd, **(dict(use_svd=True, svd_rank=3) if svd else {}))
-    statistics = tokens and compress.calibrate(model, Dataset(toy), settings(calibration_tokens=tokens), 'cpu')
-    new = converted(model, 16, statistics)
-    most = max(most, 1e-5) if svd else most                         # SVD of V works in float32 here and there
-    assert difference(model, new) < most < 1e-3 < difference(model, converted(model, 8, statistics))
-
-
-def test_weight_scope_finds_nothing_more_to_cut(toy):
-    model = random_model(use_svd=True, svd_rank=3, svd_scope='weight')
-    new = converted(model, 6, compress.calibrate(model, Dataset(toy), settings(), 'cpu'))
-    assert new.config.svd_truncates
-    uncut = GPT.from_checkpoint(dict(model_args=asdict(new.config), model=new.state_dict()), use_svd=False).eval()
-    assert difference(new, uncut) < 1e-4
-
-
-def test_a_running_basis_comes_along():
-    """From which 'randomized' starts: without it, another approximation."""
-    model = random_model(use_svd=True, svd_rank=3, svd_method='randomized', svd_power_iters=0)
-    model.svd_basis = torch.linalg.qr(torch.randn(2, 2, 8, 3, generator=torch.Generator().manual_seed(1)))[0]
-    new = converted(model, 16, None)
-    assert torch.equal(new.svd_basis, model.svd_basis) and difference(model, new) < 1e-4
-    new.svd_basis = None
-    assert difference(model, new) > 1e-3
-
-
-def test_a_bias_takes_the_mean_of_what_is_lost(toy):
-    """The mean value over the calibration tokens stays; without statistics it moves."""
-    model = random_model(bias=True, n_layer=1)
-    statistics = compress.calibrate(model, Dataset(toy), settings(), 'cpu')
-    mean = (statistics[0].input_sum / statistics[0].tokens).float()[None, None]                 # (1, 1, C)
-    values = [m.transformer.h[0].attn.c_attn(mean)[2] for m in (model, *(converted(model, 4, s) for s in (
-        statistics, None)))]
-    assert torch.allclose(values[0], values[1], atol=1e-5) and not torch.allclose(values[0], values[2], atol=1e-2)
-
-
-@pytest.mark.parametrize('bias', [False, True])
-def test_a_mean_costs_no_direction_where_a_bias_takes_it(bias):
-    """Inputs that are all shifted have the same factors then, else others."""
-    attn, factors = random_model(bias=bias).transformer.h[0].attn, []
-    x, g = (torch.randn(200, n, generator=torch.Generator().manual_seed(n)) for n in (16, 32))
-    for shift in (0, 3):
-        statistics = compress.Statistics()
-        statistics.add(x + shift, g)
-        parts = compress.latent_projection(attn, 4, statistics)
-        factors.append(parts['k_up.weight'] @ parts['kv_down.weight'])
-    assert torch.allclose(*factors, atol=1e-4) == bias
-
-
-def test_the_statistics_are_those_of_inputs_and_gradients(toy):
-    """Against hooks on the residual stream and autograd's own gradients of keys and values."""
-    model, data, seen = random_model(torch.float64), Dataset(toy), []
-    x, y = data.batch('train', 8, 16, torch.Generator().manual_seed(1337), 'cpu')
-    found = compress.calibrate(model, data, settings(), 'cpu')
-
-    def keep(layer, inputs, output):
-        for t in output:
-            t.retain_grad()
-        seen.append((inputs[0], output))
-    for block in model.transformer.h:
-        block.attn.c_attn.register_forward_hook(keep)
-    model.requires_grad_(True)
-    (model(x, y)[1] * y.numel()).backward()
-    assert len(seen) == len(found) == 2
-    for (inputs, (_, k, v)), statistics in zip(seen, found):
-        inputs, k, v = inputs.flatten(0, 1), *(t.grad.transpose(1, 2).reshape(128, 16) for t in (k, v))
-        g = torch.cat((k, v), dim=1)
-        assert statistics.tokens == 128 and torch.allclose(statistics.input_sum, inputs.sum(0))
-        assert torch.allclose(statistics.inputs, inputs.mT @ inputs) and torch.allclose(statistics.gradients, g.mT @ g)
-
-
-def test_dropout_and_the_running_basis_are_left_out_of_it(toy):
-    """Evaluations leave a model in training mode; the statistics are those of the model as it is used."""
-    model = random_model(dropout=.5, use_svd=True, svd_rank=3, svd_method='randomized')
-    a, b = (compress.calibrate(model.train(mode), Dataset(toy), settings(), 'cpu') for mode in (True, False))
-    assert all(torch.equal(x.gradients, y.gradients) and torch.equal(x.inputs, y.inputs) for x, y in zip(a, b))
-    model.advance_svd_basis()
-    assert model.svd_basis is None
-
-
-def test_only_the_training_split_is_measured(toy, monkeypatch):
-    splits, tokens = set(), Dataset.tokens
-    data = Dataset(toy)
-    monkeypatch.setattr(Dataset, 'tokens', lambda self, split: splits.add(split) or tokens(self, split))
-    compress.calibrate(random_model(), data, settings(), 'cpu')
-    assert splits == {'train'}
-
+# what is lost
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_the_loss_says_that_gradients_and_inputs_count(run, convert, bias):
@@ -190,6 +107,18 @@ def test_the_loss_says_that_gradients_and_inputs_count(run, convert, bias):
             convert(f'--method={method}', f'--mla_latent_dim={latent}', f'--save_dir={method}{latent}')
             losses.append(checkpoint(f'{method}{latent}')['best_val_loss'])
         assert before - .01 < losses[0] < losses[1]
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_text_helps_and_gradients_help_more(run, shrink, bias):
+    """By 0.03 nats at least, where the dense model has 1.14."""
+    run(bias=bias)
+    for keep in (.3, .5):
+        losses = {}
+        for method in ('activation', 'whitened', 'plain'):
+            losses[method] = shrink(f'--method={method}', f'--keep={keep}', save_dir=f'{method}-{keep}')[1]['val_loss']
+        before, activation = losses['activation']
+        assert before - .01 < activation < losses['whitened'][1] - .03 < losses['plain'][1] - .06, losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,6 +139,177 @@ def test_the_checkpoint_starts_a_run_at_step_0(run, convert):
     assert '2,048 before, 256 after' in out and new.kv_cache_bytes(1, 16) == 256
     numbers = sum(w.numel() for name, w in saved['model'].items() if name != 'lm_head.weight')
     assert Path('out-mla/ckpt.pt').stat().st_size < 4 * numbers + 40_000                        # and no larger tensors
+
+
+@pytest.mark.parametrize('bias, options', [(False, []), (True, ['--method=whitened', '--keep=0.3'])])
+def test_the_report_is_what_the_checkpoint_says(run, shrink, monkeypatch, bias, options):
+    monkeypatch.setattr(compress, 'text_of', TEXT_OF)
+    run(bias=bias)
+    out, report = shrink(*options)
+    assert sorted(os.listdir('out-lowrank')) == ['ckpt.pt', 'compress.json']
+    saved, old, keep = checkpoint('out-lowrank'), checkpoint('out'), .3 if options else .6
+    models, ranks = (model_of('out'), model_of('out-lowrank')), saved['model_args']['layer_ranks']
+    assert saved['model_args'] == old['model_args'] | dict(layer_ranks=ranks) and ranks
+    assert saved['config'] == old['config'] | dict(layer_ranks=ranks, out_dir='out-lowrank')
+    assert (saved['iter_num'], saved['optimizer']['state'], saved['tokenizer']) == (0, {}, old['tokenizer'])
+    assert report['val_loss'] == pytest.approx([loss_in('out'), loss_in('out-lowrank')], abs=1e-6)
+    assert saved['best_val_loss'] == report['val_loss'][1] and report['val_loss_before_finetuning'] is None
+    assert report['perplexity'] == pytest.approx([math.exp(loss) for loss in report['val_loss']])
+    numbers = [sum(p.numel() for p in m.parameters()) for m in models]
+    assert report['params'] == numbers and report['attention_params'] == [m.attention_params() for m in models]
+    blocks = [sum(p.numel() for name, p in m.named_parameters() if '.h.' in name) for m in models]
+    assert report['block_params'] == blocks and report['cache_bytes'] == [m.kv_cache_bytes(1, 16) for m in models]
+    for size, n in zip((*report['bytes'], Path('out-lowrank/ckpt.pt').stat().st_size), (*numbers, numbers[1])):
+        assert 4 * n < size < 4 * n + 40_000
+    dense, total = {name: model_of('out').config.layer_shape(f'h.0.{name}') for name in (
+        'attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}, 12 * 16 * 16
+    assert sum(m * n for m, n in dense.values()) == total
+    spent = total - sum(math.prod(dense[name[4:]]) - r * sum(dense[name[4:]]) for name, r in ranks.items())
+    assert keep - .1 < spent / total <= keep and blocks[0] - blocks[1] == total - spent
+    assert {name: layer['rank'] for name, layer in report['layers'].items()} == ranks
+    assert all(layer['of'] == 16 and 0 < layer['lost'] < 1 for layer in report['layers'].values())
+    assert all(len(text) > 150 for text in report['samples']) and report['samples'][0] != report['samples'][1]
+    assert report['options']['keep'] == (.3 if options else None) and report['latent_dim'] is None
+    for kind in ('prefill', 'decode'):
+        speed = report['speed'][kind]
+        assert min(speed['tokens_per_s']) > 0 and speed['quartiles'][0] <= speed['ratio'] <= speed['quartiles'][1]
+    for words in (f'{len(ranks)} layers as products of two', f'{numbers[0]:,} before, {numbers[1]:,} after',
+                  f'{blocks[0]:,} before, {blocks[1]:,} after ({blocks[1] / blocks[0]:.1%})', 'written to out-lowrank',
+                  f'val loss: {report["val_loss"][0]:.4f} before, {report["val_loss"][1]:.4f} after',
+                  f'mlp.c_fc {ranks["h.0.mlp.c_fc"]}', *(text.split()[0] for text in report['samples'])):
+        assert words in out, words
+
+
+def test_all_of_it_is_the_model_itself(run, shrink):
+    run(bias=True)
+    for method in ('activation', 'whitened', 'plain'):
+        _, report = shrink('--keep=1', f'--method={method}', save_dir=method)
+        assert report['layers'] == {} and checkpoint(method)['model_args'] == checkpoint('out')['model_args']
+        assert equal(checkpoint(method)['model'], checkpoint('out')['model'])
+
+
+@pytest.mark.parametrize('method', ['activation', 'whitened', 'plain'])
+def test_ranks_that_are_asked_for(run, shrink, method):
+    run()
+    _, report = shrink('--rank=7', f'--method={method}', save_dir='rank')
+    assert {layer['rank'] for layer in report['layers'].values()} == {7} and len(report['layers']) == 6
+    _, report = shrink('--rank=8', '--modules=attn', f'--method={method}', save_dir='none')
+    assert report['layers'] == {}                                   # square layers break even at 8
+    _, report = shrink('--keep=0.5', '--modules=mlp', f'--method={method}', save_dir='mlp')
+    assert set(report['layers']) == {'h.0.mlp.c_fc', 'h.0.mlp.c_proj'}
+    _, report = shrink('--energy=0.8', f'--method={method}', save_dir='energy')
+    for name, layer in report['layers'].items():
+        # the energy is of inputs as they were, to the ridge
+        assert layer['lost'] <= .2 + 1e-6 and layer['rank'] < (8 if 'attn' in name else 13)
+    assert len(report['layers']) > 1
+
+
+def test_the_same_seed_gives_the_same_bits(run, shrink):
+    run()
+    reports, models = {}, {}
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        options = [f'--seed={seed}', '--calibration_tokens=64', '--finetune_iters=3']
+        reports[name], models[name] = shrink(*options, save_dir=name)[1], checkpoint(name)['model']
+    assert equal(models['a'], models['b']) and untimed(reports['a']) == untimed(reports['b'])
+    assert any(not torch.equal(t, models['c'].get(key, t)) for key, t in models['a'].items())
+
+
+def test_nothing_is_learnt_from_the_validation_split(run, shrink):
+    """Another one gives the same model, and another loss."""
+    run()
+    options = '--keep=0.4', '--finetune_iters=3'
+    shrink(*options)
+    path = Path('data/toy/val.bin')
+    path.write_bytes(np.roll(np.fromfile(path, np.uint16)[::-1], 5).tobytes())
+    shrink(*options, save_dir='again')
+    assert equal(checkpoint('out-lowrank')['model'], checkpoint('again')['model'])
+    assert report_of('again')['val_loss'][0] > report_of('out-lowrank')['val_loss'][0] + .1
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_fine_tuning_lowers_the_loss(run, shrink, bias):
+    run(bias=bias)
+    options = '--keep=0.2', '--method=plain'
+    out, report = shrink(*options, '--finetune_iters=40', '--batch_size=8', '--learning_rate=0.01')
+    before, after = report['val_loss_before_finetuning'], report['val_loss'][1]
+    assert after < before - .1 and loss_in('out-lowrank') == pytest.approx(after, abs=1e-6)
+    assert all(t.isfinite().all() for t in checkpoint('out-lowrank')['model'].values())
+    assert 'then 40 steps in' in out and f'({before:.4f} before fine-tuning)' in out
+    _, plain = shrink(*options, save_dir='plain')
+    assert plain['val_loss'][1] == pytest.approx(before, abs=1e-6) and plain['finetune_seconds'] is None
+    assert plain['layers'] == report['layers']
+
+
+def test_the_teacher_has_no_dropout(run, shrink, monkeypatch):
+    """Though an evaluation leaves a model in training mode: of two passes a step one alone drops anything."""
+    dropout, dropped = torch.nn.functional.dropout, []
+    run(model_args=checkpoint(run())['model_args'] | dict(dropout=.5))
+    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda x, p=.5, training=True, inplace=False: (
+        dropped.append(training) or dropout(x, p, training, inplace)))
+    shrink('--method=plain', '--finetune_iters=5')
+    assert dropped.count(True) == 5 * 3                             # embeddings, attention's output, the MLP's
+
+
+def test_where_v_sees_the_future_the_loss_is_prefix_only(run, shrink):
+    """And there is no cache to report on."""
+    run(model_args=checkpoint(run())['model_args'] | dict(use_svd=True, svd_rank=2))
+    out, report = shrink('--keep=0.5')
+    assert report['prefix_only'] and report['cache_bytes'] == [0, 0]
+    assert 'prefix-only val loss: ' in out and 'cache bytes at 16 tokens: 0 before, 0 after\n' in out
+
+
+def test_everything_takes_factors(run, shrink, call):
+    """sample.py, train.py, and compress.py again: fewer numbers, MLA."""
+    run()
+    shrink('--keep=0.5')
+    before, own = checkpoint('out-lowrank'), ['--out_dir=out-lowrank', '--device=cpu']
+    result = call(train.main, '--eval_only=True', '--init_from=resume', *own)
+    assert result.code == 0 and f'val loss {before["best_val_loss"]:.4f}' in result.out
+    assert call(sample.main, *own, '--max_new_tokens=5', '--start=the').code == 0
+    _, report = shrink('--out_dir=out-lowrank', '--keep=0.3', save_dir='less')
+    assert report['params'][1] < report['params'][0] and report['val_loss'][0] == pytest.approx(
+        before['best_val_loss'], abs=1e-5)
+    _, report = shrink('--out_dir=out-lowrank', '--to=mla', '--mla_latent_dim=16', save_dir='latents')
+    assert report['val_loss'] == pytest.approx([before['best_val_loss']] * 2, abs=1e-4)
+    ranks = checkpoint('latents')['model_args']['layer_ranks']
+    assert ranks == {name: r for name, r in before['model_args']['layer_ranks'].items() if 'c_attn' not in name}
+    assert loss_in('latents') == pytest.approx(report['val_loss'][1], abs=1e-6)
+    _, report = shrink('--out_dir=latents', '--keep=0.4', save_dir='fewer-latents')
+    assert 'h.0.attn.c_attn.query' in report['layers']
+    result = call(train.main, '--init_from=resume', *own, '--max_iters=20', '--lr_decay_iters=20', '--optimizer=adamw',
+                  '--learning_rate=1e-3')
+    assert result.code == 0, result.err
+    assert rows('out-lowrank')[-1]['val/loss'] < before['best_val_loss']
+    assert checkpoint('out-lowrank')['model_args'] == before['model_args']
+
+
+def test_spectra(run, call, refused):
+    run()
+    before = folder_bytes('out')
+    result = call(compress.main, '--spectrum', '--out_dir=out')
+    assert result.code == 0, result.err
+    assert sorted(os.listdir('out-spectrum')) == ['spectrum.csv', 'spectrum.png'] and folder_bytes('out') == before
+    lines = Path('out-spectrum/spectrum.csv').read_text().splitlines()
+    weight = checkpoint('out')['model']['transformer.h.0.attn.c_attn.weight'].double().chunk(3)[1]
+    found = [float(line.split(',')[4]) for line in lines if line.startswith('h.0.attn.c_attn.c_k,')]
+    assert found == pytest.approx(torch.linalg.svdvals(weight).tolist(), rel=1e-9)
+    assert len(lines) == 1 + 6 * 16
+    assert 'h.0.attn.c_attn.c_k' in result.out and 'all 6 weights' in result.out and 'written to out' in result.out
+    before = folder_bytes('.')
+    for options in ([], ['--overwrite=True'], ['--save_dir=out', '--overwrite=True']):
+        line = refused(compress.main, '--spectrum', '--out_dir=out', *options)
+        assert 'is there already' in line or 'has the model itself in it' in line
+    assert folder_bytes('.') == before
+
+
+@pytest.mark.slow
+def test_spectra_of_factors(run, shrink, call):
+    run()
+    shrink('--rank=3', '--modules=mlp')
+    result = call(compress.main, '--spectrum', '--out_dir=out-lowrank')
+    assert result.code == 0, result.err
+    cells = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line.startswith('h.0.')}
+    assert cells['h.0.mlp.c_fc'][:3] == ['64', 'x', '16'] and cells['h.0.mlp.c_fc'][4] == '3' and len(cells) == 6
 
 
 def test_train_sample_and_export_take_it(run, convert, call):
@@ -267,10 +367,11 @@ def test_a_run_is_only_replaced_when_asked_to(run, convert):
 
 @pytest.mark.parametrize('argv, words', [
     (['--mla_latent_dim=0'], 'mla_latent_dim=0: must be at least 1 (nearest: 1)'),
-    (['--mla_latent_dim=17'], 'mla_latent_dim=17: must be at most n_embd (nearest: 16)'),
+    (['--to=mla', '--mla_latent_dim=17'], 'mla_latent_dim=17: must be at most n_embd (nearest: 16)'),
     (['--calibration_tokens=0'], 'calibration_tokens=0: must be at least 1'), (['--seed=-1'], 'seed=-1'),
-    (['--to=svd'], "(nearest: 'mla')"), (['--method=whitened'], "'activation' or 'plain'"),
-    (['--out_dir=nowhere'], 'no such checkpoint (nearest: '), (['--out_dir=latent'], 'latent/ckpt.pt: is MLA already'),
+    (['--to=svd'], "'lowrank' or 'mla'"), (['--to=mla', '--method=whitened'], "(nearest: 'activation')"),
+    (['--out_dir=nowhere'], 'no such checkpoint (nearest: '),
+    (['--to=mla', '--out_dir=latent'], 'latent/ckpt.pt: is MLA already'),
     (['--save_dir=data'], 'is there already'), (['--save_dir=data', '--overwrite=True'], 'is there already'),
     (['--save_dir=.'], 'must be another folder'), (['--save_dir=..', '--overwrite=True'], 'must be another folder'),
     (['--save_dir=out', '--overwrite=True'], 'has the model itself in it'),
@@ -278,6 +379,20 @@ def test_a_run_is_only_replaced_when_asked_to(run, convert):
     (['--save_dir=file/below'], 'cannot be written'), (['--dataset=short.txt'], 'too few for block_size=16'),
     (['--dataset=other.txt'], 'its characters are not those of out/ckpt.pt'), (['--dataset=none'], 'no such data set'),
     (['--init_from=gpt3'], 'gpt3'), (['--init_from=gpt2'], 'init_from=gpt2: needs a text'),
+    (['--keep=1.5'], 'keep=1.5: must be above 0 and at most 1 (nearest: 1)'), (['--keep=0'], 'keep=0.0: must be above'),
+    (['--keep=0.01'], 'out/ckpt.pt: keep=0.01: leaves less than rank 1 a layer (nearest: 0.'),
+    (['--keep=0.01', '--method=plain'], 'keep=0.01: leaves no rank at all (nearest: 0.125)'),
+    (['--rank=0'], 'rank=0: must be at least 1'), (['--rank=17'], 'rank=17: a layer has no more than 16 (nearest: 16)'),
+    (['--energy=0'], 'energy=0.0: must be above 0'), (['--energy=1.1'], 'at most 1 (nearest: 1)'),
+    (['--keep=0.5', '--rank=3'], 'rank=3: not together with keep'),
+    (['--rank=3', '--energy=.5'], 'not together with rank'), (['--energy=.5', '--keep=.5'], 'not together with keep'),
+    (['--keep=0.5', '--to=mla'], 'keep=0.5: not with --to=mla'),
+    (['--rank=2', '--spectrum'], 'rank=2: not with --spectrum'), (['--modules=attn', '--to=mla'], 'not with --to=mla'),
+    (['--optimizer=adamw'], "optimizer='adamw': only with --finetune_iters"),
+    (['--modules=head'], "'head' is none of attn, mlp (nearest: 'attn,mlp')"), (['--modules='], "'' is none of"),
+    (['--mla_latent_dim=4'], 'mla_latent_dim=4: not with --to=lowrank'), (['--learning_rate=-1'], 'learning_rate=-1.0'),
+    (['--finetune_iters=-1'], 'finetune_iters=-1: must be at least 0'), (['--batch_size=0'], 'batch_size=0'),
+    (['--method=best'], "'activation' or 'whitened' or 'plain'"), (['--keep=nan'], 'keep='), (['--keep=half'], 'keep='),
     (['--device=cuda:77'], 'not on this machine'), (['--latent=4'], '--latent: no such option')])
 def test_wrong_input_is_one_line_and_writes_nothing(run, refused, here, monkeypatch, argv, words):
     run(), run('latent')
@@ -320,7 +435,7 @@ def test_a_replacement_that_fails_leaves_what_was_there(run, convert, refused, m
     run()
     convert()
     before = folder_bytes('.')
-    monkeypatch.setattr('runtime.checkpoint.torch.save', lambda *_: (_ for _ in ()).throw(OSError(28, 'full')))
+    monkeypatch.setattr('compress.ckpt.save', lambda *_: (_ for _ in ()).throw(OSError(28, 'full')))
     assert "save_dir='out-mla': cannot be written: full" in refused(compress.main, *MLA, '--overwrite=True')
     assert folder_bytes('.') == before
 
@@ -365,9 +480,10 @@ def test_weights_that_overflow_are_one_line(run, refused):
     saved = checkpoint('out')
     saved['model']['transformer.h.0.mlp.c_fc.weight'] *= 1e38
     torch.save(saved, 'out/ckpt.pt')
-    assert 'out/ckpt.pt: gradients: not finite' in refused(compress.main, *MLA)
+    assert 'out/ckpt.pt: inputs or gradients: not finite' in refused(compress.main, *MLA)
 
 
 def test_help_names_every_option(call):
     result = call(compress.main, '--help')
-    assert result.code == 0 and all(f'--{name}=' in result.out for name in compress.CompressConfig.__dataclass_fields__)
+    assert result.code == 0
+    assert all(f'  --{name}' in result.out for name in compress.CompressConfig.__dataclass_fields__)

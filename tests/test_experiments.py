@@ -1,16 +1,19 @@
-"""experiments/: controls train, the record becomes a table and a figure; both ways of latent attention are timed."""
+"""experiments/: controls train, records become tables and figures; both ways of latent attention are timed; methods of
+compression are what they are called."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import compress_layers as layers
 import model
 import train
 from conftest import ROOT, TINY, rows
-
 
 
 def experiment(name):
@@ -21,6 +24,7 @@ def experiment(name):
 
 
 sweep, absorb = experiment('loss_against_rank'), experiment('absorb_or_expand')
+compression = experiment('compression_table')
 
 
 @pytest.mark.parametrize('control', sweep.CONTROLS)
@@ -81,3 +85,102 @@ def test_absorbed_and_expanded_are_timed_and_equal(call, monkeypatch):
 @pytest.mark.parametrize('option', ['--latents=0', '--queries=1,x', '--cached=0', '--rounds=1', '--n_embd=5'])
 def test_wrong_shapes_are_one_line(option, refused):
     assert option.removeprefix('--').partition('=')[0] in refused(absorb.main, option)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compression
+
+def random_model():
+    """Weights of a size that makes every one of them count, and two batches of three windows each."""
+    torch.manual_seed(0)
+    dense = model.GPT(model.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17, bias=False))
+    for p in dense.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return dense.eval().requires_grad_(False), [tuple(torch.randint(17, (2, 3, 8))) for _ in range(2)]
+
+
+def test_fwsvd_weighs_rows_by_the_fisher_information_of_their_weights():
+    """Against autograd's gradient of each window's loss, and the plain SVD of the weighted rows."""
+    dense, windows = random_model()
+    _, seen, found = compression.measure(dense, compression.METHODS['FWSVD'], windows)
+    weight = dense.transformer.h[1].mlp.c_fc.weight.requires_grad_(True)                        # (64, 16)
+    losses = [8 * dense(x[None], y[None])[1] for xs, ys in windows for x, y in zip(xs, ys)]
+    information = sum(torch.autograd.grad(loss, weight)[0].square().sum(1) for loss in losses)
+    torch.testing.assert_close(seen['h.1.mlp.c_fc'].information.float(), information)
+    rows = information.double().sqrt()[:, None]
+    u, s, vh = torch.linalg.svd(rows * weight.detach().double(), full_matrices=False)
+    up, down = found['h.1.mlp.c_fc'].factors(5)
+    torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ vh[:5]) / rows, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found['h.1.mlp.c_fc'].energies, s ** 2, rtol=1e-4, atol=0)
+
+
+def test_asvd_scales_columns_by_the_root_of_their_inputs():
+    dense, windows = random_model()
+    _, _, found = compression.measure(dense, compression.METHODS['ASVD'], windows)
+    inputs, layer = [], dense.transformer.h[1].mlp.c_proj
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    for x, y in windows:
+        dense(x, y)
+    columns = torch.cat(inputs).double().abs().mean(0).sqrt()                                   # (64)
+    u, s, vh = torch.linalg.svd(layer.weight.double() * columns, full_matrices=False)
+    up, down = found['h.1.mlp.c_proj'].factors(5)
+    torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ vh[:5]) / columns, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('label, product', [('plain', 'plain'), ('whitened', 'whitened'), ('+ anchored', 'activation')])
+def test_the_ablation_is_of_what_compress_does(label, product):
+    dense, windows = random_model()
+    method, expected = compression.METHODS[label], copy.deepcopy(dense)
+    layers.low_rank(expected, product, method.choose(0.6), layers.MODULES, windows)
+    new = compression.factored(compression.measure(dense, method, windows), method, 0.6, windows)
+    assert new.config == expected.config and all(map(torch.equal, new.state_dict().values(),
+                                                     expected.state_dict().values()))
+
+
+def test_scales_of_zero_are_survived():
+    up, down = compression.Scaled(torch.randn(4, 6), torch.zeros(4), torch.tensor([1.0] * 5 + [0.0])).factors(4)
+    assert up.isfinite().all() and down.isfinite().all()
+
+
+@pytest.mark.parametrize('label', compression.METHODS)
+def test_every_method_keeps_to_the_budget(label):
+    """Biases included, and all numbers of a block that were there before."""
+    dense, windows = random_model()
+    method = compression.METHODS[label]
+    new = compression.factored(compression.measure(dense, method, windows), method, 0.6, windows)
+    norms = 2 * 2 * 16
+    kept = (compression.block_params(new) - norms) / (compression.block_params(dense) - norms)
+    assert 0.45 < kept <= 0.6                                       # ranks are whole ones
+    assert new(*windows[0])[1].isfinite()
+
+
+def test_the_table_is_made_once_and_gone_on_with(call, here, monkeypatch):
+    """Two runs that make one thing after another, then everything again: no row twice."""
+    monkeypatch.setattr(train, 'sample', lambda *_: '')
+    monkeypatch.setattr(compression, 'subprocess', SimpleNamespace(run=lambda argv, **_: SimpleNamespace(
+        returncode=train.main(argv[2:]))))                          # in this process: faster
+    monkeypatch.setitem(compression.MODELS, 'small', [*TINY, '--n_head=1'])
+    monkeypatch.setattr(compression, 'CALIBRATION_TOKENS', 128)
+    for name, value in (('TUNED_KEEPS', (0.6,)), ('RECORD', here / 'record.jsonl'), ('FIGURE', here / 'figure.png')):
+        monkeypatch.setattr(compression, name, value)
+    options = ['--dataset=toy', '--models=small', '--keeps=0.6', '--finetune_iters=2', '--seeds=2']
+    for parts in ('methods', 'finetune,scratch', 'methods,finetune,scratch'):
+        found = call(compression.main, *options, f'--parts={parts}')
+        assert found.code == 0, found.err
+    made = rows('.', 'record.jsonl')
+    assert len(made) == 1 + (1 + 2 * 8) + 2 * 2 + 2 * 2 * 2     # dense, methods, fine-tuned, from scratch
+    keys = [tuple(row.get(k) for k in ('method', 'keep', 'seed', 'steps')) for row in made]
+    assert len(set(keys)) == len(keys) and all(row['loss'] > 0 for row in made)
+    narrow, full = (next(r['block_params'] for r in made if r['method'] == method) for method in ('narrower', 'dense'))
+    assert 0.5 < narrow / full < 0.7
+    assert all(f'| {label} |' in found.out for label in compression.METHODS)
+    assert '| narrower, from scratch, keep 0.6 |' in found.out and '| dense |' in found.out
+    assert (here / 'figure.png').read_bytes().startswith(b'\x89PNG')
+    assert call(compression.main, '--run=False').out.startswith('small: ')
+
+
+@pytest.mark.parametrize('option', ['--run=False', '--models=large', '--parts=all', '--keeps=0.65', '--seeds=0',
+                                    '--dataset=nowhere'])
+def test_wrong_input_of_the_table_is_one_line(option, refused, here, monkeypatch):
+    monkeypatch.setattr(compression, 'RECORD', here / 'none.jsonl')
+    assert option.removeprefix('--').partition('=')[0] in refused(compression.main, option)

@@ -9,15 +9,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('lowrank', 'runtime', 'data', 'config')
-ENTRY_POINTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'check', 'bench_svd', 'conftest'}
+HELPERS = {'check', 'bench_svd', 'compress_layers', 'compress_spectrum'}                  # behind an entry point
+ENTRY_POINTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'conftest', *HELPERS}
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py'), *(
     path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))))
 
 MAY_IMPORT = {'lowrank': {'lowrank'}, 'runtime': {'runtime'}, 'data': {'data', 'runtime'}, 'config': set(),
               'model': {'lowrank', 'runtime'}, 'check': {'model', 'lowrank', 'runtime', 'train'},
-              'bench_svd': {'model', 'lowrank', 'runtime'}}
+              'bench_svd': {'model', 'lowrank', 'runtime'}, 'compress_layers': {'model', 'lowrank', 'runtime'},
+              'compress_spectrum': {'lowrank', 'runtime'}}
 MAY_IMPORT |= {name: {'model', 'lowrank', 'runtime', 'data', 'train'} for name in ENTRY_POINTS}
-MAY_IMPORT['bench'] |= {'check', 'bench_svd'}                       # the command behind which they stand
+MAY_IMPORT['bench'] |= {'check', 'bench_svd'}                       # the commands behind which they stand
+MAY_IMPORT['compress'] |= {'compress_layers', 'compress_spectrum'}
 
 
 def imports(file, top_level_only=False):
@@ -55,7 +58,7 @@ def test_the_files_are_found():
 
 @pytest.mark.parametrize('file', FILES)
 def test_imports_go_one_way(file):
-    ours = {home(name) for name in imports(file)} & {'model', 'check', 'bench_svd', 'tests', *PACKAGES, *ENTRY_POINTS}
+    ours = {home(name) for name in imports(file)} & {'model', 'tests', *HELPERS, *PACKAGES, *ENTRY_POINTS}
     assert ours <= MAY_IMPORT[home(file)]
 
 
@@ -68,7 +71,7 @@ def test_there_are_no_cycles():
 
 def test_third_party_imports_at_load_time_are_in_requirements():
     required = {re.split(r'[^\w.-]', line)[0] for line in (ROOT / 'requirements.txt').read_text().splitlines()}
-    ours = {'model', 'check', 'bench_svd', *PACKAGES, *ENTRY_POINTS}
+    ours = {'model', *HELPERS, *PACKAGES, *ENTRY_POINTS}
     for file in FILES:
         third_party = {home(name) for name in imports(file, top_level_only=True)} - ours - sys.stdlib_module_names
         assert third_party <= required, f'{file}: {third_party - required} missing from requirements.txt'

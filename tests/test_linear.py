@@ -1,11 +1,11 @@
-"""runtime/linear.py against F.linear."""
+"""lowrank/linear.py against F.linear."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from runtime import linear as module
-from runtime.linear import FEW_ROWS, LARGE, VERY_FEW_ROWS, Linear, linear
+from lowrank import linear as module
+from lowrank.linear import FEW_ROWS, LARGE, VERY_FEW_ROWS, Linear, linear
 
 
 @pytest.fixture(params=[1, 2, 3, 7])

@@ -716,9 +716,9 @@ def test_a_nanogpt_checkpoint_without_its_data_leaves_out_the_tokenizer(trained,
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--save_dir=data'], 'is there already'), (['--save_dir=out'], 'is there already'),
+    (['--save_dir=data'], 'is there already'), (['--save_dir=out'], 'has the model itself in it'),
     (['--save_dir=file'], 'is there already'), (['--save_dir=link'], 'is there already'),
-    (['--save_dir=.'], 'is there already'), (['--save_dir='], 'is there already'),
+    (['--save_dir=.'], 'must be another folder'), (['--save_dir='], 'must be another folder'),
     (['--save_dir=file/below'], 'cannot be written'), (['--save_dir=' + 'x' * 300], 'cannot be written'),
     (['--out_dir=nowhere'], 'no such checkpoint (nearest: out/ckpt.pt)'), (['--to=onnx'], "(nearest: 'nanogpt')"),
     (['--too=gpt2'], '--to'), (['gpt2'], 'no such config file')])

@@ -24,6 +24,7 @@ SVD = [f'--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope={scope} --svd_met
        for scope in SCOPES for method in METHODS for grad in (True, False)]
 FEATURES = ['', '--dropout=.2', '--gradient_accumulation_steps=3', '--optimizer=muon', '--dtype=bfloat16',
             '--decay_lr=False', '--warmup_iters=5', '--log_interval=3', '--always_save_checkpoint=False', '--bias=True',
+            "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5} --optimizer=muon --bias=True",
             '--grad_clip=0', '--use_mla=True --bias=True --dropout=.2',
             '--use_mla=True --optimizer=muon --use_svd=True --svd_rank=2 --svd_block=4 --svd_scope=causal '
             '--svd_method=randomized',

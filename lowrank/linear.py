@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 FEW_ROWS = 16                       # of x; beyond that a product is bound by arithmetic, not by reading the weights
 VERY_FEW_ROWS = 4                   # up to here the BLAS is fastest with the weight as the left factor
-LARGE = 2 ** 18                     # elements of a weight: below, splitting costs more than it saves
+LARGE = 2 ** 17                     # elements of a weight: below, splitting costs more than it saves
 
 
 def linear(x, weight, bias=None):

@@ -1,0 +1,516 @@
+"""
+What low-rank layers cost: loss added, method by method, against the share of the blocks' weights that is kept.
+
+    python experiments/compression_table.py --dataset=input.txt     # make what is missing, then tables and figure
+    python experiments/compression_table.py --run=False             # tables and figure of what is recorded
+
+Models: 'small', nanoGPT's CPU recipe, and 'wide', 13 times the parameters; train.py trains what is not in out_dir yet.
+Nothing is fine-tuned in the first tables, so they compare what each method makes of the same weights. Of the methods,
+
+    plain               the SVD of the weights
+    FWSVD               rows weighted by the root of their Fisher information (Hsu et al., arXiv:2207.00112)
+    ASVD                columns scaled by the root of the mean size of their input (Yuan et al., arXiv:2312.05821)
+    whitened            the error of a layer's outputs (SVD-LLM, arXiv:2403.07378): compress.py's method 'whitened'
+    + bias              and a bias for each layer that takes the mean of the error, its numbers within the budget
+    + output metric     whitened, errors weighed by the loss's gradients at the outputs
+    + budgeted ranks    and ranks chosen over all layers
+    + anchored          and each layer made for inputs as they now are: compress.py's method 'activation'
+
+the last three build on each other; 'anchored, uniform ranks' leaves out the choice of ranks. Then the controls, what as
+many steps or as many parameters give otherwise: fine-tuned against the dense model given the same steps, and models of
+that size trained from scratch, a narrower one and one with the factors' ranks, each with and without those extra steps.
+
+A row of experiments/compression_table.jsonl is a result, written when it is there and not made again, so that an
+interrupted run goes on. All losses are over the whole validation split. The figure is docs/compression.png.
+"""
+
+import copy
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import nn
+
+import compress
+import compress_layers as layers
+from lowrank.compression import Factorization
+from model import GPT
+from runtime import checkpoint as ckpt
+from runtime import config as configuration
+from runtime import device as devices
+from runtime import plots
+from runtime.config import UserError
+from runtime.dataset import Dataset, locate
+from runtime.run import append_json, make_folder
+
+RECORD = Path(__file__).with_suffix('.jsonl')
+FIGURE = ROOT / 'docs' / 'compression.png'
+RECIPE = str(ROOT / 'config' / 'train_shakespeare_char.py')
+MODELS = {
+    'small': [RECIPE, '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128', '--dropout=0',
+              '--max_iters=2000', '--lr_decay_iters=2000', '--eval_iters=20', '--always_save_checkpoint=True'],
+    'wide': [RECIPE, '--block_size=256', '--batch_size=8', '--n_layer=6', '--n_head=6', '--n_embd=384', '--dropout=0',
+             '--max_iters=1000', '--lr_decay_iters=1000', '--warmup_iters=50', '--optimizer=muon',
+             '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95', '--eval_iters=8',
+             '--always_save_checkpoint=True'],
+}
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+TUNED_KEEPS = (0.6, 0.4)
+CALIBRATION_TOKENS = 16384
+EXTRA = ('steps', 'optimizer', 'learning_rate')     # of a row with extra steps
+SEED = 1337                         # of the dense models; calibrations have 0, 1, ...
+SCRATCH = {'small': ('narrower', 'factors')}        # of which models those controls are trained: minutes each
+
+
+@dataclass
+class TableConfig:
+    """Options of the experiment."""
+    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare"] = 'shakespeare_char'
+    out_dir: Annotated[str, 'folder of the trained models'] = 'out-compression'
+    models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
+    parts: Annotated[str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
+    keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))
+    seeds: Annotated[int, 'calibrations of each method, and runs of each control'] = 3
+    finetune_iters: Annotated[int, 'extra steps'] = 300
+    optimizer: Annotated[Literal['muon', 'adamw'], 'of these steps'] = 'muon'
+    learning_rate: Annotated[float, 'of these steps'] = 1e-3
+    run: Annotated[bool, 'False: only tables and figure'] = True
+
+    def __post_init__(self):
+        configuration.at_least(self, seeds=1, finetune_iters=1, learning_rate=0)
+        for name, valid in (('models', tuple(MODELS)), ('parts', ('methods', 'finetune', 'scratch')),
+                            ('keeps', tuple(map(str, KEEPS)))):
+            wrong = [word for word in getattr(self, name).split(',') if word not in valid]
+            if wrong:
+                raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is none of {", ".join(valid)} '
+                                 f'(nearest: {",".join(valid)!r})')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods
+
+class Scaled:
+    """What `Factorization` is, of the SVD of a weight whose rows (m) and columns (n) were scaled by positive numbers:
+    `energies` (s) and factors of any rank, with the scales taken out again."""
+
+    def __init__(self, weight, rows=None, columns=None):
+        weight = weight.detach().double()                           # (m, n)
+        self.rows, self.columns = (torch.ones(size, dtype=torch.float64) if scales is None else positive(scales)
+                                   for scales, size in zip((rows, columns), weight.shape))
+        self.u, self.s, self.vh = torch.linalg.svd(self.rows[:, None] * weight * self.columns, full_matrices=False)
+        self.energies = self.s.square()
+
+    def factors(self, rank):
+        """U (m, r), A (r, n)."""
+        root = self.s[:rank].sqrt()
+        return self.u[:, :rank] * root / self.rows[:, None], root[:, None] * self.vh[:rank] / self.columns
+
+
+def positive(scales):
+    """Zeros, which a calibration text may leave, become a millionth of the mean: they have to be divided by."""
+    return scales.double().clamp_min(scales.double().mean().clamp_min(1e-300) * 1e-6)
+
+
+class Weights:
+    """No statistics at all."""
+
+    def __init__(self, layer, block_size):
+        self.weight = layer.weight
+
+    def factorization(self):
+        return Factorization(self.weight)
+
+
+class FisherRows(Weights):
+    """FWSVD: rows count by the root of the sum of their weights' Fisher information, the squared gradients of a text's
+    loss, here a window's, summed over windows."""
+
+    def __init__(self, layer, block_size):
+        super().__init__(layer, block_size)
+        self.block_size, self.information = block_size, 0
+
+    def add(self, x, g):
+        """x (N, n), g (N, m), the tokens of whole windows."""
+        x, g = (t.unflatten(0, (-1, self.block_size)) for t in (x, g))                          # (B, T, n), (B, T, m)
+        gradients = g.mT @ x                                        # (B, m, n)
+        self.information = self.information + gradients.double().square().sum((0, 2))           # (m)
+
+    def factorization(self):
+        return Scaled(self.weight, rows=self.information.sqrt())
+
+
+class InputSizes(Weights):
+    """ASVD: columns count by the root of the mean absolute value of their input, the paper's alpha = 1/2."""
+
+    def __init__(self, layer, block_size):
+        super().__init__(layer, block_size)
+        self.tokens, self.sizes = 0, 0
+
+    def add(self, x, g=None):
+        """x (N, n)."""
+        self.tokens, self.sizes = self.tokens + len(x), self.sizes + x.double().abs().sum(0)    # (n)
+
+    def factorization(self):
+        return Scaled(self.weight, columns=(self.sizes / self.tokens).sqrt())
+
+
+def whitening(layer, block_size):
+    return layers.Statistics(layer.weight, layer.bias is not None)
+
+
+def share_with_biases(keep):
+    """`uniform_share` that has the biases of `add_biases` within it."""
+    def choose(energies, shapes):
+        biases = sum(m for m, _ in shapes.values()) / sum(m * n for m, n in shapes.values())
+        return layers.uniform_share(keep - biases)(energies, shapes)
+    return choose
+
+
+Method = namedtuple('Method', 'statistics gradients choose biases anchored', defaults=(False, False))
+METHODS = {
+    'plain': Method(Weights, None, layers.uniform_share),           # None: measures nothing
+    'FWSVD': Method(FisherRows, True, layers.uniform_share),
+    'ASVD': Method(InputSizes, False, layers.uniform_share),
+    'whitened': Method(whitening, False, layers.uniform_share),
+    '+ bias': Method(whitening, False, share_with_biases, biases=True),
+    '+ output metric': Method(whitening, True, layers.uniform_share),
+    '+ budgeted ranks': Method(whitening, True, layers.best_share),
+    '+ anchored': Method(whitening, True, layers.best_share, anchored=True),
+    'anchored, uniform ranks': Method(whitening, True, layers.uniform_share, anchored=True),
+}
+DEFAULT = '+ anchored'
+
+
+def add_biases(linears):
+    """A bias of zeros for those without."""
+    for layer in linears:
+        if layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0]), requires_grad=False)
+
+
+def measure(dense, method, windows):
+    """-> a copy of the dense model whose layers are apart, and of each layer its statistics and its factorization:
+    name -> those."""
+    model = copy.deepcopy(dense)
+    linears = layers.dense_layers(model, layers.layer_names(model))
+    if method.biases:
+        add_biases(linears.values())
+    seen = {name: method.statistics(layer, model.config.block_size) for name, layer in linears.items()}
+    if method.gradients is not None:
+        layers.calibrate(model, linears, seen, windows, method.gradients)
+    return model, seen, {name: one.factorization() for name, one in seen.items()}
+
+
+def factored(measured, method, keep, windows):
+    """-> the model of `measure` with layers that are products, which keep that share of its numbers."""
+    model, seen, factorizations = measured
+    new = copy.deepcopy(model)
+    ranks = method.choose(keep)({name: one.energies for name, one in factorizations.items()},
+                                {name: tuple(one.weight.shape) for name, one in seen.items()})
+    ranks = {name: rank for name, rank in ranks.items() if rank is not None}
+    if method.anchored:
+        layers.replace_in_turn(new, model, seen, ranks, windows)
+    for name in () if method.anchored else ranks:
+        mean = seen[name].mean() if method.biases else None
+        layers.put(new, name, *factorizations[name].factors(ranks[name]), mean, mean)
+    return layers.settle(new)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results
+
+class Record:
+    """The rows that are there, and a place for more."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, read(path)
+        here = devices.environment('cpu', 'float32')
+        self.machine = {'torch': here['torch'], 'cpus': here['cpus'], 'threads': here['threads'],
+                        'git_commit': here['git_commit'][:7]}
+
+    def find(self, **key):
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+
+    def make(self, result, **key):
+        """The row with this key, made by result() -> loss, model, other fields, unless it is there."""
+        row = self.find(**key)
+        if row is None:
+            started = time.perf_counter()
+            loss, model, more = result()
+            row = key | {'loss': loss, 'block_params': block_params(model)} | more | {
+                'seconds': round(time.perf_counter() - started, 1)} | self.machine
+            append_json(self.path, row)
+            self.rows.append(row)
+            print(', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds')), flush=True)
+        return row
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def block_params(model):
+    return sum(p.numel() for p in model.transformer.h.parameters())
+
+
+def loss_of(model, data):
+    return compress.loss_of(model, data, 'cpu', SEED)
+
+
+def trained(cfg, name, kind, seed, *options):
+    """The checkpoint of a model that train.py made here or makes now. Raises UserError where it fails."""
+    folder = Path(cfg.out_dir) / f'{name}-{kind}-{seed}'
+    if not (folder / 'ckpt.pt').exists() or not finished(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        argv = [*MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}', '--device=cpu']
+        with open(f'{folder}.log', 'w') as log:
+            code = subprocess.run([sys.executable, str(ROOT / 'train.py'), *argv, *options], stdout=log, stderr=log,
+                                  env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}).returncode
+        if code:
+            raise UserError(f'{folder}.log: exit code {code}: {Path(f"{folder}.log").read_text().splitlines()[-1]}')
+    return ckpt.load(folder / 'ckpt.pt')
+
+
+def finished(folder):
+    """Whether its run came to its end, with a whole evaluation."""
+    return any(row.get('final') for row in read(folder / 'metrics.jsonl'))
+
+
+def model_of(saved):
+    return GPT.from_checkpoint(saved).eval().requires_grad_(False)
+
+
+def windows_of(data, model, seed):
+    return layers.batches(data, CALIBRATION_TOKENS, model.config.block_size, seed, 'cpu')
+
+
+def methods(cfg, record, name, dense, data):
+    """Rows of all methods at all shares: what is measured once serves every share and all methods that measure it."""
+    for seed in range(cfg.seeds):
+        windows, known = windows_of(data, dense, seed), {}
+        for label, method in METHODS.items():
+            if method.gradients is None and seed:                   # draws nothing
+                continue
+            for keep in map(float, cfg.keeps.split(',')):
+                def result():
+                    measures = method[:2] + (method.biases,)
+                    if measures not in known:
+                        known[measures] = measure(dense, method, windows)
+                    new = factored(known[measures], method, keep, windows)
+                    return loss_of(new, data), new, {'ranks': new.config.layer_ranks} if label == DEFAULT else {}
+                record.make(result, model=name, method=label, keep=keep, seed=seed, steps=0)
+
+
+def compressed(dense, data, keep, seed):
+    """By the default method."""
+    new = copy.deepcopy(dense)
+    layers.low_rank(new, 'activation', layers.best_share(keep), layers.MODULES, windows_of(data, dense, seed))
+    return new
+
+
+def extra_steps(cfg):
+    """Of the record's key."""
+    return dict(zip(EXTRA, (cfg.finetune_iters, cfg.optimizer, cfg.learning_rate)))
+
+
+def tune(cfg, model, teacher, saved, data, seed):
+    """Extra steps in place; None: no teacher."""
+    options = compress.CompressConfig(learning_rate=cfg.learning_rate, finetune_iters=cfg.finetune_iters, seed=seed)
+    options = replace(compress.finetune_config(options, saved, model), optimizer=cfg.optimizer)
+    compress.finetune(model, teacher, data, options, 'cpu')
+    return loss_of(model, data), model, {}
+
+
+def finetune(cfg, record, name, dense, saved, data):
+    """Rows with extra steps, from a seed for calibration and batches: of the dense model, then of compressed ones."""
+    for seed in range(cfg.seeds):
+        record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
+                    model=name, method='dense', seed=seed, **extra_steps(cfg))
+        for keep in TUNED_KEEPS:
+            def result():
+                return tune(cfg, compressed(dense, data, keep, seed), dense, saved, data, seed)
+            record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed, **extra_steps(cfg))
+
+
+def scratch(cfg, record, name, dense, data):
+    """Rows of models of the size of compressed ones that were never larger, with and without extra steps."""
+    for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()), TUNED_KEEPS):
+        def result(tuned):
+            saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, dense, data, keep))
+            new = model_of(saved)
+            return tune(cfg, new, None, saved, data, seed - SEED) if tuned else (loss_of(new, data), new, {})
+        key = dict(model=name, method=kind, keep=keep, seed=seed)
+        record.make(lambda: result(False), **key, steps=0)
+        record.make(lambda: result(True), **key, **extra_steps(cfg))
+
+
+def smaller(kind, dense, data, keep):
+    """The option that makes train.py's model smaller: the width, or the ranks that the default method chose."""
+    if kind == 'narrower':
+        return f'--n_embd={narrower(dense.config, keep)}'
+    return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
+
+
+def narrower(c, keep):
+    """The width, a multiple of n_head, at which the blocks' matrices, that grow with its square, have `keep` as many
+    numbers."""
+    return round(c.n_embd * math.sqrt(keep) / c.n_head) * c.n_head
+
+
+def make(cfg, record, name, data):
+    """All rows of a model."""
+    saved = trained(cfg, name, 'dense', SEED)
+    dense, parts = model_of(saved), cfg.parts.split(',')
+    record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED, steps=0)
+    if 'methods' in parts:
+        methods(cfg, record, name, dense, data)
+    if 'finetune' in parts:
+        finetune(cfg, record, name, dense, saved, data)
+    if 'scratch' in parts:
+        scratch(cfg, record, name, dense, data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tables and figure
+
+def added(rows, name, **key):
+    """Loss added to the dense model's by the rows with this key: mean, standard deviation over seeds (0 of one), their
+    number; None: there are none."""
+    base = next(row['loss'] for row in rows if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
+    key = dict(key, model=name)
+    found = [row['loss'] - base for row in rows if all(row.get(k) == v for k, v in key.items())]
+    return (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found)) if found else None
+
+
+def cell(found):
+    if found is None:
+        return ''
+    mean, spread, count = found
+    return f'{round(mean, 4) + 0.0:.4f}' + (f' +- {spread:.4f}' if count > 1 else '')                  # + 0: no -0
+
+
+def table(rows, name):
+    """Markdown: a method a line, a share kept a column."""
+    head, line = row_of(rows, name), '|---' * (len(KEEPS) + 1) + '|'
+    lines = [f'{name}: {head["block_params"]:,} parameters in the blocks, loss {head["loss"]:.4f}; nats added, no '
+             'fine-tuning', '', '| keep | ' + ' | '.join(map(str, KEEPS)) + ' |', line]
+    for label in METHODS:
+        cells = [cell(added(rows, name, method=label, keep=keep, steps=0)) for keep in KEEPS]
+        lines += [f'| {label} | ' + ' | '.join(cells) + ' |'] if any(cells) else []
+    return '\n'.join(lines)
+
+
+def row_of(rows, name, **key):
+    """The first row with this key; without one, the dense model's."""
+    key = key or {'method': 'dense', 'steps': 0}
+    return next(row for row in rows if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
+
+
+def extras_of(rows, name):
+    """The kinds of extra steps that were taken."""
+    return sorted({tuple(row[k] for k in EXTRA) for row in rows if row['model'] == name and row['steps']})
+
+
+def control_table(rows, name):
+    """Markdown: what was trained, with and without extra steps; '' where nothing was."""
+    extras = extras_of(rows, name)
+    lines = [f'{name}: nats added to the loss of the dense model as it is', '',
+             '| | parameters in the blocks | no extra steps | '
+             + ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) + ' |',
+             '|---' * (3 + len(extras)) + '|']
+    for label, method in (('dense', 'dense'), ('compressed, default method', DEFAULT),
+                          ('narrower, from scratch', 'narrower'), ('factors, from scratch', 'factors')):
+        for keep in (None,) if method == 'dense' else TUNED_KEEPS:
+            key = dict(method=method, keep=keep)
+            cells = [cell(added(rows, name, **more)) for more in (
+                dict(key, steps=0), *(key | dict(zip(EXTRA, extra)) for extra in extras))]
+            if any(cells[1:] if method in ('dense', DEFAULT) else cells):
+                size = row_of(rows, name, **key)['block_params']
+                lines.append(f'| {label}{"" if keep is None else f", keep {keep}"} | {size:,} | '
+                             + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) if extras else ''
+
+
+def plot(rows, names):
+    """Loss added against the share kept, a panel a model, to FIGURE."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6), layout='constrained', squeeze=False)
+    for axis, name in zip(axes[0], names):
+        draw(axis, rows, name)
+    axes[0, 0].set_ylabel('validation loss added, nats a character')
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside right center', fontsize=8)
+    figure.suptitle('Loss added by compression, calibration seeds: mean and standard deviation (none where it fell)',
+                    fontsize=11)
+    figure.savefig(FIGURE, dpi=110)
+    plt.close(figure)
+
+
+def draw(axis, rows, name):
+    """A panel: each method, and the models with extra steps against the dense one with those."""
+    for i, label in enumerate(METHODS):
+        found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
+        found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}    # a logarithm needs that
+        low = [min(spread, 0.9 * mean) for mean, spread, _ in found.values()]
+        axis.errorbar([keep + 0.002 * (i - 4) for keep in found], [mean for mean, _, _ in found.values()],
+                      [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}', capsize=2,
+                      markersize=3.5, lw=1.3, label=label)
+    for values, marker in zip(extras_of(rows, name), '*PXd'):
+        extra = dict(zip(EXTRA, values))
+        dense = added(rows, name, method='dense', **extra)
+        tuned = {keep: added(rows, name, method=DEFAULT, keep=keep, **extra) for keep in TUNED_KEEPS}
+        tuned = {keep: (one[0] - dense[0], one[1]) for keep, one in tuned.items()
+                 if one and dense and one[0] > dense[0]}
+        axis.errorbar([*tuned], [mean for mean, _ in tuned.values()], [spread for _, spread in tuned.values()],
+                      fmt=marker, color='k', markersize=8, capsize=2,
+                      label=f'{DEFAULT}, {values[0]} steps of {values[1]},\nagainst the dense model given them')
+    axis.set(yscale='log', xlabel="share of the blocks' weights kept", xlim=(0.93, 0.37),
+             title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million in the blocks")
+    axis.set_xticks(KEEPS, KEEPS)
+    axis.grid(alpha=0.3)
+
+
+def main(argv):
+    """-> exit code: 0 done, 2 wrong input or a training that failed."""
+    if '--help' in argv or '-h' in argv:
+        print(configuration.help_text(TableConfig, __doc__.strip()))
+        return 0
+    try:
+        cfg, _ = configuration.load(TableConfig, argv)
+        plots.require_matplotlib('the figure')
+        if not cfg.run and not RECORD.exists():
+            raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+        if cfg.run:
+            data = Dataset(locate(cfg.dataset, 'char'))
+            make_folder(cfg.out_dir)
+            record = Record(RECORD)
+            for name in cfg.models.split(','):
+                make(cfg, record, name, data)
+    except UserError as e:
+        print(f'compression_table.py: {e}', file=sys.stderr)
+        return 2
+    rows = read(RECORD)
+    names = [name for name in MODELS if any(row['model'] == name for row in rows)]
+    print('\n\n'.join(filter(None, (form(rows, name) for form in (table, control_table) for name in names))))
+    plot(rows, names)
+    print(f'figure: {FIGURE}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""What commands that make a folder from a run share: their way in and out, and where they may write."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from runtime import config as configuration
+from runtime.config import UserError
+from runtime.output import unfailing_output
+from runtime.stopping import Stop
+
+
+def run(script, cls, usage, action, argv=None):
+    """Build the dataclass `cls` from argv (None: sys.argv's) and print what action(cfg) says -> exit code: 0 done,
+    2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print(configuration.help_text(cls, usage.strip()))
+        return 0
+    try:
+        with unfailing_output(), Stop(under_torchrun=False):
+            cfg, _ = configuration.load(cls, argv)
+            print(action(cfg))
+        return 0
+    except UserError as e:
+        print(f'{script}: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        return 128 + getattr(e, 'signal', signal.SIGINT)
+
+
+def named(folder):
+    """The folder under a name of its own: '.' and 'out/..' have none that another name can be made from."""
+    return folder if folder.name not in ('', '..') else Path(os.path.realpath(folder))
+
+
+def check_save_dir(save_dir, source, kind, overwrite=False):
+    """Raise UserError for a folder that must not be made or replaced: one that is there, unless it is empty or, with
+    overwrite, a run; this one; and one that holds `source`. kind: a word for the name of another one. overwrite None:
+    there is no such option."""
+    real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, source))
+    where = f'save_dir={str(save_dir)!r}'
+    try:
+        if real in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / kind}')")
+        if real in (own, *own.parents):
+            raise UserError(f"{where}: has the model itself in it (nearest: '{source}-{kind}')")
+        free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
+        a_run = overwrite is not None and (save_dir / 'ckpt.pt').exists()
+    except OSError as e:
+        raise UserError(f'{where}: cannot be used: {e.strerror}') from None
+    if not free and not (overwrite and a_run):
+        raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2'"
+                        + (', or --overwrite=True, which moves it aside)' if a_run else ')'))
