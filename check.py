@@ -78,8 +78,8 @@ def svd(scope, method='gram', **overrides):
     return dict(use_svd=scope is not None, svd_scope=scope or SCOPES[0], svd_method=method, **overrides)
 
 
-# latents of 8 for heads of 16; layers of each block as products of two
-FACTORS = {'h.0.attn.c_attn.c_v': 8, 'h.0.attn.c_proj': 8, 'h.1.mlp.c_fc': 16, 'h.1.mlp.c_proj': 16}
+# latents of 8 for heads of 16; layers of the first block as products of two, where a model may have no other
+FACTORS = {'h.0.attn.c_attn.c_v': 8, 'h.0.attn.c_proj': 8, 'h.0.mlp.c_fc': 16, 'h.0.mlp.c_proj': 16}
 EVERY = [svd(None), *(svd(scope, method) for scope in SCOPES for method in METHODS),
          svd(None, use_mla=True), svd('causal', use_mla=True), svd(None, layer_ranks=FACTORS)]
 

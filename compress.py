@@ -47,6 +47,7 @@ from runtime.timing import generation, quartiles, take_turns
 from train import TrainConfig, build_optimizer, check_tokenizer, get_lr, sample
 
 KEEP = 0.6                          # where nothing else is asked for
+LEARNING_RATE = 1e-3                # of fine-tuning
 ROUNDS = 5                          # of both models in turn, to time them
 apply_svd_compression = layers.apply_svd_compression
 
@@ -65,16 +66,17 @@ class CompressConfig:
                       'measures it'] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; None: all"] = None
     mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
-    method: Annotated[Literal['activation', 'whitened', 'plain'],
+    method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
                       "'activation': what the loss makes of errors on the training split decides, on the ranks, too; "
-                      "'whitened': the error of each layer's outputs there; 'plain': the SVD of the weights"
-                      ] = 'activation'
+                      "'whitened': the error of each layer's outputs there; 'plain': the SVD of the weights; None: "
+                      "'activation'"] = None
     finetune_iters: Annotated[int, 'steps of training all parameters afterwards, on the text and to agree with the '
                               'model as it was'] = 0
-    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: the run's, or 'adamw'"] = None
-    learning_rate: Annotated[float, 'of these steps, a tenth of it at the end'] = 1e-3
+    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: 'muon'"] = None
+    learning_rate: Annotated[float | None, 'of these steps, a tenth of it at the end; None: 1e-3, which suits models a '
+                             'few hundred wide'] = None
     batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12'] = None
-    spectrum: Annotated[bool, 'only look: the singular values of every weight that can be factored', SWITCH] = False
+    spectrum: Annotated[bool, 'only look: the singular values of every weight of the blocks', SWITCH] = False
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl') or a folder with safetensors, in Hugging Face's format or as export.py writes "
                          'them'] = 'resume'
@@ -94,6 +96,7 @@ class CompressConfig:
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f'{name}={share}: must be above 0 and at most 1 (nearest: {1 if share > 1 else 0.1})')
         self.check_combination()
+        self.method = self.method or 'activation'
         wrong = [word for word in self.module_names() if word not in layers.MODULES]
         if wrong:
             raise ValueError(f"modules={self.modules!r}: {wrong[0]!r} is none of {', '.join(layers.MODULES)} (nearest: "
@@ -105,20 +108,20 @@ class CompressConfig:
 
     def check_combination(self):
         """Raise ValueError for options that would have no effect beside others."""
-        given = [name for name in ('keep', 'rank', 'energy', 'modules', 'mla_latent_dim', 'batch_size', 'optimizer')
+        ranks, training = ('keep', 'rank', 'energy'), ('optimizer', 'learning_rate', 'batch_size')
+        given = [name for name in (*ranks, 'modules', 'mla_latent_dim', 'method', *training)
                  if getattr(self, name) is not None] + ['finetune_iters'] * (self.finetune_iters > 0)
-        ranks = [name for name in given if name in ('keep', 'rank', 'energy')]
         kind = '--spectrum' if self.spectrum else f'--to={self.to}'
-        training = 'finetune_iters', 'batch_size', 'optimizer'
-        takes = {'--spectrum': ('modules',), '--to=mla': ('mla_latent_dim', *training),
-                 '--to=lowrank': ('modules', *ranks, *training)}[kind]
+        takes = {'--spectrum': ('modules',), '--to=mla': ('mla_latent_dim', 'method', 'finetune_iters', *training),
+                 '--to=lowrank': ('modules', *ranks, 'method', 'finetune_iters', *training)}[kind]
         for name in given:
             if name not in takes:
                 raise ValueError(f'{name}={getattr(self, name)!r}: not with {kind}')
-            if name in ('batch_size', 'optimizer') and not self.finetune_iters:
+            if name in training and not self.finetune_iters:
                 raise ValueError(f'{name}={getattr(self, name)!r}: only with --finetune_iters')
-        if len(ranks) > 1:
-            raise ValueError(f'{ranks[1]}={getattr(self, ranks[1])}: not together with {ranks[0]}')
+        given = [name for name in ranks if name in given]
+        if len(given) > 1:
+            raise ValueError(f'{given[1]}={getattr(self, given[1])}: not together with {given[0]}')
         if self.to == 'mla' and self.method == 'whitened':
             raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
 
@@ -157,8 +160,7 @@ def compress(cfg):
 
 def look(model, modules, save_dir, path):
     """The table of compress_spectrum.py, whose files go to save_dir."""
-    dense = layers.dense_layers(model, layers.layer_names(model, modules))
-    weights = {name: layer.weight for name, layer in dense.items()}
+    weights = layers.weights_of(model, modules)
     with new_folder(save_dir) as folder:
         table = spectrum.write(weights, folder, f'Weights of {path}')
     return f'{table}\nwritten to {save_dir}: spectrum.png, spectrum.csv'
@@ -229,14 +231,17 @@ def choice_of(cfg):
 # fine-tuning
 
 def finetune_config(cfg, saved, model):
-    """The configuration of these steps: warm-up over a twentieth, cosine to a tenth; the rest as in the run."""
-    kept = ('batch_size', 'weight_decay', 'optimizer', 'beta1', 'beta2')
+    """The configuration of these steps: warm-up over a twentieth, cosine to a tenth; batch size and betas as in the
+    run. No weight decay, which would pull the product of two factors down twice."""
+    kept = ('batch_size', 'beta1', 'beta2')
     own = configuration.check_all(TrainConfig, {k: v for k, v in saved.get('config', {}).items() if k in kept},
                                   saved.get('path'))
-    own |= {k: getattr(cfg, k) for k in ('batch_size', 'optimizer') if getattr(cfg, k) is not None}
-    return TrainConfig(learning_rate=cfg.learning_rate, min_lr=cfg.learning_rate / 10,
-                       max_iters=cfg.finetune_iters, lr_decay_iters=cfg.finetune_iters, seed=cfg.seed,
-                       warmup_iters=cfg.finetune_iters // 20, block_size=model.config.block_size, **own)
+    if cfg.batch_size is not None:
+        own['batch_size'] = cfg.batch_size
+    learning_rate = LEARNING_RATE if cfg.learning_rate is None else cfg.learning_rate
+    return TrainConfig(optimizer=cfg.optimizer or 'muon', learning_rate=learning_rate, min_lr=learning_rate / 10,
+                       weight_decay=0.0, max_iters=cfg.finetune_iters, lr_decay_iters=cfg.finetune_iters,
+                       warmup_iters=cfg.finetune_iters // 20, seed=cfg.seed, block_size=model.config.block_size, **own)
 
 
 def finetune(model, teacher, data, cfg, device):
@@ -329,7 +334,7 @@ def describe(report):
               f'  bytes on disk, weights alone: {pair("bytes")}',
               f'  cache bytes at {report["block_size"][0]} tokens: {pair("cache_bytes")}']
     for name, words in (('prefill', f'a prompt of {speed["prompt"]} tokens'),
-                        ('decode', f'{speed["tokens"]} tokens after it')):
+                        ('decode', f'the {speed["tokens"] - 1} after it, one by one')):
         (before, after), (low, high) = speed[name]['tokens_per_s'], speed[name]['quartiles']
         lines.append(f'  tokens/s, {words}: {before:,.0f} before, {after:,.0f} after, ratio {speed[name]["ratio"]:.2f} '
                      f'(quartiles {low:.2f} to {high:.2f}, {speed["rounds"]} pairs)')
@@ -343,8 +348,10 @@ def rank_lines(ranked):
     for name, layer in ranked.items():
         _, block, part = name.split('.', 2)
         blocks.setdefault(block, []).append(f'{part.removeprefix("attn.c_attn.")} {layer["rank"]}')
+    if not blocks:
+        return ['  no layer would be smaller as a product: all stay as they were']
     return ['  ranks, the other layers stay dense:', *(f'    block {block}: {", ".join(parts)}'
-                                                     for block, parts in blocks.items())] if blocks else []
+                                                     for block, parts in blocks.items())]
 
 
 def side_by_side(before, after, width=56, height=14):

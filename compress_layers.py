@@ -47,6 +47,15 @@ def dense_layers(model, names):
     return {name: model.transformer.get_submodule(name) for name in names}
 
 
+def weights_of(model, modules=MODULES):
+    """Every weight matrix of the blocks, fused ones apart and products multiplied out, which changes the model: name
+    -> (m, n)."""
+    parts = [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in model.config.layer_shapes]
+    dense_layers(model, parts)
+    return {name: layer.weight for name, layer in model.transformer.named_modules()
+            if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in modules}
+
+
 @torch.no_grad()
 def settle(model):
     """After layers were replaced: the configuration says which are products, and a c_attn without any is fused."""
@@ -68,8 +77,8 @@ def apply_svd_compression(model, rank, modules=MODULES):
     saves parameters; no data needed. In place -> the model. Raises ValueError for a rank outside 1..n_embd."""
     if set(modules) - set(MODULES):
         raise ValueError(f'modules={list(modules)}: valid are {", ".join(MODULES)}')
-    if not 1 <= rank <= model.config.n_embd:
-        raise ValueError(f'rank={rank}: must be 1 to n_embd={model.config.n_embd}')
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= model.config.n_embd:
+        raise ValueError(f'rank={rank!r}: must be 1 to n_embd={model.config.n_embd}')
     for name, layer in dense_layers(model, layer_names(model, modules)).items():
         if saving_rank(layer.weight.shape, rank):
             model.set_layer(name, LowRankLinear.from_linear(layer, rank))
@@ -170,28 +179,32 @@ def calibrate(model, modules, statistics, windows, gradients):
 
 def low_rank(model, method, choose, modules, windows):
     """Factor a GPT's layers in place. method: 'plain', 'whitened' or 'activation'; choose: name -> energies (s), name
-    -> shape (m, n) -> name -> rank or None; windows: of `batches`, for all methods but 'plain' -> what was lost of each
-    layer's energy, in the method's measure: name -> share."""
+    -> shape (m, n) -> name -> rank or None, which a layer that is a product already need not have; windows: of
+    `batches`, for all methods but 'plain' -> what was lost of each layer's energy, in the method's measure: name ->
+    share."""
+    known = model.config.layer_ranks or {}                          # products have no more than their rank to keep
     layers = dense_layers(model, layer_names(model, modules))
-    dense = copy.deepcopy(model) if method == 'activation' else None
-    statistics = {} if method == 'plain' else {
-        name: Statistics(layer.weight, layer.bias is not None) for name, layer in layers.items()}
-    if statistics:
-        calibrate(model, layers, statistics, windows, gradients=method == 'activation')
+    measured, in_turn = method != 'plain', method == 'activation'
+    statistics = {}
+    if measured:
+        statistics = {name: Statistics(layer.weight, layer.bias is not None) for name, layer in layers.items()}
+        calibrate(model, layers, statistics, windows, gradients=in_turn)
     energies, factorizations = {}, {}
     for name, layer in tqdm(layers.items(), desc='decompose', unit='layer', leave=False, disable=None):
-        own = statistics.get(name)
-        found = Factorization(layer.weight) if own is None else own.factorization()
+        found = statistics[name].factorization() if measured else Factorization(layer.weight)
+        found.energies[known.get(name, found.size):] = 0            # rounding
         energies[name] = found.energies
-        if method != 'activation':                                  # which sees each layer again, with other inputs
+        if not in_turn:                                             # else made anew, of other inputs: room for one only
             factorizations[name] = found
     ranks = choose(energies, {name: tuple(layer.weight.shape) for name, layer in layers.items()})
-    ranks = {name: rank for name, rank in ranks.items() if rank is not None}
-    if method == 'activation':
-        replace_in_turn(model, dense, statistics, ranks, windows)
-    for name in ranks if method != 'activation' else ():
-        mean = statistics[name].mean() if name in statistics else None
-        put(model, name, *factorizations[name].factors(ranks[name]), mean, mean)
+    ranks = {name: min(rank or math.inf, known.get(name, math.inf)) for name, rank in ranks.items()
+             if rank is not None or name in known}
+    if in_turn:
+        replace_in_turn(model, copy.deepcopy(model), statistics, ranks, windows)
+    else:
+        for name, rank in ranks.items():
+            mean = statistics[name].mean() if measured else None
+            put(model, name, *factorizations[name].factors(rank), mean, mean)
     settle(model)
     return {name: (energies[name][rank:].sum() / energies[name].sum().clamp_min(1e-300)).item()
             for name, rank in ranks.items()}

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
@@ -328,9 +328,9 @@ def extra_steps(cfg):
 
 def tune(cfg, model, teacher, saved, data, seed):
     """Extra steps in place; None: no teacher."""
-    options = compress.CompressConfig(learning_rate=cfg.learning_rate, finetune_iters=cfg.finetune_iters, seed=seed)
-    options = replace(compress.finetune_config(options, saved, model), optimizer=cfg.optimizer)
-    compress.finetune(model, teacher, data, options, 'cpu')
+    options = compress.CompressConfig(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate,
+                                      finetune_iters=cfg.finetune_iters, seed=seed)
+    compress.finetune(model, teacher, data, compress.finetune_config(options, saved, model), 'cpu')
     return loss_of(model, data), model, {}
 
 
