@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import compress
+import compress_layers as layers
 import export
 import sample
 import train
@@ -193,7 +194,8 @@ def test_ranks_that_are_asked_for(run, shrink, method):
     run()
     _, report = shrink('--rank=7', f'--method={method}', save_dir='rank')
     assert {layer['rank'] for layer in report['layers'].values()} == {7} and len(report['layers']) == 6
-    _, report = shrink('--rank=8', '--modules=attn', f'--method={method}', save_dir='none')
+    out, report = shrink('--rank=8', '--modules=attn', f'--method={method}', save_dir='none')
+    assert 'no layer would be smaller as a product: all stay as they were' in out
     assert report['layers'] == {}                                   # square layers break even at 8
     _, report = shrink('--keep=0.5', '--modules=mlp', f'--method={method}', save_dir='mlp')
     assert set(report['layers']) == {'h.0.mlp.c_fc', 'h.0.mlp.c_proj'}
@@ -302,6 +304,34 @@ def test_spectra(run, call, refused):
     assert folder_bytes('.') == before
 
 
+@pytest.mark.parametrize('method', ['activation', 'whitened', 'plain'])
+def test_a_product_keeps_at_most_its_rank(run, shrink, method):
+    """Whatever is asked for the second time: nothing is lost, and no file grows."""
+    run()
+    shrink('--rank=3', f'--method={method}')
+    ranks = checkpoint('out-lowrank')['model_args']['layer_ranks']
+    for i, options in enumerate((['--keep=1'], ['--keep=.9'], ['--rank=5'], ['--energy=1'])):
+        _, report = shrink('--out_dir=out-lowrank', f'--method={method}', *options, save_dir=f'again{i}')
+        assert checkpoint(f'again{i}')['model_args']['layer_ranks'] == ranks
+        assert report['params'][0] == report['params'][1]
+        assert report['val_loss'][1] == pytest.approx(report['val_loss'][0], abs=1e-4)
+    _, report = shrink('--out_dir=out-lowrank', f'--method={method}', '--rank=2', '--modules=mlp', save_dir='less')
+    assert checkpoint('less')['model_args']['layer_ranks'] == {
+        name: 2 if 'mlp' in name else rank for name, rank in ranks.items()}
+
+
+def test_spectra_are_of_every_weight():
+    """Those of MLA's latents, too, and W_v where 'weight' scope cuts it."""
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=31)
+    for options, kinds in ((dict(use_mla=True), ('query', 'kv_down', 'k_up', 'v_up')),
+                           (dict(use_svd=True, svd_scope='weight', svd_rank=2), ('c_q', 'c_k', 'c_v'))):
+        found = layers.weights_of(GPT(GPTConfig(**shape | options)))
+        assert {*found} == {f'h.{i}.{part}' for i in range(2) for part in (
+            'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj', *(f'attn.c_attn.{kind}' for kind in kinds))}
+        found = layers.weights_of(GPT(GPTConfig(**shape | options)), ['mlp'])
+        assert {*found} == {f'h.{i}.mlp.{part}' for i in range(2) for part in ('c_fc', 'c_proj')}
+
+
 @pytest.mark.slow
 def test_spectra_of_factors(run, shrink, call):
     run()
@@ -389,6 +419,8 @@ def test_a_run_is_only_replaced_when_asked_to(run, convert):
     (['--keep=0.5', '--to=mla'], 'keep=0.5: not with --to=mla'),
     (['--rank=2', '--spectrum'], 'rank=2: not with --spectrum'), (['--modules=attn', '--to=mla'], 'not with --to=mla'),
     (['--optimizer=adamw'], "optimizer='adamw': only with --finetune_iters"),
+    (['--learning_rate=1e-3', '--to=mla'], 'learning_rate=0.001: only with --finetune_iters'),
+    (['--spectrum', '--method=whitened'], "method='whitened': not with --spectrum"),
     (['--modules=head'], "'head' is none of attn, mlp (nearest: 'attn,mlp')"), (['--modules='], "'' is none of"),
     (['--mla_latent_dim=4'], 'mla_latent_dim=4: not with --to=lowrank'), (['--learning_rate=-1'], 'learning_rate=-1.0'),
     (['--finetune_iters=-1'], 'finetune_iters=-1: must be at least 0'), (['--batch_size=0'], 'batch_size=0'),

@@ -207,11 +207,11 @@ def test_it_is_applied_to_modules_and_again():
     assert set(model.config.layer_ranks.values()) == {2} and len(model.config.layer_ranks) == 12
 
 
-@pytest.mark.parametrize('rank', [0, -1, 17])
+@pytest.mark.parametrize('rank', [0, -1, 17, 2.0, True, '2'])
 def test_a_rank_that_cannot_be(rank):
     model = random_model()
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=f'rank={rank}: must be 1 to n_embd=16'):
+    with pytest.raises(ValueError, match=f'rank={rank!r}: must be 1 to n_embd=16'):
         layers.apply_svd_compression(model, rank)
     assert equal(model.state_dict(), before.state_dict())
 
