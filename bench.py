@@ -144,6 +144,8 @@ def bench_steps(cfg):
     """Print a table of step times and ratios, then the same as one line of JSON. -> exit code 0."""
     device = devices.pick_device(cfg.device)
     cfg.vocab_size = cfg.vocab_size or 50304
+    if cfg.svd_rank is None and len(kinds(cfg)) == 1 and not cfg.peer:
+        raise UserError('svd_rank=None: of an ordinary model there is nothing to compare (nearest: --svd_rank=16)')
     print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size} x {cfg.block_size}, '
           f'rank {cfg.svd_rank}, {cfg.optimizer}, {device}, {torch.get_num_threads()} threads, {cfg.pairs} pairs')
     baseline = step_of(cfg, device, **DENSE)
