@@ -38,10 +38,7 @@ def dense_layers(model, names):
     """Make each of these layers a dense one of its own, in place: products are multiplied out, a fused c_attn is split
     -> name -> Linear."""
     for name in names:
-        attn = model.transformer.h[int(name.split('.')[1])].attn
-        if isinstance(attn.c_attn, QKVProjection) and '.c_attn.' in name:
-            attn.c_attn = SplitProjection(attn.c_attn)
-        layer = model.transformer.get_submodule(name)
+        layer = model.get_layer(name)
         if isinstance(layer, LowRankLinear):
             model.set_layer(name, layer.merge())
     return {name: model.transformer.get_submodule(name) for name in names}
