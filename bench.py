@@ -50,7 +50,8 @@ class BenchConfig(TrainConfig):
     check: Annotated[bool, 'test on this device that what must be equal is equal, and time nothing', SWITCH] = False
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths of block_size"] = None
-    tokens: Annotated[int, '--decode: tokens after each prompt; a sixteenth where nothing is cached'] = 32
+    tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing is cached; None: 32, '
+                      'at most half of block_size'] = None
     svd: Annotated[bool, 'cost and quality of every SVD method, side by side', SWITCH] = False
     plot: Annotated[bool | str, "--svd: a figure of error against time, as --plot=FILE.png or in bench-svd.png",
                     SWITCH] = False
@@ -63,6 +64,8 @@ class BenchConfig(TrainConfig):
         super().__post_init__()
         if self.pairs < 2:
             raise ValueError(f'pairs={self.pairs}: must be at least 2 (nearest: 2)')
+        if self.tokens is None:
+            self.tokens = max(2, min(32, self.block_size // 2))
         if self.tokens < 2:
             raise ValueError(f'tokens={self.tokens}: must be at least 2 (nearest: 2)')
         if self.svd:
@@ -103,6 +106,9 @@ class BenchConfig(TrainConfig):
     def lengths(self):
         """`contexts` as a list of int."""
         most = self.block_size - self.tokens                        # beyond that the window slides: not this table's
+        if most < 1:
+            raise ValueError(f'tokens={self.tokens}: leave no room for a prompt in block_size={self.block_size} '
+                             f'(nearest: {max(2, self.block_size - 1)})')
         # within the spans of 'causal' scope; at their edges a basis is due, which lasts for as many tokens again
         usual = ','.join(str(min(most, self.block_size * sixteenths // 16)) for sixteenths in (3, 6, 14))
         words = (usual if self.contexts is None else self.contexts).split(',')

@@ -111,6 +111,8 @@ class CompressConfig:
         ranks, training = ('keep', 'rank', 'energy'), ('optimizer', 'learning_rate', 'batch_size')
         given = [name for name in (*ranks, 'modules', 'mla_latent_dim', 'method', *training)
                  if getattr(self, name) is not None] + ['finetune_iters'] * (self.finetune_iters > 0)
+        given += [name for name in ('to', 'dataset', 'overwrite') if self.spectrum and getattr(self, name) != getattr(
+            CompressConfig, name)]
         kind = '--spectrum' if self.spectrum else f'--to={self.to}'
         takes = {'--spectrum': ('modules',), '--to=mla': ('mla_latent_dim', 'method', 'finetune_iters', *training),
                  '--to=lowrank': ('modules', *ranks, 'method', 'finetune_iters', *training)}[kind]
@@ -154,8 +156,7 @@ def compress(cfg):
     except OSError as e:
         raise UserError(f'{e.filename or path}: {e.strerror or one_line(e)}') from None
     except (ValueError, FloatingPointError, torch.linalg.LinAlgError) as e:
-        words = one_line(e) if cfg.init_from != 'resume' else f'{path}: {one_line(e)}'
-        raise e if isinstance(e, UserError) else UserError(words) from None
+        raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
 
 
 def look(model, modules, save_dir, path):
@@ -172,6 +173,8 @@ def convert(cfg, model, data, saved):
     device = devices.pick_device(cfg.device)
     model.to(device).eval().requires_grad_(False)
     losses, clock = [loss_of(model, data, device, cfg.seed)], [time.perf_counter()]
+    if not math.isfinite(losses[0]):
+        raise ValueError(f'its loss is {losses[0]}')
     new, lost = smaller(cfg, copy.deepcopy(model.eval()), data, device)
     clock.append(time.perf_counter())
     losses.append(loss_of(new, data, device, cfg.seed))
@@ -180,7 +183,7 @@ def convert(cfg, model, data, saved):
         finetune(new, model, data, finetune_config(cfg, saved, model), device)
         clock.append(time.perf_counter())
         losses.append(loss_of(new, data, device, cfg.seed))
-    if not all(map(math.isfinite, losses)):
+    if not math.isfinite(losses[-1]):
         raise ValueError(f'the loss is {losses[0]} before and {losses[-1]} after')
     both = model.eval(), new.eval()
     report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), machine=devices.environment(device, 'float32'),
@@ -399,7 +402,7 @@ def find_data(cfg, saved, model):
     c, name = model.config, cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
     if not name:
         raise UserError(f'{saved["path"]}: does not say what it was trained on (nearest: --dataset=my.txt)')
-    meta = saved.get('tokenizer', {}) if saved else pretrained.read_tokenizer(cfg.init_from) or GPT2_META
+    meta = saved.get('tokenizer', {}) if saved else pretrained.read_tokenizer(cfg.init_from) or {}
     tokenizer = meta.get('tokenizer', 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2')
     data = Dataset(locate(name, tokenizer))
     check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)

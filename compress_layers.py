@@ -62,7 +62,8 @@ def settle(model):
         c_attn = block.attn.c_attn
         if isinstance(c_attn, SplitProjection) and not any(name.startswith(f'h.{i}.attn.c_attn.') for name in ranks):
             weight, bias = fuse((c_attn.c_q, c_attn.c_k, c_attn.c_v))
-            block.attn.c_attn = QKVProjection(model.config).to(weight)
+            trained = any(p.requires_grad for p in c_attn.parameters())
+            block.attn.c_attn = QKVProjection(model.config).to(weight).requires_grad_(trained)
             block.attn.c_attn.weight.copy_(weight)
             if bias is not None:
                 block.attn.c_attn.bias.copy_(bias)
@@ -71,12 +72,17 @@ def settle(model):
 
 def apply_svd_compression(model, rank, modules=MODULES):
     """Replace the weights of a GPT's blocks by their best rank-`rank` approximations, as products of two, wherever that
-    saves parameters; no data needed. In place -> the model. Raises ValueError for a rank outside 1..n_embd."""
+    saves parameters; products of that rank or less stay. No data needed. modules: of MODULES, a list or like
+    'attn,mlp'. In place -> the model. Raises ValueError for a rank outside 1..n_embd, other modules, and weights that
+    are not finite."""
+    modules = modules.split(',') if isinstance(modules, str) else modules
     if set(modules) - set(MODULES):
         raise ValueError(f'modules={list(modules)}: valid are {", ".join(MODULES)}')
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= model.config.n_embd:
         raise ValueError(f'rank={rank!r}: must be 1 to n_embd={model.config.n_embd}')
-    for name, layer in dense_layers(model, layer_names(model, modules)).items():
+    known = model.config.layer_ranks or {}
+    names = [name for name in layer_names(model, modules) if known.get(name, rank + 1) > rank]
+    for name, layer in dense_layers(model, names).items():
         if saving_rank(layer.weight.shape, rank):
             model.set_layer(name, LowRankLinear.from_linear(layer, rank))
     return settle(model)
@@ -188,7 +194,10 @@ def low_rank(model, method, choose, modules, windows):
         calibrate(model, layers, statistics, windows, gradients=in_turn)
     energies, factorizations = {}, {}
     for name, layer in tqdm(layers.items(), desc='decompose', unit='layer', leave=False, disable=None):
-        found = statistics[name].factorization() if measured else Factorization(layer.weight)
+        try:
+            found = statistics[name].factorization() if measured else Factorization(layer.weight)
+        except ValueError as e:                                     # not finite
+            raise ValueError(f'{name}: {e}') from None
         found.energies[known.get(name, found.size):] = 0            # rounding
         energies[name] = found.energies
         if not in_turn:                                             # else made anew, of other inputs: room for one only
@@ -349,8 +358,10 @@ def to_mla(model, latent_dim, windows):
     """The model with multi-head latent attention. Keys and values of each layer, [W_k; W_v] x, become [U_k; U_v] W_a x;
     windows: of `batches`, for the factors that are best for what the loss makes of their errors there; None: for the
     SVD of the weights."""
-    names = [name for name in layer_names(model) if '.c_attn.' in name]
-    dense_layers(model, names)
+    known = model.config.layer_ranks or {}
+    queries = {f'h.{i}.attn.c_attn.query': known.get(f'h.{i}.attn.c_attn.c_q') for i in range(model.config.n_layer)}
+    dense_layers(model, [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in model.config.layer_shapes
+                         if '.c_attn.' in part])
     settle(model)                                                   # fused, whatever they were
     attentions = {i: block.attn for i, block in enumerate(model.transformer.h)}
     statistics = {i: Statistics(key_value_weight(attn), attn.c_attn.bias is not None) for i, attn in attentions.items()}
@@ -364,8 +375,11 @@ def to_mla(model, latent_dim, windows):
         state = {name: w for name, w in state.items() if not name.startswith(prefix)}
         state |= {prefix + name: part.to(attn.c_attn.weight.dtype) for name, part in parts.items()}
     new.load_state_dict(state)
+    for name, rank in queries.items():
+        if rank is not None:                                        # a product it was, and is
+            new.set_layer(name, LowRankLinear.from_linear(new.transformer.get_submodule(name), rank))
     new.svd_basis = model.svd_basis
-    return new
+    return settle(new)
 
 
 def key_value_weight(attn):

@@ -119,16 +119,18 @@ def budgeted_ranks(energies, shapes, budget, step=1):
     """The ranks that lose least together, their sizes within `budget` numbers: dict name -> rank, None: dense.
 
     energies: name -> (s), descending, what each component is worth in one unit for all layers; shapes: name -> (m, n).
-    Each layer's error over its size is cut down to its convex hull, of which the dense layer, without an error, is the
-    last point; then the steepest stretches are bought first: components of layers where sigma^2 / (m + n) is large.
-    Ranks are multiples of `step`, and `step` at least. Raises ValueError where even those do not fit.
+    Each layer's error over its size is cut down to its convex hull, of which the dense layer, or the rank above which
+    all energies are zero, is the last point, without an error; then the steepest stretches are bought first: components of layers where sigma^2 / (m + n) is large.
+    Other ranks are multiples of `step`, and all are `step` at least. Raises ValueError where even those do not fit.
     """
     ranks, spent, stretches = {}, 0, []
     for name, shape in shapes.items():
         cut = energies[name].double().flip(0).cumsum(0).flip(0).tolist()                        # [r]: lost at rank r
-        points = [(factored_size(shape, r), cut[r], r) for r in range(min(step, len(cut)), len(cut), step)
+        least = min(step, len(cut))
+        exact = saving_rank(shape, max(least, sum(lost > 0 for lost in cut)))
+        points = [(factored_size(shape, r), cut[r], r) for r in range(least, exact or len(cut), step)
                   if saving_rank(shape, r)]
-        hull = convex_hull([*points, (factored_size(shape, None), 0.0, None)])
+        hull = convex_hull([*points, (factored_size(shape, exact), 0.0, exact)])
         ranks[name], spent = hull[0][2], spent + hull[0][0]
         for place, (a, b) in enumerate(zip(hull, hull[1:])):
             stretches.append((_slope(a, b), place, name, b[0] - a[0], b[2]))

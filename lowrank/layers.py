@@ -52,7 +52,7 @@ class LowRankLinear(nn.Module):
         dense.weight.copy_(product.to(dense.weight.dtype))          # first the type: MPS has no float64
         if self.bias is not None:
             dense.bias.copy_(self.bias)
-        return dense
+        return dense.requires_grad_(self.A.weight.requires_grad)
 
     @property
     def weight(self):

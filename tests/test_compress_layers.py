@@ -1,7 +1,7 @@
 """compress_layers.py: statistics, low-rank layers and MLA in a model, each as good as it is foretold to be."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -203,6 +203,8 @@ def test_it_is_applied_to_modules_and_again():
     assert torch.equal(weight, mlp_only.transformer.h[0].mlp.c_fc.weight)
     layers.apply_svd_compression(model, 6)                          # of rank 6 already
     assert torch.allclose(model.transformer.h[0].mlp.c_fc.weight, weight, atol=1e-5)
+    for rank in (7, 16):                                            # nothing grows
+        assert layers.apply_svd_compression(copy.deepcopy(model), rank).config == model.config
     layers.apply_svd_compression(model, 2)
     assert set(model.config.layer_ranks.values()) == {2} and len(model.config.layer_ranks) == 12
 
@@ -482,13 +484,31 @@ def test_at_full_width_the_logits_stay(windows, tokens, bias, dtype, most, svd):
     assert difference(model, new) < most < 1e-3 < difference(model, converted(model, 8, found))
 
 
+def test_a_product_that_weight_scope_cuts_becomes_latents(windows):
+    """No layer is left out, whatever else may be factored."""
+    made = layers.apply_svd_compression(random_model(), 5)
+    model = GPT(replace(made.config, **svd('weight', 3))).eval()
+    model.load_state_dict(made.state_dict())
+    assert difference(model, converted(model, 16, windows(128))) < 1e-4
+
+
+@pytest.mark.parametrize('trained', [True, False])
+def test_replaced_layers_are_trained_or_not_as_they_were(trained):
+    model = random_model().requires_grad_(trained)
+    for rank, modules in ((5, ['mlp']), (5, 'attn,mlp'), (9, ['attn', 'mlp'])):
+        layers.apply_svd_compression(model, rank, modules)
+        assert {p.requires_grad for p in model.parameters()} == {trained}
+    layers.dense_layers(model, layers.layer_names(model))
+    assert {p.requires_grad for p in layers.settle(model).parameters()} == {trained}
+
+
 def test_products_become_latents_as_their_layers_would(windows):
-    """A c_attn of factors is multiplied out; the rest stays as it is."""
+    """Products of keys and values are multiplied out; the rest, queries too, stays as it is."""
     model = layers.apply_svd_compression(random_model(), 5)
     new = converted(model, 16, windows(128))
     assert difference(model, new) < 1e-4
     assert set(new.config.layer_ranks) == {f'h.{i}.{part}' for i in range(2)
-                                           for part in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
+                                           for part in ('attn.c_attn.query', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
     again = GPT.from_checkpoint(dict(model_args=asdict(new.config), model=new.state_dict())).eval()
     assert difference(again, new) == 0
 

@@ -267,6 +267,9 @@ def test_a_dense_layer_is_a_choice_like_others():
     assert budgeted_ranks(dict(flat=flat, steep=steep), shapes, 120) == dict(flat=None, steep=1)
     assert budgeted_ranks(dict(flat=flat, steep=steep), shapes, 119)['flat'] in range(1, 5)
     assert budgeted_ranks(dict(flat=flat, steep=steep), shapes, 10 ** 6) == dict(flat=None, steep=1)
+    rest = torch.tensor([9., 8, 7, *[0] * 7])                       # of rank 3: that, at any step, and never dense
+    for step in (1, 2):
+        assert budgeted_ranks(dict(flat=flat, steep=rest), shapes, 10 ** 6, step) == dict(flat=None, steep=3)
     nothing = {name: torch.zeros(10) for name in shapes}
     assert budgeted_ranks(nothing, shapes, 10 ** 6, 2) == dict(flat=2, steep=2)
     assert budgeted_ranks(dict(thin=torch.ones(1)), dict(thin=(1, 9)), 9) == dict(thin=None)    # rank 1 is 10 numbers

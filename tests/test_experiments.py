@@ -154,6 +154,7 @@ def test_every_method_keeps_to_the_budget(label):
     assert new(*windows[0])[1].isfinite()
 
 
+@pytest.mark.slow
 def test_the_table_is_made_once_and_gone_on_with(call, here, monkeypatch):
     """Two runs that make one thing after another, then everything again: no row twice."""
     monkeypatch.setattr(train, 'sample', lambda *_: '')
