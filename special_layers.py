@@ -122,9 +122,18 @@ def install(model, trained=False):
 
 
 def add(model, options):
-    """`install` into a trained model that has none yet. options: of LayerConfig, name -> value."""
-    model.config = replace(model.config, **options)
-    install(model, trained=True)
+    """`install` into a trained model, if `options` ask for adaptive SVD or LoRA and it has neither. options: of
+    LayerConfig, name -> value. Raises ValueError where they do not fit it."""
+    c = model.config
+    if (options['adaptive_svd'] or options['lora_rank'] is not None) and not c.adaptive_svd and c.lora_rank is None:
+        model.config = replace(c, **options | dict(adaptive_svd_ranks=None))
+        install(model, trained=True)
+
+
+def lowrank_modes(model):
+    """`adaptive_svd_ranks` as they are."""
+    found = {name: layer.r for name, layer in model.transformer.named_modules() if isinstance(layer, AdaptiveSVDLinear)}
+    return {name: r for name, r in found.items() if r is not None} or None
 
 
 def adaptive_layers(model):

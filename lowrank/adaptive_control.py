@@ -5,7 +5,7 @@ state."""
 import torch
 
 from lowrank.adaptive_layer import left_basis, right_basis, wide
-from lowrank.adaptive_svd import should_use_lowrank_training
+from lowrank.adaptive_svd import compute_gradient_alignment, should_use_lowrank_training
 
 START = 10                          # components that are protected first: r = g - 10
 R_MIN = 8
@@ -21,6 +21,7 @@ class AdaptiveSVD:
     def __init__(self, layers, interval):
         self.layers, self.interval = layers, interval
         self.memory = {name: dict(U=None, S=None, patience=0, calm=0) for name in layers}
+        self.seen, self._before = {}, {}
 
     def state_dict(self):
         return {name: dict(memory) for name, memory in self.memory.items()}
@@ -43,62 +44,89 @@ class AdaptiveSVD:
         """Whether there is an analysis in that step, counted from 1."""
         return step % self.interval == 0
 
-    def watch(self, on):
-        """Before the backward passes of a step in which an analysis is due: on; after it: off."""
+    def watch(self):
+        """Before the backward passes of such a step: gradients of W are wanted."""
         for layer in self.layers.values():
-            layer.watch(on)
-
-    def protect(self):
-        """After every optimizer step."""
-        for layer in self.layers.values():
-            layer.protect()
+            layer.watch(True)
 
     @torch.no_grad()
     def analyse(self, step, exchange, mean=None, first=None):
         """Decide, and switch, from the gradients of this step, before the optimizer makes it. exchange(old, new,
         convert): to give the optimizer other parameters, the list `new` in the place of `old`, with convert(states of
         old) -> states of new. mean: of a tensor over processes; first: of a function, its result on the first process
-        -> name -> what was seen and done, whether any layer has other parameters now."""
-        seen, changed = {}, False
+        -> whether any layer has other parameters now. What was seen and done: `report`, `metrics`."""
+        self.seen, changed = {}, False
         for name, layer in self.layers.items():
-            W, grad, before = layer.base.weight, layer.base.weight.grad, layer.r
-            if mean is not None and before is not None and grad is not None:
-                W.grad = grad = mean(grad)                          # in full mode it is one already
-            look = lambda: self._look(name, layer, grad, step)
-            seen[name], basis = look() if first is None else first(look)
-            self._act(layer, self.memory[name], seen[name], basis, exchange)
+            weight, before = layer.base.weight, layer.r
+            if mean is not None and before is not None and weight.grad is not None:
+                weight.grad = mean(weight.grad)                     # in full mode it is one already
+            self.seen[name], basis = first(lambda: self._look(name, step)) if first else self._look(name, step)
+            self._act(name, basis, exchange)
+            layer.watch(False)
+            weight.grad = weight.grad if layer.r is None else None
             changed |= layer.r != before
-        return seen, changed
+        self._before = {name: wide(layer.weight) for name, layer in self.layers.items()}
+        return changed
 
-    def _look(self, name, layer, grad, step):
+    @torch.no_grad()
+    def protect(self):
+        """After every optimizer step."""
+        for name, layer in self.layers.items():
+            layer.protect()
+        for name, W in self._before.items():                        # what the optimizer made of the gradient
+            seen, U = self.seen[name], self.memory[name]['U']
+            k = U.size(1) - seen['r_seen']
+            seen['update_alignment'] = compute_gradient_alignment(
+                wide(self.layers[name].weight) - W, U, self.memory[name]['S'], U.size(1) - k)[0]
+        self._before = {}
+
+    def report(self, step):
+        """The last analysis in words, line by line."""
+        lines = [f'=== SVD Analysis at step {step} ===']
+        for name, seen in self.seen.items():
+            r, reason = seen['r'], seen['reason']
+            words = {'initial': 'Initial SVD computed', 'none': f'full mode - {reason}',
+                     'lowrank': f'SWITCHED TO LOW-RANK (r={r}) - Reason: {reason}',
+                     'refactored': f'low-rank mode (r={r}) - {reason}',
+                     'full': f'SWITCHED TO FULL - Reason: no danger in {CALM} analyses'}[seen['action']]
+            lines.append(f'[{name}] {words}')
+        return [*lines, '=== SVD Analysis complete ===']
+
+    def metrics(self):
+        """The same for metrics.jsonl: 'svd/block0.attn.c_q/mode' -> 'full', and so on."""
+        return {f'svd/{name}/{key}': value for name, seen in self.seen.items() for key, value in seen.items()
+                if key != 'r_seen' and value is not None}
+
+    def _look(self, name, step):
         """-> what `should_use_lowrank_training` says of a layer, as a dict of numbers and words, and W's left basis."""
-        memory, weight = self.memory[name], wide(layer.weight)
-        U, S = left_basis(weight)
+        layer, memory = self.layers[name], self.memory[name]
+        W = wide(layer.weight)                                      # (m, n)
+        U, S = left_basis(W)
+        r = layer.r or max(1, len(S) - START)
         decision, r_next, seen = should_use_lowrank_training(
-            weight, U, S, right_basis(weight, U, S), None, memory['U'], memory['S'], None, grad,
-            layer.r or max(1, len(S) - START), step)
-        return seen | dict(decision=decision, r_next=r_next), (U, S)
+            W, U, S, right_basis(W, U, S), None, memory['U'], memory['S'], None, layer.base.weight.grad, r, step,
+            in_lowrank_mode=layer.r is not None)
+        return seen | dict(decision=decision, r_next=r_next, r_seen=r), (U, S)
 
-    def _act(self, layer, memory, seen, basis, exchange):
+    def _act(self, name, basis, exchange):
         """Switch a layer, or not, and note in `seen` its mode, r and what was done."""
-        first = memory['S'] is None
-        memory['U'], memory['S'] = basis
+        layer, memory, seen = self.layers[name], self.memory[name], self.seen[name]
+        action = 'initial' if memory['S'] is None else 'none'
+        memory['U'], memory['S'] = (t.float().cpu() for t in basis)                              # half a checkpoint's room
         decision, r_next = seen.pop('decision'), seen.pop('r_next')
-        action = 'initial' if first else 'none'
         if layer.r is None and decision:
             memory['patience'] = memory['calm'] = 0
-            to_factors(layer, r_next, basis, exchange)
+            to_factors(layer, seen['r_seen'], basis, exchange)
             action = 'lowrank'
         elif layer.r is not None:
-            memory['calm'] = 0 if decision else memory['calm'] + 1
+            memory['calm'] = 0 if seen['reason'] == 'gradient_clobbering_risk' else memory['calm'] + 1
             memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
             if memory['calm'] >= CALM:
                 to_full(layer, exchange)
                 action = 'full'
             else:
-                r = layer.r
-                if memory['patience'] >= PATIENCE:
-                    r, memory['patience'] = r_next, 0
+                r = r_next if memory['patience'] >= PATIENCE else layer.r
+                memory['patience'] %= PATIENCE
                 to_factors(layer, r, basis, exchange)
                 action = 'refactored'
         seen |= dict(mode='full' if layer.r is None else 'lowrank', r=layer.r or 0, action=action)
@@ -109,15 +137,15 @@ class AdaptiveSVD:
 
 def to_factors(layer, r, basis, exchange):
     """`switch_to_lowrank`, the optimizer's state carried through; in low-rank mode already: by way of W."""
-    old = [layer.base.weight] if layer.r is None else layer.half_decayed()
-    A, B = None if layer.r is None else (layer.A.weight.clone(), layer.B.weight.clone())
+    old = layer.half_decayed() or [layer.base.weight]
+    before = [p.detach().clone() for p in layer.half_decayed()]     # A, B
     layer.switch_to_lowrank(r, basis)
-    A_new, B_new = layer.half_decayed()
+    new = layer.half_decayed()
 
     def convert(states):
-        of_weight = states[0] if A is None else state_of_weight(*states, A, B)
-        return state_of_factors(of_weight, A_new.detach(), B_new.detach())
-    exchange(old, [A_new, B_new], convert)
+        of_weight = state_of_weight(*states, *before) if before else states[0]
+        return state_of_factors(of_weight, *(p.detach() for p in new))
+    exchange(old, new, convert)
 
 
 def to_full(layer, exchange):

@@ -239,4 +239,5 @@ def help_text(cls, usage):
 
 def dump(cfg, comment=''):
     """The resolved configuration as the text of a config file that sets every key."""
-    return comment + ''.join(f'{f.name} = {getattr(cfg, f.name)!r}\n' for f in sorted(fields(cfg), key=lambda f: f.kw_only))
+    return comment + ''.join(f'{f.name} = {getattr(cfg, f.name)!r}\n'
+                             for f in sorted(fields(cfg), key=lambda f: f.kw_only))

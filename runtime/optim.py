@@ -2,7 +2,17 @@
 
 import torch
 
+from runtime import device as devices
 from runtime.config import one_line
+
+
+def build_optimizer(cfg, model, device):
+    """Of a GPT, as cfg has it."""
+    device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
+    if cfg.optimizer == 'muon':
+        dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
+        return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
+    return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
 
 
 def gpt_groups(model, weight_decay):
@@ -99,7 +109,7 @@ class MuonAdamW:
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):
         own = [groups[name] for name in ('hidden', 'halved') if name in groups]
-        rest = [groups[name] for name in ('embedding', 'vector') if groups[name]['params']] or [groups['vector']]
+        rest = [groups[name] for name in ('embedding', 'vector')]
         fused = device_type in ('cpu', 'cuda', 'mps')
         self.optimizers = (Muon(own, lr, 0.0, muon_dtype),          # each group has its own decay
                            torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused))
@@ -128,16 +138,18 @@ class MuonAdamW:
         self.optimizers[1].load_state_dict(state['adamw'])
 
 
-def exchange(optimizer, groups, old, new, convert):
-    """Let an optimizer have the parameters `new`, a list, in the place of `old`: convert(states of old), which are
-    dicts of tensors, empty before the first step, -> states of new. groups: all parameter groups as they are from now
-    on, in the optimizer's order."""
+def exchange(optimizer, model, old, new, convert):
+    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters `new`, a list, in the place of `old`:
+    convert(states of old), which are dicts of tensors, empty before the first step, -> states of new. The model has
+    them already."""
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
         if any(p is old[0] for group in part.param_groups for p in group['params']):
             states = [part.state.pop(p, {}) for p in old]
             part.state.update({p: state for p, state in zip(new, convert(states)) if state})
-    for group, now in zip(optimizer.param_groups, groups):
-        group['params'] = now['params']
+    muon = isinstance(optimizer, MuonAdamW)
+    now = gpt_groups(model, 0.0).values() if muon else adamw_groups(model, 0.0)
+    for group, own in zip(optimizer.param_groups, now):
+        group['params'] = own['params']
 
 
 def restore_optimizer(optimizer, saved, steps, cropped):

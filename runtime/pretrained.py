@@ -318,6 +318,21 @@ def to_own(args, state):
             {name: w for name, w in state.items() if name != 'lm_head.weight'})
 
 
+def check_tokenizer(cfg, set_by, saved, data, say):
+    """Refuse data in other tokens than those asked for, or those that the model was trained on."""
+    if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
+        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
+                        'only text files can be encoded anew')
+    if cfg.init_from in ('scratch', 'resume'):
+        theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
+    else:
+        theirs, whose = read_tokenizer(cfg.init_from), cfg.init_from
+    if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
+        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}')
+    if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
+        say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
+
+
 def write(folder, config, weights, meta):
     """Fill an empty folder: config.json, model.safetensors and, unless meta is None, the two files of its tokenizer.
     weights: name -> tensor. Raises UserError for a missing package and OSError."""
