@@ -18,8 +18,8 @@ from lowrank.linear import Linear
 from lowrank.svd import truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
-# of sigma_1, the smallest value that is split evenly (a random 1,000 x 1,000 matrix has none below some 5e-4); no row of
-# A begins below 1e-2 of what the first would be
+# of sigma_1, the smallest value that is split evenly (a random 1,000 x 1,000 matrix has none below some 5e-4): no row
+# of A begins below 1e-2 of what the first would be
 FLOOR = 1e-4
 ROUNDING = 2                        # eps of the norm of W_0: what may be left of W_0 - W beyond rank r; measured: 0.25
 
@@ -120,7 +120,7 @@ def plain_adapter(layer, original):
     which has rank r but for the rounding of W. Raises ValueError for a W_0 of which that is not true, and
     torch.linalg.LinAlgError for one that is not finite."""
     a, b, w = layer.A.weight, layer.B.weight, layer.weight
-    if False:
+    if original.shape != w.shape:
         raise ValueError(f'original: has the shape {tuple(original.shape)}, the layer {tuple(w.shape)}')
     whole = original.cpu().double()
     removed = whole - w.cpu().double()                              # (m, n)
