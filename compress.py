@@ -392,7 +392,7 @@ def save(checkpoint, report, save_dir, overwrite):
 def load_model(cfg, path):
     """The checkpoint, an empty dict for weights alone, and its model."""
     saved = ckpt.load(path) if cfg.init_from == 'resume' else {}
-    model = GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from)
+    model = layers.without_adapters(GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from))
     if model.config.use_mla and cfg.to == 'mla' and not cfg.spectrum:
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '
                         'it was made from)')

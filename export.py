@@ -4,6 +4,7 @@ Take a trained model to where others work:
     python export.py --out_dir=out-svd-test --to=gpt2            # for transformers: AutoModelForCausalLM, AutoTokenizer
     python export.py --out_dir=out-svd-test --to=nanogpt --save_dir=DIR     # ckpt.pt for nanoGPT, meta.pkl for its data
     python export.py --out_dir=out-svd-test --to=safetensors     # any model as it is, for --init_from here
+    python export.py --out_dir=out-adaptive-svd --to=dense       # a checkpoint without adaptive SVD or LoRA
     python export.py                                             # the newest run below this folder, for transformers
     python export.py --help                                      # every option with default and meaning
 
@@ -19,6 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from compress_layers import without_adapters
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
@@ -42,9 +44,10 @@ NANOGPT_CONFIG = (
 @dataclass
 class ExportConfig:
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors'], "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint;"
-                  " 'safetensors': this repo's own, with all that its models can be"] = 'gpt2'
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt or OUT_DIR-safetensors'] = None
+    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense'], "'gpt2': Hugging Face's format; 'nanogpt': its "
+                  "checkpoint; 'safetensors': this repo's own, with all that its models can be; 'dense': a checkpoint "
+                  'here, with adaptive SVD and LoRA as part of the weights'] = 'gpt2'
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...'] = None
 
 
 def main(argv=None):
@@ -61,12 +64,15 @@ def export(cfg):
     try:
         saved = ckpt.load(path)
         model = GPT.from_checkpoint(saved)
+        merged = [*model.config.adaptive_layers, *model.config.lora_layers] if cfg.to != 'safetensors' else []
+        model = without_adapters(model) if merged else model
         meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
         if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
             meta = None
             remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set '
                            'into data/DATASET')
-        fill = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors)[cfg.to](model, saved, meta, remarks)
+        fill = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors, dense=to_dense)[cfg.to](
+            model, saved, meta, remarks)
         with new_folder(save_dir) as folder:
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
@@ -75,7 +81,9 @@ def export(cfg):
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
     c = model.config
-    plain = cfg.to != 'safetensors'
+    plain = cfg.to in ('gpt2', 'nanogpt')
+    if merged:
+        remarks.insert(0, f'merged into the weights: adaptive SVD or LoRA of {len(merged)} layers')
     if plain and c.layer_ranks:
         remarks.insert(0, f'multiplied out: {len(c.layer_ranks)} layers of two factors; the weights are as many as '
                        'before compression')
@@ -84,7 +92,7 @@ def export(cfg):
     if plain and c.svd_truncates:
         remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
     lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for '
-             f'{dict(gpt2="transformers", nanogpt="nanoGPT", safetensors="--init_from here")[cfg.to]}']
+             f'{dict(gpt2="transformers", nanogpt="nanoGPT", safetensors="--init_from here", dense="train.py here")[cfg.to]}']
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
 
@@ -142,6 +150,17 @@ def to_safetensors(model, saved, meta, remarks):
     return lambda folder: pretrained.write(folder, config, state, meta)
 
 
+def to_dense(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added."""
+    args = asdict(model.config)
+    optimizer = model.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')                      # of step 0
+    checkpoint = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis') if key in saved} | dict(
+        model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
+        config=saved.get('config', {}) | args)
+    remarks.append('left out: the optimizer state')
+    return lambda folder: ckpt.save(checkpoint, folder / 'ckpt.pt')
+
+
 def to_nanogpt(model, saved, meta, remarks):
     """-> function that fills a folder; remarks are added. Raises ValueError."""
     c, chars = model.config, meta and meta.get('chars')
@@ -175,7 +194,7 @@ def adamw_state(model, saved, remarks):
     fresh, own = (model.configure_optimizers(options['weight_decay'], options['learning_rate'], betas, 'cpu')
                   for _ in range(2))
     try:
-        if model.config.svd_truncates or model.config.use_mla or model.config.layer_ranks:
+        if model.config.svd_truncates or model.state_dict().keys() - saved['model'].keys() or model.config.layer_ranks:
             raise ValueError('it belongs to the weights before that')
         if 'optimizer' not in saved:
             raise ValueError('the checkpoint has none')

@@ -99,7 +99,7 @@ class LayerConfig:
         return [f'h.{i}.{part}' for i in blocks for word, part in valid.items() if word in words]
 
 
-OPTIONS = [field.name for field in fields(LayerConfig) if field.name != 'layer_ranks']
+NONE = {field.name: field.default for field in fields(LayerConfig) if field.name != 'layer_ranks'}
 
 
 def install(model, trained=False):

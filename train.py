@@ -381,7 +381,7 @@ def build_model(cfg, set_by, saved, data, device, say):
         model = GPT.from_checkpoint(saved, **free)
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in FREE_KEYS if k in set_by or k == 'dropout'})
-    special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.OPTIONS})
+    special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
     shape = asdict(model.config)
     for key in set(MODEL_KEYS) - set(FREE_KEYS):
         cropped = key == 'block_size' and cfg.block_size < shape[key]

@@ -24,9 +24,9 @@ FLOOR = 1e-4
 ROUNDING = 2                        # eps of the norm of W_0: what may be left of W_0 - W beyond rank r; measured: 0.25
 
 
-class LoRALinear(Linear):
-    """y = W x + b + s B A dropout(x): x (..., n) -> y (..., m), s = alpha / r. W (m, n) and b (m) are frozen, under
-    nn.Linear's names; A (r, n) and B (m, r), linear layers without bias, are trained: r (m + n) parameters."""
+class LoRALinear(nn.Module):
+    """y = W x + b + s B A dropout(x): x (..., n) -> y (..., m), s = alpha / r. W (m, n) and b (m) of the linear layer
+    `base` are frozen; A (r, n) and B (m, r), linear layers without bias, are trained: r (m + n) parameters."""
 
     def __init__(self, in_features, out_features, rank, alpha, dropout=0.0, bias=True):
         """W and b as nn.Linear's, the adapter as LoRA's: to be loaded into. dropout: share of x that the adapter does
@@ -39,8 +39,8 @@ class LoRALinear(Linear):
             raise ValueError(f'alpha={alpha}: must be above 0 and finite')
         if not 0 <= dropout < 1:
             raise ValueError(f'dropout={dropout}: must be at least 0 and below 1')
-        super().__init__(in_features, out_features, bias)
-        self.requires_grad_(False)
+        super().__init__()
+        self.base = Linear(in_features, out_features, bias).requires_grad_(False)
         self.alpha = alpha
         self.dropout = nn.Dropout(dropout)
         self.A = Linear(in_features, rank, bias=False)              # Kaiming-uniform, a = sqrt(5), as LoRA's own code
@@ -48,7 +48,16 @@ class LoRALinear(Linear):
         nn.init.zeros_(self.B.weight)
 
     def forward(self, x):                                           # (..., n) -> (..., m), by way of (..., r)
-        return super().forward(x) + self.B(self.scale * self.A(self.dropout(x)))
+        return self.base(x) + self.B(self.scale * self.A(self.dropout(x)))
+
+    @property
+    def weight(self):
+        """W + s B A (m, n), made anew at each look."""
+        return self.base.weight + self.scale * self.B.weight @ self.A.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
 
     @property
     def rank(self):
@@ -69,15 +78,15 @@ class LoRALinear(Linear):
             raise ValueError(f'init={init!r}: must be one of {", ".join(INITS)}')
         m, n = linear.weight.shape
         layer = cls(n, m, rank, alpha, dropout, linear.bias is not None).to(linear.weight).train(linear.training)
-        layer.weight.copy_(linear.weight)
+        layer.base.weight.copy_(linear.weight)
         if linear.bias is not None:
-            layer.bias.copy_(linear.bias)
+            layer.base.bias.copy_(linear.bias)
         if init != 'lora':
             whole = linear.weight.cpu().double()                    # (m, n)
             b, a = components(whole, slice(rank) if init == 'pissa' else slice(-rank, None), layer.scale)
             layer.A.weight.copy_(a.to(linear.weight.dtype))         # first the type: MPS has no float64
             layer.B.weight.copy_(b.to(linear.weight.dtype))
-            layer.weight.copy_((whole - layer.change()).to(linear.weight.dtype))                # of rounded A and B
+            layer.base.weight.copy_((whole - layer.change()).to(linear.weight.dtype))    # of rounded A and B
         return layer
 
     @torch.no_grad()
@@ -88,8 +97,8 @@ class LoRALinear(Linear):
     @torch.no_grad()
     def merge(self):
         """The plain layer with the weight W + s B A, added in float64."""
-        dense = Linear(self.in_features, self.out_features, bias=self.bias is not None).to(self.weight)
-        dense.weight.copy_((self.weight.cpu().double() + self.change()).to(self.weight.dtype))
+        dense = Linear(self.base.in_features, self.base.out_features, bias=self.bias is not None).to(self.base.weight)
+        dense.weight.copy_((self.base.weight.cpu().double() + self.change()).to(self.base.weight.dtype))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense
@@ -119,7 +128,7 @@ def plain_adapter(layer, original):
     B_0 and A_0 are neither kept nor made again, for an SVD is not everywhere the same to the bit: s B_0 A_0 is W_0 - W,
     which has rank r but for the rounding of W. Raises ValueError for a W_0 of which that is not true, and
     torch.linalg.LinAlgError for one that is not finite."""
-    a, b, w = layer.A.weight, layer.B.weight, layer.weight
+    a, b, w = layer.A.weight, layer.B.weight, layer.base.weight
     if original.shape != w.shape:
         raise ValueError(f'original: has the shape {tuple(original.shape)}, the layer {tuple(w.shape)}')
     whole = original.cpu().double()
