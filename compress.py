@@ -45,8 +45,9 @@ from runtime.evaluation import Evaluation
 from runtime.files import new_folder, write_atomically
 from runtime.optim import build_optimizer
 from runtime.run import lock, move_aside
+from runtime.schedule import get_lr
 from runtime.timing import generation, quartiles, take_turns
-from train import TrainConfig, get_lr
+from train import TrainConfig
 
 KEEP = 0.6                          # where nothing else is asked for
 LEARNING_RATE = 1e-3                # of fine-tuning

@@ -41,6 +41,7 @@ from runtime.optim import build_optimizer, exchange
 from runtime.output import unfailing_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
+from runtime.schedule import get_lr, schedule_length, warmup_iters
 from runtime.stopping import Interrupted, Stop
 
 
@@ -58,7 +59,8 @@ class TrainConfig(GPTConfig):
     eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
     always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
-                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder in Hugging Face's format"] = 'scratch'
+                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a folder: another run's, or in Hugging Face's "
+                         'format'] = 'scratch'
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
     wandb_project: Annotated[str, 'wandb project'] = 'owt'
@@ -212,7 +214,7 @@ def train(cfg, set_by, saved, processes, stop):
 
 
 def replicate(run):
-    """The model as training calls it: compiled, and one of the processes' replicas. Anew when it has other parameters."""
+    """The model as training calls it: compiled, one of the processes' replicas. Anew when it has other parameters."""
     cfg, replica, device = run.cfg, run.model, run.processes.device
     if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device:
         torch.compiler.reset()                                          # else the limit of recompilations comes near
@@ -402,29 +404,6 @@ def build_model(cfg, set_by, saved, data, device, say):
     return model
 
 
-def schedule_length(cfg):
-    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps its schedule."""
-    return cfg.max_iters if cfg.lr_decay_iters == TrainConfig.lr_decay_iters else cfg.lr_decay_iters
-
-
-def warmup_iters(cfg):
-    """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
-    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(cfg) else schedule_length(cfg) // 10
-
-
-def get_lr(it, cfg):
-    """Learning rate of step `it`: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after it."""
-    warmup = warmup_iters(cfg)
-    if not cfg.decay_lr:
-        return cfg.learning_rate
-    if it < warmup:
-        return cfg.learning_rate * (it + 1) / (warmup + 1)
-    if it >= cfg.lr_decay_iters:
-        return cfg.min_lr
-    ratio = (it - warmup) / (cfg.lr_decay_iters - warmup)               # 0 to 1
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (cfg.learning_rate - cfg.min_lr)
-
-
 def describe(cfg, model, data, device, dtype, processes):
     """What is about to happen, in a few lines."""
     say, c = processes.print, model.config
@@ -434,6 +413,11 @@ def describe(cfg, model, data, device, dtype, processes):
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
+    if c.adaptive_svd:
+        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {cfg.adaptive_svd_interval} steps')
+    if c.lora_rank is not None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f'LoRA ({c.lora_init!r}): rank {c.lora_rank} in {len(c.lora_layers)} layers; trained are {trained:,} parameters')
     if c.use_mla:
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     elif c.mla_latent_dim is not None:

@@ -14,7 +14,7 @@ import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from runtime import download
+from runtime import checkpoint, download
 from runtime.config import UserError, one_line, shown
 from runtime.dataset import GPT2_META
 from runtime.files import write_atomically
@@ -48,15 +48,20 @@ def is_folder(name):
     return os.path.isfile(os.path.join(name, 'config.json'))        # Path.is_file raises for names that are too long
 
 
+def is_run(name):
+    return os.path.isfile(os.path.join(name, 'ckpt.pt')) and not is_folder(name)
+
+
 def check_name(name, others=()):
-    """Raise UserError unless `name` is one of MODELS, a folder with a config.json, or one of `others`."""
-    if name in MODELS or name in others or is_folder(name):
+    """Raise UserError unless `name` is one of MODELS, a folder with a config.json or a ckpt.pt, or one of `others`."""
+    if name in MODELS or name in others or is_folder(name) or is_run(name):
         return
     names = [*others, *MODELS]
     if os.path.isdir(name):
-        raise UserError(f'init_from={name!r}: has no config.json, so it is no model in Hugging Face\'s format')
-    raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder with a config.json '
-                    f'(nearest: {difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
+        raise UserError(f"init_from={name!r}: has no ckpt.pt, so it is no run, and no config.json, so it is no model in "
+                        "Hugging Face's format")
+    raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder with a ckpt.pt or '
+                    f'config.json (nearest: {difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,6 +71,9 @@ def read(name):
     """-> model_args, state dict (float32), both with nanoGPT's names. A folder, else the Hugging Face cache, else the
     hub. Of Hugging Face's format every size is checked before a weight is read. Raises UserError."""
     check_name(name)
+    if is_run(name):
+        saved = checkpoint.load(Path(name) / 'ckpt.pt')
+        return saved['model_args'], saved['model']
     try:
         if is_folder(name):
             config = _read_json(Path(name) / 'config.json')
@@ -234,6 +242,8 @@ def _read_weights(files, config):
 def read_tokenizer(name):
     """The tokenizer of a model that `check_name` takes, as a data set's meta; None for a folder without one. Raises
     UserError for all but tokenizers of single characters, as `write` makes them, and GPT-2's BPE."""
+    if is_run(name):
+        return checkpoint.load(Path(name) / 'ckpt.pt').get('tokenizer')
     if not is_folder(name):
         return dict(GPT2_META)
     folder = Path(name)
