@@ -91,8 +91,8 @@ def export(cfg):
         remarks.insert(0, f'multiplied out: latents of {c.latent_dim}; keys and values are cached in full there')
     if plain and c.svd_truncates:
         remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
-    lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for '
-             f'{dict(gpt2="transformers", nanogpt="nanoGPT", safetensors="--init_from here", dense="train.py here")[cfg.to]}']
+    readers = dict(gpt2='transformers', nanogpt='nanoGPT', safetensors='--init_from here', dense='all scripts here')
+    lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for {readers[cfg.to]}']
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
 
@@ -154,9 +154,9 @@ def to_dense(model, saved, meta, remarks):
     """-> function that fills a folder; remarks are added."""
     args = asdict(model.config)
     optimizer = model.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')                      # of step 0
-    checkpoint = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis') if key in saved} | dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
-        config=saved.get('config', {}) | args)
+    kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis') if key in saved}
+    checkpoint = kept | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
+                             config=saved.get('config', {}) | args)
     remarks.append('left out: the optimizer state')
     return lambda folder: ckpt.save(checkpoint, folder / 'ckpt.pt')
 

@@ -417,7 +417,7 @@ def describe(cfg, model, data, device, dtype, processes):
         say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {cfg.adaptive_svd_interval} steps')
     if c.lora_rank is not None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f'LoRA ({c.lora_init!r}): rank {c.lora_rank} in {len(c.lora_layers)} layers; trained are {trained:,} parameters')
+        say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, {trained:,} trained parameters')
     if c.use_mla:
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     elif c.mla_latent_dim is not None:

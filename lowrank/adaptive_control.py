@@ -112,7 +112,7 @@ class AdaptiveSVD:
         """Switch a layer, or not, and note in `seen` its mode, r and what was done."""
         layer, memory, seen = self.layers[name], self.memory[name], self.seen[name]
         action = 'initial' if memory['S'] is None else 'none'
-        memory['U'], memory['S'] = (t.float().cpu() for t in basis)                              # half a checkpoint's room
+        memory['U'], memory['S'] = (t.float().cpu() for t in basis)         # a checkpoint has room for half of it
         decision, r_next = seen.pop('decision'), seen.pop('r_next')
         if layer.r is None and decision:
             memory['patience'] = memory['calm'] = 0
@@ -129,7 +129,7 @@ class AdaptiveSVD:
                 memory['patience'] %= PATIENCE
                 to_factors(layer, r, basis, exchange)
                 action = 'refactored'
-        seen |= dict(mode='full' if layer.r is None else 'lowrank', r=layer.r or 0, action=action)
+        seen |= dict(mode='full' if layer.r is None else 'lowrank', r=layer.r or len(memory['S']), action=action)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

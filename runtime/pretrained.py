@@ -58,8 +58,8 @@ def check_name(name, others=()):
         return
     names = [*others, *MODELS]
     if os.path.isdir(name):
-        raise UserError(f"init_from={name!r}: has no ckpt.pt, so it is no run, and no config.json, so it is no model in "
-                        "Hugging Face's format")
+        raise UserError(f"init_from={name!r}: has no ckpt.pt, so it is no run, and no config.json, so it is no model "
+                        "in Hugging Face's format")
     raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder with a ckpt.pt or '
                     f'config.json (nearest: {difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
 
