@@ -194,7 +194,8 @@ def adamw_state(model, saved, remarks):
     fresh, own = (model.configure_optimizers(options['weight_decay'], options['learning_rate'], betas, 'cpu')
                   for _ in range(2))
     try:
-        if model.config.svd_truncates or model.state_dict().keys() - saved['model'].keys() or model.config.layer_ranks:
+        c, merged = model.config, model.state_dict().keys() != saved['model'].keys()
+        if c.svd_truncates or c.use_mla or c.layer_ranks or merged:
             raise ValueError('it belongs to the weights before that')
         if 'optimizer' not in saved:
             raise ValueError('the checkpoint has none')

@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained
+from runtime import pretrained, schedule
 from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, locate
 from runtime.draw import sample
@@ -82,7 +82,7 @@ class TrainConfig(GPTConfig):
     # learning rate schedule
     decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
     warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit'] = 2000
-    lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = 600000
+    lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = schedule.LENGTH
     min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10'] = 6e-5
     # system
     backend: Annotated[Literal['nccl', 'gloo'], 'torchrun: how processes talk; gloo is used on the CPU anyway'] = 'nccl'

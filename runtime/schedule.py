@@ -2,10 +2,12 @@
 
 import math
 
+LENGTH = 600000                     # nanoGPT's default
+
 
 def schedule_length(cfg):
     """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps its schedule."""
-    return cfg.max_iters if cfg.lr_decay_iters == type(cfg).lr_decay_iters else cfg.lr_decay_iters
+    return cfg.max_iters if cfg.lr_decay_iters == LENGTH else cfg.lr_decay_iters
 
 
 def warmup_iters(cfg):
