@@ -79,7 +79,7 @@ def test_no_switch_changes_the_function(shape, kind, dtype):
     g, layer = min(shape), make_layer(weight(kind, shape), dtype=dtype)
     x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(9)).to(dtype)
     r = max(2, g - 10)
-    bias = layer.bias
+    bias, lr = layer.bias, 1e-2 * (layer.weight.abs().max().item() ** .5 or 1)
     for step, switch in enumerate((lambda: layer.switch_to_lowrank(r), lambda: layer.switch_to_lowrank(r),
                                    lambda: layer.switch_to_lowrank(r - 1), layer.switch_to_full,
                                    lambda: layer.switch_to_lowrank(g - 1), lambda: layer.switch_to_lowrank(1),
@@ -95,7 +95,7 @@ def test_no_switch_changes_the_function(shape, kind, dtype):
         assert layer.weight.dtype == layer(x).dtype == dtype
         assert {p.dtype for p in (*layer.parameters(), *layer.buffers())} == {dtype}
         assert layer.base.weight.requires_grad == (layer.r is None)
-        gradient_step(layer, step, lr=1e-2 * float(W.abs().max() or 1))
+        gradient_step(layer, step, lr)
 
 
 @each_dtype
@@ -437,6 +437,32 @@ def test_states_come_back_from_factors_that_training_has_made_singular(shape, dt
         state = state_of_factors({'exp_avg': G, 'exp_avg_sq': G.square()}, A1, B1)
         back = state_of_weight(*state, A1, B1)
         assert all(t.isfinite().all() for t in back.values()) and back['exp_avg'].norm() <= 1.1 * G.norm()
+
+
+@pytest.mark.parametrize('rank', [0, 100])
+def test_analyses_of_a_weight_of_low_rank_go_on_while_it_trains(rank):
+    """256 x 256 in float32 with r = 246: AdamW moves what was zero in a single direction, 20 steps between analyses."""
+    generator = torch.Generator().manual_seed(0)
+    W, G = (torch.randn(256, columns, generator=generator) @ torch.randn(columns, 256, generator=generator)
+            for columns in (rank, 1))
+    layer = make_layer(W * .02 / 16, dtype=torch.float32, bias=False)
+    model = torch.nn.ModuleDict(dict(c_q=layer))
+    opt = torch.optim.AdamW([{'params': [layer.base.weight]}, {'params': []}, {'params': []}], lr=1e-3)
+
+    def backward():
+        opt.zero_grad(set_to_none=True)
+        noise = torch.randn(256, 4, generator=generator) @ torch.randn(4, 256, generator=generator)
+        (layer.weight * (G + .1 * noise)).sum().backward()
+    for _ in range(3):
+        backward()
+        layer.watch(True)
+        backward()
+        switch(model, opt, layer, 246)
+        for _ in range(20):
+            opt.step()
+            layer.protect()
+            backward()
+    assert layer.weight.isfinite().all()
 
 
 @each_optimizer
