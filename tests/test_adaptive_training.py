@@ -68,7 +68,7 @@ def pulled(patch, name='h.0.attn.c_attn.c_q', strength=100):
 
 
 def analyses(folder='out'):
-    return [row for row in rows(folder) if any(key.startswith('svd/') for key in row)]
+    return [row for row in rows(folder) if any(re.match('svd/.*/mode$', key) for key in row)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_modes_come_and_go(fit, monkeypatch, optimizer):
     assert max(b - a for a, b in zip(losses, losses[1:])) < .2
     saved = checkpoint()
     assert saved['model_args']['adaptive_svd_ranks'] == {'h.0.attn.c_attn.c_q': 17, 'h.0.attn.c_proj': 17}
-    state = saved['optimizer']['adamw' if optimizer == 'muon' else optimizer] if optimizer == 'muon' else saved['optimizer']
+    state = saved['optimizer']['adamw'] if optimizer == 'muon' else saved['optimizer']
     assert {float(s['step']) for s in state['state'].values()} == {22}
 
 
@@ -160,7 +160,7 @@ def test_which_layers_are_watched(fit, targets, layer, names):
 def test_latent_attention_has_targets_of_its_own(fit, refused):
     fit(*RUN, '--use_mla=True', '--adaptive_svd_targets=query,c_proj', '--adaptive_svd_interval=2')
     assert list(checkpoint()['adaptive_svd']) == ['block0.attn.query', 'block0.attn.c_proj']
-    assert "'c_q' is none of query, c_proj" in refused(train.main, *RUN, '--use_mla=True')
+    assert "'c_q' is none of c_proj, query" in refused(train.main, *RUN, '--use_mla=True')
 
 
 @pytest.mark.parametrize('options, words', [
@@ -262,9 +262,10 @@ def assert_same_run(folder, other, config=False):
     assert finals[0] == finals[1]
 
 
-@pytest.mark.parametrize('stops', [(4, 9), (3, 16), (5, 10), (13, 14), (15,), (2, 21)], ids=str)
-@pytest.mark.parametrize('options', ['', '--optimizer=muon', '--optimizer=muon --gradient_accumulation_steps=3 '
-                                     '--grad_clip=.1 --dropout=.2 --bias=True'])
+@pytest.mark.parametrize('stops', [(4, 9), (13, 14), *(pytest.param(stops, marks=pytest.mark.slow) for stops in (
+    (3, 16), (5, 10), (15,), (2, 21)))], ids=str)
+@pytest.mark.parametrize('options', ['', '--optimizer=muon --gradient_accumulation_steps=2 --grad_clip=.1 --dropout=.2 '
+                                     '--bias=True'])
 def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options, stops):
     """In full mode, in low-rank mode, at the step of an analysis and between two, before and after r shrinks."""
     planned(monkeypatch)
@@ -338,8 +339,8 @@ def test_a_plain_run_goes_on_with_it(fit, call):
     lambda s: s['adaptive_svd']['block0.attn.c_q'].update(calm='x'),
     lambda s: s['adaptive_svd'].update({'block0.attn.c_q': 3}),
     lambda s: s['adaptive_svd']['block0.attn.c_q'].update(S=torch.full((32,), torch.nan)),
-    lambda s: s['adaptive_svd']['block0.attn.c_q'].update(S=None),
-    lambda s: s['adaptive_svd']['block0.attn.c_q'].update(U=torch.ones(32, 32, dtype=torch.int32)),
+    lambda s: s['adaptive_svd']['block0.attn.c_q'].update(U=torch.full((32, 32), torch.inf)),
+    lambda s: s['adaptive_svd']['block0.attn.c_q'].update(U='U'),
     lambda s: s['model_args'].update(adaptive_svd_ranks=None),
     lambda s: s['model_args'].update(adaptive_svd_ranks={'h.0.attn.c_attn.c_q': 3}),
     lambda s: s['model'].pop('transformer.h.0.attn.c_attn.c_q.protected')])
@@ -423,8 +424,8 @@ def aot_eager(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize('options', ['', pytest.param('--optimizer=muon --dropout=0 --bias=True --n_layer=2 '
-                                                      '--adaptive_svd_target_layer=-1', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('options', ['', '--optimizer=muon --bias=True --n_layer=2 --adaptive_svd_target_layer=-1'])
 def test_compiled_it_trains_the_same(fit, monkeypatch, aot_eager, options):
     """fullgraph; over all switches, with analyses in between."""
     planned(monkeypatch)
