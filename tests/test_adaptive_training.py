@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import runtime.run
 import special_layers
 import train
 from conftest import ROOT, TINY, checkpoint, equal, rows
@@ -54,7 +53,7 @@ def never(patch):
 
 
 def pulled(patch, name='h.0.attn.c_attn.c_q', strength=100):
-    """A loss that pulls a layer along its own principal components, from step 30 of 20 micro-batches on."""
+    """A loss that pulls a layer along the principal components that it had at first."""
     forward, bases = GPT.forward, {}
 
     def with_pull(self, idx, targets=None, cache=None):
@@ -106,7 +105,7 @@ def test_a_gradient_in_the_principal_space_is_met_by_a_switch(fit, monkeypatch):
     assert special_layers.lowrank_modes(model) == ranks and equal(model.state_dict(), saved['model'])
 
 
-def test_what_was_learned_stays_where_the_pull_wants_it_gone(fit, monkeypatch):
+def test_what_was_learned_stays_where_the_pull_wants_it_gone(fit, call, monkeypatch):
     """Within the space that the switch protects, until the next analysis refactors it. The same run with the factors
     free loses it."""
     pulled(monkeypatch)
@@ -116,9 +115,7 @@ def test_what_was_learned_stays_where_the_pull_wants_it_gone(fit, monkeypatch):
                    f'--out_dir={protection}', '--weight_decay=0']
         fit(*options, '--max_iters=40')
         before = GPT.from_checkpoint(checkpoint(protection)).get_layer('h.0.attn.c_attn.c_q')
-        with monkeypatch.context() as patch:
-            patch.setattr('sys.argv', ['train.py'])
-            assert train.main(['--init_from=resume', f'--out_dir={protection}', '--device=cpu', '--max_iters=59']) == 0
+        resume(call, 59, f'--out_dir={protection}')
         after = GPT.from_checkpoint(checkpoint(protection)).get_layer('h.0.attn.c_attn.c_q')
         assert before.r == after.r == 22
         U = before.protected.double()
@@ -142,6 +139,26 @@ def test_modes_come_and_go(fit, monkeypatch, optimizer):
     assert saved['model_args']['adaptive_svd_ranks'] == {'h.0.attn.c_attn.c_q': 17, 'h.0.attn.c_proj': 17}
     state = saved['optimizer']['adamw'] if optimizer == 'muon' else saved['optimizer']
     assert {float(s['step']) for s in state['state'].values()} == {22}
+
+
+def test_what_is_frozen_counts_neither_for_clipping_nor_for_the_optimizer(fit, monkeypatch):
+    """Also in the steps of analyses, which need its gradient."""
+    planned(monkeypatch)
+    seen, step, norm = [], train.step, torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, 'get_total_norm', lambda grads: seen.append(len(grads)) or norm(grads))
+
+    def checked(run, replica):
+        result = step(run, replica)
+        trainable = [p for p in run.model.parameters() if p.requires_grad]
+        groups = [p for group in run.optimizer.param_groups for p in group['params']]
+        assert seen[-1] == len(trainable) == len(groups) and {*groups} == {*trainable}
+        assert all((layer.base.weight in {*trainable}) == (layer.r is None)
+                   for layer in special_layers.adaptive_layers(run.model).values())
+        assert all(p.grad is None for p in run.model.parameters())
+        return result
+    monkeypatch.setattr(train, 'step', checked)
+    fit(*RUN, *PLAN)
+    assert len(seen) == 22 and {*seen} == {9, 11}                   # both layers have another parameter, or none
 
 
 @pytest.mark.parametrize('targets, layer, names', [
@@ -207,10 +224,12 @@ def test_without_a_switch_it_trains_to_the_same_bits(fit, monkeypatch, options):
     assert len(analyses()) == 3 and {row['svd/block0.attn.c_proj/mode'] for row in analyses()} == {'full'}
 
 
-def test_without_a_switch_it_trains_the_same_where_attention_is_split(fit, monkeypatch):
-    """Queries, keys and values are then three products: sums are rounded in another order."""
+@pytest.mark.parametrize('options', ['', '--dropout=.2 --bias=True'])
+def test_without_a_switch_it_trains_the_same_where_attention_is_split(fit, monkeypatch, options):
+    """Queries, keys and values are then three products: sums are rounded in another order. Dropout is the same. Not for
+    Muon, to which c_attn is one matrix and its parts are three."""
     never(monkeypatch)
-    options = ['--max_iters=9', '--lr_decay_iters=9']
+    options = [*options.split(), '--max_iters=9', '--lr_decay_iters=9']
     fit(*RUN, *options, '--adaptive_svd=False', '--out_dir=plain')
     fit(*RUN, *options, '--adaptive_svd_interval=3')
     ours, plain = plain_names(checkpoint()['model']), checkpoint('plain')['model']
@@ -297,7 +316,7 @@ def test_ctrl_c_in_low_rank_mode(fit, call, monkeypatch):
         assert_same_run('out', 'whole')
 
 
-def test_a_float16_or_bfloat16_run_switches_and_resumes(fit, call, monkeypatch):
+def test_a_bfloat16_run_switches_and_resumes(fit, call, monkeypatch):
     planned(monkeypatch)
     fit(*RUN, *PLAN, '--dtype=bfloat16', '--out_dir=whole')
     fit(*RUN, *PLAN, '--dtype=bfloat16', '--max_iters=11')
