@@ -326,12 +326,18 @@ def test_a_bfloat16_run_switches_and_resumes(fit, call, monkeypatch):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in checkpoint()['model'].values())
 
 
-def test_options_of_a_resumed_run_are_fixed_and_its_config_can_be_run(fit, call, refused, monkeypatch):
+def test_options_of_a_resumed_run_are_fixed(fit, refused, monkeypatch):
     planned(monkeypatch)
     fit(*RUN, *PLAN, '--max_iters=7')
     for option in ('--adaptive_svd=False', '--adaptive_svd_targets=c_q', '--adaptive_svd_target_layer=-1',
                    '--adaptive_svd_protection=none'):
         assert 'which is fixed' in refused(train.main, '--init_from=resume', '--device=cpu', option)
+
+
+def test_the_config_of_a_resumed_run_can_be_run(fit, call, monkeypatch):
+    """From the start, though it says which layers were in low-rank mode."""
+    planned(monkeypatch)
+    fit(*RUN, *PLAN, '--max_iters=7')
     resume(call, 9)
     assert call(train.main, 'out/config.py', '--out_dir=again', '--init_from=scratch').code == 0
     fit(*RUN, *PLAN, '--max_iters=9', '--out_dir=whole')
