@@ -120,7 +120,7 @@ class AdaptiveSVDLinear(nn.Module):
         with torch.no_grad():
             self.A.weight.copy_(A)
             self.B.weight.copy_(B)
-        self.protected = protected
+        self.protected = protected.contiguous()                     # as it is loaded: products are the same to the bit
         self.base.weight.requires_grad_(False)
 
     def _check(self, r):
