@@ -74,8 +74,10 @@ class LayerConfig:
             if not 1 <= self.lora_rank <= min(self.layer_shape(name)):
                 raise ValueError(f'lora_rank={self.lora_rank}: must be 1 to {min(self.layer_shape(name))} for {name}')
         for name, r in (self.adaptive_svd_ranks or {}).items():
-            if name not in self.adaptive_layers or not 1 <= r < min(self.layer_shape(name)):
-                raise ValueError(f'adaptive_svd_ranks={{{name!r}: {r}}}: no target, or no rank of it')
+            shape = self.layer_shape(name)
+            if shape is None or not 1 <= r < min(shape):
+                valid = f'must be 1 to {min(shape) - 1}' if shape else "no such layer (nearest: 'h.0.attn.c_proj')"
+                raise ValueError(f'adaptive_svd_ranks={{{name!r}: {r}}}: {valid}')
 
     @property
     def adaptive_layers(self):

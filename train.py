@@ -362,7 +362,8 @@ def analyse(run):
     changed = run.adaptive.analyse(
         run.iter_num + 1, exchange=lambda *args: exchange(run.optimizer, run.model, *args),
         mean=lambda grad: run.processes.mean(grad / scale), first=run.processes.first)
-    run.model.config = replace(run.model.config, adaptive_svd_ranks=special_layers.lowrank_modes(run.model))
+    run.cfg.adaptive_svd_ranks = special_layers.lowrank_modes(run.model)
+    run.model.config = replace(run.model.config, adaptive_svd_ranks=run.cfg.adaptive_svd_ranks)
     return changed
 
 
@@ -383,7 +384,8 @@ def build_model(cfg, set_by, saved, data, device, say):
         model = GPT.from_checkpoint(saved, **free)
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in FREE_KEYS if k in set_by or k == 'dropout'})
-    special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
+    if cfg.init_from != 'resume':
+        special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
     shape = asdict(model.config)
     for key in set(MODEL_KEYS) - set(FREE_KEYS):
         cropped = key == 'block_size' and cfg.block_size < shape[key]

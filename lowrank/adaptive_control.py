@@ -10,7 +10,7 @@ from lowrank.adaptive_svd import compute_gradient_alignment, should_use_lowrank_
 START = 10                          # components that are protected first: r = g - 10
 R_MIN = 8
 PATIENCE = 3                        # analyses in a row that want a smaller r, before it becomes smaller
-CALM = 5                            # analyses in a row without danger, before low-rank mode ends
+CALM = 5                            # analyses in a row without a reason for low-rank mode, before it ends
 RIDGE = 1e-6                        # of the mean of a Gram matrix, to invert it
 
 
@@ -33,10 +33,10 @@ class AdaptiveSVD:
         for name, layer in self.layers.items():
             saved, (m, n) = state[name], layer.base.weight.shape
             shapes = {'U': (m, min(m, n)), 'S': (min(m, n),)}
-            if set(saved) != set(self.memory[name]) or any(
-                    saved[key] is not None and tuple(getattr(saved[key], 'shape', ())) != shape
-                    for key, shape in shapes.items()) or any(
-                    type(saved[key]) is not int or saved[key] < 0 for key in ('patience', 'calm')):
+            if not isinstance(saved, dict) or set(saved) != set(self.memory[name]) or not all(
+                    saved[key] is None or is_basis(saved[key], shape) for key, shape in shapes.items()) or not all(
+                    type(saved[key]) is int and saved[key] >= 0 for key in ('patience', 'calm')) or (
+                    saved['U'] is None) != (saved['S'] is None):
                 raise ValueError(f'that of {name} does not fit the layer')
             self.memory[name] = dict(saved)
 
@@ -88,7 +88,7 @@ class AdaptiveSVD:
             words = {'initial': 'Initial SVD computed', 'none': f'full mode - {reason}',
                      'lowrank': f'SWITCHED TO LOW-RANK (r={r}) - Reason: {reason}',
                      'refactored': f'low-rank mode (r={r}) - {reason}',
-                     'full': f'SWITCHED TO FULL - Reason: no danger in {CALM} analyses'}[seen['action']]
+                     'full': f'SWITCHED TO FULL - Reason: nothing to protect from in {CALM} analyses'}[seen['action']]
             lines.append(f'[{name}] {words}')
         return [*lines, '=== SVD Analysis complete ===']
 
@@ -119,7 +119,7 @@ class AdaptiveSVD:
             to_factors(layer, seen['r_seen'], basis, exchange)
             action = 'lowrank'
         elif layer.r is not None:
-            memory['calm'] = 0 if seen['reason'] == 'gradient_clobbering_risk' else memory['calm'] + 1
+            memory['calm'] = 0 if decision else memory['calm'] + 1
             memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
             if memory['calm'] >= CALM:
                 to_full(layer, exchange)
@@ -130,6 +130,11 @@ class AdaptiveSVD:
                 to_factors(layer, r, basis, exchange)
                 action = 'refactored'
         seen |= dict(mode='full' if layer.r is None else 'lowrank', r=layer.r or len(memory['S']), action=action)
+
+
+def is_basis(value, shape):
+    return torch.is_tensor(value) and value.shape == shape and value.is_floating_point() and bool(
+        value.isfinite().all())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,17 +174,19 @@ def state_of_factors(state, A, B):
 def state_of_weight(of_A, of_B, A, B):
     """The other way round: the least G with dL/dB = G A^T, dL/dA = B^T G; of squares, rows and columns are known alone
     (as in Adafactor, arXiv:1804.04235)."""
-    state = {}
-    for key, b in of_B.items():                                     # (m, r), or a number
-        a = of_A[key]                                               # (r, n)
+    state, A, B, tiny = {}, wide(A), wide(B), torch.finfo(torch.float64).tiny       # in float32 Gram matrices are singular
+    for key, like in of_B.items():
+        b, a = wide(like), wide(of_A[key])                          # (m, r) and (r, n), or numbers
         if b.dim() == 0:
-            state[key] = b.clone()
-        elif key == 'exp_avg_sq':
-            rows, columns = b.sum(1) / A.square().sum(), a.sum(0) / B.square().sum()            # (m), (n)
-            state[key] = torch.outer(rows, columns) / rows.mean().clamp_min(torch.finfo(b.dtype).tiny)
+            state[key] = like.clone()
+            continue
+        if key == 'exp_avg_sq':
+            rows, columns = b.sum(1) / A.square().sum(), a.sum(0) / B.square().sum().clamp_min(tiny)
+            state[key] = torch.outer(rows, columns) / rows.mean().clamp_min(tiny)
         else:
             from_B, from_A = solve(A @ A.mT, b.mT).mT @ A, B @ solve(B.mT @ B, a)               # (m, n) each
             state[key] = from_B + from_A - solve(A @ A.mT, A @ from_A.mT).mT @ A
+        state[key] = state[key].to(like)
     return state
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from lowrank.linear import Linear
+from lowrank.linear import unfilled
 
 PROTECTIONS = ('left', 'none')
 RELIABLE = 1e-5                     # of sigma_1: below, W^T u / sigma is rounding (eigh of W W^T squares the spectrum)
@@ -102,7 +102,7 @@ class AdaptiveSVDLinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The plain layer with weight W."""
-        dense = Linear(self.base.in_features, self.base.out_features, bias=self.bias is not None).to(self.base.weight)
+        dense = unfilled(self.base.in_features, self.base.out_features, self.bias is not None, self.base.weight)
         W = wide(self.base.weight)
         if self.A is not None:
             W = W + wide(self.B.weight) @ wide(self.A.weight)
@@ -116,7 +116,7 @@ class AdaptiveSVDLinear(nn.Module):
         optimizer may know."""
         if self.r != len(A):
             like = self.base.weight
-            self.A, self.B = (Linear(n, m, bias=False).to(like) for m, n in (A.shape, B.shape))
+            self.A, self.B = (unfilled(n, m, False, like) for m, n in (A.shape, B.shape))
         with torch.no_grad():
             self.A.weight.copy_(A)
             self.B.weight.copy_(B)

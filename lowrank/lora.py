@@ -14,7 +14,7 @@ a plain LoRA of twice the rank (`plain_adapter`).
 import torch
 import torch.nn as nn
 
-from lowrank.linear import Linear
+from lowrank.linear import Linear, unfilled
 from lowrank.svd import truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
@@ -97,7 +97,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The plain layer with the weight W + s B A, added in float64."""
-        dense = Linear(self.base.in_features, self.base.out_features, bias=self.bias is not None).to(self.base.weight)
+        dense = unfilled(self.base.in_features, self.base.out_features, self.bias is not None, self.base.weight)
         dense.weight.copy_((self.base.weight.cpu().double() + self.change()).to(self.base.weight.dtype))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
