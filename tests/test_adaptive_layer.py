@@ -604,7 +604,7 @@ def test_low_rank_mode_ends_after_calm_analyses():
         assert seen['mode'] == 'lowrank' and watched.layer.r is not None
     changed, seen = watched.analyse('calm')
     assert changed and seen['action'] == 'full' and watched.layer.r is None
-    assert f'[c_q] SWITCHED TO FULL - Reason: no danger in {CALM} analyses' in watched.control.report(1)
+    assert f'[c_q] SWITCHED TO FULL - Reason: nothing to protect from in {CALM} analyses' in watched.control.report(1)
     assert watched.layer.base.weight.requires_grad and watched.layer.base.weight in watched.optimizer.state
     _, seen = watched.analyse('danger')
     assert seen['action'] == 'lowrank' and watched.layer.r == 30
