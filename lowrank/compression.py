@@ -120,8 +120,9 @@ def budgeted_ranks(energies, shapes, budget, step=1):
 
     energies: name -> (s), descending, what each component is worth in one unit for all layers; shapes: name -> (m, n).
     Each layer's error over its size is cut down to its convex hull, of which the dense layer, or the rank above which
-    all energies are zero, is the last point, without an error; then the steepest stretches are bought first: components of layers where sigma^2 / (m + n) is large.
-    Other ranks are multiples of `step`, and all are `step` at least. Raises ValueError where even those do not fit.
+    all energies are zero, is the last point, without an error; then the steepest stretches are bought first: components
+    of layers where sigma^2 / (m + n) is large. Other ranks are multiples of `step`, and all are `step` at least. Raises
+    ValueError where even those do not fit.
     """
     ranks, spent, stretches = {}, 0, []
     for name, shape in shapes.items():
