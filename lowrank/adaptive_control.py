@@ -174,7 +174,7 @@ def state_of_factors(state, A, B):
 def state_of_weight(of_A, of_B, A, B):
     """The other way round: the least G with dL/dB = G A^T, dL/dA = B^T G; of squares, rows and columns are known alone
     (as in Adafactor, arXiv:1804.04235)."""
-    state, A, B, tiny = {}, wide(A), wide(B), torch.finfo(torch.float64).tiny       # in float32 Gram matrices are singular
+    A, B, tiny, state = wide(A), wide(B), torch.finfo(torch.float64).tiny, {}       # float32's A A^T may be singular
     for key, like in of_B.items():
         b, a = wide(like), wide(of_A[key])                          # (m, r) and (r, n), or numbers
         if b.dim() == 0:

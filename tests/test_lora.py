@@ -184,8 +184,8 @@ def test_only_the_weight_it_was_made_of_is_an_original(init):
     converted = copy.deepcopy(layer).double()                       # is as far from the original as float32 has made it
     assert all(torch.allclose(one.mT @ one, other.double().mT @ other.double(), atol=1e-3)
                for one, other in zip(plain_adapter(converted, base.weight), plain_adapter(layer, base.weight)))
-    for other in (dense((9, 12), seed=1).weight, layer.base.weight + torch.eye(9, 12), layer.merge().weight + base.weight,
-                  base.weight * (1 + 1e-4 * torch.randn(9, 12))):
+    for other in (dense((9, 12), seed=1).weight, layer.base.weight + torch.eye(9, 12),
+                  layer.merge().weight + base.weight, base.weight * (1 + 1e-4 * torch.randn(9, 12))):
         with pytest.raises(ValueError, match='^original: is not what the layer was made of, .*3 components'):
             plain_adapter(layer, other)
     with pytest.raises(ValueError, match=r'^original: has the shape \(1, 12\), the layer \(9, 12\)'):
