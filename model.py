@@ -402,7 +402,7 @@ class GPT(subspace.RunningBases, nn.Module):
             raise ValueError(f'block_size={block_size}: can only be cropped to 1..{self.config.block_size}')
         self.config.block_size = block_size
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
-                                                            freeze=False)
+                                                            freeze=not self.transformer.wpe.weight.requires_grad)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the kernel."""
