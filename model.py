@@ -434,5 +434,6 @@ class GPT(subspace.RunningBases, nn.Module):
         for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
             raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
-        args, state = pretrained.read(name_or_folder)
-        return cls.from_checkpoint(dict(model_args=args, model=state, path=name_or_folder), **override_args or {})
+        args, state, basis = pretrained.read(name_or_folder)
+        saved = dict(model_args=args, model=state, path=name_or_folder, svd_basis=basis)
+        return cls.from_checkpoint(saved, **override_args or {})
