@@ -29,7 +29,7 @@ from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank,
                          low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
-from runtime.config import at_least, check_all
+from runtime.config import UserError, at_least, check_all
 from runtime.draw import stream
 from runtime.optim import adamw
 
@@ -436,4 +436,7 @@ class GPT(subspace.RunningBases, nn.Module):
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
         args, state, basis = pretrained.read(name_or_folder)
         saved = dict(model_args=args, model=state, path=name_or_folder, svd_basis=basis)
-        return cls.from_checkpoint(saved, **override_args or {})
+        try:
+            return cls.from_checkpoint(saved, **override_args or {})
+        except ValueError as e:
+            raise e if isinstance(e, UserError) else UserError(f'init_from={name_or_folder!r}: {e}') from None
