@@ -68,8 +68,9 @@ def check_name(name, others=()):
 # reading
 
 def read(name):
-    """-> model_args, state dict (float32), both with nanoGPT's names, and a run's svd_basis or None. A folder, else the Hugging Face cache, else the
-    hub. Of Hugging Face's format every size is checked before a weight is read. Raises UserError."""
+    """-> model_args, state dict (float32), both with nanoGPT's names, and a run's svd_basis or None. A folder,
+    else the Hugging Face cache, else the hub. Of Hugging Face's format every size is checked before a weight is read.
+    Raises UserError."""
     check_name(name)
     if is_run(name):
         saved = checkpoint.load(Path(name) / 'ckpt.pt')

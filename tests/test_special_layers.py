@@ -112,7 +112,8 @@ def test_lora_on_weights_in_safetensors(fit, tuned, call, kind):
 
 
 @pytest.mark.parametrize('words, names', [
-    *((word, [special_layers.TARGETS[word]]) for word in WORDS), (','.join(WORDS), WORDS), (' c_fc , c_q', ['c_q', 'c_fc']),
+    *((word, [special_layers.TARGETS[word]]) for word in WORDS), (','.join(WORDS), WORDS),
+    (' c_fc , c_q', ['c_q', 'c_fc']),
     ('query', ['query']), ('query,c_proj,c_fc,mlp.c_proj', ['c_proj', 'query', 'c_fc', 'mlp.c_proj'])])
 def test_lora_targets(fit, tuned, words, names):
     mla = ['--use_mla=True'] if 'query' in words else []
@@ -381,7 +382,7 @@ def test_compress_by_init_from_and_spectrum(fit, tuned, call, monkeypatch, kind)
     assert 'base' not in result.out.replace('out_dir=base', '') and '.A' not in result.out
 
 
-@each_kind
+@each_kind_slowly
 @pytest.mark.parametrize('decode', [False, True])
 def test_bench_takes_them(fit, tuned, call, monkeypatch, kind, decode):
     finished(kind, fit, tuned, monkeypatch)
@@ -438,7 +439,8 @@ def test_svd_options_are_taken_from_the_command_line(fit, tuned):
     fit(*BASE, *svd)
     tuned('--init_from=base', '--out_dir=kept', '--max_iters=0')
     assert final('kept') == pytest.approx(final('base'), abs=1e-6)
-    tuned('--init_from=base', '--out_dir=changed', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4', '--max_iters=1')
+    tuned('--init_from=base', '--out_dir=changed', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4',
+          '--max_iters=1')
     args = checkpoint('changed')['model_args']
     assert (args['use_svd'], args['svd_rank'], args['svd_scope'], args['svd_block']) == (True, 2, 'causal', 4)
     out = tuned('--init_from=base', '--lora_rank=2', '--out_dir=lora', '--max_iters=1')
@@ -539,7 +541,8 @@ ROW = '{"iter": 20, "svd/block0.attn.c_q/mode": "full", "svd/block0.attn.c_q/r":
     b'\xff\xfe', b'{"iter": 1', b'nonsense\n', b'3\n', b'[]\n', b'null\n', b'"svd/x/mode"\n', b'[["svd/x/mode"]]\n',
     ROW.encode() + b'{"iter": 1, "lo', ROW.replace('"iter": 20, ', '').encode(), ROW.replace('20', '"x"').encode(),
     ROW.replace('block0', 'x').encode(), ROW.replace(': 3', ': "x"').encode(), ROW.replace(': 3', ': [3, 4]').encode(),
-    ROW.replace(': 3', ': null').encode(), ROW.encode() + b'{"loss": 1}\n', ROW.encode() + b'{"iter": 1, "loss": "x"}\n',
+    ROW.replace(': 3', ': null').encode(), ROW.encode() + b'{"loss": 1}\n',
+    ROW.encode() + b'{"iter": 1, "loss": "x"}\n',
     b'{"iter": 1, "svd/mode": "full"}\n', b'[' * 100_000, ROW.replace('20', '{}').encode()])
 def test_no_figure_of_a_damaged_file(refused, content):
     Path('out').mkdir()
