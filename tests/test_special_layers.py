@@ -366,7 +366,7 @@ def test_compress_takes_them(fit, tuned, call, refused, monkeypatch, kind):
     assert folder_bytes('out') == before
 
 
-@each_kind_slowly
+@pytest.mark.parametrize('kind', [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_compress_by_init_from_and_spectrum(fit, tuned, call, monkeypatch, kind):
     expected = finished(kind, fit, tuned, monkeypatch)
     assert call(export.main, '--out_dir=out', '--to=safetensors').code == 0
