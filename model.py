@@ -29,7 +29,7 @@ from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank,
                          low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
-from runtime.config import at_least, check_all
+from runtime.config import UserError, at_least, check_all
 from runtime.draw import stream
 from runtime.optim import adamw
 
@@ -402,7 +402,7 @@ class GPT(subspace.RunningBases, nn.Module):
             raise ValueError(f'block_size={block_size}: can only be cropped to 1..{self.config.block_size}')
         self.config.block_size = block_size
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
-                                                            freeze=False)
+                                                            freeze=not self.transformer.wpe.weight.requires_grad)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the kernel."""
@@ -434,5 +434,9 @@ class GPT(subspace.RunningBases, nn.Module):
         for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
             raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
-        args, state = pretrained.read(name_or_folder)
-        return cls.from_checkpoint(dict(model_args=args, model=state, path=name_or_folder), **override_args or {})
+        args, state, basis = pretrained.read(name_or_folder)
+        saved = dict(model_args=args, model=state, path=name_or_folder, svd_basis=basis)
+        try:
+            return cls.from_checkpoint(saved, **override_args or {})
+        except ValueError as e:
+            raise e if isinstance(e, UserError) else UserError(f'init_from={name_or_folder!r}: {e}') from None

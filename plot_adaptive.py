@@ -9,6 +9,7 @@ is 0 and everything is 1; the components that are trained, all of them in full m
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from runtime.config import UserError
 
 ROWS = {'principal_alignment': ('principal share', {'danger': DANGER_ALIGNMENT}),
         'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'r': ('r, all of them in full mode', {})}
+
+ANALYSED = r'svd/(block[0-9]{1,6}\.[^/]+)/r'
+DRAWN = rf'svd/[^/]+/({"|".join(ROWS)})'
 
 
 @dataclass
@@ -40,9 +44,11 @@ def plot(cfg):
         rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
     except OSError as e:
         raise UserError(f'{path}: cannot be read: {e.strerror} (nearest: the out_dir of a run)') from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f'{path}: damaged: not JSON, line by line') from None
-    names = {key.split('/')[1]: None for row in rows for key in row if key.startswith('svd/') and key.endswith('/mode')}
+    if not all(map(is_row, rows)):
+        raise UserError(f'{path}: damaged: lines that no run writes')
+    names = {found[1]: None for row in rows for key in row if (found := re.fullmatch(ANALYSED, key))}
     if not names:
         raise UserError(f'{path}: has no analysis (nearest: a run of config/train_adaptive_svd.py)')
     kinds = {kind: [name for name in names if name.endswith(f'.{kind}')]
@@ -51,9 +57,16 @@ def plot(cfg):
               for key, (label, level) in ROWS.items()]
     losses = [(row['iter'], row['loss']) for row in rows if 'loss' in row]
     panels.append(plots.PanelRow('training loss', 'linear', {
-        kind: plots.Panel([plots.Line(*zip(*losses), block_of(own[0]))], {}, {}) for kind, own in kinds.items()}))
+        kind: plots.Panel([plots.Line(*zip(*losses), block_of(own[0]))] if losses else [], {}, {})
+        for kind, own in kinds.items()}))
     plots.line_panels(target, panels, 'step', 'block', f'Adaptive SVD: {cfg.out_dir}')
     return f'figure: {target}'
+
+
+def is_row(row):
+    """Whether a line is one of a run's: a step, and numbers where they are drawn."""
+    return isinstance(row, dict) and type(row.get('iter')) is int and all(
+        type(value) in (int, float) for key, value in row.items() if key == 'loss' or re.fullmatch(DRAWN, key))
 
 
 def panel(rows, key, names, level):

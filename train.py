@@ -92,6 +92,11 @@ class TrainConfig(GPTConfig):
     compile: Annotated[bool | Literal['auto'], "torch.compile; 'auto': on CUDA only"] = 'auto'
     seed: Annotated[int, 'of weights, data order, dropout and evaluation windows'] = 1337
 
+    def check_layers(self):
+        """Of other weights only they know which layers there are: `special_layers.add` checks then."""
+        if self.init_from in ('scratch', 'resume'):
+            super().check_layers()
+
     def __post_init__(self):
         super().__post_init__()
         pretrained.check_name(self.init_from, ('scratch', 'resume'))

@@ -68,23 +68,24 @@ def check_name(name, others=()):
 # reading
 
 def read(name):
-    """-> model_args, state dict (float32), both with nanoGPT's names. A folder, else the Hugging Face cache, else the
-    hub. Of Hugging Face's format every size is checked before a weight is read. Raises UserError."""
+    """-> model_args, state dict (float32), both with nanoGPT's names, and a run's svd_basis or None. A folder,
+    else the Hugging Face cache, else the hub. Of Hugging Face's format every size is checked before a weight is read.
+    Raises UserError."""
     check_name(name)
     if is_run(name):
         saved = checkpoint.load(Path(name) / 'ckpt.pt')
-        return saved['model_args'], saved['model']
+        return saved['model_args'], saved['model'], saved.get('svd_basis')
     try:
         if is_folder(name):
             config = _read_json(Path(name) / 'config.json')
             if config.get('model_type') == OWN:
-                return _read_own(config, Path(name) / WEIGHTS)
+                return *_read_own(config, Path(name) / WEIGHTS), None
             config = DEFAULTS | config
             files = _files(Path(name))
         else:
             config, files = DEFAULTS | dict(resid_pdrop=0.0) | MODELS[name], [_from_hub(name)]
         _check_config(config)
-        return _from_gpt2(config, _read_weights(files, config))
+        return *_from_gpt2(config, _read_weights(files, config)), None
     except ImportError as e:
         raise UserError(f'init_from={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
     except ValueError as e:
