@@ -195,8 +195,8 @@ def _leading(name, basis, k):
 
 
 def _principal_count(S, r):
-    """k = g - r, from 0 to g."""
-    return min(max(len(S) - r, 0), len(S))
+    """k = g - r, 0 at least. A negative r asks for more columns than there are, which `_leading` refuses."""
+    return max(len(S) - r, 0)
 
 
 def _energy_share(part, whole):

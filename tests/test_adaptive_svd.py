@@ -224,6 +224,8 @@ def test_everything_and_nothing_protected():
     for r in (4, 5, 100):
         assert compute_gradient_alignment(gradient, U, S, r) == (0, 1)
     assert compute_gradient_alignment(rand(4, 6), orthonormal(4, 4), S, 0) == pytest.approx((1, 0))
+    with pytest.raises(ValueError, match='U has 4 columns, too few for k = 5'):
+        compute_gradient_alignment(gradient, U, S, -1)
     with pytest.raises(ValueError, match='U has 2 columns, too few for k = 3'):
         compute_gradient_alignment(gradient, U[:, :2], S, 1)
 
