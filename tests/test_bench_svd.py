@@ -53,6 +53,7 @@ def check_quality(found, sources):
                 assert min(cosines) == pytest.approx(1, abs=1e-4)   # where a gap is small, float32 tells
 
 
+@pytest.mark.slow
 def test_every_method_and_scope_is_measured(measured, here):
     """Without a checkpoint; with a figure."""
     lines, found = measured('--plot=figure.png')

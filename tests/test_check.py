@@ -53,6 +53,7 @@ def test_everything_holds_on_the_cpu(run):
     assert 'threads, float32, seed 1337' in lines[1]
 
 
+@pytest.mark.slow
 def test_dtype_and_seed_are_those_asked_for(run):
     code, lines, rows = run(check.resume, options=['--dtype=bfloat16', '--seed=3'])
     assert code == 0 and list(rows) == ['resumed run = uninterrupted run, bfloat16']
@@ -159,6 +160,7 @@ def test_values_that_are_not_finite_are_never_near():
 
 
 @pytest.mark.parametrize('kind', ['cuda', 'mps'])
+@pytest.mark.slow
 def test_what_is_only_checked_elsewhere_holds_here_too(tmp_path, kind):
     """The CPU under another kind's name: the comparison with the CPU, the wider bounds, float16 with its scaler."""
     setup = check.Setup('cpu', kind, 'float32', 1337, tmp_path, 0)

@@ -248,6 +248,7 @@ def test_bpe_data_set(folder, tmp_path):
     assert train + val == text and len(train) == int(len(text) * 0.9)
 
 
+@pytest.mark.slow
 def test_scripts_run_from_anywhere(tmp_path):
     (tmp_path / 'in.txt').write_text('to be or not')
     script = ROOT / 'data/shakespeare_char/prepare.py'

@@ -229,6 +229,7 @@ def test_the_socket_alarm_works():
     assert offline(['socket']).returncode == 99                     # socket.socket()
 
 
+@pytest.mark.slow
 def test_no_socket_is_opened_by_anything_on_local_data():
     done = offline(['train', *TINY, '--use_svd=True', '--svd_rank=2', '--optimizer=muon'],
                    ['train', '--init_from=resume', '--device=cpu', '--max_iters=6'],

@@ -30,6 +30,7 @@ VARIANTS = {'baseline': [], 'muon': ['--optimizer=muon'], 'latents': LATENTS} | 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py')]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(fit):
     """The same options, the same seed, nothing arranged: baseline, Muon, latents and every SVD method and scope.
     Parameters move by about the learning rate, 0.01, a step; the sums of gradients are rounded in another order."""

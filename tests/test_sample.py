@@ -506,17 +506,21 @@ def test_bench_times_decoding(results, here):
 
 
 def test_bench_writes_no_file(results, here):
-    results()
+    results('--svd_rank=2')
     assert [p.name for p in here.iterdir()] == ['data']
 
 
 @pytest.mark.parametrize('option, words', [('peer=nowhere', 'has no model.py'), ('pairs=1', 'nearest: 2'),
                                            ('svd_rank=0', '1 to 8, or None'), ('tokens=1', 'nearest: 2'),
                                            ('contexts=3,x', 'whole numbers'), ('contexts=14', 'at most'),
-                                           ('contexts=0', 'whole numbers'), ('tokens=16', 'at most'),
+                                           ('contexts=0', 'whole numbers'), ('tokens=16', 'leave no room'),
                                            ('contexts=', 'whole numbers')])
 def test_bench_refuses_what_cannot_be(here, refused, option, words):
     assert words in refused(bench.main, *BENCH, '--decode', '--tokens=4', f'--{option}')
+
+
+def test_bench_says_that_an_ordinary_model_has_no_rival(here, refused):
+    assert 'nothing to compare (nearest: --svd_rank=16)' in refused(bench.main, *BENCH)
 
 
 def test_quartiles_of_a_ratio_lie_between_its_extremes(monkeypatch):
