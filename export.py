@@ -5,6 +5,7 @@ Take a trained model to where others work:
     python export.py --out_dir=out-svd-test --to=nanogpt --save_dir=DIR     # ckpt.pt for nanoGPT, meta.pkl for its data
     python export.py --out_dir=out-svd-test --to=safetensors     # any model as it is, for --init_from here
     python export.py --out_dir=out-adaptive-svd --to=dense       # a checkpoint without adaptive SVD or LoRA
+    python export.py --out_dir=out-lora --to=lora                # its adapters alone, for --lora_adapter
     python export.py                                             # the newest run below this folder, for transformers
     python export.py --help                                      # every option with default and meaning
 
@@ -20,6 +21,7 @@ from typing import Annotated, Literal
 
 import torch
 
+import special_layers
 from compress_layers import without_adapters
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
@@ -44,9 +46,11 @@ NANOGPT_CONFIG = (
 @dataclass
 class ExportConfig:
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense'], "'gpt2': Hugging Face's format; 'nanogpt': its "
+    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'], "'gpt2': Hugging Face's format; 'nanogpt': its "
                   "checkpoint; 'safetensors': this repo's own, with all that its models can be; 'dense': a checkpoint "
-                  'here, with adaptive SVD and LoRA as part of the weights'] = 'gpt2'
+                  "here, with adaptive SVD and LoRA as part of the weights; 'lora': adapters alone"] = 'gpt2'
+    base: Annotated[str | None, "'lora' of PiSSA and MiLoRA: weights they began with, as --init_from; None: what the "
+                    'run says'] = None
     save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...'] = None
 
 
@@ -64,15 +68,16 @@ def export(cfg):
     try:
         saved = ckpt.load(path)
         model = GPT.from_checkpoint(saved)
-        merged = [*model.config.adaptive_layers, *model.config.lora_layers] if cfg.to != 'safetensors' else []
+        merged = [] if cfg.to in ('safetensors', 'lora') else model.config.adaptive_layers + model.config.lora_layers
         model = without_adapters(model) if merged else model
         meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
         if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
             meta = None
             remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set '
                            'into data/DATASET')
-        fill = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors, dense=to_dense)[cfg.to](
-            model, saved, meta, remarks)
+        saved['base'] = cfg.base or saved.get('config', {}).get('init_from')
+        formats = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors, dense=to_dense, lora=to_lora)
+        fill = formats[cfg.to](model, saved, meta, remarks)
         with new_folder(save_dir) as folder:
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
@@ -91,7 +96,8 @@ def export(cfg):
         remarks.insert(0, f'multiplied out: latents of {c.latent_dim}; keys and values are cached in full there')
     if plain and c.svd_truncates:
         remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
-    readers = dict(gpt2='transformers', nanogpt='nanoGPT', safetensors='--init_from here', dense='all scripts here')
+    readers = dict(gpt2='transformers', nanogpt='nanoGPT', safetensors='--init_from here', dense='all scripts here',
+                   lora='--lora_adapter')
     lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for {readers[cfg.to]}']
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
@@ -148,6 +154,18 @@ def to_safetensors(model, saved, meta, remarks):
     remarks.append('left out: the optimizer state' + ('' if model.svd_basis is None else ', and the basis from which '
                                                       "'randomized' starts"))
     return lambda folder: pretrained.write(folder, config, state, meta)
+
+
+def to_lora(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added. Raises ValueError."""
+    c, base = model.config, None
+    if c.lora_rank is None:
+        raise ValueError('has no LoRA (nearest: --to=safetensors)')
+    if c.lora_init != 'lora':
+        base = GPT.from_pretrained(saved['base'])
+        remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
+    options, tensors = special_layers.adapters(model, base)
+    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None)
 
 
 def to_dense(model, saved, meta, remarks):

@@ -7,8 +7,10 @@ of it again: compress_layers.py.
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
+import torch
+
 from lowrank.adaptive_layer import PROTECTIONS, AdaptiveSVDLinear
-from lowrank.lora import INITS, LoRALinear
+from lowrank.lora import INITS, LoRALinear, plain_adapter
 
 ATTENTION = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_attn.c_v', 'c_proj': 'attn.c_proj'}
 TARGETS = ATTENTION | {'query': 'attn.c_attn.query', 'c_fc': 'mlp.c_fc', 'mlp.c_proj': 'mlp.c_proj'}
@@ -130,6 +132,39 @@ def add(model, options):
     if (options['adaptive_svd'] or options['lora_rank'] is not None) and not c.adaptive_svd and c.lora_rank is None:
         model.config = replace(c, **options | dict(adaptive_svd_ranks=None))
         install(model, trained=True)
+
+
+def adapters(model, base=None):
+    """A LoRA model's adapters as plain ones of the weights they began with: options of LayerConfig, and name -> tensor,
+    'h.0.attn.c_attn.c_q.A' (r, n) and '.B' (m, r). base: a model with those weights, which PiSSA and MiLoRA need, whose
+    rank doubles. Raises ValueError where they are of other weights."""
+    c, tensors, rank = model.config, {}, model.config.lora_rank
+    for name in c.lora_layers:
+        layer = model.get_layer(name)
+        A, B = layer.A.weight, layer.B.weight
+        if c.lora_init != 'lora':
+            A, B = plain_adapter(layer, base.get_layer(name).weight)
+        tensors |= {f'{name}.A': A.detach(), f'{name}.B': B.detach()}
+        rank = len(A)
+    alpha = (c.lora_alpha or c.lora_rank) * rank / c.lora_rank      # the scale stays
+    return dict(lora_rank=rank, lora_alpha=float(alpha), lora_targets=c.lora_targets), tensors
+
+
+@torch.no_grad()
+def load_adapters(model, options, tensors):
+    """The inverse, in place, on a model with the weights they began with. Raises ValueError where they do not fit."""
+    if model.config.adaptive_svd or model.config.lora_rank is not None:
+        raise ValueError('lora_adapter: the model has adapters already (nearest: export.py --to=dense)')
+    add(model, NONE | options)
+    names = [f'{name}.{part}' for name in model.config.lora_layers for part in 'AB']
+    if sorted(names) != sorted(tensors):
+        raise ValueError(f'lora_adapter: has other layers than {options["lora_targets"]!r} of {model.config.n_layer} '
+                         'blocks')
+    for name in names:
+        weight = model.get_layer(name[:-2]).get_submodule(name[-1]).weight
+        if weight.shape != tensors[name].shape:
+            raise ValueError(f'lora_adapter: {name} is {tuple(tensors[name].shape)}, must be {tuple(weight.shape)}')
+        weight.copy_(tensors[name])
 
 
 def lowrank_modes(model):

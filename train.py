@@ -61,6 +61,7 @@ class TrainConfig(GPTConfig):
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
                          "'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a folder: another run's, or in Hugging Face's "
                          'format'] = 'scratch'
+    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, as export.py --to=lora makes it'] = None
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
     wandb_project: Annotated[str, 'wandb project'] = 'owt'
@@ -106,6 +107,9 @@ class TrainConfig(GPTConfig):
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
+        if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
+            raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
+                             '--init_from=gpt2)')
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
         out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
@@ -389,6 +393,8 @@ def build_model(cfg, set_by, saved, data, device, say):
         model = GPT.from_checkpoint(saved, **free)
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in FREE_KEYS if k in set_by or k == 'dropout'})
+        if cfg.lora_adapter is not None:
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
     if cfg.init_from != 'resume':
         special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
     shape = asdict(model.config)

@@ -39,6 +39,8 @@ BUFFERS = ('.attn.bias', '.attn.masked_bias')                               # ca
 GPT2_BPE = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
 END = '<|endoftext|>'
 OWN = 'lowrank-gpt'                                                         # the model_type of this repo's own format
+ADAPTER = 'lowrank-gpt-adapter'                                             # and of its adapters
+ADAPTER_OPTIONS = dict(lora_rank=int, lora_alpha=float, lora_targets=str)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,6 +118,24 @@ def _read_own(config, file):
     if 'transformer.wte.weight' not in weights:
         raise ValueError(f'{file.name} lacks weights: transformer.wte.weight')
     return args, weights | {'lm_head.weight': weights['transformer.wte.weight']}
+
+
+def read_adapter(name):
+    """A folder that `write` made with ADAPTER -> its options, name -> float32 tensor. Raises UserError."""
+    try:
+        config, tensors = _read_json(Path(name) / 'config.json'), {}
+        options = config.get('adapter')
+        if config.get('model_type') != ADAPTER or not isinstance(options, dict) or {
+                key: type(value) for key, value in options.items()} != ADAPTER_OPTIONS:
+            raise ValueError('its config.json is not of an adapter, as export.py --to=lora makes it')
+        with _opened(Path(name) / WEIGHTS) as f:
+            for key in f.keys():
+                tensors[key] = _checked(key, f.get_slice(key).get_dtype(), f.get_tensor(key))
+        return options, tensors
+    except ImportError as e:
+        raise UserError(f'lora_adapter={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
+    except ValueError as e:
+        raise UserError(f'lora_adapter={name!r}: {one_line(e)[:400]}') from None
 
 
 @contextmanager

@@ -25,7 +25,8 @@ MAY_IMPORT |= {name: {'model', 'lowrank', 'runtime', 'data', 'train'} for name i
 MAY_IMPORT['bench'] |= {'check', 'bench_svd'}                       # the commands behind which they stand
 MAY_IMPORT['compress'] |= {'compress_layers', 'compress_spectrum'}
 MAY_IMPORT['export'] |= {'compress_layers'}
-MAY_IMPORT['train'] |= {'special_layers'}
+for name in ('bench', 'export', 'sample', 'train'):
+    MAY_IMPORT[name] |= {'special_layers'}
 
 
 def imports(file, top_level_only=False):
