@@ -1,12 +1,12 @@
 """
-Does adaptive SVD protect what was learned? A small GPT learns text A, then text B; its loss on A at a matched loss on B.
+Does adaptive SVD protect what was learned? A small GPT learns text A, then B; its loss on A at a matched loss on B.
 
     python experiments/continual_learning.py --dataset=input.txt    # make what is missing, then tables and figure
     python experiments/continual_learning.py --run=False            # tables and figure of what is recorded
 
-Text B is Python, the standard library of the running interpreter, which needs no download; characters, the vocabulary is
-that of both. Each seed trains a model on A once and goes on from there on B, every arm with the same batches. Where
-everything is trained,
+Text B is Python, the standard library of the running interpreter, which needs no download; tokens are characters, the
+vocabulary is that of both. Each seed trains a model on A once and goes on from there on B, every arm with the same
+batches. Where everything is trained,
 
     full training               the reference
     adaptive                    all four projections of all blocks, the detector decides
@@ -18,14 +18,14 @@ everything is trained,
     half, random space          random ones
 
 and where nothing is but the four projections, as adapters leave the rest alone ('all of attention' is the reference
-there), LoRA, PiSSA and MiLoRA with these targets. The detector starts with the SVD of the model that learned A, as after
-a resume of a run that was watched: its first analysis on B can switch, as the timer does. Weights do not decay on B.
+there), LoRA, PiSSA and MiLoRA with these targets. The detector starts with the SVD of the model that learned A, as
+after a resume of a run that was watched: its first analysis on B can switch, as the timer does. No decay on B.
 
-Less forgetting at a worse loss on B proves nothing, hence curves, interpolated at one loss on B. The detector by itself:
-its score for gradients of fresh text of A against that for gradients of B, both of the model that learned A, as a ROC
-curve, beside what needs no SVD, the gradient's norm. Rows of experiments/continual_learning.jsonl are results, written
-when they are there and not made again, so that an interrupted run goes on; processes may share the work (--seeds, --arms).
-The figure is docs/adaptive_forgetting.png.
+Less forgetting at a worse loss on B proves nothing, hence curves, interpolated at one loss on B. The detector by
+itself: its score for gradients of fresh text of A against that for gradients of B, both of the model that learned A, as
+a ROC curve, beside what needs no SVD, the gradient's norm. Rows of experiments/continual_learning.jsonl are results,
+written when they are there and not made again, so that an interrupted run goes on; processes may share the work
+(--seeds). The figure is docs/adaptive_forgetting.png.
 """
 
 import hashlib
@@ -146,8 +146,8 @@ class Texts:
         ids = {c: i for i, c in enumerate(self.chars)}
         table = torch.tensor([ids[c] for c in own])
         whole, cut = torch.tensor([ids[c] for c in text_b]), int(0.9 * len(text_b))
-        self.splits = {'A': [table[torch.from_numpy(data.tokens(split).astype(np.int64))] for split in ('train', 'val')],
-                       'B': [whole[:cut], whole[cut:]]}
+        parts = [table[torch.from_numpy(data.tokens(split).astype(np.int64))] for split in ('train', 'val')]
+        self.splits = {'A': parts, 'B': [whole[:cut], whole[cut:]]}
         for tokens in (part for parts in self.splits.values() for part in parts):
             if len(tokens) <= MODEL['block_size']:
                 raise UserError(f'dataset={data.folder}: a split has only {len(tokens)} characters, and a window '
@@ -348,7 +348,8 @@ def roc(positive, negative):
     """True-positive rates at the false-positive rates 0, 1 / GRID, ..., 1, on lines between the corners of the ROC
     curve: between tied scores the curve is oblique."""
     thresholds = torch.cat((positive, negative)).unique().flip(0)
-    false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds] for scores in (negative, positive))
+    false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds]
+                   for scores in (negative, positive))
     grid, found = np.linspace(0, 1, GRID + 1), []
     for x in grid:
         above = next(i for i, f in enumerate(false) if f > x or i == len(false) - 1)
@@ -458,17 +459,14 @@ def make(cfg, record, texts, seed):
 def run(cfg, record, texts, saved, key):
     """A row's fields of one run."""
     arm, seed, rate = ARMS[key['arm']], key['seed'], key['rate']
-    plan = None
+    followed = None
     if arm.control == 'replay' or arm.protection == 'none':
         first = key | {'arm': 'adaptive'}
         followed = record.make(lambda: run(cfg, record, texts, saved, first), **first)
         if not any(any(ranks) for ranks in followed['ranks'].values()):
             # no switch: there was nothing to protect otherwise, it is the same run
             return {k: followed[k] for k in ('trained', 'curve', 'ranks')} | {'same_as': 'adaptive'}
-
-        def plan(name, count):
-            return followed['ranks'][name][count]
-    model, control = prepare(saved, arm, seed, plan)
+    model, control = prepare(saved, arm, seed, lambda name, count: followed['ranks'][name][count])
     curve, ranks = go_on(model, control, arm.control == 'start', texts, seed, rate, cfg.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {'trained': trained, 'curve': curve, 'ranks': ranks}
