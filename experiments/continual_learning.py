@@ -524,29 +524,32 @@ def best_rate(rows, arm, level):
 
 
 def table(rows, setting):
-    """Markdown: an arm and rate a line; loss on A at losses on B, and against the reference at its best rate, by
-    seeds."""
+    """Markdown: an arm and rate a line; loss on A at losses on B, and what of it the reference does not have, seed by
+    seed, with the same rate: the same batches in the same order."""
     at, reference = levels(rows, setting), REFERENCE[setting]
     if not at:
         return ''
-    rate = best_rate(rows, reference, at[-1])
-    base = {} if rate is None else {seed: matched(c, at[-1]) for seed, c in curves(rows, reference, rate).items()}
-    lines = [f'{SETTINGS[setting]}: loss on A at a loss on B, mean and standard error over seeds', '',
-             '| | learning rate | trained numbers | ' + ' | '.join(f'at {level:.2f}' for level in at) +
-             f' | at {at[-1]:.2f}, less {reference} | B at the end | A at the end |', '|---' * (len(at) + 6) + '|']
-    for arm in (name for name in ARMS if ARMS[name].setting == setting):
-        for rate in RATES[setting]:
-            found = curves(rows, arm, rate)
-            if found:
-                less = [None if None in (value, base.get(seed)) else value - base[seed] for seed, value in
-                        ((seed, matched(curve, at[-1])) for seed, curve in found.items())]
-                count = next(row['trained'] for row in rows if (row.get('arm'), row.get('rate')) == (arm, rate))
-                cells = [cell([matched(curve, level) for curve in found.values()]) for level in at]
-                ends = [cell([curve[-1][i] for curve in found.values()]) for i in (2, 1)]
-                lines.append(f'| {arm} | {rate:g} | {count:,} | ' + ' | '.join((*cells, cell(less, '+'), *ends)) + ' |')
-    start = [curve[0] for row in rows if row['kind'] == 'curve' for curve in [row['curve']]]
-    lines += ['', f'before B: {statistics.mean(a for _, a, _ in start):.3f} on A, '
-              f'{statistics.mean(b for _, _, b in start):.3f} on B; empty: not reached in every seed']
+    lines = [f'{SETTINGS[setting]}: loss on A at a loss on B, mean and standard error over seeds; in brackets: less '
+             f'{reference}, with the same rate and seed', '',
+             '| | learning rate | trained numbers at the end | ' + ' | '.join(f'A at {level:.2f}' for level in at) +
+             ' | B at the end | A at the end |', '|---' * (len(at) + 5) + '|']
+    for arm, rate in ((name, rate) for name in ARMS if ARMS[name].setting == setting for rate in RATES[setting]):
+        found, base = curves(rows, arm, rate), curves(rows, reference, rate)
+        if not found:
+            continue
+        cells = []
+        for level in at:
+            values = {seed: matched(curve, level) for seed, curve in found.items()}
+            beside = {seed: matched(base[seed], level) if seed in base else None for seed in found}
+            less = None not in (*values.values(), *beside.values()) and arm != reference
+            cells.append(cell([*values.values()]) + (
+                f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})' if less else ''))
+        count = statistics.mean(row['trained'] for row in rows if (row.get('arm'), row.get('rate')) == (arm, rate))
+        ends = [cell([curve[-1][i] for curve in found.values()]) for i in (2, 1)]
+        lines.append(f'| {arm} | {rate:g} | {count:,.0f} | ' + ' | '.join((*cells, *ends)) + ' |')
+    starts = [row['curve'][0] for row in rows if row['kind'] == 'curve']
+    lines += ['', f'before B: {statistics.mean(a for _, a, _ in starts):.3f} on A, '
+              f'{statistics.mean(b for _, _, b in starts):.3f} on B; empty: not reached in every seed']
     return '\n'.join(lines)
 
 
@@ -605,7 +608,7 @@ def plot(rows):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 9.2), layout='constrained')
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 9.6), layout='constrained')
     for axis, setting in zip(axes[0], SETTINGS):
         draw_curves(axis, rows, setting)
     draw_roc(axes[1, 0], rows)
@@ -675,7 +678,8 @@ def draw_layers(axis, rows):
     axis.invert_yaxis()
     axis.set(title='The detector: layer by layer', xlabel='AUC (chance: 0.5)', xlim=(0, 1.02))
     if found:
-        axis.legend(fontsize=8, loc='lower left')
+        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1,
+                    handletextpad=0.3)
     axis.grid(alpha=0.3)
 
 

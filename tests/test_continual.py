@@ -95,10 +95,11 @@ def test_levels_are_what_every_arm_reaches():
     assert continual.levels(made, 'everything') == pytest.approx([3.65, 3.45, 3.25])
     assert continual.levels(made, 'attention') == []
     assert continual.best_rate(made, 'timer', 3.25) == fast and continual.best_rate(made, 'LoRA', 3.0) is None
-    text = continual.table(made, 'everything')
-    less = [2 + 0.75 / drop - 2 - 0.75 / base for drop, base in ((0.8, 1.0), (0.78, 0.98))]
-    assert f'{sum(less) / 2:+.3f} +- {abs(less[0] - less[1]) / 2:.3f}' in text
-    assert [line for line in text.splitlines() if line.startswith(f'| timer | {slow:g}')][0].count('|  |') >= 1
+    lines = continual.table(made, 'everything').splitlines()
+    first = next(line.split(' | ') for line in lines if line.startswith(f'| timer | {slow:g}'))
+    assert first[5] == ''                                           # one of two seeds does not reach it
+    less = [0.35 / 0.7 - 0.35 / 1.0, 0.35 / 0.5 - 0.35 / 0.98]      # at 3.65, by seeds
+    assert first[3].endswith(f'({sum(less) / 2:+.3f} +- {abs(less[0] - less[1]) / 2:.3f})')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
