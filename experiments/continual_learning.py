@@ -99,7 +99,7 @@ ARMS = {
     'attention, half, random space': Arm('attention', 'start', random=True, share=0.5),
 }
 REFERENCE = {'everything': 'full training', 'attention': 'all of attention'}
-RATES = {'everything': (1e-3, 3e-3), 'attention': (3e-3, 1e-2)}     # fewer weights have to move further
+RATES = {'everything': (3e-4, 1e-3, 3e-3), 'attention': (1e-3, 3e-3, 1e-2)}             # fewer have to move further
 SPACES = (START, 24, 48)            # directions of the space that the ROC is made for: as r shrinks, more
 
 
