@@ -608,7 +608,7 @@ def plot(rows):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 9.6), layout='constrained')
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 10.6), layout='constrained')
     for axis, setting in zip(axes[0], SETTINGS):
         draw_curves(axis, rows, setting)
     draw_roc(axes[1, 0], rows)
@@ -637,7 +637,7 @@ def draw_curves(axis, rows, setting):
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def draw_roc(axis, rows):
