@@ -490,7 +490,8 @@ def curves(rows, arm, rate):
 def levels(rows, setting):
     """Losses on B at which forgetting is compared: the lowest, in steps of 0.05, that each arm there is reaches in all
     seeds at one of its rates, and SPREAD above. [] without rows."""
-    arms = [name for name in ARMS if ARMS[name].setting == setting and any(row.get('arm') == name for row in rows)]
+    arms = [name for name in ARMS if ARMS[name].setting == setting and
+            any(curves(rows, name, rate) for rate in RATES[setting])]
     if not arms:
         return []
     reached = [min(max(min(b for _, _, b in curve) for curve in found.values())
