@@ -55,18 +55,20 @@ class AdaptiveSVD:
         convert): to give the optimizer other parameters, the list `new` in the place of `old`, with convert(states of
         old) -> states of new. mean: of a tensor over processes; first: of a function, its result on the first process
         -> whether any layer has other parameters now. What was seen and done: `report`, `metrics`."""
-        self.seen, changed = {}, False
+        self.seen, bases = {}, {}
         for name, layer in self.layers.items():
-            weight, before = layer.base.weight, layer.r
-            if mean is not None and before is not None and weight.grad is not None:
+            weight = layer.base.weight
+            if mean is not None and layer.r is not None and weight.grad is not None:
                 weight.grad = mean(weight.grad)                     # in full mode it is one already
-            self.seen[name], basis = first(lambda: self._look(name, step)) if first else self._look(name, step)
-            self._act(name, basis, exchange)
-            layer.watch(False)
-            weight.grad = weight.grad if layer.r is None else None
-            changed |= layer.r != before
+            self.seen[name], bases[name] = first(lambda: self._look(name, step)) if first else self._look(name, step)
+        before = {name: layer.r for name, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.watch(False)                                      # none is an optimizer's while lists are exchanged
+        for name, layer in self.layers.items():
+            self._act(name, bases[name], exchange)
+            layer.base.weight.grad = layer.base.weight.grad if layer.r is None else None
         self._before = {name: wide(layer.weight) for name, layer in self.layers.items()}
-        return changed
+        return any(layer.r != before[name] for name, layer in self.layers.items())
 
     @torch.no_grad()
     def protect(self):
@@ -74,10 +76,9 @@ class AdaptiveSVD:
         for name, layer in self.layers.items():
             layer.protect()
         for name, W in self._before.items():                        # what the optimizer made of the gradient
-            seen, U = self.seen[name], self.memory[name]['U']
-            k = U.size(1) - seen['r_seen']
+            seen, memory = self.seen[name], self.memory[name]
             seen['update_alignment'] = compute_gradient_alignment(
-                wide(self.layers[name].weight) - W, U, self.memory[name]['S'], U.size(1) - k)[0]
+                wide(self.layers[name].weight) - W, memory['U'], memory['S'], seen['r_seen'])[0]
         self._before = {}
 
     def report(self, step):

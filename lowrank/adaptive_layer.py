@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from lowrank.linear import unfilled
+from lowrank.linear import linear, unfilled
 
 PROTECTIONS = ('left', 'none')
 RELIABLE = 1e-5                     # of sigma_1: below, W^T u / sigma is rounding (eigh of W W^T squares the spectrum)
@@ -40,8 +40,13 @@ class AdaptiveSVDLinear(nn.Module):
         (m, n), new = self.base.weight.shape, self.base.weight.new_zeros
         self._hold(new(m, r), new(r, n), new(m, min(m, n) - r))
 
-    def forward(self, x):                                           # (..., n) -> (..., m)
-        return self.base(x) if self.A is None else self.base(x) + self.B(self.A(x))
+    def forward(self, x):
+        """x (..., n) -> (..., m). W_p + B A is made where x has rows enough: that costs as much as B A x for m n / (m +
+        n) of them."""
+        (m, n), rows = self.base.weight.shape, x.numel() // x.size(-1)
+        if self.A is not None and rows * (m + n) < m * n:
+            return self.base(x) + self.B(self.A(x))
+        return linear(x, self.weight, self.bias)
 
     @property
     def r(self):
