@@ -46,9 +46,10 @@ NANOGPT_CONFIG = (
 @dataclass
 class ExportConfig:
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'], "'gpt2': Hugging Face's format; 'nanogpt': its "
-                  "checkpoint; 'safetensors': this repo's own, with all that its models can be; 'dense': a checkpoint "
-                  "here, with adaptive SVD and LoRA as part of the weights; 'lora': adapters alone"] = 'gpt2'
+    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'],
+                  "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint; 'safetensors': this repo's own, with all "
+                  "that its models can be; 'dense': a checkpoint here, adaptive SVD and LoRA part of the weights; "
+                  "'lora': adapters alone"] = 'gpt2'
     base: Annotated[str | None, "'lora' of PiSSA and MiLoRA: weights they began with, as --init_from; None: what the "
                     'run says'] = None
     save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...'] = None

@@ -18,6 +18,7 @@ import train
 from conftest import TINY, checkpoint, equal, folder_bytes, rows
 from lowrank.lora import INITS
 from model import GPT
+from runtime import pretrained
 from runtime.dataset import Dataset
 from test_adaptive_training import PLAN, RUN, assert_same_run, plain_names, planned, resume
 from test_compress import quick                                                             # noqa: F401
@@ -198,6 +199,45 @@ def test_lora_where_the_base_is_moves_it_aside(fit, tuned):
     before = folder_bytes('base')
     out = tuned(*LORA, '--out_dir=base')
     assert 'base holds a run: moved to base.1' in out and folder_bytes('base.1') == before
+
+
+@pytest.mark.parametrize('init', INITS)
+def test_adapters_alone_come_back(fit, tuned, call, init):
+    """To the bit where they began with the base's weights; PiSSA's and MiLoRA's as plain ones of twice the rank."""
+    fit(*BASE)
+    tuned(*LORA, f'--lora_init={init}', '--lora_alpha=7')
+    result = call(export.main, '--out_dir=out', '--to=lora', '--save_dir=adapter')
+    assert result.code == 0, result.err
+    model, options = GPT.from_pretrained('base'), pretrained.read_adapter('adapter')
+    special_layers.load_adapters(model, *options)
+    assert model.config.lora_rank == (3 if init == 'lora' else 6) and options[0]['lora_targets'] == 'c_q,c_v'
+    assert loss_of(model) == pytest.approx(loss_in('out'), abs=1e-5)
+    own = GPT.from_checkpoint(checkpoint())
+    for name in model.config.lora_layers:
+        mine, theirs = model.get_layer(name), own.get_layer(name)
+        assert mine.scale == pytest.approx(theirs.scale) and torch.allclose(mine.weight, theirs.weight, atol=1e-5)
+        if init == 'lora':
+            assert equal(mine.state_dict(), theirs.state_dict())
+    tuned('--init_from=base', '--lora_adapter=adapter', '--eval_only=True', '--out_dir=evaluated')
+    assert rows('evaluated', 'eval.jsonl')[-1]['val/loss'] == pytest.approx(final('out'), abs=1e-5)
+    result = call(sample.main, '--out_dir=base', '--lora_adapter=adapter', '--device=cpu', '--max_new_tokens=5')
+    assert result.code == 0 and 'with adapter' in result.out
+
+
+def test_adapters_that_do_not_fit(fit, tuned, call, refused):
+    fit(*BASE)
+    fit('--out_dir=wider', '--n_layer=2', '--n_embd=32')
+    tuned(*LORA)
+    assert call(export.main, '--out_dir=out', '--to=lora', '--save_dir=adapter').code == 0
+    own = ['--dataset=toy', '--device=cpu', '--out_dir=new', '--lora_adapter=adapter']
+    assert 'lora_adapter: h.0.attn.c_attn.c_q.A is (3, 16), must be (3, 32)' in refused(
+        train.main, *own, '--init_from=wider')
+    assert 'lora_adapter: the model has adapters already' in refused(train.main, *own, '--init_from=out')
+    assert "lora_adapter='adapter': goes with the weights" in refused(train.main, *own)
+    assert call(export.main, '--out_dir=base', '--to=safetensors', '--save_dir=whole').code == 0
+    assert 'not of an adapter' in refused(train.main, *own, '--init_from=base', '--lora_adapter=whole')
+    assert 'has no LoRA (nearest: --to=safetensors)' in refused(export.main, '--out_dir=base', '--to=lora')
+    assert 'cannot be read' in refused(train.main, *own, '--init_from=base', '--lora_adapter=nowhere')
 
 
 def test_a_lora_run_as_the_start_of_another(fit, tuned, refused):
