@@ -431,7 +431,7 @@ class GPT(subspace.RunningBases, nn.Module):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
         hub, or a folder in their format, whose resid_pdrop is the dropout, or in export.py's. override_args: dropout
         and SVD options. Raises ValueError for other names and fields, and what cannot be had or used."""
-        for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
+        for key in (key for key in override_args or {} if not key.startswith(('dropout', 'use_svd', 'svd_'))):
             raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
         args, state, basis = pretrained.read(name_or_folder)

@@ -127,7 +127,7 @@ class TrainConfig(GPTConfig):
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 # change no parameter: any checkpoint takes them
 FREE_KEYS = [k for k in MODEL_KEYS if k.startswith(('dropout', 'use_svd', 'svd_'))]
-HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'backend')                  # not those of a checkpoint
+HERE_KEYS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')    # not those of a checkpoint
 
 
 def main(argv=None):

@@ -220,6 +220,9 @@ def test_adapters_alone_come_back(fit, tuned, call, init):
             assert equal(mine.state_dict(), theirs.state_dict())
     tuned('--init_from=base', '--lora_adapter=adapter', '--eval_only=True', '--out_dir=evaluated')
     assert rows('evaluated', 'eval.jsonl')[-1]['val/loss'] == pytest.approx(final('out'), abs=1e-5)
+    tuned('--init_from=base', '--lora_adapter=adapter', '--max_iters=1', '--out_dir=again')
+    result = call(train.main, '--init_from=resume', '--out_dir=again', '--max_iters=2', '--device=cpu')
+    assert result.code == 0, result.err
     result = call(sample.main, '--out_dir=base', '--lora_adapter=adapter', '--device=cpu', '--max_new_tokens=5')
     assert result.code == 0 and 'with adapter' in result.out
 
