@@ -356,6 +356,7 @@ def test_exports_have_the_loss_of_the_run(fit, tuned, call, monkeypatch, kind):
 
 
 @each_kind_slowly
+@pytest.mark.slow
 def test_exports_can_be_trained(fit, tuned, call, monkeypatch, kind):
     """From the folder, and a dense one also by resuming it; it begins with the run's loss."""
     finished(kind, fit, tuned, monkeypatch)
@@ -390,6 +391,7 @@ def test_samples_are_those_of_the_merged_weights(fit, tuned, call, monkeypatch, 
 
 
 @each_kind_slowly
+@pytest.mark.slow
 def test_compress_takes_them(fit, tuned, call, refused, monkeypatch, kind):
     expected = finished(kind, fit, tuned, monkeypatch)
     before, ways = folder_bytes('out'), ['--keep=.5', '--keep=.5 --method=plain', '--to=mla --mla_latent_dim=4']
@@ -427,6 +429,7 @@ def test_compress_by_init_from_and_spectrum(fit, tuned, call, monkeypatch, kind)
 
 @each_kind_slowly
 @pytest.mark.parametrize('decode', [False, True])
+@pytest.mark.slow
 def test_bench_takes_them(fit, tuned, call, monkeypatch, kind, decode):
     finished(kind, fit, tuned, monkeypatch)
     before = folder_bytes('out')
