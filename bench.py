@@ -30,6 +30,7 @@ from typing import Annotated, Literal
 import torch
 
 import bench_svd
+import special_layers
 from check import run
 from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
@@ -41,7 +42,7 @@ from runtime.timing import generation, paired, quartiles, take_turns, timed
 from train import HERE_KEYS, TrainConfig, build_optimizer
 
 
-DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None)        # what all is compared with
+DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None, **special_layers.NONE)     # what all is compared with
 
 
 @dataclass
@@ -59,6 +60,8 @@ class BenchConfig(TrainConfig):
                      '10 minutes'] = 'auto'
     pairs: Annotated[int, 'timed pairs a comparison, or rounds'] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against'] = None
+
+    check_layers = GPTConfig.check_layers                           # nothing is read that would know better
 
     def __post_init__(self):
         super().__post_init__()
@@ -215,9 +218,16 @@ def bench_decoding(cfg):
 
 def kinds(cfg):
     """Name -> changes of the configuration: the ordinary model, and what cfg has beyond it, one thing after another."""
-    dense = {key: DENSE[key] for key in ('use_mla', 'layer_ranks')}
-    return {'': dense} | ({'MLA': dense | dict(use_mla=True)} if cfg.use_mla else {}) | (
-        {'MLA, low-rank' if cfg.use_mla else 'low-rank': {}} if cfg.layer_ranks else {})
+    changes = {key: value for key, value in DENSE.items() if key != 'use_svd'}
+    found, words = {'': changes}, []
+    for word, asked, own in (('MLA', cfg.use_mla, ['use_mla']), ('low-rank', cfg.layer_ranks, ['layer_ranks']),
+                             ('LoRA' if cfg.lora_rank is not None else 'adaptive SVD',
+                              cfg.adaptive_svd or cfg.lora_rank is not None, special_layers.NONE)):
+        changes = {key: value for key, value in changes.items() if key not in own}
+        if asked:
+            words.append(word)
+            found[', '.join(words)] = changes
+    return found
 
 
 def uncached_tokens(cfg):

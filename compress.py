@@ -40,11 +40,14 @@ from runtime import device as devices
 from runtime import pretrained
 from runtime.config import SWITCH, UserError, one_line
 from runtime.dataset import GPT2_META, Dataset, locate
+from runtime.draw import sample
 from runtime.evaluation import Evaluation
 from runtime.files import new_folder, write_atomically
+from runtime.optim import build_optimizer
 from runtime.run import lock, move_aside
+from runtime.schedule import get_lr
 from runtime.timing import generation, quartiles, take_turns
-from train import TrainConfig, build_optimizer, check_tokenizer, get_lr, sample
+from train import TrainConfig
 
 KEEP = 0.6                          # where nothing else is asked for
 LEARNING_RATE = 1e-3                # of fine-tuning
@@ -390,7 +393,7 @@ def save(checkpoint, report, save_dir, overwrite):
 def load_model(cfg, path):
     """The checkpoint, an empty dict for weights alone, and its model."""
     saved = ckpt.load(path) if cfg.init_from == 'resume' else {}
-    model = GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from)
+    model = layers.without_adapters(GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from))
     if model.config.use_mla and cfg.to == 'mla' and not cfg.spectrum:
         raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers (nearest: the run '
                         'it was made from)')
@@ -405,7 +408,7 @@ def find_data(cfg, saved, model):
     meta = saved.get('tokenizer', {}) if saved else pretrained.read_tokenizer(cfg.init_from) or {}
     tokenizer = meta.get('tokenizer', 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2')
     data = Dataset(locate(name, tokenizer))
-    check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)
+    pretrained.check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
         raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model {c.vocab_size}')
     for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.svd_sees_future else 2)):

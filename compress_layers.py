@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+import special_layers
 from lowrank.compression import Factorization, budgeted_ranks, factored_size, refit, saving_rank
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.svd import rank_for_energy
@@ -38,13 +39,18 @@ def dense_layers(model, names):
     """Make each of these layers a dense one of its own, in place: products are multiplied out, a fused c_attn is split
     -> name -> Linear."""
     for name in names:
-        attn = model.transformer.h[int(name.split('.')[1])].attn
-        if isinstance(attn.c_attn, QKVProjection) and '.c_attn.' in name:
-            attn.c_attn = SplitProjection(attn.c_attn)
-        layer = model.transformer.get_submodule(name)
-        if isinstance(layer, LowRankLinear):
+        layer = model.get_layer(name)
+        if hasattr(layer, 'merge'):
             model.set_layer(name, layer.merge())
     return {name: model.transformer.get_submodule(name) for name in names}
+
+
+def without_adapters(model):
+    """Adaptive SVD and LoRA become part of the weights, in place -> the model, all of it trainable."""
+    c = model.config
+    dense_layers(model, [*c.adaptive_layers, *c.lora_layers])
+    model.config = replace(c, **special_layers.NONE)
+    return settle(model).requires_grad_(True)
 
 
 def weights_of(model, modules=MODULES):

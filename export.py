@@ -4,6 +4,8 @@ Take a trained model to where others work:
     python export.py --out_dir=out-svd-test --to=gpt2            # for transformers: AutoModelForCausalLM, AutoTokenizer
     python export.py --out_dir=out-svd-test --to=nanogpt --save_dir=DIR     # ckpt.pt for nanoGPT, meta.pkl for its data
     python export.py --out_dir=out-svd-test --to=safetensors     # any model as it is, for --init_from here
+    python export.py --out_dir=out-adaptive-svd --to=dense       # a checkpoint without adaptive SVD or LoRA
+    python export.py --out_dir=out-lora --to=lora                # its adapters alone, for --lora_adapter
     python export.py                                             # the newest run below this folder, for transformers
     python export.py --help                                      # every option with default and meaning
 
@@ -19,6 +21,8 @@ from typing import Annotated, Literal
 
 import torch
 
+import special_layers
+from compress_layers import without_adapters
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
@@ -42,9 +46,13 @@ NANOGPT_CONFIG = (
 @dataclass
 class ExportConfig:
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors'], "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint;"
-                  " 'safetensors': this repo's own, with all that its models can be"] = 'gpt2'
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt or OUT_DIR-safetensors'] = None
+    to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'],
+                  "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint; 'safetensors': this repo's own, with all "
+                  "that its models can be; 'dense': a checkpoint here, adaptive SVD and LoRA part of the weights; "
+                  "'lora': adapters alone"] = 'gpt2'
+    base: Annotated[str | None, "'lora' of PiSSA and MiLoRA: weights they began with, as --init_from; None: what the "
+                    'run says'] = None
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...'] = None
 
 
 def main(argv=None):
@@ -61,12 +69,16 @@ def export(cfg):
     try:
         saved = ckpt.load(path)
         model = GPT.from_checkpoint(saved)
+        merged = [] if cfg.to in ('safetensors', 'lora') else model.config.adaptive_layers + model.config.lora_layers
+        model = without_adapters(model) if merged else model
         meta, remarks = ckpt.tokenizer_of(saved, model.config.vocab_size), []
         if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
             meta = None
             remarks.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl of its data set '
                            'into data/DATASET')
-        fill = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors)[cfg.to](model, saved, meta, remarks)
+        saved['base'] = cfg.base or saved.get('config', {}).get('init_from')
+        formats = dict(gpt2=to_gpt2, nanogpt=to_nanogpt, safetensors=to_safetensors, dense=to_dense, lora=to_lora)
+        fill = formats[cfg.to](model, saved, meta, remarks)
         with new_folder(save_dir) as folder:
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
@@ -75,7 +87,9 @@ def export(cfg):
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
     c = model.config
-    plain = cfg.to != 'safetensors'
+    plain = cfg.to in ('gpt2', 'nanogpt')
+    if merged:
+        remarks.insert(0, f'merged into the weights: adaptive SVD or LoRA of {len(merged)} layers')
     if plain and c.layer_ranks:
         remarks.insert(0, f'multiplied out: {len(c.layer_ranks)} layers of two factors; the weights are as many as '
                        'before compression')
@@ -83,8 +97,9 @@ def export(cfg):
         remarks.insert(0, f'multiplied out: latents of {c.latent_dim}; keys and values are cached in full there')
     if plain and c.svd_truncates:
         remarks.insert(0, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of {c.n_embd // c.n_head}')
-    lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for '
-             f'{dict(gpt2="transformers", nanogpt="nanoGPT", safetensors="--init_from here")[cfg.to]}']
+    readers = dict(gpt2='transformers', nanogpt='nanoGPT', safetensors='--init_from here', dense='all scripts here',
+                   lora='--lora_adapter')
+    lines = [f'{path}: {saved["iter_num"]} steps, written to {save_dir} for {readers[cfg.to]}']
     return '\n'.join(lines + [f'  {name}: {size:,} bytes' for name, size in files.items()] + remarks)
 
 
@@ -142,6 +157,29 @@ def to_safetensors(model, saved, meta, remarks):
     return lambda folder: pretrained.write(folder, config, state, meta)
 
 
+def to_lora(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added. Raises ValueError."""
+    c, base = model.config, None
+    if c.lora_rank is None:
+        raise ValueError('has no LoRA (nearest: --to=safetensors)')
+    if c.lora_init != 'lora':
+        base = GPT.from_pretrained(saved['base'])
+        remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
+    options, tensors = special_layers.adapters(model, base)
+    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None)
+
+
+def to_dense(model, saved, meta, remarks):
+    """-> function that fills a folder; remarks are added."""
+    args = asdict(model.config)
+    optimizer = model.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')                      # of step 0
+    kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis') if key in saved}
+    checkpoint = kept | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
+                             config=saved.get('config', {}) | args)
+    remarks.append('left out: the optimizer state')
+    return lambda folder: ckpt.save(checkpoint, folder / 'ckpt.pt')
+
+
 def to_nanogpt(model, saved, meta, remarks):
     """-> function that fills a folder; remarks are added. Raises ValueError."""
     c, chars = model.config, meta and meta.get('chars')
@@ -175,7 +213,8 @@ def adamw_state(model, saved, remarks):
     fresh, own = (model.configure_optimizers(options['weight_decay'], options['learning_rate'], betas, 'cpu')
                   for _ in range(2))
     try:
-        if model.config.svd_truncates or model.config.use_mla or model.config.layer_ranks:
+        c, merged = model.config, model.state_dict().keys() != saved['model'].keys()
+        if c.svd_truncates or c.use_mla or c.layer_ranks or merged:
             raise ValueError('it belongs to the weights before that')
         if 'optimizer' not in saved:
             raise ValueError('the checkpoint has none')

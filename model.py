@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import special_layers
 from lowrank import subspace
 from lowrank.cache import KeyValueCache, LatentCache, check_room
 from lowrank.layers import LowRankLinear, SplitProjection, split_heads
@@ -28,7 +29,7 @@ from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank,
                          low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
-from runtime.config import at_least, check_all
+from runtime.config import UserError, at_least, check_all
 from runtime.draw import stream
 from runtime.optim import adamw
 
@@ -36,7 +37,7 @@ SCOPES, GELUS = ('sequence', 'causal', 'weight'), ('exact', 'tanh')
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig(special_layers.LayerConfig):
     """Everything that shapes the model; a checkpoint's `model_args` is this as a dict. Raises ValueError, its message
     starting with the field's name, for values that cannot be. The strings are the help texts of the command line."""
     block_size: Annotated[int, 'context length in tokens'] = 1024
@@ -61,8 +62,6 @@ class GPTConfig:
     svd_oversample: Annotated[int, "'randomized': more columns in a random start than rank + 4"] = 0
     use_mla: Annotated[bool, 'multi-head latent attention: keys and values from one latent a token'] = False
     mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
-    layer_ranks: Annotated[dict[str, int] | None, 'layers that are products of two smaller ones -> their rank, like '
-                           "{'h.0.mlp.c_fc': 64}; compress.py makes them"] = None
 
     def __post_init__(self):
         at_least(self, block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, svd_block=1, svd_power_iters=0,
@@ -80,24 +79,7 @@ class GPTConfig:
         for name, valid in (('gelu', GELUS), ('svd_method', METHODS), ('svd_scope', SCOPES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f'{name}={getattr(self, name)!r}: unknown (valid: {", ".join(valid)})')
-        for name, rank in (self.layer_ranks or {}).items():
-            shape = self.layer_shape(name)
-            if shape is None or not 1 <= rank <= min(shape):
-                valid = f'must be 1 to {min(shape)}' if shape else "no such layer (nearest: 'h.0.mlp.c_fc')"
-                raise ValueError(f'layer_ranks={{{name!r}: {rank}}}: {valid}')
-
-    @property
-    def layer_shapes(self):
-        """The layers of a block that can be products of two -> shape (m, n) of their weight."""
-        C, square = self.n_embd, ('query',) if self.use_mla else ('c_q', 'c_k', 'c_v')
-        shapes = {f'attn.c_attn.{name}': (C, C) for name in square} | {'attn.c_proj': (C, C)}
-        return shapes | {'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
-
-    def layer_shape(self, name):
-        """The same of one that `layer_ranks` names, like 'h.0.mlp.c_fc'; None: there is no such layer."""
-        layer, _, part = name.removeprefix('h.').partition('.')
-        known = layer.isdecimal() and name == f'h.{int(layer)}.{part}' and int(layer) < self.n_layer
-        return self.layer_shapes.get(part) if known else None
+        self.check_layers()
 
     @property
     def latent_dim(self):
@@ -304,12 +286,18 @@ class GPT(subspace.RunningBases, nn.Module):
         for name, rank in (config.layer_ranks or {}).items():
             self.set_layer(name, LowRankLinear(*config.layer_shape(name)[::-1], rank, config.bias))
         self.init_weights()
+        special_layers.install(self)
 
-    def set_layer(self, name, layer):
-        """Put a layer in the place of one that config.layer_ranks can name; a fused c_attn is split for it."""
+    def get_layer(self, name):
+        """One that config.layer_ranks can name; a fused c_attn is split for it."""
         attn = self.transformer.h[int(name.split('.')[1])].attn
         if '.c_attn.' in name and isinstance(attn.c_attn, QKVProjection):
             attn.c_attn = SplitProjection(attn.c_attn)
+        return self.transformer.get_submodule(name)
+
+    def set_layer(self, name, layer):
+        """Put another in its place."""
+        self.get_layer(name)
         self.transformer.set_submodule(name, layer)
 
     def init_weights(self):
@@ -414,11 +402,11 @@ class GPT(subspace.RunningBases, nn.Module):
             raise ValueError(f'block_size={block_size}: can only be cropped to 1..{self.config.block_size}')
         self.config.block_size = block_size
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
-                                                            freeze=False)
+                                                            freeze=not self.transformer.wpe.weight.requires_grad)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the kernel."""
-        return adamw(self.parameters(), weight_decay, learning_rate, betas, device_type)
+        return adamw(self, weight_decay, learning_rate, betas, device_type)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
         """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds, as a fraction of flops_promised a second
@@ -443,8 +431,12 @@ class GPT(subspace.RunningBases, nn.Module):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
         hub, or a folder in their format, whose resid_pdrop is the dropout, or in export.py's. override_args: dropout
         and SVD options. Raises ValueError for other names and fields, and what cannot be had or used."""
-        for key in (key for key in override_args or {} if key != 'dropout' and 'svd' not in key):
+        for key in (key for key in override_args or {} if not key.startswith(('dropout', 'use_svd', 'svd_'))):
             raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
-        args, state = pretrained.read(name_or_folder)
-        return cls.from_checkpoint(dict(model_args=args, model=state, path=name_or_folder), **override_args or {})
+        args, state, basis = pretrained.read(name_or_folder)
+        saved = dict(model_args=args, model=state, path=name_or_folder, svd_basis=basis)
+        try:
+            return cls.from_checkpoint(saved, **override_args or {})
+        except ValueError as e:
+            raise e if isinstance(e, UserError) else UserError(f'init_from={name_or_folder!r}: {e}') from None

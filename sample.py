@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 
+import special_layers
 from model import GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -35,6 +36,7 @@ class SampleConfig:
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl') or a folder in Hugging Face's GPT-2 format"] = 'resume'
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
+    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, as export.py --to=lora makes it'] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'
     num_samples: Annotated[int, 'samples to draw, as one batch'] = 10
     max_new_tokens: Annotated[int, 'tokens to add to the prompt'] = 500
@@ -162,6 +164,9 @@ def load_model(cfg, svd):
                 raise UserError(f'init_from={cfg.init_from!r}: ' + ('has no tokenizer.json' if meta is None else (
                     f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
             meta, words = meta or GPT2_META, cfg.init_from
+        if cfg.lora_adapter is not None:
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
+            words += f', with {cfg.lora_adapter}'
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None
     c = model.config

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,18 +26,22 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import special_layers
+from lowrank.adaptive_control import AdaptiveSVD
 from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained
+from runtime import pretrained, schedule
 from runtime.config import UserError, one_line
-from runtime.dataset import Dataset, Tokenizer, locate
+from runtime.dataset import Dataset, locate
+from runtime.draw import sample
 from runtime.evaluation import Evaluation
-from runtime.optim import MuonAdamW, gpt_groups
+from runtime.optim import build_optimizer, exchange
 from runtime.output import unfailing_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
+from runtime.schedule import get_lr, schedule_length, warmup_iters
 from runtime.stopping import Interrupted, Stop
 
 
@@ -55,7 +59,9 @@ class TrainConfig(GPTConfig):
     eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
     always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
-                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder in Hugging Face's format"] = 'scratch'
+                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a folder: another run's, or in Hugging Face's "
+                         'format'] = 'scratch'
+    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, as export.py --to=lora makes it'] = None
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
     wandb_project: Annotated[str, 'wandb project'] = 'owt'
@@ -73,10 +79,11 @@ class TrainConfig(GPTConfig):
     beta1: Annotated[float, 'AdamW'] = 0.9
     beta2: Annotated[float, 'AdamW'] = 0.95
     grad_clip: Annotated[float, 'largest gradient norm; 0: no clipping'] = 1.0
+    adaptive_svd_interval: Annotated[int, 'adaptive_svd: steps between analyses'] = 20
     # learning rate schedule
     decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
     warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit'] = 2000
-    lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = 600000
+    lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = schedule.LENGTH
     min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10'] = 6e-5
     # system
     backend: Annotated[Literal['nccl', 'gloo'], 'torchrun: how processes talk; gloo is used on the CPU anyway'] = 'nccl'
@@ -86,15 +93,23 @@ class TrainConfig(GPTConfig):
     compile: Annotated[bool | Literal['auto'], "torch.compile; 'auto': on CUDA only"] = 'auto'
     seed: Annotated[int, 'of weights, data order, dropout and evaluation windows'] = 1337
 
+    def check_layers(self):
+        """Of other weights only they know which layers there are: `special_layers.add` checks then."""
+        if self.init_from in ('scratch', 'resume'):
+            super().check_layers()
+
     def __post_init__(self):
         super().__post_init__()
         pretrained.check_name(self.init_from, ('scratch', 'resume'))
         configuration.at_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1,
                                seed=0, batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
-                               min_lr=0, weight_decay=0, grad_clip=0)
+                               adaptive_svd_interval=1, min_lr=0, weight_decay=0, grad_clip=0)
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
+        if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
+            raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
+                             '--init_from=gpt2)')
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
         out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
@@ -110,8 +125,9 @@ class TrainConfig(GPTConfig):
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
-FREE_KEYS = [k for k in MODEL_KEYS if k == 'dropout' or 'svd' in k]     # change no parameter: any checkpoint takes them
-HERE_KEYS = ('out_dir', 'init_from', 'eval_only', 'device', 'backend')                  # not those of a checkpoint
+# change no parameter: any checkpoint takes them
+FREE_KEYS = [k for k in MODEL_KEYS if k.startswith(('dropout', 'use_svd', 'svd_'))]
+HERE_KEYS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')    # not those of a checkpoint
 
 
 def main(argv=None):
@@ -170,7 +186,7 @@ def train(cfg, set_by, saved, processes, stop):
     torch.manual_seed(cfg.seed + processes.rank)
 
     data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
-    check_tokenizer(cfg, set_by, saved, data, say)
+    pretrained.check_tokenizer(cfg, set_by, saved, data, say)
     try:
         model = build_model(cfg, set_by, saved, data, device, say)
     except ValueError as e:
@@ -187,20 +203,16 @@ def train(cfg, set_by, saved, processes, stop):
             append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
         return
 
-    replica = model
-    if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device:
-        replica = torch.compile(model, fullgraph=True)
-    with Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes) as run:
+    adaptive_layers = special_layers.adaptive_layers(model)
+    adaptive = AdaptiveSVD(adaptive_layers, cfg.adaptive_svd_interval) if adaptive_layers else None
+    with Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes, adaptive) as run:
         if saved:
             run.restore(saved)
             saved.clear()                                               # main() still holds it: free the memory
         if processes.is_main:
             run.open_files()
-        if processes.distributed:
-            ids = [device] if 'cuda' in device else None                # each process notes V of its own batches
-            replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
         with stop.noted(), progress(run) as bar:
-            loop(run, replica, evaluate, stop, bar)
+            loop(run, evaluate, stop, bar)
         if processes.is_main:
             result = evaluate.final()
             run.log({'iter': run.iter_num, **result})
@@ -210,17 +222,29 @@ def train(cfg, set_by, saved, processes, stop):
                 run.wandb.finish()
 
 
+def replicate(run):
+    """The model as training calls it: compiled, one of the processes' replicas. Anew when it has other parameters."""
+    cfg, replica, device = run.cfg, run.model, run.processes.device
+    if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device:
+        torch.compiler.reset()                                          # else the limit of recompilations comes near
+        replica = torch.compile(replica, fullgraph=True)
+    if run.processes.distributed:
+        ids = [device] if 'cuda' in device else None                    # each process notes V of its own batches
+        replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+    return replica
+
+
 def progress(run):
     return tqdm(total=run.cfg.max_iters, initial=run.iter_num, desc='train', unit='step', dynamic_ncols=True,
                 disable=not run.processes.is_main, mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
-def loop(run, replica, evaluate, stop, bar):
+def loop(run, evaluate, stop, bar):
     """Steps until max_iters or until a signal asks to stop: learning rate, evaluation and checkpoint, step, log."""
     cfg, processes = run.cfg, run.processes
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     peak = devices.peak_flops(processes.device, run.dtype)
-    timed_steps, clock = 0, time.perf_counter()
+    replica, timed_steps, clock = replicate(run), 0, time.perf_counter()
     while True:
         lr = get_lr(run.iter_num, cfg)
         for group in run.optimizer.param_groups:
@@ -239,7 +263,8 @@ def loop(run, replica, evaluate, stop, bar):
         if last:
             break
 
-        loss = step(run, replica)
+        loss, changed = step(run, replica)
+        replica = replicate(run) if changed else replica
         timed_steps += 1
         bar.update()
         if run.iter_num % cfg.log_interval == 0 and processes.is_main:
@@ -291,11 +316,15 @@ def save_interrupted(run):
 
 
 def step(run, replica):
-    """One optimizer step -> the loss, the mean over all micro-batches of all processes. Raises TrainingStopped, before
-    the optimizer touches anything, where the loss or the gradient is not finite."""
+    """One optimizer step -> the loss, the mean over all micro-batches of all processes, and whether layers have other
+    parameters now. Raises TrainingStopped, before the optimizer touches anything, where the loss or the gradient is not
+    finite."""
     cfg, model, processes, scaler = run.cfg, run.model, run.processes, run.scaler
     micro_steps, batches = cfg.gradient_accumulation_steps // processes.world_size, []
-    loss_sum = torch.zeros((), device=processes.device)
+    loss_sum, adaptive = torch.zeros((), device=processes.device), run.adaptive
+    analysed = adaptive is not None and adaptive.due(run.iter_num + 1)
+    if analysed:
+        adaptive.watch()
     for micro_step in range(micro_steps):
         # all processes draw the windows of all, in the order in which a single process would take them
         starts = run.data.draw('train', processes.world_size * cfg.batch_size, cfg.block_size, run.order)
@@ -314,6 +343,7 @@ def step(run, replica):
         loss_sum += loss.detach()
 
     scaler.unscale_(run.optimizer)
+    changed = analysed and analyse(run)
     params = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     loss, norm_value = torch.stack((processes.mean(loss_sum), norm)).tolist()       # waits for the device
@@ -324,25 +354,26 @@ def step(run, replica):
         torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
     scaler.step(run.optimizer)
     scaler.update()
+    if adaptive is not None:
+        adaptive.protect()
     model.advance_svd_basis(processes.mean, completed=math.isfinite(norm_value))    # else the scaler made no step
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
-    return loss
+    if analysed and processes.is_main:
+        processes.print('\n'.join(adaptive.report(run.iter_num)))
+        run.log({'iter': run.iter_num, **adaptive.metrics()})
+    return loss, changed
 
 
-def check_tokenizer(cfg, set_by, saved, data, say):
-    """Refuse data in other tokens than those asked for, or those that the model was trained on."""
-    if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
-        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
-                        'only text files can be encoded anew')
-    if cfg.init_from in ('scratch', 'resume'):
-        theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
-    else:
-        theirs, whose = pretrained.read_tokenizer(cfg.init_from), cfg.init_from
-    if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
-        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}')
-    if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
-        say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
+def analyse(run):
+    """The analysis of adaptive layers in this step, from its gradients -> whether layers have other parameters now."""
+    scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0  # still on what the optimizer does not have
+    changed = run.adaptive.analyse(
+        run.iter_num + 1, exchange=lambda *args: exchange(run.optimizer, run.model, *args),
+        mean=lambda grad: run.processes.mean(grad / scale), first=run.processes.first)
+    run.cfg.adaptive_svd_ranks = special_layers.lowrank_modes(run.model)
+    run.model.config = replace(run.model.config, adaptive_svd_ranks=run.cfg.adaptive_svd_ranks)
+    return changed
 
 
 def build_model(cfg, set_by, saved, data, device, say):
@@ -355,11 +386,17 @@ def build_model(cfg, set_by, saved, data, device, say):
             cfg.vocab_size = math.ceil(data.vocab_size / step) * step
         data.check_length(cfg.block_size)
         devices.check_memory(cfg, device)
-        model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS}))
+        if cfg.lora_rank is not None:
+            raise UserError(f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=gpt2)')
+        model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in FREE_KEYS if k in set_by or k == 'dropout'})
+        if cfg.lora_adapter is not None:
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
+    if cfg.init_from != 'resume':
+        special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
     shape = asdict(model.config)
     for key in set(MODEL_KEYS) - set(FREE_KEYS):
         cropped = key == 'block_size' and cfg.block_size < shape[key]
@@ -380,37 +417,6 @@ def build_model(cfg, set_by, saved, data, device, say):
     return model
 
 
-def build_optimizer(cfg, model, device):
-    device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
-    if cfg.optimizer == 'muon':
-        dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
-        return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
-    return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
-
-
-def schedule_length(cfg):
-    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps its schedule."""
-    return cfg.max_iters if cfg.lr_decay_iters == TrainConfig.lr_decay_iters else cfg.lr_decay_iters
-
-
-def warmup_iters(cfg):
-    """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
-    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(cfg) else schedule_length(cfg) // 10
-
-
-def get_lr(it, cfg):
-    """Learning rate of step `it`: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after it."""
-    warmup = warmup_iters(cfg)
-    if not cfg.decay_lr:
-        return cfg.learning_rate
-    if it < warmup:
-        return cfg.learning_rate * (it + 1) / (warmup + 1)
-    if it >= cfg.lr_decay_iters:
-        return cfg.min_lr
-    ratio = (it - warmup) / (cfg.lr_decay_iters - warmup)               # 0 to 1
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (cfg.learning_rate - cfg.min_lr)
-
-
 def describe(cfg, model, data, device, dtype, processes):
     """What is about to happen, in a few lines."""
     say, c = processes.print, model.config
@@ -420,6 +426,11 @@ def describe(cfg, model, data, device, dtype, processes):
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
+    if c.adaptive_svd:
+        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {cfg.adaptive_svd_interval} steps')
+    if c.lora_rank is not None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, {trained:,} trained parameters')
     if c.use_mla:
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     elif c.mla_latent_dim is not None:
@@ -432,18 +443,6 @@ def describe(cfg, model, data, device, dtype, processes):
         say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using {warmup_iters(cfg)}')
     if processes.distributed and processes.backend != cfg.backend:
         say(f'backend={cfg.backend} needs CUDA: using {processes.backend}')
-
-
-def sample(model, data, device, context, tokens=200):
-    """A short text of the model, to look at."""
-    tokenizer = Tokenizer(data.meta)
-    newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
-    start = tokenizer.encode('\n' if newline else tokenizer.chars[0])
-    model.eval()
-    with context:
-        ids = model.generate(torch.tensor([start], device=device), tokens, temperature=0.8, top_k=200,
-                             use_cache=not model.config.svd_sees_future)
-    return tokenizer.decode(ids[0].tolist())
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from lowrank.cache import KeyValueCache
-from lowrank.linear import Linear, linear
+from lowrank.linear import Linear, linear, unfilled
 from lowrank.svd import truncated_svd
 
 
@@ -47,7 +47,7 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The dense layer with the weight B A, multiplied in float64."""
-        dense = Linear(self.A.in_features, self.B.out_features, bias=self.bias is not None).to(self.A.weight)
+        dense = unfilled(self.A.in_features, self.B.out_features, self.bias is not None, self.A.weight)
         product = self.B.weight.cpu().double() @ self.A.weight.cpu().double()                   # (m, n)
         dense.weight.copy_(product.to(dense.weight.dtype))          # first the type: MPS has no float64
         if self.bias is not None:
@@ -74,7 +74,7 @@ def split(linear, parts):
     biases = [None] * parts if linear.bias is None else linear.bias.chunk(parts)
     layers = []
     for weight, bias in zip(linear.weight.chunk(parts), biases):
-        layers.append(Linear(weight.size(1), len(weight), bias=bias is not None).to(weight))
+        layers.append(unfilled(weight.size(1), len(weight), bias is not None, weight))
         layers[-1].weight.copy_(weight)                             # copied: a view would keep the whole in memory
         if bias is not None:
             layers[-1].bias.copy_(bias)

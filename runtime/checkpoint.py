@@ -15,7 +15,7 @@ from runtime.finite import first_bad_tensor
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
 NUMBER = (int, float, torch.Tensor)                                 # nanoGPT's best_val_loss is a tensor
 OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list, best_val_loss=NUMBER,
-                interim_best_val_loss=NUMBER, svd_basis=torch.Tensor)
+                interim_best_val_loss=NUMBER, svd_basis=torch.Tensor, adaptive_svd=dict)
 DTYPES = {getattr(torch, name) for name in 'float32 float64 float16 bfloat16 uint8 int32 int64 bool'.split()}
 
 

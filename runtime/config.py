@@ -228,7 +228,7 @@ def one_line(error):
 def help_text(cls, usage):
     """Every option with type, default and meaning."""
     lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
-    for f in fields(cls):
+    for f in sorted(fields(cls), key=lambda f: f.kw_only):
         hint = get_type_hints(cls, include_extras=True)[f.name]
         written, values = f'--{f.name}={f.default!r}', describe(hint)
         if is_switch(hint):
@@ -239,4 +239,5 @@ def help_text(cls, usage):
 
 def dump(cfg, comment=''):
     """The resolved configuration as the text of a config file that sets every key."""
-    return comment + ''.join(f'{f.name} = {getattr(cfg, f.name)!r}\n' for f in fields(cfg))
+    return comment + ''.join(f'{f.name} = {getattr(cfg, f.name)!r}\n'
+                             for f in sorted(fields(cfg), key=lambda f: f.kw_only))

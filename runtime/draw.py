@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from runtime.dataset import Tokenizer
+
 
 def check_draw(temperature, top_k, top_p):
     """Raise ValueError, its message starting with the option's name, for what `draw` cannot take."""
@@ -77,3 +79,15 @@ def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
 
 def _finite(x):
     return bool(x.isfinite().all())                                 # waits for a device; multinomial would crash it
+
+
+def sample(model, data, device, context, tokens=200):
+    """A short text of the model, to look at."""
+    tokenizer = Tokenizer(data.meta)
+    newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
+    start = tokenizer.encode('\n' if newline else tokenizer.chars[0])
+    model.eval()
+    with context:
+        ids = model.generate(torch.tensor([start], device=device), tokens, temperature=0.8, top_k=200,
+                             use_cache=not model.config.svd_sees_future)
+    return tokenizer.decode(ids[0].tolist())

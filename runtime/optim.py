@@ -2,28 +2,56 @@
 
 import torch
 
+from runtime import device as devices
 from runtime.config import one_line
 
 
+def build_optimizer(cfg, model, device):
+    """Of a GPT, as cfg has it."""
+    device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
+    if cfg.optimizer == 'muon':
+        dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
+        return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
+    return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
+
+
 def gpt_groups(model, weight_decay):
-    """A GPT's parameters in groups for an optimizer: 'hidden' (matrices of blocks) and 'embedding' (wte, wpe) decay,
-    'vector' (biases, LayerNorm) do not. Every trainable parameter is in exactly one. -> dict name -> group."""
-    groups = {name: {'params': [], 'weight_decay': decay}
-              for name, decay in (('hidden', weight_decay), ('embedding', weight_decay), ('vector', 0.0))}
+    """A GPT's parameters in groups for Muon: 'hidden' (matrices of blocks) and 'embedding' (wte, wpe) decay, 'vector'
+    (biases, LayerNorm) does not, 'halved' by half as much (`half_decayed`). Every trainable parameter is in exactly
+    one. -> dict name -> group."""
+    halved = half_decayed(model)
+    decays = dict(hidden=weight_decay, halved=weight_decay / 2, embedding=weight_decay, vector=0.0)
+    if halved is None:
+        del decays['halved']
+    groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()}
     for name, p in model.named_parameters():                        # tied weights appear once
         if p.requires_grad:
-            kind = 'vector' if p.dim() < 2 else 'hidden' if name.startswith('transformer.h.') else 'embedding'
+            kind = 'vector' if p.dim() < 2 else 'halved' if p in (halved or ()) else (
+                'hidden' if name.startswith('transformer.h.') else 'embedding')
             groups[kind]['params'].append(p)
     return groups
 
 
-def adamw(params, weight_decay, learning_rate, betas, device_type):
-    """AdamW in two groups, what has two dimensions and decays, and what does not, each in the order given: nanoGPT's,
-    so that optimizer states move between the two repos."""
-    params = [p for p in params if p.requires_grad]
+def adamw_groups(model, weight_decay):
+    """For AdamW: what has two dimensions and decays, and what does not, each in the model's order: nanoGPT's, so that
+    optimizer states move between the two repos. A third group decays by half as much (`half_decayed`). -> list."""
+    halved = half_decayed(model)
+    params = [p for p in model.parameters() if p.requires_grad and p not in (halved or ())]
     groups = [{'params': [p for p in params if (p.dim() >= 2) == decays], 'weight_decay': weight_decay * decays}
               for decays in (True, False)]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
+    return groups if halved is None else [*groups, {'params': [*halved], 'weight_decay': weight_decay / 2}]
+
+
+def half_decayed(model):
+    """The parameters of all modules with a method `half_decayed`, in order, as the keys of a dict; None: the model has
+    no such module. They may have none now and some later."""
+    modules = [module for module in model.modules() if hasattr(module, 'half_decayed')]
+    return dict.fromkeys(p for module in modules for p in module.half_decayed()) if modules else None
+
+
+def adamw(model, weight_decay, learning_rate, betas, device_type):
+    return torch.optim.AdamW(adamw_groups(model, weight_decay), lr=learning_rate, betas=betas,
+                             fused=device_type in ('cpu', 'cuda', 'mps'))
 
 
 class Muon(torch.optim.Muon):
@@ -76,14 +104,14 @@ class Muon(torch.optim.Muon):
 class MuonAdamW:
     """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as train.py uses them.
 
-    groups: dict name -> parameter group, as `gpt_groups` makes it; 'hidden' goes to Muon.
+    groups: dict name -> parameter group, as `gpt_groups` makes it; 'hidden' and 'halved' go to Muon.
     """
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):
-        hidden = groups['hidden']
-        rest = [group for name, group in groups.items() if name != 'hidden' and group['params']]
+        own = [groups[name] for name in ('hidden', 'halved') if name in groups]
+        rest = [groups[name] for name in ('embedding', 'vector')]
         fused = device_type in ('cpu', 'cuda', 'mps')
-        self.optimizers = (Muon(hidden['params'], lr, hidden['weight_decay'], muon_dtype),
+        self.optimizers = (Muon(own, lr, 0.0, muon_dtype),          # each group has its own decay
                            torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused))
 
     @property
@@ -108,6 +136,20 @@ class MuonAdamW:
     def load_state_dict(self, state):
         self.optimizers[0].load_state_dict(state['muon'])
         self.optimizers[1].load_state_dict(state['adamw'])
+
+
+def exchange(optimizer, model, old, new, convert):
+    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters `new`, a list, in the place of `old`:
+    convert(states of old), which are dicts of tensors, empty before the first step, -> states of new. The model has
+    them already."""
+    for part in getattr(optimizer, 'optimizers', (optimizer,)):
+        if any(p is old[0] for group in part.param_groups for p in group['params']):
+            states = [part.state.pop(p, {}) for p in old]
+            part.state.update({p: state for p, state in zip(new, convert(states)) if state})
+    muon = isinstance(optimizer, MuonAdamW)
+    now = gpt_groups(model, 0.0).values() if muon else adamw_groups(model, 0.0)
+    for group, own in zip(optimizer.param_groups, now):
+        group['params'] = own['params']
 
 
 def restore_optimizer(optimizer, saved, steps, cropped):

@@ -14,7 +14,7 @@ import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from runtime import download
+from runtime import checkpoint, download
 from runtime.config import UserError, one_line, shown
 from runtime.dataset import GPT2_META
 from runtime.files import write_atomically
@@ -39,6 +39,8 @@ BUFFERS = ('.attn.bias', '.attn.masked_bias')                               # ca
 GPT2_BPE = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
 END = '<|endoftext|>'
 OWN = 'lowrank-gpt'                                                         # the model_type of this repo's own format
+ADAPTER = 'lowrank-gpt-adapter'                                             # and of its adapters
+ADAPTER_OPTIONS = dict(lora_rank=int, lora_alpha=float, lora_targets=str)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,35 +50,44 @@ def is_folder(name):
     return os.path.isfile(os.path.join(name, 'config.json'))        # Path.is_file raises for names that are too long
 
 
+def is_run(name):
+    return os.path.isfile(os.path.join(name, 'ckpt.pt')) and not is_folder(name)
+
+
 def check_name(name, others=()):
-    """Raise UserError unless `name` is one of MODELS, a folder with a config.json, or one of `others`."""
-    if name in MODELS or name in others or is_folder(name):
+    """Raise UserError unless `name` is one of MODELS, a folder with a config.json or a ckpt.pt, or one of `others`."""
+    if name in MODELS or name in others or is_folder(name) or is_run(name):
         return
     names = [*others, *MODELS]
     if os.path.isdir(name):
-        raise UserError(f'init_from={name!r}: has no config.json, so it is no model in Hugging Face\'s format')
-    raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder with a config.json '
-                    f'(nearest: {difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
+        raise UserError(f"init_from={name!r}: has no ckpt.pt, so it is no run, and no config.json, so it is no model "
+                        "in Hugging Face's format")
+    raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder with a ckpt.pt or '
+                    f'config.json (nearest: {difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # reading
 
 def read(name):
-    """-> model_args, state dict (float32), both with nanoGPT's names. A folder, else the Hugging Face cache, else the
-    hub. Of Hugging Face's format every size is checked before a weight is read. Raises UserError."""
+    """-> model_args, state dict (float32), both with nanoGPT's names, and a run's svd_basis or None. A folder,
+    else the Hugging Face cache, else the hub. Of Hugging Face's format every size is checked before a weight is read.
+    Raises UserError."""
     check_name(name)
+    if is_run(name):
+        saved = checkpoint.load(Path(name) / 'ckpt.pt')
+        return saved['model_args'], saved['model'], saved.get('svd_basis')
     try:
         if is_folder(name):
             config = _read_json(Path(name) / 'config.json')
             if config.get('model_type') == OWN:
-                return _read_own(config, Path(name) / WEIGHTS)
+                return *_read_own(config, Path(name) / WEIGHTS), None
             config = DEFAULTS | config
             files = _files(Path(name))
         else:
             config, files = DEFAULTS | dict(resid_pdrop=0.0) | MODELS[name], [_from_hub(name)]
         _check_config(config)
-        return _from_gpt2(config, _read_weights(files, config))
+        return *_from_gpt2(config, _read_weights(files, config)), None
     except ImportError as e:
         raise UserError(f'init_from={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
     except ValueError as e:
@@ -107,6 +118,24 @@ def _read_own(config, file):
     if 'transformer.wte.weight' not in weights:
         raise ValueError(f'{file.name} lacks weights: transformer.wte.weight')
     return args, weights | {'lm_head.weight': weights['transformer.wte.weight']}
+
+
+def read_adapter(name):
+    """A folder that `write` made with ADAPTER -> its options, name -> float32 tensor. Raises UserError."""
+    try:
+        config, tensors = _read_json(Path(name) / 'config.json'), {}
+        options = config.get('adapter')
+        if config.get('model_type') != ADAPTER or not isinstance(options, dict) or {
+                key: type(value) for key, value in options.items()} != ADAPTER_OPTIONS:
+            raise ValueError('its config.json is not of an adapter, as export.py --to=lora makes it')
+        with _opened(Path(name) / WEIGHTS) as f:
+            for key in f.keys():
+                tensors[key] = _checked(key, f.get_slice(key).get_dtype(), f.get_tensor(key))
+        return options, tensors
+    except ImportError as e:
+        raise UserError(f'lora_adapter={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
+    except ValueError as e:
+        raise UserError(f'lora_adapter={name!r}: {one_line(e)[:400]}') from None
 
 
 @contextmanager
@@ -234,6 +263,8 @@ def _read_weights(files, config):
 def read_tokenizer(name):
     """The tokenizer of a model that `check_name` takes, as a data set's meta; None for a folder without one. Raises
     UserError for all but tokenizers of single characters, as `write` makes them, and GPT-2's BPE."""
+    if is_run(name):
+        return checkpoint.load(Path(name) / 'ckpt.pt').get('tokenizer')
     if not is_folder(name):
         return dict(GPT2_META)
     folder = Path(name)
@@ -316,6 +347,21 @@ def to_own(args, state):
     """model_args and the state dict of any model of this repo -> config, weights for `write`."""
     return (dict(model_type=OWN, model_args=args, n_positions=args['block_size']),
             {name: w for name, w in state.items() if name != 'lm_head.weight'})
+
+
+def check_tokenizer(cfg, set_by, saved, data, say):
+    """Refuse data in other tokens than those asked for, or those that the model was trained on."""
+    if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
+        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with {data.meta["tokenizer"]!r}; '
+                        'only text files can be encoded anew')
+    if cfg.init_from in ('scratch', 'resume'):
+        theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
+    else:
+        theirs, whose = read_tokenizer(cfg.init_from), cfg.init_from
+    if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
+        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}')
+    if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
+        say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
 
 
 def write(folder, config, weights, meta):

@@ -97,6 +97,10 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
+    def first(self, work):
+        """work() of process 0, on all of them."""
+        return self.gather(work() if self.is_main else None)[0]
+
     def largest(self, number):
         """The largest of the processes' whole numbers, on all of them."""
         return self._reduce(torch.tensor(number), distributed.ReduceOp.MAX).item() if self.distributed else number

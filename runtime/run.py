@@ -35,8 +35,9 @@ class Run:
     keeps other runs out of OUT_DIR. Raises TrainingStopped where files cannot be written, or would hold numbers that
     are not finite."""
 
-    def __init__(self, cfg, model, optimizer, data, dtype, processes):
+    def __init__(self, cfg, model, optimizer, data, dtype, processes, adaptive=None):
         self.cfg, self.model, self.optimizer, self.data, self.processes = cfg, model, optimizer, data, processes
+        self.adaptive = adaptive                                        # state beside the model's, None: none
         self.dtype, self.context = dtype, devices.autocast(processes.device, dtype)
         on_cuda = processes.device.startswith('cuda')
         self.scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and on_cuda)
@@ -62,6 +63,11 @@ class Run:
             raise UserError(f'{path}: its run has {len(states)} processes, and here are {here}: the data would come in '
                             f'another order (nearest: torchrun --nproc_per_node={len(states)})')
         optimizer = saved.get('optimizer')
+        try:
+            if self.adaptive is not None and 'adaptive_svd' in saved:
+                self.adaptive.load_state_dict(saved['adaptive_svd'])
+        except ValueError as e:
+            raise UserError(f'{path}: its adaptive_svd does not fit: {e}') from None
         try:
             if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:     # as exported
                 self.processes.print(f'{path} has no optimizer state: the optimizer starts anew')
@@ -141,6 +147,7 @@ class Run:
                        'model_args': asdict(model.config), 'best_val_loss': best_val_loss,
                        'interim_best_val_loss': self.best_interim_loss, 'config': asdict(self.cfg),
                        'tokenizer': self.data.meta, 'random': random, 'scaler': self.scaler.state_dict(),
+                       **({} if self.adaptive is None else {'adaptive_svd': self.adaptive.state_dict()}),
                        **({} if model.svd_basis is None else {'svd_basis': model.svd_basis})}, self.out / name)
         except OSError as e:
             raise self.stopped(f'after step {self.iter_num}: {self.out / name} was not saved: {e.strerror}') from None
@@ -239,7 +246,7 @@ def forget_after(path, iter_num, again):
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             row = json.loads(line)
-            here = row['iter'] == iter_num and ('loss' in row or not again and 'final' not in row)
+            here = row['iter'] == iter_num and ('val/loss' not in row or not again and 'final' not in row)
             if row['iter'] < iter_num or here:
                 kept.append(line + '\n')
         except (ValueError, KeyError, TypeError):

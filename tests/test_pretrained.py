@@ -262,8 +262,9 @@ def test_a_cached_file_of_another_shape_is_refused(cache, monkeypatch):
 
 @pytest.mark.parametrize('name, overrides, message', [
     ('gpt3', {}, "init_from='gpt3': must be 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with a "
-                 "config.json (nearest: 'gpt2')"),
-    ('.', {}, "init_from='.': has no config.json, so it is no model in Hugging Face's format"),
+                 "ckpt.pt or config.json (nearest: 'gpt2')"),
+    ('.', {}, "init_from='.': has no ckpt.pt, so it is no run, and no config.json, so it is no model in Hugging "
+          "Face's format"),
     ('gpt2', dict(n_layer=3), 'n_layer=3: the shape of gpt2 is fixed'),
     ('gpt2', dict(gelu='exact'), 'gelu=exact: the shape of gpt2 is fixed')])
 def test_other_names_and_shapes_are_refused(tmp_path, monkeypatch, name, overrides, message):
@@ -461,7 +462,7 @@ def test_missing_and_foreign_files_are_refused(good, bad, refused):
     bad('model.safetensors ')
     (good / 'config.json').unlink()
     for main in (sample.main, train.main):
-        assert 'has no config.json' in refused(main, '--init_from=good')
+        assert 'no config.json' in refused(main, '--init_from=good')
         assert "(nearest: 'gpt2')" in refused(main, '--init_from=gpt3')
 
 

@@ -10,6 +10,7 @@ import pytest
 import bench
 import compress
 import export
+import plot_adaptive
 import sample
 import train
 from runtime import config as configuration
@@ -18,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
          for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
-           'export.py': export.ExportConfig, 'compress.py': compress.CompressConfig}
-COMMAND = r'python ((?:train|sample|bench|export|compress)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
+           'export.py': export.ExportConfig, 'compress.py': compress.CompressConfig,
+           'plot_adaptive.py': plot_adaptive.PlotConfig}
+COMMAND = r'python ((?:train|sample|bench|export|compress|plot_adaptive)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
@@ -34,6 +36,9 @@ def test_commands_are_valid(command, tmp_path, monkeypatch):
     (tmp_path / 'NANOGPT' / 'model.py').touch()
     (tmp_path / 'FOLDER').mkdir()                                   # and for a model in --init_from=FOLDER
     (tmp_path / 'FOLDER' / 'config.json').touch()
+    for run in re.findall(r'--init_from=(out[\w-]+|BASE)', command):   # and for the run that an earlier command made
+        (tmp_path / run).mkdir()
+        (tmp_path / run / 'ckpt.pt').touch()
     monkeypatch.chdir(tmp_path)
     script, *argv = shlex.split(command.replace('../nanoGPT', 'NANOGPT'))
     placeholders = ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')

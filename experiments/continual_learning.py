@@ -1,0 +1,715 @@
+"""
+Does adaptive SVD protect what was learned? A small GPT learns text A, then B; its loss on A at a matched loss on B.
+
+    python experiments/continual_learning.py --dataset=input.txt    # make what is missing, then tables and figure
+    python experiments/continual_learning.py --run=False            # tables and figure of what is recorded
+
+Text B is Python, the standard library of the running interpreter, which needs no download; tokens are characters, the
+vocabulary is that of both. Each seed trains a model on A once and goes on from there on B, every arm with the same
+batches. Where everything is trained,
+
+    full training               the reference
+    adaptive                    all four projections of all blocks, the detector decides
+    adaptive, no protection     the same, factors free: protection 'none'
+    adaptive, random space      switched as the detector did in 'adaptive', random directions protected, as many
+    timer                       all layers switched at the first analysis, no detector, 10 directions protected
+    timer, random space         random ones
+    half from the start         half of all directions protected from the first step on
+    half, random space          random ones
+
+and where nothing is but the four projections, as adapters leave the rest alone ('all of attention' is the reference
+there), LoRA, PiSSA and MiLoRA with these targets. The detector starts with the SVD of the model that learned A, as
+after a resume of a run that was watched: its first analysis on B can switch, as the timer does. No decay on B.
+
+Less forgetting at a worse loss on B proves nothing, hence curves, interpolated at one loss on B. The detector by
+itself: its score for gradients of fresh text of A against that for gradients of B, both of the model that learned A, as
+a ROC curve, beside what needs no SVD, the gradient's norm. Rows of experiments/continual_learning.jsonl are results,
+written when they are there and not made again, so that an interrupted run goes on; processes may share the work
+(--seeds). The figure is docs/adaptive_forgetting.png.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+import special_layers
+from lowrank.adaptive_control import START, AdaptiveSVD, to_factors, to_full
+from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, wide
+from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS, chance, compute_gradient_alignment, excess, lift
+from model import GPT, GPTConfig
+from runtime import checkpoint as ckpt
+from runtime import config as configuration
+from runtime import device as devices
+from runtime import plots
+from runtime.config import UserError
+from runtime.dataset import Dataset, locate
+from runtime.optim import exchange
+from runtime.run import append_json, make_folder
+
+RECORD = Path(__file__).with_suffix('.jsonl')
+FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'
+MODEL = dict(n_layer=4, n_head=4, n_embd=96, block_size=64, bias=False)
+BATCH = 8                           # windows a step
+LEARN = dict(rate=3e-3, warmup=50, weight_decay=0.1)                # on A: cosine to a tenth of the rate
+WARMUP = 10                         # steps on B before the rate is what it is called; constant from there
+INTERVAL = 20                       # steps between analyses, train.py's default, and between evaluations
+TARGETS = 'c_q,c_k,c_v,c_proj'
+LORA_RANK = 16
+TEXT_B = 10 ** 6                    # characters
+EVAL_WINDOWS = 48                   # of each text, always the same ones
+GRADIENTS = 100                     # batches of each text, for the ROC curve
+GRID = 50                           # steps from 0 to 1 at which that is kept
+SPREAD = (0.4, 0.2, 0.0)            # nats on B above what every arm reaches: where forgetting is compared
+SETTINGS = {'everything': 'everything is trained', 'attention': 'only attention is trained'}
+
+# control: None, 'detector', 'replay' (of the arm 'adaptive'), 'timer' or 'start'; share: of directions, None: START
+Arm = namedtuple('Arm', 'setting control protection random share lora', defaults=(None, 'left', False, None, None))
+ARMS = {
+    'full training': Arm('everything'),
+    'adaptive': Arm('everything', 'detector'),
+    'adaptive, no protection': Arm('everything', 'detector', 'none'),
+    'adaptive, random space': Arm('everything', 'replay', random=True),
+    'timer': Arm('everything', 'timer'),
+    'timer, random space': Arm('everything', 'timer', random=True),
+    'half from the start': Arm('everything', 'start', share=0.5),
+    'half, random space': Arm('everything', 'start', random=True, share=0.5),
+    'all of attention': Arm('attention'),
+    'LoRA': Arm('attention', lora='lora'),
+    'PiSSA': Arm('attention', lora='pissa'),
+    'MiLoRA': Arm('attention', lora='milora'),
+    'attention, adaptive': Arm('attention', 'detector'),
+    'attention, timer': Arm('attention', 'timer'),
+    'attention, half from the start': Arm('attention', 'start', share=0.5),
+    'attention, half, random space': Arm('attention', 'start', random=True, share=0.5),
+}
+REFERENCE = {'everything': 'full training', 'attention': 'all of attention'}
+RATES = {'everything': (3e-4, 1e-3, 3e-3), 'attention': (1e-3, 3e-3, 1e-2)}             # fewer have to move further
+SPACES = (START, 24, 48)            # directions of the space that the ROC is made for: as r shrinks, more
+
+
+@dataclass
+class ContinualConfig:
+    """Options of the experiment."""
+    dataset: Annotated[str, "text A, as for train.py, of characters; the record's is Tiny Shakespeare"] = (
+        'shakespeare_char')
+    out_dir: Annotated[str, 'folder of the models that learned A'] = 'out-continual'
+    seeds: Annotated[str, 'of weights and batches, a run of each arm each'] = '0,1,2'
+    arms: Annotated[str, "'all', or some of them with semicolons between, or 'none': the ROC curve alone"] = 'all'
+    learn_steps: Annotated[int, 'steps on A'] = 1500
+    steps: Annotated[int, 'steps on B'] = 240
+    run: Annotated[bool, 'False: only tables and figure'] = True
+
+    def __post_init__(self):
+        configuration.at_least(self, learn_steps=1, steps=1)
+        for word in self.seeds.split(','):
+            if not word.strip().isdecimal():
+                raise ValueError(f"seeds={self.seeds!r}: {word!r} is no seed (nearest: '0,1,2')")
+        for word in self.arms.split(';') if self.arms not in ('all', 'none') else ():
+            if word.strip() not in ARMS:
+                raise ValueError(f'arms={self.arms!r}: {word.strip()!r} is none of {"; ".join(ARMS)} (nearest: all)')
+
+    @property
+    def chosen(self):
+        """Names of arms, in ARMS' order: 'adaptive' is before what follows it."""
+        words = [word.strip() for word in self.arms.split(';')]
+        return [name for name in ARMS if name in words or self.arms == 'all']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# two texts
+
+class Texts:
+    """A and B in one vocabulary: 'A', 'B' -> token ids of their training and validation splits."""
+
+    def __init__(self, data, text_b):
+        """data: a Dataset of characters. Raises UserError for another one, and for texts without a whole window."""
+        if data.meta['tokenizer'] != 'char':
+            raise UserError(f'dataset={data.folder}: is not of characters (nearest: --dataset=shakespeare_char)')
+        own = data.meta['chars']
+        self.chars = sorted(set(own) | set(text_b))
+        ids = {c: i for i, c in enumerate(self.chars)}
+        table = torch.tensor([ids[c] for c in own])
+        whole, cut = torch.tensor([ids[c] for c in text_b]), int(0.9 * len(text_b))
+        parts = [table[torch.from_numpy(data.tokens(split).astype(np.int64))] for split in ('train', 'val')]
+        self.splits = {'A': parts, 'B': [whole[:cut], whole[cut:]]}
+        for tokens in (part for parts in self.splits.values() for part in parts):
+            if len(tokens) <= MODEL['block_size']:
+                raise UserError(f'dataset={data.folder}: a split has only {len(tokens)} characters, and a window '
+                                f'{MODEL["block_size"] + 1}')
+        digest = hashlib.sha256(''.join(self.chars).encode())
+        for parts in self.splits.values():
+            digest.update(torch.cat(parts).numpy().tobytes())
+        self.stamp = digest.hexdigest()[:8]
+
+    def draw(self, text, split, generator):
+        """A random batch: x (BATCH, T), y (BATCH, T)."""
+        tokens = self.splits[text][split == 'val']
+        return windows(tokens, torch.randint(len(tokens) - MODEL['block_size'], (BATCH,), generator=generator))
+
+    def fixed(self, text):
+        """Validation windows, evenly over the split."""
+        tokens = self.splits[text][1]
+        return windows(tokens, torch.linspace(0, len(tokens) - MODEL['block_size'] - 1, EVAL_WINDOWS).long())
+
+
+def windows(tokens, starts):
+    rows = tokens[starts[:, None] + torch.arange(MODEL['block_size'] + 1)]                      # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def python_source(size):
+    """The first `size` ASCII characters of the standard library, file by file."""
+    folder, found, length = Path(os.__file__).parent, [], 0
+    for path in sorted(folder.glob('*.py')):
+        text = path.read_bytes().replace(b'\r\n', b'\n').decode('ascii', 'ignore')
+        found.append(text)
+        length += len(text)
+        if length >= size:
+            break
+    return ''.join(found)[:size]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arms
+
+class RandomlyProtected(AdaptiveSVDLinear):
+    """Protects random output directions instead of the principal ones, as many."""
+
+    def __init__(self, linear, protection, seed):
+        super().__init__(linear, protection)
+        m = len(linear.weight)
+        normal = torch.randn(m, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.directions = torch.linalg.qr(normal).Q                 # (m, m): of the leading k, whatever k becomes
+
+    def switch_to_lowrank(self, r, basis=None):
+        """W = Q Q^T W + B A, of which B A are the r components of the rest."""
+        W = wide(self.weight)                                       # (m, n)
+        Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
+        U, S, _ = torch.linalg.svd(W - Q @ (Q.mT @ W))
+        # the first k values, which are not Q's, are not used, except that the largest one is the scale
+        super().switch_to_lowrank(r, (torch.cat((Q, U[:, :r]), 1), torch.cat((S[:1].expand(Q.size(1)), S[:r]))))
+
+
+class Planned(AdaptiveSVD):
+    """Switches layers without looking: plan(name, number of the analysis) -> r, 0: full mode."""
+
+    def __init__(self, layers, interval, plan):
+        super().__init__(layers, interval)
+        self.plan, self.count = plan, 0
+
+    @torch.no_grad()
+    def analyse(self, step, exchange, **others):
+        for name, layer in self.layers.items():
+            r = self.plan(name, self.count)
+            if r:
+                to_factors(layer, r, left_basis(layer.weight), exchange)
+            elif layer.r is not None:
+                to_full(layer, exchange)
+            layer.watch(False)
+            if layer.r is not None:
+                layer.base.weight.grad = None
+        self.count += 1
+
+    def protect(self):
+        for layer in self.layers.values():
+            layer.protect()
+
+
+def layer_names(model):
+    """Of the four projections of all blocks."""
+    parts = [special_layers.ATTENTION[word] for word in TARGETS.split(',')]
+    return [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in parts]
+
+
+def prepare(saved, arm, seed, plan):
+    """-> the model that learned A as the arm trains it, and what switches its layers, or None. plan: of 'replay'."""
+    model = GPT.from_checkpoint(saved)
+    if arm.lora:
+        torch.manual_seed(seed)
+        special_layers.add(model, special_layers.NONE | dict(lora_rank=LORA_RANK, lora_targets=TARGETS,
+                                                             lora_init=arm.lora))
+        return model, None
+    names = layer_names(model)
+    if arm.setting == 'attention':
+        model.requires_grad_(False)
+        for name in names:
+            model.get_layer(name).requires_grad_(True)
+    if not arm.control:
+        return model, None
+    for i, name in enumerate(names):
+        layer = model.get_layer(name)
+        model.set_layer(name, RandomlyProtected(layer, arm.protection, 1000 * seed + i) if arm.random else
+                        AdaptiveSVDLinear(layer, arm.protection))
+    layers, width = special_layers.adaptive_layers(model), model.config.n_embd
+    k = START if arm.share is None else round(arm.share * width)
+    if arm.control == 'detector':
+        control = AdaptiveSVD(layers, INTERVAL)
+        bases = {name: left_basis(layer.weight) for name, layer in layers.items()}
+        control.load_state_dict({name: dict(U=U.float(), S=S.float(), patience=0, calm=0)
+                                 for name, (U, S) in bases.items()})
+        return model, control
+    return model, Planned(layers, INTERVAL, plan if arm.control == 'replay' else lambda name, count: width - k)
+
+
+def losses(model, fixed):
+    """On A and on B."""
+    model.eval()
+    with torch.no_grad():
+        found = [model(*fixed[text])[1].item() for text in 'AB']
+    model.train()
+    return found
+
+
+def go_on(model, control, at_once, texts, seed, rate, steps):
+    """Train on B -> the curve, [step, loss on A, loss on B] every INTERVAL steps, and of each adaptive layer its r
+    after each analysis, 0 in full mode. at_once: the first one is before the first step."""
+    optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
+    swap, order = partial(exchange, optimizer, model), torch.Generator().manual_seed(10 ** 6 + seed)
+    fixed = {text: texts.fixed(text) for text in 'AB'}
+    curve, ranks = [[0, *losses(model, fixed)]], {name: [] for name in (control.layers if control else ())}
+    model.train()
+
+    def note():
+        for name in ranks:
+            ranks[name].append(control.layers[name].r or 0)
+    if control and at_once:
+        control.analyse(0, exchange=swap)
+        note()
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group['lr'] = rate * min(1.0, step / WARMUP)
+        analysed = control is not None and control.due(step)
+        if analysed:
+            control.watch()
+        model(*texts.draw('B', 'train', order))[1].backward()
+        if analysed:
+            control.analyse(step, exchange=swap)
+            note()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        if control:
+            control.protect()
+        optimizer.zero_grad()
+        if step % INTERVAL == 0 or step == steps:
+            curve.append([step, *losses(model, fixed)])
+    return curve, ranks
+
+
+def learned(cfg, texts, seed):
+    """The checkpoint of a model that learned A here or learns it now."""
+    shape = MODEL | dict(vocab_size=len(texts.chars))
+    setup = hashlib.sha256(json.dumps([shape, BATCH, LEARN, cfg.learn_steps, texts.stamp]).encode()).hexdigest()[:8]
+    path = Path(cfg.out_dir) / f'A-{setup}-{seed}.pt'
+    if not path.exists():
+        torch.manual_seed(seed)
+        model, order = GPT(GPTConfig(**shape)), torch.Generator().manual_seed(seed)
+        optimizer = model.configure_optimizers(LEARN['weight_decay'], LEARN['rate'], (0.9, 0.95), 'cpu')
+        for step in range(cfg.learn_steps):
+            warm, part = min(1.0, (step + 1) / LEARN['warmup']), step / cfg.learn_steps
+            for group in optimizer.param_groups:
+                group['lr'] = LEARN['rate'] * warm * (0.55 + 0.45 * math.cos(math.pi * part))
+            model(*texts.draw('A', 'train', order))[1].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        ckpt.save(dict(model=model.state_dict(), model_args=asdict(model.config), iter_num=cfg.learn_steps), path)
+        print(f'seed {seed}: learned A', flush=True)
+    return ckpt.load(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the detector by itself
+
+def auc(positive, negative):
+    """Probability that a score of `positive` (p) is above one of `negative` (n), a tie counts half."""
+    negative = negative.sort().values
+    below = torch.searchsorted(negative, positive)                  # (p): how many are smaller
+    up_to = torch.searchsorted(negative, positive, right=True)
+    return ((below + up_to).double().mean() / (2 * len(negative))).item()
+
+
+def roc(positive, negative):
+    """True-positive rates at the false-positive rates 0, 1 / GRID, ..., 1, on lines between the corners of the ROC
+    curve: between tied scores the curve is oblique."""
+    thresholds = torch.cat((positive, negative)).unique().flip(0)
+    false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds]
+                   for scores in (negative, positive))
+    grid, found = np.linspace(0, 1, GRID + 1), []
+    for x in grid:
+        above = next(i for i, f in enumerate(false) if f > x or i == len(false) - 1)
+        if false[above] <= x or false[above] == false[above - 1]:
+            found.append(true[above])
+        else:
+            part = (x - false[above - 1]) / (false[above] - false[above - 1])
+            found.append(true[above - 1] + part * (true[above] - true[above - 1]))
+    return [round(one, 4) for one in found]
+
+
+def gradients(model, texts, names, seed):
+    """'A' (fresh: its validation split), 'B' -> principal alignments (spaces, layers, batches), norms (layers,
+    batches)."""
+    layers = [model.get_layer(name) for name in names]
+    bases, order = [left_basis(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
+    found = {}
+    for text, split in (('A', 'val'), ('B', 'train')):
+        principal = torch.zeros(len(SPACES), len(layers), GRADIENTS, dtype=torch.float64)
+        norms = torch.zeros(len(layers), GRADIENTS, dtype=torch.float64)
+        for batch in range(GRADIENTS):
+            model.zero_grad()
+            model(*texts.draw(text, split, order))[1].backward()
+            for i, (layer, (U, S)) in enumerate(zip(layers, bases)):
+                norms[i, batch] = layer.weight.grad.norm()
+                for j, k in enumerate(SPACES):
+                    principal[j, i, batch] = compute_gradient_alignment(layer.weight.grad, U, S, len(S) - k)[0]
+        found[text] = principal, norms
+    return found
+
+
+def detection(found, m):
+    """A row's fields of what `gradients` found for layers of m outputs."""
+    (a, norm_a), (b, norm_b) = found['A'], found['B']
+    row = {'auc_norm': [round(auc(y, x), 4) for x, y in zip(norm_a, norm_b)],
+           'auc_norm_pooled': round(auc(norm_b.flatten(), norm_a.flatten()), 4), 'spaces': {}}
+    scores = {'principal': lambda p, c: p, 'lift': lift, 'excess': excess}
+    for j, k in enumerate(SPACES):
+        c = chance(k, m)
+        own = row['spaces'][str(k)] = {
+            'chance': c, 'auc': [round(auc(y, x), 4) for x, y in zip(a[j], b[j])],
+            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()), 4), 'roc': roc(b[j].flatten(), a[j].flatten())}
+        for text, p in (('A', a[j]), ('B', b[j])):
+            danger = (p > DANGER_ALIGNMENT) & (excess(p, c) > DANGER_EXCESS)
+            own |= {f'mean_{text}': [round(one, 4) for one in p.mean(1).tolist()],
+                    f'danger_{text}': danger.double().mean().item()}
+    # within one space lift and excess are the alignment on another scale: only over several do they rank differently
+    for name, score in scores.items():
+        both = [torch.cat([score(x[j], chance(k, m)).flatten() for j, k in enumerate(SPACES)]) for x in (b, a)]
+        row[f'auc_all_{name}'] = round(auc(*both), 4)
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Record:
+    """The rows that are there, and a place for more."""
+
+    def __init__(self, path, settings):
+        """settings: what all rows must share. Raises UserError for a record of others."""
+        self.path, self.rows, self.settings = path, read(path), settings
+        for row in self.rows:
+            other = [f'{k}={row[k]}' for k in settings if row[k] != settings[k]]
+            if other:
+                raise UserError(f'{path}: was made with {", ".join(other)}, not '
+                                f'{", ".join(f"{k}={v}" for k, v in settings.items())}; move it away to begin another')
+        here = devices.environment('cpu', 'float32')
+        self.machine = {'python': platform.python_version(), 'torch': here['torch'], 'threads': here['threads'],
+                        'git_commit': here['git_commit'][:7]}
+
+    def find(self, **key):
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+
+    def make(self, result, **key):
+        """The row with this key, its other fields made by result(), unless it is there."""
+        row = self.find(**key)
+        if row is None:
+            started = time.perf_counter()
+            row = key | result() | {'seconds': round(time.perf_counter() - started, 1)} | self.settings | self.machine
+            append_json(self.path, row)
+            self.rows.append(row)
+            end = row['curve'][-1][1:] if 'curve' in row else [row['auc_all_principal']]
+            print(', '.join(map(str, (*key.values(), *(round(x, 3) for x in end), row['seconds']))), flush=True)
+        return row
+
+
+def make(cfg, record, texts, seed):
+    """All rows of a seed."""
+    saved = learned(cfg, texts, seed)
+
+    def detector():
+        model = GPT.from_checkpoint(saved)
+        return detection(gradients(model, texts, layer_names(model), 10 ** 7 + seed), model.config.n_embd)
+    record.make(detector, kind='roc', seed=seed)
+    for name in cfg.chosen:
+        arm = ARMS[name]
+        for rate in RATES[arm.setting]:
+            key = dict(kind='curve', arm=name, rate=rate, seed=seed)
+            record.make(lambda: run(cfg, record, texts, saved, key), **key)
+
+
+def run(cfg, record, texts, saved, key):
+    """A row's fields of one run."""
+    arm, seed, rate = ARMS[key['arm']], key['seed'], key['rate']
+    followed = None
+    if arm.control == 'replay' or arm.protection == 'none':
+        first = key | {'arm': 'adaptive'}
+        followed = record.make(lambda: run(cfg, record, texts, saved, first), **first)
+        if not any(any(ranks) for ranks in followed['ranks'].values()):
+            # no switch: there was nothing to protect otherwise, it is the same run
+            return {k: followed[k] for k in ('trained', 'curve', 'ranks')} | {'same_as': 'adaptive'}
+    model, control = prepare(saved, arm, seed, lambda name, count: followed['ranks'][name][count])
+    curve, ranks = go_on(model, control, arm.control == 'start', texts, seed, rate, cfg.steps)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {'trained': trained, 'curve': curve, 'ranks': ranks}
+
+
+def matched(curve, level):
+    """Loss on A where the loss on B first falls to `level`, between evaluations on a straight line; None: it starts
+    below or never falls to it."""
+    for (_, a, b), (_, a_next, b_next) in zip(curve, curve[1:]):
+        if b > level >= b_next:
+            return a + (b - level) / (b - b_next) * (a_next - a)
+    return None
+
+
+def curves(rows, arm, rate):
+    """Seed -> curve."""
+    return {row['seed']: row['curve'] for row in rows if row['kind'] == 'curve' and
+            (row['arm'], row['rate']) == (arm, rate)}
+
+
+def levels(rows, setting):
+    """Losses on B at which forgetting is compared: the lowest, in steps of 0.05, that each arm there is reaches in all
+    seeds at one of its rates, and SPREAD above. [] without rows."""
+    arms = [name for name in ARMS if ARMS[name].setting == setting and
+            any(curves(rows, name, rate) for rate in RATES[setting])]
+    if not arms:
+        return []
+    reached = [min(max(min(b for _, _, b in curve) for curve in found.values())
+                   for found in (curves(rows, arm, rate) for rate in RATES[setting]) if found) for arm in arms]
+    deepest = math.ceil(max(reached) / 0.05 - 1e-9) * 0.05
+    return [round(deepest + above, 4) for above in SPREAD]
+
+
+def summary(values):
+    """Mean, and standard error if there are several."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.mean(values), spread
+
+
+def cell(values, sign=''):
+    """'mean +- standard error'; '' where a value is missing."""
+    if not values or None in values:
+        return ''
+    mean, spread = summary(values)
+    return f'{mean:{sign}.3f}' + ('' if spread is None else f' +- {spread:.3f}')
+
+
+def best_rate(rows, arm, level):
+    """The rate with the least mean loss on A at that loss on B, of those with which all seeds reach it; None: none."""
+    found = {}
+    for rate in RATES[ARMS[arm].setting]:
+        values = [matched(curve, level) for curve in curves(rows, arm, rate).values()]
+        if values and None not in values:
+            found[rate] = statistics.mean(values)
+    return min(found, key=found.get) if found else None
+
+
+def table(rows, setting):
+    """Markdown: an arm and rate a line; loss on A at losses on B, and what of it the reference does not have, seed by
+    seed, with the same rate: the same batches in the same order."""
+    at, reference = levels(rows, setting), REFERENCE[setting]
+    if not at:
+        return ''
+    lines = [f'{SETTINGS[setting]}: loss on A at a loss on B, mean and standard error over seeds; in brackets: less '
+             f'{reference}, with the same rate and seed', '',
+             '| | learning rate | trained numbers at the end | ' + ' | '.join(f'A at {level:.2f}' for level in at) +
+             ' | B at the end | A at the end |', '|---' * (len(at) + 5) + '|']
+    for arm, rate in ((name, rate) for name in ARMS if ARMS[name].setting == setting for rate in RATES[setting]):
+        found, base = curves(rows, arm, rate), curves(rows, reference, rate)
+        if not found:
+            continue
+        cells = []
+        for level in at:
+            values = {seed: matched(curve, level) for seed, curve in found.items()}
+            beside = {seed: matched(base[seed], level) if seed in base else None for seed in found}
+            less = None not in (*values.values(), *beside.values()) and arm != reference
+            cells.append(cell([*values.values()]) + (
+                f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})' if less else ''))
+        count = statistics.mean(row['trained'] for row in rows if (row.get('arm'), row.get('rate')) == (arm, rate))
+        ends = [cell([curve[-1][i] for curve in found.values()]) for i in (2, 1)]
+        lines.append(f'| {arm} | {rate:g} | {count:,.0f} | ' + ' | '.join((*cells, *ends)) + ' |')
+    starts = [row['curve'][0] for row in rows if row['kind'] == 'curve']
+    lines += ['', f'before B: {statistics.mean(a for _, a, _ in starts):.3f} on A, '
+              f'{statistics.mean(b for _, _, b in starts):.3f} on B; empty: not reached in every seed']
+    return '\n'.join(lines)
+
+
+def switch_table(rows):
+    """Markdown: how often layers switched. '' where none could."""
+    lines = ['switches, mean over seeds', '', '| | learning rate | layers that switched | of | first analysis with one '
+             '| returns to full mode | share of analyses in low-rank mode |', '|---' * 7 + '|']
+    empty = len(lines)
+    for arm in ARMS:
+        for rate in RATES[ARMS[arm].setting]:
+            runs = [list(row['ranks'].values()) for row in rows if row.get('ranks') and
+                    (row['arm'], row['rate']) == (arm, rate)]
+            if runs:
+                switched = [sum(any(r) for r in ranks) for ranks in runs]
+                first = [min(next(i for i, one in enumerate(r) if one) for r in ranks if any(r)) + 1
+                         for ranks in runs if any(map(any, ranks))]
+                back = [sum(x > 0 == y for r in ranks for x, y in zip(r, r[1:])) for ranks in runs]
+                share = [statistics.mean(one > 0 for r in ranks for one in r) for ranks in runs]
+                lines.append(f'| {arm} | {rate:g} | {statistics.mean(switched):.1f} | {len(runs[0])} | '
+                             f'{f"{statistics.mean(first):.1f}" if first else "none"} | {statistics.mean(back):.1f} | '
+                             f'{statistics.mean(share):.0%} |')
+    return '\n'.join(lines) if len(lines) > empty else ''
+
+
+def detector_table(rows):
+    """Markdown: the detector's scores."""
+    found = [row for row in rows if row['kind'] == 'roc']
+    if not found:
+        return ''
+    lines = [f'the detector on gradients of the model that learned A, mean and standard error over seeds; danger: '
+             f'alignment > {DANGER_ALIGNMENT}, excess > {DANGER_EXCESS}', '',
+             '| directions protected | chance level | alignment on A | on B | AUC, pooled (chance .5) | AUC by layer, '
+             'least to largest | danger on A: false positives | danger on B |', '|---' * 8 + '|']
+    for k in map(str, SPACES):
+        own = [row['spaces'][k] for row in found]
+        by_layer = [statistics.mean(one) for one in zip(*(o['auc'] for o in own))]
+        values = ([statistics.mean(o['mean_A']) for o in own], [statistics.mean(o['mean_B']) for o in own],
+                  [o['auc_pooled'] for o in own])
+        lines.append(f'| {k} | {own[0]["chance"]:.3f} | ' + ' | '.join(map(cell, values)) +
+                     f' | {min(by_layer):.3f} to {max(by_layer):.3f} | ' +
+                     ' | '.join(cell([o[f'danger_{text}'] for o in own]) for text in 'AB') + ' |')
+    pooled = ', '.join(f'{name} {cell([row[f"auc_all_{name}"] for row in found])}'
+                       for name in ('principal', 'lift', 'excess'))
+    return '\n'.join([*lines, '', f'all sizes of the space pooled, where the scores differ, AUC: {pooled}',
+                      f"the gradient's norm instead, AUC: {cell([row['auc_norm_pooled'] for row in found])}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figure
+
+LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3', 'C5', 'C7', 'C0', 'C1', 'C2', 'C8')))
+
+
+def plot(rows):
+    """To FIGURE: loss on A against loss on B, a panel a setting, and the detector."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 10.6), layout='constrained')
+    for axis, setting in zip(axes[0], SETTINGS):
+        draw_curves(axis, rows, setting)
+    draw_roc(axes[1, 0], rows)
+    draw_layers(axes[1, 1], rows)
+    figure.savefig(FIGURE, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(axis, rows, setting):
+    """Each arm at its best rate; levels where all seeds are: mean and standard error."""
+    at = levels(rows, setting)
+    for arm in (name for name in ARMS if ARMS[name].setting == setting and at):
+        rate = best_rate(rows, arm, at[-1])
+        found = list(curves(rows, arm, rate).values())
+        if found:
+            low, high = max(min(b for _, _, b in c) for c in found), min(c[0][2] for c in found)
+            grid = [level for level in np.arange(math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
+            values = [[matched(curve, level) for curve in found] for level in grid]
+            points = [(level, *summary(v)) for level, v in zip(grid, values) if None not in v]
+            if points:
+                x, mean, spread = zip(*points)
+                axis.errorbar(x, mean, [one or 0 for one in spread], fmt='o-' if not ARMS[arm].random else 's--',
+                              color=LOOKS[arm], capsize=2, markersize=3.5, lw=1.3,
+                              label=f'{arm.removeprefix("attention, ")} ({rate:g})')
+    axis.set(title=SETTINGS[setting], xlabel='loss on B (Python), nats a character', ylabel='loss on A')
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
+def draw_roc(axis, rows):
+    found = [row for row in rows if row['kind'] == 'roc']
+    grid = np.linspace(0, 1, GRID + 1)
+    for i, k in enumerate(map(str, SPACES) if found else ()):
+        own = [row['spaces'][k] for row in found]
+        curve = np.array([o['roc'] for o in own])                   # (seeds, GRID + 1)
+        axis.plot(grid, curve.mean(0), color=f'C{i}',
+                  label=f'{k} directions, AUC {cell([o["auc_pooled"] for o in own])}')
+        if len(own) > 1:
+            error = curve.std(0, ddof=1) / math.sqrt(len(own))
+            axis.fill_between(grid, curve.mean(0) - error, curve.mean(0) + error, color=f'C{i}', alpha=0.2)
+        shipped = [statistics.mean(o[f'danger_{text}'] for o in own) for text in 'AB']
+        axis.plot(*shipped, '*', color=f'C{i}', markersize=12, clip_on=False, zorder=5)
+    axis.plot([], [], 'k*', markersize=9, label='shipped thresholds')
+    axis.plot([0, 1], [0, 1], 'k:', lw=1, label='chance')
+    axis.set(title='The detector: all layers pooled', xlabel='false-positive rate (fresh text of A)',
+             ylabel='true-positive rate (B)', xlim=(0, 1), ylim=(0, 1))
+    axis.legend(fontsize=8, loc='lower right')
+    axis.grid(alpha=0.3)
+
+
+def draw_layers(axis, rows):
+    """AUC layer by layer."""
+    found = [row for row in rows if row['kind'] == 'roc']
+    words = TARGETS.split(',')
+    names = [f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words)) for word in words] if found else []
+    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc'] for row in found])
+             for i, k in enumerate(SPACES)] + [("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
+    for i, (label, colour, values) in enumerate(kinds if found else ()):
+        values = [summary(list(one)) for one in zip(*values)]
+        axis.errorbar([mean for mean, _ in values], [y + 0.15 * (i - 1.5) for y in range(len(names))],
+                      xerr=[spread or 0 for _, spread in values], fmt='o', color=colour, markersize=3.5, capsize=2,
+                      label=label)
+    axis.axvline(0.5, color='k', ls=':', lw=1)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title='The detector: layer by layer', xlabel='AUC (chance: 0.5)', xlim=(0, 1.02))
+    if found:
+        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1,
+                    handletextpad=0.3)
+    axis.grid(alpha=0.3)
+
+
+def main(argv):
+    """-> exit code: 0 done, 2 wrong input."""
+    if '--help' in argv or '-h' in argv:
+        print(configuration.help_text(ContinualConfig, __doc__.strip()))
+        return 0
+    try:
+        cfg, _ = configuration.load(ContinualConfig, argv)
+        plots.require_matplotlib('the figure')
+        if not cfg.run and not RECORD.exists():
+            raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+        if cfg.run:
+            texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))
+            make_folder(cfg.out_dir)
+            record = Record(RECORD, dict(learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp))
+            for seed in map(int, cfg.seeds.split(',')):
+                make(cfg, record, texts, seed)
+    except UserError as e:
+        print(f'continual_learning.py: {e}', file=sys.stderr)
+        return 2
+    rows = read(RECORD)
+    print('\n\n'.join(filter(None, (*(table(rows, setting) for setting in SETTINGS), switch_table(rows),
+                                    detector_table(rows)))))
+    plot(rows)
+    print(f'figure: {FIGURE}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""
+What adaptive SVD saw and did in a run, over its steps, a column a projection and a line a block:
+
+    python plot_adaptive.py --out_dir=out-adaptive-svd           # OUT_DIR/adaptive_svd.png, from OUT_DIR/metrics.jsonl
+    python plot_adaptive.py --help
+
+Rows: the share of the gradient's energy in the protected space; how far that is beyond chance, on a scale where chance
+is 0 and everything is 1; the components that are trained, all of them in full mode; the training loss.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
+from runtime import command, plots
+from runtime.config import UserError
+
+ROWS = {'principal_alignment': ('principal share', {'danger': DANGER_ALIGNMENT}),
+        'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'r': ('r, all of them in full mode', {})}
+
+ANALYSED = r'svd/(block[0-9]{1,6}\.[^/]+)/r'
+DRAWN = rf'svd/[^/]+/({"|".join(ROWS)})'
+
+
+@dataclass
+class PlotConfig:
+    out_dir: Annotated[str, 'folder of the run'] = 'out-adaptive-svd'
+
+
+def main(argv=None):
+    """-> exit code: 0 done, 2 wrong input (one line on stderr)."""
+    return command.run('plot_adaptive.py', PlotConfig, __doc__, plot, argv)
+
+
+def plot(cfg):
+    """Writes the figure -> where it is, in words."""
+    plots.require_matplotlib('the figure')
+    path, target = Path(cfg.out_dir) / 'metrics.jsonl', Path(cfg.out_dir) / 'adaptive_svd.png'
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    except OSError as e:
+        raise UserError(f'{path}: cannot be read: {e.strerror} (nearest: the out_dir of a run)') from None
+    except (ValueError, RecursionError):
+        raise UserError(f'{path}: damaged: not JSON, line by line') from None
+    if not all(map(is_row, rows)):
+        raise UserError(f'{path}: damaged: lines that no run writes')
+    names = {found[1]: None for row in rows for key in row if (found := re.fullmatch(ANALYSED, key))}
+    if not names:
+        raise UserError(f'{path}: has no analysis (nearest: a run of config/train_adaptive_svd.py)')
+    kinds = {kind: [name for name in names if name.endswith(f'.{kind}')]
+             for kind in dict.fromkeys(name.rpartition('.')[2] for name in names)}
+    panels = [plots.PanelRow(label, 'linear', {kind: panel(rows, key, own, level) for kind, own in kinds.items()})
+              for key, (label, level) in ROWS.items()]
+    losses = [(row['iter'], row['loss']) for row in rows if 'loss' in row]
+    panels.append(plots.PanelRow('training loss', 'linear', {
+        kind: plots.Panel([plots.Line(*zip(*losses), block_of(own[0]))] if losses else [], {}, {})
+        for kind, own in kinds.items()}))
+    plots.line_panels(target, panels, 'step', 'block', f'Adaptive SVD: {cfg.out_dir}')
+    return f'figure: {target}'
+
+
+def is_row(row):
+    """Whether a line is one of a run's: a step, and numbers where they are drawn."""
+    return isinstance(row, dict) and type(row.get('iter')) is int and all(
+        type(value) in (int, float) for key, value in row.items() if key == 'loss' or re.fullmatch(DRAWN, key))
+
+
+def panel(rows, key, names, level):
+    """The curves of a projection: a line a block, a point an analysis that has this number."""
+    lines = []
+    for name in names:
+        points = [(row['iter'], row[f'svd/{name}/{key}']) for row in rows if f'svd/{name}/{key}' in row]
+        if points:
+            lines.append(plots.Line(*map(list, zip(*points)), block_of(name)))
+    return plots.Panel(lines, level, {})
+
+
+def block_of(name):
+    return int(name.partition('.')[0].removeprefix('block'))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
