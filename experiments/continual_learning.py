@@ -49,9 +49,10 @@ import numpy as np
 import torch
 
 import special_layers
-from lowrank.adaptive_control import START, AdaptiveSVD, to_factors, to_full
+from lowrank.adaptive_control import AdaptiveSVD, to_factors, to_full
 from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, wide
-from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS, chance, compute_gradient_alignment, excess, lift
+from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL, chance, compute_gradient_alignment,
+                                  excess, lift)
 from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -78,7 +79,8 @@ GRID = 50                           # steps from 0 to 1 at which that is kept
 SPREAD = (0.4, 0.2, 0.0)            # nats on B above what every arm reaches: where forgetting is compared
 SETTINGS = {'everything': 'everything is trained', 'attention': 'only attention is trained'}
 
-# control: None, 'detector', 'replay' (of the arm 'adaptive'), 'timer' or 'start'; share: of directions, None: START
+# control: None, 'detector', 'replay' (of the arm 'adaptive'), 'timer' or 'start'; share: of directions, None:
+# FIRST_PRINCIPAL of them
 Arm = namedtuple('Arm', 'setting control protection random share lora', defaults=(None, 'left', False, None, None))
 ARMS = {
     'full training': Arm('everything'),
@@ -100,7 +102,7 @@ ARMS = {
 }
 REFERENCE = {'everything': 'full training', 'attention': 'all of attention'}
 RATES = {'everything': (3e-4, 1e-3, 3e-3), 'attention': (1e-3, 3e-3, 1e-2)}             # fewer have to move further
-SPACES = (START, 24, 48)            # directions of the space that the ROC is made for: as r shrinks, more
+SPACES = (FIRST_PRINCIPAL, 24, 48)            # directions of the space that the ROC is made for: as r shrinks, more
 
 
 @dataclass
@@ -257,7 +259,7 @@ def prepare(saved, arm, seed, plan):
         model.set_layer(name, RandomlyProtected(layer, arm.protection, 1000 * seed + i) if arm.random else
                         AdaptiveSVDLinear(layer, arm.protection))
     layers, width = special_layers.adaptive_layers(model), model.config.n_embd
-    k = START if arm.share is None else round(arm.share * width)
+    k = FIRST_PRINCIPAL if arm.share is None else round(arm.share * width)
     if arm.control == 'detector':
         control = AdaptiveSVD(layers, INTERVAL)
         bases = {name: left_basis(layer.weight) for name, layer in layers.items()}

@@ -5,10 +5,8 @@ state."""
 import torch
 
 from lowrank.adaptive_layer import left_basis, right_basis, wide
-from lowrank.adaptive_svd import compute_gradient_alignment, should_use_lowrank_training
+from lowrank.adaptive_svd import FIRST_PRINCIPAL, compute_gradient_alignment, should_use_lowrank_training
 
-START = 10                          # components that are protected first: r = g - 10
-R_MIN = 8
 PATIENCE = 3                        # analyses in a row that want a smaller r, before it becomes smaller
 CALM = 5                            # analyses in a row without a reason for low-rank mode, before it ends
 RIDGE = 1e-6                        # of the mean of a Gram matrix, to invert it
@@ -103,10 +101,11 @@ class AdaptiveSVD:
         layer, memory = self.layers[name], self.memory[name]
         W = wide(layer.weight)                                      # (m, n)
         U, S = left_basis(W)
-        r = layer.r or max(1, len(S) - START)
+        r = layer.r or max(1, len(S) - FIRST_PRINCIPAL)
+        k = len(S) - r                                              # more columns of V are not looked at
         decision, r_next, seen = should_use_lowrank_training(
-            W, U, S, right_basis(W, U, S), None, memory['U'], memory['S'], None, layer.base.weight.grad, r, step,
-            in_lowrank_mode=layer.r is not None)
+            W, U, S, right_basis(W, U[:, :k], S[:k]), None, memory['U'], memory['S'], None, layer.base.weight.grad, r,
+            step, in_lowrank_mode=layer.r is not None)
         return seen | dict(decision=decision, r_next=r_next, r_seen=r), (U, S)
 
     def _act(self, name, basis, exchange):
@@ -185,8 +184,8 @@ def state_of_weight(of_A, of_B, A, B):
             rows, columns = b.sum(1) / A.square().sum(), a.sum(0) / B.square().sum().clamp_min(tiny)
             state[key] = torch.outer(rows, columns) / rows.mean().clamp_min(tiny)
         else:
-            from_B, from_A = solve(A @ A.mT, b.mT).mT @ A, B @ solve(B.mT @ B, a)               # (m, n) each
-            state[key] = from_B + from_A - solve(A @ A.mT, A @ from_A.mT).mT @ A
+            from_A = B @ solve(B.mT @ B, a)                         # (m, n)
+            state[key] = from_A + solve(A @ A.mT, b.mT - A @ from_A.mT).mT @ A      # and what that lacks of b
         state[key] = state[key].to(like)
     return state
 

@@ -152,9 +152,12 @@ def left_basis(weight):
 
 
 def right_basis(W, U, S):
-    """V (n, g) of W = U S V^T; where S is too small to tell, any orthonormal vectors that complete the others."""
-    known = int((S > RELIABLE * S[0]).sum())
+    """V (n, g) of W = U S V^T, or its k leading columns for those of U and S; where S is too small to tell, any
+    orthonormal vectors that complete the others."""
+    known = int((S > RELIABLE * S[:1]).sum())
     V = W.mT @ U[:, :known] / S[:known]                             # (n, known)
+    if known == len(S):
+        return V
     return torch.cat((V, torch.linalg.qr(V, mode='complete')[0][:, known:len(S)]), dim=1)
 
 
@@ -163,5 +166,5 @@ def minor_factors(W, U, S, k):
     diag(sqrt(s)) V_m^T, s = max(sigma, floor). A plain root would leave a direction with sigma = 0 dead forever: each
     factor's gradient is a multiple of the other one."""
     sigma, V = S[k:], right_basis(W, U, S)[:, k:]                   # (r), (n, r)
-    root = sigma.clamp_min(FLOOR * float(S[0]) or 1.0).sqrt()
+    root = sigma.clamp_min((FLOOR * float(S[0])) or 1.0).sqrt()
     return U[:, k:] * (sigma / root), root[:, None] * V.mT

@@ -6,7 +6,7 @@ import torch
 
 import special_layers
 from conftest import TEXT, rows
-from lowrank.adaptive_control import START
+from lowrank.adaptive_svd import FIRST_PRINCIPAL
 from lowrank.adaptive_layer import AdaptiveSVDLinear
 from model import GPT, GPTConfig
 from runtime.config import UserError
@@ -21,7 +21,7 @@ SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
 def tiny(monkeypatch, here, one_thread):
     """A model of one layer, and evaluations and analyses every two steps."""
     for name, value in dict(MODEL=SHAPE, BATCH=4, WARMUP=2, INTERVAL=2, EVAL_WINDOWS=4, GRADIENTS=3, LORA_RANK=4,
-                            TEXT_B=5000, SPACES=(START, 12), RECORD=here / 'record.jsonl',
+                            TEXT_B=5000, SPACES=(FIRST_PRINCIPAL, 12), RECORD=here / 'record.jsonl',
                             FIGURE=here / 'figure.png',
                             RATES={'everything': (1e-3,), 'attention': (3e-3,)}).items():
         monkeypatch.setattr(continual, name, value)
