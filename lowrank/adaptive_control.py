@@ -4,12 +4,11 @@ state."""
 
 import torch
 
-from lowrank.adaptive_layer import left_basis, right_basis, wide
+from lowrank.adaptive_layer import at_hand, left_basis, right_basis, wide
 from lowrank.adaptive_svd import FIRST_PRINCIPAL, compute_gradient_alignment, should_use_lowrank_training
 
 PATIENCE = 3                        # analyses in a row that want a smaller r, before it becomes smaller
 CALM = 5                            # analyses in a row without a reason for low-rank mode, before it ends
-RIDGE = 1e-6                        # of the mean of a Gram matrix, to invert it
 
 
 class AdaptiveSVD:
@@ -53,19 +52,22 @@ class AdaptiveSVD:
         convert): to give the optimizer other parameters, the list `new` in the place of `old`, with convert(states of
         old) -> states of new. mean: of a tensor over processes; first: of a function, its result on the first process
         -> whether any layer has other parameters now. What was seen and done: `report`, `metrics`."""
-        self.seen, bases = {}, {}
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             weight = layer.base.weight
             if mean is not None and layer.r is not None and weight.grad is not None:
                 weight.grad = mean(weight.grad)                     # in full mode it is one already
-            self.seen[name], bases[name] = first(lambda: self._look(name, step)) if first else self._look(name, step)
+
+        def look():
+            return [self._look(name, step) for name in self.layers]
+        looks = first(look) if first else look()
+        self.seen, bases = ({name: look[i] for name, look in zip(self.layers, looks)} for i in range(2))
         before = {name: layer.r for name, layer in self.layers.items()}
         for layer in self.layers.values():
             layer.watch(False)                                      # none is an optimizer's while lists are exchanged
         for name, layer in self.layers.items():
             self._act(name, bases[name], exchange)
             layer.base.weight.grad = layer.base.weight.grad if layer.r is None else None
-        self._before = {name: wide(layer.weight) for name, layer in self.layers.items()}
+        self._before = {name: at_hand(layer.weight).clone() for name, layer in self.layers.items()}
         return any(layer.r != before[name] for name, layer in self.layers.items())
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class AdaptiveSVD:
         for name, W in self._before.items():                        # what the optimizer made of the gradient
             seen, memory = self.seen[name], self.memory[name]
             seen['update_alignment'] = compute_gradient_alignment(
-                wide(self.layers[name].weight) - W, memory['U'], memory['S'], seen['r_seen'])[0]
+                at_hand(self.layers[name].weight) - W, memory['U'], memory['S'], seen['r_seen'])[0]
         self._before = {}
 
     def report(self, step):
@@ -99,7 +101,7 @@ class AdaptiveSVD:
     def _look(self, name, step):
         """-> what `should_use_lowrank_training` says of a layer, as a dict of numbers and words, and W's left basis."""
         layer, memory = self.layers[name], self.memory[name]
-        W = wide(layer.weight)                                      # (m, n)
+        W = at_hand(layer.weight)                                   # (m, n)
         U, S = left_basis(W)
         r = layer.r or max(1, len(S) - FIRST_PRINCIPAL)
         k = len(S) - r                                              # more columns of V are not looked at
@@ -112,7 +114,7 @@ class AdaptiveSVD:
         """Switch a layer, or not, and note in `seen` its mode, r and what was done."""
         layer, memory, seen = self.layers[name], self.memory[name], self.seen[name]
         action = 'initial' if memory['S'] is None else 'none'
-        memory['U'], memory['S'] = (t.float().cpu() for t in basis)         # a checkpoint has room for half of it
+        memory['U'], memory['S'] = (t.float().cpu() for t in basis)
         decision, r_next = seen.pop('decision'), seen.pop('r_next')
         if layer.r is None and decision:
             memory['patience'] = memory['calm'] = 0
@@ -174,23 +176,25 @@ def state_of_factors(state, A, B):
 def state_of_weight(of_A, of_B, A, B):
     """The other way round: the least G with dL/dB = G A^T, dL/dA = B^T G; of squares, rows and columns are known alone
     (as in Adafactor, arXiv:1804.04235)."""
-    A, B, tiny, state = wide(A), wide(B), torch.finfo(torch.float64).tiny, {}       # float32's A A^T may be singular
+    A, B, tiny, state = at_hand(A), at_hand(B), torch.finfo(torch.float64).tiny, {}
     for key, like in of_B.items():
-        b, a = wide(like), wide(of_A[key])                          # (m, r) and (r, n), or numbers
+        b, a = at_hand(like), at_hand(of_A[key])                    # (m, r) and (r, n), or numbers
         if b.dim() == 0:
             state[key] = like.clone()
             continue
         if key == 'exp_avg_sq':
-            rows, columns = b.sum(1) / A.square().sum(), a.sum(0) / B.square().sum().clamp_min(tiny)
+            rows = wide(b).sum(1) / wide(A).square().sum()          # float32 has no room for squares of squares
+            columns = wide(a).sum(0) / wide(B).square().sum().clamp_min(tiny)
             state[key] = torch.outer(rows, columns) / rows.mean().clamp_min(tiny)
         else:
-            from_A = B @ solve(B.mT @ B, a)                         # (m, n)
-            state[key] = from_A + solve(A @ A.mT, b.mT - A @ from_A.mT).mT @ A      # and what that lacks of b
+            from_A = B @ solve_gram(B.mT, a)                        # (m, n)
+            state[key] = from_A + solve_gram(A, b.mT - A @ from_A.mT).mT @ A        # and what that lacks of b
         state[key] = state[key].to(like)
     return state
 
 
-def solve(gram, right):
-    """gram^-1 right, with a ridge."""
-    ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram)))
+def solve_gram(A, right):
+    """(A A^T)^-1 right, with a ridge well above the rounding of A A^T."""
+    gram, limits = A @ A.mT, torch.finfo(A.dtype)
+    gram.diagonal().add_(limits.eps ** 0.5 * gram.diagonal().mean() + limits.tiny)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram)) @ right
