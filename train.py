@@ -343,10 +343,11 @@ def step(run, replica):
         loss_sum += loss.detach()
 
     scaler.unscale_(run.optimizer)
-    changed = analysed and analyse(run)
+    loss = processes.mean(loss_sum)
+    changed = analysed and bool(loss.isfinite()) and analyse(run)       # of NaN there is no analysis
     params = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    loss, norm_value = torch.stack((processes.mean(loss_sum), norm)).tolist()       # waits for the device
+    loss, norm_value = torch.stack((loss, norm)).tolist()   # waits for the device
     scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: an overflow at first is no fault
     if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
         raise run.stopped(f'step {run.iter_num + 1}: the loss is {loss}, the gradient norm {norm_value}', batches)

@@ -263,7 +263,7 @@ def prepare(saved, arm, seed, plan):
     if arm.control == 'detector':
         control = AdaptiveSVD(layers, INTERVAL)
         bases = {name: left_basis(layer.weight) for name, layer in layers.items()}
-        control.load_state_dict({name: dict(U=U.float(), S=S.float(), patience=0, calm=0)
+        control.load_state_dict({name: dict(U=U.float(), S=S.float(), r=None, patience=0, calm=0)
                                  for name, (U, S) in bases.items()})
         return model, control
     return model, Planned(layers, INTERVAL, plan if arm.control == 'replay' else lambda name, count: width - k)

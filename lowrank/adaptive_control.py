@@ -17,7 +17,7 @@ class AdaptiveSVD:
 
     def __init__(self, layers, interval):
         self.layers, self.interval = layers, interval
-        self.memory = {name: dict(U=None, S=None, patience=0, calm=0) for name in layers}
+        self.memory = {name: dict(U=None, S=None, r=None, patience=0, calm=0) for name in layers}
         self.seen, self._before = {}, {}
 
     def state_dict(self):
@@ -33,7 +33,8 @@ class AdaptiveSVD:
             if not isinstance(saved, dict) or set(saved) != set(self.memory[name]) or not all(
                     saved[key] is None or is_basis(saved[key], shape) for key, shape in shapes.items()) or not all(
                     type(saved[key]) is int and saved[key] >= 0 for key in ('patience', 'calm')) or (
-                    saved['U'] is None) != (saved['S'] is None):
+                    saved['U'] is None) != (saved['S'] is None) or not (
+                    saved['r'] is None or type(saved['r']) is int and 1 <= saved['r'] < min(m, n)):
                 raise ValueError(f'that of {name} does not fit the layer')
             self.memory[name] = dict(saved)
 
@@ -103,7 +104,7 @@ class AdaptiveSVD:
         layer, memory = self.layers[name], self.memory[name]
         W = at_hand(layer.weight)                                   # (m, n)
         U, S = left_basis(W)
-        r = layer.r or max(1, len(S) - FIRST_PRINCIPAL)
+        r = layer.r or memory['r'] or max(1, len(S) - FIRST_PRINCIPAL)
         k = len(S) - r                                              # more columns of V are not looked at
         decision, r_next, seen = should_use_lowrank_training(
             W, U, S, right_basis(W, U[:, :k], S[:k]), None, memory['U'], memory['S'], None, layer.base.weight.grad, r,
@@ -121,7 +122,8 @@ class AdaptiveSVD:
             to_factors(layer, seen['r_seen'], basis, exchange)
             action = 'lowrank'
         elif layer.r is not None:
-            memory['calm'] = 0 if decision else memory['calm'] + 1
+            informative = seen['lift'] is not None                  # else the gradient says nothing: not calm either
+            memory['calm'] = 0 if decision else memory['calm'] + informative
             memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
             if memory['calm'] >= CALM:
                 to_full(layer, exchange)
@@ -131,6 +133,7 @@ class AdaptiveSVD:
                 memory['patience'] %= PATIENCE
                 to_factors(layer, r, basis, exchange)
                 action = 'refactored'
+        memory['r'] = layer.r or memory['r']                        # it starts there when low-rank mode comes again
         seen |= dict(mode='full' if layer.r is None else 'lowrank', r=layer.r or len(memory['S']), action=action)
 
 
