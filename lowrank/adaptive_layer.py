@@ -3,7 +3,8 @@
 import torch
 import torch.nn as nn
 
-from lowrank.linear import linear, unfilled
+from lowrank.linear import filled, linear, unfilled
+from lowrank.svd import split_evenly
 
 PROTECTIONS = ('left', 'none')
 RELIABLE = 1e-5                     # of sigma_1: below, W^T u / sigma is rounding
@@ -107,14 +108,10 @@ class AdaptiveSVDLinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The plain layer with weight W."""
-        dense = unfilled(self.base.in_features, self.base.out_features, self.bias is not None, self.base.weight)
         W = wide(self.base.weight)
         if self.A is not None:
             W = W + wide(self.B.weight) @ wide(self.A.weight)
-        dense.weight.copy_(W.to(dense.weight.dtype))
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense
+        return filled(W, self.bias, self.base.weight)
 
     def _hold(self, B, A, protected):
         """Factors and protected space with these values. Parameters of these shapes stay the same objects, which an
@@ -171,9 +168,5 @@ def right_basis(W, U, S):
 
 
 def minor_factors(W, U, S, k):
-    """B (m, r) and A (r, n) whose product is all of W but its first k components: B = U_m diag(sigma / sqrt(s)), A =
-    diag(sqrt(s)) V_m^T, s = max(sigma, floor). A plain root would leave a direction with sigma = 0 dead forever: each
-    factor's gradient is a multiple of the other one."""
-    sigma, V = S[k:], right_basis(W, U, S)[:, k:]                   # (r), (n, r)
-    root = sigma.clamp_min((FLOOR * float(S[0])) or 1.0).sqrt()
-    return U[:, k:] * (sigma / root), root[:, None] * V.mT
+    """B (m, r) and A (r, n) whose product is all of W but its first k components."""
+    return split_evenly(U[:, k:], S[k:], right_basis(W, U, S)[:, k:].mT, FLOOR * S[0])

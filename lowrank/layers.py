@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from lowrank.cache import KeyValueCache
-from lowrank.linear import Linear, linear, unfilled
+from lowrank.linear import Linear, filled, linear
 from lowrank.svd import truncated_svd
 
 
@@ -47,12 +47,8 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The dense layer with the weight B A, multiplied in float64."""
-        dense = unfilled(self.A.in_features, self.B.out_features, self.bias is not None, self.A.weight)
         product = self.B.weight.cpu().double() @ self.A.weight.cpu().double()                   # (m, n)
-        dense.weight.copy_(product.to(dense.weight.dtype))          # first the type: MPS has no float64
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense.requires_grad_(self.A.weight.requires_grad)
+        return filled(product, self.bias, self.A.weight).requires_grad_(self.A.weight.requires_grad)
 
     @property
     def weight(self):
@@ -72,14 +68,8 @@ class LowRankLinear(nn.Module):
 def split(linear, parts):
     """A linear layer (p m, n) as p = parts layers (m, n), whose outputs side by side are its own."""
     biases = [None] * parts if linear.bias is None else linear.bias.chunk(parts)
-    layers = []
-    for weight, bias in zip(linear.weight.chunk(parts), biases):
-        layers.append(unfilled(weight.size(1), len(weight), bias is not None, weight))
-        layers[-1].weight.copy_(weight)                             # copied: a view would keep the whole in memory
-        if bias is not None:
-            layers[-1].bias.copy_(bias)
-        layers[-1].requires_grad_(linear.weight.requires_grad)
-    return layers
+    return [filled(weight, bias, weight).requires_grad_(linear.weight.requires_grad)           # a view would keep all
+            for weight, bias in zip(linear.weight.chunk(parts), biases)]
 
 
 def fuse(layers):

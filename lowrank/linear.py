@@ -50,3 +50,13 @@ def unfilled(in_features, out_features, bias, like):
     """A Linear with the device and kind of numbers of the tensor `like`, for values that are copied into it: none are
     drawn, so that no random number comes out of turn."""
     return nn.utils.skip_init(Linear, in_features, out_features, bias=bias, device=like.device, dtype=like.dtype)
+
+
+@torch.no_grad()
+def filled(weight, bias, like):
+    """A Linear with copies of weight (m, n) and bias (m), or None, with the device and kind of numbers of `like`."""
+    layer = unfilled(weight.size(1), len(weight), bias is not None, like)
+    layer.weight.copy_(weight.to(like.dtype))                       # first the type: MPS has no float64
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer

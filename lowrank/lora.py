@@ -14,8 +14,8 @@ a plain LoRA of twice the rank (`plain_adapter`).
 import torch
 import torch.nn as nn
 
-from lowrank.linear import Linear, unfilled
-from lowrank.svd import truncated_svd
+from lowrank.linear import Linear, filled
+from lowrank.svd import split_evenly, truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
 # of sigma_1, the smallest value that is split evenly (a random 1,000 x 1,000 matrix has none below some 5e-4): no row
@@ -97,31 +97,20 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The plain layer with the weight W + s B A, added in float64."""
-        dense = unfilled(self.base.in_features, self.base.out_features, self.bias is not None, self.base.weight)
-        dense.weight.copy_((self.base.weight.cpu().double() + self.change()).to(self.base.weight.dtype))
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense
+        return filled(self.base.weight.cpu().double() + self.change(), self.bias, self.base.weight)
 
 
 def components(matrix, kept, scale):
     """Factors b (m, k) and a (k, n): scale b a is what a float64 matrix (m, n) has of the singular values in `kept`, a
-    slice of them in descending order. Their roots are on either side,
-
-        sqrt(scale) b = U diag(sigma / sqrt(t)),   sqrt(scale) a = diag(sqrt(t)) V^T,   t = max(sigma, FLOOR sigma_1),
-
-    except next to zero: if both were zero neither would ever get a gradient. Of the matrix 0, which has no scale, t is
-    1. Raises torch.linalg.LinAlgError for what is not finite."""
+    slice of them in descending order. Raises torch.linalg.LinAlgError for what is not finite."""
     u, sigma, vh = truncated_svd(matrix, min(matrix.shape), 'standard')
-    floor = FLOOR * sigma[0] if sigma[0] > 0 else torch.ones_like(sigma[0])
-    u, sigma, vh = u[:, kept], sigma[kept], vh[kept]                # (m, k), (k), (k, n)
-    root = sigma.clamp_min(floor).sqrt()
-    return u * (sigma / root) / scale ** 0.5, root[:, None] * vh / scale ** 0.5
+    b, a = split_evenly(u[:, kept], sigma[kept], vh[kept], FLOOR * sigma[0])
+    return b / scale ** 0.5, a / scale ** 0.5
 
 
 @torch.no_grad()
 def plain_adapter(layer, original):
-    """A (2 r, n) and B (m, 2 r) that make of W_0 = original (m, n), the weight a LoRALinear was made of, what the layer
+    """A (r', n) and B (m, r'), r' = min(2 r, m, n), that make of W_0 = original (m, n), the weight a LoRALinear was made of, what the layer
     is now: W_0 + s B A, with the layer's s, hence with twice its alpha. Where W is W_0, as from 'lora', these are its
     own A (r, n) and B (m, r). Copies, with its device and kind of numbers.
 
@@ -141,4 +130,8 @@ def plain_adapter(layer, original):
     if not rest <= ROUNDING * max(torch.finfo(w.dtype).eps, torch.finfo(torch.float32).eps):
         raise ValueError(f'original: is not what the layer was made of, {rest:.1e} of it is left beyond the '
                          f'{layer.rank} components that the layer has taken out')
-    return torch.cat((a, -a_0.to(a.dtype).to(a.device))), torch.cat((b, b_0.to(b.dtype).to(b.device)), dim=1)
+    both = torch.cat((a.cpu().double(), -a_0)), torch.cat((b.cpu().double(), b_0), dim=1)
+    if len(both[0]) > min(w.shape):                                 # more than any matrix of this shape needs
+        b_0, a_0 = components(layer.scale * both[1] @ both[0], slice(None), layer.scale)
+        both = a_0, b_0
+    return tuple(factor.to(w.dtype).to(w.device) for factor in both)

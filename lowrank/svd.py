@@ -135,6 +135,17 @@ def effective_rank(x):
 # ----------------------------------------------------------------------------------------------------------------------
 # best rank-k approximation, differentiable
 
+def split_evenly(u, s, vh, floor):
+    """Factors b (m, k) and a (k, n) of u (m, k) diag(s) vh (k, n), with the roots of s on either side but next to zero:
+
+        b = u diag(s / sqrt(t)),   a = diag(sqrt(t)) vh,   t = max(s, floor),
+
+    for if both were zero neither would ever get a gradient, which is a multiple of the other. A floor of 0, that of the
+    matrix 0, has no scale to give: t is 1 then."""
+    root = s.clamp_min(float(floor) or 1.0).sqrt()
+    return u * (s / root), root[:, None] * vh
+
+
 def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_iters=2, oversample=0, start=None,
                            note=None):
     """Best rank-k approximation X_k of every matrix: x (..., m, n) -> (..., m, n), differentiable once.

@@ -596,18 +596,32 @@ def test_analyses_go_on_after_a_switch_and_r_shrinks_after_patience():
 
 
 def test_low_rank_mode_ends_after_calm_analyses():
-    """In a row: a danger in between starts the count anew. After that danger switches it on again, at r = g - 10."""
+    """In a row: a danger in between starts the count anew. After that danger switches it on again, at the r it had."""
     watched = Watched()
     watched.analyse('danger'), watched.analyse('danger')
     for kind in ['calm'] * (CALM - 1) + ['danger'] + ['calm'] * (CALM - 1):
         _, seen = watched.analyse(kind)
         assert seen['mode'] == 'lowrank' and watched.layer.r is not None
+    r = watched.layer.r
     changed, seen = watched.analyse('calm')
     assert changed and seen['action'] == 'full' and watched.layer.r is None
     assert f'[c_q] SWITCHED TO FULL - Reason: nothing to protect from in {CALM} analyses' in watched.control.report(1)
     assert watched.layer.base.weight.requires_grad and watched.layer.base.weight in watched.optimizer.state
     _, seen = watched.analyse('danger')
-    assert seen['action'] == 'lowrank' and watched.layer.r == 30
+    assert seen['action'] == 'lowrank' and watched.layer.r == r < 30
+
+
+@pytest.mark.parametrize('nothing', [0.0, float('nan'), float('inf')])
+def test_gradients_that_say_nothing_are_not_calm(nothing):
+    watched = Watched()
+    watched.analyse('danger'), watched.analyse('danger')
+    for _ in range(CALM + 2):
+        watched.step += 20
+        watched.control.watch()
+        watched.optimizer.zero_grad(set_to_none=True)
+        (watched.layer.weight * nothing).sum().backward()
+        watched.control.analyse(watched.step, lambda *args: exchange(watched.optimizer, watched.model, *args))
+        assert watched.layer.r is not None and watched.control.memory['c_q']['calm'] == 0
 
 
 def test_the_protected_space_is_that_of_the_last_analysis():
@@ -627,7 +641,8 @@ def test_the_protected_space_is_that_of_the_last_analysis():
 @pytest.mark.parametrize('damage', [
     lambda s: s.pop('c_q'), lambda s: s.update(other=s['c_q']), lambda s: s['c_q'].pop('U'),
     lambda s: s['c_q'].update(S=torch.ones(3)), lambda s: s['c_q'].update(U=3), lambda s: s['c_q'].update(calm=-1),
-    lambda s: s['c_q'].update(patience=True), lambda s: s['c_q'].update(patience=1.0)])
+    lambda s: s['c_q'].update(patience=True), lambda s: s['c_q'].update(r=40), lambda s: s['c_q'].update(r=0),
+    lambda s: s['c_q'].update(patience=1.0)])
 def test_a_state_that_does_not_fit_is_refused(damage):
     watched, other = Watched(), Watched()
     watched.analyse('danger'), watched.analyse('danger')
