@@ -54,6 +54,10 @@ class ExportConfig:
                     'run says'] = None
     save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...'] = None
 
+    def __post_init__(self):
+        if self.base is not None and self.to != 'lora':
+            raise ValueError(f'base={self.base!r}: nothing looks at it with to={self.to!r} (nearest: --to=lora)')
+
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
@@ -163,6 +167,9 @@ def to_lora(model, saved, meta, remarks):
     if c.lora_rank is None:
         raise ValueError('has no LoRA (nearest: --to=safetensors)')
     if c.lora_init != 'lora':
+        if saved['base'] in ('resume', None):
+            raise ValueError(f'lora_init={c.lora_init!r}: needs the weights it began with, which a resumed run does not '
+                             'name (nearest: --base=FOLDER)')
         base = GPT.from_pretrained(saved['base'])
         remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
     options, tensors = special_layers.adapters(model, base)

@@ -12,7 +12,7 @@ Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh he
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Literal
 
@@ -79,6 +79,7 @@ class GPTConfig(special_layers.LayerConfig):
         for name, valid in (('gelu', GELUS), ('svd_method', METHODS), ('svd_scope', SCOPES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f'{name}={getattr(self, name)!r}: unknown (valid: {", ".join(valid)})')
+        self.check_values()
         self.check_layers()
 
     @property
@@ -96,6 +97,11 @@ class GPTConfig(special_layers.LayerConfig):
     def svd_sees_future(self):
         """True where outputs depend on later tokens, so that the parallel loss is not what generation gets."""
         return self.svd_scope == 'sequence' and self.svd_truncates
+
+
+# change no parameter: any checkpoint takes them
+FREE_FIELDS = [f.name for f in fields(GPTConfig) if f.name.startswith(('dropout', 'use_svd', 'svd_')) or
+               f.name in ('lora_dropout', 'adaptive_svd_protection')]
 
 
 class QKVProjection(Linear):
@@ -429,9 +435,9 @@ class GPT(subspace.RunningBases, nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', from the Hugging Face cache or
-        hub, or a folder in their format, whose resid_pdrop is the dropout, or in export.py's. override_args: dropout
-        and SVD options. Raises ValueError for other names and fields, and what cannot be had or used."""
-        for key in (key for key in override_args or {} if not key.startswith(('dropout', 'use_svd', 'svd_'))):
+        hub, a run's folder, or one in their format, whose resid_pdrop is the dropout, or in export.py's. override_args:
+        of FREE_FIELDS. Raises ValueError for other names and fields, and what cannot be had or used."""
+        for key in (key for key in override_args or {} if key not in FREE_FIELDS):
             raise ValueError(f'{key}={override_args[key]}: the shape of {name_or_folder} is fixed' if key in
                              GPTConfig.__dataclass_fields__ else f'{key}: no such field')
         args, state, basis = pretrained.read(name_or_folder)

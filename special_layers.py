@@ -31,7 +31,7 @@ class LayerConfig:
                                   'trained; training sets it'] = None
     lora_rank: Annotated[int | None, 'train adapters of this rank alone, on trained weights; None: everything'] = None
     lora_alpha: Annotated[float | None, 'they count alpha / rank times; None: once'] = None
-    lora_dropout: Annotated[float, 'dropout of their inputs'] = 0.0
+    lora_dropout: Annotated[float, "dropout of their inputs; of c_v in svd_scope='weight' none"] = 0.0
     lora_targets: Annotated[str, "which layers: of 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj', with MLA 'query' for the "
                             'first three'] = 'c_q,c_v'
     lora_init: Annotated[Literal[INITS], "'lora': zero; 'pissa', 'milora': the largest or smallest singular "
@@ -50,8 +50,18 @@ class LayerConfig:
         known = layer.isdecimal() and name == f'h.{int(layer)}.{part}' and int(layer) < self.n_layer
         return self.layer_shapes.get(part) if known else None
 
+    def check_values(self):
+        """Raise ValueError, its message starting with a field's name, for values that no model can have."""
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f'lora_dropout={self.lora_dropout}: must be at least 0 and below 1')
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f'lora_alpha={self.lora_alpha}: must be above 0 (nearest: None)')
+        for name, valid in (('adaptive_svd_protection', PROTECTIONS), ('lora_init', INITS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f'{name}={getattr(self, name)!r}: unknown (valid: {", ".join(valid)})')
+
     def check_layers(self):
-        """Raise ValueError, its message starting with a field's name, for values that cannot be."""
+        """The same for those that this one cannot."""
         for name, rank in (self.layer_ranks or {}).items():
             shape = self.layer_shape(name)
             if shape is None or not 1 <= rank <= min(shape):
@@ -62,13 +72,6 @@ class LayerConfig:
         if not -1 <= self.adaptive_svd_target_layer < self.n_layer:
             raise ValueError(f'adaptive_svd_target_layer={self.adaptive_svd_target_layer}: must be 0 to '
                              f'{self.n_layer - 1}, or -1 for all')
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f'lora_dropout={self.lora_dropout}: must be at least 0 and below 1')
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise ValueError(f'lora_alpha={self.lora_alpha}: must be above 0 (nearest: None)')
-        for name, valid in (('adaptive_svd_protection', PROTECTIONS), ('lora_init', INITS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f'{name}={getattr(self, name)!r}: unknown (valid: {", ".join(valid)})')
         for name in (*self.adaptive_layers, *self.lora_layers):
             if name in (self.layer_ranks or {}):
                 raise ValueError(f'layer_ranks={{{name!r}: ..}}: is a product of two, which nothing can wrap')
@@ -104,6 +107,30 @@ class LayerConfig:
 
 
 NONE = {field.name: field.default for field in fields(LayerConfig) if field.name != 'layer_ranks'}
+
+
+def without_effect(options, config):
+    """The options, attributes of a LayerConfig, that were given for what a model of `config` does not have."""
+    return [name for name in NONE if getattr(options, name) != NONE[name] and name not in ('adaptive_svd', 'lora_rank')
+            and not (config.adaptive_svd if name.startswith('adaptive') else config.lora_rank is not None)]
+
+
+def nearest(name, config, run):
+    """In brackets, what to do where the model of `config`, in the folder `run`, contradicts an option."""
+    if name not in NONE:
+        return ''
+    adapted = config.adaptive_svd or config.lora_rank is not None
+    return f' (nearest: {"export.py --to=dense" if adapted else f"--init_from={run}, to another out_dir"})'
+
+
+def describe(model, interval):
+    """Lines. interval: steps between analyses."""
+    c, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if c.adaptive_svd:
+        yield f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {interval} steps'
+    if c.lora_rank is not None:
+        yield (f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, {trained:,} trained '
+               'parameters')
 
 
 def install(model, trained=False):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import special_layers
 from lowrank.adaptive_control import AdaptiveSVD
-from model import GPT, GPTConfig
+from model import FREE_FIELDS, GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
@@ -125,8 +125,6 @@ class TrainConfig(GPTConfig):
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
-# change no parameter: any checkpoint takes them
-FREE_KEYS = [k for k in MODEL_KEYS if k.startswith(('dropout', 'use_svd', 'svd_'))]
 HERE_KEYS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')    # not those of a checkpoint
 
 
@@ -380,7 +378,7 @@ def analyse(run):
 def build_model(cfg, set_by, saved, data, device, say):
     """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
-    free = {k: getattr(cfg, k) for k in FREE_KEYS}
+    free = {k: getattr(cfg, k) for k in FREE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:                                      # GPT-2's 50257 becomes 50304: faster products
             step = 1 if data.meta['tokenizer'] == 'char' else 64
@@ -393,17 +391,20 @@ def build_model(cfg, set_by, saved, data, device, say):
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
     else:                                                               # a folder may say what its SVD is
-        model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in FREE_KEYS if k in set_by or k == 'dropout'})
+        model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in free if k in set_by or k == 'dropout'})
         if cfg.lora_adapter is not None:
             special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
     if cfg.init_from != 'resume':
         special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
-    shape = asdict(model.config)
-    for key in set(MODEL_KEYS) - set(FREE_KEYS):
+    shape, idle = asdict(model.config), special_layers.without_effect(cfg, model.config)
+    if idle:
+        say(f'no effect without adaptive_svd or lora_rank: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in idle)}')
+    for key in sorted(set(MODEL_KEYS) - set(free) - set(idle)):
         cropped = key == 'block_size' and cfg.block_size < shape[key]
         if key in set_by and getattr(cfg, key) != shape[key] and not cropped:
-            if set_by[key] == 'the command line':
-                raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed')
+            if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):       # it would train all
+                raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed'
+                                + special_layers.nearest(key, model.config, cfg.out_dir))
             say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={shape[key]}')
     if cfg.block_size < shape['block_size']:
         model.crop_block_size(cfg.block_size)
@@ -427,11 +428,8 @@ def describe(cfg, model, data, device, dtype, processes):
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
-    if c.adaptive_svd:
-        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {cfg.adaptive_svd_interval} steps')
-    if c.lora_rank is not None:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, {trained:,} trained parameters')
+    for line in special_layers.describe(model, cfg.adaptive_svd_interval):
+        say(line)
     if c.use_mla:
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     elif c.mla_latent_dim is not None:

@@ -616,15 +616,19 @@ def plot(rows):
         draw_curves(axis, rows, setting)
     draw_roc(axes[1, 0], rows)
     draw_layers(axes[1, 1], rows)
+    seeds = sorted({row['seed'] for row in rows})
+    figure.supxlabel(f'Mean and standard error of {len(seeds)} seeds ({", ".join(map(str, seeds))}). Above: each arm at '
+                     'the learning rate, in brackets,\nthat forgets least at the middle of the losses on B in the tables.',
+                     fontsize=9, color='0.3')
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)
 
 
 def draw_curves(axis, rows, setting):
-    """Each arm at its best rate; levels where all seeds are: mean and standard error."""
+    """Each arm at its best rate, that in the middle of `levels`; where all seeds are: mean and standard error."""
     at = levels(rows, setting)
     for arm in (name for name in ARMS if ARMS[name].setting == setting and at):
-        rate = best_rate(rows, arm, at[-1])
+        rate = best_rate(rows, arm, at[len(at) // 2])
         found = list(curves(rows, arm, rate).values())
         if found:
             low, high = max(min(b for _, _, b in c) for c in found), min(c[0][2] for c in found)
@@ -636,7 +640,8 @@ def draw_curves(axis, rows, setting):
                 axis.errorbar(x, mean, [one or 0 for one in spread], fmt='o-' if not ARMS[arm].random else 's--',
                               color=LOOKS[arm], capsize=2, markersize=3.5, lw=1.3,
                               label=f'{arm.removeprefix("attention, ")} ({rate:g})')
-    axis.set(title=SETTINGS[setting], xlabel='loss on B (Python), nats a character', ylabel='loss on A')
+    axis.set(title=SETTINGS[setting], xlabel='loss on B (Python), nats a character',
+             ylabel='loss on A (Shakespeare), nats a character')
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:

@@ -329,9 +329,32 @@ def test_a_bfloat16_run_switches_and_resumes(fit, call, monkeypatch):
 def test_options_of_a_resumed_run_are_fixed(fit, refused, monkeypatch):
     planned(monkeypatch)
     fit(*RUN, *PLAN, '--max_iters=7')
-    for option in ('--adaptive_svd=False', '--adaptive_svd_targets=c_q', '--adaptive_svd_target_layer=-1',
-                   '--adaptive_svd_protection=none'):
-        assert 'which is fixed' in refused(train.main, '--init_from=resume', '--device=cpu', option)
+    for option in ('--adaptive_svd=False', '--adaptive_svd_targets=c_q', '--adaptive_svd_target_layer=-1'):
+        assert 'which is fixed (nearest: export.py --to=dense)' in refused(
+            train.main, '--init_from=resume', '--device=cpu', option)
+
+
+def test_protection_may_change_on_the_way(fit, call, monkeypatch):
+    planned(monkeypatch)
+    fit(*RUN, *PLAN, '--max_iters=5')
+    resume(call, 7, '--adaptive_svd_protection=none')
+    assert checkpoint()['model_args']['adaptive_svd_protection'] == 'none'
+    layer = GPT.from_checkpoint(checkpoint()).get_layer('h.0.attn.c_attn.c_q')
+    assert layer.protection == 'none' and (layer.protected.mT @ layer.B.weight).abs().max() > 1e-5
+
+
+def test_a_switch_that_a_plain_run_does_not_have(fit, refused):
+    """Not even from a config file: it would train everything, unwatched."""
+    fit('--out_dir=plain', '--max_iters=1')
+    Path('c.py').write_text('adaptive_svd = True')
+    for words in (['c.py'], ['--adaptive_svd=True']):
+        assert 'adaptive_svd=True: resume has adaptive_svd=False, which is fixed (nearest: --init_from=plain, to ' \
+               'another out_dir)' in refused(train.main, *words, '--init_from=resume', '--out_dir=plain')
+
+
+def test_options_without_their_switch_are_named(fit):
+    out = fit('--adaptive_svd_targets=c_v', '--lora_alpha=3')
+    assert "no effect without adaptive_svd or lora_rank: adaptive_svd_targets='c_v', lora_alpha=3.0" in out
 
 
 def test_the_config_of_a_resumed_run_can_be_run(fit, call, monkeypatch):
