@@ -30,7 +30,7 @@ from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import download, pretrained
-from runtime.config import UserError, one_line
+from runtime.config import UserError
 from runtime.files import new_folder, unwritable, write_atomically
 from runtime.optim import restore_optimizer
 from train import TrainConfig
