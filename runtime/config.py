@@ -11,6 +11,7 @@ import ast
 import difflib
 import math
 import numbers
+import os
 import types
 import warnings
 from dataclasses import fields
@@ -94,9 +95,10 @@ def parse_option(arg, hints):
 
 def meant_instead(word, hints):
     """Where a word is no config file: what it may have been meant for."""
-    if word.partition('=')[0].replace('-', '_') in hints:
-        return f' (nearest: --{word if "=" in word else f"{word}=VALUE"})'
-    if 'out_dir' in hints and (Path(word) / 'ckpt.pt').exists():
+    key, equals, value = word.partition('=')
+    if key.replace('-', '_') in hints:
+        return f' (nearest: --{key.replace("-", "_")}={value if equals else "VALUE"})'
+    if 'out_dir' in hints and os.path.exists(os.path.join(word, 'ckpt.pt')):
         return f' (nearest: --out_dir={word})'
     siblings = [str(p) for folder in dict.fromkeys((Path(word).parent, Path('config'))) if folder.resolve() != ROOT
                 for p in sorted(folder.glob('*.py'))]
