@@ -31,8 +31,8 @@ DIRECTION = re.compile(r'[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*')
 
 @unfailing_output()
 def prepare(tokenizer, folder, argv=None):
-    """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network or a full disk, 2 wrong input, 130
-    Ctrl-C."""
+    """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network or a full disk, 2
+    wrong input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f'python data/{folder.name}/prepare.py', allow_abbrev=False)
     parser.add_argument('--input', metavar='FILE', help='a UTF-8 text (default: input.txt here, else a download)')
     parser.add_argument('--out_dir', metavar='DIR', type=Path, default=folder, help='default: this folder')

@@ -838,7 +838,8 @@ def test_wandb_gets_the_rows_of_metrics(fit, fake):
     fit('--wandb_log=True', '--wandb_project=ours', '--wandb_run_name=7', '--wandb_group=sweep', '--wandb_tags=a, b')
     options = wandb.options[0]
     assert [options[key] for key in ('project', 'name', 'group', 'tags')] == ['ours', '7', 'sweep', ['a', 'b']]
-    assert options['config'] == asdict(train.load_config(['out/config.py'])[0]) and options['config']['vocab_size'] == 17
+    resolved = asdict(train.load_config(['out/config.py'])[0])
+    assert options['config'] == resolved and resolved['vocab_size'] == 17
     assert wandb.rows == rows() and wandb.codes == [0]
 
 
@@ -878,7 +879,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize('broken, words', [
-    (dict(init=raising(RuntimeError('No API key\nconfigured.'))), 'wandb does not start (RuntimeError: No API key conf'),
+    (dict(init=raising(RuntimeError('No API\nkey.'))), 'wandb does not start (RuntimeError: No API key.)'),
     (dict(init=raising(SystemExit(1))), 'wandb does not start (RuntimeError: SystemExit)'),
     (dict(init=partial(time.sleep, 5)), 'wandb does not start (TimeoutError: no answer in 0.3 seconds)'),
     (dict(log=raising(OSError(28, 'No space left'))), 'wandb does not log (OSError: [Errno 28] No space left)'),
