@@ -126,7 +126,8 @@ def test_the_place_that_set_a_wrong_value_is_named(config_file):
     ('--use_svd', '--use_svd: needs a value, written --use_svd=VALUE, which is True or False'),
     ('-n_layer=3', 'options are written --key=value'), ('--', 'options are written --key=value'),
     ('--=3', 'options are written --key=value'),
-    ('max_iters=3', 'max_iters=3: no such config file (nearest: --max_iters=3)'), ('max-iters=3', '(nearest: --max_iters=3)'), ('use_svd', '(nearest: --use_svd=VALUE)'),
+    ('max_iters=3', 'max_iters=3: no such config file (nearest: --max_iters=3)'),
+    ('max-iters=3', '(nearest: --max_iters=3)'), ('use_svd', '(nearest: --use_svd=VALUE)'),
     ('help', 'help: no such config file (options are written --key=value; --help lists them)')])
 def test_a_mistyped_option_is_answered_with_the_nearest(option, words):
     assert words in refuse(option)
