@@ -122,9 +122,8 @@ class Run:
             raise unwritable(f'out_dir={cfg.out_dir!r}: cannot be written', e) from None
         if cfg.wandb_log:
             tags = [tag.strip() for tag in (cfg.wandb_tags or '').split(',') if tag.strip()]
-            self._tracking = Tracking(self.out, say, self.saved_at is not None, project=cfg.wandb_project,
-                                      name=cfg.wandb_run_name, group=cfg.wandb_group, tags=tags or None,
-                                      config=asdict(cfg))
+            self._tracking = Tracking(self.out, say, project=cfg.wandb_project, name=cfg.wandb_run_name,
+                                      group=cfg.wandb_group, tags=tags or None, config=asdict(cfg))
 
     def log(self, row):
         """A line of metrics.jsonl, and to wandb."""

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import uuid
-
 from pathlib import Path
 
 from runtime.config import one_line
@@ -20,15 +19,15 @@ GRACE = 15
 class Tracking:
     """A wandb run. No method raises, but for KeyboardInterrupt while it waits."""
 
-    def __init__(self, folder, say, resumed=False, **options):
-        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb; resumed: in the run of that id, if
-        there is one. say(text): where trouble is told."""
+    def __init__(self, folder, say, **options):
+        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb: with the same folder it goes on in the
+        same run. say(text): where trouble is told."""
         self._wandb, self._run, self._say = None, None, say
         for name, seconds in LIMITS.items():
             os.environ.setdefault(name, str(seconds))
-        self._attempt('start', lambda: self._start(folder, resumed, options))
+        self._attempt('start', lambda: self._start(folder, options))
 
-    def _start(self, folder, resumed, options):
+    def _start(self, folder, options):
         try:
             import wandb
             init = wandb.init                                           # a folder wandb/ makes an empty module
@@ -36,7 +35,7 @@ class Tracking:
             raise ImportError('not installed: pip install wandb') from None
         place = Path(folder) / 'wandb' / 'run-id'
         place.parent.mkdir(parents=True, exist_ok=True)
-        known = place.read_text(encoding='utf-8', errors='replace') if resumed and place.exists() else ''
+        known = place.read_text(encoding='utf-8', errors='replace') if place.exists() else ''
         name = known if re.fullmatch('[0-9a-f]{8}', known) else uuid.uuid4().hex[:8]
         write_atomically(place, name.encode())
         stdin = sys.stdin

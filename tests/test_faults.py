@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -296,9 +297,10 @@ def test_bars_are_drawn_over_themselves_on_a_terminal(monkeypatch):
     assert sys.stderr.getvalue().count('\r') >= 2 and sys.stderr.getvalue().count('\n') == 1
 
 
-def test_what_is_said_reaches_a_pipe_at_once(endless):
+def test_what_is_said_reaches_a_pipe_at_once(endless, monkeypatch):
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     process = endless([sys.executable, str(ROOT / 'train.py')])         # it has no end
-    assert process.stdout.readline().startswith('model: ') and process.poll() is None
+    assert select.select([process.stdout], [], [], 10)[0] and process.stdout.readline().startswith('model: ')
 
 
 @needs_full
