@@ -27,6 +27,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+from runtime.output import unfailing_output                             # before torch: says what is not installed
+
 import torch
 
 import bench_svd
@@ -37,7 +39,6 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
-from runtime.output import unfailing_output
 from runtime.timing import generation, paired, quartiles, take_turns, timed
 from train import HERE_KEYS, TrainConfig, build_optimizer
 
@@ -121,6 +122,7 @@ class BenchConfig(TrainConfig):
         return [int(word) for word in words]
 
 
+@unfailing_output()
 def main(argv=None):
     """-> exit code: 0 done, 1 a check failed, 2 wrong input (one line on stderr)."""
     argv = sys.argv[1:] if argv is None else argv
@@ -130,11 +132,10 @@ def main(argv=None):
     try:
         cfg = load_config(argv)
         action = check if cfg.check else bench_decoding if cfg.decode else bench_methods if cfg.svd else bench_steps
-        with unfailing_output():
-            return action(cfg)
+        return action(cfg)
     except UserError as e:
         print(f'bench.py: {e}', file=sys.stderr)
-        return 2
+        return e.code
 
 
 def load_config(argv):

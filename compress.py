@@ -26,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
+from runtime import command                                             # before torch: says what is not installed
+
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -34,7 +36,6 @@ import compress_layers as layers
 import compress_spectrum as spectrum
 from model import GPT
 from runtime import checkpoint as ckpt
-from runtime import command
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained
@@ -42,7 +43,7 @@ from runtime.config import SWITCH, UserError, one_line
 from runtime.dataset import GPT2_META, Dataset, locate
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
-from runtime.files import new_folder, write_atomically
+from runtime.files import new_folder, unwritable, write_atomically
 from runtime.optim import build_optimizer
 from runtime.run import lock, move_aside
 from runtime.schedule import get_lr
@@ -136,7 +137,7 @@ class CompressConfig:
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
+    """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr, nothing written), 130 / 143 stopped."""
     return command.run('compress.py', CompressConfig, __doc__, compress, argv)
 
 
@@ -157,7 +158,7 @@ def compress(cfg):
         save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), report, save_dir, cfg.overwrite)
         return words
     except OSError as e:
-        raise UserError(f'{e.filename or path}: {e.strerror or one_line(e)}') from None
+        raise unwritable(e.filename or path, e) from None
     except (ValueError, FloatingPointError, torch.linalg.LinAlgError) as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
 
@@ -387,7 +388,7 @@ def save(checkpoint, report, save_dir, overwrite):
             if held is not None:
                 os.close(held)
     except OSError as e:
-        raise UserError(f'save_dir={str(save_dir)!r}: cannot be written: {e.strerror or one_line(e)}') from None
+        raise unwritable(f'save_dir={str(save_dir)!r}: cannot be written', e) from None
 
 
 def load_model(cfg, path):

@@ -11,6 +11,8 @@ import math
 import time
 from pathlib import Path
 
+from runtime.output import unfailing_output                             # before torch: says what is not installed
+
 import torch
 
 from model import GPT, GPTConfig
@@ -27,6 +29,7 @@ KINDS = {
 }
 
 
+@unfailing_output()                                                     # | head
 def main():
     torch.manual_seed(1337)
     side_by_side()

@@ -9,6 +9,8 @@ sees the future; 5 a small model trained on this repo's model.py, then run at se
 
 from pathlib import Path
 
+from runtime.output import unfailing_output                             # before torch: says what is not installed
+
 import torch
 import torch.nn as nn
 
@@ -17,6 +19,7 @@ from lowrank.svd import METHODS, energy, low_rank_approximation, rank_for_energy
 from model import GPT, SCOPES, GPTConfig
 
 
+@unfailing_output()                                                     # | head
 def main():
     torch.manual_seed(1337)
     best_approximation()

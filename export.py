@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from runtime import command                                             # before torch: says what is not installed
+
 import torch
 
 import special_layers
@@ -26,11 +28,10 @@ from compress_layers import without_adapters
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
-from runtime import command
 from runtime import config as configuration
 from runtime import download, pretrained
-from runtime.config import UserError, one_line
-from runtime.files import new_folder, write_atomically
+from runtime.config import UserError
+from runtime.files import new_folder, unwritable, write_atomically
 from runtime.optim import restore_optimizer
 from train import TrainConfig
 
@@ -87,7 +88,7 @@ def export(cfg):
             fill(folder)
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     except OSError as e:
-        raise UserError(f'save_dir={str(save_dir)!r}: cannot be written: {e.strerror or one_line(e)}') from None
+        raise unwritable(f'save_dir={str(save_dir)!r}: cannot be written', e) from None
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}') from None
     c = model.config

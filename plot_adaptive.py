@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
-from runtime import command, plots
+from runtime import command, plots                                      # before torch: says what is not installed
 from runtime.config import UserError
+
+from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
 
 ROWS = {'principal_alignment': ('principal share', {'danger': DANGER_ALIGNMENT}),
         'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'r': ('r, all of them in full mode', {})}
@@ -32,7 +33,7 @@ class PlotConfig:
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr)."""
+    """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr)."""
     return command.run('plot_adaptive.py', PlotConfig, __doc__, plot, argv)
 
 
@@ -42,6 +43,9 @@ def plot(cfg):
     path, target = Path(cfg.out_dir) / 'metrics.jsonl', Path(cfg.out_dir) / 'adaptive_svd.png'
     try:
         rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"out_dir='{cfg.out_dir}': no run there; first: python train.py config/train_adaptive_svd.py, "
+                        'or name one: --out_dir=DIR') from None
     except OSError as e:
         raise UserError(f'{path}: cannot be read: {e.strerror} (nearest: the out_dir of a run)') from None
     except (ValueError, RecursionError):

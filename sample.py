@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from runtime.output import unfailing_output                             # before torch: says what is not installed
+
 import torch
 
 import special_layers
@@ -24,7 +26,6 @@ from runtime import pretrained
 from runtime.config import UserError
 from runtime.dataset import GPT2_META, Tokenizer
 from runtime.draw import check_draw
-from runtime.output import unfailing_output
 
 
 END = '\n---------------\n'
@@ -61,6 +62,7 @@ class SampleConfig:
         check_draw(self.temperature, self.top_k, self.top_p)
 
 
+@unfailing_output()                                                     # | head
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -69,15 +71,14 @@ def main(argv=None):
         return 0
     try:
         cfg, set_by = configuration.load(SampleConfig, argv)
-        with unfailing_output():                                      # | head
-            for piece in samples(cfg, set_by):
-                print(piece, end='', flush=True)
-                if getattr(sys.stdout, 'silent', False):              # nobody reads on
-                    break
+        for piece in samples(cfg, set_by):
+            print(piece, end='', flush=True)
+            if getattr(sys.stdout, 'silent', False):                  # nobody reads on
+                break
         return 0
     except UserError as e:
         print(f'sample.py: {e}', file=sys.stderr)
-        return 2
+        return e.code
     except KeyboardInterrupt:
         return 130
 

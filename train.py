@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from runtime.output import unfailing_output                             # before torch: says what is not installed
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import special_layers
 from lowrank.adaptive_control import AdaptiveSVD
@@ -32,13 +33,13 @@ from model import FREE_FIELDS, GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained, schedule
+from runtime import pretrained, progress, schedule
 from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, locate
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
+from runtime.files import in_words
 from runtime.optim import build_optimizer, exchange
-from runtime.output import unfailing_output
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
 from runtime.schedule import get_lr, schedule_length, warmup_iters
@@ -66,6 +67,8 @@ class TrainConfig(GPTConfig):
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
     wandb_project: Annotated[str, 'wandb project'] = 'owt'
     wandb_run_name: Annotated[str, 'wandb run name'] = 'gpt2'
+    wandb_group: Annotated[str | None, 'wandb group, of the runs of a sweep'] = None
+    wandb_tags: Annotated[str | None, "wandb tags, as 'svd,rank 4'"] = None
     # data
     dataset: Annotated[str, 'folder below data/, path of a prepared folder, or a text file'] = 'openwebtext'
     tokenizer: Annotated[Literal['char', 'gpt2'], 'how to encode if dataset is a text file'] = 'char'
@@ -128,22 +131,23 @@ MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 HERE_KEYS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')    # not those of a checkpoint
 
 
+@unfailing_output()
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input, 1 training failed, 130 / 143 after Ctrl-C / SIGTERM; one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(TrainConfig, __doc__.strip()))
         return 0
-    with unfailing_output(), Stop(under_torchrun='RANK' in os.environ) as stop:
+    with Stop(under_torchrun='RANK' in os.environ) as stop:
         try:
             cfg, set_by, saved = load_config(argv)
             with Processes(cfg) as processes:
                 train(cfg, set_by, saved, processes, stop)
             return 0
         except UserError as e:
-            code, words = 2, str(e)
+            code, words = e.code, str(e)
         except (TrainingStopped, LostProcess, torch.linalg.LinAlgError, torch.OutOfMemoryError, OSError) as e:
-            code, words = 1, f'training stopped: {one_line(e)}'
+            code, words = 1, f'training stopped: {in_words(e)}'
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
             code, words = 128 + number, f'stopped by {signal.Signals(number).name}'
@@ -209,15 +213,14 @@ def train(cfg, set_by, saved, processes, stop):
             saved.clear()                                               # main() still holds it: free the memory
         if processes.is_main:
             run.open_files()
-        with stop.noted(), progress(run) as bar:
+        with stop.noted(), progress.bar(total=cfg.max_iters, initial=run.iter_num, desc='train', unit='step',
+                                        disable=not processes.is_main) as bar:
             loop(run, evaluate, stop, bar)
         if processes.is_main:
             result = evaluate.final()
             run.log({'iter': run.iter_num, **result})
             say(evaluate.describe_final(result))
             say('sample:\n' + sample(model, data, device, context) + '\n')
-            if run.wandb:
-                run.wandb.finish()
 
 
 def replicate(run):
@@ -230,11 +233,6 @@ def replicate(run):
         ids = [device] if 'cuda' in device else None                    # each process notes V of its own batches
         replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
     return replica
-
-
-def progress(run):
-    return tqdm(total=run.cfg.max_iters, initial=run.iter_num, desc='train', unit='step', dynamic_ncols=True,
-                disable=not run.processes.is_main, mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
 def loop(run, evaluate, stop, bar):

@@ -14,7 +14,8 @@ from pathlib import Path
 from runtime import download
 from runtime.config import UserError
 from runtime.dataset import write_dataset
-from runtime.files import write_atomically
+from runtime.files import in_words, write_atomically
+from runtime.output import unfailing_output
 
 HERE = Path(__file__).resolve().parent
 TINY_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -28,9 +29,10 @@ LEFTOVER = re.compile(r"(SCENE [IVX]+:|Enter [A-Z]{2}).*|[A-Z' ]{4,}|SONG\.|.*[]
 DIRECTION = re.compile(r'[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*')
 
 
+@unfailing_output()
 def prepare(tokenizer, folder, argv=None):
-    """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network, 2 wrong input, 130
-    Ctrl-C."""
+    """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network or a full disk, 2
+    wrong input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f'python data/{folder.name}/prepare.py', allow_abbrev=False)
     parser.add_argument('--input', metavar='FILE', help='a UTF-8 text (default: input.txt here, else a download)')
     parser.add_argument('--out_dir', metavar='DIR', type=Path, default=folder, help='default: this folder')
@@ -44,7 +46,7 @@ def prepare(tokenizer, folder, argv=None):
             raise UserError(f'--out_dir={args.out_dir}: {e.strerror}') from None
         meta = write_dataset(args.out_dir, text, tokenizer, source)
     except (UserError, OSError) as e:
-        print(e, file=sys.stderr)
+        print(in_words(e), file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
         print('interrupted; the same command starts anew', file=sys.stderr)

@@ -1,0 +1,30 @@
+"""What any training repo needs; knows nothing of low rank. Entry points import it before torch and numpy, so that what
+the machine lacks is one line instead of a traceback."""
+
+import importlib.util
+import os
+import sys
+from importlib import metadata
+
+
+def _check_machine():
+    lacking = [name for name in ('torch', 'numpy', 'tqdm') if importlib.util.find_spec(name) is None]
+    if sys.version_info < (3, 11):
+        trouble = f'Python {sys.version_info[0]}.{sys.version_info[1]} is too old: install 3.11 or later'
+    elif lacking:
+        trouble = f'{", ".join(lacking)}: not installed: pip install -r requirements.txt'
+    elif _is_old_torch():
+        trouble = f'torch {metadata.version("torch")} is too old: pip install -r requirements.txt'
+    else:
+        return
+    raise SystemExit(f'{os.path.basename(sys.argv[0])}: {trouble}')
+
+
+def _is_old_torch():
+    try:
+        return tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9)       # Muon came with it
+    except (metadata.PackageNotFoundError, ValueError):                 # built from source, and brave
+        return False
+
+
+_check_machine()

@@ -11,21 +11,22 @@ from runtime.output import unfailing_output
 from runtime.stopping import Stop
 
 
+@unfailing_output()
 def run(script, cls, usage, action, argv=None):
     """Build the dataclass `cls` from argv (None: sys.argv's) and print what action(cfg) says -> exit code: 0 done,
-    2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
+    1 a full disk, 2 wrong input (one line on stderr, nothing written), 130 / 143 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(cls, usage.strip()))
         return 0
     try:
-        with unfailing_output(), Stop(under_torchrun=False):
+        with Stop(under_torchrun=False):
             cfg, _ = configuration.load(cls, argv)
             print(action(cfg))
         return 0
     except UserError as e:
         print(f'{script}: {e}', file=sys.stderr)
-        return 2
+        return e.code
     except KeyboardInterrupt as e:
         return 128 + getattr(e, 'signal', signal.SIGINT)
 

@@ -11,18 +11,21 @@ import ast
 import difflib
 import math
 import numbers
+import os
 import types
 import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+ROOT = Path(__file__).resolve().parents[1]                          # its scripts are no config files
 SWITCH = 'switch'
 
 
 class UserError(ValueError):
     """The user's input was wrong. The entry points print it as one line and exit with code 2: what could break that
     line, or steer a terminal, is escaped."""
+    code = 2
 
     def __init__(self, text):
         super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
@@ -39,14 +42,13 @@ def parse(cls, argv, base=None):
     a dict of the keys the user set -> where. `base` replaces defaults (a checkpoint's configuration)."""
     values = {f.name: f.default for f in fields(cls)} | (base or {})
     hints = get_type_hints(cls, include_extras=True)
+    options = [parse_option(arg, hints) for arg in argv if arg.startswith('-')]     # before a file: '--key value'
     set_by = {}
     for path in (arg for arg in argv if not arg.startswith('-')):
         for key, value in run_config_file(path, values, hints).items():
             values[key], set_by[key] = check(key, value, hints[key], path), path
-    for arg in argv:
-        if arg.startswith('-'):
-            key, value = parse_option(arg, hints)
-            values[key], set_by[key] = value, 'the command line'
+    for key, value in options:
+        values[key], set_by[key] = value, 'the command line'
     return values, set_by
 
 
@@ -91,6 +93,18 @@ def parse_option(arg, hints):
     return key, check(key, value, hints[key], 'the command line')
 
 
+def meant_instead(word, hints):
+    """Where a word is no config file: what it may have been meant for."""
+    key, equals, value = word.partition('=')
+    if key.replace('-', '_') in hints:
+        return f' (nearest: --{key.replace("-", "_")}={value if equals else "VALUE"})'
+    if 'out_dir' in hints and os.path.exists(os.path.join(word, 'ckpt.pt')):
+        return f' (nearest: --out_dir={word})'
+    siblings = [str(p) for folder in dict.fromkeys((Path(word).parent, Path('config'))) if folder.resolve() != ROOT
+                for p in sorted(folder.glob('*.py'))]
+    return did_you_mean(word, siblings, other='options are written --key=value; --help lists them')
+
+
 def run_config_file(path, values, hints):
     """Run one Python config file with the current values visible -> the keys it sets."""
     try:
@@ -98,10 +112,8 @@ def run_config_file(path, values, hints):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')                         # about a string's backslashes, say: not errors
             tree = ast.parse(source, filename=path)
-    except FileNotFoundError:
-        siblings = [str(p) for folder in {Path(path).parent, Path('config')} for p in sorted(folder.glob('*.py'))]
-        other = 'none in config/' if not siblings else f'there are {", ".join(siblings[:8])}'
-        raise UserError(f'{path}: no such config file{did_you_mean(path, siblings, other=other)}') from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f'{path}: no such config file{meant_instead(path, hints)}') from None
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
     except (OSError, ValueError, RecursionError, MemoryError) as e:

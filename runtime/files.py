@@ -1,10 +1,42 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import os
 import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from runtime.config import UserError, one_line
+
+FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
+ROOM = '; make room there, then the same command again'
+
+
+class DiskFull(UserError):
+    """No fault of the user's input: exit code 1."""
+    code = 1
+
+
+def unwritable(where, error):
+    """The exception, DiskFull or UserError, to raise for an OSError; where: option or file, as text."""
+    words = f'{where}: {error.strerror or one_line(error)}'
+    return DiskFull(words + ROOM) if error.errno in FULL else UserError(words)
+
+
+def in_words(error):
+    """An exception on one line; of a full disk also what to do."""
+    return one_line(error) + (ROOM if isinstance(error, OSError) and error.errno in FULL else '')
+
+
+@contextmanager
+def naming(path):
+    """A block whose OSErrors name the file, as those of open() do and those of write() do not."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -14,7 +46,7 @@ def replacing(path):
     path = Path(path)
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')    # another process may write the same file
     try:
-        with open(temporary, 'wb') as f:
+        with naming(path), open(temporary, 'wb') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

@@ -2,8 +2,10 @@
 
 import importlib
 from collections import namedtuple
+from contextlib import nullcontext
 
 from runtime.config import UserError
+from runtime.files import replacing, unwritable
 
 Point = namedtuple('Point', 'x y label kind')       # kind: points of one look the same
 # where a label may stand beside its point: offset in points, alignments
@@ -112,9 +114,10 @@ def line_panels(path, rows, x_label, number_label, title):
 
 def _save(figure, path):
     try:
-        figure.savefig(path, format='png')
+        with nullcontext(path) if hasattr(path, 'write') else replacing(path) as file:
+            figure.savefig(file, format='png')
     except OSError as e:
-        raise UserError(f'{path}: cannot be written: {e.strerror}') from None
+        raise unwritable(f'{path}: cannot be written', e) from None
 
 
 def _share_limits(ax, panels, floor):

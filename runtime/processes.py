@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -79,10 +80,10 @@ class Processes:
                 try:
                     result = work()
                 except UserError as e:
-                    fault = str(e)
+                    fault = e
             for fault in self.gather(fault):                        # all wait here for those whose turn it is
                 if fault is not None:
-                    raise UserError(fault)
+                    raise fault
         return result
 
     def orphaned(self):
@@ -117,3 +118,4 @@ class Processes:
     def print(self, text):
         if self.is_main:
             tqdm.write(text)
+            sys.stdout.flush()                                      # a pipe keeps it back

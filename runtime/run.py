@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,10 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError, one_line
-from runtime.files import remove_leftovers, replacing, write_atomically
+from runtime.files import FULL, naming, remove_leftovers, replacing, unwritable, write_atomically
 from runtime.finite import first_bad_layer
 from runtime.optim import restore_optimizer
+from runtime.tracking import Tracking
 
 HEAD = '# this run, resolved; can be given to train.py again\n'       # tells a run's config.py from a user's own
 
@@ -45,14 +47,19 @@ class Run:
         self.iter_num, self.saved_at = 0, None
         # best over evaluations on the grid of eval_interval, and of one that was only made because the run ended there
         self.best_interim_loss, self.best_at_end, self.ended_off_grid = 1e9, 1e9, False
-        self.out, self.wandb, self._lock, self._loaded = Path(cfg.out_dir), None, None, None
+        self.out, self._tracking, self._lock, self._loaded = Path(cfg.out_dir), None, None, None
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self._lock is not None:
-            os.close(self._lock)
+    def __exit__(self, kind, error, _):
+        try:
+            if self._tracking is not None:
+                by_hand = isinstance(error, KeyboardInterrupt)
+                self._tracking.finish(128 + getattr(error, 'signal', signal.SIGINT) if by_hand else int(bool(kind)))
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
     def restore(self, saved):
         """Go on where the checkpoint stood. Raises UserError where it does not fit."""
@@ -93,7 +100,6 @@ class Run:
     def open_files(self):
         """OUT_DIR and wandb, on process 0."""
         cfg, say = self.cfg, self.processes.print
-        wandb = import_wandb() if cfg.wandb_log else None
         texts = {'config.py': configuration.dump(cfg, HEAD),
                  'environment.json': json.dumps(devices.environment(self.processes.device, self.dtype), indent=1)}
         try:
@@ -113,13 +119,11 @@ class Run:
                 again = self.iter_num % cfg.eval_interval == 0 or self.iter_num >= cfg.max_iters or self.ended_off_grid
                 forget_after(self.out / 'metrics.jsonl', self.iter_num, again)
         except OSError as e:
-            raise UserError(f'out_dir={cfg.out_dir!r}: cannot be written: {e.strerror or e}') from None
-        if wandb:
-            try:
-                wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), dir=cfg.out_dir)
-                self.wandb = wandb
-            except Exception as e:                                      # no key, no network: train all the same
-                say(f'wandb does not start ({type(e).__name__}: {one_line(e)[:200]}); metrics.jsonl has everything')
+            raise unwritable(f'out_dir={cfg.out_dir!r}: cannot be written', e) from None
+        if cfg.wandb_log:
+            tags = [tag.strip() for tag in (cfg.wandb_tags or '').split(',') if tag.strip()]
+            self._tracking = Tracking(self.out, say, project=cfg.wandb_project, name=cfg.wandb_run_name,
+                                      group=cfg.wandb_group, tags=tags or None, config=asdict(cfg))
 
     def log(self, row):
         """A line of metrics.jsonl, and to wandb."""
@@ -128,9 +132,9 @@ class Run:
         try:
             append_json(self.out / 'metrics.jsonl', row)
         except OSError as e:
-            raise self.stopped(f'after step {self.iter_num}: {self.out}/metrics.jsonl: {e.strerror}') from None
-        if self.wandb:
-            self.wandb.log({k: v for k, v in row.items() if k != 'iter'}, step=row['iter'])
+            raise self._unwritten(f'{self.out}/metrics.jsonl', e) from None
+        if self._tracking is not None:
+            self._tracking.log(row)
 
     def random_states(self):
         """Of every process, as a list; all have to call it."""
@@ -150,7 +154,7 @@ class Run:
                        **({} if self.adaptive is None else {'adaptive_svd': self.adaptive.state_dict()}),
                        **({} if model.svd_basis is None else {'svd_basis': model.svd_basis})}, self.out / name)
         except OSError as e:
-            raise self.stopped(f'after step {self.iter_num}: {self.out / name} was not saved: {e.strerror}') from None
+            raise self._unwritten(f'{self.out / name} was not saved', e) from None
         except FloatingPointError as e:
             raise self.stopped(f'step {self.iter_num}: {e}') from None
         self.saved_at = self.iter_num
@@ -181,13 +185,13 @@ class Run:
             return TrainingStopped(f'{why}; no checkpoint had been saved')
         return TrainingStopped(f'{why}; the checkpoint of step {self.saved_at} is kept')
 
-
-def import_wandb():
-    try:
-        import wandb
-        return wandb
-    except ImportError:
-        raise UserError('wandb_log=True: needs a package: pip install wandb (nearest: --wandb_log=False)') from None
+    def _unwritten(self, what, error):
+        """TrainingStopped to raise where the disk does not take a file."""
+        stopped = self.stopped(f'after step {self.iter_num}: {what}: {error.strerror}')
+        if error.errno not in FULL:
+            return stopped
+        again = 'start again' if self.saved_at is None else f'--init_from=resume --out_dir={self.out} goes on'
+        return TrainingStopped(f'{stopped}; make room there, then {again}')
 
 
 def lock(folder, option='out_dir'):
@@ -235,7 +239,7 @@ def make_folder(path):
 
 def append_json(path, row):
     """One more line of JSON. Raises OSError."""
-    with open(path, 'a', encoding='utf-8') as f:
+    with naming(path), open(path, 'a', encoding='utf-8') as f:
         f.write(json.dumps(row, allow_nan=False) + '\n')
 
 

@@ -125,7 +125,10 @@ def test_the_place_that_set_a_wrong_value_is_named(config_file):
     ('--MAX_ITERS=3', '(nearest: --max_iters)'), ('--qqq=3', '(--help lists the options)'),
     ('--use_svd', '--use_svd: needs a value, written --use_svd=VALUE, which is True or False'),
     ('-n_layer=3', 'options are written --key=value'), ('--', 'options are written --key=value'),
-    ('--=3', 'options are written --key=value'), ('max_iters=3', 'max_iters=3: no such config file')])
+    ('--=3', 'options are written --key=value'),
+    ('max_iters=3', 'max_iters=3: no such config file (nearest: --max_iters=3)'),
+    ('max-iters=3', '(nearest: --max_iters=3)'), ('use_svd', '(nearest: --use_svd=VALUE)'),
+    ('help', 'help: no such config file (options are written --key=value; --help lists them)')])
 def test_a_mistyped_option_is_answered_with_the_nearest(option, words):
     assert words in refuse(option)
 
@@ -231,7 +234,23 @@ def test_a_missing_config_file_is_answered_with_the_nearest(workdir, config_file
 
 
 def test_a_folder_is_no_config_file(workdir):
-    assert refuse(str(workdir)).startswith(f'{workdir}: cannot be read as a Python file')
+    assert refuse(str(workdir)).startswith(f'{workdir}: no such config file')
+
+
+def test_the_folder_of_a_run_is_taken_for_one(workdir):
+    (workdir / 'run').mkdir()
+    (workdir / 'run' / 'ckpt.pt').touch()
+    assert '(nearest: --out_dir=run)' in refuse('run')
+
+
+def test_the_scripts_are_not_offered_as_config_files(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for word in ('help', 'models', 'train_.py', 'bench'):
+        assert 'nearest: config/' in refuse(word) or 'nearest' not in refuse(word)
+
+
+def test_a_value_after_a_space_is_told_from_a_config_file():
+    assert refuse('--svd_rank', '4').startswith('--svd_rank: needs a value, written --svd_rank=VALUE')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,7 +260,7 @@ def test_a_folder_is_no_config_file(workdir):
 @pytest.mark.parametrize('arguments, words', [
     (['--sed=1'], 'nearest: --seed'), (['--seed'], 'needs a value'), (['--seed=1.5'], 'nearest: 2'),
     (['--seed=-1'], 'nearest: 0'), (['my.py', '--seed=-1'], 'nearest: 0'), (['nowhere.py'], 'no such config file'),
-    (['.'], 'cannot be read'), (['raises.py'], 'raises.py, line 1: NameError'), (['exits.py'], 'exits.py, line 1'),
+    (['.'], 'no such config file'), (['raises.py'], 'raises.py, line 1: NameError'), (['exits.py'], 'exits.py, line 1'),
     (['syntax.py'], 'syntax.py, line 1'), (['latin1.py'], 'cannot be read'), (['typo.py'], 'nearest: seed'),
     (['type.py'], 'must be a whole number [type.py]')])
 def test_wrong_input_is_one_line_and_exit_code_2(refused, config_file, main, config, arguments, words):

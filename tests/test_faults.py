@@ -2,8 +2,11 @@
 
 import copy
 import errno
+import importlib
+import io
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +15,18 @@ import pytest
 import torch
 
 import runtime.checkpoint
+import runtime.files
 import runtime.run
 import train
-from conftest import ROOT, TINY, checkpoint, folder_bytes, rows
+from conftest import ROOT, TEXT, TINY, checkpoint, folder_bytes, rows
 from model import GPT, METHODS, SCOPES
+from runtime import plots, progress
+from runtime.dataset import locate
+from runtime.files import DiskFull
 from test_resume import same
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
+needs_full = pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is full by nature: Linux')
 TWO_LAYERS = [*TINY, '--n_layer=2', '--max_iters=8']
 
 
@@ -202,6 +210,111 @@ def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, monkeypa
     assert result.code == 1 and 'Traceback' not in result.err
     assert f'{os.strerror(error)}; the checkpoint of step 2 is kept' in result.err.splitlines()[-1]
     assert checkpoint()['iter_num'] == 2
+
+
+@needs_full
+@pytest.mark.parametrize('place, words', [
+    ('metrics.jsonl', "out/metrics.jsonl: No space left on device; no checkpoint had been saved; make room there, then "
+     'start again'),
+    ('ckpt.pt', 'out/ckpt.pt was not saved: No space left on device; no checkpoint had been saved; make room there, '
+     'then start again'),
+    ('ckpt.pt of a resumed run', 'the checkpoint of step 4 is kept; make room there, then --init_from=resume '
+     '--out_dir=out goes on'),
+    ('config.py', "out_dir='out': cannot be written: No space left on device; make room there, then the same command "
+     'again'),
+    ('eval.jsonl', "No space left on device: 'out/eval.jsonl'; make room there, then the same command again")])
+def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, fit, monkeypatch, place, words):
+    """Exit code 1, one line, and what was there before stays."""
+    name, resumed = place.split()[0], place.endswith('run') or place == 'eval.jsonl'
+    if resumed:
+        fit()
+    before = folder_bytes().get('ckpt.pt') if resumed else None
+    full_for(monkeypatch, name)
+    options = ['--init_from=resume', '--device=cpu', '--max_iters=8'] if resumed else TINY
+    result = call(train.main, *options, f'--eval_only={name == "eval.jsonl"}')
+    line = [line for line in result.err.splitlines() if 'step/s' not in line]
+    assert result.code == 1 and len(line) == 1 and line[0].endswith(words), result.err
+    assert (folder_bytes().get('ckpt.pt') if Path('out').exists() else None) == before
+    assert not list(Path('.').rglob('*.tmp'))
+
+
+def full_for(monkeypatch, name):
+    """Writing a file of this name, or a temporary one that becomes it, finds the disk full."""
+    def opened(path, mode='r', *args, **options):
+        file = open(path, mode, *args, **options)
+        if Path(path).name.startswith(name) and mode != 'r':
+            file.close()
+            return open('/dev/full', mode, 0) if 'b' in mode else FullText()
+        return file
+
+    class FullText(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(runtime.files, 'open', opened, raising=False)
+    monkeypatch.setattr(runtime.run, 'open', opened, raising=False)
+
+
+@needs_full
+def test_a_text_that_cannot_be_prepared_for_a_full_disk_is_one_line(call, monkeypatch):
+    Path('mine.txt').write_text(TEXT)
+    monkeypatch.setattr(train, 'locate', lambda *args: locate(*args, roots=(Path('data'),)))
+    full_for(monkeypatch, 'train.bin')
+    result = call(train.main, *TINY, '--dataset=mine.txt')
+    assert result.code == 1 and result.err.startswith('train.py: dataset=mine.txt: data/mine-char-')
+    assert result.err.endswith('train.bin: cannot be written: No space left on device; make room there, then the same '
+                               'command again\n')
+
+
+@needs_full
+def test_a_figure_that_does_not_fit_leaves_the_old_one(monkeypatch):
+    Path('figure.png').write_bytes(b'old')
+    full_for(monkeypatch, 'figure.png')
+    panel = plots.Panel([plots.Line([1, 2], [1, 2], 0)], {}, {})
+    with pytest.raises(DiskFull, match='figure.png: cannot be written: No space left on device; make room there'):
+        plots.line_panels('figure.png', [plots.PanelRow('loss', 'linear', {'a': panel})], 'step', 'block', 'title')
+    assert Path('figure.png').read_bytes() == b'old' and not list(Path('.').glob('*.tmp'))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pipes
+
+def test_bars_are_lines_in_a_pipe(call):
+    """No carriage return, and what is said between does not draw them again."""
+    err = call(train.main, *TINY).err
+    bars = err.splitlines()
+    assert '\r' not in err and len(bars) == 2
+    assert bars[0].startswith('train:   0%|') and bars[1].startswith('train: 100%|##########| 4/4 ')
+    assert 'loss ' in bars[1] and bars[1] == bars[1].rstrip()
+
+
+def test_bars_are_drawn_over_themselves_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    with progress.bar(total=2, desc='train') as bar:
+        bar.update(2)
+    assert sys.stderr.getvalue().count('\r') >= 2 and sys.stderr.getvalue().count('\n') == 1
+
+
+def test_what_is_said_reaches_a_pipe_at_once(endless, monkeypatch):
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+    process = endless([sys.executable, str(ROOT / 'train.py')])         # it has no end
+    assert select.select([process.stdout], [], [], 10)[0] and process.stdout.readline().startswith('model: ')
+
+
+@needs_full
+@pytest.mark.parametrize('module', ['train', 'sample', 'bench', 'compress', 'export', 'plot_adaptive'])
+@pytest.mark.parametrize('options, code', [(['--help'], 0), (['--no_such_option'], 2)])
+def test_nobody_has_to_listen(module, options, code):
+    """A pipe that is closed, a disk that is full: no traceback, and the same exit code."""
+    main = importlib.import_module(module).main
+    streams = sys.stdout, sys.stderr
+    try:
+        with open('/dev/full', 'w') as sys.stdout, open('/dev/full', 'w') as sys.stderr:
+            assert main(options) == code
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 # ----------------------------------------------------------------------------------------------------------------------

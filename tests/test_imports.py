@@ -2,10 +2,13 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('lowrank', 'runtime', 'data', 'config')
@@ -73,6 +76,27 @@ def test_there_are_no_cycles():
     while leaves := {file for file in needs if not needs[file] & needs.keys()}:
         needs = {file: targets for file, targets in needs.items() if file not in leaves}
     assert not needs, f'these import each other: {sorted(needs)}'
+
+
+def commands():
+    return sorted({'train.py', *(f for f in FILES if '__main__' in (ROOT / f).read_text())})
+
+
+@pytest.mark.parametrize('missing', [['torch'], ['numpy', 'tqdm']], ids=' '.join)
+@pytest.mark.parametrize('file', commands())
+def test_a_missing_package_is_one_line(file, missing, tmp_path):
+    script = ('import runpy, sys; sys.path[0], *sys.argv = sys.argv[1:]; '
+              f'sys.modules.update(dict.fromkeys({missing})); runpy.run_path(sys.argv[0], run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', script, str((ROOT / file).parent), str(ROOT / file)],
+                          capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    words = f'{Path(file).name}: {", ".join(missing)}: not installed: pip install -r requirements.txt\n'
+    assert (done.returncode, done.stdout, done.stderr) == (1, '', words)
+
+
+def test_an_old_torch_is_one_line(monkeypatch):
+    monkeypatch.setattr('importlib.metadata.version', lambda name: '2.8.1+cu128')
+    with pytest.raises(SystemExit, match='torch 2.8.1.cu128 is too old: pip install -r requirements.txt'):
+        runtime._check_machine()
 
 
 def test_third_party_imports_at_load_time_are_in_requirements():

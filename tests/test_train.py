@@ -5,8 +5,10 @@ import math
 import pickle
 import re
 import sys
+import time
 import weakref
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +24,12 @@ from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
 from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
+from runtime import tracking
 from runtime.config import UserError
 from runtime.dataset import Dataset, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
 from runtime.optim import Muon, MuonAdamW, gpt_groups
+from test_resume import interrupt
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = ('--use_svd=True', '--svd_rank=2')                            # of 8
@@ -117,11 +121,10 @@ def test_a_symbolic_link_as_out_dir_stays_one(fit, here):
 
 @pytest.mark.parametrize('options', [
     ['--n_embd=15'], ['--dataset=nowhere'], ['--block_size=5000'], ['--vocab_size=3'], ['--device=tpu'], ['nowhere.py'],
-    ['--init_from=resume', '--n_layer=7'], ['--wandb_log=True'], ['--tokenizer=gpt2']], ids=' '.join)
-def test_nothing_is_moved_or_written_when_the_input_is_wrong(fit, refused, monkeypatch, options):
+    ['--init_from=resume', '--n_layer=7'], ['--tokenizer=gpt2']], ids=' '.join)
+def test_nothing_is_moved_or_written_when_the_input_is_wrong(fit, refused, options):
     fit()
     before = folder_bytes('.')
-    monkeypatch.setitem(sys.modules, 'wandb', None)                 # not installed
     refused(train.main, *TINY, *options)
     assert folder_bytes('.') == before
 
@@ -792,26 +795,123 @@ def test_wandb_offline_writes_below_out_dir(fit, monkeypatch):
     assert list(Path('out/wandb').glob('offline-run-*/run-*.wandb'))
 
 
-def test_wandb_gets_the_rows_of_metrics(fit, monkeypatch):
-    logged = []
-    fake = SimpleNamespace(init=lambda **options: logged.append(options), finish=lambda: logged.append('finished'),
-                           log=lambda row, step: logged.append({'iter': step, **row}))
-    monkeypatch.setitem(sys.modules, 'wandb', fake)
-    fit('--wandb_log=True', '--wandb_project=ours', '--wandb_run_name=7')
-    assert (logged[0]['project'], logged[0]['name'], logged[0]['config']['n_embd']) == ('ours', '7', 16)
-    assert logged[1:-1] == rows() and logged[-1] == 'finished'
+class Wandb:
+    """The little of wandb that a run needs, and what it was told. `broken`: name of a call -> what it does instead."""
+
+    def __init__(self, **broken):
+        self.broken, self.options, self.rows, self.metrics, self.codes = broken, [], [], [], []
+
+    def init(self, **options):
+        self.options.append(options | dict(terminal=sys.stdin.isatty()))
+        self.broken.get('init', lambda: None)()
+        return self
+
+    def define_metric(self, name, **options):
+        self.metrics.append((name, options))
+
+    def log(self, row):
+        self.broken.get('log', lambda: None)()
+        self.rows.append(row)
+
+    def finish(self, exit_code):
+        self.codes.append(exit_code)
+        self.broken.get('finish', lambda: None)()
+
+    Image = staticmethod(lambda path: ('image', path))
 
 
-def test_missing_wandb_is_refused_before_anything_happens(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'wandb', None)
-    assert 'pip install wandb' in refused(train.main, *TINY, '--wandb_log=True') and not Path('out').exists()
+@pytest.fixture
+def fake(monkeypatch):
+    """fake(**broken) -> the `Wandb` that a run will import, and for which it has little patience."""
+    def fake(**broken):
+        made = Wandb(**broken)
+        monkeypatch.setitem(sys.modules, 'wandb', made)
+        return made
+    for name in tracking.LIMITS:
+        monkeypatch.setenv(name, '0.3')
+    monkeypatch.setattr(tracking, 'GRACE', 0)
+    return fake
 
 
-def test_wandb_that_cannot_start_does_not_stop_training(fit, monkeypatch):
-    def init(**options):
-        raise RuntimeError('No API key configured.')
-    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
-    assert 'No API key' in fit('--wandb_log=True') and rows()[-1]['final']
+def test_wandb_gets_the_rows_of_metrics(fit, fake):
+    wandb = fake()
+    fit('--wandb_log=True', '--wandb_project=ours', '--wandb_run_name=7', '--wandb_group=sweep', '--wandb_tags=a, b')
+    options = wandb.options[0]
+    assert [options[key] for key in ('project', 'name', 'group', 'tags')] == ['ours', '7', 'sweep', ['a', 'b']]
+    resolved = asdict(train.load_config(['out/config.py'])[0])
+    assert options['config'] == resolved and resolved['vocab_size'] == 17
+    assert wandb.rows == rows() and wandb.codes == [0]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(fit, call, fake, monkeypatch):
+    wandb = fake()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert call(train.main, *TINY, '--wandb_log=True').code == 130
+    assert call(train.main, RESUME, '--device=cpu').code == 0
+    fit('--wandb_log=True')                                         # another one
+    first, second, other = [options['id'] for options in wandb.options]
+    assert first == second != other and wandb.codes == [130, 0, 0]
+    assert all(options['resume'] == 'allow' and options['allow_val_change'] for options in wandb.options)
+    # wandb's own step only grows; with 'iter' as axis, a step that is taken again is no fault
+    assert ('*', {'step_metric': 'iter'}) in wandb.metrics and all('iter' in row for row in wandb.rows)
+
+
+def test_a_wandb_id_that_is_none_is_replaced(fit, fake):
+    wandb = fake()
+    fit('--wandb_log=True', '--max_iters=2')
+    Path('out/wandb/run-id').write_bytes(b'\xff../x')
+    fit(RESUME, '--wandb_log=True')
+    assert re.fullmatch('[0-9a-f]{8}', wandb.options[1]['id'])
+    assert Path('out/wandb/run-id').read_text() == wandb.options[1]['id']
+
+
+def test_a_run_that_fails_has_failed_for_wandb(call, fake, monkeypatch):
+    wandb = fake()
+    monkeypatch.setattr(runtime.run, 'append_json', lambda *_: (_ for _ in ()).throw(OSError(5, 'broken')))
+    assert call(train.main, *TINY, '--wandb_log=True').code == 1 and wandb.codes == [1]
+
+
+def raising(error):
+    def fail():
+        raise error
+    return fail
+
+
+@pytest.mark.parametrize('broken, words', [
+    (dict(init=raising(RuntimeError('No API\nkey.'))), 'wandb does not start (RuntimeError: No API key.)'),
+    (dict(init=raising(SystemExit(1))), 'wandb does not start (RuntimeError: SystemExit)'),
+    (dict(init=partial(time.sleep, 5)), 'wandb does not start (TimeoutError: no answer in 0.3 seconds)'),
+    (dict(log=raising(OSError(28, 'No space left'))), 'wandb does not log (OSError: [Errno 28] No space left)'),
+    (dict(finish=raising(ValueError('why'))), 'wandb does not finish (ValueError: why)'),
+    (dict(finish=partial(time.sleep, 5)), 'wandb does not finish (TimeoutError: no answer in 0.3 seconds)')])
+def test_a_wandb_that_breaks_does_not_stop_training(fit, fake, broken, words):
+    fake(**broken)
+    out = fit('--wandb_log=True')
+    assert out.count('wandb') == 1 and words in out and 'metrics.jsonl has everything' in out and rows()[-1]['final']
+
+
+@pytest.mark.parametrize('module', [None, SimpleNamespace()], ids=['not installed', 'a folder named wandb'])
+def test_a_missing_wandb_does_not_stop_training(fit, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    assert 'wandb does not start (not installed: pip install wandb)' in fit('--wandb_log=True') and rows()[-1]['final']
+
+
+def test_wandb_is_not_let_near_the_terminal(fit, fake, monkeypatch):
+    """It would ask for a key there, and wait."""
+    wandb, terminal = fake(), SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, 'stdin', terminal)
+    fit('--wandb_log=True')
+    assert wandb.options[0]['terminal'] is False and sys.stdin is terminal
+
+
+def test_figures_go_to_wandb(fake, capsys):
+    wandb = fake()
+    run = tracking.Tracking('sweep', print, project='ours', group='sweep')
+    run.figures({'loss against rank': Path('a.png')})
+    run.finish()
+    assert wandb.rows == [{'loss against rank': ('image', 'a.png')}] and wandb.codes == [0]
+    assert Path('sweep/wandb/run-id').exists() and not capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,15 +17,17 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from runtime import download                                                                # noqa: E402
-from runtime.config import UserError, one_line                                              # noqa: E402
-from runtime.dataset import GPT2_META, UNFINISHED                                         # noqa: E402
-from runtime.files import write_atomically                                                 # noqa: E402
+from runtime.output import unfailing_output                             # before numpy: says what is not installed
+
+import numpy as np
+
+from runtime import download, progress
+from runtime.config import UserError, one_line
+from runtime.dataset import GPT2_META, UNFINISHED
+from runtime.files import in_words, remove_leftovers, replacing, write_atomically
 
 # Fixed revisions, in parquet: a changed file between two runs of one preparation would go unnoticed.
 SOURCES = {
@@ -37,8 +39,9 @@ SHARD_CHARACTERS = 2 ** 24          # about 4 million tokens and a few seconds o
 VAL_ONE_IN = 2000                   # 0.05%, as nanoGPT
 
 
+@unfailing_output()
 def main(argv=None):
-    """Returns the exit code: 0, 1 when the source cannot be reached, 2 for wrong input, 130."""
+    """Returns the exit code: 0, 1 when the source cannot be reached or the disk is full, 2 for wrong input, 130."""
     parser = argparse.ArgumentParser(prog='python data/openwebtext/prepare.py', allow_abbrev=False)
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--source', choices=SOURCES, default='openwebtext', help='default: openwebtext')
@@ -52,7 +55,7 @@ def main(argv=None):
             raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
         prepare(args)
     except (UserError, OSError) as e:
-        print(one_line(e), file=sys.stderr)
+        print(in_words(e), file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
         print('interrupted; the same command goes on', file=sys.stderr)
@@ -70,19 +73,18 @@ def prepare(args):
     what = find_source(args)
     try:
         import datasets
-        from tqdm import tqdm
     except ImportError as e:
-        raise UserError(f'{e.name or e} is missing: pip install datasets tqdm') from None
+        raise UserError(f'{e.name or e} is missing: pip install datasets') from None
     encoding = download.gpt2_encoding()
     shards, meta_file = args.out_dir / 'shards', args.out_dir / 'meta.json'
     progress_file = shards / 'progress.json'
     # What the result depends on; besides, a position in the stream is understood by the same version of datasets only.
     settings = dict(what, max_tokens=args.max_tokens, datasets=datasets.__version__)
     settings_sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    progress = read_json(progress_file) or dict(settings=settings, position=None, documents=0, shards=0,
-                                                train_tokens=0, val_tokens=0, complete=False)
-    if progress['settings'] != settings:
-        begun = {key: progress['settings'].get(key) for key in ('source', 'max_tokens', 'datasets')}
+    done = read_json(progress_file) or dict(settings=settings, position=None, documents=0, shards=0,
+                                            train_tokens=0, val_tokens=0, complete=False)
+    if done['settings'] != settings:
+        begun = {key: done['settings'].get(key) for key in ('source', 'max_tokens', 'datasets')}
         raise UserError(f'{shards}: another preparation was begun here, with {begun}; finish it with the same options, '
                         'or delete this folder to give it up')
     if read_json(meta_file).get('settings_sha256') == settings_sha256:
@@ -94,19 +96,20 @@ def prepare(args):
         shards.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'--out_dir={args.out_dir}: {e.strerror}') from None
-    with tqdm(total=args.max_tokens, initial=progress['train_tokens'], unit=' tokens', unit_scale=True) as bar:
-        for progress in write_shards(documents, progress, shards, encoding):
-            write_atomically(progress_file, json.dumps(progress).encode())
-            bar.update(progress['train_tokens'] - bar.n)
-    if not progress['train_tokens']:
+    with progress.bar(total=args.max_tokens, initial=done['train_tokens'], unit=' tokens', unit_scale=True) as bar:
+        for done in write_shards(documents, done, shards, encoding):
+            write_atomically(progress_file, json.dumps(done).encode())
+            bar.update(done['train_tokens'] - bar.n)
+    if not done['train_tokens']:
         shutil.rmtree(shards)
         raise UserError(f'{what["source"]}: a training and a validation split need two documents (a .txt file is one), '
-                        f'found {progress["documents"]}')
+                        f'found {done["documents"]}')
     # The old data set ends here. Until the new one is whole, its meta.json says so to whoever opens it.
     write_atomically(meta_file, UNFINISHED)
+    remove_leftovers(args.out_dir)
     for split in ('train', 'val'):
-        concatenate([shards / f'{split}-{i:05}.bin' for i in range(progress['shards'])], args.out_dir / f'{split}.bin')
-    counts = {key: progress[key] for key in ('documents', 'train_tokens', 'val_tokens')}
+        concatenate([shards / f'{split}-{i:05}.bin' for i in range(done['shards'])], args.out_dir / f'{split}.bin')
+    counts = {key: done[key] for key in ('documents', 'train_tokens', 'val_tokens')}
     meta = dict(GPT2_META, source=what['source'], **counts, settings_sha256=settings_sha256)
     write_atomically(meta_file, json.dumps(meta, indent=1).encode())
     shutil.rmtree(shards)
@@ -205,15 +208,11 @@ def is_validation(number):
 
 
 def concatenate(parts, path):
-    """Files -> one file, through a temporary one in the same folder."""
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as out:
+    """Files -> one file."""
+    with replacing(path) as out:
         for part in parts:
             with open(part, 'rb') as f:
                 shutil.copyfileobj(f, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
 
 
 if __name__ == '__main__':
