@@ -4,8 +4,9 @@ What adaptive SVD saw and did in a run, over its steps, a column a projection an
     python plot_adaptive.py --out_dir=out-adaptive-svd           # OUT_DIR/adaptive_svd.png, from OUT_DIR/metrics.jsonl
     python plot_adaptive.py --help
 
-Rows: the share of the gradient's energy in the protected space; how far that is beyond chance, on a scale where chance
-is 0 and everything is 1; the components that are trained, all of them in full mode; the training loss.
+Rows: the share of the gradient's energy in the protected space, chance dotted, and outside of it; how far the first is
+beyond chance, on a scale where chance is 0 and everything is 1; the mode; the components that are trained, all of them
+in full mode; the training loss.
 """
 
 import json
@@ -20,11 +21,13 @@ from runtime.config import UserError
 
 from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
 
-ROWS = {'principal_alignment': ('principal share', {'danger': DANGER_ALIGNMENT}),
-        'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'r': ('r, all of them in full mode', {})}
+ROWS = {'principal_alignment': ('principal share\n(chance dotted)', {'danger': DANGER_ALIGNMENT}), 'minor_alignment': ('minor share', {}),
+        'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'mode': ('low-rank mode', {}),
+        'r': ('r', {})}
+MODES = {'full': 0, 'lowrank': 1}
 
 ANALYSED = r'svd/(block[0-9]{1,6}\.[^/]+)/r'
-DRAWN = rf'svd/[^/]+/({"|".join(ROWS)})'
+DRAWN = r'svd/[^/]+/(principal_alignment|minor_alignment|chance|excess|r)'
 
 
 @dataclass
@@ -68,18 +71,21 @@ def plot(cfg):
 
 
 def is_row(row):
-    """Whether a line is one of a run's: a step, and numbers where they are drawn."""
+    """Whether a line is one of a run's: a step, and numbers where they are drawn, or modes."""
     return isinstance(row, dict) and type(row.get('iter')) is int and all(
-        type(value) in (int, float) for key, value in row.items() if key == 'loss' or re.fullmatch(DRAWN, key))
+        type(value) in (int, float) for key, value in row.items() if key == 'loss' or re.fullmatch(DRAWN, key)) and all(
+        value in MODES for key, value in row.items() if key.startswith('svd/') and key.endswith('/mode'))
 
 
 def panel(rows, key, names, level):
     """The curves of a projection: a line a block, a point an analysis that has this number."""
     lines = []
     for name in names:
-        points = [(row['iter'], row[f'svd/{name}/{key}']) for row in rows if f'svd/{name}/{key}' in row]
-        if points:
-            lines.append(plots.Line(*map(list, zip(*points)), block_of(name)))
+        for kind, style in ((key, '-'), ('chance', ':')) if key == 'principal_alignment' else ((key, '-'),):
+            points = [(row['iter'], MODES.get(value, value)) for row in rows
+                      if (value := row.get(f'svd/{name}/{kind}')) is not None]
+            if points:
+                lines.append(plots.Line(*map(list, zip(*points)), block_of(name), style))
     return plots.Panel(lines, level, {})
 
 

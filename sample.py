@@ -4,7 +4,7 @@ Generate text from a trained model:
     python sample.py                                             # the newest run below this folder
     python sample.py --out_dir=out-svd-test --start="ROMEO:" --num_samples=3
     python sample.py --use_svd=True --svd_rank=8                 # switch SVD on for a model trained without it
-    python sample.py --init_from=gpt2-xl --start="What is the answer?"       # or a folder in Hugging Face's format
+    python sample.py --init_from=gpt2-xl --start="What is the answer?"       # or a folder: a run's, or Hugging Face's
     python sample.py --help                                      # every option with default and meaning
 """
 
@@ -35,7 +35,7 @@ END = '\n---------------\n'
 class SampleConfig:
     """nanoGPT's options and defaults; the model's own SVD options come from the checkpoint unless given here."""
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl') or a folder in Hugging Face's GPT-2 format"] = 'resume'
+                         "'gpt2-xl') or a folder: a run's, or in Hugging Face's GPT-2 format"] = 'resume'
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
     lora_adapter: Annotated[str | None, 'folder of adapters on these weights, as export.py --to=lora makes it'] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'

@@ -205,9 +205,11 @@ def _principal_count(S, r):
 
 
 def _energy_share(part, whole):
-    """|part|^2 / |whole|^2, in a unit whose squares float64 can hold; where whole is zero 0 for nothing, else inf."""
-    unit = whole.abs().max()
+    """|part|^2 / |whole|^2; where whole is zero 0 for nothing, else inf."""
+    unit = max(abs(bound.item()) for bound in whole.aminmax()) if whole.numel() else 0.0
     if unit == 0:
         return math.inf if part.any() else 0.0
-    part, whole = (part / unit).flatten(), (whole / unit).flatten()
+    if not 1e-100 < unit < 1e100:                                   # float64 may not hold squares of that
+        part, whole = part / unit, whole / unit
+    part, whole = part.flatten(), whole.flatten()
     return (part @ part / (whole @ whole)).item()

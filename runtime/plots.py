@@ -15,7 +15,7 @@ PLACES = [(0, 8, 'center', 'bottom'), (0, -8, 'center', 'top'), (8, 0, 'left', '
           (0, -36, 'center', 'top')]
 LOOKS = ('o', 's', '^', 'D')
 
-Line = namedtuple('Line', 'x y number')             # number: a whole one, which gives the colour
+Line = namedtuple('Line', 'x y number style', defaults=('-',))      # number: a whole one, which gives the colour
 Panel = namedtuple('Panel', 'lines level upright')  # level, upright: guide lines, label -> their y or x
 PanelRow = namedtuple('PanelRow', 'y_label y_scale panels')         # panels: title -> Panel
 
@@ -75,7 +75,7 @@ def line_panels(path, rows, x_label, number_label, title):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     width = len(rows[0].panels)
-    figure = Figure(figsize=(1.4 + 2.3 * width, 0.9 + 2.7 * len(rows)), dpi=150, layout='constrained')
+    figure = Figure(figsize=(1.4 + 2.3 * width, 0.9 + (2.7 if len(rows) < 4 else 1.9) * len(rows)), dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), width, sharex=True, sharey='row', squeeze=False)
     numbers = [line.number for row in rows for panel in row.panels.values() for line in panel.lines]
@@ -89,8 +89,8 @@ def line_panels(path, rows, x_label, number_label, title):
             ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))  # short ones: the next panel is near
             ax.grid(True, which='major', color='0.9')
             ax.set_axisbelow(True)
-            for x, y, number in panel.lines:
-                ax.plot(x, y, color=colours(number - first), lw=1.2, marker='o' if len(x) == 1 else None)
+            for x, y, number, style in panel.lines:
+                ax.plot(x, y, style, color=colours(number - first), lw=1.2, marker='o' if len(x) == 1 else None)
             for label, y in panel.level.items():
                 ax.axhline(y, color='0.35', ls='--', lw=0.8)
                 if ax is own[-1]:

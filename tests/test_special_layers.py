@@ -21,7 +21,6 @@ from model import GPT
 from runtime import pretrained
 from runtime.dataset import Dataset
 from test_adaptive_training import PLAN, RUN, assert_same_run, plain_names, planned, resume
-from test_compress import quick                                                             # noqa: F401
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 BASE = ['--out_dir=base', '--n_layer=2', '--bias=True']
@@ -566,7 +565,7 @@ def test_a_figure_of_latent_attention_and_of_a_resumed_run(fit, call, monkeypatc
 
 
 def test_no_figure_without_a_run_or_analyses(fit, refused):
-    assert 'out-adaptive-svd/metrics.jsonl: cannot be read: No such file' in refused(plot_adaptive.main)
+    assert "out_dir='out-adaptive-svd': no run there" in refused(plot_adaptive.main)
     Path('empty').mkdir()
     assert 'empty/metrics.jsonl: cannot be read' in refused(plot_adaptive.main, '--out_dir=empty')
     fit('--use_svd=True', '--svd_rank=3')
