@@ -127,7 +127,8 @@ def test_asvd_scales_columns_by_the_root_of_their_inputs():
     torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ vh[:5]) / columns, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize('label, product', [('plain', 'plain'), ('whitened', 'whitened'), ('+ anchored', 'activation')])
+@pytest.mark.parametrize('label, product', [('plain', 'plain'), *(pytest.param(*both, marks=pytest.mark.slow) for both in (
+    ('whitened', 'whitened'), ('+ anchored', 'activation')))])
 def test_the_ablation_is_of_what_compress_does(label, product):
     dense, windows = random_model()
     method, expected = compression.METHODS[label], copy.deepcopy(dense)
@@ -142,7 +143,8 @@ def test_scales_of_zero_are_survived():
     assert up.isfinite().all() and down.isfinite().all()
 
 
-@pytest.mark.parametrize('label', compression.METHODS)
+@pytest.mark.parametrize('label', [name if name in ('plain', 'whitened') else pytest.param(name, marks=pytest.mark.slow)
+                                   for name in compression.METHODS])
 def test_every_method_keeps_to_the_budget(label):
     """Biases included, and all numbers of a block that were there before."""
     dense, windows = random_model()

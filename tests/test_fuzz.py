@@ -284,7 +284,7 @@ FORMS = ['--dataset={}', '--out_dir={}', '--device={}', '--init_from=resume --ou
          '--start=FILE:{}', '--peer={}']
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', [*FORMS[:2], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[2:])])
 def test_any_path_is_usable_or_refused(world, form):
     """One at a time, which random choice would hardly ever do."""
     main, cls = SCRIPTS[-2 if 'start' in form else -1 if 'peer' in form else 0]

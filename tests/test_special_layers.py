@@ -567,7 +567,7 @@ def test_a_figure_of_latent_attention_and_of_a_resumed_run(fit, call, monkeypatc
 def test_no_figure_without_a_run_or_analyses(fit, refused):
     assert "out_dir='out-adaptive-svd': no run there" in refused(plot_adaptive.main)
     Path('empty').mkdir()
-    assert 'empty/metrics.jsonl: cannot be read' in refused(plot_adaptive.main, '--out_dir=empty')
+    assert "out_dir='empty': no run there" in refused(plot_adaptive.main, '--out_dir=empty')
     fit('--use_svd=True', '--svd_rank=3')
     before = folder_bytes('out')
     assert 'out/metrics.jsonl: has no analysis' in refused(plot_adaptive.main, '--out_dir=out')
