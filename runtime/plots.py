@@ -1,6 +1,8 @@
 """Figures. matplotlib is imported where it is used: nothing else needs it."""
 
 import importlib
+import math
+import textwrap
 from collections import namedtuple
 
 from runtime.config import UserError
@@ -16,6 +18,16 @@ LOOKS = ('o', 's', '^', 'D')
 Line = namedtuple('Line', 'x y number')             # number: a whole one, which gives the colour
 Panel = namedtuple('Panel', 'lines level upright')  # level, upright: guide lines, label -> their y or x
 PanelRow = namedtuple('PanelRow', 'y_label y_scale panels')         # panels: title -> Panel
+
+# told apart with any kind of colour vision (Okabe and Ito), and in print
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+LEVEL = ('0.25', None, '--')        # colour, marker, line
+
+# x None: a level. spread: half of an error bar or of a band's height, a number a point; across: of bars along x, lows
+# and highs; notes: a word beside each point; look: colour, marker, line
+Curve = namedtuple('Curve', 'label x y look spread across notes', defaults=(None, None, None))
+Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))   # ticks: place -> word
 
 
 def require_matplotlib(option):
@@ -66,7 +78,6 @@ def line_panels(path, rows, x_label, number_label, title):
     rows and columns. Lines are coloured from the smallest number to the largest. Level guide lines are dashed and
     labelled at the right end of the row, upright ones dotted and labelled at the bottom, left of them. Raises UserError
     where the file cannot be written."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -78,8 +89,7 @@ def line_panels(path, rows, x_label, number_label, title):
     axes = figure.subplots(len(rows), width, sharex=True, sharey='row', squeeze=False)
     numbers = [line.number for row in rows for panel in row.panels.values() for line in panel.lines]
     first, count = min(numbers), max(numbers) - min(numbers) + 1
-    # without the last tenth, a yellow that white paper swallows
-    colours = ListedColormap([colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)])
+    colours = ListedColormap(shades(count))
     for row, own in zip(rows, axes):
         for ax, panel in zip(own, row.panels.values()):
             ax.set_yscale(row.y_scale)
@@ -108,6 +118,79 @@ def line_panels(path, rows, x_label, number_label, title):
     figure.supxlabel(x_label, fontsize=10)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
+
+
+def charts(path, panels, y_label, caption, bands=False, columns=3):
+    """Write a PNG: Charts side by side, `columns` in a row, one y axis for all, one legend above and a caption below.
+    bands: a spread is drawn as a band, not as bars. Raises UserError where the file cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
+    columns = min(columns, len(panels))
+    lines, height = math.ceil(len(panels) / columns), 3.3
+    figure = Figure(figsize=(8.3, height * lines + 1.2), dpi=150, layout='constrained')     # a README is 830 pixels wide
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for ax in axes[len(panels):]:
+        ax.set_visible(False)
+    handles = {}
+    for ax, chart in zip(axes, panels):
+        ax.set(title=chart.title, xlabel=chart.x_label)
+        ax.title.set_size(10)
+        ax.grid(True, which='major', color='0.9')
+        ax.set_axisbelow(True)
+        if chart.log:
+            ax.set_xscale('log', base=2)
+        for curve in chart.curves:
+            handles.setdefault(curve.label, _draw(ax, curve, bands))
+        if chart.ticks:
+            ax.set_xticks(list(chart.ticks), list(chart.ticks.values()))
+        elif chart.log:
+            ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.08, y=0.08)
+    for ax in axes[:len(panels):columns]:
+        ax.set_ylabel(y_label)
+    figure.legend(handles=list(handles.values()), labels=list(handles), loc='outside upper center', frameon=False,
+                  ncols=_columns(handles), fontsize=9)
+    figure.supxlabel(textwrap.fill(caption, 120), fontsize=9, color='0.3')
+    canvas.draw()                                                   # notes need the places of all points
+    for ax, chart in zip(axes, panels):
+        _label(ax, [Point(*point, None) for curve in chart.curves if curve.notes
+                    for point in zip(curve.x, curve.y, curve.notes)], -math.inf, canvas.get_renderer())
+    _save(figure, path)
+
+
+def shades(count):
+    """Colours in an order, dark to light, without the last tenth, a yellow that white paper swallows."""
+    from matplotlib import colormaps
+    return [colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _draw(ax, curve, bands):
+    """-> what stands for the curve in a legend."""
+    colour, marker, line = curve.look
+    spread = curve.spread and [one or 0 for one in curve.spread]
+    if curve.x is None:
+        if spread:
+            ax.axhspan(curve.y[0] - spread[0], curve.y[0] + spread[0], color=colour, alpha=0.15, lw=0)
+        return ax.axhline(curve.y[0], color=colour, ls=line, lw=1.2)
+    style = dict(color=colour, marker=marker, ls=line or 'none', lw=1.4, ms=5, zorder=3)
+    if bands:
+        if spread:
+            ax.fill_between(curve.x, [y - s for y, s in zip(curve.y, spread)], [y + s for y, s in zip(curve.y, spread)],
+                            color=colour, alpha=0.2, lw=0)
+        return ax.plot(curve.x, curve.y, **style)[0]
+    across = curve.across and [[x - low for x, (low, _) in zip(curve.x, curve.across)],
+                               [high - x for x, (_, high) in zip(curve.x, curve.across)]]
+    return ax.errorbar(curve.x, curve.y, spread, across, capsize=3, elinewidth=1, **style)
+
+
+def _columns(labels):
+    """As many as fit side by side."""
+    return max(1, min(len(labels), 110 // (8 + max(map(len, labels)))))
 
 
 def _save(figure, path):
