@@ -16,6 +16,7 @@ GPUs, out; another N can change a loss in its last digits, as any number of thre
 FOLDER gets results.md, results.csv, results.json, figures, and runs/, whose folders train.py and sample.py take.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,13 +37,12 @@ from runtime import device as devices
 from runtime import pretrained, sweep
 from runtime.config import SWITCH, UserError
 from runtime.dataset import Dataset, locate
-from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
 from runtime.files import remove_leftovers, write_atomically
 from runtime.output import unfailing_output
 from runtime.run import append_json
 from runtime.stopping import Stop
-from runtime.timing import paired, quartiles, timed
-from steps import step_of
+from runtime.timing import paired, timed
+from steps import run_seconds, step_of
 from train import TrainConfig, build_model
 
 TIMED_SECONDS = 6                   # of pairs of steps, each combination; at least MIN_PAIRS
@@ -100,7 +100,7 @@ def main(argv=None):
 def compare(argv):
     """Plan, check, run, time, show. -> exit code."""
     cfg, lists, set_by, plain = read(argv)
-    folder, seeds = check_folder(cfg.sweep), lists.pop('seed', None) or range(cfg.seed, cfg.seed + cfg.seeds)
+    folder, seeds = sweep.check_folder(cfg.sweep), lists.pop('seed', None) or range(cfg.seed, cfg.seed + cfg.seeds)
     arms = plan(cfg, lists, set_by, plain, print)
     device, costs, data = devices.pick_device(cfg.device), {}, {}
     for arm in arms:                                                # before hours are spent: as train.py would
@@ -116,8 +116,9 @@ def compare(argv):
         remove_leftovers(folder)
         write_atomically(folder / 'sweep.json', json.dumps(record, indent=1).encode())
         failed = train_all([job for _, job in runs], cfg, folder, device, inherit)
-        measure(arms, record, folder, device)
-        report.show(folder, print)
+        if len(failed) < len(runs):
+            measure(arms, runs, record, folder, device)
+            report.show(folder, print)
     return 1 if failed else 0
 
 
@@ -169,9 +170,12 @@ def read(argv):
     if 'RANK' in os.environ:
         raise UserError('RANK is set, as for one of several processes, and compare.py starts its own (nearest: unset '
                         'RANK, or --jobs)')
-    if set(set_by) <= set(OWN):
-        raise UserError(f'{next(iter(set_by))}={values[next(iter(set_by))]!r}: of what? Give a config file or options '
-                        'of train.py (nearest: config/train_svd_test.py)')
+    for key in set(set_by) & set(OWN) - {'sweep'}:
+        if set_by[key] != 'the command line':
+            raise UserError(f'{set_by[key]}: {key}: train.py has no such option (nearest: --{key}={values[key]})')
+        if set(set_by) <= set(OWN):
+            raise UserError(f'{key}={values[key]!r}: of what? Needs a config file or options of train.py (nearest: '
+                            'config/train_svd_test.py)')
     if cfg.init_from == 'resume' or 'resume' in lists.get('init_from', ()):
         raise UserError("init_from='resume': a sweep resumes its runs by itself (nearest: the same command again, or "
                         '--init_from=FOLDER to start all runs from a model)')
@@ -192,15 +196,15 @@ def plan(cfg, lists, set_by, plain, say):
         one = configuration.build(TrainConfig, values | options, set_by)
         same.setdefault(json.dumps(shaping(one), sort_keys=True), []).append((options, one))
     arms = {}
-    for group in same.values():
+    for shape, group in same.items():
         first, one = group[0]
-        # options in which they differ do not matter; if that leaves none, all are named
-        shown = {key: v for key, v in first.items() if all(other[key] == v for other, _ in group)} or first
-        name = words = report.words(shown) or 'run'
-        while name in arms:
-            name = f'{words}-{len(arms)}'
-        argv = [arg for arg in plain] + [f'--{key}={value!r}' for key, value in first.items()]
-        arms[name] = Arm(name, shown, one, argv)
+        # an option without effect is named where all agree on it; if that leaves none, all are named
+        effect = shaping(one)
+        shown = {key: v for key, v in first.items() if key in effect or all(o[key] == v for o, _ in group)} or first
+        name = report.words(shown) or 'run'
+        if name in arms or len(name) > 150:                         # alike in letters of a file's name, or too long
+            name = f'{name[:140]}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}'
+        arms[name] = Arm(name, shown, one, plain + [f'--{key}={value!r}' for key, value in first.items()])
         for other, _ in group[1:]:
             say(f'{report.words(other)} is the same run as {report.words(first)}')
     return list(arms.values())
@@ -250,22 +254,6 @@ def examine(arm, set_by, device):
             'cache_bytes': None if c.svd_sees_future else model.kv_cache_bytes(1, c.block_size)}, data
 
 
-def check_folder(name):
-    """The sweep's folder as a Path. Raises UserError where something else is."""
-    folder = Path(name)
-    real = Path(os.path.realpath(folder))
-    if not name or real in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: 'out-compare')")
-    try:
-        ours = {'sweep.json', 'runs'}
-        other = real.exists() and [p.name for p in real.iterdir() if p.name not in ours and p.suffix != '.tmp']
-        if other and not (real / 'sweep.json').exists():
-            raise UserError(f"sweep={name!r}: holds something else ({sorted(other)[0]}; nearest: '{name}-2')")
-    except OSError as e:
-        raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: '{name}-2')") from None
-    return folder
-
-
 def check_same_sweep(folder, record):
     """A sweep that is in the folder may be a part of this one, with the same runs. Raises UserError if it is not."""
     if not (folder / 'sweep.json').exists():
@@ -312,29 +300,16 @@ def train_all(jobs, cfg, folder, device, inherit):
                                             'resumed': job.name in started, 'jobs': cfg.jobs})
         words = f'{job.name}: {report.losses(final)}, {seconds:.0f} s' if final and not code else sweep.why(job, code)
         print(f'[{count}/{len(jobs)}] {words}', flush=True)
-    return sweep.run_all(jobs, cfg.jobs, ended, gpus(cfg, device, print), inherit)
+    return sweep.run_all(jobs, cfg.jobs, ended, sweep.gpus(cfg.device, device, cfg.jobs, print), inherit)
 
 
-def gpus(cfg, device, say):
-    """slot -> variables that give it a GPU: on CUDA one after the other, if none was asked for."""
-    if device == 'cpu':
-        return lambda slot: {}
-    asked = os.environ.get('CUDA_VISIBLE_DEVICES')
-    visible = asked.split(',') if asked else [str(i) for i in range(torch.cuda.device_count())]
-    if cfg.device not in ('auto', 'cuda') or device != 'cuda':
-        visible = [None]                                            # one was named, or there is one
-    if cfg.jobs > len(visible):
-        say(f'jobs={cfg.jobs}: share {len(visible)} GPU{"s" * (len(visible) > 1)}, memory included')
-    return lambda slot: {} if visible == [None] else {'CUDA_VISIBLE_DEVICES': visible[slot % len(visible)]}
-
-
-def measure(arms, record, folder, device):
+def measure(arms, runs, record, folder, device):
     """Each arm's step against its baseline's, in turn, alone on the machine, to timing.json, where it is not there."""
-    path, by_name = folder / 'timing.json', {arm.name: arm for arm in arms}
-    known = report.read_json(path) if path.exists() else {}
+    known, by_name = report.read_times(folder), {arm.name: arm for arm in arms}
     for arm in arms:
         baseline = record['arms'][arm.name]['baseline']
-        if arm.name == baseline or known.get(arm.name, {}).get('baseline') == baseline:
+        finished = any(sweep.result(job.folder, job.steps) for other, job in runs if other is arm)
+        if arm.name == baseline or not finished or known.get(arm.name, {}).get('baseline') == baseline:
             continue
         print(f'timing steps of {arm.name} against {baseline}', flush=True)
         own, other = (step_of(one.cfg, device) for one in (arm, by_name[baseline]))
@@ -343,7 +318,7 @@ def measure(arms, record, folder, device):
         pairs = min(max(pairs, MIN_PAIRS), MAX_PAIRS)
         known[arm.name] = paired(own, other, pairs, device) | {
             'baseline': baseline, 'pairs': pairs, 'device': device, 'threads': torch.get_num_threads()}
-        write_atomically(path, json.dumps(known, indent=1).encode())
+        write_atomically(folder / 'timing.json', json.dumps(known, indent=1).encode())
 
 
 def list_runs(runs, data, folder, device):
@@ -362,25 +337,13 @@ def list_runs(runs, data, folder, device):
             names = [one.name for other, one in runs if other is arm]
             own = [row['seconds'] / row['jobs'] for row in ended
                    if row['name'] in names and not row['resumed'] and not row['code']]
-            seconds[arm.name] = statistics.mean(own) if own else predicted(arm.cfg, data[arm.name], device)
+            seconds[arm.name] = statistics.mean(own) if own else run_seconds(arm.cfg, data[arm.name], device)
             sources.add('finished runs of the same options' if own else f'steps timed here, {torch.get_num_threads()} '
                         'threads, one run after the other, starts not counted')
         left += share * seconds.get(arm.name, 0)
         print(f'{job.name}: {state}' + (f', about {report.duration(share * seconds[arm.name])}' if share else ''))
     print(f'{len(runs)} runs, about {report.duration(left)} left' + ''.join(f'; from {s}' for s in sorted(sources)))
     return 0
-
-
-def predicted(cfg, data, device):
-    """Seconds of a run: its steps, and its evaluations at a third of a step a batch, for there is no backward pass."""
-    step = step_of(cfg, device)
-    step()
-    _, seconds, _ = quartiles([timed(step, device) for _ in range(MIN_PAIRS)])
-    looks = cfg.max_iters // cfg.eval_interval + 1
-    windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
-    if cfg.svd_sees_future:                                         # whole, and again up to a random place: half
-        windows += 1.5 * (looks * GAP_POSITIONS + FINAL_GAP_POSITIONS)
-    return seconds * (cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3)
 
 
 if __name__ == '__main__':

@@ -62,6 +62,15 @@ def load(folder):
     return record
 
 
+def read_times(folder):
+    """timing.json: of each arm what `paired` says, its baseline beside it; {} where nothing was timed yet."""
+    path = folder / 'timing.json'
+    times = read_json(path) if path.exists() else {}
+    if not isinstance(times, dict) or not all(isinstance(row, dict) and 'baseline' in row for row in times.values()):
+        raise UserError(f'{path}: damaged: not what compare.py writes (nearest: delete it, to have it measured anew)')
+    return times
+
+
 def show(folder, say):
     """Print the table of a sweep, write its files and figures. -> exit code 0. Raises UserError."""
     record = load(folder)
@@ -94,8 +103,7 @@ def show(folder, say):
 
 def collect(folder, record):
     """-> a row an arm, of the runs that are finished, and a line for each that is not."""
-    timing = folder / 'timing.json'
-    times, rows, missing = read_json(timing) if timing.exists() else {}, [], []
+    times, rows, missing = read_times(folder), [], []
     for name, arm in record['arms'].items():
         found = {}
         for seed in record['seeds']:
@@ -106,11 +114,9 @@ def collect(folder, record):
             else:
                 missing.append(f'{path}: not finished, left out' if path.exists() else f'{path}: missing, left out')
         own, baseline = times.get(name), arm['baseline']
-        step = None
+        step = own if own and own['baseline'] == baseline else None
         if name == baseline:
             step = {'ratio': 1.0, 'ratio_quartiles': None}
-        elif own and own['baseline'] == baseline:
-            step = own
         parallel = [final['val/loss'] for final in found.values()]
         prefix = [final.get('val/prefix_loss', final['val/loss']) for final in found.values()]
         rows.append({'name': name, 'options': arm['options'], 'baseline': baseline, 'seeds': list(found),
@@ -173,7 +179,7 @@ def notes(rows, record):
              'Baseline: the ordinary model with the same other options: ' + '; '.join(names)]
     lines[-1] += ('. Step time: median of pairs of training steps taken in turn, quartiles in brackets, after the runs.')
     sizes = {arm['config']['block_size'] for arm in record['arms'].values()}
-    lines.append(f'Cache: of one sequence of {" or ".join(map(str, sorted(sizes)))} tokens' + (
+    lines.append(f'Cache: float32, of one sequence of {" or ".join(map(str, sorted(sizes)))} tokens' + (
         "; none: 'sequence' scope cannot cache" if any(row['cache_bytes'] is None for row in rows) else '') + '.')
     return lines
 
@@ -187,7 +193,7 @@ def csv_text(rows, record):
                      'cache_bytes', 'parameters'])
     for row in rows:
         step = row['step_time'] or {'ratio': None, 'ratio_quartiles': None}
-        writer.writerow([row['name'], *(row['options'].get(key, '') for key in keys), len(row['seeds']),
+        writer.writerow([row['name'], *(str(row['options'].get(key, '')) for key in keys), len(row['seeds']),
                          *(row[column] for column in columns), step['ratio'], *(step['ratio_quartiles'] or ('', '')),
                          row['baseline'], row['cache_bytes'], row['parameters']])
     return out.getvalue()
@@ -218,7 +224,7 @@ def groups_of(rows, record):
             beside.append(row)
         else:
             others = {k: v for k, v in row['options'].items() if k != key}
-            groups.setdefault(', '.join(f'{k}={v}' for k, v in others.items()) or f'{key} varied', []).append(row)
+            groups.setdefault(', '.join(f'{k}={v}' for k, v in others.items()) or key, []).append(row)
     for group in groups.values():
         if numeric:
             group.sort(key=lambda row: row['options'][key])
@@ -269,22 +275,26 @@ def draw_losses(path, folder, record, rows):
         return None, ['not drawn: no option varies']
     values = list(dict.fromkeys(row['options'][key] for group in groups.values() for row in group))
     place = {value: value if numeric else i for i, value in enumerate(values)}
+    wide = numeric and min(values) > 0 and max(values) >= 4 * min(values)
+    span = max(place.values()) - min(place.values())
+
+    def beside_it(x, aside):                                        # so that error bars do not cover each other
+        return x * 1.03 ** aside if wide else x + 0.012 * span * aside
     kinds = {'parallel': 'parallel', 'prefix_only': 'prefix-only: what generation gets'}
     if all(row['parallel'] == row['prefix_only'] for row in rows):
         kinds = {'prefix_only': ''}
     panels, own = [], looks(groups)
     for kind, title in kinds.items():
         curves = [level(row, row['name'], kind, look) for row, look in guides(beside)]
-        for name, group in groups.items():
-            look = own[name] if numeric else (*own[name][:2], None)
-            curves.append(plots.Curve(name, [place[row['options'][key]] for row in group],
+        for i, (name, group) in enumerate(groups.items()):
+            look, aside = own[name] if numeric else (*own[name][:2], None), i - (len(groups) - 1) / 2
+            curves.append(plots.Curve(name, [beside_it(place[row['options'][key]], aside) for row in group],
                                       [row[f'{kind}_mean'] for row in group], look,
                                       [row[f'{kind}_se'] for row in group]))
-        wide = numeric and min(values) > 0 and max(values) >= 4 * min(values)
         ticks = {place[v]: f'{v:g}' if numeric else str(v) for v in values} if len(values) < 9 or not numeric else None
         panels.append(plots.Chart(title, key, curves, wide, ticks))
     caption = f'Validation loss against {key}: {over_seeds(record)}, after {steps(record)} steps.'
-    plots.charts(path, panels, 'nats a token', caption)
+    plots.charts(path, panels, 'validation loss, nats a token', caption)
     return caption, []
 
 
@@ -311,7 +321,7 @@ def draw_curves(path, folder, record, rows):
         return None, ['not drawn: no two evaluations after the first step']
     caption = (f'Validation loss on the way, random batches, prefix-only where that differs: {over_seeds(record)}; '
                'step 0 is left out.')
-    plots.charts(path, panels, 'nats a token', caption, bands=True)
+    plots.charts(path, panels, 'validation loss, nats a token', caption, bands=True)
     return caption, []
 
 
@@ -335,7 +345,7 @@ def curve(folder, row, label, look):
 def draw_pareto(path, folder, record, rows):
     """Loss against what an arm costs in memory and time, a panel each."""
     key, numeric, groups, beside = groups_of(rows, record)
-    costs = {'cache bytes a sequence': lambda row: row['cache_bytes'],
+    costs = {'cache of a whole context, kB': lambda row: row['cache_bytes'] and row['cache_bytes'] / 1000,
              'step time / baseline': lambda row: row['step_time'] and row['step_time']['ratio']}
     panels, why_not, own = [], [], looks(groups)
     for title, cost in costs.items():
@@ -345,7 +355,7 @@ def draw_pareto(path, folder, record, rows):
             why_not.append(f'no panel of {title}: fewer than two different ones are known')
             continue
         points = sorted((cost(row), row['prefix_only_mean']) for row in known + [row for row, _ in extra])
-        curves = [plots.Curve('no other is better in both', *front(points), ('0.6', None, '-'))]
+        curves = [plots.Curve('lowest loss up to that cost', *front(points), ('0.6', None, '-'))]
         curves += [points_of([row], row['name'], cost, (*look[:2], None), None) for row, look in extra]
         curves += [points_of([row for row in group if row in known], name, cost, (*own[name][:2], None), key)
                    for name, group in groups.items()]
@@ -354,7 +364,7 @@ def draw_pareto(path, folder, record, rows):
     if not panels:
         return None, why_not
     caption = f'Prefix-only validation loss against cost, {key} beside the points: {over_seeds(record)}; time: quartiles.'
-    plots.charts(path, panels, 'nats a token', caption)
+    plots.charts(path, panels, 'validation loss, nats a token', caption)
     return caption, why_not
 
 

@@ -6,7 +6,9 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import device as devices
+from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
 from runtime.optim import build_optimizer
+from runtime.timing import quartiles, timed
 
 
 def step_of(cfg, device, advance=True, **changes):
@@ -40,3 +42,16 @@ def random_tokens(cfg, device):
     generator = torch.Generator().manual_seed(cfg.seed)
     return [torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator).to(device)
             for _ in range(2)]
+
+
+def run_seconds(cfg, data, device, count=5):
+    """Seconds that a run of train.py will take, from `count` of its steps. A batch of an evaluation counts a third of a
+    step: it has no backward pass."""
+    step = step_of(cfg, device)
+    step()
+    _, seconds, _ = quartiles([timed(step, device) for _ in range(count)])
+    looks = cfg.max_iters // cfg.eval_interval + 1
+    windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
+    if cfg.svd_sees_future:                                         # whole, and again up to a random place: half
+        windows += 1.5 * (looks * GAP_POSITIONS + FINAL_GAP_POSITIONS)
+    return seconds * (cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3)

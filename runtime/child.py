@@ -14,7 +14,10 @@ import threading
 def stop_when_stdin_ends():
     while os.read(0, 1):                                            # not sys.stdin, whose lock Python wants at the end
         pass
-    signal.raise_signal(signal.SIGTERM)
+    if hasattr(signal, 'pthread_kill'):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)      # also out of a sleep
+    else:                                                           # Windows
+        signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == '__main__':

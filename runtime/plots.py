@@ -13,6 +13,7 @@ PLACES = [(0, 8, 'center', 'bottom'), (0, -8, 'center', 'top'), (8, 0, 'left', '
           (6, 8, 'left', 'bottom'), (-6, 8, 'right', 'bottom'), (6, -8, 'left', 'top'), (-6, -8, 'right', 'top'),
           (0, 22, 'center', 'bottom'), (0, -22, 'center', 'top'), (0, 36, 'center', 'bottom'),
           (0, -36, 'center', 'top')]
+BESIDE = [*PLACES[4:8], *PLACES[:4], None]          # off the error bars first
 LOOKS = ('o', 's', '^', 'D')
 
 Line = namedtuple('Line', 'x y number')             # number: a whole one, which gives the colour
@@ -125,6 +126,7 @@ def charts(path, panels, y_label, caption, bands=False, columns=3):
     bands: a spread is drawn as a band, not as bars. Raises UserError where the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import Normal, Stroke
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
     columns = min(columns, len(panels))
     lines, height = math.ceil(len(panels) / columns), 3.3
@@ -135,8 +137,8 @@ def charts(path, panels, y_label, caption, bands=False, columns=3):
         ax.set_visible(False)
     handles = {}
     for ax, chart in zip(axes, panels):
-        ax.set(title=chart.title, xlabel=chart.x_label)
-        ax.title.set_size(10)
+        ax.set_title(textwrap.fill(chart.title, 84 // columns), fontsize=10)
+        ax.set_xlabel(chart.x_label)
         ax.grid(True, which='major', color='0.9')
         ax.set_axisbelow(True)
         if chart.log:
@@ -150,16 +152,18 @@ def charts(path, panels, y_label, caption, bands=False, columns=3):
         else:
             ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.margins(x=0.08, y=0.08)
+        ax.margins(x=0.08, y=0.12)
     for ax in axes[:len(panels):columns]:
         ax.set_ylabel(y_label)
     figure.legend(handles=list(handles.values()), labels=list(handles), loc='outside upper center', frameon=False,
                   ncols=_columns(handles), fontsize=9)
-    figure.supxlabel(textwrap.fill(caption, 120), fontsize=9, color='0.3')
+    width = len(caption) / math.ceil(len(caption) / 115)            # of lines about as long as each other
+    figure.supxlabel(textwrap.fill(caption, int(width) + 8), fontsize=9, color='0.3')
     canvas.draw()                                                   # notes need the places of all points
     for ax, chart in zip(axes, panels):
         _label(ax, [Point(*point, None) for curve in chart.curves if curve.notes
-                    for point in zip(curve.x, curve.y, curve.notes)], -math.inf, canvas.get_renderer())
+                    for point in zip(curve.x, curve.y, curve.notes)], -math.inf, canvas.get_renderer(), BESIDE,
+               path_effects=[Stroke(linewidth=3, foreground='w'), Normal()], zorder=4)
     _save(figure, path)
 
 
@@ -177,7 +181,7 @@ def _draw(ax, curve, bands):
         if spread:
             ax.axhspan(curve.y[0] - spread[0], curve.y[0] + spread[0], color=colour, alpha=0.15, lw=0)
         return ax.axhline(curve.y[0], color=colour, ls=line, lw=1.2)
-    style = dict(color=colour, marker=marker, ls=line or 'none', lw=1.4, ms=5, zorder=3)
+    style = dict(color=colour, marker=marker, ls=line or 'none', lw=1.4, ms=10 if marker == '*' else 5, zorder=3)
     if bands:
         if spread:
             ax.fill_between(curve.x, [y - s for y, s in zip(curve.y, spread)], [y + s for y, s in zip(curve.y, spread)],
@@ -185,7 +189,10 @@ def _draw(ax, curve, bands):
         return ax.plot(curve.x, curve.y, **style)[0]
     across = curve.across and [[x - low for x, (low, _) in zip(curve.x, curve.across)],
                                [high - x for x, (_, high) in zip(curve.x, curve.across)]]
-    return ax.errorbar(curve.x, curve.y, spread, across, capsize=3, elinewidth=1, **style)
+    bars = ax.errorbar(curve.x, curve.y, spread, across, capsize=3, elinewidth=1, **style)
+    for bar in bars[2] if across else ():                           # long ones, in each other's way
+        bar.set_alpha(0.5)
+    return bars[0]
 
 
 def _columns(labels):
@@ -209,19 +216,23 @@ def _share_limits(ax, panels, floor):
     ax.set_ylim(floor / 10, max(floor * 100, 8 * max(p.y for p in points)))
 
 
-def _label(ax, points, floor, renderer):
-    """Each point's label at the first place where it meets no other label, no point and no edge; else the last."""
+def _label(ax, points, floor, renderer, places=PLACES, **style):
+    """Each point's label at the first place where it meets no other label, no point and no edge; else the last place,
+    or, where that is None, nowhere."""
     frame = ax.get_window_extent(renderer)
     at = [ax.transData.transform((p.x, max(p.y, floor))) for p in points]
     taken = []
     for point in sorted(points, key=lambda p: p.x):
-        for dx, dy, ha, va in PLACES:
+        for dx, dy, ha, va in filter(None, places):
             text = ax.annotate(point.label, (point.x, max(point.y, floor)), (dx, dy), textcoords='offset points',
-                               ha=ha, va=va, fontsize=9)
+                               ha=ha, va=va, fontsize=9, **style)
             box = text.get_window_extent(renderer)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*xy) for xy in at):
                 break
-            if (dx, dy, ha, va) != PLACES[-1]:
+            if (dx, dy, ha, va) != places[-1]:
                 text.remove()
+        else:
+            if places[-1] is None:
+                continue
         taken.append(box)

@@ -61,6 +61,33 @@ def shared_threads(at_once):
                          share)
 
 
+def check_folder(name):
+    """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is."""
+    folder, real = Path(name), Path(os.path.realpath(name))
+    if not name or real in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: 'out-compare')")
+    try:
+        # what a sweep leaves that is killed at its start
+        other = real.exists() and [p.name for p in real.iterdir() if p.name != 'runs' and p.suffix != '.tmp']
+        if other and not (real / 'sweep.json').exists():
+            raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: '{name}-2')")
+    except OSError as e:
+        raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: '{name}-2')") from None
+    return folder
+
+
+def gpus(asked, device, at_once, say):
+    """For run_all's `environment`: on CUDA the GPUs one after the other, unless the option `asked` names one. device:
+    what it comes to here."""
+    visible = [None]
+    if asked in ('auto', 'cuda') and device == 'cuda':
+        named = os.environ.get('CUDA_VISIBLE_DEVICES')
+        visible = named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+    if device != 'cpu' and at_once > len(visible):
+        say(f'jobs={at_once}: share {len(visible)} GPU{"s" * (len(visible) > 1)}, the memory, too')
+    return lambda slot: {} if visible == [None] else {'CUDA_VISIBLE_DEVICES': visible[slot % len(visible)]}
+
+
 def run_all(jobs, at_once, ended, environment=lambda slot: {}, inherit=None):
     """Run what is not finished -> the names of jobs that failed. ended(job, code, seconds): called after each.
     environment(slot): variables of the process in a slot, 0 to at_once - 1. inherit: a descriptor that stays open as
