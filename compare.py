@@ -1,7 +1,7 @@
 """
 Train one config at several values of any options and seeds, and compare: a table, figures.
 
-    python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3     # every combination, three seeds each
+    python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3    # every combination, three seeds each
     python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3 --dry_run     # which runs, how long
     python compare.py --sweep=out-compare                        # table and figures of what is there; nothing is run
     python compare.py --help                                     # every option with default and meaning
@@ -158,7 +158,7 @@ def read(argv):
             plain += [arg] if key not in OWN else []
             continue
         if key in NO_LIST:
-            raise UserError(f'{key}={text!r}: is the same for all runs (nearest: --{key}={parts[0]}) [the command line]')
+            raise UserError(f'{key}={text!r}: must be one for all runs (nearest: {parts[0]}) [the command line]')
         if not all(part.strip() for part in parts):
             raise UserError(f'{key}={text!r}: an empty value between commas [the command line]')
         lists[key] = list({repr(value): value for value in (

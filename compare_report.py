@@ -177,7 +177,7 @@ def notes(rows, record):
              'Prefix-only is what generation gets.',
              'Baseline: ' + names[0] if len(names) == 1 else
              'Baseline: the ordinary model with the same other options: ' + '; '.join(names)]
-    lines[-1] += ('. Step time: median of pairs of training steps taken in turn, quartiles in brackets, after the runs.')
+    lines[-1] += '. Step time: median of pairs of training steps taken in turn, quartiles in brackets, after the runs.'
     sizes = {arm['config']['block_size'] for arm in record['arms'].values()}
     lines.append(f'Cache: float32, of one sequence of {" or ".join(map(str, sorted(sizes)))} tokens' + (
         "; none: 'sequence' scope cannot cache" if any(row['cache_bytes'] is None for row in rows) else '') + '.')
@@ -363,7 +363,8 @@ def draw_pareto(path, folder, record, rows):
         panels.append(plots.Chart('', title, [one for one in curves if one.x], span >= 4))
     if not panels:
         return None, why_not
-    caption = f'Prefix-only validation loss against cost, {key} beside the points: {over_seeds(record)}; time: quartiles.'
+    caption = (f'Prefix-only validation loss against cost, {key} beside the points: {over_seeds(record)}; time: '
+               'quartiles.')
     plots.charts(path, panels, 'validation loss, nats a token', caption)
     return caption, why_not
 

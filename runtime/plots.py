@@ -130,7 +130,7 @@ def charts(path, panels, y_label, caption, bands=False, columns=3):
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
     columns = min(columns, len(panels))
     lines, height = math.ceil(len(panels) / columns), 3.3
-    figure = Figure(figsize=(8.3, height * lines + 1.2), dpi=150, layout='constrained')     # a README is 830 pixels wide
+    figure = Figure(figsize=(8.3, height * lines + 1.2), dpi=150, layout='constrained')    # a README is 830 pixels wide
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for ax in axes[len(panels):]:

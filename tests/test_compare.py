@@ -2,7 +2,6 @@
 old ones are read back; wrong input is one line before anything is trained."""
 
 import csv
-import io
 import json
 import os
 import random
@@ -11,9 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -31,26 +29,15 @@ LIST = '--svd_rank=None,2,4'
 
 
 @pytest.fixture
-def inline(monkeypatch, call):
+def inline(in_process, monkeypatch, call):
     """inline(*argv) is compare.py whose runs are trained in this process, one after the other -> code, out, err, and
     the names of the runs that were trained."""
-    monkeypatch.setattr(train, 'sample', lambda *args: '')
     monkeypatch.setattr(compare, 'TIMED_SECONDS', 0)
-    names = []
-
-    def start(job, environment, inherit):
-        names.append(job.name)
-        saved = sweep.has_checkpoint(job.folder)
-        sweep.log_of(job).write_text('its last line')
-        with redirect_stdout(io.StringIO()):
-            code = train.main((job.resume if saved else job.argv)[1:])
-        return SimpleNamespace(returncode=code, stdin=io.StringIO(), poll=lambda: code, wait=lambda: code)
-    monkeypatch.setattr(sweep, '_start', start)
 
     def inline(*argv):
-        names.clear()
+        in_process.clear()
         result = call(compare.main, *argv)
-        result.names = list(names)
+        result.names = list(in_process)
         return result
     return inline
 
@@ -67,7 +54,8 @@ def results(folder='out-compare'):
 # which runs
 
 @pytest.mark.parametrize('text, parts', [
-    ('4', ['4']), ('None,4', ['None', '4']), ("'a,b',c", ["'a,b'", 'c']), ('"a,b"', ['"a,b"']), ("it's,b", ["it's", 'b']),
+    ('4', ['4']), ('None,4', ['None', '4']), ("'a,b',c", ["'a,b'", 'c']), ('"a,b"', ['"a,b"']),
+    ("it's,b", ["it's", 'b']),
     ("{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8},None", ["{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8}", 'None']),
     ('(1,[2,3]),4', ['(1,[2,3])', '4']), ("{'a]':1,'b':2},3", ["{'a]':1,'b':2}", '3']), ('', ['']), ('a,', ['a', '']),
     ('1),2', ['1)', '2'])])
@@ -110,7 +98,7 @@ def test_combinations_that_are_the_same_run_are_one(argv, names):
 
 @pytest.mark.parametrize('argv', [[LIST, '--svd_method=gram,randomized', '--use_svd=True'],
                                   ["--adaptive_svd_targets='c_q,c_v',c_q", '--adaptive_svd=True'],
-                                  ['--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.attn.c_proj":2}', '--dtype=auto,bfloat16'],
+                                  ['--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.mlp.c_proj":2}', '--dtype=auto,bfloat16'],
                                   ['config.py', '--n_embd=32,16', '--svd_rank=3']])
 def test_train_py_is_given_what_was_planned(argv):
     Path('config.py').write_text('use_svd = True\nsvd_scope = "causal"\n')
@@ -143,7 +131,8 @@ WRONG = [
     ('--init_from=resume', 'resumes its runs by itself'), ('--init_from=scratch,resume', 'resumes its runs by itself'),
     ('--eval_only=True', 'compares training'), ('--seeds=0', 'seeds=0'), ('--jobs=0', 'jobs=0'),
     ('--jobs=1,2', 'jobs'), ('--device=cpu,cuda', 'device'), ('--wandb_log=True,False', 'wandb_log'),
-    ('--wandb_run_name=mine', 'wandb_run_name'), ('--seed=1,2 --seeds=2', 'not together'), ('--lora_rank=2,4', 'lora_rank=2'),
+    ('--wandb_run_name=mine', 'wandb_run_name'), ('--seed=1,2 --seeds=2', 'not together'),
+    ('--lora_rank=2,4', 'lora_rank=2'),
     ('--sweep=.', 'sweep'), ('--sweep=data', 'holds something else'), ('--seed=-1,2', 'seed=-1'),
     ('own.py', 'nearest: --seeds=3'), ('none.py', 'no such config file')]
 
@@ -174,7 +163,8 @@ def test_it_is_not_for_torchrun(refused, monkeypatch):
 def test_a_sweep_is_made_once_grows_and_is_read_back(inline, refused):
     found = inline(*SVD, LIST, '--svd_method=gram,randomized', '--seeds=2')
     assert found.code == 0, found.err
-    assert len(found.names) == 10 and found.names[:2] == ['svd_rank=None,seed=1337', 'svd_rank=2,svd_method=gram,seed=1337']
+    assert len(found.names) == 10
+    assert found.names[:2] == ['svd_rank=None,seed=1337', 'svd_rank=2,svd_method=gram,seed=1337']
     assert 'svd_rank=None,svd_method=randomized is the same run as svd_rank=None,svd_method=gram' in found.out
     first, runs = results(), Path('out-compare', 'runs')
     row = first['rows'][1]
@@ -297,9 +287,11 @@ def test_without_matplotlib_there_is_a_table(inline, monkeypatch):
 
 
 @pytest.mark.parametrize('lists, axis', [
-    ({'svd_rank': [None, 4, 8], 'learning_rate': [.1, .2]}, ('svd_rank', True)), ({'n_embd': [16, 32]}, ('n_embd', True)),
+    ({'svd_rank': [None, 4, 8], 'learning_rate': [.1, .2]}, ('svd_rank', True)),
+    ({'n_embd': [16, 32]}, ('n_embd', True)),
     ({'optimizer': ['adamw', 'muon'], 'n_layer': [1, 2]}, ('n_layer', True)), ({}, (None, False)),
-    ({'svd_rank': [None, 4], 'gelu': ['exact', 'tanh']}, ('svd_rank', False)), ({'bias': [True, False]}, ('bias', False))])
+    ({'svd_rank': [None, 4], 'gelu': ['exact', 'tanh']}, ('svd_rank', False)),
+    ({'bias': [True, False]}, ('bias', False))])
 def test_the_axis_is_the_rank_or_what_has_numbers(lists, axis):
     assert report.axis_of({'lists': lists}) == axis
 
@@ -320,7 +312,7 @@ def test_figures_that_make_no_sense_are_not_drawn(argv, drawn, inline):
 # ----------------------------------------------------------------------------------------------------------------------
 # as users start and stop it
 
-REAL = [*SVD, '--svd_rank=None,2', '--seeds=2', '--max_iters=800', '--lr_decay_iters=800', '--eval_interval=20']
+REAL = [*SVD, '--svd_rank=None,2', '--seeds=2', '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20']
 
 
 def start(*argv):
@@ -337,9 +329,10 @@ def wait_for(condition, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', [0, 1])
-def test_a_sweep_killed_at_five_random_moments_ends_with_the_same_table(seed):
-    """By turns the whole process group, compare.py's runs with it, and compare.py alone."""
+def test_a_sweep_killed_at_five_random_moments_ends_with_the_same_table():
+    """By turns compare.py alone, and the whole process group, its runs with it. A third of the time that the sweep
+    needs is the most between two kills, so that there is work left to disturb."""
+    seed = random.randrange(10 ** 6)
     draw = random.Random(seed)
     began = time.monotonic()
     whole = start('--sweep=whole', '--jobs=2')
@@ -347,7 +340,7 @@ def test_a_sweep_killed_at_five_random_moments_ends_with_the_same_table(seed):
     duration, moments = time.monotonic() - began, []
     for number in range(5):
         process = start('--jobs=2')
-        moments.append(round(draw.uniform(0, duration), 2))
+        moments.append(round(draw.uniform(0, duration / 3), 2))
         with suppress(subprocess.TimeoutExpired):
             process.wait(moments[-1])
         with suppress(ProcessLookupError):
