@@ -10,8 +10,9 @@ Every option of train.py takes a list with commas; a comma within a value stands
 --layer_ranks="{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8}",None or --lora_targets="'c_q,c_v'". Combinations that are the same
 run are made once. The same command goes on after an interruption: finished runs stay, the others resume to the same
 bits. A list may grow; another sweep needs another --sweep=FOLDER. Training's clock is not compared: when all is done
-each combination's step is timed against the baseline, in turn. --jobs=N runs at a time share the CPU's threads, or the
-GPUs, out; another N can change a loss in its last digits, as any number of threads does.
+each combination's step, of one micro-batch, uncompiled, is timed against the baseline's, in turn. --jobs=N runs at a
+time share the CPU's threads, or the GPUs, out; another N can change a loss in its last digits, as any number of threads
+does. --dry_run prepares the data set, and times a few steps.
 
 FOLDER gets results.md, results.csv, results.json, figures, and runs/, whose folders train.py and sample.py take.
 """
@@ -47,8 +48,6 @@ from train import TrainConfig, build_model
 
 TIMED_SECONDS = 6                   # of pairs of steps, each combination; at least MIN_PAIRS
 MIN_PAIRS, MAX_PAIRS = 5, 40
-# what does not shape a run, or only where it runs
-ELSEWHERE = ('out_dir', 'seed', 'backend', 'wandb_log', 'wandb_project', 'wandb_run_name')
 REFUSED = {'out_dir': 'every run has a folder of its own (nearest: --sweep=FOLDER)',
            'wandb_run_name': 'every run has a name of its own (nearest: --wandb_project)'}
 NO_LIST = ('device', 'backend', 'wandb_log', 'wandb_project', 'log_interval')
@@ -87,7 +86,7 @@ def main(argv=None):
             return compare(argv)
         except UserError as e:
             code, words = 2, str(e)
-        except OSError as e:
+        except (OSError, torch.OutOfMemoryError) as e:
             code, words = 1, configuration.one_line(e)
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
@@ -170,7 +169,7 @@ def read(argv):
     if 'RANK' in os.environ:
         raise UserError('RANK is set, as for one of several processes, and compare.py starts its own (nearest: unset '
                         'RANK, or --jobs)')
-    for key in set(set_by) & set(OWN) - {'sweep'}:
+    for key in (key for key in OWN if key in set_by and key != 'sweep'):
         if set_by[key] != 'the command line':
             raise UserError(f'{set_by[key]}: {key}: train.py has no such option (nearest: --{key}={values[key]})')
         if set(set_by) <= set(OWN):
@@ -212,15 +211,15 @@ def plan(cfg, lists, set_by, plain, say):
 
 def shaping(cfg):
     """The options that a run's result depends on -> value: not those that its others leave without effect."""
-    idle = {*ELSEWHERE}
-    known = asdict(cfg)
+    idle, known, new = {'out_dir', 'seed', 'backend'}, asdict(cfg), cfg.init_from == 'scratch'
 
     def idle_if(condition, *starts):
         idle.update(key for key in known if condition and key.startswith(starts))
-    idle_if(not cfg.svd_truncates, 'use_svd', 'svd_')
+    idle_if(True, 'wandb_')
+    idle_if(new and not cfg.svd_truncates, 'use_svd', 'svd_')       # other weights may have it, and other heads
     idle_if(cfg.svd_method != 'randomized', 'svd_power_iters', 'svd_oversample')
     idle_if(cfg.svd_scope != 'causal', 'svd_block')
-    idle_if(not cfg.use_mla, 'mla_')
+    idle_if(new and not cfg.use_mla, 'mla_')
     idle_if(not cfg.adaptive_svd, 'adaptive_svd')
     idle_if(cfg.lora_rank is None, 'lora_')
     idle_if(not cfg.decay_lr, 'warmup_iters', 'lr_decay_iters', 'min_lr')
@@ -323,9 +322,7 @@ def measure(arms, runs, record, folder, device):
 
 def list_runs(runs, data, folder, device):
     """Print the runs (arm, job), what they have come to, and the time that is left. -> exit code 0."""
-    path = folder / 'runs.jsonl'
-    ended = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    left, seconds, sources = 0.0, {}, set()
+    ended, left, seconds, sources = sweep.json_lines(folder / 'runs.jsonl'), 0.0, {}, set()
     for arm, job in runs:
         share, state = 1.0, 'to do'
         if sweep.result(job.folder, job.steps):

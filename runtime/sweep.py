@@ -23,16 +23,19 @@ POLL = 0.05                         # seconds between looks at the processes
 Job = namedtuple('Job', 'name folder steps argv resume')
 
 
-def rows(folder):
-    """The rows of a run's metrics.jsonl, [] without one; a line that a crash left unfinished is left out."""
+def json_lines(path):
+    """The objects in a file of JSON, line by line, [] without one; a line that a crash left unfinished is left out."""
     found = []
     with suppress(OSError):
-        for line in (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace').splitlines():
+        for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
             with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and type(row.get('iter')) is int:
-                    found.append(row)
-    return found
+                found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]
+
+
+def rows(folder):
+    """The rows of a run's metrics.jsonl."""
+    return [row for row in json_lines(Path(folder) / 'metrics.jsonl') if type(row.get('iter')) is int]
 
 
 def result(folder, steps):

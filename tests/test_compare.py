@@ -251,6 +251,8 @@ def test_a_dry_run_lists_states_and_times_and_changes_nothing(inline):
     assert found.out.count(': to do, about ') == 3 and 'from steps timed here' in found.out
     inline(*SVD, LIST)
     Path('out-compare/runs/svd_rank=4,seed=1337/metrics.jsonl').write_text('{"iter": 2, "loss": 1.0}\n')
+    with open('out-compare/runs.jsonl', 'a') as file:
+        file.write('{"name": "torn by a cra')
     found = inline(*SVD, LIST, '--dry_run', '--seeds=2')
     assert 'svd_rank=2,seed=1337: done' in found.out and 'svd_rank=4,seed=1337: to resume, after step 2' in found.out
     assert 'finished runs of the same options' in found.out and 'timed here' not in found.out
