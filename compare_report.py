@@ -243,12 +243,13 @@ def figures(folder, record, rows):
     return drawn, not_drawn
 
 
-def over_seeds(record):
+def over_seeds(record, rows):
     """The end of a caption."""
     seeds = record['seeds']
     named = f'{seeds[0]} to {seeds[-1]}' if seeds == list(range(seeds[0], seeds[-1] + 1)) and len(seeds) > 2 else (
         ', '.join(map(str, seeds)))
-    return f'mean and standard error of seeds {named}' if len(seeds) > 1 else f'one seed, {named}'
+    fewer = ', of those that are finished' if any(len(row['seeds']) < len(seeds) for row in rows) else ''
+    return f'mean and standard error of seeds {named}{fewer}' if len(seeds) > 1 else f'one seed, {named}'
 
 
 def level(row, label, kind, look=plots.LEVEL):
@@ -293,7 +294,7 @@ def draw_losses(path, folder, record, rows):
                                       [row[f'{kind}_se'] for row in group]))
         ticks = {place[v]: f'{v:g}' if numeric else str(v) for v in values} if len(values) < 9 or not numeric else None
         panels.append(plots.Chart(title, key, curves, wide, ticks))
-    caption = f'Validation loss against {key}: {over_seeds(record)}, after {steps(record)} steps.'
+    caption = f'Validation loss against {key}: {over_seeds(record, rows)}, after {steps(record)} steps.'
     plots.charts(path, panels, 'validation loss, nats a token', caption)
     return caption, []
 
@@ -319,7 +320,7 @@ def draw_curves(path, folder, record, rows):
         panels.append(plots.Chart(name if len(groups) > 1 else '', 'step', [one for one in curves if one]))
     if not any(panel.curves for panel in panels):
         return None, ['not drawn: no two evaluations after the first step']
-    caption = (f'Validation loss on the way, random batches, prefix-only where that differs: {over_seeds(record)}; '
+    caption = (f'Validation loss on the way, random batches, prefix-only where that differs: {over_seeds(record, rows)}; '
                'step 0 is left out.')
     plots.charts(path, panels, 'validation loss, nats a token', caption, bands=True)
     return caption, []
@@ -363,7 +364,7 @@ def draw_pareto(path, folder, record, rows):
         panels.append(plots.Chart('', title, [one for one in curves if one.x], span >= 4))
     if not panels:
         return None, why_not
-    caption = (f'Prefix-only validation loss against cost, {key} beside the points: {over_seeds(record)}; time: '
+    caption = (f'Prefix-only validation loss against cost, {key} beside the points: {over_seeds(record, rows)}; time: '
                'quartiles.')
     plots.charts(path, panels, 'validation loss, nats a token', caption)
     return caption, why_not
