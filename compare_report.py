@@ -320,8 +320,8 @@ def draw_curves(path, folder, record, rows):
         panels.append(plots.Chart(name if len(groups) > 1 else '', 'step', [one for one in curves if one]))
     if not any(panel.curves for panel in panels):
         return None, ['not drawn: no two evaluations after the first step']
-    caption = (f'Validation loss on the way, random batches, prefix-only where that differs: {over_seeds(record, rows)}; '
-               'step 0 is left out.')
+    caption = ('Validation loss on the way, random batches, prefix-only where that differs: '
+               f'{over_seeds(record, rows)}; step 0 is left out.')
     plots.charts(path, panels, 'validation loss, nats a token', caption, bands=True)
     return caption, []
 
