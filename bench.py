@@ -40,7 +40,8 @@ from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
 from runtime.timing import generation, paired, quartiles, take_turns, timed
-from train import HERE_KEYS, TrainConfig, build_optimizer
+from steps import random_tokens, step_of, train_step
+from train import HERE_KEYS, TrainConfig
 
 
 DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None, **special_layers.NONE)     # what all is compared with
@@ -182,15 +183,6 @@ def bench_methods(cfg):
     return bench_svd.run(cfg, devices.pick_device(cfg.device), step_of)
 
 
-def step_of(cfg, device, advance=True, **changes):
-    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration."""
-    torch.manual_seed(cfg.seed)
-    args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    model = GPT(GPTConfig(**args | changes)).to(device)
-    return train_step(cfg, device, model, build_optimizer(cfg, model, device),
-                      *random_tokens(cfg, device), advance)
-
-
 @torch.no_grad()
 def bench_decoding(cfg):
     """Print tokens/s and cache bytes at several context lengths, then the same as one line of JSON. -> exit code 0."""
@@ -302,23 +294,6 @@ def check(cfg):
     return code
 
 
-def train_step(cfg, device, model, optimizer, x, y, advance=True):
-    """-> a function that runs one training step. advance: whether 'randomized' starts from the step before."""
-    context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
-
-    def step():
-        with context:
-            _, loss = model(x, y)
-        loss.backward()
-        if cfg.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        if advance and isinstance(model, GPT):                      # no peer's
-            model.advance_svd_basis()
-        optimizer.zero_grad(set_to_none=True)
-    return step
-
-
 def peer_model(cfg, device):
     """The GPT in PEER/model.py, with nanoGPT's constructor."""
     spec = importlib.util.spec_from_file_location('peer_model', Path(cfg.peer) / 'model.py')
@@ -335,13 +310,6 @@ def peer_step(cfg, device):
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2),
                                            torch.device(device).type)
     return train_step(cfg, device, model, optimizer, *random_tokens(cfg, device))
-
-
-def random_tokens(cfg, device):
-    """x, y (B, T)."""
-    generator = torch.Generator().manual_seed(cfg.seed)
-    return [torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator).to(device)
-            for _ in range(2)]
 
 
 def compare(name, a, b, pairs, device, b_name):

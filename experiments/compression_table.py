@@ -25,13 +25,9 @@ interrupted run goes on. All losses are over the whole validation split. The fig
 """
 
 import copy
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections import namedtuple
 from dataclasses import dataclass
 from itertools import product
@@ -46,15 +42,16 @@ from torch import nn
 
 import compress
 import compress_layers as layers
+import train
 from lowrank.compression import Factorization
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
-from runtime import device as devices
-from runtime import plots
+from runtime import plots, sweep
 from runtime.config import UserError
 from runtime.dataset import Dataset, locate
-from runtime.run import append_json, make_folder
+from runtime.record import Record, read
+from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'compression.png'
@@ -232,34 +229,18 @@ def factored(measured, method, keep, windows):
 # ----------------------------------------------------------------------------------------------------------------------
 # results
 
-class Record:
-    """The rows that are there, and a place for more."""
-
-    def __init__(self, path):
-        self.path, self.rows = path, read(path)
-        here = devices.environment('cpu', 'float32')
-        self.machine = {'torch': here['torch'], 'cpus': here['cpus'], 'threads': here['threads'],
-                        'git_commit': here['git_commit'][:7]}
-
-    def find(self, **key):
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+class Results(Record):
+    """Those of models: result() -> loss, model, other fields."""
 
     def make(self, result, **key):
-        """The row with this key, made by result() -> loss, model, other fields, unless it is there."""
-        row = self.find(**key)
-        if row is None:
-            started = time.perf_counter()
+        def fields():
             loss, model, more = result()
-            row = key | {'loss': loss, 'block_params': block_params(model)} | more | {
-                'seconds': round(time.perf_counter() - started, 1)} | self.machine
-            append_json(self.path, row)
-            self.rows.append(row)
-            print(', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds')), flush=True)
-        return row
+            return {'loss': loss, 'block_params': block_params(model)} | more
+        return super().make(fields, **key)
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def describe(row, key):
+    return ', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds'))
 
 
 def block_params(model):
@@ -273,20 +254,14 @@ def loss_of(model, data):
 def trained(cfg, name, kind, seed, *options):
     """The checkpoint of a model that train.py made here or makes now. Raises UserError where it fails."""
     folder = Path(cfg.out_dir) / f'{name}-{kind}-{seed}'
-    if not (folder / 'ckpt.pt').exists() or not finished(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        argv = [*MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}', '--device=cpu']
-        with open(f'{folder}.log', 'w') as log:
-            code = subprocess.run([sys.executable, str(ROOT / 'train.py'), *argv, *options], stdout=log, stderr=log,
-                                  env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}).returncode
-        if code:
-            raise UserError(f'{folder}.log: exit code {code}: {Path(f"{folder}.log").read_text().splitlines()[-1]}')
+    argv = [*MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}', '--device=cpu',
+            *options]
+    steps = configuration.parse(train.TrainConfig, argv)[0]['max_iters']
+    failures = []
+    job = sweep.Job(folder.name, folder, steps, [str(ROOT / 'train.py'), *argv], None)
+    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(sweep.why(job, code))):
+        raise UserError(failures[0])
     return ckpt.load(folder / 'ckpt.pt')
-
-
-def finished(folder):
-    """Whether its run came to its end, with a whole evaluation."""
-    return any(row.get('final') for row in read(folder / 'metrics.jsonl'))
 
 
 def model_of(saved):
@@ -498,7 +473,7 @@ def main(argv):
         if cfg.run:
             data = Dataset(locate(cfg.dataset, 'char'))
             make_folder(cfg.out_dir)
-            record = Record(RECORD)
+            record = Results(RECORD, describe)
             for name in cfg.models.split(','):
                 make(cfg, record, name, data)
     except UserError as e:

@@ -32,10 +32,8 @@ import hashlib
 import json
 import math
 import os
-import platform
 import statistics
 import sys
-import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -56,12 +54,12 @@ from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIP
 from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
-from runtime import device as devices
 from runtime import plots
 from runtime.config import UserError
 from runtime.dataset import Dataset, locate
 from runtime.optim import exchange
-from runtime.run import append_json, make_folder
+from runtime.record import Record, read
+from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'
@@ -408,39 +406,9 @@ def detection(found, m):
 # ----------------------------------------------------------------------------------------------------------------------
 # results
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-class Record:
-    """The rows that are there, and a place for more."""
-
-    def __init__(self, path, settings):
-        """settings: what all rows must share. Raises UserError for a record of others."""
-        self.path, self.rows, self.settings = path, read(path), settings
-        for row in self.rows:
-            other = [f'{k}={row[k]}' for k in settings if row[k] != settings[k]]
-            if other:
-                raise UserError(f'{path}: was made with {", ".join(other)}, not '
-                                f'{", ".join(f"{k}={v}" for k, v in settings.items())}; move it away to begin another')
-        here = devices.environment('cpu', 'float32')
-        self.machine = {'python': platform.python_version(), 'torch': here['torch'], 'threads': here['threads'],
-                        'git_commit': here['git_commit'][:7]}
-
-    def find(self, **key):
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
-
-    def make(self, result, **key):
-        """The row with this key, its other fields made by result(), unless it is there."""
-        row = self.find(**key)
-        if row is None:
-            started = time.perf_counter()
-            row = key | result() | {'seconds': round(time.perf_counter() - started, 1)} | self.settings | self.machine
-            append_json(self.path, row)
-            self.rows.append(row)
-            end = row['curve'][-1][1:] if 'curve' in row else [row['auc_all_principal']]
-            print(', '.join(map(str, (*key.values(), *(round(x, 3) for x in end), row['seconds']))), flush=True)
-        return row
+def describe(row, key):
+    end = row['curve'][-1][1:] if 'curve' in row else [row['auc_all_principal']]
+    return ', '.join(map(str, (*key.values(), *(round(x, 3) for x in end), row['seconds'])))
 
 
 def make(cfg, record, texts, seed):
@@ -704,7 +672,7 @@ def main(argv):
         if cfg.run:
             texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))
             make_folder(cfg.out_dir)
-            record = Record(RECORD, dict(learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp))
+            record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp)
             for seed in map(int, cfg.seeds.split(',')):
                 make(cfg, record, texts, seed)
     except UserError as e:

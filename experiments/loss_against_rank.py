@@ -17,11 +17,8 @@ docs/loss_against_rank.png.
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +31,7 @@ import torch
 import model
 import train
 from runtime import config as configuration
-from runtime import plots
+from runtime import plots, sweep
 from runtime.config import UserError
 from runtime.dataset import locate
 from runtime.files import write_atomically
@@ -114,23 +111,20 @@ def runs(cfg):
             yield name, {'arm': arm, 'rank': rank, 'seed': seed, 'steps': cfg.steps}, [*options, f'--seed={seed}']
 
 
-def run(cfg, name, row, options):
-    """Train unless that is done -> whether it went well."""
-    folder = Path(cfg.out_dir) / name
-    if result(folder, cfg.steps) is None:
+def jobs(cfg):
+    """Those of runtime/sweep.py. What was interrupted begins again: the checkpoint there may be of other `steps`."""
+    for name, row, options in runs(cfg):
+        folder = Path(cfg.out_dir) / name
         argv = [str(ROOT / 'config' / 'train_svd_test.py'), f'--dataset={cfg.dataset}', f'--out_dir={folder}', *options,
                 f'--max_iters={cfg.steps}', f'--lr_decay_iters={cfg.steps}', f'--warmup_iters={cfg.steps // 20}',
                 f'--eval_interval={cfg.steps}', '--device=cpu']
-        folder.mkdir(parents=True, exist_ok=True)
-        threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // cfg.jobs))}
-        with open(folder / 'log.txt', 'w') as log:
-            code = subprocess.run([sys.executable, __file__, '--train', row['arm'], *argv], stdout=log, stderr=log,
-                                  env=os.environ | threads).returncode
-        if code:
-            print(f'{name}: exit code {code}: {(folder / "log.txt").read_text().splitlines()[-1]}', flush=True)
-            return False
-        print(f'{name}: {result(folder, cfg.steps)["val/loss"]:.4f}', flush=True)
-    return True
+        yield sweep.Job(name, folder, cfg.steps, [__file__, '--train', row['arm'], *argv], None)
+
+
+def ended(job, code, seconds):
+    """One line about a run."""
+    final = sweep.result(job.folder, job.steps)
+    print(sweep.why(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}', flush=True)
 
 
 def train_here(arm, argv):
@@ -139,15 +133,6 @@ def train_here(arm, argv):
         model.CausalSelfAttention = CONTROLS[arm]
     train.sample = lambda *_: '(none)'
     return train.main(argv)
-
-
-def result(folder, steps):
-    """The final row of a finished run, or None."""
-    try:
-        rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    except OSError:
-        return None
-    return next((row for row in rows if row.get('final') and row['iter'] == steps), None)
 
 
 def check(cfg):
@@ -164,7 +149,8 @@ def collect(cfg):
     """The record of all finished runs, written to RECORD -> list of rows."""
     rows = []
     for name, row, _ in runs(cfg):
-        final, folder = result(Path(cfg.out_dir) / name, cfg.steps), Path(cfg.out_dir) / name
+        folder = Path(cfg.out_dir) / name
+        final = sweep.result(folder, cfg.steps)
         if final:
             here = json.loads((folder / 'environment.json').read_text())
             rows.append(row | {'loss': final.get('val/prefix_loss', final['val/loss']), 'parallel': final['val/loss'],
@@ -245,11 +231,10 @@ def main(argv):
         print(f'loss_against_rank.py: {e}', file=sys.stderr)
         return 2
     if cfg.jobs:
-        todo = list(runs(cfg))
-        with ThreadPoolExecutor(cfg.jobs) as pool:
-            fine = list(pool.map(lambda one: run(cfg, *one), todo))
-        print(f'{sum(fine)} of {len(todo)} runs done')
-        if not all(fine):
+        todo = list(jobs(cfg))
+        failed = sweep.run_all(todo, cfg.jobs, ended)
+        print(f'{len(todo) - len(failed)} of {len(todo)} runs done')
+        if failed:
             return 1
         rows = collect(cfg)
     else:

@@ -1,6 +1,8 @@
 """Figures. matplotlib is imported where it is used: nothing else needs it."""
 
 import importlib
+import math
+import textwrap
 from collections import namedtuple
 from contextlib import nullcontext
 
@@ -13,11 +15,22 @@ PLACES = [(0, 8, 'center', 'bottom'), (0, -8, 'center', 'top'), (8, 0, 'left', '
           (6, 8, 'left', 'bottom'), (-6, 8, 'right', 'bottom'), (6, -8, 'left', 'top'), (-6, -8, 'right', 'top'),
           (0, 22, 'center', 'bottom'), (0, -22, 'center', 'top'), (0, 36, 'center', 'bottom'),
           (0, -36, 'center', 'top')]
+BESIDE = [*PLACES[4:8], *PLACES[:4], None]          # off the error bars first
 LOOKS = ('o', 's', '^', 'D')
 
 Line = namedtuple('Line', 'x y number style', defaults=('-',))      # number: a whole one, which gives the colour
 Panel = namedtuple('Panel', 'lines level upright')  # level, upright: guide lines, label -> their y or x
 PanelRow = namedtuple('PanelRow', 'y_label y_scale panels')         # panels: title -> Panel
+
+# told apart with any kind of colour vision (Okabe and Ito), and in print
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+LEVEL = ('0.25', None, '--')        # colour, marker, line
+
+# x None: a level. spread: half of an error bar or of a band's height, a number a point; across: of bars along x, lows
+# and highs; notes: a word beside each point; look: colour, marker, line
+Curve = namedtuple('Curve', 'label x y look spread across notes', defaults=(None, None, None))
+Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))   # ticks: place -> word
 
 
 def require_matplotlib(option):
@@ -68,7 +81,6 @@ def line_panels(path, rows, x_label, number_label, title):
     rows and columns. Lines are coloured from the smallest number to the largest. Level guide lines are dashed and
     labelled at the right end of the row, upright ones dotted and labelled at the bottom, left of them. Raises UserError
     where the file cannot be written."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -80,8 +92,7 @@ def line_panels(path, rows, x_label, number_label, title):
     axes = figure.subplots(len(rows), width, sharex=True, sharey='row', squeeze=False)
     numbers = [line.number for row in rows for panel in row.panels.values() for line in panel.lines]
     first, count = min(numbers), max(numbers) - min(numbers) + 1
-    # without the last tenth, a yellow that white paper swallows
-    colours = ListedColormap([colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)])
+    colours = ListedColormap(shades(count))
     for row, own in zip(rows, axes):
         for ax, panel in zip(own, row.panels.values()):
             ax.set_yscale(row.y_scale)
@@ -112,6 +123,85 @@ def line_panels(path, rows, x_label, number_label, title):
     _save(figure, path)
 
 
+def charts(path, panels, y_label, caption, bands=False, columns=3):
+    """Write a PNG: Charts side by side, `columns` in a row, one y axis for all, one legend above and a caption below.
+    bands: a spread is drawn as a band, not as bars. Raises UserError where the file cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import Normal, Stroke
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
+    columns = min(columns, len(panels))
+    lines, height = math.ceil(len(panels) / columns), 3.3
+    figure = Figure(figsize=(8.3, height * lines + 1.2), dpi=150, layout='constrained')    # a README is 830 pixels wide
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for ax in axes[len(panels):]:
+        ax.set_visible(False)
+    handles = {}
+    for ax, chart in zip(axes, panels):
+        ax.set_title(textwrap.fill(chart.title, 84 // columns), fontsize=10)
+        ax.set_xlabel(chart.x_label)
+        ax.grid(True, which='major', color='0.9')
+        ax.set_axisbelow(True)
+        if chart.log:
+            ax.set_xscale('log', base=2)
+        for curve in chart.curves:
+            handles.setdefault(curve.label, _draw(ax, curve, bands))
+        if chart.ticks:
+            ax.set_xticks(list(chart.ticks), list(chart.ticks.values()))
+        elif chart.log:
+            ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.08, y=0.12)
+    for ax in axes[:len(panels):columns]:
+        ax.set_ylabel(y_label)
+    figure.legend(handles=list(handles.values()), labels=list(handles), loc='outside upper center', frameon=False,
+                  ncols=_columns(handles), fontsize=9)
+    width = len(caption) / math.ceil(len(caption) / 115)            # of lines about as long as each other
+    figure.supxlabel(textwrap.fill(caption, int(width) + 8), fontsize=9, color='0.3')
+    canvas.draw()                                                   # notes need the places of all points
+    for ax, chart in zip(axes, panels):
+        _label(ax, [Point(*point, None) for curve in chart.curves if curve.notes
+                    for point in zip(curve.x, curve.y, curve.notes)], -math.inf, canvas.get_renderer(), BESIDE,
+               path_effects=[Stroke(linewidth=3, foreground='w'), Normal()], zorder=4)
+    _save(figure, path)
+
+
+def shades(count):
+    """Colours in an order, dark to light, without the last tenth, a yellow that white paper swallows."""
+    from matplotlib import colormaps
+    return [colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _draw(ax, curve, bands):
+    """-> what stands for the curve in a legend."""
+    colour, marker, line = curve.look
+    spread = curve.spread and [one or 0 for one in curve.spread]
+    if curve.x is None:
+        if spread:
+            ax.axhspan(curve.y[0] - spread[0], curve.y[0] + spread[0], color=colour, alpha=0.15, lw=0)
+        return ax.axhline(curve.y[0], color=colour, ls=line, lw=1.2)
+    style = dict(color=colour, marker=marker, ls=line or 'none', lw=1.4, ms=10 if marker == '*' else 5, zorder=3)
+    if bands:
+        if spread:
+            ax.fill_between(curve.x, [y - s for y, s in zip(curve.y, spread)], [y + s for y, s in zip(curve.y, spread)],
+                            color=colour, alpha=0.2, lw=0)
+        return ax.plot(curve.x, curve.y, **style)[0]
+    across = curve.across and [[x - low for x, (low, _) in zip(curve.x, curve.across)],
+                               [high - x for x, (_, high) in zip(curve.x, curve.across)]]
+    bars = ax.errorbar(curve.x, curve.y, spread, across, capsize=3, elinewidth=1, **style)
+    for bar in bars[2] if across else ():                           # long ones, in each other's way
+        bar.set_alpha(0.5)
+    return bars[0]
+
+
+def _columns(labels):
+    """As many as fit side by side."""
+    return max(1, min(len(labels), 110 // (8 + max(map(len, labels)))))
+
+
 def _save(figure, path):
     try:
         with nullcontext(path) if hasattr(path, 'write') else replacing(path) as file:
@@ -129,19 +219,23 @@ def _share_limits(ax, panels, floor):
     ax.set_ylim(floor / 10, max(floor * 100, 8 * max(p.y for p in points)))
 
 
-def _label(ax, points, floor, renderer):
-    """Each point's label at the first place where it meets no other label, no point and no edge; else the last."""
+def _label(ax, points, floor, renderer, places=PLACES, **style):
+    """Each point's label at the first place where it meets no other label, no point and no edge; else the last place,
+    or, where that is None, nowhere."""
     frame = ax.get_window_extent(renderer)
     at = [ax.transData.transform((p.x, max(p.y, floor))) for p in points]
     taken = []
     for point in sorted(points, key=lambda p: p.x):
-        for dx, dy, ha, va in PLACES:
+        for dx, dy, ha, va in filter(None, places):
             text = ax.annotate(point.label, (point.x, max(point.y, floor)), (dx, dy), textcoords='offset points',
-                               ha=ha, va=va, fontsize=9)
+                               ha=ha, va=va, fontsize=9, **style)
             box = text.get_window_extent(renderer)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*xy) for xy in at):
                 break
-            if (dx, dy, ha, va) != PLACES[-1]:
+            if (dx, dy, ha, va) != places[-1]:
                 text.remove()
+        else:
+            if places[-1] is None:
+                continue
         taken.append(box)

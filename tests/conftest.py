@@ -1,5 +1,6 @@
 """What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in this process."""
 
+import io
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import train                                                                                # noqa: E402
 from lowrank import svd                                                                     # noqa: E402
-from runtime import download                                                                # noqa: E402
+from runtime import download, sweep                                                         # noqa: E402
 from runtime.dataset import write_dataset                                                   # noqa: E402
 
 # 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
@@ -120,6 +121,23 @@ def endless(here):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs of a sweep are trained in this process, without the closing sample -> the names of those that were."""
+    monkeypatch.setattr(train, 'sample', lambda *args: '')
+    names = []
+
+    def start(job, environment, inherit):
+        names.append(job.name)
+        sweep.log_of(job).parent.mkdir(parents=True, exist_ok=True)
+        sweep.log_of(job).write_text('its last line')
+        with redirect_stdout(io.StringIO()):
+            code = train.main((job.resume if sweep.has_checkpoint(job.folder) else job.argv)[1:])
+        return SimpleNamespace(returncode=code, stdin=io.StringIO(), poll=lambda: code, wait=lambda: code)
+    monkeypatch.setattr(sweep, '_start', start)
+    return names
 
 
 def rows(folder='out', file='metrics.jsonl'):

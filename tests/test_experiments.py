@@ -5,7 +5,6 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ import torch
 import compress_layers as layers
 import model
 import train
-from conftest import ROOT, TINY, rows
+from conftest import ROOT, TEXT, TINY, rows
+from runtime.dataset import write_dataset
 
 
 def experiment(name):
@@ -69,6 +69,24 @@ def test_wrong_input_is_one_line(option, refused, here, monkeypatch):
     monkeypatch.setattr(sweep, 'RECORD', here / 'none.jsonl')
     argv = [option] if 'dataset' in option else [option, '--dataset=toy']
     assert option.removeprefix('--').partition('=')[0] in refused(sweep.main, *argv)
+
+
+@pytest.mark.slow
+def test_the_sweep_runs_what_is_missing(call, here, monkeypatch):
+    """In processes, a control among them; the second call has nothing to do."""
+    monkeypatch.setattr(sweep, 'RECORD', here / 'record.jsonl')
+    monkeypatch.setattr(sweep, 'RANKS', (2,))
+    monkeypatch.setattr(sweep, 'SCOPES', ('weight',))
+    monkeypatch.setattr(sweep, 'METHODS', ('gram',))
+    monkeypatch.setattr(sweep, 'plot', lambda rows: None)           # of several scopes
+    write_dataset(here / 'data' / 'long', 3 * TEXT, 'char', source='tests')
+    options = ['--dataset=long', '--steps=20', '--seeds=1', '--jobs=2']
+    found = call(sweep.main, *options)
+    assert found.code == 0, found.out
+    assert '4 of 4 runs done' in found.out and 'random_projection-2-1337: ' in found.out
+    again = call(sweep.main, *options)
+    assert again.out.startswith('4 of 4 runs done') and again.out.count('+-') == 4
+    assert len(rows('.', 'record.jsonl')) == 4
 
 
 def test_absorbed_and_expanded_are_timed_and_equal(call, monkeypatch):
@@ -157,11 +175,8 @@ def test_every_method_keeps_to_the_budget(label):
 
 
 @pytest.mark.slow
-def test_the_table_is_made_once_and_gone_on_with(call, here, monkeypatch):
+def test_the_table_is_made_once_and_gone_on_with(call, here, in_process, monkeypatch):
     """Two runs that make one thing after another, then everything again: no row twice."""
-    monkeypatch.setattr(train, 'sample', lambda *_: '')
-    monkeypatch.setattr(compression, 'subprocess', SimpleNamespace(run=lambda argv, **_: SimpleNamespace(
-        returncode=train.main(argv[2:]))))                          # in this process: faster
     monkeypatch.setitem(compression.MODELS, 'small', [*TINY, '--n_head=1'])
     monkeypatch.setattr(compression, 'CALIBRATION_TOKENS', 128)
     for name, value in (('TUNED_KEEPS', (0.6,)), ('RECORD', here / 'record.jsonl'), ('FIGURE', here / 'figure.png')):

@@ -13,7 +13,7 @@ import runtime
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('lowrank', 'runtime', 'data', 'config')
 # behind an entry point, or the model
-HELPERS = {'check', 'bench_svd', 'compress_layers', 'compress_spectrum', 'special_layers'}
+HELPERS = {'check', 'bench_svd', 'compare_report', 'compress_layers', 'compress_spectrum', 'special_layers', 'steps'}
 ENTRY_POINTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'conftest', *HELPERS}
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py'), *(
     path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))))
@@ -22,10 +22,12 @@ MAY_IMPORT = {'lowrank': {'lowrank'}, 'runtime': {'runtime'}, 'data': {'data', '
               'special_layers': {'lowrank'}, 'model': {'special_layers', 'lowrank', 'runtime'},
               'check': {'model', 'lowrank', 'runtime', 'train'},
               'bench_svd': {'model', 'lowrank', 'runtime'},
+              'compare_report': {'runtime'}, 'steps': {'model', 'runtime'},
               'compress_layers': {'special_layers', 'model', 'lowrank', 'runtime'},
               'compress_spectrum': {'lowrank', 'runtime'}}
 MAY_IMPORT |= {name: {'model', 'lowrank', 'runtime', 'data', 'train'} for name in ENTRY_POINTS}
-MAY_IMPORT['bench'] |= {'check', 'bench_svd'}                       # the commands behind which they stand
+MAY_IMPORT['bench'] |= {'check', 'bench_svd', 'steps'}              # the commands behind which they stand
+MAY_IMPORT['compare'] |= {'compare_report', 'steps'}
 MAY_IMPORT['compress'] |= {'compress_layers', 'compress_spectrum'}
 MAY_IMPORT['export'] |= {'compress_layers'}
 for name in ('bench', 'export', 'sample', 'train'):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import compare
 import compress
 import export
 import plot_adaptive
@@ -20,8 +21,8 @@ TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
          for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
            'export.py': export.ExportConfig, 'compress.py': compress.CompressConfig,
-           'plot_adaptive.py': plot_adaptive.PlotConfig}
-COMMAND = r'python ((?:train|sample|bench|export|compress|plot_adaptive)\.py(?: +(?:--[\w=./-]+|config/\w+\.py))*)'
+           'plot_adaptive.py': plot_adaptive.PlotConfig, 'compare.py': compare.CompareConfig}
+COMMAND = r'python ((?:train|sample|bench|export|compress|compare|plot_adaptive)\.py(?: +(?:--[\w=.,/-]+|config/\w+\.py))*)'
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
@@ -42,7 +43,12 @@ def test_commands_are_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script, *argv = shlex.split(command.replace('../nanoGPT', 'NANOGPT'))
     placeholders = ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')
-    configuration.load(CLASSES[script], [arg for arg in argv if arg not in placeholders])
+    argv = [arg for arg in argv if arg not in placeholders]
+    if script == 'compare.py' and any(not arg.startswith('--sweep=') for arg in argv):      # its options take lists
+        cfg, lists, set_by, plain = compare.read(argv)
+        assert compare.plan(cfg, lists, set_by, plain, print)
+    else:
+        configuration.load(CLASSES[script], argv)
 
 
 def test_all_options_of_the_table_exist():

@@ -1,0 +1,170 @@
+"""Many runs of a script, each in a process and a folder of its own, some at a time: what is finished is not repeated,
+what was interrupted goes on, and no run outlives the process that started it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from runtime.config import UserError
+from runtime.run import lock
+
+CHILD = Path(__file__).with_name('child.py')
+POLL = 0.05                         # seconds between looks at the processes
+
+# argv: script and options of a start from scratch; resume: of one from the folder's checkpoint, None: never
+Job = namedtuple('Job', 'name folder steps argv resume')
+
+
+def json_lines(path):
+    """The objects in a file of JSON, line by line, [] without one; a line that a crash left unfinished is left out."""
+    found = []
+    with suppress(OSError):
+        for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]
+
+
+def rows(folder):
+    """The rows of a run's metrics.jsonl."""
+    return [row for row in json_lines(Path(folder) / 'metrics.jsonl') if type(row.get('iter')) is int]
+
+
+def result(folder, steps):
+    """The final row of a run that is finished after as many steps, or None."""
+    return next((row for row in rows(folder) if row.get('final') and row['iter'] == steps), None)
+
+
+def has_checkpoint(folder):
+    return any((Path(folder) / name).exists() for name in ('ckpt.pt', 'last.pt'))
+
+
+def log_of(job):
+    """Beside the folder, which train.py may move aside while it writes there."""
+    return Path(f'{job.folder}.log')
+
+
+def last_line(job):
+    lines = log_of(job).read_text(encoding='utf-8', errors='replace').split('\n')
+    return next((line.rpartition('\r')[2].strip() for line in reversed(lines) if line.strip()), 'no output')
+
+
+def shared_threads(at_once):
+    """Environment of each of several processes that share this one's threads out."""
+    share = str(max(1, torch.get_num_threads() // at_once))
+    return dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'),
+                         share)
+
+
+def check_folder(name):
+    """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is."""
+    folder, real = Path(name), Path(os.path.realpath(name))
+    if not name or real in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: 'out-compare')")
+    try:
+        # what a sweep leaves that is killed at its start
+        other = real.exists() and [p.name for p in real.iterdir() if p.name != 'runs' and p.suffix != '.tmp']
+        if other and not (real / 'sweep.json').exists():
+            raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: '{name}-2')")
+    except OSError as e:
+        raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: '{name}-2')") from None
+    return folder
+
+
+def gpus(asked, device, at_once, say):
+    """For run_all's `environment`: on CUDA the GPUs one after the other, unless the option `asked` names one. device:
+    what it comes to here."""
+    visible = [None]
+    if asked in ('auto', 'cuda') and device == 'cuda':
+        named = os.environ.get('CUDA_VISIBLE_DEVICES')
+        visible = named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+    if device != 'cpu' and at_once > len(visible):
+        say(f'jobs={at_once}: share {len(visible)} GPU{"s" * (len(visible) > 1)}, the memory, too')
+    return lambda slot: {} if visible == [None] else {'CUDA_VISIBLE_DEVICES': visible[slot % len(visible)]}
+
+
+def run_all(jobs, at_once, ended, environment=lambda slot: {}, inherit=None):
+    """Run what is not finished -> the names of jobs that failed. ended(job, code, seconds): called after each.
+    environment(slot): variables of the process in a slot, 0 to at_once - 1. inherit: a descriptor that stays open as
+    long as any of the processes lives. An exception, Interrupted too, stops them all first: they save; the next one
+    kills them."""
+    waiting = [job for job in jobs if result(job.folder, job.steps) is None]
+    running, failed = {}, []                                        # slot -> job, process, start
+    try:
+        while waiting or running:
+            for slot in [slot for slot in range(at_once) if slot not in running][:len(waiting)]:
+                job = waiting.pop(0)
+                running[slot] = job, _start(job, shared_threads(at_once) | environment(slot), inherit), time.monotonic()
+            for slot, (job, process, start) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    process.stdin.close()
+                    if process.returncode or result(job.folder, job.steps) is None:
+                        failed.append(job.name)
+                    ended(job, process.returncode, time.monotonic() - start)
+            time.sleep(POLL)
+    finally:
+        _stop([process for _, process, _ in running.values()])
+    return failed
+
+
+def _start(job, environment, inherit):
+    log_of(job).parent.mkdir(parents=True, exist_ok=True)
+    saved = has_checkpoint(job.folder)
+    resumed = saved and job.resume is not None
+    if not saved:                                                   # a beginning that nothing can go on from
+        (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
+    with open(log_of(job), 'ab' if resumed else 'wb') as log:
+        return subprocess.Popen([sys.executable, str(CHILD), *(job.resume if resumed else job.argv)],
+                                stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | environment,
+                                pass_fds=() if inherit is None else (inherit,))
+
+
+def _stop(processes):
+    """Close the pipes that they watch, and wait; kill them if that is interrupted."""
+    try:
+        for process in processes:
+            process.stdin.close()
+        for process in processes:
+            process.wait()
+    except BaseException:
+        for process in processes:
+            process.kill()
+            process.wait()
+        raise
+
+
+def why(job, code):
+    """A failure in words."""
+    how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
+    return f'{job.name}: failed, {how}: {last_line(job)} (all of it: {log_of(job)})'
+
+
+@contextmanager
+def alone(folder, option, say):
+    """Keep other sweeps out of the folder: a second one is refused. -> the descriptor to `inherit`, or None: runs that
+    a killed sweep left are waited for, which save and end by themselves."""
+    own, left, told = lock(folder, option), None, False
+    try:
+        while True:
+            try:
+                left = lock(Path(folder) / 'runs', option)
+                break
+            except UserError:
+                if not told:
+                    say(f'{folder}: waiting until the runs of a sweep that was killed have saved')
+                told = True
+                time.sleep(POLL)
+        yield left
+    finally:
+        for descriptor in (own, left):
+            if descriptor is not None:
+                os.close(descriptor)

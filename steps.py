@@ -1,0 +1,57 @@
+"""Whole training steps on random tokens, to be timed: forward, backward, clipping and the optimizer."""
+
+from dataclasses import fields
+
+import torch
+
+from model import GPT, GPTConfig
+from runtime import device as devices
+from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
+from runtime.optim import build_optimizer
+from runtime.timing import quartiles, timed
+
+
+def step_of(cfg, device, advance=True, **changes):
+    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration."""
+    torch.manual_seed(cfg.seed)
+    args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+    model = GPT(GPTConfig(**args | changes)).to(device)
+    return train_step(cfg, device, model, build_optimizer(cfg, model, device),
+                      *random_tokens(cfg, device), advance)
+
+
+def train_step(cfg, device, model, optimizer, x, y, advance=True):
+    """-> a function that runs one training step. advance: whether 'randomized' starts from the step before."""
+    context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
+
+    def step():
+        with context:
+            _, loss = model(x, y)
+        loss.backward()
+        if cfg.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        if advance and isinstance(model, GPT):                      # no peer's
+            model.advance_svd_basis()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def random_tokens(cfg, device):
+    """x, y (B, T)."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    return [torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator).to(device)
+            for _ in range(2)]
+
+
+def run_seconds(cfg, data, device, count=5):
+    """Seconds that a run of train.py will take, from `count` of its steps. A batch of an evaluation counts a third of a
+    step: it has no backward pass."""
+    step = step_of(cfg, device)
+    step()
+    _, seconds, _ = quartiles([timed(step, device) for _ in range(count)])
+    looks = cfg.max_iters // cfg.eval_interval + 1
+    windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
+    if cfg.svd_sees_future:                                         # whole, and again up to a random place: half
+        windows += 1.5 * (looks * GAP_POSITIONS + FINAL_GAP_POSITIONS)
+    return seconds * (cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3)
