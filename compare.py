@@ -30,6 +30,8 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+from runtime.output import unfailing_output                             # before torch: says what is not installed
+
 import torch
 
 import compare_report as report
@@ -39,7 +41,6 @@ from runtime import pretrained, sweep
 from runtime.config import SWITCH, UserError
 from runtime.dataset import Dataset, locate
 from runtime.files import remove_leftovers, write_atomically
-from runtime.output import unfailing_output
 from runtime.run import append_json
 from runtime.stopping import Stop
 from runtime.timing import paired, timed
@@ -72,20 +73,21 @@ class CompareConfig(TrainConfig):
 OWN = [f.name for f in fields(CompareConfig) if f.name not in TrainConfig.__dataclass_fields__]
 
 
+@unfailing_output()
 def main(argv=None):
     """-> exit code: 0 done, 1 a run failed, 2 wrong input, 130 / 143 stopped; one line each on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(CompareConfig, __doc__.strip()))
         return 0
-    with unfailing_output(), Stop(under_torchrun=False):
+    with Stop(under_torchrun=False):
         try:
             if all(arg.partition('=')[0] == '--sweep' for arg in argv):
                 cfg, _ = configuration.load(CompareConfig, argv)
                 return report.show(Path(cfg.sweep), print)
             return compare(argv)
         except UserError as e:
-            code, words = 2, str(e)
+            code, words = e.code, str(e)
         except (OSError, torch.OutOfMemoryError) as e:
             code, words = 1, configuration.one_line(e)
         except KeyboardInterrupt as e:

@@ -18,13 +18,14 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                       # run from anywhere
 
+from runtime.config import UserError                                    # before torch: says what is not installed
+
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from lowrank.cache import expand  # noqa: E402
 from runtime import config as configuration  # noqa: E402
 from runtime import device as devices  # noqa: E402
-from runtime.config import UserError  # noqa: E402
 from runtime.output import unfailing_output  # noqa: E402
 from runtime.timing import quartiles, time_in_turn  # noqa: E402
 
@@ -67,7 +68,7 @@ def main(argv=None):
             measure(cfg, devices.pick_device(cfg.device))
     except UserError as e:
         print(f'absorb_or_expand.py: {e}', file=sys.stderr)
-        return 2
+        return e.code
     return 0
 
 

@@ -37,6 +37,8 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime.config import UserError                                    # before torch: says what is not installed
+
 import torch
 from torch import nn
 
@@ -48,7 +50,6 @@ from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots, sweep
-from runtime.config import UserError
 from runtime.dataset import Dataset, locate
 from runtime.record import Record, read
 from runtime.run import make_folder
@@ -478,7 +479,7 @@ def main(argv):
                 make(cfg, record, name, data)
     except UserError as e:
         print(f'compression_table.py: {e}', file=sys.stderr)
-        return 2
+        return e.code
     rows = read(RECORD)
     names = [name for name in MODELS if any(row['model'] == name for row in rows)]
     print('\n\n'.join(filter(None, (form(rows, name) for form in (table, control_table) for name in names))))

@@ -43,6 +43,8 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime.config import UserError                                    # before torch: says what is not installed
+
 import numpy as np
 import torch
 
@@ -55,7 +57,6 @@ from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
-from runtime.config import UserError
 from runtime.dataset import Dataset, locate
 from runtime.optim import exchange
 from runtime.record import Record, read
@@ -677,7 +678,7 @@ def main(argv):
                 make(cfg, record, texts, seed)
     except UserError as e:
         print(f'continual_learning.py: {e}', file=sys.stderr)
-        return 2
+        return e.code
     rows = read(RECORD)
     print('\n\n'.join(filter(None, (*(table(rows, setting) for setting in SETTINGS), switch_table(rows),
                                     detector_table(rows)))))

@@ -26,13 +26,14 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime.config import UserError                                    # before torch: says what is not installed
+
 import torch
 
 import model
 import train
 from runtime import config as configuration
 from runtime import plots, sweep
-from runtime.config import UserError
 from runtime.dataset import locate
 from runtime.files import write_atomically
 from lowrank.linear import Linear
@@ -229,7 +230,7 @@ def main(argv):
         check(cfg)
     except UserError as e:
         print(f'loss_against_rank.py: {e}', file=sys.stderr)
-        return 2
+        return e.code
     if cfg.jobs:
         todo = list(jobs(cfg))
         failed = sweep.run_all(todo, cfg.jobs, ended)
