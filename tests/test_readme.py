@@ -3,6 +3,8 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import export
 import plot_adaptive
 import sample
 import train
+from conftest import TEXT
 from runtime import config as configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +25,8 @@ TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
 CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
            'export.py': export.ExportConfig, 'compress.py': compress.CompressConfig,
            'plot_adaptive.py': plot_adaptive.PlotConfig, 'compare.py': compare.CompareConfig}
-COMMAND = r'python ((?:train|sample|bench|export|compress|compare|plot_adaptive)\.py(?: +(?:--[\w=.,/-]+|config/\w+\.py))*)'
+NAMES = '|'.join(CLASSES).replace('.py', '')
+COMMAND = rf'python ((?:{NAMES})\.py(?: +(?:--[\w=.,/-]+|config/\w+\.py))*)'
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
@@ -59,3 +63,48 @@ def test_all_options_of_the_table_exist():
 
 def test_no_placeholder_is_left():
     assert not [name for name, text in TEXTS.items() if re.search(r'@[A-Z0-9_]+@', text)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the README's commands, run in its order on a model that takes no time
+
+SHAPE = '--dataset=toy --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 --batch_size=2'.split()
+SHORT = ('--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_interval=2 --eval_iters=1 --adaptive_svd_interval=2 '
+         '--device=cpu').split()
+# before a command's own options, and in their place
+SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'], 'bench.py': ['--pairs=2', '--device=cpu'],
+         'compress.py': ['--calibration_tokens=64', '--device=cpu'], 'compare.py': SHORT}
+INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '2', '--dataset': 'toy'}
+# downloads and other repositories, the suites of tests, hours; bench.py's self-test has tests/test_check.py
+ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', '--check', 'tests/', 'experiments/', 'openwebtext')
+
+
+def readme_commands():
+    """As lists of words, from the script on."""
+    blocks = re.findall(r'```sh\n(.*?)```', TEXTS['README.md'], re.S)
+    lines = [command.partition('#')[0].strip() for block in blocks for line in block.splitlines()
+             for command in line.split('&&')]
+    return [shlex.split(line)[1:] for line in lines
+            if '--to=gpt2' in line or line and not any(word in line for word in ELSEWHERE)]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(here, call, monkeypatch):
+    """In its order, each on the runs that those before it left, with a model that takes no time: exit code 0."""
+    monkeypatch.setattr(compare, 'TIMED_SECONDS', 0.1)
+    shutil.copytree(ROOT / 'config', 'config')
+    Path('my.txt').write_text(TEXT * 4)
+    commands = readme_commands()
+    assert len(commands) > 30 and {script for script, *_ in commands} >= {*CLASSES}
+    for script, *argv in commands:
+        if script.startswith('example'):
+            done = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True)
+            assert done.returncode == 0, (script, done.stderr)
+            continue
+        configs = [arg for arg in argv if not arg.startswith('--')]
+        own = [f'{name}={INSTEAD.get(name, value)}' if value and value != 'my.txt' else arg for arg in argv
+               if arg not in configs for name, _, value in [arg.partition('=')]]
+        small = [] if script == 'compare.py' and not configs else SMALL.get(script, [])
+        shape = SHAPE if configs and not any('finetune' in name for name in configs) else []
+        result = call(sys.modules[script.removesuffix('.py')].main, *configs, *shape, *small, *own)
+        assert result.code == 0, (script, argv, result.err)
