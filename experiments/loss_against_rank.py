@@ -197,7 +197,7 @@ def plot(rows):
     styles = {'gram': ('C0', 'o-'), 'randomized': ('C1', 's--'), 'random projection': ('0.45', '^:'),
               'narrow values': ('0.65', 'v:')}
     for axis, scope in zip(axes, SCOPES):
-        base, spread, _, seeds = means['no SVD', None]
+        base, spread, _, _ = means['no SVD', None]
         axis.axhspan(base - spread, base + spread, color='C2', alpha=0.3, label='no SVD')
         for shift, name in enumerate((*METHODS, *CONTROLS)):
             arm = f'{scope}, {name}' if name in METHODS else name
@@ -213,7 +213,8 @@ def plot(rows):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('validation loss, nats a character')
     axes[-1].legend(fontsize=8)
-    figure.suptitle(f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of {seeds} seeds', fontsize=11)
+    seeds = ', '.join(map(str, sorted({row['seed'] for row in rows})))
+    figure.suptitle(f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of seeds {seeds}', fontsize=11)
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)
 
