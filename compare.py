@@ -14,7 +14,8 @@ each combination's step, of one micro-batch, uncompiled, is timed against the ba
 time share the CPU's threads, or the GPUs, out; another N can change a loss in its last digits, as any number of threads
 does. --dry_run prepares the data set, and times a few steps.
 
-FOLDER gets results.md, results.csv, results.json, figures, and runs/, whose folders train.py and sample.py take.
+FOLDER gets results.md, results.csv, results.json, figures, and runs/, whose folders train.py and sample.py take. With
+--wandb_log=True the runs and the figures are a group at Weights & Biases, called FOLDER unless --wandb_group is given.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ from runtime.files import remove_leftovers, write_atomically
 from runtime.run import append_json
 from runtime.stopping import Stop
 from runtime.timing import paired, timed
+from runtime.tracking import Tracking
 from steps import run_seconds, step_of
 from train import TrainConfig, build_model
 
@@ -51,7 +53,7 @@ TIMED_SECONDS = 6                   # of pairs of steps, each combination; at le
 MIN_PAIRS, MAX_PAIRS = 5, 40
 REFUSED = {'out_dir': 'every run has a folder of its own (nearest: --sweep=FOLDER)',
            'wandb_run_name': 'every run has a name of its own (nearest: --wandb_project)'}
-NO_LIST = ('device', 'backend', 'wandb_log', 'wandb_project', 'log_interval')
+NO_LIST = ('device', 'backend', 'wandb_log', 'wandb_project', 'wandb_group', 'wandb_tags', 'log_interval')
 
 # options: those that tell it from the others; cfg: of its first seed; argv: of train.py, without seed and folder
 Arm = namedtuple('Arm', 'name options cfg argv')
@@ -84,7 +86,8 @@ def main(argv=None):
         try:
             if all(arg.partition('=')[0] == '--sweep' for arg in argv):
                 cfg, _ = configuration.load(CompareConfig, argv)
-                return report.show(Path(cfg.sweep), print)
+                report.show(Path(cfg.sweep), print)
+                return 0
             return compare(argv)
         except UserError as e:
             code, words = e.code, str(e)
@@ -110,7 +113,7 @@ def compare(argv):
         'options': arm.options, 'baseline': baseline_of(arm, arms).name, **costs[arm.name],
         'config': shaping(arm.cfg)} for arm in arms}}
     check_same_sweep(folder, record)
-    runs = [(arm, job_of(arm, seed, folder)) for seed in record['seeds'] for arm in arms]
+    runs = [(arm, job_of(arm, seed, folder, group_of(cfg))) for seed in record['seeds'] for arm in arms]
     if cfg.dry_run:
         return list_runs(runs, data, folder, device)
     with sweep.alone(folder, 'sweep', print) as inherit:
@@ -119,8 +122,16 @@ def compare(argv):
         failed = train_all([job for _, job in runs], cfg, folder, device, inherit)
         if len(failed) < len(runs):
             measure(arms, runs, record, folder, device)
-            report.show(folder, print)
+            figures = report.show(folder, print)
+            if cfg.wandb_log:
+                tracking = Tracking(folder, print, project=cfg.wandb_project, name=folder.name, group=group_of(cfg))
+                tracking.figures(figures)
+                tracking.finish()
     return 1 if failed else 0
+
+
+def group_of(cfg):
+    return cfg.wandb_group or Path(cfg.sweep).name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,11 +286,11 @@ def check_same_sweep(folder, record):
 # ----------------------------------------------------------------------------------------------------------------------
 # running and timing
 
-def job_of(arm, seed, folder):
+def job_of(arm, seed, folder, group):
     name = report.run_name(arm.name, seed)
     out, script = folder / 'runs' / name, str(Path(__file__).with_name('train.py'))
     here = [f'--out_dir={str(out)!r}', f'--device={arm.cfg.device!r}']
-    run_name = [f'--wandb_run_name={name!r}'] if arm.cfg.wandb_log else []
+    run_name = [f'--wandb_run_name={name!r}', f'--wandb_group={group!r}'] if arm.cfg.wandb_log else []
     return sweep.Job(name, out, arm.cfg.max_iters, [script, *arm.argv, f'--seed={seed}', *here, *run_name],
                      [script, '--init_from=resume', *here])
 

@@ -72,7 +72,7 @@ def read_times(folder):
 
 
 def show(folder, say):
-    """Print the table of a sweep, write its files and figures. -> exit code 0. Raises UserError."""
+    """Print the table of a sweep, write its files and figures. -> name of a figure -> its file. Raises UserError."""
     record = load(folder)
     rows, missing = collect(folder, record)
     for line in missing:
@@ -95,7 +95,7 @@ def show(folder, say):
     for name, content in files.items():
         write_atomically(folder / name, content.encode())
     say(f'{folder}: ' + ', '.join([*files, *(path.name for path, _ in drawn)]))
-    return 0
+    return {path.stem: path for path, _ in drawn}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

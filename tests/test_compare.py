@@ -288,6 +288,30 @@ def test_without_matplotlib_there_is_a_table(inline, monkeypatch):
     assert results() and not list(Path('out-compare').glob('*.png'))
 
 
+def test_a_sweep_at_wandb_is_a_group_with_the_figures(inline, monkeypatch):
+    made, jobs, real = [], [], compare.job_of
+
+    class Told:
+        def __init__(self, folder, say, **options):
+            made.append((folder, options))
+
+        def figures(self, paths):
+            made.append({name: path.stat().st_size > 0 for name, path in paths.items()})
+
+        def finish(self):
+            made.append('finished')
+    monkeypatch.setattr(compare, 'Tracking', Told)
+    monkeypatch.setattr(compare, 'job_of', lambda *args: jobs.append(real(*args)) or jobs[-1])
+    assert inline(*SVD, LIST).code == 0 and not made                # off by default
+    result = inline(*SVD, LIST, '--wandb_log=True', '--wandb_project=ours')
+    assert result.code == 0 and not result.names                    # the same runs: nothing is trained again
+    assert made[0] == (Path('out-compare'), dict(project='ours', name='out-compare', group='out-compare'))
+    assert made[1] == dict.fromkeys(('loss', 'curves', 'pareto'), True) and made[2:] == ['finished']
+    assert {"--wandb_group='out-compare'", "--wandb_run_name='svd_rank=4,seed=1337'"} <= {*jobs[-1].argv}
+    inline(*SVD, LIST, '--wandb_log=True', '--wandb_group=mine')
+    assert made[3][1]['group'] == 'mine' and "--wandb_group='mine'" in jobs[-1].argv
+
+
 @pytest.mark.parametrize('lists, axis', [
     ({'svd_rank': [None, 4, 8], 'learning_rate': [.1, .2]}, ('svd_rank', True)),
     ({'n_embd': [16, 32]}, ('n_embd', True)),
