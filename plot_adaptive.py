@@ -21,7 +21,8 @@ from runtime.config import UserError
 
 from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
 
-ROWS = {'principal_alignment': ('principal share\n(chance dotted)', {'danger': DANGER_ALIGNMENT}), 'minor_alignment': ('minor share', {}),
+ROWS = {'principal_alignment': ('principal share\n(chance dotted)', {'danger': DANGER_ALIGNMENT}),
+        'minor_alignment': ('minor share', {}),
         'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'mode': ('low-rank mode', {}),
         'r': ('r', {})}
 MODES = {'full': 0, 'lowrank': 1}

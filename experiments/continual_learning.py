@@ -586,8 +586,8 @@ def plot(rows):
     draw_roc(axes[1, 0], rows)
     draw_layers(axes[1, 1], rows)
     seeds = sorted({row['seed'] for row in rows})
-    figure.supxlabel(f'Mean and standard error of {len(seeds)} seeds ({", ".join(map(str, seeds))}). Above: each arm at '
-                     'the learning rate, in brackets,\nthat forgets least at the middle of the losses on B in the tables.',
+    figure.supxlabel(f'Mean and standard error of seeds {", ".join(map(str, seeds))}. Above: each arm at the learning '
+                     'rate, in brackets,\nthat forgets least at the middle one of the losses on B in the tables.',
                      fontsize=9, color='0.3')
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)

@@ -87,7 +87,8 @@ def line_panels(path, rows, x_label, number_label, title):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     width = len(rows[0].panels)
-    figure = Figure(figsize=(1.4 + 2.3 * width, 0.9 + (2.7 if len(rows) < 4 else 1.9) * len(rows)), dpi=150, layout='constrained')
+    height = 2.7 if len(rows) < 4 else 1.9
+    figure = Figure(figsize=(1.4 + 2.3 * width, 0.9 + height * len(rows)), dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), width, sharex=True, sharey='row', squeeze=False)
     numbers = [line.number for row in rows for panel in row.panels.values() for line in panel.lines]
