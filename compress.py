@@ -138,7 +138,7 @@ class CompressConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr, nothing written), 130 / 143 stopped."""
-    return command.run('compress.py', CompressConfig, __doc__, compress, argv)
+    return command.run('compress.py', CompressConfig, __doc__, lambda cfg: print(compress(cfg)), argv)
 
 
 def compress(cfg):

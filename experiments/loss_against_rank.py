@@ -26,17 +26,19 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.config import UserError                                    # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
 import torch
 
 import model
 import train
+from lowrank.linear import Linear
 from runtime import config as configuration
 from runtime import plots, sweep
+from runtime.config import UserError
 from runtime.dataset import locate
 from runtime.files import write_atomically
-from lowrank.linear import Linear
+from runtime.record import read
 from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
@@ -218,19 +220,17 @@ def plot(rows):
     plt.close(figure)
 
 
-def main(argv):
-    """-> exit code: 0 done, 1 a run failed, 2 wrong input."""
+def main(argv=None):
+    """-> exit code: 0 done, 1 a run failed, 2 wrong input, 130 / 143 stopped."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(SweepConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg, _ = configuration.load(SweepConfig, argv)
-        check(cfg)
-    except UserError as e:
-        print(f'loss_against_rank.py: {e}', file=sys.stderr)
-        return e.code
+    return command.run('loss_against_rank.py', SweepConfig, __doc__, experiment, argv)
+
+
+def experiment(cfg):
+    """Run what is missing, print the table, draw the figure. -> exit code. Raises UserError."""
+    check(cfg)
     if cfg.jobs:
         todo = list(jobs(cfg))
         failed = sweep.run_all(todo, cfg.jobs, ended)
@@ -239,7 +239,7 @@ def main(argv):
             return 1
         rows = collect(cfg)
     else:
-        rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+        rows = read(RECORD)
     print(table(rows))
     plot(rows)
     print(f'figure: {FIGURE}')
@@ -247,4 +247,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
