@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runtime import config as configuration
 from runtime.config import UserError
+from runtime.files import in_words
 from runtime.output import unfailing_output
 from runtime.stopping import Stop
 
@@ -27,6 +28,24 @@ def run(script, cls, usage, action, argv=None, load=None):
         return e.code
     except KeyboardInterrupt as e:
         return 128 + getattr(e, 'signal', signal.SIGINT)
+
+
+@unfailing_output()
+def parse(parser, argv, action, again):
+    """Call action with what an ArgumentParser makes of argv -> exit code: 0 done, 1 no network or a full disk, 2 wrong
+    input, 130 Ctrl-C. again: what the same command does after that."""
+    def refuse(message):                                            # in place of usage text and exit
+        raise UserError(f'{message}; --help lists the options')
+    parser.error = refuse
+    try:
+        action(parser.parse_args(argv))
+        return 0
+    except (UserError, OSError) as e:
+        print(in_words(e), file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
+    except KeyboardInterrupt:
+        print(f'interrupted; the same command {again}', file=sys.stderr)
+        return 130
 
 
 def named(folder):
