@@ -169,8 +169,8 @@ def to_lora(model, saved, meta, remarks):
         raise ValueError('has no LoRA (nearest: --to=safetensors)')
     if c.lora_init != 'lora':
         if saved['base'] in ('resume', None):
-            raise ValueError(f'lora_init={c.lora_init!r}: needs the weights it began with, which a resumed run does not '
-                             'name (nearest: --base=FOLDER)')
+            raise ValueError(f'lora_init={c.lora_init!r}: needs the weights it began with, which a resumed run does '
+                             'not name (nearest: --base=FOLDER)')
         base = GPT.from_pretrained(saved['base'])
         remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
     options, tensors = special_layers.adapters(model, base)

@@ -21,9 +21,9 @@ from runtime.config import UserError
 
 from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
 
-ROWS = {'principal_alignment': ('principal share\n(chance dotted)', {'danger': DANGER_ALIGNMENT}), 'minor_alignment': ('minor share', {}),
-        'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}), 'mode': ('low-rank mode', {}),
-        'r': ('r', {})}
+ROWS = {'principal_alignment': ('principal share\n(chance dotted)', {'danger': DANGER_ALIGNMENT}),
+        'minor_alignment': ('minor share', {}), 'excess': ('beyond chance', {'chance': 0.0, 'danger': DANGER_EXCESS}),
+        'mode': ('low-rank mode', {}), 'r': ('r', {})}
 MODES = {'full': 0, 'lowrank': 1}
 
 ANALYSED = r'svd/(block[0-9]{1,6}\.[^/]+)/r'

@@ -423,10 +423,7 @@ def control_table(rows, name):
 
 def plot(rows, names):
     """Loss added against the share kept, a panel a model, to FIGURE."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6), layout='constrained', squeeze=False)
+    figure, axes = plots.page(1, len(names), (5.2 * len(names), 4.6))
     for axis, name in zip(axes[0], names):
         draw(axis, rows, name)
     axes[0, 0].set_ylabel('validation loss added, nats a character')
@@ -434,8 +431,7 @@ def plot(rows, names):
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
     figure.suptitle('Loss added by compression, calibration seeds: mean and standard deviation (none where it fell)',
                     fontsize=11)
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    plots.save(figure, FIGURE)
 
 
 def draw(axis, rows, name):

@@ -578,20 +578,17 @@ LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3'
 
 def plot(rows):
     """To FIGURE: loss on A against loss on B, a panel a setting, and the detector."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 10.6), layout='constrained')
+    figure, axes = plots.page(2, 2, (9.5, 10.6))
     for axis, setting in zip(axes[0], SETTINGS):
         draw_curves(axis, rows, setting)
     draw_roc(axes[1, 0], rows)
     draw_layers(axes[1, 1], rows)
     seeds = sorted({row['seed'] for row in rows})
-    figure.supxlabel(f'Mean and standard error of {len(seeds)} seeds ({", ".join(map(str, seeds))}). Above: each arm at '
-                     'the learning rate, in brackets,\nthat forgets least at the middle of the losses on B in the tables.',
+    figure.supxlabel(f'Mean and standard error of {len(seeds)} seeds ({", ".join(map(str, seeds))}). Above: each arm '
+                     'at the learning rate, in brackets,\nthat forgets least at the middle of the losses on B in the '
+                     'tables.',
                      fontsize=9, color='0.3')
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    plots.save(figure, FIGURE)
 
 
 def draw_curves(axis, rows, setting):

@@ -191,11 +191,8 @@ def table(rows):
 
 def plot(rows):
     """Loss against rank, a panel a scope, to FIGURE."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     means = summary(rows)
-    figure, axes = plt.subplots(1, len(SCOPES), figsize=(10, 4), sharey=True, layout='constrained')
+    figure, (axes,) = plots.page(1, len(SCOPES), (10, 4), sharey=True)
     styles = {'gram': ('C0', 'o-'), 'randomized': ('C1', 's--'), 'random projection': ('0.45', '^:'),
               'narrow values': ('0.65', 'v:')}
     for axis, scope in zip(axes, SCOPES):
@@ -216,8 +213,7 @@ def plot(rows):
     axes[0].set_ylabel('validation loss, nats a character')
     axes[-1].legend(fontsize=8)
     figure.suptitle(f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of {seeds} seeds', fontsize=11)
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    plots.save(figure, FIGURE)
 
 
 def main(argv=None):

@@ -145,8 +145,8 @@ def wide(tensor):
 
 def left_basis(weight):
     """U (m, g) and singular values S (g), descending, of a weight (m, n), to the precision that `at_hand` gives it. For
-    m <= n U is that of eigh(W W^T), a fifth of the time of an SVD, and S is |W^T u|: roots of the eigenvalues would have
-    half of the digits."""
+    m <= n U is that of eigh(W W^T), a fifth of the time of an SVD, and S is |W^T u|: roots of the eigenvalues would
+    have half of the digits."""
     W = at_hand(weight)
     if W.size(0) > W.size(1):
         U, S, _ = torch.linalg.svd(W, full_matrices=False)

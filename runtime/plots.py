@@ -73,7 +73,7 @@ def scatter_panels(path, panels, x_label, y_label, floor, floor_label, caption):
     canvas.draw()                                                   # labels need the places of all points
     for ax, points in zip(axes, panels.values()):
         _label(ax, points, floor, canvas.get_renderer())
-    _save(figure, path)
+    save(figure, path)
 
 
 def line_panels(path, rows, x_label, number_label, title):
@@ -87,7 +87,8 @@ def line_panels(path, rows, x_label, number_label, title):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     width = len(rows[0].panels)
-    figure = Figure(figsize=(1.4 + 2.3 * width, 0.9 + (2.7 if len(rows) < 4 else 1.9) * len(rows)), dpi=150, layout='constrained')
+    height = 0.9 + (2.7 if len(rows) < 4 else 1.9) * len(rows)
+    figure = Figure(figsize=(1.4 + 2.3 * width, height), dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), width, sharex=True, sharey='row', squeeze=False)
     numbers = [line.number for row in rows for panel in row.panels.values() for line in panel.lines]
@@ -120,7 +121,7 @@ def line_panels(path, rows, x_label, number_label, title):
         bar.minorticks_off()
     figure.supxlabel(x_label, fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def charts(path, panels, y_label, caption, bands=False, columns=3):
@@ -166,7 +167,7 @@ def charts(path, panels, y_label, caption, bands=False, columns=3):
         _label(ax, [Point(*point, None) for curve in chart.curves if curve.notes
                     for point in zip(curve.x, curve.y, curve.notes)], -math.inf, canvas.get_renderer(), BESIDE,
                path_effects=[Stroke(linewidth=3, foreground='w'), Normal()], zorder=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def shades(count):
@@ -202,7 +203,15 @@ def _columns(labels):
     return max(1, min(len(labels), 110 // (8 + max(map(len, labels)))))
 
 
-def _save(figure, path):
+def page(rows, columns, size, **options):
+    """-> figure of this size in inches, axes (rows, columns), to draw on and to `save`. options: of subplots."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, dpi=110, layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure, path):
+    """Write a PNG, path may be a binary file, too. Raises UserError where the file cannot be written."""
     try:
         with nullcontext(path) if hasattr(path, 'write') else replacing(path) as file:
             figure.savefig(file, format='png')

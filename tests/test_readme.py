@@ -22,7 +22,8 @@ TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
 CLASSES = {'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
            'export.py': export.ExportConfig, 'compress.py': compress.CompressConfig,
            'plot_adaptive.py': plot_adaptive.PlotConfig, 'compare.py': compare.CompareConfig}
-COMMAND = r'python ((?:train|sample|bench|export|compress|compare|plot_adaptive)\.py(?: +(?:--[\w=.,/-]+|config/\w+\.py))*)'
+COMMAND = (r'python ((?:train|sample|bench|export|compress|compare|plot_adaptive)\.py'
+           r'(?: +(?:--[\w=.,/-]+|config/\w+\.py))*)')
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(COMMAND, text)})
 
 
