@@ -23,7 +23,7 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,13 +34,13 @@ import torch
 import bench_svd
 import special_layers
 from check import run
-from model import GPT, METHODS, SCOPES, GPTConfig
+from model import METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
 from runtime.timing import generation, paired, quartiles, take_turns, timed
-from steps import random_tokens, step_of, train_step
+from steps import new_model, random_tokens, step_of, train_step
 from train import HERE_KEYS, TrainConfig
 
 
@@ -216,18 +216,13 @@ def uncached_tokens(cfg):
 def decoding_models(cfg, device):
     """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank; then all that of the other
     kinds."""
-    args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
     variants = {}
     for kind, changes in kinds(cfg).items():
         variants[kind or 'no SVD'] = dict(use_svd=False, **changes)
         if cfg.svd_rank is not None:
             variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **changes)
                          for scope in SCOPES}
-    models = {}
-    for name, changes in variants.items():
-        torch.manual_seed(cfg.seed)
-        models[name] = GPT(GPTConfig(**args | changes)).to(device).eval()
-    return models
+    return {name: new_model(cfg, device, **changes).eval() for name, changes in variants.items()}
 
 
 def decoding_runs(cfg, models, peer, prompt, device):
