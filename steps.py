@@ -49,12 +49,12 @@ def random_tokens(cfg, device):
             for _ in range(2)]
 
 
-def run_seconds(cfg, data, device, count=5):
-    """Seconds that a run of train.py will take, from `count` of its steps. A batch of an evaluation counts a third of a
+def run_seconds(cfg, data, device):
+    """Seconds that a run of train.py will take, from five of its steps. A batch of an evaluation counts a third of a
     step: it has no backward pass."""
     step = step_of(cfg, device)
     step()
-    _, seconds, _ = quartiles([timed(step, device) for _ in range(count)])
+    _, seconds, _ = quartiles([timed(step, device) for _ in range(5)])
     looks = cfg.max_iters // cfg.eval_interval + 1
     windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
     if cfg.svd_sees_future:                                         # whole, and again up to a random place: half

@@ -124,14 +124,14 @@ def line_panels(path, rows, x_label, number_label, title):
     save(figure, path)
 
 
-def charts(path, panels, y_label, caption, bands=False, columns=3):
-    """Write a PNG: Charts side by side, `columns` in a row, one y axis for all, one legend above and a caption below.
+def charts(path, panels, y_label, caption, bands=False):
+    """Write a PNG: Charts side by side, three in a row, one y axis for all, one legend above and a caption below.
     bands: a spread is drawn as a band, not as bars. Raises UserError where the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patheffects import Normal, Stroke
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
-    columns = min(columns, len(panels))
+    columns = min(3, len(panels))
     lines, height = math.ceil(len(panels) / columns), 3.3
     figure = Figure(figsize=(8.3, height * lines + 1.2), dpi=150, layout='constrained')    # a README is 830 pixels wide
     canvas = FigureCanvasAgg(figure)
