@@ -23,24 +23,24 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime.output import unfailing_output                             # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
 import torch
 
 import bench_svd
 import special_layers
 from check import run
-from model import GPT, METHODS, SCOPES, GPTConfig
+from model import METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import SWITCH, UserError
 from runtime.timing import generation, paired, quartiles, take_turns, timed
-from steps import random_tokens, step_of, train_step
+from steps import new_model, random_tokens, step_of, train_step
 from train import HERE_KEYS, TrainConfig
 
 
@@ -123,20 +123,9 @@ class BenchConfig(TrainConfig):
         return [int(word) for word in words]
 
 
-@unfailing_output()
 def main(argv=None):
-    """-> exit code: 0 done, 1 a check failed, 2 wrong input (one line on stderr)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(BenchConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg = load_config(argv)
-        action = check if cfg.check else bench_decoding if cfg.decode else bench_methods if cfg.svd else bench_steps
-        return action(cfg)
-    except UserError as e:
-        print(f'bench.py: {e}', file=sys.stderr)
-        return e.code
+    """-> exit code: 0 done, 1 a check failed, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    return command.run('bench.py', BenchConfig, __doc__, bench, argv, load_config)
 
 
 def load_config(argv):
@@ -151,10 +140,17 @@ def load_config(argv):
     return configuration.build(BenchConfig, values, set_by, otherwise=saved['path'])
 
 
-def bench_steps(cfg):
-    """Print a table of step times and ratios, then the same as one line of JSON. -> exit code 0."""
+def bench(cfg):
+    """-> exit code."""
     device = devices.pick_device(cfg.device)
     cfg.vocab_size = cfg.vocab_size or 50304
+    if cfg.svd:
+        return bench_svd.run(cfg, device, step_of)
+    return (check if cfg.check else bench_decoding if cfg.decode else bench_steps)(cfg, device)
+
+
+def bench_steps(cfg, device):
+    """Print a table of step times and ratios, then the same as one line of JSON."""
     if cfg.svd_rank is None and len(kinds(cfg)) == 1 and not cfg.peer:
         raise UserError('svd_rank=None: of an ordinary model there is nothing to compare (nearest: --svd_rank=16)')
     print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size} x {cfg.block_size}, '
@@ -174,20 +170,11 @@ def bench_steps(cfg):
                                   peer_step(cfg, device), cfg.pairs, device, 'peer')
     print(json.dumps({'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs, 'seed': cfg.seed,
                       'results': results}))
-    return 0
-
-
-def bench_methods(cfg):
-    """What bench_svd.py measures. -> exit code 0."""
-    cfg.vocab_size = cfg.vocab_size or 50304
-    return bench_svd.run(cfg, devices.pick_device(cfg.device), step_of)
 
 
 @torch.no_grad()
-def bench_decoding(cfg):
-    """Print tokens/s and cache bytes at several context lengths, then the same as one line of JSON. -> exit code 0."""
-    device = devices.pick_device(cfg.device)
-    cfg.vocab_size = cfg.vocab_size or 50304
+def bench_decoding(cfg, device):
+    """Print tokens/s and cache bytes at several context lengths, then the same as one line of JSON."""
     models = decoding_models(cfg, device)
     peer = peer_model(cfg, device).eval() if cfg.peer else None
     print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size}, rank {cfg.svd_rank}, '
@@ -206,7 +193,6 @@ def bench_decoding(cfg):
     print(json.dumps({'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs, 'seed': cfg.seed,
                       'batch': cfg.batch_size, 'tokens': cfg.tokens, 'tokens_uncached': uncached_tokens(cfg),
                       'results': results}))
-    return 0
 
 
 def kinds(cfg):
@@ -230,18 +216,13 @@ def uncached_tokens(cfg):
 def decoding_models(cfg, device):
     """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank; then all that of the other
     kinds."""
-    args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
     variants = {}
     for kind, changes in kinds(cfg).items():
         variants[kind or 'no SVD'] = dict(use_svd=False, **changes)
         if cfg.svd_rank is not None:
             variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **changes)
                          for scope in SCOPES}
-    models = {}
-    for name, changes in variants.items():
-        torch.manual_seed(cfg.seed)
-        models[name] = GPT(GPTConfig(**args | changes)).to(device).eval()
-    return models
+    return {name: new_model(cfg, device, **changes).eval() for name, changes in variants.items()}
 
 
 def decoding_runs(cfg, models, peer, prompt, device):
@@ -285,9 +266,8 @@ def decoding_row(name, times, baseline, batch, costs):
             'prefill_s': prefill} | costs
 
 
-def check(cfg):
+def check(cfg, device):
     """The self-test of check.py, then its rows as one line of JSON. -> exit code."""
-    device = devices.pick_device(cfg.device)
     dtype = devices.pick_dtype(cfg.dtype, device)
     rows, code = run(device, dtype, cfg.seed)
     print(json.dumps({**devices.environment(device, dtype), 'seed': cfg.seed, 'checks': rows}))

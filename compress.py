@@ -30,7 +30,6 @@ from runtime import command                                             # before
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import compress_layers as layers
 import compress_spectrum as spectrum
@@ -38,7 +37,7 @@ from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained
+from runtime import pretrained, progress
 from runtime.config import SWITCH, UserError, one_line
 from runtime.dataset import GPT2_META, Dataset, locate
 from runtime.draw import sample
@@ -138,7 +137,7 @@ class CompressConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr, nothing written), 130 / 143 stopped."""
-    return command.run('compress.py', CompressConfig, __doc__, compress, argv)
+    return command.run('compress.py', CompressConfig, __doc__, lambda cfg: print(compress(cfg)), argv)
 
 
 def compress(cfg):
@@ -260,7 +259,7 @@ def finetune(model, teacher, data, cfg, device):
     if teacher is not None:
         teacher.eval()                                              # an evaluation leaves it in training mode
     torch.manual_seed(cfg.seed)                                     # of dropout
-    for step in tqdm(range(cfg.max_iters), desc='fine-tune', unit='step', leave=False, disable=None):
+    for step in progress.brief(range(cfg.max_iters), desc='fine-tune', unit='step'):
         x, y = data.batch('train', cfg.batch_size, cfg.block_size, order, device)
         logits, loss = model(x, y)                                  # (B, T, vocab)
         if teacher is not None:

@@ -8,13 +8,13 @@ import math
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 import special_layers
 from lowrank.compression import Factorization, budgeted_ranks, factored_size, refit, saving_rank
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.svd import rank_for_energy
 from model import GPT, QKVProjection
+from runtime import progress
 
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
@@ -172,7 +172,7 @@ def calibrate(model, modules, statistics, windows, gradients):
     hooks = [module.register_forward_hook(lambda *args, name=name: look(*args, name))
              for name, module in modules.items()]
     try:
-        for x, y in tqdm(windows, desc='calibrate', unit='batch', leave=False, disable=None):
+        for x, y in progress.brief(windows, desc='calibrate', unit='batch'):
             with torch.set_grad_enabled(gradients):
                 loss = model(x, y)[1] * y.numel()
             found = [p for _, probes in seen.values() for p in probes]
@@ -202,7 +202,7 @@ def low_rank(model, method, choose, modules, windows):
         statistics = {name: Statistics(layer.weight, layer.bias is not None) for name, layer in layers.items()}
         calibrate(model, layers, statistics, windows, gradients=in_turn)
     energies, factorizations = {}, {}
-    for name, layer in tqdm(layers.items(), desc='decompose', unit='layer', leave=False, disable=None):
+    for name, layer in progress.brief(layers.items(), desc='decompose', unit='layer'):
         try:
             found = statistics[name].factorization() if measured else Factorization(layer.weight)
         except ValueError as e:                                     # not finite
@@ -242,7 +242,7 @@ def replace_in_turn(model, dense, statistics, ranks, windows):
     """`put` layer after layer, each made for the inputs it gets now that those before it are replaced, to give what the
     dense model's layer gives for its own (`Shift`). windows of `batches` run through both models side by side, a block
     at a time. statistics, ranks: name -> `Statistics` of the dense model, rank."""
-    bar = tqdm(total=len(ranks), desc='replace', unit='layer', leave=False, disable=None)
+    bar = progress.brief(total=len(ranks), desc='replace', unit='layer')
     model.eval(), dense.eval()
     now = [input_of(model, model.transformer.h[0], x) for x, _ in windows]                      # (B, T, C) each
     before = list(now)
@@ -378,7 +378,7 @@ def to_mla(model, latent_dim, windows):
         calibrate(model, {i: attn.c_attn for i, attn in attentions.items()}, statistics, windows, gradients=True)
     state = model.state_dict()
     new = GPT(replace(model.config, use_mla=True, mla_latent_dim=latent_dim)).to(state['lm_head.weight'])
-    for i, attn in tqdm(attentions.items(), desc='convert', unit='layer', leave=False, disable=None):
+    for i, attn in progress.brief(attentions.items(), desc='convert', unit='layer'):
         prefix = f'transformer.h.{i}.attn.c_attn.'
         parts = latent_projection(attn, latent_dim, statistics[i])
         state = {name: w for name, w in state.items() if not name.startswith(prefix)}

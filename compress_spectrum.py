@@ -13,10 +13,9 @@ import io
 from collections import namedtuple
 
 import torch
-from tqdm import tqdm
 
 from lowrank.svd import energy, rank_for_energy
-from runtime import plots
+from runtime import plots, progress
 from runtime.files import write_atomically
 
 FRACTIONS = (0.90, 0.95)            # of the energy, to keep
@@ -32,7 +31,7 @@ def write(weights, folder, title):
     finite, UserError without matplotlib, and OSError."""
     plots.require_matplotlib('--spectrum')
     spectra = [spectrum(name, weight) for name, weight in
-               tqdm(weights.items(), desc='spectra', unit='weight', leave=False, disable=None)]
+               progress.brief(weights.items(), desc='spectra', unit='weight')]
     write_atomically(folder / 'spectrum.csv', as_csv(spectra).encode())
     write_atomically(folder / 'spectrum.png', figure(spectra, title))
     return table(spectra)

@@ -62,7 +62,7 @@ class ExportConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
-    return command.run('export.py', ExportConfig, __doc__, export, argv)
+    return command.run('export.py', ExportConfig, __doc__, lambda cfg: print(export(cfg)), argv)
 
 
 def export(cfg):

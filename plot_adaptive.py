@@ -38,7 +38,7 @@ class PlotConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr)."""
-    return command.run('plot_adaptive.py', PlotConfig, __doc__, plot, argv)
+    return command.run('plot_adaptive.py', PlotConfig, __doc__, lambda cfg: print(plot(cfg)), argv)
 
 
 def plot(cfg):

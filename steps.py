@@ -1,4 +1,5 @@
-"""Whole training steps on random tokens, to be timed: forward, backward, clipping and the optimizer."""
+"""Models of a configuration, and whole training steps of them on random tokens, to be timed: forward, backward,
+clipping and the optimizer."""
 
 from dataclasses import fields
 
@@ -11,13 +12,17 @@ from runtime.optim import build_optimizer
 from runtime.timing import quartiles, timed
 
 
-def step_of(cfg, device, advance=True, **changes):
-    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration."""
+def new_model(cfg, device, **changes):
+    """The model of a configuration, with these changes, its weights drawn from cfg.seed."""
     torch.manual_seed(cfg.seed)
     args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    model = GPT(GPTConfig(**args | changes)).to(device)
-    return train_step(cfg, device, model, build_optimizer(cfg, model, device),
-                      *random_tokens(cfg, device), advance)
+    return GPT(GPTConfig(**args | changes)).to(device)
+
+
+def step_of(cfg, device, advance=True, **changes):
+    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration."""
+    model = new_model(cfg, device, **changes)
+    return train_step(cfg, device, model, build_optimizer(cfg, model, device), *random_tokens(cfg, device), advance)
 
 
 def train_step(cfg, device, model, optimizer, x, y, advance=True):
@@ -44,12 +49,12 @@ def random_tokens(cfg, device):
             for _ in range(2)]
 
 
-def run_seconds(cfg, data, device, count=5):
-    """Seconds that a run of train.py will take, from `count` of its steps. A batch of an evaluation counts a third of a
+def run_seconds(cfg, data, device):
+    """Seconds that a run of train.py will take, from five of its steps. A batch of an evaluation counts a third of a
     step: it has no backward pass."""
     step = step_of(cfg, device)
     step()
-    _, seconds, _ = quartiles([timed(step, device) for _ in range(count)])
+    _, seconds, _ = quartiles([timed(step, device) for _ in range(5)])
     looks = cfg.max_iters // cfg.eval_interval + 1
     windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
     if cfg.svd_sees_future:                                         # whole, and again up to a random place: half

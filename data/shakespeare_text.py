@@ -11,11 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-from runtime import download
+from runtime import command, download
 from runtime.config import UserError
 from runtime.dataset import write_dataset
-from runtime.files import in_words, write_atomically
-from runtime.output import unfailing_output
+from runtime.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 TINY_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -29,37 +28,26 @@ LEFTOVER = re.compile(r"(SCENE [IVX]+:|Enter [A-Z]{2}).*|[A-Z' ]{4,}|SONG\.|.*[]
 DIRECTION = re.compile(r'[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*')
 
 
-@unfailing_output()
 def prepare(tokenizer, folder, argv=None):
     """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network or a full disk, 2
     wrong input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f'python data/{folder.name}/prepare.py', allow_abbrev=False)
     parser.add_argument('--input', metavar='FILE', help='a UTF-8 text (default: input.txt here, else a download)')
     parser.add_argument('--out_dir', metavar='DIR', type=Path, default=folder, help='default: this folder')
-    parser.error = _refuse
+    return command.parse(parser, argv, lambda args: write(args, tokenizer, folder), 'starts anew')
+
+
+def write(args, tokenizer, folder):
+    """The data set of args.input. Raises UserError, OSError."""
+    text, source = find_text(folder, args.input)
     try:
-        args = parser.parse_args(argv)
-        text, source = find_text(folder, args.input)
-        try:
-            args.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f'--out_dir={args.out_dir}: {e.strerror}') from None
-        meta = write_dataset(args.out_dir, text, tokenizer, source)
-    except (UserError, OSError) as e:
-        print(in_words(e), file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
-    except KeyboardInterrupt:
-        print('interrupted; the same command starts anew', file=sys.stderr)
-        return 130
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'--out_dir={args.out_dir}: {e.strerror}') from None
+    meta = write_dataset(args.out_dir, text, tokenizer, source)
     print(f'{source}: {len(text):,} characters, {len(set(text))} distinct, sha256 {meta["sha256"]}')
     print(f'{args.out_dir}: {meta["train_tokens"]:,} tokens for training, {meta["val_tokens"]:,} for validation, '
           f'vocabulary {meta["vocab_size"]:,}')
-    return 0
-
-
-def _refuse(message):
-    """In place of argparse's usage text and exit."""
-    raise UserError(f'{message}; --help lists the options')
 
 
 def find_text(folder, path=None):

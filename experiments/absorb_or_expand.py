@@ -18,16 +18,15 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                       # run from anywhere
 
-from runtime.config import UserError                                    # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch.nn import functional as F
 
-from lowrank.cache import expand  # noqa: E402
-from runtime import config as configuration  # noqa: E402
-from runtime import device as devices  # noqa: E402
-from runtime.output import unfailing_output  # noqa: E402
-from runtime.timing import quartiles, time_in_turn  # noqa: E402
+from lowrank.cache import expand
+from runtime import config as configuration
+from runtime import device as devices
+from runtime.timing import quartiles, time_in_turn
 
 
 @dataclass
@@ -58,24 +57,14 @@ class Config:
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(Config, __doc__.strip()))
-        return 0
-    try:
-        cfg, _ = configuration.load(Config, argv)
-        with unfailing_output():                                    # | head
-            measure(cfg, devices.pick_device(cfg.device))
-    except UserError as e:
-        print(f'absorb_or_expand.py: {e}', file=sys.stderr)
-        return e.code
-    return 0
+    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    return command.run('absorb_or_expand.py', Config, __doc__, measure, argv)
 
 
 @torch.no_grad()
-def measure(cfg, device):
+def measure(cfg):
     """Print a line for each latent and number of queries: time absorbed over time expanded; then all as JSON."""
-    nh, hs = cfg.n_head, cfg.n_embd // cfg.n_head
+    device, nh, hs = devices.pick_device(cfg.device), cfg.n_head, cfg.n_embd // cfg.n_head
     print(f'{nh} heads of {hs}, {cfg.cached} cached tokens, batch {cfg.batch_size}, {device}, '
           f'{torch.get_num_threads()} threads, {cfg.rounds} rounds')
     rows = []

@@ -37,7 +37,7 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.config import UserError                                    # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots, sweep
+from runtime.config import UserError
 from runtime.dataset import Dataset, locate
 from runtime.record import Record, read
 from runtime.run import make_folder
@@ -422,10 +423,7 @@ def control_table(rows, name):
 
 def plot(rows, names):
     """Loss added against the share kept, a panel a model, to FIGURE."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6), layout='constrained', squeeze=False)
+    figure, axes = plots.page(1, len(names), (5.2 * len(names), 4.6))
     for axis, name in zip(axes[0], names):
         draw(axis, rows, name)
     axes[0, 0].set_ylabel('validation loss added, nats a character')
@@ -434,8 +432,7 @@ def plot(rows, names):
     seeds = ', '.join(map(str, sorted({row['seed'] for row in rows if row['method'] == DEFAULT and not row['steps']})))
     figure.suptitle(f'Loss added by compression: mean and standard deviation of calibration seeds {seeds} (no bar: one '
                     'seed; no point: it fell)', fontsize=10)
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    plots.save(figure, FIGURE)
 
 
 def draw(axis, rows, name):
@@ -462,32 +459,28 @@ def draw(axis, rows, name):
     axis.grid(alpha=0.3)
 
 
-def main(argv):
-    """-> exit code: 0 done, 2 wrong input or a training that failed."""
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(TableConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg, _ = configuration.load(TableConfig, argv)
-        plots.require_matplotlib('the figure')
-        if not cfg.run and not RECORD.exists():
-            raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
-        if cfg.run:
-            data = Dataset(locate(cfg.dataset, 'char'))
-            make_folder(cfg.out_dir)
-            record = Results(RECORD, describe)
-            for name in cfg.models.split(','):
-                make(cfg, record, name, data)
-    except UserError as e:
-        print(f'compression_table.py: {e}', file=sys.stderr)
-        return e.code
+def main(argv=None):
+    """-> exit code: 0 done, 2 wrong input or a training that failed, 130 / 143 stopped."""
+    return command.run('compression_table.py', TableConfig, __doc__, experiment, argv)
+
+
+def experiment(cfg):
+    """Make what is missing, print the tables, draw the figure. Raises UserError."""
+    plots.require_matplotlib('the figure')
+    if not cfg.run and not RECORD.exists():
+        raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+    if cfg.run:
+        data = Dataset(locate(cfg.dataset, 'char'))
+        make_folder(cfg.out_dir)
+        record = Results(RECORD, describe)
+        for name in cfg.models.split(','):
+            make(cfg, record, name, data)
     rows = read(RECORD)
     names = [name for name in MODELS if any(row['model'] == name for row in rows)]
     print('\n\n'.join(filter(None, (form(rows, name) for form in (table, control_table) for name in names))))
     plot(rows, names)
     print(f'figure: {FIGURE}')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

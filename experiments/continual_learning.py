@@ -43,7 +43,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.config import UserError                                    # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
+from runtime.config import UserError
 from runtime.dataset import Dataset, locate
 from runtime.optim import exchange
 from runtime.record import Record, read
@@ -577,10 +578,7 @@ LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3'
 
 def plot(rows):
     """To FIGURE: loss on A against loss on B, a panel a setting, and the detector."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 10.6), layout='constrained')
+    figure, axes = plots.page(2, 2, (9.5, 10.6))
     for axis, setting in zip(axes[0], SETTINGS):
         draw_curves(axis, rows, setting)
     draw_roc(axes[1, 0], rows)
@@ -589,8 +587,7 @@ def plot(rows):
     figure.supxlabel(f'Mean and standard error of seeds {", ".join(map(str, seeds))}. Above: each arm at the learning '
                      'rate, in brackets,\nthat forgets least at the middle one of the losses on B in the tables.',
                      fontsize=9, color='0.3')
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    plots.save(figure, FIGURE)
 
 
 def draw_curves(axis, rows, setting):
@@ -660,32 +657,28 @@ def draw_layers(axis, rows):
     axis.grid(alpha=0.3)
 
 
-def main(argv):
-    """-> exit code: 0 done, 2 wrong input."""
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(ContinualConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg, _ = configuration.load(ContinualConfig, argv)
-        plots.require_matplotlib('the figure')
-        if not cfg.run and not RECORD.exists():
-            raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
-        if cfg.run:
-            texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))
-            make_folder(cfg.out_dir)
-            record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp)
-            for seed in map(int, cfg.seeds.split(',')):
-                make(cfg, record, texts, seed)
-    except UserError as e:
-        print(f'continual_learning.py: {e}', file=sys.stderr)
-        return e.code
+def main(argv=None):
+    """-> exit code: 0 done, 2 wrong input, 130 / 143 stopped."""
+    return command.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
+
+
+def experiment(cfg):
+    """Make what is missing, print the tables, draw the figure. Raises UserError."""
+    plots.require_matplotlib('the figure')
+    if not cfg.run and not RECORD.exists():
+        raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+    if cfg.run:
+        texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))
+        make_folder(cfg.out_dir)
+        record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp)
+        for seed in map(int, cfg.seeds.split(',')):
+            make(cfg, record, texts, seed)
     rows = read(RECORD)
     print('\n\n'.join(filter(None, (*(table(rows, setting) for setting in SETTINGS), switch_table(rows),
                                     detector_table(rows)))))
     plot(rows)
     print(f'figure: {FIGURE}')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -26,17 +26,19 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.config import UserError                                    # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
 import torch
 
 import model
 import train
+from lowrank.linear import Linear
 from runtime import config as configuration
 from runtime import plots, sweep
+from runtime.config import UserError
 from runtime.dataset import locate
 from runtime.files import write_atomically
-from lowrank.linear import Linear
+from runtime.record import read
 from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
@@ -189,11 +191,8 @@ def table(rows):
 
 def plot(rows):
     """Loss against rank, a panel a scope, to FIGURE."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     means = summary(rows)
-    figure, axes = plt.subplots(1, len(SCOPES), figsize=(10, 4), sharey=True, layout='constrained')
+    figure, (axes,) = plots.page(1, len(SCOPES), (10, 4), sharey=True)
     styles = {'gram': ('C0', 'o-'), 'randomized': ('C1', 's--'), 'random projection': ('0.45', '^:'),
               'narrow values': ('0.65', 'v:')}
     for axis, scope in zip(axes, SCOPES):
@@ -215,23 +214,20 @@ def plot(rows):
     axes[-1].legend(fontsize=8)
     seeds = ', '.join(map(str, sorted({row['seed'] for row in rows})))
     figure.suptitle(f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of seeds {seeds}', fontsize=11)
-    figure.savefig(FIGURE, dpi=110)
-    plt.close(figure)
+    plots.save(figure, FIGURE)
 
 
-def main(argv):
-    """-> exit code: 0 done, 1 a run failed, 2 wrong input."""
+def main(argv=None):
+    """-> exit code: 0 done, 1 a run failed, 2 wrong input, 130 / 143 stopped."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(SweepConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg, _ = configuration.load(SweepConfig, argv)
-        check(cfg)
-    except UserError as e:
-        print(f'loss_against_rank.py: {e}', file=sys.stderr)
-        return e.code
+    return command.run('loss_against_rank.py', SweepConfig, __doc__, experiment, argv)
+
+
+def experiment(cfg):
+    """Run what is missing, print the table, draw the figure. -> exit code. Raises UserError."""
+    check(cfg)
     if cfg.jobs:
         todo = list(jobs(cfg))
         failed = sweep.run_all(todo, cfg.jobs, ended)
@@ -240,7 +236,7 @@ def main(argv):
             return 1
         rows = collect(cfg)
     else:
-        rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+        rows = read(RECORD)
     print(table(rows))
     plot(rows)
     print(f'figure: {FIGURE}')
@@ -248,4 +244,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -110,9 +110,9 @@ def components(matrix, kept, scale):
 
 @torch.no_grad()
 def plain_adapter(layer, original):
-    """A (r', n) and B (m, r'), r' = min(2 r, m, n), that make of W_0 = original (m, n), the weight a LoRALinear was made
-    of, what the layer is now: W_0 + s B A, with the layer's s, hence with r' / r times its alpha. Where W is W_0, as
-    from 'lora', these are its own A (r, n) and B (m, r). Copies, with its device and kind of numbers.
+    """A (r', n) and B (m, r'), r' = min(2 r, m, n), that make of W_0 = original (m, n), the weight a LoRALinear was
+    made of, what the layer is now: W_0 + s B A, with the layer's s, hence with r' / r times its alpha. Where W is W_0,
+    as from 'lora', these are its own A (r, n) and B (m, r). Copies, with its device and kind of numbers.
 
     B_0 and A_0 are neither kept nor made again, for an SVD is not everywhere the same to the bit: s B_0 A_0 is W_0 - W,
     which has rank r but for the rounding of W. Raises ValueError for a W_0 of which that is not true, and

@@ -1,4 +1,4 @@
-"""What commands that make a folder from a run share: their way in and out, and where they may write."""
+"""What commands share: their way in and out, and where those that make a folder from a run may write."""
 
 import os
 import signal
@@ -7,28 +7,45 @@ from pathlib import Path
 
 from runtime import config as configuration
 from runtime.config import UserError
+from runtime.files import in_words
 from runtime.output import unfailing_output
 from runtime.stopping import Stop
 
 
 @unfailing_output()
-def run(script, cls, usage, action, argv=None):
-    """Build the dataclass `cls` from argv (None: sys.argv's) and print what action(cfg) says -> exit code: 0 done,
-    1 a full disk, 2 wrong input (one line on stderr, nothing written), 130 / 143 stopped."""
+def run(script, cls, usage, action, argv=None, load=None):
+    """Build the dataclass `cls` from argv (None: sys.argv's), or load(argv) does, and call action with it -> exit code:
+    what action returns, 0 for None; 1 a full disk, 2 wrong input (one line on stderr), 130 / 143 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(configuration.help_text(cls, usage.strip()))
         return 0
     try:
         with Stop(under_torchrun=False):
-            cfg, _ = configuration.load(cls, argv)
-            print(action(cfg))
-        return 0
+            return action(load(argv) if load else configuration.load(cls, argv)[0]) or 0
     except UserError as e:
         print(f'{script}: {e}', file=sys.stderr)
         return e.code
     except KeyboardInterrupt as e:
         return 128 + getattr(e, 'signal', signal.SIGINT)
+
+
+@unfailing_output()
+def parse(parser, argv, action, again):
+    """Call action with what an ArgumentParser makes of argv -> exit code: 0 done, 1 no network or a full disk, 2 wrong
+    input, 130 Ctrl-C. again: what the same command does after that."""
+    def refuse(message):                                            # in place of usage text and exit
+        raise UserError(f'{message}; --help lists the options')
+    parser.error = refuse
+    try:
+        action(parser.parse_args(argv))
+        return 0
+    except (UserError, OSError) as e:
+        print(in_words(e), file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
+    except KeyboardInterrupt:
+        print(f'interrupted; the same command {again}', file=sys.stderr)
+        return 130
 
 
 def named(folder):

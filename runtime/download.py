@@ -36,10 +36,10 @@ def verify(content, sha256, name):
     return content
 
 
-def fetch_url(url, sha256, timeout=10):
-    """The bytes at `url`. `timeout` in seconds, for connecting and for each read. Raises OSError that names the url."""
+def fetch_url(url, sha256):
+    """The bytes at `url`; 10 seconds for connecting and for each read. Raises OSError that names the url."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
+        with urllib.request.urlopen(url, timeout=10) as response:
             content = response.read()
     except (OSError, http.client.HTTPException) as e:
         raise OSError(f'{url}: {one_line(e)}') from None

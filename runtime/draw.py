@@ -81,13 +81,13 @@ def _finite(x):
     return bool(x.isfinite().all())                                 # waits for a device; multinomial would crash it
 
 
-def sample(model, data, device, context, tokens=200):
+def sample(model, data, device, context):
     """A short text of the model, to look at."""
     tokenizer = Tokenizer(data.meta)
     newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
     start = tokenizer.encode('\n' if newline else tokenizer.chars[0])
     model.eval()
     with context:
-        ids = model.generate(torch.tensor([start], device=device), tokens, temperature=0.8, top_k=200,
+        ids = model.generate(torch.tensor([start], device=device), 200, temperature=0.8, top_k=200,
                              use_cache=not model.config.svd_sees_future)
     return tokenizer.decode(ids[0].tolist())

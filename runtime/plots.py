@@ -73,7 +73,7 @@ def scatter_panels(path, panels, x_label, y_label, floor, floor_label, caption):
     canvas.draw()                                                   # labels need the places of all points
     for ax, points in zip(axes, panels.values()):
         _label(ax, points, floor, canvas.get_renderer())
-    _save(figure, path)
+    save(figure, path)
 
 
 def line_panels(path, rows, x_label, number_label, title):
@@ -121,17 +121,17 @@ def line_panels(path, rows, x_label, number_label, title):
         bar.minorticks_off()
     figure.supxlabel(x_label, fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
-def charts(path, panels, y_label, caption, bands=False, columns=3):
-    """Write a PNG: Charts side by side, `columns` in a row, one y axis for all, one legend above and a caption below.
+def charts(path, panels, y_label, caption, bands=False):
+    """Write a PNG: Charts side by side, three in a row, one y axis for all, one legend above and a caption below.
     bands: a spread is drawn as a band, not as bars. Raises UserError where the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patheffects import Normal, Stroke
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
-    columns = min(columns, len(panels))
+    columns = min(3, len(panels))
     lines, height = math.ceil(len(panels) / columns), 3.3
     figure = Figure(figsize=(8.3, height * lines + 1.2), dpi=150, layout='constrained')    # a README is 830 pixels wide
     canvas = FigureCanvasAgg(figure)
@@ -167,7 +167,7 @@ def charts(path, panels, y_label, caption, bands=False, columns=3):
         _label(ax, [Point(*point, None) for curve in chart.curves if curve.notes
                     for point in zip(curve.x, curve.y, curve.notes)], -math.inf, canvas.get_renderer(), BESIDE,
                path_effects=[Stroke(linewidth=3, foreground='w'), Normal()], zorder=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def shades(count):
@@ -203,7 +203,15 @@ def _columns(labels):
     return max(1, min(len(labels), 110 // (8 + max(map(len, labels)))))
 
 
-def _save(figure, path):
+def page(rows, columns, size, **options):
+    """-> figure of this size in inches, axes (rows, columns), to draw on and to `save`. options: of subplots."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, dpi=110, layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure, path):
+    """Write a PNG, path may be a binary file, too. Raises UserError where the file cannot be written."""
     try:
         with nullcontext(path) if hasattr(path, 'write') else replacing(path) as file:
             figure.savefig(file, format='png')

@@ -24,3 +24,8 @@ def bar(**options):
     if sys.stderr.isatty():
         return tqdm(mininterval=0.5, dynamic_ncols=True, **options)
     return tqdm(file=_Lines(sys.stderr), mininterval=10, **options)
+
+
+def brief(work=None, **options):
+    """tqdm's bar on a terminal, gone when the work is done; nothing in a pipe or a file."""
+    return tqdm(work, leave=False, disable=None, **options)

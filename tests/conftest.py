@@ -18,10 +18,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train                                                                                # noqa: E402
-from lowrank import svd                                                                     # noqa: E402
-from runtime import download, sweep                                                         # noqa: E402
-from runtime.dataset import write_dataset                                                   # noqa: E402
+import train
+from lowrank import svd
+from runtime import download, sweep
+from runtime.dataset import write_dataset
 
 # 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
 TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2) for animal in ('cat', 'hen', 'toad')

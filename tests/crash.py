@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from conftest import TEXT                                                                   # noqa: E402
-from runtime import checkpoint as ckpt                                                      # noqa: E402
-from runtime.dataset import Dataset, is_prepared                                            # noqa: E402
-from test_resume import same, untimed                                                       # noqa: E402
+from conftest import TEXT
+from runtime import checkpoint as ckpt
+from runtime.dataset import Dataset, is_prepared
+from test_resume import same, untimed
 
 OPTIONS = ('--dataset=mine --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --dropout=.1 '
            '--gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 --svd_scope=causal '

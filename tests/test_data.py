@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import shakespeare_text                                                           # noqa: E402
-from data.openwebtext import prepare as openwebtext                                         # noqa: E402
-from data.shakespeare import prepare as shakespeare                                         # noqa: E402
-from data.shakespeare_char import prepare as shakespeare_char                               # noqa: E402
-from runtime import download                                                                # noqa: E402
-from runtime.config import UserError                                                        # noqa: E402
-from runtime.dataset import Dataset, Tokenizer, read_meta, write_dataset                    # noqa: E402
+from data import shakespeare_text
+from data.openwebtext import prepare as openwebtext
+from data.shakespeare import prepare as shakespeare
+from data.shakespeare_char import prepare as shakespeare_char
+from runtime import download
+from runtime.config import UserError
+from runtime.dataset import Dataset, Tokenizer, read_meta, write_dataset
 
 EOT = 50256
 PLAY = r'''# The Play

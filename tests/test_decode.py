@@ -39,6 +39,16 @@ def error(model, idx, prompt, **options):
     return ((cached_logits(model, idx, prompt, **options) - expected).abs().max() / expected.abs().max()).item()
 
 
+@torch.no_grad()
+def assert_as_near_in_bfloat16(model, idx):
+    """Under autocast the cached logits are not much further from float32's than the uncached ones."""
+    truth = model(idx, idx)[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        uncached, cached = model(idx, idx)[0], cached_logits(model, idx, 5)
+    assert cached.dtype == uncached.dtype == torch.bfloat16
+    assert (cached - truth).norm() <= 2 * (uncached - truth).norm() <= .1 * truth.norm()
+
+
 def bar(dtype, scope):
     return 1e-9 if dtype == torch.float64 else 1e-4 if scope == 'causal' else 1e-5
 
@@ -145,14 +155,7 @@ def test_a_cache_takes_no_gradients(options):
 
 @each_cached
 def test_half_precision_is_as_near_with_a_cache(options):
-    """bfloat16 under autocast: the cached logits are not much further from float32's than the uncached ones."""
-    model, idx = make(dtype=torch.float32, **options), tokens(4)
-    with torch.no_grad():
-        truth = model(idx, idx)[0]
-        with torch.autocast('cpu', torch.bfloat16):
-            uncached, cached = model(idx, idx)[0], cached_logits(model, idx, 5)
-    assert cached.dtype == uncached.dtype == torch.bfloat16
-    assert (cached - truth).norm() <= 2 * (uncached - truth).norm() <= .1 * truth.norm()
+    assert_as_near_in_bfloat16(make(dtype=torch.float32, **options), tokens(4))
 
 
 @each_cached

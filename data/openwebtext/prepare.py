@@ -20,14 +20,14 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from runtime.output import unfailing_output                             # before numpy: says what is not installed
+from runtime import command                                            # before numpy: says what is not installed
 
 import numpy as np
 
 from runtime import download, progress
 from runtime.config import UserError, one_line
 from runtime.dataset import GPT2_META, UNFINISHED
-from runtime.files import in_words, remove_leftovers, replacing, write_atomically
+from runtime.files import remove_leftovers, replacing, write_atomically
 
 # Fixed revisions, in parquet: a changed file between two runs of one preparation would go unnoticed.
 SOURCES = {
@@ -39,7 +39,6 @@ SHARD_CHARACTERS = 2 ** 24          # about 4 million tokens and a few seconds o
 VAL_ONE_IN = 2000                   # 0.05%, as nanoGPT
 
 
-@unfailing_output()
 def main(argv=None):
     """Returns the exit code: 0, 1 when the source cannot be reached or the disk is full, 2 for wrong input, 130."""
     parser = argparse.ArgumentParser(prog='python data/openwebtext/prepare.py', allow_abbrev=False)
@@ -48,28 +47,13 @@ def main(argv=None):
     where.add_argument('--files', metavar='GLOB', help='local .parquet (column "text") or .txt (one document each)')
     parser.add_argument('--max_tokens', metavar='N', type=int, help='stop after N training tokens')
     parser.add_argument('--out_dir', metavar='DIR', type=Path, default=FOLDER, help='default: this folder')
-    parser.error = _refuse
-    try:
-        args = parser.parse_args(argv)
-        if args.max_tokens is not None and args.max_tokens < 1:
-            raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
-        prepare(args)
-    except (UserError, OSError) as e:
-        print(in_words(e), file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
-    except KeyboardInterrupt:
-        print('interrupted; the same command goes on', file=sys.stderr)
-        return 130
-    return 0
-
-
-def _refuse(message):
-    """In place of argparse's usage text and exit."""
-    raise UserError(f'{message}; --help lists the options')
+    return command.parse(parser, argv, prepare, 'goes on')
 
 
 def prepare(args):
     """Documents -> shards -> train.bin, val.bin, meta.json. Raises UserError, OSError."""
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
     what = find_source(args)
     try:
         import datasets

@@ -9,7 +9,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.shakespeare_text import prepare                                                   # noqa: E402
+from data.shakespeare_text import prepare
 
 
 def main(argv=None):
