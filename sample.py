@@ -10,10 +10,11 @@ Generate text from a trained model:
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime.output import unfailing_output                             # before torch: says what is not installed
+from runtime import command                                            # before torch: says what is not installed
 
 import torch
 
@@ -62,25 +63,17 @@ class SampleConfig:
         check_draw(self.temperature, self.top_k, self.top_p)
 
 
-@unfailing_output()                                                     # | head
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(SampleConfig, __doc__.strip()))
-        return 0
-    try:
-        cfg, set_by = configuration.load(SampleConfig, argv)
-        for piece in samples(cfg, set_by):
-            print(piece, end='', flush=True)
-            if getattr(sys.stdout, 'silent', False):                  # nobody reads on
-                break
-        return 0
-    except UserError as e:
-        print(f'sample.py: {e}', file=sys.stderr)
-        return e.code
-    except KeyboardInterrupt:
-        return 130
+    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    return command.run('sample.py', SampleConfig, __doc__, show, argv, partial(configuration.load, SampleConfig))
+
+
+def show(loaded):
+    """Print the samples, as long as somebody reads. loaded: configuration, and the keys that the user set."""
+    for piece in samples(*loaded):
+        print(piece, end='', flush=True)
+        if getattr(sys.stdout, 'silent', False):                        # | head
+            break
 
 
 def samples(cfg, set_by):
