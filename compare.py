@@ -10,7 +10,8 @@ Every option of train.py takes a list with commas; a comma within a value stands
 --layer_ranks="{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8}",None or --lora_targets="'c_q,c_v'". Combinations that are the same
 run are made once. The same command goes on after an interruption: finished runs stay, the others resume to the same
 bits. A list may grow; another sweep needs another --sweep=FOLDER. Training's clock is not compared: when all is done
-each combination's step, of one micro-batch, uncompiled, is timed against the baseline's, in turn. --jobs=N runs at a
+each combination's step, uncompiled, is timed against the baseline's, in turn: one micro-batch, counted
+gradient_accumulation_steps times. --jobs=N runs at a
 time share the CPU's threads, or the GPUs, out; another N can change a loss in its last digits, as any number of threads
 does. --dry_run prepares the data set, and times a few steps.
 
@@ -262,7 +263,8 @@ def examine(arm, set_by, device):
     except ValueError as e:
         raise UserError(str(e)) from None
     c = model.config
-    return {'parameters': model.get_num_params(), 'chance': math.log(data.vocab_size),
+    text = data.meta.get('sha256') or [len(data.tokens(split)) for split in ('train', 'val')]
+    return {'parameters': model.get_num_params(), 'chance': math.log(data.vocab_size), 'text': text,
             'cache_bytes': None if c.svd_sees_future else model.kv_cache_bytes(1, c.block_size)}, data
 
 
@@ -277,6 +279,8 @@ def check_same_sweep(folder, record):
             difference.append(f'{name} there, not here')
             continue
         here = json.loads(json.dumps(arms[name]['config']))
+        if arm.get('text') != arms[name]['text']:
+            difference.append(f'{name} has another text there than {here["dataset"]!r} is now')
         difference += [f'{key}={arm["config"].get(key)!r} there, {here.get(key)!r} here'
                        for key in {**here, **arm['config']} if here.get(key) != arm['config'].get(key)]
     if difference:
@@ -321,6 +325,9 @@ def measure(arms, runs, record, folder, device):
     for arm in arms:
         baseline = record['arms'][arm.name]['baseline']
         finished = any(sweep.result(job.folder, job.steps) for other, job in runs if other is arm)
+        if arm.cfg.adaptive_svd:                                    # what it costs is in some steps only
+            print(f'{arm.name}: steps not timed, those with an analysis take longer', flush=True)
+            continue
         if arm.name == baseline or not finished or known.get(arm.name, {}).get('baseline') == baseline:
             continue
         print(f'timing steps of {arm.name} against {baseline}', flush=True)
@@ -328,9 +335,15 @@ def measure(arms, runs, record, folder, device):
         own(), other()                                              # what only the first one does
         pairs = int(TIMED_SECONDS / (timed(own, device) + timed(other, device)))
         pairs = min(max(pairs, MIN_PAIRS), MAX_PAIRS)
-        known[arm.name] = paired(own, other, pairs, device) | {
+        times, more = paired(own, other, pairs, device), micro_steps(arm.cfg) / micro_steps(by_name[baseline].cfg)
+        known[arm.name] = times | {
+            'ratio': more * times['ratio'], 'ratio_quartiles': [more * ratio for ratio in times['ratio_quartiles']],
             'baseline': baseline, 'pairs': pairs, 'device': device, 'threads': torch.get_num_threads()}
         write_atomically(folder / 'timing.json', json.dumps(known, indent=1).encode())
+
+
+def micro_steps(cfg):
+    return cfg.gradient_accumulation_steps
 
 
 def list_runs(runs, data, folder, device):

@@ -11,7 +11,9 @@ from runtime import plots, sweep
 from runtime.config import UserError
 from runtime.files import write_atomically
 
-KEYS = ('lists', 'seeds', 'arms')
+SWEEP = dict(lists=dict, seeds=list, arms=dict)                     # what sweep.json has, and each of its arms
+ARM = dict(options=dict, baseline=str, config=dict, parameters=int, chance=float, cache_bytes=int | None)
+TIMES = dict(baseline=str, ratio=float, ratio_quartiles=list)
 MOST_PANELS = 6
 
 
@@ -57,16 +59,22 @@ def load(folder):
         raise UserError(f"sweep={str(folder)!r}: holds no sweep (" + (f'nearest: {near[0]!r}' if near else 'nearest: '
                         'python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3') + ')')
     record = read_json(path)
-    if not isinstance(record, dict) or not all(key in record for key in KEYS):
+    if not is_like(record, SWEEP) or not all(is_like(arm, ARM) for arm in record['arms'].values()) or not all(
+            type(seed) is int for seed in record['seeds']):
         raise UserError(f'{path}: damaged: not what compare.py writes')
     return record
+
+
+def is_like(value, kinds):
+    """Whether it is a dict that has these keys with values of these kinds."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 def read_times(folder):
     """timing.json: of each arm what `paired` says, its baseline beside it; {} where nothing was timed yet."""
     path = folder / 'timing.json'
     times = read_json(path) if path.exists() else {}
-    if not isinstance(times, dict) or not all(isinstance(row, dict) and 'baseline' in row for row in times.values()):
+    if not isinstance(times, dict) or not all(is_like(row, TIMES) for row in times.values()):
         raise UserError(f'{path}: damaged: not what compare.py writes (nearest: delete it, to have it measured anew)')
     return times
 
@@ -240,6 +248,8 @@ def figures(folder, record, rows):
         not_drawn += [f'{path.name}: {line}' for line in why_not]
         if caption:
             drawn.append((path, caption))
+        else:
+            path.unlink(missing_ok=True)                            # one of an earlier look
     return drawn, not_drawn
 
 

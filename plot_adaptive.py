@@ -75,7 +75,7 @@ def is_row(row):
     """Whether a line is one of a run's: a step, and numbers where they are drawn, or modes."""
     return isinstance(row, dict) and type(row.get('iter')) is int and all(
         type(value) in (int, float) for key, value in row.items() if key == 'loss' or re.fullmatch(DRAWN, key)) and all(
-        value in MODES for key, value in row.items() if key.startswith('svd/') and key.endswith('/mode'))
+        value in [*MODES] for key, value in row.items() if key.startswith('svd/') and key.endswith('/mode'))
 
 
 def panel(rows, key, names, level):

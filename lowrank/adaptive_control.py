@@ -102,7 +102,9 @@ class AdaptiveSVD:
     def _look(self, name, step):
         """-> what `should_use_lowrank_training` says of a layer, as a dict of numbers and words, and W's left basis."""
         layer, memory = self.layers[name], self.memory[name]
-        W = at_hand(layer.weight)                                   # (m, n)
+        # in full mode it is the few leading directions that decide; in low-rank mode small sigma do, too, and angles of
+        # wide spaces, for which float32 is too rough
+        W = at_hand(layer.weight) if layer.r is None else wide(layer.weight)                    # (m, n)
         U, S = left_basis(W)
         r = layer.r or memory['r'] or max(1, len(S) - FIRST_PRINCIPAL)
         k = len(S) - r                                              # more columns of V are not looked at

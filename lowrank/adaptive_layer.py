@@ -7,7 +7,6 @@ from lowrank.linear import filled, linear, unfilled
 from lowrank.svd import split_evenly
 
 PROTECTIONS = ('left', 'none')
-RELIABLE = 1e-5                     # of sigma_1: below, W^T u / sigma is rounding
 FLOOR = 1e-3                        # of sigma_1: rows of A are no shorter than its root, so that no direction is dead
 
 
@@ -133,34 +132,35 @@ class AdaptiveSVDLinear(nn.Module):
 
 
 def at_hand(tensor):
-    """In float32 at least, where there is linear algebra: MPS has none."""
+    """Its values, without gradients, in float32 at least, where there is linear algebra: MPS has none."""
     tensor = (tensor.cpu() if tensor.device.type == 'mps' else tensor).detach()
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def wide(tensor):
-    """In float64, for which MPS has to be left, too."""
+    """The same in float64."""
     return at_hand(tensor).double()
 
 
 def left_basis(weight):
-    """U (m, g) and singular values S (g), descending, of a weight (m, n), to the precision that `at_hand` gives it. For
-    m <= n U is that of eigh(W W^T), half the time of an SVD, and S is |W^T u|: roots of the eigenvalues would have half
-    of the digits."""
+    """U (m, g) and singular values S (g), descending, of a weight (m, n), in its own precision, float32 at least. For m
+    <= n U is that of eigh(W W^T), half the time of an SVD, and S is |W^T u|: directions with sigma below sqrt(eps)
+    sigma_1, 3e-4 of it in float32, are mixed with each other."""
     W = at_hand(weight)
     if W.size(0) > W.size(1):
         U, S, _ = torch.linalg.svd(W, full_matrices=False)
         return U, S
-    W = W / (W.abs().max() or 1)                                    # float32 holds the squares of that
+    unit = W.abs().max() or 1
+    W = W / unit                                                    # there is room for its squares
     _, U = torch.linalg.eigh(W @ W.mT)
-    S, order = (at_hand(weight).mT @ U).norm(dim=0).sort(descending=True)
-    return U[:, order], S
+    S, order = (W.mT @ U).norm(dim=0).sort(descending=True)
+    return U[:, order], S * unit
 
 
 def right_basis(W, U, S):
     """V (n, g) of W = U S V^T, or its k leading columns for those of U and S; where S is too small to tell, any
     orthonormal vectors that complete the others."""
-    known = int((S > RELIABLE * S[:1]).sum())
+    known = int((S > torch.finfo(S.dtype).eps ** 0.5 * S[:1]).sum())
     V = W.mT @ U[:, :known] / S[:known]                             # (n, known)
     if known == len(S):
         return V

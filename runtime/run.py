@@ -198,7 +198,7 @@ def lock(folder, option='out_dir'):
     """A descriptor that keeps other runs out of the folder, made if need be, until it is closed, at the latest with the
     process; None where there are no such locks. Raises UserError if another run has it, and OSError."""
     while fcntl:
-        descriptor = os.open(make_folder(folder), os.O_RDONLY)
+        descriptor = os.open(make_folder(folder, option), os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
@@ -212,7 +212,7 @@ def lock(folder, option='out_dir'):
             os.close(descriptor)
             return None
         os.close(descriptor)                                            # of a folder that was just moved aside
-    make_folder(folder)
+    make_folder(folder, option)
     return None
 
 
@@ -228,12 +228,12 @@ def move_aside(out, say):
     return True
 
 
-def make_folder(path):
-    """The folder as a Path, made if need be; a link's target too."""
+def make_folder(path, option='out_dir'):
+    """The folder as a Path, made if need be; a link's target too. Raises UserError, which names the option."""
     try:
         Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f'out_dir={str(path)!r}: cannot be made: {e.strerror}') from None
+        raise UserError(f'{option}={str(path)!r}: cannot be made: {e.strerror}') from None
     return Path(path)
 
 

@@ -40,7 +40,9 @@ def rows(folder):
 
 def result(folder, steps):
     """The final row of a run that is finished after as many steps, or None."""
-    return next((row for row in rows(folder) if row.get('final') and row['iter'] == steps), None)
+    losses = ('val/loss', 'val/prefix_loss')
+    return next((row for row in rows(folder) if row.get('final') and row['iter'] == steps and 'val/loss' in row and all(
+        type(row.get(name, 0.0)) is float for name in losses)), None)
 
 
 def has_checkpoint(folder):
@@ -70,8 +72,9 @@ def check_folder(name):
     if not name or real in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: 'out-compare')")
     try:
-        # what a sweep leaves that is killed at its start
-        other = real.exists() and [p.name for p in real.iterdir() if p.name != 'runs' and p.suffix != '.tmp']
+        # not what a sweep leaves that is killed at its start
+        other = real.exists() and [p.name for p in real.iterdir() if p.suffix != '.tmp' and not (
+            p.name == 'runs' and p.is_dir() and not any(p.iterdir()))]
         if other and not (real / 'sweep.json').exists():
             raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: '{name}-2')")
     except OSError as e:
@@ -145,7 +148,8 @@ def _stop(processes):
 def why(job, code):
     """A failure in words."""
     how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
-    return f'{job.name}: failed, {how}: {last_line(job)} (all of it: {log_of(job)})'
+    anew = f'; without {job.folder} it starts anew' if has_checkpoint(job.folder) else ''
+    return f'{job.name}: failed, {how}: {last_line(job)} (all of it: {log_of(job)}{anew})'
 
 
 @contextmanager

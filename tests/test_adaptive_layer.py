@@ -378,6 +378,36 @@ def factors(shape, r, kind='random', dtype=torch.float64):
     return A.to(dtype), B.to(dtype)
 
 
+@each_dtype
+@pytest.mark.parametrize('scale', [1e-25, 1e-12, 1, 1e12, 1e20])
+def test_a_basis_has_the_weights_scale(scale, dtype):
+    """No square overflows, none is lost; in low-rank mode the weight is what it was."""
+    W = (weight('random', (24, 24)) * scale).to(dtype)
+    U, S = left_basis(W)
+    exact = torch.linalg.svdvals(W.double() / scale) * scale
+    assert U.isfinite().all() and ((S.double() - exact).abs() / exact[0]).max() < 1e-6
+    layer = make_layer(W, dtype=dtype)
+    layer.switch_to_lowrank(14)
+    assert relative(layer.weight.detach().double() / scale, W.double() / scale) <= 1e-6
+
+
+def test_the_spaces_of_a_steep_spectrum_are_told_apart_in_low_rank_mode():
+    """k = 226 of 256, sigma from 1 to 1e-3: noise of float32's size turns it by little, as an analysis sees it."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    layer = make_layer(U * torch.logspace(0, -3, 256, dtype=torch.float64) @ V.mT, dtype=torch.float32)
+    layer.switch_to_lowrank(30)
+    control, seen = AdaptiveSVD({'x': layer}, 1), []
+    for step in (20, 21):
+        control.watch()
+        layer.base.weight.grad = torch.randn(256, 256, generator=generator)
+        control.analyse(step, lambda old, new, convert: convert([{} for _ in old]))
+        seen.append(control.seen['x']['subspace_angle'])
+        with torch.no_grad():
+            layer.base.weight.mul_(1 + 1e-7 * torch.randn(256, 256, generator=generator))
+    assert seen[0] is None and seen[1] < 1e-2
+
+
 @each_shape
 def test_the_momentum_of_a_weight_comes_back_from_its_factors(shape):
     """Exactly where it is in their range, which at r = g is everything in a square; else the least that fits."""

@@ -50,6 +50,10 @@ def results(folder='out-compare'):
     return found
 
 
+def results_with_times(folder='out-compare'):
+    return [row['step_time'] for row in json.loads(Path(folder, 'results.json').read_text())['rows']]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # which runs
 
@@ -105,7 +109,7 @@ def test_train_py_is_given_what_was_planned(argv):
     arms, _ = arms_of(*argv)
     assert len(arms) > 1
     for arm in arms:
-        job = compare.job_of(arm, 7, Path('out-x'))
+        job = compare.job_of(arm, 7, Path('out-x'), 'group')
         cfg, _, _ = train.load_config(job.argv[1:])
         folder = str(Path('out-x', 'runs', f'{arm.name},seed=7'))
         assert cfg == configuration.build(train.TrainConfig, vars(arm.cfg) | dict(seed=7, out_dir=folder), {})
@@ -277,6 +281,41 @@ def test_a_damaged_folder_is_one_line(name, text, inline, refused):
     inline(*SVD, LIST)
     Path('out-compare', name).write_text(text)
     assert 'damaged' in refused(compare.main, '--sweep=out-compare')
+
+
+@pytest.mark.parametrize('text', ['{"lists": {}, "seeds": 1, "arms": {}}', '{"lists": {}, "seeds": [], "arms": []}',
+                                  '{"lists": {}, "seeds": [1], "arms": {"a": {}}}'])
+def test_a_record_of_another_shape_is_one_line(text, inline, refused):
+    inline(*SVD, LIST)
+    Path('out-compare/sweep.json').write_text(text)
+    assert 'sweep.json: damaged' in refused(compare.main, '--sweep=out-compare')
+
+
+def test_another_text_is_another_sweep(inline, refused):
+    text = Path('my.txt')
+    text.write_text('the cat sat on the mat\n' * 40)
+    assert inline(*SVD, '--dataset=my.txt', '--svd_rank=2').code == 0
+    text.write_text('the mat sat on the cat\n' * 40)
+    assert "has another text there than 'my.txt' is now" in refused(
+        compare.main, *SVD, '--dataset=my.txt', '--svd_rank=2', '--seeds=2')
+
+
+def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, monkeypatch):
+    equal = dict(a_ms=1.0, b_ms=1.0, ratio=1.0, ratio_quartiles=[0.5, 2.0])
+    monkeypatch.setattr(compare, 'paired', lambda *args: equal)
+    inline(*TINY, '--gradient_accumulation_steps=1,3')
+    one, three = results_with_times()
+    assert one['ratio'] == 1 and three['ratio'] == 3 and three['ratio_quartiles'] == [1.5, 6]
+    out = inline(*TINY, '--adaptive_svd=False,True', '--sweep=other').out
+    assert 'adaptive_svd=True: steps not timed' in out and results_with_times('other')[1] is None
+
+
+def test_what_a_folder_called_runs_holds_is_not_touched(refused):
+    row = Path('theirs/runs/run,seed=1337/metrics.jsonl')
+    row.parent.mkdir(parents=True)
+    row.write_text('{}')
+    assert "holds something else: runs" in refused(compare.main, *SVD, LIST, '--sweep=theirs')
+    assert row.read_text() == '{}'
 
 
 def test_without_matplotlib_there_is_a_table(inline, monkeypatch):
