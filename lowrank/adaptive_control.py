@@ -5,7 +5,8 @@ state."""
 import torch
 
 from lowrank.adaptive_layer import at_hand, left_basis, right_basis, wide
-from lowrank.adaptive_svd import FIRST_PRINCIPAL, compute_gradient_alignment, should_use_lowrank_training
+from lowrank.adaptive_svd import (FIRST_PRINCIPAL, WATCHED_PART, compute_gradient_alignment,
+                                  should_use_lowrank_training)
 
 PATIENCE = 3                        # analyses in a row that want a smaller r, before it becomes smaller
 CALM = 5                            # analyses in a row without a reason for low-rank mode, before it ends
@@ -102,12 +103,13 @@ class AdaptiveSVD:
     def _look(self, name, step):
         """-> what `should_use_lowrank_training` says of a layer, as a dict of numbers and words, and W's left basis."""
         layer, memory = self.layers[name], self.memory[name]
-        # in full mode it is the few leading directions that decide; in low-rank mode small sigma do, too, and angles of
-        # wide spaces, for which float32 is too rough
-        W = at_hand(layer.weight) if layer.r is None else wide(layer.weight)                    # (m, n)
+        W = at_hand(layer.weight)                                   # (m, n)
+        r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)
+        k = min(W.shape) - r                                        # more columns of V are not looked at
         U, S = left_basis(W)
-        r = layer.r or memory['r'] or max(1, len(S) - FIRST_PRINCIPAL)
-        k = len(S) - r                                              # more columns of V are not looked at
+        if is_steep(S, k):
+            W = wide(W)
+            U, S = left_basis(W)
         decision, r_next, seen = should_use_lowrank_training(
             W, U, S, right_basis(W, U[:, :k], S[:k]), None, memory['U'], memory['S'], None, layer.base.weight.grad, r,
             step, in_lowrank_mode=layer.r is not None)
@@ -137,6 +139,13 @@ class AdaptiveSVD:
                 action = 'refactored'
         memory['r'] = layer.r or memory['r']                        # it starts there when low-rank mode comes again
         seen |= dict(mode='full' if layer.r is None else 'lowrank', r=layer.r or len(memory['S']), action=action)
+
+
+def is_steep(S, k):
+    """Whether float32, whose eigh knows sigma^2 to some 1e-7 of the largest, is too rough for these singular values S
+    (g): to tell the space of the first k directions from the next one, or the smallest ones, which decide on r."""
+    energies = (S / S[0]).square()
+    return bool(energies[k - 1] - energies[k] < 1e-5 or energies[-max(1, len(S) // WATCHED_PART)] < 1e-4)
 
 
 def is_basis(value, shape):
