@@ -74,7 +74,7 @@ SHORT = ('--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_interval=2 --
 # before a command's own options, and in their place
 SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'], 'bench.py': ['--pairs=2', '--device=cpu'],
          'compress.py': ['--calibration_tokens=64', '--device=cpu'], 'compare.py': SHORT}
-INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '2', '--dataset': 'toy'}
+INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '2', '--dataset': 'toy', '--start': 'the'}
 # downloads and other repositories, the suites of tests, hours; bench.py's self-test has tests/test_check.py
 ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', '--check', 'tests/', 'experiments/', 'openwebtext')
 
