@@ -85,9 +85,17 @@ def panel(rows, key, names, level):
         for kind, style in ((key, '-'), ('chance', ':')) if key == 'principal_alignment' else ((key, '-'),):
             points = [(row['iter'], MODES.get(value, value)) for row in rows
                       if (value := row.get(f'svd/{name}/{kind}')) is not None]
+            if key in ('mode', 'r'):
+                points = stairs(points)
             if points:
                 lines.append(plots.Line(*map(list, zip(*points)), block_of(name), style))
     return plots.Panel(lines, level, {})
+
+
+def stairs(points):
+    """What was decided at an analysis holds until the next one."""
+    held = [(step, y) for (x, y), (x_next, _) in zip(points, points[1:]) for step in (x, x_next)]
+    return held + points[-1:]
 
 
 def block_of(name):
