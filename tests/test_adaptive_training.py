@@ -433,7 +433,9 @@ def test_two_processes_train_what_one_does(fit, monkeypatch, optimizer):
     assert one['model_args'] == two['model_args']
     for key, value in one['model'].items():
         if 'protected' not in key and not key.endswith(('.A.weight', '.B.weight')):
-            torch.testing.assert_close(value, two['model'][key], rtol=0, atol=1e-5, msg=lambda m: f'{key}: {m}')
+            # how W is shared out between W_p and B A depends on a float32 basis; W itself, below, does not
+            close = 1e-4 if key.endswith('base.weight') else 1e-5
+            torch.testing.assert_close(value, two['model'][key], rtol=0, atol=close, msg=lambda m: f'{key}: {m}')
     weights = [GPT.from_checkpoint(saved) for saved in (one, two)]
     for name in one['model_args']['adaptive_svd_ranks']:
         a, b = (model.get_layer(name).weight for model in weights)
