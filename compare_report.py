@@ -185,7 +185,8 @@ def notes(rows, record):
              'Prefix-only is what generation gets.',
              'Baseline: ' + names[0] if len(names) == 1 else
              'Baseline: the ordinary model with the same other options: ' + '; '.join(names)]
-    lines[-1] += '. Step time: median of pairs of training steps taken in turn, quartiles in brackets, after the runs.'
+    lines[-1] += ('. Step time: median of pairs of steps of a micro-batch, taken in turn after the runs, times the '
+                  'micro-batches of a step; quartiles in brackets.')
     sizes = {arm['config']['block_size'] for arm in record['arms'].values()}
     lines.append(f'Cache: float32, of one sequence of {" or ".join(map(str, sorted(sizes)))} tokens' + (
         "; none: 'sequence' scope cannot cache" if any(row['cache_bytes'] is None for row in rows) else '') + '.')
