@@ -38,7 +38,7 @@ from model import METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime.config import SWITCH, UserError
+from runtime.config import PATH, SWITCH, UserError
 from runtime.timing import generation, paired, quartiles, take_turns, timed
 from steps import new_model, random_tokens, step_of, train_step
 from train import HERE_KEYS, TrainConfig
@@ -57,11 +57,11 @@ class BenchConfig(TrainConfig):
                       'at most half of block_size'] = None
     svd: Annotated[bool, 'cost and quality of every SVD method, side by side', SWITCH] = False
     plot: Annotated[bool | str, "--svd: a figure of error against time, as --plot=FILE.png or in bench-svd.png",
-                    SWITCH] = False
+                    SWITCH, PATH] = False
     steps: Annotated[bool | Literal['auto'], "--svd: time whole training steps, too; 'auto': where they take at most "
                      '10 minutes'] = 'auto'
     pairs: Annotated[int, 'timed pairs a comparison, or rounds'] = 30
-    peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against'] = None
+    peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against', PATH] = None
 
     check_layers = GPTConfig.check_layers                           # nothing is read that would know better
 

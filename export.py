@@ -30,7 +30,7 @@ from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import download, pretrained
-from runtime.config import UserError
+from runtime.config import PATH, UserError
 from runtime.files import new_folder, unwritable, write_atomically
 from runtime.optim import restore_optimizer
 from train import TrainConfig
@@ -46,14 +46,14 @@ NANOGPT_CONFIG = (
 
 @dataclass
 class ExportConfig:
-    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
+    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder', PATH] = None
     to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'],
                   "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint; 'safetensors': this repo's own, with all "
                   "that its models can be; 'dense': a checkpoint here, adaptive SVD and LoRA part of the weights; "
                   "'lora': adapters alone"] = 'gpt2'
     base: Annotated[str | None, "'lora' of PiSSA and MiLoRA: weights they began with, as --init_from; None: what the "
-                    'run says'] = None
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...'] = None
+                    'run says', PATH] = None
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...', PATH] = None
 
     def __post_init__(self):
         if self.base is not None and self.to != 'lora':

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 from runtime import command, plots                                      # before torch: says what is not installed
-from runtime.config import UserError
+from runtime.config import PATH, UserError
 
 from lowrank.adaptive_svd import DANGER_ALIGNMENT, DANGER_EXCESS
 
@@ -33,7 +33,7 @@ DRAWN = r'svd/[^/]+/(principal_alignment|minor_alignment|chance|excess|r)'
 
 @dataclass
 class PlotConfig:
-    out_dir: Annotated[str, 'folder of the run'] = 'out-adaptive-svd'
+    out_dir: Annotated[str, 'folder of the run', PATH] = 'out-adaptive-svd'
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ Generate text from a trained model:
     python sample.py --help                                      # every option with default and meaning
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained
-from runtime.config import UserError
+from runtime.config import PATH, UserError
 from runtime.dataset import GPT2_META, Tokenizer
 from runtime.draw import check_draw
 
@@ -36,9 +37,9 @@ END = '\n---------------\n'
 class SampleConfig:
     """nanoGPT's options and defaults; the model's own SVD options come from the checkpoint unless given here."""
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl') or a folder: a run's, or in Hugging Face's GPT-2 format"] = 'resume'
-    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, as export.py --to=lora makes it'] = None
+                         "'gpt2-xl') or a folder: a run's, or in Hugging Face's GPT-2 format", PATH] = 'resume'
+    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder', PATH] = None
+    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, from export.py --to=lora', PATH] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'
     num_samples: Annotated[int, 'samples to draw, as one batch'] = 10
     max_new_tokens: Annotated[int, 'tokens to add to the prompt'] = 500
@@ -125,7 +126,7 @@ def prompt_text(start):
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start[5:]).read_text(encoding='utf-8-sig')
+        return Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'start={start}: not a readable UTF-8 text file ({type(e).__name__})') from None
 

@@ -50,7 +50,7 @@ from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots, sweep
-from runtime.config import UserError
+from runtime.config import PATH, UserError
 from runtime.dataset import Dataset, locate
 from runtime.record import Record, read
 from runtime.run import make_folder
@@ -77,8 +77,8 @@ SCRATCH = {'small': ('narrower', 'factors')}        # of which models those cont
 @dataclass
 class TableConfig:
     """Options of the experiment."""
-    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare"] = 'shakespeare_char'
-    out_dir: Annotated[str, 'folder of the trained models'] = 'out-compression'
+    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare", PATH] = 'shakespeare_char'
+    out_dir: Annotated[str, 'folder of the trained models', PATH] = 'out-compression'
     models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
     parts: Annotated[str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
     keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))

@@ -57,7 +57,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
-from runtime.config import UserError
+from runtime.config import PATH, UserError
 from runtime.dataset import Dataset, locate
 from runtime.optim import exchange
 from runtime.record import Record, read
@@ -108,9 +108,9 @@ SPACES = (FIRST_PRINCIPAL, 24, 48)            # directions of the space that the
 @dataclass
 class ContinualConfig:
     """Options of the experiment."""
-    dataset: Annotated[str, "text A, as for train.py, of characters; the record's is Tiny Shakespeare"] = (
+    dataset: Annotated[str, "text A, as for train.py, of characters; the record's is Tiny Shakespeare", PATH] = (
         'shakespeare_char')
-    out_dir: Annotated[str, 'folder of the models that learned A'] = 'out-continual'
+    out_dir: Annotated[str, 'folder of the models that learned A', PATH] = 'out-continual'
     seeds: Annotated[str, 'of weights and batches, a run of each arm each'] = '0,1,2'
     arms: Annotated[str, "'all', or some of them with semicolons between, or 'none': the ROC curve alone"] = 'all'
     learn_steps: Annotated[int, 'steps on A'] = 1500

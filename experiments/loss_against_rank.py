@@ -35,7 +35,7 @@ import train
 from lowrank.linear import Linear
 from runtime import config as configuration
 from runtime import plots, sweep
-from runtime.config import UserError
+from runtime.config import PATH, UserError
 from runtime.dataset import locate
 from runtime.files import write_atomically
 from runtime.record import read
@@ -51,8 +51,8 @@ METHODS = ('gram', 'randomized')
 @dataclass
 class SweepConfig:
     """Options of the sweep; what a run is stands in `runs`."""
-    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare"] = 'shakespeare_char'
-    out_dir: Annotated[str, 'folder of the runs'] = 'out-rank'
+    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare", PATH] = 'shakespeare_char'
+    out_dir: Annotated[str, 'folder of the runs', PATH] = 'out-rank'
     steps: Annotated[int, 'of each run, the schedule included'] = 500
     seeds: Annotated[int, 'runs a row: 1337, 1338, ...'] = 3
     jobs: Annotated[int, 'runs at a time; 0: only table and figure'] = 2

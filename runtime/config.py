@@ -2,7 +2,8 @@
 
 A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...], dict[str,
 int] or a union of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be
-written bare, --name, and so may a `bool | str` that can name a file as well. Config files are Python run from top to
+written bare, --name, and so may a `bool | str` that can name a file as well. In a PATH a leading ~ stands for the home
+folder. Config files are Python run from top to
 bottom; they may read the values before them by name, import modules and use names that start with an underscore.
 Everything wrong raises UserError, whose text is one line: what, where, the nearest valid choice.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]                          # its scripts are no config files
-SWITCH = 'switch'
+SWITCH, PATH = 'switch', 'path'
 
 
 class UserError(ValueError):
@@ -145,7 +146,8 @@ def check(key, value, hint, where):
     """The value in the hint's type, or UserError."""
     ok, converted = matches(value, hint)
     if ok:
-        return converted
+        is_path = PATH in get_args(hint)[2:] and isinstance(converted, str)
+        return os.path.expanduser(converted) if is_path else converted
     raise UserError(f'{key}={shown(value)}: must be {describe(hint)}{nearest(value, hint)} [{where}]')
 
 

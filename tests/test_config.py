@@ -1,13 +1,16 @@
 """Options: defaults < config files < --key=value; whatever is wrong with them is one line that names the way out."""
 
 from dataclasses import asdict, fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
+import compare
+import compress
+import export
 import sample
 import train
 from conftest import ROOT, TINY
@@ -280,6 +283,16 @@ def test_help_lists_every_option_with_its_default_and_meaning(call, main, config
         written = f'--{f.name} ' if configuration.is_switch(f.type) else f'--{f.name}={f.default!r} '
         described = [line for line in result.out.splitlines() if line.lstrip().startswith(written)]
         assert len(described) == 1 and get_args(f.type)[1] in described[0], f.name
+
+
+@pytest.mark.parametrize('config', [bench.BenchConfig, compare.CompareConfig, compress.CompressConfig,
+                                    export.ExportConfig, sample.SampleConfig])
+def test_a_tilde_is_the_home_folder_in_paths_alone(config, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    hints = get_type_hints(config, include_extras=True)
+    paths = {'out_dir', 'save_dir', 'dataset', 'init_from', 'lora_adapter', 'base', 'sweep', 'peer', 'plot'}
+    for key in (key for key, hint in hints.items() if configuration.matches('~/a b', hint)[0]):
+        assert configuration.parse_option(f'--{key}=~/a b', hints)[1] == ('/home/me/a b' if key in paths else '~/a b')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
