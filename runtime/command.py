@@ -30,6 +30,10 @@ def run(script, cls, usage, action, argv=None, load=None):
         return 128 + getattr(e, 'signal', signal.SIGINT)
 
 
+def path(text):
+    return Path(os.path.expanduser(text))
+
+
 @unfailing_output()
 def parse(parser, argv, action, again):
     """Call action with what an ArgumentParser makes of argv -> exit code: 0 done, 1 no network or a full disk, 2 wrong

@@ -8,21 +8,28 @@ plain containers, and no meta at all means GPT-2 BPE in uint16.
 import codecs
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from runtime import download
 from runtime.config import UserError, did_you_mean, one_line
-from runtime.files import remove_leftovers, unwritable, write_atomically
+from runtime.files import FULL, remove_leftovers, unwritable, write_atomically
 
+END = '<|endoftext|>'
+WITH_END = f'{{}}: {END} in the text becomes ordinary tokens, not 50256 as in a prompt'
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
 DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')     # below this folder first, then the repo's
 UNFINISHED = b'{"unfinished": "prepare again"}'
+AGAIN = '; prepare the data set again: with its prepare.py, or delete this folder and name its text, --dataset=FILE.txt'
+HELD = 'DATASET_LOCKED'             # environment: the folder whose lock the parent process holds
 SCAN_LIMIT = 2 ** 28                # ids of larger files are not all read at start; each batch is checked anyway
 
 
@@ -40,11 +47,11 @@ class Tokenizer:
     def encode(self, text):
         """Raises UserError for characters outside the vocabulary."""
         if self.kind == 'gpt2':
-            return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+            return self.bpe.encode(text, allowed_special={END})
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
             raise UserError(f'characters {"".join(unknown[:20])!r} are not in this model\'s vocabulary of '
-                            f'{len(self.chars)}: {"".join(self.chars)[:100]!r}')
+                            f'{len(self.chars)}, leave them out: {"".join(self.chars)[:100]!r}')
         return [self.ids[c] for c in text]
 
     def decode(self, ids):
@@ -84,6 +91,8 @@ def write_dataset(folder, text, tokenizer, source):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    if not chars and END in text:
+        print(WITH_END.format(source))
     write_atomically(folder / 'meta.json', UNFINISHED)
     for split, part in (('train', text[:cut]), ('val', text[cut:])):
         ids = encoder.encode(part) if chars else encoder.bpe.encode_ordinary(part)
@@ -103,6 +112,9 @@ def read_meta(folder):
     folder = Path(folder)
     try:
         if (folder / 'meta.json').exists():
+            if (folder / 'meta.json').read_bytes() == UNFINISHED:
+                with preparing(folder):                             # by another process: when it is done
+                    pass
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         elif (folder / 'meta.pkl').exists():
             with open(folder / 'meta.pkl', 'rb') as f:
@@ -113,13 +125,13 @@ def read_meta(folder):
             return dict(GPT2_META)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, ImportError,
             OverflowError, MemoryError, RecursionError, pickle.UnpicklingError) as e:
-        raise UserError(f'{folder}: its meta file cannot be used: {type(e).__name__}: {one_line(e)[:200]}; '
-                        'prepare the data set again') from None
-    return check_meta(meta, folder)
+        raise UserError(f'{folder}: its meta file cannot be used: {type(e).__name__}: {one_line(e)[:200]}'
+                        + AGAIN) from None
+    return check_meta(meta, folder, AGAIN)
 
 
-def check_meta(meta, where):
-    """The meta dict itself, or UserError that starts with `where`."""
+def check_meta(meta, where, remedy=''):
+    """The meta dict itself, or UserError that starts with `where` and ends with `remedy`."""
     try:
         kind, size, dtype = meta['tokenizer'], meta['vocab_size'], meta['dtype']
         right = kind in ('char', 'gpt2') and dtype in ('uint16', 'uint32') and type(size) is int and size > 0
@@ -134,8 +146,7 @@ def check_meta(meta, where):
     except (KeyError, TypeError, ValueError, RuntimeError):         # RecursionError too
         right = False
     if not right:
-        raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit together; prepare the '
-                        'data set again')
+        raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit together{remedy}')
     return meta
 
 
@@ -150,14 +161,14 @@ class Dataset:
         for split in ('train', 'val'):
             path = self.folder / f'{split}.bin'
             if not path.is_file():
-                raise UserError(f'{path}: missing; prepare the data set again')
+                raise UserError(f'{path}: missing{AGAIN}')
             if path.stat().st_size == 0 or path.stat().st_size % self.dtype.itemsize:
                 raise UserError(f'{path}: {path.stat().st_size} bytes are no whole number of {self.dtype} token ids')
             tokens = self.tokens(split)
             self._check_ids(tokens[:SCAN_LIMIT], split)
             if self.meta.get(f'{split}_tokens', len(tokens)) != len(tokens):
                 raise UserError(f'{path}: has {len(tokens)} token ids, and its meta.json says '
-                                f'{str(self.meta[f"{split}_tokens"])[:20]}; prepare the data set again')
+                                f'{str(self.meta[f"{split}_tokens"])[:20]}{AGAIN}')
 
     def tokens(self, split):
         """All ids of a split (N,), memory-mapped. Opened anew each time: a long-lived map leaks (nanoGPT#428)."""
@@ -170,11 +181,10 @@ class Dataset:
 
     def check_length(self, block_size):
         """A window is block_size tokens and the one after."""
-        for split in ('train', 'val'):
-            n = len(self.tokens(split))
-            if n <= block_size:
-                raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} tokens '
-                                f'(nearest: {max(1, n - 1)})')
+        n, split = min((len(self.tokens(split)), split) for split in ('train', 'val'))
+        if n <= block_size:
+            raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} tokens (nearest: '
+                            + (f'{n - 1})' if n > 1 else 'a longer text)'))
 
     def draw(self, split, count, block_size, generator):
         """Where `count` random windows start: int64 (count)."""
@@ -211,11 +221,41 @@ def is_prepared(folder):
         return True
 
 
+def lock_file(folder):
+    """It is there while the folder is prepared, and after a kill; whether somebody holds it, the system knows."""
+    real = Path(os.path.realpath(folder))
+    return real.with_name(f'.{real.name}.lock')
+
+
+@contextmanager
+def preparing(folder):
+    """A block that prepares a folder while other processes wait. It runs without a lock where none can be had: on some
+    network disks, or where nobody may write."""
+    file = lock_file(folder)
+    lock = FileLock(file)
+    with suppress(OSError, NotImplementedError):
+        if os.environ.get(HELD) != str(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+            if not lock.is_locked:
+                print(f'{folder}: waiting until another process has prepared it', flush=True)
+                lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):                                 # before the release: then it is another's
+                file.unlink()
+            lock.release()
+
+
 def locate(name, tokenizer, roots=DATA_ROOTS):
-    """The prepared folder of a data set, prepared first if need be.
+    """The prepared folder of a data set, prepared first if need be: by one process, for which the others wait.
 
     name: a folder below one of `roots` (searched in order), a path to a prepared folder, or a text file, which is
-    encoded by `tokenizer` into roots[-1]/STEM-TOKENIZER-HASH. Raises UserError where there is no such thing.
+    encoded by `tokenizer` into STEM-TOKENIZER-HASH below the last of `roots` that can be written. Raises UserError
+    where there is no such thing.
     """
     try:
         is_file = Path(name).is_file()
@@ -227,34 +267,52 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
             text = content.decode('utf-8-sig').replace('\r\n', '\n')
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f'dataset={name}: not a readable UTF-8 text file ({type(e).__name__})') from None
-        folder = roots[-1] / f'{Path(name).stem}-{tokenizer}-{hashlib.sha256(content).hexdigest()[:8]}'
-        if not is_prepared(folder):
-            try:
-                meta = write_dataset(folder, text, tokenizer, source=str(name))
-            except OSError as e:
-                raise unwritable(f'dataset={name}: {e.filename}: cannot be written', e) from None
-            print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + {meta["val_tokens"]:,} tokens '
-                  f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
-        return folder
-    folders = [*(root / name for root in roots), Path(name)]
+        own = f'{Path(name).stem}-{tokenizer}-{hashlib.sha256(content).hexdigest()[:8]}'
+        folders = [root / own for root in reversed(roots)]
+    else:
+        folders = [*(root / name for root in roots), Path(name)]
     for folder in folders:
-        if is_prepared(folder):
+        if is_prepared(folder) and not lock_file(folder).exists():
             return folder
     for folder in folders:
-        script = folder / 'prepare.py'
-        missing = [f for f in ('train.bin', 'val.bin') if not (folder / f).exists()]
-        if script.exists() and name in LARGE:
+        script, files = folder / 'prepare.py', [folder / f for f in ('train.bin', 'val.bin')]
+        if script.exists() and name in LARGE and not is_prepared(folder):
             raise UserError(f'dataset={name}: not prepared: python {script} does so ({LARGE[name]}); for a first look, '
                             'minutes on a CPU: python train.py config/train_svd_test.py')
-        if script.exists():
-            state = 'not prepared yet' if len(missing) == 2 else 'left half-prepared'
-            print(f'data set {name} is {state}: running {script}', flush=True)
-            if subprocess.run([sys.executable, str(script)]).returncode:
-                raise UserError(f'dataset={name}: {script} failed; the line above says why')
+        if not is_file and not any(file.exists() for file in (script, *files)):
+            continue
+        with preparing(folder):
+            if is_prepared(folder):
+                return folder
+            if is_file:
+                try:
+                    meta = write_dataset(folder, text, tokenizer, source=str(name))
+                except OSError as e:
+                    if e.errno not in FULL and folder != folders[-1]:
+                        continue
+                    way = '' if e.errno in FULL else ' (nearest: start in a folder whose data/ can be)'
+                    raise unwritable(f'dataset={name}: {e.filename}: cannot be written{way}', e) from None
+                print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + {meta["val_tokens"]:,} tokens '
+                      f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
+            elif script.exists():
+                print(f'data set {name} is not prepared yet: running {script}', flush=True)
+                held = {HELD: str(lock_file(folder))}
+                if subprocess.run([sys.executable, str(script)], env=os.environ | held).returncode:
+                    raise UserError(f'dataset={name}: {script} failed; the line above says why')
+            else:
+                missing = [file.name for file in files if not file.exists()]
+                what = f'{missing[0]} is missing' if missing else 'its meta.json says so'
+                raise UserError(f'dataset={name}: {folder} was left half-prepared ({what}){AGAIN}')
             return folder
-        if len(missing) < 2:
-            raise UserError(f'dataset={name}: {folder} was left half-prepared '
-                            f'({missing[0] + " is missing" if missing else "its meta.json says so"}); prepare it again')
     known = sorted({f.parent.name for root in roots for f in [*root.glob('*/prepare.py'), *root.glob('*/train.bin')]})
     hint = did_you_mean(name, known, other='known: ' + ', '.join(known))
     raise UserError(f'dataset={name}: no such data set or text file{hint}')
+
+
+def name_of(folder, name):
+    """What finds the folder that `locate` returned for `name`, without the text and from any working directory: its
+    path below the repo's data/, which may move, or else its absolute path. A name below data/ stays as it is."""
+    path, root = Path(os.path.realpath(folder)), DATA_ROOTS[-1]
+    if folder in [root / name for root in DATA_ROOTS]:
+        return name
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)

@@ -359,7 +359,11 @@ def check_tokenizer(cfg, set_by, saved, data, say):
     else:
         theirs, whose = read_tokenizer(cfg.init_from), cfg.init_from
     if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
-        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}')
+        here, there = (set(meta.get('chars', ())) for meta in (data.meta, theirs))
+        new, missing = (''.join(sorted(chars))[:20] for chars in (here - there, there - here))
+        words = (f'; new: {new!r}, missing: {missing!r} (nearest: a text of just the same ones, or train.py '
+                 '--init_from=scratch)' if here and there else f' (nearest: a text, --tokenizer={theirs["tokenizer"]})')
+        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}{words}')
     if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
         say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
 

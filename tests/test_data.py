@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,11 @@ from data import shakespeare_text
 from data.openwebtext import prepare as openwebtext
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
-from runtime import download
+from runtime import dataset, download
 from runtime.config import UserError
 from runtime.dataset import Dataset, Tokenizer, read_meta, write_dataset
 
-EOT = 50256
+EOT, RUN = 50256, subprocess.run
 PLAY = r'''# The Play
 
 ## ACT I
@@ -182,7 +183,8 @@ def test_sources_in_order(folder, monkeypatch, capsys, tmp_path):
     (folder / 'input.txt').write_text('mine')
     assert prepared() == ('shakespeare_char/input.txt', 'mine')
     (tmp_path / 'given.txt').write_text('given')
-    assert shakespeare_char.main([f'--input={tmp_path}/given.txt', f'--out_dir={tmp_path}/out']) == 0
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert shakespeare_char.main(['--input=~/given.txt', '--out_dir=~/out']) == 0
     assert text_of(tmp_path / 'out') == 'given' and text_of(folder) == 'mine'
 
 
@@ -238,25 +240,44 @@ def test_without_bpe_changes_nothing(folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == 'pip install tiktoken\n' and contents(folder) == before
 
 
-def test_bpe_data_set(folder, tmp_path):
+def test_bpe_data_set(folder, tmp_path, capsys):
     text = 'in ordinary text <|endoftext|> is no token. '
     (tmp_path / 'in.txt').write_text(text)
     assert shakespeare.main([f'--input={tmp_path}/in.txt']) == 0
+    assert capsys.readouterr().out.count('<|endoftext|>') == 1
     dataset = Dataset(tmp_path / 'shakespeare')
     assert (dataset.meta['tokenizer'], dataset.vocab_size, dataset.dtype) == ('gpt2', 50257, np.uint16)
     train, val = (bytes(dataset.tokens(split).tolist()).decode() for split in ('train', 'val'))
     assert train + val == text and len(train) == int(len(text) * 0.9)
 
 
-@pytest.mark.slow
-def test_scripts_run_from_anywhere(tmp_path):
-    (tmp_path / 'in.txt').write_text('to be or not')
-    script = ROOT / 'data/shakespeare_char/prepare.py'
-    done = subprocess.Popen([sys.executable, str(script), '--input', 'in.txt', '--out_dir', 'out'], cwd=tmp_path)
-    assert done.wait() == 0 and text_of(tmp_path / 'out') == 'to be or not'
-
-
 # Files of a data set
+
+@pytest.mark.parametrize('name, words', [('x', 'running'), ('my.txt', '->')], ids=['script', 'text'])
+def test_a_data_set_is_prepared_once_while_others_wait(name, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, 'run', RUN)
+    monkeypatch.chdir(tmp_path)
+    text, folder = 'to be or not to be\n' * 20_000, tmp_path / 'data' / 'x'
+    folder.mkdir(parents=True)
+    for file in (folder / 'input.txt', tmp_path / 'my.txt'):
+        file.write_text(text)
+    (folder / 'prepare.py').write_text(
+        f'import sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nfrom data.shakespeare_text import prepare\n'
+        'sys.exit(prepare("char", pathlib.Path(__file__).parent))')
+
+    def found(_):
+        return dataset.locate(name, 'char', (tmp_path / 'data',))
+    with ThreadPoolExecutor() as pool:
+        folder, = set(pool.map(found, range(3)))
+    assert text_of(folder) == text and not dataset.lock_file(folder).exists()
+    dataset.lock_file(folder).touch()                               # of a process that was killed
+    assert found(0) == folder and capsys.readouterr().out.count(words) == 1
+
+
+def test_a_text_is_prepared_where_that_can_be_written(tmp_path):
+    (tmp_path / 'my.txt').write_text('to be or not to be')
+    roots = tmp_path / 'own', tmp_path / 'my.txt' / 'data'          # a file is no folder
+    assert dataset.locate(str(tmp_path / 'my.txt'), 'char', roots).parent == roots[0]
 
 @pytest.mark.parametrize('distinct, dtype', [(2 ** 16, 'uint16'), (2 ** 16 + 1, 'uint32')])
 def test_dtype_follows_vocabulary(distinct, dtype, tmp_path):
@@ -477,12 +498,20 @@ def test_openwebtext_max_tokens(limit, parquet, tmp_path):
     assert len(expected(DOCUMENTS[:meta['documents'] - 1])['train']) < limit
 
 
-def test_openwebtext_text_files(parquet, tmp_path):
-    for i, text in enumerate(('first\n\nfile\n', 'second')):
-        (tmp_path / f'{i}.txt').write_text(text)
-    assert openwebtext.main([f'--files={tmp_path}/*.txt', f'--out_dir={tmp_path}/out']) == 0
+def test_openwebtext_text_files(parquet, tmp_path, capsys):
+    folder = tmp_path / '[1]'                                       # as a pattern, 1
+    folder.mkdir()
+    for name, text in (('a[0]', 'first\n\nfile\n'), ('b', '\ufeff<|endoftext|>'), ('c', '<|endoftext|>')):
+        (folder / f'{name}.txt').write_text(text, encoding='utf-8')
+    options = f'--files={folder}/*.txt', f'--out_dir={tmp_path}/out'
+    assert openwebtext.main(options) == 0 and capsys.readouterr().out.count('<|endoftext|>') == 1
     assert tokens(tmp_path / 'out', 'val') == [*b'first\n\nfile\n', EOT]
-    assert tokens(tmp_path / 'out', 'train') == [*b'second', EOT]
+    assert tokens(tmp_path / 'out', 'train') == [*b'<|endoftext|>', EOT] * 2
+    assert openwebtext.main([f'--files={folder}/a[0].txt', f'--out_dir={tmp_path}/one']) == 2
+    assert 'found 1' in capsys.readouterr().err                     # document: the file is found
+    (folder / 'b.txt').write_bytes(b'\xff')
+    assert openwebtext.main([options[0], f'--out_dir={tmp_path}/one']) == 2
+    assert f'{folder}/b.txt: ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('options, message', [

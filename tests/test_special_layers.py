@@ -473,7 +473,7 @@ def test_tokens_of_another_text_are_refused(fit, refused):
     fit(*BASE)
     Path('other.txt').write_text('quick brown foxes jump over lazy dogs\n' * 40)
     line = refused(train.main, *FIRST, '--init_from=base', '--dataset=other.txt')
-    assert "dataset=other.txt: its characters are not those of base" in line and not Path('out').exists()
+    assert "dataset=other.txt: its characters are not those of base; new: 'jkm" in line and not Path('out').exists()
     line = refused(compress.main, '--init_from=base', '--dataset=other.txt', '--device=cpu')
     assert 'its characters are not those of base' in line
 

@@ -23,10 +23,11 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from runtime import command                                            # before numpy: says what is not installed
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime import download, progress
 from runtime.config import UserError, one_line
-from runtime.dataset import GPT2_META, UNFINISHED
+from runtime.dataset import END, GPT2_META, UNFINISHED, WITH_END, preparing
 from runtime.files import remove_leftovers, replacing, write_atomically
 
 # Fixed revisions, in parquet: a changed file between two runs of one preparation would go unnoticed.
@@ -44,14 +45,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog='python data/openwebtext/prepare.py', allow_abbrev=False)
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--source', choices=SOURCES, default='openwebtext', help='default: openwebtext')
-    where.add_argument('--files', metavar='GLOB', help='local .parquet (column "text") or .txt (one document each)')
+    where.add_argument('--files', metavar='GLOB', type=os.path.expanduser,
+                       help='local .parquet (column "text") or .txt (one document each)')
     parser.add_argument('--max_tokens', metavar='N', type=int, help='stop after N training tokens')
-    parser.add_argument('--out_dir', metavar='DIR', type=Path, default=FOLDER, help='default: this folder')
+    parser.add_argument('--out_dir', metavar='DIR', type=command.path, default=FOLDER, help='default: this folder')
     return command.parse(parser, argv, prepare, 'goes on')
 
 
 def prepare(args):
-    """Documents -> shards -> train.bin, val.bin, meta.json. Raises UserError, OSError."""
+    """Documents -> shards -> train.bin, val.bin, meta.json, by one process at a time. Raises UserError, OSError."""
+    with preparing(args.out_dir):
+        prepare_alone(args)
+
+
+def prepare_alone(args):
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
     what = find_source(args)
@@ -115,23 +122,28 @@ def find_source(args):
     if args.files is None:
         load = SOURCES[args.source]
         return dict(source=f'{load["path"]} at {load["revision"][:8]}', load=load)
-    files = sorted(f for f in glob.glob(args.files, recursive=True) if os.path.isfile(f))
+    folder, name = os.path.split(args.files)                # what is there is no pattern, brackets or not
+    name = glob.escape(name) if os.path.isfile(args.files) else name
+    pattern = os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name)
+    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
     kinds = {Path(f).suffix for f in files}
     if not files:
         raise UserError(f'--files={args.files}: no such files')
     if len(kinds) > 1 or not kinds <= {'.parquet', '.txt'}:
         raise UserError(f'--files={args.files}: must be all .parquet or all .txt, found {", ".join(sorted(kinds))}')
-    load = dict(path='parquet') if kinds == {'.parquet'} else dict(path='text', sample_by='document')
+    load = dict(path='parquet') if kinds == {'.parquet'} else dict(
+        path='text', sample_by='document', encoding='utf-8-sig')
     return dict(source=f'--files {args.files}', load=load, files=[[f, os.path.getsize(f)] for f in files])
 
 
 def open_documents(datasets, what):
     """-> an IterableDataset of {'text': str}. Raises UserError for local files, OSError for a source on the network."""
-    local = dict(data_files=[f for f, _ in what['files']]) if 'files' in what else {}
+    local = dict(data_files=[glob.escape(f) for f, _ in what['files']]) if 'files' in what else {}
     try:
         return datasets.load_dataset(**what['load'], **local, split='train', streaming=True).select_columns(['text'])
     except Exception as e:                                  # datasets raises its own, pyarrow's, the hub's and others
-        message = f'{what["source"]}: cannot be opened: {type(e).__name__}: {one_line(e)}'
+        place = what['files'][0][0] if local else what['source']            # only the first is looked into here
+        message = f'{place}: cannot be opened: {type(e).__name__}: {one_line(e)}'
         hint = "; local files can be given with --files 'GLOB'"
         raise (UserError(message) if local else OSError(message + hint)) from None
 
@@ -144,9 +156,12 @@ def write_shards(documents, progress, shards, encoding):
     max_tokens = progress['settings']['max_tokens'] or float('inf')
     if progress['position']:
         documents.load_state_dict(progress['position'])
-    stream = iter(documents)
+    stream, told = iter(documents), False
     while not progress['complete']:
-        texts = read_shard(stream, progress)
+        texts = read_shard(stream, progress, documents)
+        if not told and any(END in text for text in texts):
+            tqdm.write(WITH_END.format(progress['settings']['source']))
+            told = True
         parts = {'train': [], 'val': []}
         left = max_tokens - progress['train_tokens']
         number = progress['documents']
@@ -169,7 +184,7 @@ def write_shards(documents, progress, shards, encoding):
         yield progress
 
 
-def read_shard(stream, progress):
+def read_shard(stream, progress, documents):
     """The next texts, SHARD_CHARACTERS or a little more together; [] at the end. Raises as open_documents."""
     texts, size = [], 0
     try:
@@ -180,7 +195,12 @@ def read_shard(stream, progress):
         pass
     except Exception as e:                                  # a damaged file, or the network and all its libraries
         settings = progress['settings']
-        message = f'{settings["source"]}: reading stopped: {type(e).__name__}: {one_line(e)}'
+        position, place = documents.state_dict(), settings['source']
+        if 'files' in settings:
+            while 'shard_idx' not in position:
+                position = position['examples_iterable']
+            place = settings['files'][position['shard_idx']][0]
+        message = f'{place}: reading stopped: {type(e).__name__}: {one_line(e)}'
         hint = f'; the same command goes on after {progress["documents"]:,} documents'
         raise (UserError(message) if 'files' in settings else OSError(message + hint)) from None
     return texts
