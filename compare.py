@@ -40,7 +40,7 @@ import compare_report as report
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained, sweep
-from runtime.config import SWITCH, UserError
+from runtime.config import PATH, SWITCH, UserError
 from runtime.dataset import Dataset, locate
 from runtime.files import remove_leftovers, write_atomically
 from runtime.run import append_json
@@ -63,7 +63,7 @@ Arm = namedtuple('Arm', 'name options cfg argv')
 @dataclass
 class CompareConfig(TrainConfig):
     """train.py's options, and those of the sweep."""
-    sweep: Annotated[str, 'folder of the sweep'] = 'out-compare'
+    sweep: Annotated[str, 'folder of the sweep', PATH] = 'out-compare'
     seeds: Annotated[int, "runs of each combination: of the config's seed, and the ones after it"] = 1
     jobs: Annotated[int, 'runs at a time'] = 1
     dry_run: Annotated[bool, 'list the runs and the time they need, and train nothing', SWITCH] = False
@@ -281,8 +281,8 @@ def check_same_sweep(folder, record):
         here = json.loads(json.dumps(arms[name]['config']))
         if arm.get('text') != arms[name]['text']:
             difference.append(f'{name} has another text there than {here["dataset"]!r} is now')
-        difference += [f'{key}={arm["config"].get(key)!r} there, {here.get(key)!r} here'
-                       for key in {**here, **arm['config']} if here.get(key) != arm['config'].get(key)]
+        difference += [f'{key}={arm["config"].get(key)!r} there, {here.get(key)!r} here' for key in {
+            **here, **arm['config']} if key != 'dataset' and here.get(key) != arm['config'].get(key)]
     if difference:
         raise UserError(f"sweep={str(folder)!r}: holds another sweep: {difference[0]} (nearest: '{folder}-2')")
 

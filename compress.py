@@ -38,8 +38,8 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained, progress
-from runtime.config import SWITCH, UserError, one_line
-from runtime.dataset import GPT2_META, Dataset, locate
+from runtime.config import PATH, SWITCH, UserError, one_line
+from runtime.dataset import GPT2_META, Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
 from runtime.files import new_folder, unwritable, write_atomically
@@ -57,8 +57,8 @@ apply_svd_compression = layers.apply_svd_compression
 
 @dataclass
 class CompressConfig:
-    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder'] = None
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-lowrank, OUT_DIR-mla or OUT_DIR-spectrum'] = None
+    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder', PATH] = None
+    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-lowrank, -mla or -spectrum', PATH] = None
     overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is refused'] = False
     to: Annotated[Literal['lowrank', 'mla'], "'lowrank': products of two layers in the place of one; 'mla': multi-head "
                   'latent attention, one latent a token for keys and values'] = 'lowrank'
@@ -82,8 +82,8 @@ class CompressConfig:
     spectrum: Annotated[bool, 'only look: the singular values of every weight of the blocks', SWITCH] = False
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl') or a folder with safetensors, in Hugging Face's format or as export.py writes "
-                         'them'] = 'resume'
-    dataset: Annotated[str | None, "as for train.py; None: the run's"] = None
+                         'them', PATH] = 'resume'
+    dataset: Annotated[str | None, "as for train.py; None: the run's", PATH] = None
     calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most all'] = 16384
     seed: Annotated[int, 'of the windows, and of training'] = 1337
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
@@ -431,7 +431,7 @@ def checkpoint_of(new, saved, data, cfg, save_dir, loss):
     args = asdict(new.config)
     config = saved.get('config', {}) | args | dict(out_dir=str(save_dir), tokenizer=data.meta['tokenizer'])
     if cfg.dataset:
-        config['dataset'] = cfg.dataset
+        config['dataset'] = name_of(data.folder, cfg.dataset)
     optimizer = new.requires_grad_(True).configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')
     return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args, iter_num=0,
                 best_val_loss=loss, config=config, tokenizer=saved.get('tokenizer', data.meta),

@@ -34,8 +34,8 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained, progress, schedule
-from runtime.config import UserError, one_line
-from runtime.dataset import Dataset, locate
+from runtime.config import PATH, UserError, one_line
+from runtime.dataset import Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
 from runtime.files import in_words
@@ -53,7 +53,7 @@ class TrainConfig(GPTConfig):
     vocab_size: Annotated[int | None, "number of token ids; None: the data set's, rounded up to 64s for BPE"] = None
     bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = False
     # input and output
-    out_dir: Annotated[str, 'folder of the run; a run already there is moved aside, never overwritten'] = 'out'
+    out_dir: Annotated[str, 'folder of the run; a run already there is moved aside, never overwritten', PATH] = 'out'
     eval_interval: Annotated[int, 'steps between evaluations, each followed by a checkpoint'] = 2000
     log_interval: Annotated[int, 'steps between lines of metrics.jsonl'] = 1
     eval_iters: Annotated[int, 'random batches a split and evaluation; the final one covers all of val'] = 200
@@ -61,8 +61,8 @@ class TrainConfig(GPTConfig):
     always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
                          "'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a folder: another run's, or in Hugging Face's "
-                         'format'] = 'scratch'
-    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, as export.py --to=lora makes it'] = None
+                         'format', PATH] = 'scratch'
+    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, from export.py --to=lora', PATH] = None
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
     wandb_project: Annotated[str, 'wandb project'] = 'owt'
@@ -70,7 +70,7 @@ class TrainConfig(GPTConfig):
     wandb_group: Annotated[str | None, 'wandb group, of the runs of a sweep'] = None
     wandb_tags: Annotated[str | None, "wandb tags, as 'svd,rank 4'"] = None
     # data
-    dataset: Annotated[str, 'folder below data/, path of a prepared folder, or a text file'] = 'openwebtext'
+    dataset: Annotated[str, 'folder below data/, path of a prepared folder, or a text file', PATH] = 'openwebtext'
     tokenizer: Annotated[Literal['char', 'gpt2'], 'how to encode if dataset is a text file'] = 'char'
     gradient_accumulation_steps: Annotated[int, 'micro-batches a step, over all processes'] = 5 * 8
     batch_size: Annotated[int, 'sequences a micro-batch'] = 12
@@ -189,6 +189,7 @@ def train(cfg, set_by, saved, processes, stop):
 
     data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
     pretrained.check_tokenizer(cfg, set_by, saved, data, say)
+    cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']      # the text may go
     try:
         model = build_model(cfg, set_by, saved, data, device, say)
     except ValueError as e:

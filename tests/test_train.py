@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 import runtime.run
 import train
-from conftest import TEXT, TINY, checkpoint, equal, folder_bytes, rows
+from conftest import ROOT, TEXT, TINY, checkpoint, equal, folder_bytes, rows
 from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import tracking
 from runtime.config import UserError
-from runtime.dataset import Dataset, write_dataset
+from runtime.dataset import Dataset, name_of, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
 from runtime.optim import Muon, MuonAdamW, gpt_groups
 from test_resume import interrupt
@@ -726,7 +726,7 @@ def test_a_vocabulary_too_small_for_the_data_is_refused(refused, vocab_size):
 def test_a_block_longer_than_the_data_is_refused(call, block_size, ok):
     result = call(train.main, *TINY, f'--block_size={block_size}', '--max_iters=1')
     assert result.code == (0 if ok else 2)
-    assert ok or f'tokens (nearest: {2123 if block_size == 5000 else 235})' in result.err
+    assert ok or 'val.bin has only 236 tokens (nearest: 235)' in result.err
 
 
 @pytest.mark.parametrize('spoil', [lambda d: (d / 'val.bin').unlink(), lambda d: (d / 'val.bin').write_bytes(b''),
@@ -771,8 +771,20 @@ def test_a_text_file_can_be_encoded_by_gpt2s_bpe(texts, fit, byte_bpe):
     assert rows()[-1]['val/tokens'] == 235
 
 
+def test_a_run_goes_on_without_the_text_that_it_was_given(texts, here, fit, call, monkeypatch):
+    Path('my.txt').write_text(TEXT)
+    fit('--dataset=my.txt')
+    folder, = (here / 'data').glob('my-char-*')
+    assert checkpoint()['config']['dataset'] == str(folder)
+    assert name_of(ROOT / 'data' / folder.name, 'my.txt') == folder.name
+    Path('my.txt').unlink()
+    monkeypatch.chdir('data')
+    result = call(train.main, '--init_from=resume', f'--out_dir={here}/out')
+    assert result.code == 0 and f'data: {folder}' in result.out
+
+
 @pytest.mark.parametrize('content, words', [(b'', 'too few'), (b'a', 'too few'), (b'\xff\xfe', 'not a readable UTF-8'),
-                                            (b'short', 'has only')])
+                                            (b'short', '(nearest: a longer text)')])
 def test_a_text_file_without_enough_text_is_refused(texts, refused, content, words):
     Path('my.txt').write_bytes(content)
     assert words in refused(train.main, *TINY, '--dataset=my.txt')
