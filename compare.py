@@ -203,6 +203,8 @@ def read(argv):
 def plan(cfg, lists, set_by, plain, say):
     """Every combination of the lists, those that are the same run once -> list of Arm."""
     values = {key: value for key, value in asdict(cfg).items() if key not in OWN}
+    if 'lr_decay_iters' not in set_by:
+        values['lr_decay_iters'] = None                             # of each combination's own max_iters
     same = {}                                                       # what shapes a run -> the combinations
     for combination in product(*lists.values()):
         options = dict(zip(lists, combination))

@@ -33,7 +33,7 @@ from model import FREE_FIELDS, GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained, progress, schedule
+from runtime import pretrained, progress
 from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, locate
 from runtime.draw import sample
@@ -86,7 +86,7 @@ class TrainConfig(GPTConfig):
     # learning rate schedule
     decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
     warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit'] = 2000
-    lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = schedule.LENGTH
+    lr_decay_iters: Annotated[int | None, 'step at which min_lr is reached; None: max_iters'] = None
     min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10'] = 6e-5
     # system
     backend: Annotated[Literal['nccl', 'gloo'], 'torchrun: how processes talk; gloo is used on the CPU anyway'] = 'nccl'
@@ -103,6 +103,8 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lr_decay_iters is None:                                 # as a number in the checkpoint: a resume keeps it
+            self.lr_decay_iters = self.max_iters
         pretrained.check_name(self.init_from, ('scratch', 'resume'))
         configuration.at_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1,
                                seed=0, batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
@@ -230,8 +232,10 @@ def replicate(run):
         torch.compiler.reset()                                          # else the limit of recompilations comes near
         replica = torch.compile(replica, fullgraph=True)
     if run.processes.distributed:
-        ids = [device] if 'cuda' in device else None                    # each process notes V of its own batches
-        replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+        ids = [device] if 'cuda' in device else None
+        own = [name for name, _ in replica.named_buffers()]             # sums of V of the process's own batches
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
+        replica = DistributedDataParallel(replica, device_ids=ids)
     return replica
 
 
@@ -436,7 +440,11 @@ def describe(cfg, model, data, device, dtype, processes):
         say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
     elif c.use_svd or c.svd_rank is not None:
         say(f'no SVD: use_svd={c.use_svd} with svd_rank={c.svd_rank} changes nothing')
-    if cfg.decay_lr and warmup_iters(cfg) != cfg.warmup_iters and not cfg.eval_only:
+    decays = cfg.decay_lr and not cfg.eval_only
+    if decays and cfg.lr_decay_iters != cfg.max_iters:
+        say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the run '
+            f'max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} makes them one)')
+    if decays and warmup_iters(cfg) != cfg.warmup_iters:
         say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using {warmup_iters(cfg)}')
     if processes.distributed and processes.backend != cfg.backend:
         say(f'backend={cfg.backend} needs CUDA: using {processes.backend}')

@@ -314,11 +314,14 @@ def test_a_warm_up_that_does_not_fit_is_a_tenth_of_the_run(warmup_iters, max_ite
     assert lr.index(max(lr)) == used and max(lr) == 6e-4
 
 
-def test_the_schedule_is_the_one_that_trains_and_a_changed_warm_up_is_said(fit):
-    out = fit('--max_iters=20', '--lr_decay_iters=20', '--warmup_iters=50', '--eval_interval=20', '--min_lr=1e-3')
-    assert 'warmup_iters=50 does not fit 20 steps: using 2\n' in out
+def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(fit, call):
+    options = '--warmup_iters=50', '--eval_interval=20', '--min_lr=1e-3', '--lr_decay_iters=None'
+    out = fit('--max_iters=20', *options)
+    assert 'warmup_iters=50 does not fit 20 steps: using 2\n' in out and 'learning rate:' not in out
+    out = call(train.main, RESUME, '--device=cpu', '--max_iters=25').out
+    assert 'lr_decay_iters=20 ' in out and 'max_iters=25 ' in out and checkpoint()['config']['lr_decay_iters'] == 20
     c = schedule(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=20)
-    assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c) for it in range(20)]
+    assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c) for it in range(20)] + [1e-3] * 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
