@@ -24,8 +24,8 @@ import special_layers
 from lowrank import subspace
 from lowrank.cache import KeyValueCache, LatentCache, check_room
 from lowrank.layers import LowRankLinear, SplitProjection, split_heads
-from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank, energy_kept, leading_eigenvectors,
-                         low_rank_approximation, low_rank_factors)
+from lowrank.svd import (METHODS, causal_low_rank_approximation, causal_starts, effective_rank, energy_kept,
+                         leading_eigenvectors, low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
 from runtime.config import UserError, at_least, check_all
@@ -87,10 +87,29 @@ class GPTConfig(special_layers.LayerConfig):
 
     @property
     def svd_truncates(self):
-        """False where the SVD changes nothing: off, or at full rank."""
+        """False where the SVD changes nothing: `svd_idle` says why."""
+        return not self.svd_idle
+
+    @property
+    def svd_idle(self):
+        """'off', and why the SVD changes nothing where that was not asked for; '' where it truncates."""
+        if not self.use_svd or self.svd_rank is None:
+            asked = self.use_svd or self.svd_rank is not None
+            return 'off' + f' (use_svd={self.use_svd}, svd_rank={self.svd_rank})' * asked
         rows = self.block_size if self.svd_scope != 'weight' else self.latent_dim if self.use_mla else self.n_embd
         full = min(rows, self.n_embd // self.n_head)
-        return self.use_svd and self.svd_rank is not None and self.svd_rank < full
+        if self.svd_rank >= full:
+            return f'off (svd_rank={self.svd_rank}: full rank is {full})'
+        if self.svd_scope == 'causal' and not causal_starts(self.block_size, self.svd_rank, self.svd_block):
+            return (f"off (svd_scope='causal' with svd_block={self.svd_block}: no basis of rank {self.svd_rank} is due "
+                    f'in block_size={self.block_size} tokens)')
+        return ''
+
+    @property
+    def svd_summary(self):
+        """What is done to V, for a line of output."""
+        return self.svd_idle or (f'rank {self.svd_rank} of {self.n_embd // self.n_head}, {self.svd_method}, '
+                                 f'{self.svd_scope}')
 
     @property
     def svd_sees_future(self):

@@ -436,10 +436,8 @@ def describe(cfg, model, data, device, dtype, processes):
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     elif c.mla_latent_dim is not None:
         say(f'no MLA: use_mla=False with mla_latent_dim={c.mla_latent_dim} changes nothing')
-    if c.use_svd and c.svd_rank is not None:
-        say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
-    elif c.use_svd or c.svd_rank is not None:
-        say(f'no SVD: use_svd={c.use_svd} with svd_rank={c.svd_rank} changes nothing')
+    if c.use_svd or c.svd_rank is not None:
+        say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and cfg.lr_decay_iters != cfg.max_iters:
         say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the run '

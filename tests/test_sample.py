@@ -204,7 +204,8 @@ def test_svd_can_be_switched_on_for_a_model_trained_without(run, texts, call, sc
     for off in (['--use_svd=True', '--svd_rank=8'], ['--use_svd=True', '--svd_rank=99'], ['--use_svd=True'],
                 ['--use_svd=False', '--svd_rank=2']):
         assert texts(*options, *off) == plain
-    assert f'SVD on V rank 2, {method}, {scope} (switched here)' in call(
+    assert 'SVD on V off (svd_rank=99' in call(sample.main, *SHORT, '--use_svd=True', '--svd_rank=99').out
+    assert f'SVD on V rank 2 of 8, {method}, {scope} (switched here)' in call(
         sample.main, *SHORT, *options, '--use_svd=True', '--svd_rank=2').out
 
 
@@ -212,7 +213,7 @@ def test_a_model_trained_with_svd_keeps_it_unless_told_otherwise(run, texts, cal
     args = checkpoint(run())['model_args']
     plain = texts()
     run(model_args=args | dict(use_svd=True, svd_rank=2))
-    assert 'SVD on V rank 2, gram, sequence: ' in call(sample.main, *SHORT).out
+    assert 'SVD on V rank 2 of 8, gram, sequence: ' in call(sample.main, *SHORT).out
     assert texts() != plain == texts('--use_svd=False')
 
 
@@ -221,7 +222,7 @@ def test_gpt2_says_what_is_cut_too(here, call, monkeypatch, byte_bpe):
                                svd_rank=2))
     monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: gpt2)
     out = call(sample.main, *SHORT, '--init_from=gpt2', '--use_svd=True', '--svd_rank=2', '--start=a').out
-    assert out.startswith('gpt2; SVD on V rank 2, gram, sequence (switched here): ') and 'nothing is cached' in out
+    assert out.startswith('gpt2; SVD on V rank 2 of 4, gram, sequence (switched here): ') and 'nothing is cached' in out
 
 
 def test_a_prefix_that_is_recomputed_is_not_compiled(run, refused):

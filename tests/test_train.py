@@ -178,12 +178,13 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('options', [['--svd_rank=2', '--use_svd=False'], ['--svd_rank=None'],
                                      *[[f'--svd_scope={scope}', f'--svd_rank={rank}']
-                                       for scope in SCOPES for rank in (8, 99)]], ids=' '.join)
+                                       for scope in SCOPES for rank in (8, 99)],
+                                     ['--svd_scope=causal', '--svd_rank=2', '--svd_block=16']], ids=' '.join)
 def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(fit, options, method):
     fit('--use_svd=False', '--dropout=.1')
     baseline = checkpoint()['model']
-    fit('--use_svd=True', '--dropout=.1', f'--svd_method={method}', *options)
-    assert equal(checkpoint()['model'], baseline)
+    out = fit('--use_svd=True', '--dropout=.1', f'--svd_method={method}', *options)
+    assert equal(checkpoint()['model'], baseline) and 'SVD on V: off (' in out
 
 
 def test_a_truncating_rank_is_not_the_baseline(fit):
