@@ -382,9 +382,8 @@ def build_model(cfg, set_by, saved, data, device, say):
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
     free = {k: getattr(cfg, k) for k in FREE_FIELDS}
     if cfg.init_from == 'scratch':
-        if cfg.vocab_size is None:                                      # GPT-2's 50257 becomes 50304: faster products
-            step = 1 if data.meta['tokenizer'] == 'char' else 64
-            cfg.vocab_size = math.ceil(data.vocab_size / step) * step
+        if cfg.vocab_size is None:
+            cfg.vocab_size = data.padded_vocab_size
         data.check_length(cfg.block_size)
         devices.check_memory(cfg, device)
         if cfg.lora_rank is not None:
