@@ -93,7 +93,7 @@ def test_statistics_are_those_that_hooks_see(windows, bias):
     layers.calibrate(model, modules, statistics, windows(128), gradients=True)
     for name, (x, _, g) in seen(model, modules, windows(128)).items():
         W, found = modules[name].weight, statistics[name]
-        C, G = second_moment(x), second_moment(g)
+        C, G = second_moment(x, bias), second_moment(g)
         expected = (C, W.mT @ G @ W) if name[4:] != 'mlp.c_proj' else (W @ C @ W.mT, G)
         assert found.tokens == 128 == len(x) and torch.allclose(found.mean(), x.mean(0))
         for a, b in zip((found.inputs / 128, found.gradients / 128), expected):
@@ -119,7 +119,7 @@ def test_statistics_of_keys_and_values(windows):
     (model(x, y)[1] * y.numel()).backward()
     for i, (inputs, (_, k, v)) in enumerate(kept):
         g = torch.cat([t.grad.transpose(1, 2).reshape(128, 16) for t in (k, v)], dim=1) @ weights[i].detach()
-        assert torch.allclose(statistics[i].input_sum, inputs.flatten(0, 1).sum(0))
+        assert torch.allclose(statistics[i].mean(), inputs.flatten(0, 1).mean(0))
         assert torch.allclose(statistics[i].inputs, inputs.flatten(0, 1).mT @ inputs.flatten(0, 1))
         assert statistics[i].tokens == 128 and torch.allclose(statistics[i].gradients, g.mT @ g)
 
