@@ -5,7 +5,7 @@ and multi-head latent attention in the place of ordinary attention. The linear a
 
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from runtime import progress
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
 STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, each fed by those before it
-ROUNDING = torch.finfo(torch.float32).eps               # of an activation: what varies less than that does not vary
+ROUNDING = torch.finfo(torch.float32).eps               # of an activation, as a share of its mean
 STEP, STEP_FROM = 8, 128            # ranks are multiples of 8, which hardware likes, where layers are as wide as that
 
 
@@ -108,18 +108,17 @@ class Moments:
     batches (Chan, Golub and LeVeque, 1983), never a difference of moments: with a = b, positive semi-definite."""
 
     def __init__(self, weight, centred):
-        """weight (m, n) of the layer, s = min(m, n). centred: a bias will take the mean error, so only deviations
-        count."""
+        """weight (m, n), s = min(m, n). centred: a bias will take the mean error, so only deviations count."""
         self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = len(weight) >= weight.size(1)
-        self.tokens, self.means, self.inputs = 0, (0, 0), 0       # means: of as many inputs as `rows` takes, (n) each
+        self.tokens, self.means, self.inputs = 0, (0, 0), 0         # means: (n) of each input that `rows` takes
 
     def small(self, x):
         """x (N, n) on the layer's smaller side, (N, s): x itself, or W x."""
         return x if self.tall else x @ self.weight.mT
 
     def add(self, *inputs):
-        """inputs of `rows`, (N, n) each."""
+        """inputs: what `rows` takes, (N, n) each."""
         inputs = [x.cpu().double() for x in inputs]                 # MPS has no float64
         count, means = len(inputs[0]), [x.mean(0) for x in inputs]
         steps = [mean - known for mean, known in zip(means, self.means)]
@@ -129,20 +128,19 @@ class Moments:
         self.tokens += count
         self.means = [known + step * (count / self.tokens) for known, step in zip(self.means, steps)]
         a, b = self.rows(*inputs)
-        self.inputs = self.inputs + a.mT @ b                    # (p, q)
+        self.inputs = self.inputs + a.mT @ b                        # (p, q)
 
     def moments(self):
-        """E[a b^T] (p, q), as if each activation had a noise of its own, of its rounding: where inputs are constant
-        what float32 leaves of them is small beside that, and no statistic."""
+        """E[a^T b] (p, q), with noise of the size of float32's rounding on each input, the same now and before: beside
+        it what rounding leaves of a constant input does not count."""
         noise = torch.diag(ROUNDING * self.means[0])                # (n, n)
         a, b = self.rows(*[noise] * len(self.means))
         return self.inputs / self.tokens + a.mT @ b
 
 
 class Statistics(Moments):
-    """Of a layer with weight (m, n): its inputs x, and the loss's gradients g at its outputs, both on its smaller side,
-    s = min(m, n), as `Factorization` takes them."""
-
+    """Of a layer's inputs x, and of the loss's gradients g at its outputs, both on its smaller side, as `Factorization`
+    takes them."""
     gradients = None
 
     def rows(self, x):
@@ -192,20 +190,17 @@ def calibrate(model, modules, statistics, windows, gradients):
         moved = [t + probe for t, probe in zip(outputs, probes)]
         return (output[0], *moved) if isinstance(output, tuple) else moved[0]
 
-    def run(x, y):
-        with torch.set_grad_enabled(gradients):
-            loss = model(x, y)[1] * y.numel()
-        probes = [p for _, probes in seen.values() for p in probes]
-        return torch.autograd.grad(loss, probes) if gradients else ()
-
     hooks = [module.register_forward_hook(lambda *args, name=name: look(*args, name))
              for name, module in modules.items()]
     try:
         for x, y in progress.brief(windows, desc='calibrate', unit='batch'):
-            found = run(x, y)
-            if not all(g.isfinite().all() for g in found):          # flash attention's own, where softmax is saturated
-                with sdpa_kernel(SDPBackend.MATH):
-                    found = run(x, y)
+            for attention in (nullcontext(), sdpa_kernel(SDPBackend.MATH)):
+                with attention, torch.set_grad_enabled(gradients):
+                    loss = model(x, y)[1] * y.numel()
+                found = [p for _, probes in seen.values() for p in probes]
+                found = torch.autograd.grad(loss, found) if gradients else ()
+                if all(g.isfinite().all() for g in found):          # flash attention's are not where softmax saturates
+                    break
             found = iter(found)
             for name, (inputs, probes) in seen.items():
                 g = [next(found) for _ in probes]                   # (B, T, m), or of heads (B, nh, T, hs)
@@ -218,7 +213,7 @@ def calibrate(model, modules, statistics, windows, gradients):
 
 @contextmanager
 def naming(layer):
-    """A factorization that fails in here, for what is not finite, names the layer. Raises ValueError."""
+    """A factorization that fails in here, of what is not finite, is a ValueError that names the layer."""
     try:
         yield
     except (ValueError, torch.linalg.LinAlgError) as e:
@@ -301,7 +296,6 @@ def replace_in_turn(model, dense, statistics, ranks, windows):
 
 class Shift(Moments):
     """Of a layer's inputs as they are now, x^, and as they were, x: E[x^ x^^T] (n, n) above E[x x^^T] (s, n)."""
-
     def __init__(self, statistics):
         super().__init__(statistics.weight, statistics.centred)
 
