@@ -11,7 +11,7 @@ measure what every SVD method costs and how good it is. Or test that what must b
     python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
 
-A step is forward, backward, clipping and the optimizer, on random tokens. Decoding is greedy, batch_size prompts of
+A step is forward, backward, clipping and the optimizer, on random tokens, as many ids as the data set has. Decoding is greedy, batch_size prompts of
 random tokens at a time; its prefill is timed apart. What is compared takes turns, in alternating order, so that a
 drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the configuration's shape is there, and
 on synthetic spectra; bench_svd.py says what each figure is. The self-test prints ok, FAIL or skip for each equality,
@@ -23,7 +23,7 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,13 +34,15 @@ import torch
 import bench_svd
 import special_layers
 from check import run
-from model import METHODS, SCOPES, GPTConfig
+from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
+from runtime import pretrained
 from runtime.config import PATH, SWITCH, UserError
+from runtime.dataset import LARGE, Dataset, locate
 from runtime.timing import generation, paired, quartiles, take_turns, timed
-from steps import new_model, random_tokens, step_of, train_step
+from steps import model_config, new_model, random_tokens, step_of, train_step
 from train import HERE_KEYS, TrainConfig
 
 
@@ -129,38 +131,70 @@ def main(argv=None):
 
 
 def load_config(argv):
-    """argv -> configuration; with --init_from=resume what it leaves open is as in OUT_DIR/ckpt.pt. Only shapes are
-    taken from there: times do not depend on weights."""
+    """argv -> configuration. What it leaves open is as in the run, folder or GPT-2 of init_from, and in lora_adapter.
+    Only shapes are taken from there: times do not depend on weights."""
     values, set_by = configuration.parse(BenchConfig, argv)
-    if values['init_from'] != 'resume':
-        return configuration.build(BenchConfig, values, set_by)
-    saved = ckpt.load(Path(values['out_dir']) / 'ckpt.pt')
-    theirs = {k: v for k, v in saved.get('config', {}).items() if k not in HERE_KEYS} | saved['model_args']
-    values, set_by = configuration.parse(BenchConfig, argv, configuration.check_all(BenchConfig, theirs, saved['path']))
-    return configuration.build(BenchConfig, values, set_by, otherwise=saved['path'])
+    where, theirs = values['init_from'], {}
+    if where == 'resume' or pretrained.is_run(where):
+        saved = ckpt.load(Path(values['out_dir'] if where == 'resume' else where) / 'ckpt.pt')
+        theirs = {k: v for k, v in saved.get('config', {}).items() if k not in HERE_KEYS} | saved['model_args']
+    elif where != 'scratch':
+        theirs = asdict(GPT.from_pretrained(where).config)
+    if values['lora_adapter'] is not None:
+        theirs |= pretrained.read_adapter(values['lora_adapter'])[0]
+    values, set_by = configuration.parse(BenchConfig, argv, configuration.check_all(BenchConfig, theirs, where))
+    return configuration.build(BenchConfig, values, set_by, otherwise=where)
 
 
 def bench(cfg):
     """-> exit code."""
     device = devices.pick_device(cfg.device)
-    cfg.vocab_size = cfg.vocab_size or 50304
+    if cfg.vocab_size is None and not cfg.check:                    # data sets that take hours to prepare are BPE
+        cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
     if cfg.svd:
         return bench_svd.run(cfg, device, step_of)
     return (check if cfg.check else bench_decoding if cfg.decode else bench_steps)(cfg, device)
 
 
+def header(cfg, device):
+    """All that shapes the times."""
+    c, dtype, kind = model_config(cfg), devices.pick_dtype(cfg.dtype, device), torch.device(device).type
+    parts = [f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, context {c.block_size}, '
+             f'batch {cfg.batch_size}, bias {c.bias}, dropout {c.dropout}, {c.gelu} GELU']
+    parts += [words for asked, words in (
+        (c.svd_rank is not None, f'SVD rank {c.svd_rank} of {c.n_embd // c.n_head}, svd_block {c.svd_block}, basis_grad '
+         f'{c.svd_basis_grad}, power_iters {c.svd_power_iters}, oversample {c.svd_oversample}'),
+        (c.use_mla, f'MLA latent {c.latent_dim}'), (c.layer_ranks, f'{len(c.layer_ranks or ())} layers of two factors'),
+        (c.lora_layers, f'LoRA rank {c.lora_rank} in {len(c.lora_layers)} layers'),
+        (c.adaptive_layers, f'adaptive SVD in {len(c.adaptive_layers)} layers')) if asked]
+    name = torch.backends.cpu.get_cpu_capability() if kind == 'cpu' else devices.environment(device, dtype)['device_name']
+    return '; '.join([*parts, f'{cfg.optimizer}, {dtype}, {device} ({name}), {torch.get_num_threads()} threads, '
+                      f'torch {torch.__version__}'])
+
+
+def truncating_scopes(cfg):
+    """The scopes in which cfg.svd_rank changes anything; says which it does not."""
+    if cfg.svd_rank is None:
+        return []
+    idle = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_idle for scope in SCOPES}
+    for scope in filter(idle.get, SCOPES):
+        print(f'{scope!r} is left out: SVD on V {idle[scope]}')
+    return [scope for scope in SCOPES if not idle[scope]]
+
+
 def bench_steps(cfg, device):
     """Print a table of step times and ratios, then the same as one line of JSON."""
-    if cfg.svd_rank is None and len(kinds(cfg)) == 1 and not cfg.peer:
-        raise UserError('svd_rank=None: of an ordinary model there is nothing to compare (nearest: --svd_rank=16)')
-    print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size} x {cfg.block_size}, '
-          f'rank {cfg.svd_rank}, {cfg.optimizer}, {device}, {torch.get_num_threads()} threads, {cfg.pairs} pairs')
+    words, scopes = header(cfg, device), truncating_scopes(cfg)
+    if not scopes and len(kinds(cfg)) == 1 and not cfg.peer:
+        raise UserError(f'svd_rank={cfg.svd_rank}: of an ordinary model there is nothing to compare (nearest: '
+                        f'--svd_rank={max(1, cfg.n_embd // cfg.n_head // 2)})')
+    print(f'{words}; {cfg.pairs} pairs')
     baseline = step_of(cfg, device, **DENSE)
     results = {}
     for name, kind in list(kinds(cfg).items())[1:]:
         results[name] = compare(name, step_of(cfg, device, use_svd=False, **kind), baseline, cfg.pairs, device,
                                 'baseline')
-    for scope, method in ((s, m) for s in SCOPES for m in METHODS if cfg.svd_rank is not None):
+    for scope, method in ((s, m) for s in scopes for m in METHODS):
         name = ', '.join(filter(None, (f'{method}, {scope}', [*kinds(cfg)][-1])))               # with all else of cfg
         step = step_of(cfg, device, use_svd=True, svd_method=method, svd_scope=scope)       # one at a time: memory
         results[name] = compare(name, step, baseline, cfg.pairs, device, 'baseline')
@@ -168,18 +202,16 @@ def bench_steps(cfg, device):
         cfg.optimizer = 'adamw'                                     # the peer has no other
         results['peer'] = compare('this repo without SVD, AdamW', step_of(cfg, device, **DENSE),
                                   peer_step(cfg, device), cfg.pairs, device, 'peer')
-    print(json.dumps({'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs, 'seed': cfg.seed,
-                      'results': results}))
+    print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__, 'pairs': cfg.pairs,
+                      'seed': cfg.seed, 'results': results}))
 
 
 @torch.no_grad()
 def bench_decoding(cfg, device):
     """Print tokens/s and cache bytes at several context lengths, then the same as one line of JSON."""
-    models = decoding_models(cfg, device)
+    words, models = header(cfg, device), decoding_models(cfg, device)
     peer = peer_model(cfg, device).eval() if cfg.peer else None
-    print(f'{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, batch {cfg.batch_size}, rank {cfg.svd_rank}, '
-          f'{device}, {torch.get_num_threads()} threads, {cfg.tokens} tokens ({uncached_tokens(cfg)} where nothing is '
-          f'cached), {cfg.pairs} rounds')
+    print(f'{words}; {cfg.tokens} tokens ({uncached_tokens(cfg)} where nothing is cached), {cfg.pairs} rounds')
     results = []
     for length in cfg.lengths():
         print(f'after {length} tokens:')
@@ -190,7 +222,7 @@ def bench_decoding(cfg, device):
             for name, times in rounds.items():
                 costs = decoding_costs(models.get(name), cfg.batch_size, length, cfg.tokens)
                 results.append({'context': length} | decoding_row(name, times, rounds['no SVD'], cfg.batch_size, costs))
-    print(json.dumps({'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs, 'seed': cfg.seed,
+    print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs, 'seed': cfg.seed,
                       'batch': cfg.batch_size, 'tokens': cfg.tokens, 'tokens_uncached': uncached_tokens(cfg),
                       'results': results}))
 
@@ -216,12 +248,10 @@ def uncached_tokens(cfg):
 def decoding_models(cfg, device):
     """Name -> model: without SVD, and with the same weights every scope at cfg.svd_rank; then all that of the other
     kinds."""
-    variants = {}
+    variants, scopes = {}, truncating_scopes(cfg)
     for kind, changes in kinds(cfg).items():
         variants[kind or 'no SVD'] = dict(use_svd=False, **changes)
-        if cfg.svd_rank is not None:
-            variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **changes)
-                         for scope in SCOPES}
+        variants |= {f'{kind} {scope!r}'.strip(): dict(use_svd=True, svd_scope=scope, **changes) for scope in scopes}
     return {name: new_model(cfg, device, **changes).eval() for name, changes in variants.items()}
 
 

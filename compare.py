@@ -203,6 +203,8 @@ def read(argv):
 def plan(cfg, lists, set_by, plain, say):
     """Every combination of the lists, those that are the same run once -> list of Arm."""
     values = {key: value for key, value in asdict(cfg).items() if key not in OWN}
+    if 'lr_decay_iters' not in set_by:
+        values['lr_decay_iters'] = None                             # of each combination's own max_iters
     same = {}                                                       # what shapes a run -> the combinations
     for combination in product(*lists.values()):
         options = dict(zip(lists, combination))
@@ -218,6 +220,8 @@ def plan(cfg, lists, set_by, plain, say):
         if name in arms or len(name) > 150:                         # alike in letters of a file's name, or too long
             name = f'{name[:140]}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}'
         arms[name] = Arm(name, shown, one, plain + [f'--{key}={value!r}' for key, value in first.items()])
+        if one.init_from == 'scratch' and one.use_svd and one.svd_rank is not None and one.svd_idle:
+            say(f'{name}: SVD on V {one.svd_idle}')
         for other, _ in group[1:]:
             say(f'{report.words(other)} is the same run as {report.words(first)}')
     return list(arms.values())

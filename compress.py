@@ -246,7 +246,7 @@ def finetune_config(cfg, saved, model):
         own['batch_size'] = cfg.batch_size
     learning_rate = LEARNING_RATE if cfg.learning_rate is None else cfg.learning_rate
     return TrainConfig(optimizer=cfg.optimizer or 'muon', learning_rate=learning_rate, min_lr=learning_rate / 10,
-                       weight_decay=0.0, max_iters=cfg.finetune_iters, lr_decay_iters=cfg.finetune_iters,
+                       weight_decay=0.0, max_iters=cfg.finetune_iters,
                        warmup_iters=cfg.finetune_iters // 20, seed=cfg.seed, block_size=model.config.block_size, **own)
 
 

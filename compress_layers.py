@@ -5,9 +5,11 @@ and multi-head latent attention in the place of ordinary attention. The linear a
 
 import copy
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import special_layers
 from lowrank.compression import Factorization, budgeted_ranks, factored_size, refit, saving_rank
@@ -19,7 +21,7 @@ from runtime import progress
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
 STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, each fed by those before it
-ROUNDING = 1e-12                    # of a mean's square, about eps(float32) squared, with some room
+ROUNDING = torch.finfo(torch.float32).eps               # of an activation, as a share of its mean
 STEP, STEP_FROM = 8, 128            # ranks are multiples of 8, which hardware likes, where layers are as wide as that
 
 
@@ -100,23 +102,53 @@ def apply_svd_compression(model, rank, modules=MODULES):
 # ----------------------------------------------------------------------------------------------------------------------
 # statistics
 
-class Statistics:
-    """Sums over calibration tokens of a layer with weight (m, n), float64 on the CPU, of its inputs x and the loss's
-    gradients g at its outputs, both on its smaller side, s = min(m, n), as `Factorization` takes them."""
+class Moments:
+    """Means of a layer's inputs over calibration tokens, and sums of a^T b for rows a (N, p) and b (N, q) that are
+    linear in these inputs; float64, on the CPU. Centred: of deviations from the means, batch by batch and then between
+    batches (Chan, Golub and LeVeque, 1983), never a difference of moments: with a = b, positive semi-definite."""
 
     def __init__(self, weight, centred):
-        """centred: a bias will take the mean error, so only the covariance of x counts."""
+        """weight (m, n), s = min(m, n). centred: a bias will take the mean error, so only deviations count."""
         self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = len(weight) >= weight.size(1)
-        self.tokens, self.input_sum, self.inputs, self.gradients = 0, 0, 0, None
+        self.tokens, self.means, self.inputs = 0, (0, 0), 0         # means: (n) of each input that `rows` takes
+
+    def small(self, x):
+        """x (N, n) on the layer's smaller side, (N, s): x itself, or W x."""
+        return x if self.tall else x @ self.weight.mT
+
+    def add(self, *inputs):
+        """inputs: what `rows` takes, (N, n) each."""
+        inputs = [x.cpu().double() for x in inputs]                 # MPS has no float64
+        count, means = len(inputs[0]), [x.mean(0) for x in inputs]
+        steps = [mean - known for mean, known in zip(means, self.means)]
+        if self.centred:                                            # the step between batches is one more row
+            weight = (self.tokens * count / (self.tokens + count)) ** 0.5
+            inputs = [torch.cat((x - mean, weight * step[None])) for x, mean, step in zip(inputs, means, steps)]
+        self.tokens += count
+        self.means = [known + step * (count / self.tokens) for known, step in zip(self.means, steps)]
+        a, b = self.rows(*inputs)
+        self.inputs = self.inputs + a.mT @ b                        # (p, q)
+
+    def moments(self):
+        """E[a^T b] (p, q), with noise of the size of float32's rounding on each input, the same now and before: beside
+        it what rounding leaves of a constant input does not count."""
+        noise = torch.diag(ROUNDING * self.means[0])                # (n, n)
+        a, b = self.rows(*[noise] * len(self.means))
+        return self.inputs / self.tokens + a.mT @ b
+
+
+class Statistics(Moments):
+    """Of a layer's inputs x, and of the loss's gradients g at its outputs, both on its smaller side, as `Factorization`
+    takes them."""
+    gradients = None
+
+    def rows(self, x):
+        return self.small(x), self.small(x)
 
     def add(self, x, g=None):
         """x (N, n), g (N, m) or None."""
-        x = x.cpu().double()                                        # MPS has no float64
-        self.tokens += len(x)
-        self.input_sum = self.input_sum + x.sum(0)                  # (n)
-        x = x if self.tall else x @ self.weight.mT                  # (N, s)
-        self.inputs = self.inputs + x.mT @ x                        # (s, s)
+        super().add(x)
         if g is not None:
             g = g.cpu().double()
             g = g @ self.weight if self.tall else g                 # (N, s)
@@ -124,23 +156,12 @@ class Statistics:
 
     def mean(self):
         """Of x: (n)."""
-        return self.input_sum / self.tokens
+        return self.means[0]
 
     def factorization(self):
         """Of the weight, for inputs and gradients as they were."""
-        inputs = self.inputs / self.tokens
-        gradients = None if self.gradients is None else self.gradients / self.tokens
-        if self.centred:
-            mean = self.mean() if self.tall else self.weight @ self.mean()                      # (s)
-            inputs = covariance(inputs, mean, mean)
+        inputs, gradients = self.moments(), None if self.gradients is None else self.gradients / self.tokens
         return Factorization(self.weight, *((inputs, gradients) if self.tall else (gradients, inputs)))
-
-
-def covariance(moments, mean, other):
-    """Second moments (m, n) less the product of the means (m) and (n). What float32 leaves of inputs that are constant
-    is nothing, and no statistic either."""
-    left = moments - torch.outer(mean, other)
-    return torch.where(left.abs() > ROUNDING * moments.abs(), left, 0)
 
 
 def batches(data, tokens, block_size, seed, device):
@@ -173,10 +194,14 @@ def calibrate(model, modules, statistics, windows, gradients):
              for name, module in modules.items()]
     try:
         for x, y in progress.brief(windows, desc='calibrate', unit='batch'):
-            with torch.set_grad_enabled(gradients):
-                loss = model(x, y)[1] * y.numel()
-            found = [p for _, probes in seen.values() for p in probes]
-            found = iter(torch.autograd.grad(loss, found) if gradients else ())
+            for attention in (nullcontext(), sdpa_kernel(SDPBackend.MATH)):
+                with attention, torch.set_grad_enabled(gradients):
+                    loss = model(x, y)[1] * y.numel()
+                found = [p for _, probes in seen.values() for p in probes]
+                found = torch.autograd.grad(loss, found) if gradients else ()
+                if all(g.isfinite().all() for g in found):          # flash attention's are not where softmax saturates
+                    break
+            found = iter(found)
             for name, (inputs, probes) in seen.items():
                 g = [next(found) for _ in probes]                   # (B, T, m), or of heads (B, nh, T, hs)
                 g = [t.transpose(1, 2).flatten(2) if t.dim() == 4 else t for t in g]            # (B, T, m)
@@ -184,6 +209,15 @@ def calibrate(model, modules, statistics, windows, gradients):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def naming(layer):
+    """A factorization that fails in here, of what is not finite, is a ValueError that names the layer."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as e:
+        raise ValueError(f'{layer}: {e}') from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,10 +237,8 @@ def low_rank(model, method, choose, modules, windows):
         calibrate(model, layers, statistics, windows, gradients=in_turn)
     energies, factorizations = {}, {}
     for name, layer in progress.brief(layers.items(), desc='decompose', unit='layer'):
-        try:
+        with naming(name):
             found = statistics[name].factorization() if measured else Factorization(layer.weight)
-        except ValueError as e:                                     # not finite
-            raise ValueError(f'{name}: {e}') from None
         found.energies[known.get(name, found.size):] = 0            # rounding
         energies[name] = found.energies
         if not in_turn:                                             # else made anew, of other inputs: room for one only
@@ -254,41 +286,29 @@ def replace_in_turn(model, dense, statistics, ranks, windows):
                 shift.add(*(input_of(part, part.get_submodule(stage), x).flatten(0, 1)
                             for part, x in ((block, x_now), (original, x_before))))             # (N, n) each
             for name in names:
-                factors = shift.factorization(statistics[name]).factors(ranks[name])
-                put(model, name, *factors, shift.before / shift.tokens, shift.now / shift.tokens)
+                with naming(name):
+                    factors = shift.factorization(statistics[name]).factors(ranks[name])
+                put(model, name, *factors, *reversed(shift.means))
                 bar.update()
         now, before = [block(x) for x in now], [original(x) for x in before]
     bar.close()
 
 
-class Shift:
-    """Sums over tokens of a layer's inputs as they were, x, and as they are now, x^: float64, on the CPU."""
-
+class Shift(Moments):
+    """Of a layer's inputs as they are now, x^, and as they were, x: E[x^ x^^T] (n, n) above E[x x^^T] (s, n)."""
     def __init__(self, statistics):
-        self.weight, self.tall = statistics.weight, statistics.tall
-        self.tokens, self.now, self.before, self.inputs, self.cross = 0, 0, 0, 0, 0
+        super().__init__(statistics.weight, statistics.centred)
 
-    def add(self, now, before):
-        """now, before (N, n)."""
-        now, before = now.cpu().double(), before.cpu().double()
-        self.tokens += len(now)
-        self.now, self.before = self.now + now.sum(0), self.before + before.sum(0)              # (n)
-        self.inputs = self.inputs + now.mT @ now                    # (n, n)
-        self.cross = self.cross + self.small(before).mT @ now       # (s, n)
-
-    def small(self, x):
-        """x (N, n) on the layer's smaller side: x itself, or W x (N, m)."""
-        return x if self.tall else x @ self.weight.mT
+    def rows(self, now, before):
+        return torch.cat((now, self.small(before)), dim=1), now
 
     def factorization(self, statistics):
         """Of the weight that best makes of x^ what the layer made of x, for the gradients in `statistics` of the layer
         or, where n <= m, of another one with the same inputs. Covariances only, where a bias takes the means."""
-        inputs, cross = self.inputs / self.tokens, self.cross / self.tokens
-        if statistics.centred:
-            now, before = self.now / self.tokens, self.before / self.tokens
-            inputs, cross = covariance(inputs, now, now), covariance(cross, self.small(before[None])[0], now)
-        weight, gradients = statistics.weight, statistics.gradients / statistics.tokens
-        as_it_was = torch.eye(len(inputs), dtype=torch.float64) if self.tall else weight
+        weight, gradients, n = statistics.weight, statistics.gradients / statistics.tokens, self.weight.size(1)
+        both = self.moments()
+        inputs, cross = both[:n], both[n:]
+        as_it_was = torch.eye(n, dtype=torch.float64) if self.tall else weight
         refitted = refit(as_it_was, inputs, cross)                  # (s, n)
         if self.tall:
             return Factorization(weight @ refitted, inputs, refitted.mT @ gradients @ refitted)
@@ -380,7 +400,8 @@ def to_mla(model, latent_dim, windows):
     new = GPT(replace(model.config, use_mla=True, mla_latent_dim=latent_dim)).to(state['lm_head.weight'])
     for i, attn in progress.brief(attentions.items(), desc='convert', unit='layer'):
         prefix = f'transformer.h.{i}.attn.c_attn.'
-        parts = latent_projection(attn, latent_dim, statistics[i])
+        with naming(f'h.{i}.attn.c_attn'):
+            parts = latent_projection(attn, latent_dim, statistics[i])
         state = {name: w for name, w in state.items() if not name.startswith(prefix)}
         state |= {prefix + name: part.to(attn.c_attn.weight.dtype) for name, part in parts.items()}
     new.load_state_dict(state)

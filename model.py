@@ -24,9 +24,8 @@ import special_layers
 from lowrank import subspace
 from lowrank.cache import KeyValueCache, LatentCache, check_room
 from lowrank.layers import LowRankLinear, SplitProjection, split_heads
-from lowrank.linear import Linear, linear
-from lowrank.svd import (METHODS, causal_low_rank_approximation, effective_rank, energy_kept, leading_eigenvectors,
-                         low_rank_approximation, low_rank_factors)
+from lowrank.svd import (METHODS, causal_low_rank_approximation, causal_starts, effective_rank, energy_kept,
+                         leading_eigenvectors, low_rank_approximation, low_rank_factors)
 from runtime import pretrained
 from runtime.checkpoint import fitting_weights, load_weights
 from runtime.config import UserError, at_least, check_all
@@ -88,10 +87,29 @@ class GPTConfig(special_layers.LayerConfig):
 
     @property
     def svd_truncates(self):
-        """False where the SVD changes nothing: off, or at full rank."""
+        """False where the SVD changes nothing: `svd_idle` says why."""
+        return not self.svd_idle
+
+    @property
+    def svd_idle(self):
+        """'off', and why the SVD changes nothing where that was not asked for; '' where it truncates."""
+        if not self.use_svd or self.svd_rank is None:
+            asked = self.use_svd or self.svd_rank is not None
+            return 'off' + f' (use_svd={self.use_svd}, svd_rank={self.svd_rank})' * asked
         rows = self.block_size if self.svd_scope != 'weight' else self.latent_dim if self.use_mla else self.n_embd
         full = min(rows, self.n_embd // self.n_head)
-        return self.use_svd and self.svd_rank is not None and self.svd_rank < full
+        if self.svd_rank >= full:
+            return f'off (svd_rank={self.svd_rank}: full rank is {full})'
+        if self.svd_scope == 'causal' and not causal_starts(self.block_size, self.svd_rank, self.svd_block):
+            return (f"off (svd_scope='causal' with svd_block={self.svd_block}: no basis of rank {self.svd_rank} is due "
+                    f'in block_size={self.block_size} tokens)')
+        return ''
+
+    @property
+    def svd_summary(self):
+        """What is done to V, for a line of output."""
+        return self.svd_idle or (f'rank {self.svd_rank} of {self.n_embd // self.n_head}, {self.svd_method}, '
+                                 f'{self.svd_scope}')
 
     @property
     def svd_sees_future(self):
@@ -104,7 +122,7 @@ FREE_FIELDS = [f.name for f in fields(GPTConfig) if f.name.startswith(('dropout'
                f.name in ('lora_dropout', 'adaptive_svd_protection')]
 
 
-class QKVProjection(Linear):
+class QKVProjection(nn.Linear):
     """Queries, keys and values of all heads: W_q, W_k and W_v stacked, (3C, C), nanoGPT's c_attn."""
 
     def __init__(self, config):
@@ -114,7 +132,7 @@ class QKVProjection(Linear):
     def forward(self, x, w_v=None):
         """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, C): in place of `value_weight`."""
         weight = self.weight if w_v is None else torch.cat((*self.weight.chunk(3)[:2], w_v.flatten(0, 1)))
-        return split_heads(self.n_head, *linear(x, weight, self.bias).chunk(3, dim=2))          # each (B, T, C)
+        return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))        # each (B, T, C)
 
     def value_weight(self):
         """What makes V of x, head by head: (nh, hs, C)."""
@@ -125,8 +143,8 @@ class QKVProjection(Linear):
         if cache.to_coordinates is None:
             return self(x)
         C = x.size(2)
-        q, k = linear(x, self.weight[:2 * C], None if self.bias is None else self.bias[:2 * C]).split(C, dim=2)
-        return split_heads(self.n_head, q, k, linear(x, cache.to_coordinates))                  # the last (B, T, nh k)
+        q, k = F.linear(x, self.weight[:2 * C], None if self.bias is None else self.bias[:2 * C]).split(C, dim=2)
+        return split_heads(self.n_head, q, k, F.linear(x, cache.to_coordinates))                # the last (B, T, nh k)
 
     def new_cache(self, shape, factors, causal, **kind):
         """The layer's cache; the arguments are those of lowrank/cache.py."""
@@ -140,15 +158,15 @@ class LatentProjection(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, d, self.n_head = config.n_embd, config.latent_dim, config.n_head
-        self.query = Linear(C, C, bias=config.bias)
-        self.kv_down = Linear(C, d, bias=False)                     # W_a
-        self.k_up = Linear(d, C, bias=False)                        # U_k; a bias would change no attention weight
-        self.v_up = Linear(d, C, bias=config.bias)                  # U_v
+        self.query = nn.Linear(C, C, bias=config.bias)
+        self.kv_down = nn.Linear(C, d, bias=False)                  # W_a
+        self.k_up = nn.Linear(d, C, bias=False)                     # U_k; a bias would change no attention weight
+        self.v_up = nn.Linear(d, C, bias=config.bias)               # U_v
 
     def forward(self, x, w_v=None):
         """x (B, T, C) -> q, k, v, each (B, nh, T, hs), expanded. w_v (nh, hs, d): in place of `value_weight`."""
         c = self.kv_down(x)                                         # (B, T, d)
-        v = linear(c, self.v_up.weight if w_v is None else w_v.flatten(0, 1), self.v_up.bias)   # (B, T, C)
+        v = F.linear(c, self.v_up.weight if w_v is None else w_v.flatten(0, 1), self.v_up.bias)     # (B, T, C)
         return split_heads(self.n_head, self.query(x), self.k_up(c), v)
 
     def value_weight(self):
@@ -169,7 +187,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_attn = (LatentProjection if config.use_mla else QKVProjection)(config)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.head_size, self.dropout = config.n_head, config.n_embd // config.n_head, config.dropout
         # None: nothing to truncate. A sequence shorter than the rank is left alone in lowrank/svd.py
@@ -252,8 +270,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'
 
@@ -287,7 +305,7 @@ class GPT(subspace.RunningBases, nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight           # tied, as in GPT-2
         for name, rank in (config.layer_ranks or {}).items():
             self.set_layer(name, LowRankLinear(*config.layer_shape(name)[::-1], rank, config.bias))

@@ -165,8 +165,7 @@ def load_model(cfg, svd):
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None
     c = model.config
-    print(f'{words}; SVD on V ' + (f'rank {c.svd_rank}, {c.svd_method}, {c.svd_scope}' if c.svd_truncates else 'off')
-          + (' (switched here)' if svd else '')
+    print(f'{words}; SVD on V {c.svd_summary}' + (' (switched here)' if svd else '')
           + (': each token changes V of all earlier ones, so nothing is cached' if c.svd_sees_future else ''))
     return model, meta
 

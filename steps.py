@@ -12,11 +12,15 @@ from runtime.optim import build_optimizer
 from runtime.timing import quartiles, timed
 
 
+def model_config(cfg, **changes):
+    """The GPTConfig of a configuration, with these changes."""
+    return GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | changes)
+
+
 def new_model(cfg, device, **changes):
     """The model of a configuration, with these changes, its weights drawn from cfg.seed."""
     torch.manual_seed(cfg.seed)
-    args = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    return GPT(GPTConfig(**args | changes)).to(device)
+    return GPT(model_config(cfg, **changes)).to(device)
 
 
 def step_of(cfg, device, advance=True, **changes):

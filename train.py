@@ -33,7 +33,7 @@ from model import FREE_FIELDS, GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained, progress, schedule
+from runtime import pretrained, progress
 from runtime.config import PATH, UserError, one_line
 from runtime.dataset import Dataset, locate, name_of
 from runtime.draw import sample
@@ -86,7 +86,7 @@ class TrainConfig(GPTConfig):
     # learning rate schedule
     decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
     warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit'] = 2000
-    lr_decay_iters: Annotated[int, 'step at which min_lr is reached; usually max_iters'] = schedule.LENGTH
+    lr_decay_iters: Annotated[int | None, 'step at which min_lr is reached; None: max_iters'] = None
     min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10'] = 6e-5
     # system
     backend: Annotated[Literal['nccl', 'gloo'], 'torchrun: how processes talk; gloo is used on the CPU anyway'] = 'nccl'
@@ -103,6 +103,8 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lr_decay_iters is None:                                 # as a number in the checkpoint: a resume keeps it
+            self.lr_decay_iters = self.max_iters
         pretrained.check_name(self.init_from, ('scratch', 'resume'))
         configuration.at_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1,
                                seed=0, batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
@@ -231,8 +233,10 @@ def replicate(run):
         torch.compiler.reset()                                          # else the limit of recompilations comes near
         replica = torch.compile(replica, fullgraph=True)
     if run.processes.distributed:
-        ids = [device] if 'cuda' in device else None                    # each process notes V of its own batches
-        replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+        ids = [device] if 'cuda' in device else None
+        own = [name for name, _ in replica.named_buffers()]             # sums of V of the process's own batches
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
+        replica = DistributedDataParallel(replica, device_ids=ids)
     return replica
 
 
@@ -379,9 +383,8 @@ def build_model(cfg, set_by, saved, data, device, say):
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
     free = {k: getattr(cfg, k) for k in FREE_FIELDS}
     if cfg.init_from == 'scratch':
-        if cfg.vocab_size is None:                                      # GPT-2's 50257 becomes 50304: faster products
-            step = 1 if data.meta['tokenizer'] == 'char' else 64
-            cfg.vocab_size = math.ceil(data.vocab_size / step) * step
+        if cfg.vocab_size is None:
+            cfg.vocab_size = data.padded_vocab_size
         data.check_length(cfg.block_size)
         devices.check_memory(cfg, device)
         if cfg.lora_rank is not None:
@@ -433,11 +436,13 @@ def describe(cfg, model, data, device, dtype, processes):
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
     elif c.mla_latent_dim is not None:
         say(f'no MLA: use_mla=False with mla_latent_dim={c.mla_latent_dim} changes nothing')
-    if c.use_svd and c.svd_rank is not None:
-        say(f'SVD on V: rank {c.svd_rank} of {c.n_embd // c.n_head}, method {c.svd_method!r}, scope {c.svd_scope!r}')
-    elif c.use_svd or c.svd_rank is not None:
-        say(f'no SVD: use_svd={c.use_svd} with svd_rank={c.svd_rank} changes nothing')
-    if cfg.decay_lr and warmup_iters(cfg) != cfg.warmup_iters and not cfg.eval_only:
+    if c.use_svd or c.svd_rank is not None:
+        say(f'SVD on V: {c.svd_summary}')
+    decays = cfg.decay_lr and not cfg.eval_only
+    if decays and cfg.lr_decay_iters != cfg.max_iters:
+        say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the run '
+            f'max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} makes them one)')
+    if decays and warmup_iters(cfg) != cfg.warmup_iters:
         say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using {warmup_iters(cfg)}')
     if processes.distributed and processes.backend != cfg.backend:
         say(f'backend={cfg.backend} needs CUDA: using {processes.backend}')

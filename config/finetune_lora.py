@@ -20,5 +20,4 @@ learning_rate = 1e-3            # adapters want 3 to 10 times what all weights w
 min_lr = 1e-4                   # learning_rate / 10
 weight_decay = 0.0
 max_iters = 200
-lr_decay_iters = 200            # = max_iters
 warmup_iters = 10

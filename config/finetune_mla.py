@@ -7,5 +7,4 @@ eval_interval = 60
 learning_rate = 1e-3            # Muon; the 5e-3 of training from scratch ends 0.03 nats higher
 min_lr = 1e-4                   # learning_rate / 10
 max_iters = 120
-lr_decay_iters = 120            # = max_iters
 warmup_iters = 6                # 5% of the run

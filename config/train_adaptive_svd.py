@@ -22,5 +22,4 @@ adaptive_svd_interval = 20      # analyses at steps 20, 40, ... 100
 learning_rate = 1e-3            # AdamW
 min_lr = 1e-4                   # learning_rate / 10
 max_iters = 100
-lr_decay_iters = 100            # = max_iters
 warmup_iters = 10

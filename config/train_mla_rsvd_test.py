@@ -26,5 +26,4 @@ optimizer = 'muon'
 learning_rate = 5e-3
 min_lr = 5e-4
 max_iters = 1200
-lr_decay_iters = 1200
 warmup_iters = 60

@@ -25,5 +25,4 @@ optimizer = 'muon'              # a quarter of AdamW's steps on nanoGPT's CPU re
 learning_rate = 5e-3            # 3e-3 and 8e-3 are slower off the plateau at 2.5
 min_lr = 5e-4                   # learning_rate / 10
 max_iters = 1200
-lr_decay_iters = 1200           # = max_iters
 warmup_iters = 60               # 5% of the run

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 from runtime import command                                            # before torch: says what is not installed
 
 import torch
+from torch import nn
 
 import model
 import train
-from lowrank.linear import Linear
 from runtime import config as configuration
 from runtime import plots, sweep
 from runtime.config import PATH, UserError
@@ -84,8 +84,8 @@ class NarrowValues(model.CausalSelfAttention):
     def __init__(self, config):
         super().__init__(config)
         self.svd_scope, width = None, config.n_head * config.svd_rank
-        self.c_attn = Linear(config.n_embd, 2 * config.n_embd + width, bias=config.bias)
-        self.c_proj = Linear(width, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd + width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def project(self, x):
         """x (B, T, C) -> q, k (B, nh, T, hs), v (B, nh, T, k)."""

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
-from lowrank.linear import filled, linear, unfilled
+from lowrank.layers import filled, unfilled
 from lowrank.svd import split_evenly
 
 PROTECTIONS = ('left', 'none')
@@ -46,7 +47,7 @@ class AdaptiveSVDLinear(nn.Module):
         (m, n), rows = self.base.weight.shape, x.numel() // x.size(-1)
         if self.A is not None and rows * (m + n) < m * n:
             return self.base(x) + self.B(self.A(x))
-        return linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     @property
     def r(self):

@@ -36,10 +36,7 @@ class Factorization:
     singular values of R W L. Raises ValueError for what is not finite."""
 
     def __init__(self, weight, near=None, far=None, ridge=RIDGE):
-        weight, near, far = (None if t is None else t.detach().cpu().double() for t in (weight, near, far))
-        for name, tensor in (('weight', weight), ('inputs or gradients', near), ('inputs or gradients', far)):
-            if tensor is not None and not tensor.isfinite().all():
-                raise ValueError(f'{name}: not finite')
+        weight, near, far = finite('weight', weight), *(finite('inputs or gradients', t) for t in (near, far))
         self.weight, self.tall = weight, weight.size(0) >= weight.size(1)
         self.size = min(weight.shape)
         self.root, self.inverse, near_level = square_root(near, self.size, ridge)
@@ -66,6 +63,13 @@ class Factorization:
         if self.tall:
             return balanced(self.weight @ out_of, into, rank)       # (m, r), (r, n)
         return balanced(into.mT, out_of.mT @ self.weight, rank)
+
+
+def finite(name, tensor):
+    """The tensor in float64 on the CPU; None: None. Raises ValueError with that name where an entry is not finite."""
+    if tensor is not None and not tensor.isfinite().all():
+        raise ValueError(f'{name}: not finite')
+    return None if tensor is None else tensor.detach().cpu().double()
 
 
 def square_root(statistic, size, ridge):
@@ -96,12 +100,11 @@ def balanced(up, down, rank):
 def refit(before, inputs, cross, ridge=RIDGE):
     """The matrix M (k, n) for which M x^ is closest to u = P x, now that x has become x^: least squares, with a ridge
     that holds M to P = before (k, n) in directions where there is nothing. inputs E[x^ x^^T] (n, n), cross E[u x^^T]
-    (k, n), float64."""
-    level = inputs.diagonal().mean()
-    if not level > 0:
-        return before
-    factor = torch.linalg.cholesky(inputs + ridge * level * torch.eye(len(inputs), dtype=inputs.dtype))
-    return before + torch.cholesky_solve((cross - before @ inputs).mT, factor).mT
+    (k, n), float64. No factorization can fail: eigenvalues of `inputs` that rounding makes negative count as 0. Raises
+    ValueError for what is not finite."""
+    inputs, cross = finite('inputs', inputs), finite('inputs', cross)
+    _, inverse, level = square_root(inputs, len(inputs), ridge)
+    return before + (cross - before @ inputs) / level @ inverse @ inverse if level > 0 else before
 
 
 def factored_size(shape, rank):

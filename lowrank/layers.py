@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from lowrank.cache import KeyValueCache
-from lowrank.linear import Linear, filled, linear
 from lowrank.svd import truncated_svd
 
 
@@ -18,8 +18,8 @@ class LowRankLinear(nn.Module):
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f'rank={rank}: must be 1 to {min(in_features, out_features)} for a layer of '
                              f'{out_features} x {in_features}')
-        self.A = Linear(in_features, rank, bias=False)
-        self.B = Linear(rank, out_features, bias=bias)
+        self.A = nn.Linear(in_features, rank, bias=False)
+        self.B = nn.Linear(rank, out_features, bias=bias)
 
     def forward(self, x):                                           # (..., n) -> (..., r) -> (..., m)
         return self.B(self.A(x))
@@ -89,7 +89,7 @@ class SplitProjection(nn.Module):
 
     def forward(self, x, w_v=None):
         """As `QKVProjection.forward`."""
-        v = self.c_v(x) if w_v is None else linear(x, w_v.flatten(0, 1), self.c_v.bias)         # (B, T, C)
+        v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)         # (B, T, C)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def value_weight(self):
@@ -98,12 +98,28 @@ class SplitProjection(nn.Module):
 
     def to_cache(self, x, cache):
         """As `QKVProjection.to_cache`."""
-        v = self.c_v(x) if cache.to_coordinates is None else linear(x, cache.to_coordinates)    # (B, T, C or nh k)
+        v = self.c_v(x) if cache.to_coordinates is None else F.linear(x, cache.to_coordinates)    # (B, T, C or nh k)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def new_cache(self, shape, factors, causal, **kind):
         """As `QKVProjection.new_cache`."""
         return KeyValueCache(shape, self.c_v.bias, factors, causal, **kind)
+
+
+def unfilled(in_features, out_features, bias, like):
+    """An nn.Linear with the device and dtype of the tensor `like`, for values that are copied into it. None are drawn,
+    so that a seed goes on giving the same numbers elsewhere."""
+    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device, dtype=like.dtype)
+
+
+@torch.no_grad()
+def filled(weight, bias, like):
+    """An nn.Linear with copies of weight (m, n) and bias (m), or None, with the device and dtype of `like`."""
+    layer = unfilled(weight.size(1), len(weight), bias is not None, like)
+    layer.weight.copy_(weight.to(like.dtype))                       # first the type: MPS has no float64
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
 
 
 def split_heads(n_head, *tensors):

@@ -14,7 +14,7 @@ a plain LoRA of twice the rank, or of the layer's full rank if that is less (`pl
 import torch
 import torch.nn as nn
 
-from lowrank.linear import Linear, filled
+from lowrank.layers import filled
 from lowrank.svd import split_evenly, truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
@@ -40,11 +40,11 @@ class LoRALinear(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f'dropout={dropout}: must be at least 0 and below 1')
         super().__init__()
-        self.base = Linear(in_features, out_features, bias).requires_grad_(False)
+        self.base = nn.Linear(in_features, out_features, bias).requires_grad_(False)
         self.alpha = alpha
         self.dropout = nn.Dropout(dropout)
-        self.A = Linear(in_features, rank, bias=False)              # Kaiming-uniform, a = sqrt(5), as LoRA's own code
-        self.B = Linear(rank, out_features, bias=False)
+        self.A = nn.Linear(in_features, rank, bias=False)           # Kaiming-uniform, a = sqrt(5), as LoRA's own code
+        self.B = nn.Linear(rank, out_features, bias=False)
         nn.init.zeros_(self.B.weight)
 
     def forward(self, x):                                           # (..., n) -> (..., m), by way of (..., r)

@@ -8,6 +8,7 @@ plain containers, and no meta at all means GPT-2 BPE in uint16.
 import codecs
 import hashlib
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -173,6 +174,12 @@ class Dataset:
     def tokens(self, split):
         """All ids of a split (N,), memory-mapped. Opened anew each time: a long-lived map leaks (nanoGPT#428)."""
         return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+
+    @property
+    def padded_vocab_size(self):
+        """Token ids of a model on it: for BPE rounded up to 64s, 50257 to 50304, which makes products faster."""
+        step = 1 if self.meta['tokenizer'] == 'char' else 64
+        return math.ceil(self.vocab_size / step) * step
 
     def _check_ids(self, ids, split):
         top = int(ids.max())

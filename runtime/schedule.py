@@ -2,7 +2,7 @@
 
 import math
 
-LENGTH = 600000                     # nanoGPT's default
+LENGTH = 600000                     # nanoGPT's default, in its checkpoints and older ones
 
 
 def schedule_length(cfg):

@@ -3,12 +3,12 @@ function, what is protected stays, momenta are carried, and analyses decide when
 
 import pytest
 import torch
+from torch import nn
 
 import special_layers
 from lowrank.adaptive_control import (CALM, PATIENCE, AdaptiveSVD, state_of_factors, state_of_weight, to_factors,
                                       to_full)
 from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, minor_factors
-from lowrank.linear import Linear
 from model import GPT, GPTConfig
 from runtime.optim import exchange, restore_optimizer
 from test_mla import optimizer_of
@@ -37,7 +37,7 @@ def weight(kind, shape, seed=0):
 
 
 def make_layer(W, protection='left', dtype=torch.float64, bias=True):
-    linear = Linear(W.size(1), W.size(0), bias=bias).to(dtype)
+    linear = nn.Linear(W.size(1), W.size(0), bias=bias).to(dtype)
     with torch.no_grad():
         linear.weight.copy_(W)
         if bias:
@@ -88,7 +88,7 @@ def test_no_switch_changes_the_function(shape, kind, dtype):
             assert (layer(x) - y).norm() <= 1e-6 * (W.norm() * x.norm() + b.norm()), step
             assert layer.bias is bias and torch.equal(layer.bias, b)
             merged = layer.merge()
-            assert relative(merged.weight, W) <= 1e-6 and torch.equal(merged.bias, b) and type(merged) is Linear
+            assert relative(merged.weight, W) <= 1e-6 and torch.equal(merged.bias, b) and type(merged) is nn.Linear
         assert layer.weight.dtype == layer(x).dtype == dtype
         assert {p.dtype for p in (*layer.parameters(), *layer.buffers())} == {dtype}
         assert layer.base.weight.requires_grad == (layer.r is None)
@@ -149,7 +149,7 @@ def test_ranks_that_cannot_be(r):
             method(r)
     assert layer.r is None
     with pytest.raises(ValueError, match="^protection='right'"):
-        AdaptiveSVDLinear(Linear(2, 2), 'right')
+        AdaptiveSVDLinear(nn.Linear(2, 2), 'right')
 
 
 def test_a_saved_layer_is_rebuilt_from_its_r():

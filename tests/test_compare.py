@@ -88,6 +88,8 @@ def arms_of(*argv):
      ['svd_method=gram', 'svd_method=randomized,svd_power_iters=1', 'svd_method=randomized,svd_power_iters=2']),
     (['--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.attn.c_proj":2}'],
      ['layer_ranks=None', 'layer_ranks=__h.0.mlp.c_fc___3___h.0.attn.c_proj___2_']),
+    (['--use_svd=True', '--svd_scope=causal', '--svd_rank=None,2', '--svd_block=2,16'],
+     ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
     (['--learning_rate=1e-2,.01,2e-2'], ['learning_rate=0.01', 'learning_rate=0.02'])])
 def test_combinations_that_are_the_same_run_are_one(argv, names):
     """A full rank is no SVD: heads are 8 wide. A latent of n_embd / 4 is the default."""

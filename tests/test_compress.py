@@ -112,14 +112,15 @@ def test_the_loss_says_that_gradients_and_inputs_count(run, convert, bias):
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_text_helps_and_gradients_help_more(run, shrink, bias):
-    """By 0.03 nats at least, where the dense model has 1.14."""
+    """In trainings from other seeds, too, which part as those of two machines do."""
     run(bias=bias)
     for keep in (.3, .5):
         losses = {}
         for method in ('activation', 'whitened', 'plain'):
             losses[method] = shrink(f'--method={method}', f'--keep={keep}', save_dir=f'{method}-{keep}')[1]['val_loss']
         before, activation = losses['activation']
-        assert before - .01 < activation < losses['whitened'][1] - .03 < losses['plain'][1] - .06, losses
+        whitened, plain = losses['whitened'][1], losses['plain'][1]
+        assert before - .01 < activation < min(whitened, plain) - .01 and (keep == .3 or whitened < plain - .1), losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,9 +511,14 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing(run, call, monkeypatch, error, cod
     assert code == 130 or 'No space left on device' in result.err and not Path('a').exists()
 
 
-def test_weights_that_overflow_are_one_line(run, refused):
-    run()
-    saved = checkpoint('out')
+@pytest.mark.parametrize('kind, options, layer', [('Statistics', MLA, 'c_attn: '), ('Statistics', [], 'c_attn.c_q: '),
+                                                  ('Shift', [], 'c_attn.c_q: ')])
+def test_what_overflows_is_one_line(run, refused, monkeypatch, kind, options, layer):
+    """Squares of activations, float64, name the layer; of weights too large for float32 there is no loss."""
+    saved, add = checkpoint(run()), getattr(layers, kind).add
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(layers, kind), 'add', lambda self, x, *others: add(self, x.double() * 1e200, *others))
+        assert f'out/ckpt.pt: h.0.attn.{layer}' in refused(compress.main, '--device=cpu', *options)
     saved['model']['transformer.h.0.mlp.c_fc.weight'] *= 1e38
     torch.save(saved, 'out/ckpt.pt')
     assert 'out/ckpt.pt: its loss is nan' in refused(compress.main, *MLA)

@@ -146,6 +146,15 @@ def test_full_rank_is_the_baseline_to_the_bit(scope, method, rank):
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize('context, rank, block, truncates', [
+    (32, 2, 32, False), (64, 40, 32, False), (256, 130, 32, False), (33, 2, 32, True), (65, 40, 32, True),
+    (64, 31, 32, True), (3, 2, 1, False), (4, 1, 2, True)])
+def test_causal_scope_truncates_where_a_basis_is_due(context, rank, block, truncates):
+    shape = dict(block_size=context, n_head=1, n_embd=rank + 2)
+    idx, cut = tokens(1, context), make(**shape | svd('causal', rank, svd_block=block))
+    assert torch.equal(cut(idx, idx)[0], make(**shape)(idx, idx)[0]) != truncates == cut.config.svd_truncates
+
+
 @each_scope
 def test_use_svd_false_is_the_baseline_whatever_the_other_options(scope):
     idx = tokens()

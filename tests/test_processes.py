@@ -40,6 +40,7 @@ def test_two_processes_train_what_one_does(fit):
     try:
         for rank, job in enumerate(jobs):
             assert job.wait(150) == 0, Path(f'err-{rank}').read_text()[-2000:]
+            assert 'Warning' not in Path(f'err-{rank}').read_text()
     finally:
         for job in jobs:
             job.kill()

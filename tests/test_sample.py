@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench
+import export
 import runtime.draw as draw_module
 import sample
 import train
@@ -204,7 +205,8 @@ def test_svd_can_be_switched_on_for_a_model_trained_without(run, texts, call, sc
     for off in (['--use_svd=True', '--svd_rank=8'], ['--use_svd=True', '--svd_rank=99'], ['--use_svd=True'],
                 ['--use_svd=False', '--svd_rank=2']):
         assert texts(*options, *off) == plain
-    assert f'SVD on V rank 2, {method}, {scope} (switched here)' in call(
+    assert 'SVD on V off (svd_rank=99' in call(sample.main, *SHORT, '--use_svd=True', '--svd_rank=99').out
+    assert f'SVD on V rank 2 of 8, {method}, {scope} (switched here)' in call(
         sample.main, *SHORT, *options, '--use_svd=True', '--svd_rank=2').out
 
 
@@ -212,7 +214,7 @@ def test_a_model_trained_with_svd_keeps_it_unless_told_otherwise(run, texts, cal
     args = checkpoint(run())['model_args']
     plain = texts()
     run(model_args=args | dict(use_svd=True, svd_rank=2))
-    assert 'SVD on V rank 2, gram, sequence: ' in call(sample.main, *SHORT).out
+    assert 'SVD on V rank 2 of 8, gram, sequence: ' in call(sample.main, *SHORT).out
     assert texts() != plain == texts('--use_svd=False')
 
 
@@ -221,7 +223,7 @@ def test_gpt2_says_what_is_cut_too(here, call, monkeypatch, byte_bpe):
                                svd_rank=2))
     monkeypatch.setattr(GPT, 'from_pretrained', lambda name, override: gpt2)
     out = call(sample.main, *SHORT, '--init_from=gpt2', '--use_svd=True', '--svd_rank=2', '--start=a').out
-    assert out.startswith('gpt2; SVD on V rank 2, gram, sequence (switched here): ') and 'nothing is cached' in out
+    assert out.startswith('gpt2; SVD on V rank 2 of 4, gram, sequence (switched here): ') and 'nothing is cached' in out
 
 
 def test_a_prefix_that_is_recomputed_is_not_compiled(run, refused):
@@ -431,7 +433,7 @@ def test_a_text_of_any_option_is_as_long_as_asked_for(run, texts, option):
 # ----------------------------------------------------------------------------------------------------------------------
 # bench.py
 
-BENCH = [option for option in TINY if 'dataset' not in option] + ['--pairs=2', '--vocab_size=17']
+BENCH = [option for option in TINY if 'dataset' not in option] + ['--pairs=2', '--vocab_size=17', '--svd_block=4']
 PEER = '''
 from dataclasses import dataclass
 import torch
@@ -475,7 +477,7 @@ def results(call, here):
 
 def test_bench_compares_every_method_and_scope_with_the_baseline(results):
     found = results('--svd_rank=2')
-    assert found.keys() == {'device', 'torch', 'pairs', 'seed', 'results'} and found['pairs'] == 2
+    assert found.keys() == {'header', 'device', 'torch', 'pairs', 'seed', 'results'} and found['pairs'] == 2
     assert found['results'].keys() == {f'{method}, {scope}' for method in METHODS for scope in SCOPES}
     for row in found['results'].values():
         assert row.keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
@@ -505,6 +507,22 @@ def test_bench_times_decoding(results, here):
     sys.modules.pop('peer_model', None)
 
 
+def test_bench_times_the_models_that_it_is_told(results, fit, call):
+    """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of their own."""
+    assert ', 16 wide, vocabulary 17, ' in results('--dataset=toy', '--vocab_size=None', '--svd_rank=2')['header']
+    fit('--n_layer=3', '--n_embd=24', '--vocab_size=19')
+    assert call(export.main, '--to=safetensors', '--save_dir=mine').code == 0
+    for source in (['--init_from=out'], ['--init_from=mine', '--batch_size=4'], ['--init_from=resume']):
+        result = call(bench.main, *source, '--pairs=2', '--svd_rank=4', '--device=cpu')
+        assert json.loads(result.out.splitlines()[-1])['header'].startswith(
+            '3 layers, 2 heads, 24 wide, vocabulary 19, context 16, batch 4, '), result.err
+
+
+def test_bench_leaves_out_scopes_that_truncate_nothing(results):
+    assert results('--svd_rank=2', '--svd_block=16')['results'].keys() == {
+        f'{method}, {scope}' for method in METHODS for scope in ('sequence', 'weight')}
+
+
 def test_bench_writes_no_file(results, here):
     results('--svd_rank=2')
     assert [p.name for p in here.iterdir()] == ['data']
@@ -520,7 +538,7 @@ def test_bench_refuses_what_cannot_be(here, refused, option, words):
 
 
 def test_bench_says_that_an_ordinary_model_has_no_rival(here, refused):
-    assert 'nothing to compare (nearest: --svd_rank=16)' in refused(bench.main, *BENCH)
+    assert 'nothing to compare (nearest: --svd_rank=4)' in refused(bench.main, *BENCH)
 
 
 def test_quartiles_of_a_ratio_lie_between_its_extremes(monkeypatch):

@@ -178,12 +178,13 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(fit, options):
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('options', [['--svd_rank=2', '--use_svd=False'], ['--svd_rank=None'],
                                      *[[f'--svd_scope={scope}', f'--svd_rank={rank}']
-                                       for scope in SCOPES for rank in (8, 99)]], ids=' '.join)
+                                       for scope in SCOPES for rank in (8, 99)],
+                                     ['--svd_scope=causal', '--svd_rank=2', '--svd_block=16']], ids=' '.join)
 def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(fit, options, method):
     fit('--use_svd=False', '--dropout=.1')
     baseline = checkpoint()['model']
-    fit('--use_svd=True', '--dropout=.1', f'--svd_method={method}', *options)
-    assert equal(checkpoint()['model'], baseline)
+    out = fit('--use_svd=True', '--dropout=.1', f'--svd_method={method}', *options)
+    assert equal(checkpoint()['model'], baseline) and 'SVD on V: off (' in out
 
 
 def test_a_truncating_rank_is_not_the_baseline(fit):
@@ -314,11 +315,14 @@ def test_a_warm_up_that_does_not_fit_is_a_tenth_of_the_run(warmup_iters, max_ite
     assert lr.index(max(lr)) == used and max(lr) == 6e-4
 
 
-def test_the_schedule_is_the_one_that_trains_and_a_changed_warm_up_is_said(fit):
-    out = fit('--max_iters=20', '--lr_decay_iters=20', '--warmup_iters=50', '--eval_interval=20', '--min_lr=1e-3')
-    assert 'warmup_iters=50 does not fit 20 steps: using 2\n' in out
+def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(fit, call):
+    options = '--warmup_iters=50', '--eval_interval=20', '--min_lr=1e-3', '--lr_decay_iters=None'
+    out = fit('--max_iters=20', *options)
+    assert 'warmup_iters=50 does not fit 20 steps: using 2\n' in out and 'learning rate:' not in out
+    out = call(train.main, RESUME, '--device=cpu', '--max_iters=25').out
+    assert 'lr_decay_iters=20 ' in out and 'max_iters=25 ' in out and checkpoint()['config']['lr_decay_iters'] == 20
     c = schedule(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=20)
-    assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c) for it in range(20)]
+    assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c) for it in range(20)] + [1e-3] * 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
