@@ -228,33 +228,25 @@ def is_prepared(folder):
         return True
 
 
-def lock_file(folder):
-    """It is there while the folder is prepared, and after a kill; whether somebody holds it, the system knows."""
-    real = Path(os.path.realpath(folder))
-    return real.with_name(f'.{real.name}.lock')
-
-
 @contextmanager
 def preparing(folder):
-    """A block that prepares a folder while other processes wait. It runs without a lock where none can be had: on some
-    network disks, or where nobody may write."""
-    file = lock_file(folder)
-    lock = FileLock(file)
+    """A block that prepares a folder while other processes wait. The lock is the system's, on .NAME.lock beside the
+    folder: it ends with the process, the file stays. Without a lock where none can be had: on some network disks, or
+    where nobody may write."""
+    real = Path(os.path.realpath(folder))
+    lock = FileLock(real.with_name(f'.{real.name}.lock'))
     with suppress(OSError, NotImplementedError):
-        if os.environ.get(HELD) != str(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout):
+        if os.environ.get(HELD) != str(real):
+            real.parent.mkdir(parents=True, exist_ok=True)
+            try:
                 lock.acquire(timeout=0)
-            if not lock.is_locked:
+            except Timeout:
                 print(f'{folder}: waiting until another process has prepared it', flush=True)
                 lock.acquire()
     try:
         yield
     finally:
-        if lock.is_locked:
-            with suppress(OSError):                                 # before the release: then it is another's
-                file.unlink()
-            lock.release()
+        lock.release()
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):
@@ -279,7 +271,7 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
     else:
         folders = [*(root / name for root in roots), Path(name)]
     for folder in folders:
-        if is_prepared(folder) and not lock_file(folder).exists():
+        if is_prepared(folder):
             return folder
     for folder in folders:
         script, files = folder / 'prepare.py', [folder / f for f in ('train.bin', 'val.bin')]
@@ -303,7 +295,7 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
                       f'({tokenizer}, vocabulary {meta["vocab_size"]:,}) in {folder}')
             elif script.exists():
                 print(f'data set {name} is not prepared yet: running {script}', flush=True)
-                held = {HELD: str(lock_file(folder))}
+                held = {HELD: os.path.realpath(folder)}
                 if subprocess.run([sys.executable, str(script)], env=os.environ | held).returncode:
                     raise UserError(f'dataset={name}: {script} failed; the line above says why')
             else:

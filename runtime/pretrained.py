@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime import checkpoint, download
 from runtime.config import UserError, one_line, shown
-from runtime.dataset import GPT2_META
+from runtime.dataset import END, GPT2_META
 from runtime.files import write_atomically
 
 MODELS = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),                  # 124M parameters
@@ -37,7 +37,6 @@ WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 BUFFERS = ('.attn.bias', '.attn.masked_bias')                               # causal masks, in older files
 # sha256 of GPT-2's tokens in the order of their ids, then its merges, a line each
 GPT2_BPE = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
-END = '<|endoftext|>'
 OWN = 'lowrank-gpt'                                                         # the model_type of this repo's own format
 ADAPTER = 'lowrank-gpt-adapter'                                             # and of its adapters
 ADAPTER_OPTIONS = dict(lora_rank=int, lora_alpha=float, lora_targets=str)
