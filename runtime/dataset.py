@@ -231,10 +231,11 @@ def is_prepared(folder):
 @contextmanager
 def preparing(folder):
     """A block that prepares a folder while other processes wait. The lock is the system's, on .NAME.lock beside the
-    folder: it ends with the process, the file stays. Without a lock where none can be had: on some network disks, or
-    where nobody may write."""
+    folder, and ends with the process. Without one where none can be had: on some network disks, or where nobody may
+    write."""
     real = Path(os.path.realpath(folder))
-    lock = FileLock(real.with_name(f'.{real.name}.lock'))
+    file = real.with_name(f'.{real.name}.lock')
+    lock = FileLock(file)
     with suppress(OSError, NotImplementedError):
         if os.environ.get(HELD) != str(real):
             real.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +247,9 @@ def preparing(folder):
     try:
         yield
     finally:
+        if lock.is_locked:
+            with suppress(OSError):                                 # on Windows; whoever waits looks whether all is there
+                file.unlink()
         lock.release()
 
 
