@@ -376,7 +376,9 @@ def write(folder, config, weights, meta):
     write_atomically(folder / WEIGHTS, content)
     files = {'config.json': config}
     if meta:
-        limit = dict(model_max_length=config['n_positions'], clean_up_tokenization_spaces=False)
+        # transformers before 5 adds token_type_ids to what it is not told, and GPT-2 looks them up in its embedding
+        limit = dict(model_max_length=config['n_positions'], clean_up_tokenization_spaces=False,
+                     model_input_names=['input_ids', 'attention_mask'])
         if meta['tokenizer'] == 'char':
             files['tokenizer.json'] = _char_spec(meta['chars'])
             files['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', **limit)

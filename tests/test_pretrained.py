@@ -630,8 +630,11 @@ def test_a_run_is_exported_for_transformers(hf, trained, call):
     assert 'left out: the optimizer state' in result.out and not list(Path().glob('*.tmp'))
     model, tokenizer = (kind.from_pretrained('out-gpt2') for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
     ids = tokenizer('the cat', return_tensors='pt')
+    assert set(ids) == {'input_ids', 'attention_mask'}
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
     ours = GPT.from_checkpoint(ckpt.load('out/ckpt.pt')).eval()
+    logits, expected = model(**ids).logits, ours(ids['input_ids'], ids['input_ids'])[0]
+    assert (logits - expected).abs().max() < TOLERANCE[torch.float32] * expected.abs().max()
     encoder = Tokenizer(checkpoint()['tokenizer'])
     assert text == encoder.decode(ours.generate(torch.tensor([encoder.encode('the cat')]), 8, top_k=1)[0].tolist())
     assert call(sample.main, *SAMPLE, '--init_from=out-gpt2', '--start=the cat').out.startswith(
@@ -699,7 +702,8 @@ def test_bpe_runs_take_gpt2s_tokenizer_along_or_say_why_not(hf, here, fit, call,
     assert call(export.main).code == 0
     config = json.loads(Path('out-gpt2/config.json').read_text())
     assert (config['eos_token_id'], config['vocab_size']) == (50256, 50304)
-    assert hf.AutoTokenizer.from_pretrained('out-gpt2').encode('the') == small_bpe().encode('the')
+    assert dict(hf.AutoTokenizer.from_pretrained('out-gpt2')('the')) == dict(
+        input_ids=small_bpe().encode('the'), attention_mask=[1])
 
     def unreachable():
         raise UserError('no network')
