@@ -21,6 +21,7 @@ import os
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,6 +149,8 @@ def compress(cfg):
     save_dir = Path(f'{source}-{kind}' if cfg.save_dir is None else cfg.save_dir)
     command.check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
     try:
+        with locked(save_dir, cfg.overwrite):                       # refused now, not when the work is done
+            pass
         saved, model = load_model(cfg, path)
         if cfg.spectrum:
             return look(model, cfg.module_names(), save_dir, path)
@@ -174,6 +177,7 @@ def convert(cfg, model, data, saved):
     """-> the new model, on the CPU, and what it cost and saved, [before, after] where that is two numbers. The loss is
     the prefix-only one where V sees the future."""
     device = devices.pick_device(cfg.device)
+    tuning = cfg.finetune_iters and finetune_config(cfg, saved, model)
     model.to(device).eval().requires_grad_(False)
     losses, clock = [loss_of(model, data, device, cfg.seed)], [time.perf_counter()]
     if not math.isfinite(losses[0]):
@@ -183,7 +187,7 @@ def convert(cfg, model, data, saved):
     losses.append(loss_of(new, data, device, cfg.seed))
     if cfg.finetune_iters:
         clock.append(time.perf_counter())
-        finetune(new, model, data, finetune_config(cfg, saved, model), device)
+        finetune(new, model, data, tuning, device)
         clock.append(time.perf_counter())
         losses.append(loss_of(new, data, device, cfg.seed))
     if not math.isfinite(losses[-1]):
@@ -376,18 +380,24 @@ def save(checkpoint, report, save_dir, overwrite):
     """Write save_dir/ckpt.pt and compress.json; a run that is there is moved aside when everything else is done. Raises
     UserError where that goes on, or the disk does not take it."""
     try:
-        held = lock(save_dir, 'save_dir') if overwrite and os.path.isdir(save_dir) else None
-        try:
-            with new_folder(save_dir) as folder:
-                ckpt.save(checkpoint, folder / 'ckpt.pt')
-                write_atomically(folder / 'compress.json', (json.dumps(report, indent=1) + '\n').encode())
-                if overwrite:
-                    move_aside(save_dir, print)
-        finally:
-            if held is not None:
-                os.close(held)
+        with locked(save_dir, overwrite), new_folder(save_dir) as folder:
+            ckpt.save(checkpoint, folder / 'ckpt.pt')
+            write_atomically(folder / 'compress.json', (json.dumps(report, indent=1) + '\n').encode())
+            if overwrite:
+                move_aside(save_dir, print)
     except OSError as e:
         raise unwritable(f'save_dir={str(save_dir)!r}: cannot be written', e) from None
+
+
+@contextmanager
+def locked(save_dir, overwrite):
+    """A block in which no run begins in the folder that is to be replaced. Raises UserError if one is going on."""
+    held = lock(save_dir, 'save_dir') if overwrite and os.path.isdir(save_dir) else None
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def load_model(cfg, path):

@@ -38,7 +38,7 @@ from runtime.config import UserError, one_line
 from runtime.dataset import Dataset, locate
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
-from runtime.files import in_words
+from runtime.files import FULL, check_writable, in_words
 from runtime.optim import build_optimizer, exchange
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
@@ -187,6 +187,9 @@ def train(cfg, set_by, saved, processes, stop):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
     torch.manual_seed(cfg.seed + processes.rank)
 
+    if not cfg.eval_only:
+        place = Path(cfg.out_dir) / 'config.py'
+        processes.in_turn(lambda: processes.is_main and check_writable(place, f'out_dir={cfg.out_dir!r}'))
     data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
     pretrained.check_tokenizer(cfg, set_by, saved, data, say)
     try:
@@ -202,7 +205,12 @@ def train(cfg, set_by, saved, processes, stop):
             say(evaluate.describe_final(result))
             if not math.isfinite(result['val/loss']):
                 raise TrainingStopped(f'the loss is {result["val/loss"]}')
-            append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            try:
+                append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            except (UserError, OSError) as e:                           # of somebody else's run: the loss is known
+                if getattr(e, 'errno', None) in FULL:
+                    raise
+                say(f'not written: {in_words(e)}')
         return
 
     adaptive_layers = special_layers.adaptive_layers(model)

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def new_folder(path):
                 folder.rmdir()
         raise
     _flush_folder(path.parent)
+
+
+def check_writable(path, where):
+    """Raise UserError or DiskFull, which begin with `where`, unless a file can be written at `path`, its folders made:
+    called before work whose result goes there. It is tried, beside the place, and leaves nothing: access rights do not
+    tell of a read-only file system, and root passes all of them."""
+    path = Path(os.path.realpath(path))
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        there = next(folder for folder in path.parents if folder.exists())
+        with tempfile.TemporaryDirectory(prefix='.trial-', dir=there) as trial:
+            new = Path(trial) / path.relative_to(there)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(new, b'trial')
+    except OSError as e:
+        raise unwritable(f'{where}: cannot be written', e) from None
 
 
 def remove_leftovers(folder):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from runtime.config import UserError
+from runtime.files import check_writable
 from runtime.run import lock
 
 CHILD = Path(__file__).with_name('child.py')
@@ -67,7 +68,8 @@ def shared_threads(at_once):
 
 
 def check_folder(name):
-    """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is."""
+    """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is, and as
+    check_writable."""
     folder, real = Path(name), Path(os.path.realpath(name))
     if not name or real in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: 'out-compare')")
@@ -79,6 +81,7 @@ def check_folder(name):
             raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: '{name}-2')")
     except OSError as e:
         raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: '{name}-2')") from None
+    check_writable(folder / 'sweep.json', f'sweep={name!r}')
     return folder
 
 
