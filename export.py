@@ -174,7 +174,11 @@ def to_lora(model, saved, meta, remarks):
         base = GPT.from_pretrained(saved['base'])
         remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
     options, tensors = special_layers.adapters(model, base)
-    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None)
+    notes = dict(base_sha256=special_layers.base_sha256(base or model))
+    if saved['base'] not in ('resume', None):
+        notes['base'] = saved['base']
+    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None,
+                                           **notes)
 
 
 def to_dense(model, saved, meta, remarks):

@@ -159,7 +159,8 @@ def load_model(cfg, svd):
                     f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
             meta, words = meta or GPT2_META, cfg.init_from
         if cfg.lora_adapter is not None:
-            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
+            whose = str(path.parent) if path else cfg.init_from
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter), whose)
             words += f', with {cfg.lora_adapter}'
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None

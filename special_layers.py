@@ -4,6 +4,8 @@ Layers of a GPT that are something else than nn.Linear: products of two (lowrank
 of it again: compress_layers.py.
 """
 
+import hashlib
+import shlex
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
@@ -178,8 +180,22 @@ def adapters(model, base=None):
 
 
 @torch.no_grad()
-def load_adapters(model, options, tensors):
-    """The inverse, in place, on a model with the weights they began with. Raises ValueError where they do not fit."""
+def base_sha256(model):
+    """The checksum of the weights below a model's adapters, or of a model without any: what adapters were made for.
+    All of them count but the positions, which a run may crop: an adapter is trained through layers that have none.
+    Queries, keys and values are the same bytes one after the other, whether they are one layer or three."""
+    digest, own = hashlib.sha256(), [f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB']
+    for kind in ('weight', 'bias'):
+        for name, w in model.transformer.state_dict().items():
+            if name.endswith(kind) and name not in own and name != 'wpe.weight':
+                digest.update(w.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def load_adapters(model, options, tensors, source=None, whose='this model', say=print):
+    """The inverse, in place, on a model with the weights they began with. source: what `read_adapter` says of it;
+    whose: the model's name. Raises ValueError where they do not fit."""
     if model.config.adaptive_svd or model.config.lora_rank is not None:
         raise ValueError('lora_adapter: the model has adapters already (nearest: export.py --to=dense)')
     add(model, NONE | options)
@@ -192,6 +208,14 @@ def load_adapters(model, options, tensors):
         if weight.shape != tensors[name].shape:
             raise ValueError(f'lora_adapter: {name} is {tuple(tensors[name].shape)}, must be {tuple(weight.shape)}')
         weight.copy_(tensors[name])
+    source = source or {}
+    where, base = f'lora_adapter={source.get("folder")!r}', source.get('base', whose)
+    if 'base_sha256' not in source:
+        say(f'{where}: does not say which weights it was made on')
+    elif source['base_sha256'] != base_sha256(model):
+        raise ValueError(f'{where}: was made on other weights than those of {whose}' if base == whose else
+                         f'{where}: was made on the weights of {base}, not on those of {whose} (nearest: '
+                         f'{shlex.quote(f"--init_from={base}")})')
 
 
 def lowrank_modes(model):

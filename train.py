@@ -399,7 +399,7 @@ def build_model(cfg, set_by, saved, data, device, say):
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in free if k in set_by or k == 'dropout'})
         if cfg.lora_adapter is not None:
-            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter), cfg.init_from, say)
     if cfg.init_from != 'resume':
         special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
     shape, idle = asdict(model.config), special_layers.without_effect(cfg, model.config)

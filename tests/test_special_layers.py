@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 import bench
 import compress
@@ -20,6 +21,7 @@ from lowrank.lora import INITS
 from model import GPT
 from runtime import pretrained
 from runtime.dataset import Dataset
+from runtime.files import write_atomically
 from test_adaptive_training import PLAN, RUN, assert_same_run, plain_names, planned, resume
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -209,6 +211,13 @@ def test_adapters_alone_come_back(fit, tuned, call, init):
     assert result.code == 0, result.err
     model, options = GPT.from_pretrained('base'), pretrained.read_adapter('adapter')
     special_layers.load_adapters(model, *options)
+    made_on = options[2]['base_sha256']
+    assert options[2]['base'] == 'base' and special_layers.base_sha256(model) == made_on
+    for to in ('gpt2', 'nanogpt', 'safetensors'):                   # whatever they are stored as, and cropped
+        assert call(export.main, '--out_dir=base', f'--to={to}').code == 0
+        stored = GPT.from_pretrained(f'base-{to}')
+        stored.crop_block_size(3)
+        assert special_layers.base_sha256(stored) == made_on
     assert model.config.lora_rank == (3 if init == 'lora' else 6) and options[0]['lora_targets'] == 'c_q,c_v'
     assert loss_of(model) == pytest.approx(loss_in('out'), abs=1e-5)
     own = GPT.from_checkpoint(checkpoint())
@@ -235,6 +244,13 @@ def test_adapters_that_do_not_fit(fit, tuned, call, refused):
     assert 'lora_adapter: h.0.attn.c_attn.c_q.A is (3, 16), must be (3, 32)' in refused(
         train.main, *own, '--init_from=wider')
     assert 'lora_adapter: the model has adapters already' in refused(train.main, *own, '--init_from=out')
+    fit(*BASE, '--out_dir=other', '--seed=1')
+    for main, argv in ((train.main, [*own, '--init_from=other']), (sample.main, [*own[1:], '--out_dir=other'])):
+        line = refused(main, *argv)
+        assert "lora_adapter='adapter': was made on the weights of base, not on those of other (nearest: " in line
+    write_atomically(Path('adapter/model.safetensors'), save(load_file('adapter/model.safetensors')))
+    result = call(sample.main, '--out_dir=other', '--lora_adapter=adapter', '--device=cpu', '--max_new_tokens=5')
+    assert result.code == 0 and "lora_adapter='adapter': does not say which" in result.out      # as older ones
     assert "lora_adapter='adapter': goes with the weights" in refused(train.main, *own)
     assert call(export.main, '--out_dir=base', '--to=safetensors', '--save_dir=whole').code == 0
     assert 'not of an adapter' in refused(train.main, *own, '--init_from=base', '--lora_adapter=whole')
