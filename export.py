@@ -115,7 +115,7 @@ def plain_state_dict(model):
     c, state = model.config, model.state_dict()
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
-                         "(nearest: 'weight')")
+                         "(nearest: 'weight' when it is trained, or --to=safetensors)")
     with torch.device('meta'):                                      # only for its names, in their order
         names = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False, layer_ranks=None))).state_dict()
     for i, block in enumerate(model.transformer.h):

@@ -468,7 +468,7 @@ def experiment(cfg):
     """Make what is missing, print the tables, draw the figure. Raises UserError."""
     plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.run and not RECORD.exists():
-        raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+        raise UserError(f'run=False: there is no {RECORD} yet (nearest: --run=True)')
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, 'char'))

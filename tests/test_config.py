@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
+import compress
+import export
 import sample
 import train
 from conftest import ROOT, TINY
@@ -106,10 +108,6 @@ def test_another_type_is_refused_with_the_nearest_value(option, words):
 def test_a_value_that_cannot_be_is_refused_with_one_that_can(option, words):
     line = refuse(f'--{option}')
     assert line.startswith(option.partition('=')[0]) and words in line and line.endswith('[the command line]')
-
-
-def test_out_dir_may_not_be_a_file(config_file):
-    assert "out_dir='my.py': is a file" in refuse(f'--out_dir={config_file("")}')
 
 
 def test_the_place_that_set_a_wrong_value_is_named(config_file):
@@ -271,7 +269,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(refused, config_file, main, con
     assert words in line and line.startswith(f'{main.__module__}.py: ')
 
 
-@each_main
+@pytest.mark.parametrize('main, config', [(train.main, TrainConfig), (sample.main, sample.SampleConfig),
+                                          (bench.main, bench.BenchConfig), (export.main, export.ExportConfig),
+                                          (compress.main, compress.CompressConfig)])
 @pytest.mark.parametrize('argument', ['--help', '-h'])
 def test_help_lists_every_option_with_its_default_and_meaning(call, main, config, argument):
     result = call(main, '--seed=nonsense', argument)
