@@ -54,7 +54,7 @@ def run(cfg, device, step_of):
     """Measure, print the tables, and all of it as one line of JSON last. step_of(cfg, device, advance, **changes) ->
     a function that runs one training step of that model. -> exit code 0. Raises UserError."""
     if cfg.plot:
-        plots.require_matplotlib(f'plot={cfg.plot!r}')
+        plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot_path())
     _check_memory(cfg, device)
     torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
     print(header(cfg, device), flush=True)

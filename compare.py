@@ -42,7 +42,7 @@ from runtime import device as devices
 from runtime import pretrained, sweep
 from runtime.config import PATH, SWITCH, UserError
 from runtime.dataset import Dataset, locate
-from runtime.files import remove_leftovers, write_atomically
+from runtime.files import remove_leftovers, unused, write_atomically
 from runtime.run import append_json
 from runtime.stopping import Stop
 from runtime.timing import paired, timed
@@ -53,7 +53,7 @@ from train import TrainConfig, build_model
 TIMED_SECONDS = 6                   # of pairs of steps, each combination; at least MIN_PAIRS
 MIN_PAIRS, MAX_PAIRS = 5, 40
 REFUSED = {'out_dir': 'every run has a folder of its own (nearest: --sweep=FOLDER)',
-           'wandb_run_name': 'every run has a name of its own (nearest: --wandb_project)'}
+           'wandb_run_name': 'every run has a name of its own (nearest: --wandb_project=NAME)'}
 NO_LIST = ('device', 'backend', 'wandb_log', 'wandb_project', 'wandb_group', 'wandb_tags', 'log_interval')
 
 # options: those that tell it from the others; cfg: of its first seed; argv: of train.py, without seed and folder
@@ -182,7 +182,7 @@ def read(argv):
     cfg = configuration.build(CompareConfig, values, set_by)
     if 'RANK' in os.environ:
         raise UserError('RANK is set, as for one of several processes, and compare.py starts its own (nearest: unset '
-                        'RANK, or --jobs)')
+                        'RANK, or --jobs=N)')
     for key in (key for key in OWN if key in set_by and key != 'sweep'):
         if set_by[key] != 'the command line':
             raise UserError(f'{set_by[key]}: {key}: train.py has no such option (nearest: --{key}={values[key]})')
@@ -288,7 +288,7 @@ def check_same_sweep(folder, record):
         difference += [f'{key}={arm["config"].get(key)!r} there, {here.get(key)!r} here' for key in {
             **here, **arm['config']} if key != 'dataset' and here.get(key) != arm['config'].get(key)]
     if difference:
-        raise UserError(f"sweep={str(folder)!r}: holds another sweep: {difference[0]} (nearest: '{folder}-2')")
+        raise UserError(f"sweep={str(folder)!r}: holds another sweep: {difference[0]} (nearest: {unused(folder)})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

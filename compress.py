@@ -147,19 +147,24 @@ def compress(cfg):
     kind = 'spectrum' if cfg.spectrum else cfg.to
     save_dir = Path(f'{source}-{kind}' if cfg.save_dir is None else cfg.save_dir)
     command.check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
+    held, replaced = None, cfg.overwrite and os.path.isdir(save_dir)
     try:
+        held = lock(save_dir, 'save_dir') if replaced else None     # now, not when the work is done
         saved, model = load_model(cfg, path)
         if cfg.spectrum:
             return look(model, cfg.module_names(), save_dir, path)
         data = find_data(cfg, saved, model)
         new, report = convert(cfg, model, data, saved)
         words = describe(report | dict(path=str(path), save_dir=str(save_dir)))
-        save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), report, save_dir, cfg.overwrite)
+        save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), report, save_dir, replaced)
         return words
     except OSError as e:
         raise unwritable(e.filename or path, e) from None
     except (ValueError, FloatingPointError, torch.linalg.LinAlgError) as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def look(model, modules, save_dir, path):
@@ -174,6 +179,7 @@ def convert(cfg, model, data, saved):
     """-> the new model, on the CPU, and what it cost and saved, [before, after] where that is two numbers. The loss is
     the prefix-only one where V sees the future."""
     device = devices.pick_device(cfg.device)
+    tuning = cfg.finetune_iters and finetune_config(cfg, saved, model)
     model.to(device).eval().requires_grad_(False)
     losses, clock = [loss_of(model, data, device, cfg.seed)], [time.perf_counter()]
     if not math.isfinite(losses[0]):
@@ -183,7 +189,7 @@ def convert(cfg, model, data, saved):
     losses.append(loss_of(new, data, device, cfg.seed))
     if cfg.finetune_iters:
         clock.append(time.perf_counter())
-        finetune(new, model, data, finetune_config(cfg, saved, model), device)
+        finetune(new, model, data, tuning, device)
         clock.append(time.perf_counter())
         losses.append(loss_of(new, data, device, cfg.seed))
     if not math.isfinite(losses[-1]):
@@ -376,16 +382,11 @@ def save(checkpoint, report, save_dir, overwrite):
     """Write save_dir/ckpt.pt and compress.json; a run that is there is moved aside when everything else is done. Raises
     UserError where that goes on, or the disk does not take it."""
     try:
-        held = lock(save_dir, 'save_dir') if overwrite and os.path.isdir(save_dir) else None
-        try:
-            with new_folder(save_dir) as folder:
-                ckpt.save(checkpoint, folder / 'ckpt.pt')
-                write_atomically(folder / 'compress.json', (json.dumps(report, indent=1) + '\n').encode())
-                if overwrite:
-                    move_aside(save_dir, print)
-        finally:
-            if held is not None:
-                os.close(held)
+        with new_folder(save_dir) as folder:
+            ckpt.save(checkpoint, folder / 'ckpt.pt')
+            write_atomically(folder / 'compress.json', (json.dumps(report, indent=1) + '\n').encode())
+            if overwrite:
+                move_aside(save_dir, print)
     except OSError as e:
         raise unwritable(f'save_dir={str(save_dir)!r}: cannot be written', e) from None
 
@@ -414,7 +415,7 @@ def find_data(cfg, saved, model):
     for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.svd_sees_future else 2)):
         if len(data.tokens(split)) < least:
             raise UserError(f'dataset={name}: its {split}.bin has {len(data.tokens(split))} tokens, too few for '
-                            f'block_size={c.block_size} (nearest: {least})')
+                            f'block_size={c.block_size}, which needs {least}')
     return data
 
 

@@ -115,7 +115,7 @@ def plain_state_dict(model):
     c, state = model.config, model.state_dict()
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: cuts V itself at rank {c.svd_rank}, which no weights do "
-                         "(nearest: 'weight')")
+                         "(nearest: 'weight' when it is trained, or --to=safetensors)")
     with torch.device('meta'):                                      # only for its names, in their order
         names = GPT(GPTConfig(**asdict(c) | dict(use_svd=False, use_mla=False, layer_ranks=None))).state_dict()
     for i, block in enumerate(model.transformer.h):
@@ -174,7 +174,11 @@ def to_lora(model, saved, meta, remarks):
         base = GPT.from_pretrained(saved['base'])
         remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
     options, tensors = special_layers.adapters(model, base)
-    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None)
+    notes = dict(base_sha256=special_layers.base_sha256(base or model))
+    if saved['base'] not in ('resume', None):
+        notes['base'] = saved['base']
+    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None,
+                                           **notes)
 
 
 def to_dense(model, saved, meta, remarks):

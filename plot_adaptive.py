@@ -43,8 +43,8 @@ def main(argv=None):
 
 def plot(cfg):
     """Writes the figure -> where it is, in words."""
-    plots.require_matplotlib('the figure')
     path, target = Path(cfg.out_dir) / 'metrics.jsonl', Path(cfg.out_dir) / 'adaptive_svd.png'
+    plots.require_matplotlib(f'the figure {target}', target)
     try:
         rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
     except FileNotFoundError:

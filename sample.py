@@ -88,7 +88,7 @@ def samples(cfg, set_by):
     cached = not model.config.svd_sees_future                       # load_model has said so
     if cfg.compile:
         if not cached:                                              # inductor fails as the length crosses the rank
-            raise UserError("compile=True: not with svd_scope='sequence', whose prefix grows (nearest: compile=False)")
+            raise UserError("compile=True: not with svd_scope='sequence': its prefix grows (nearest: --compile=False)")
         model.compile(dynamic=True)                                 # the context grows by a token a step
     if meta['vocab_size'] > model.config.vocab_size:                # a nanoGPT checkpoint away from its data folder
         raise UserError(f'the model has {model.config.vocab_size} token ids and no tokenizer for them was found; put '
@@ -160,7 +160,8 @@ def load_model(cfg, svd):
                     f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
             meta, words = meta or GPT2_META, cfg.init_from
         if cfg.lora_adapter is not None:
-            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter),
+                                         str(path.parent) if path else cfg.init_from)
             words += f', with {cfg.lora_adapter}'
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None

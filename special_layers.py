@@ -4,6 +4,8 @@ Layers of a GPT that are something else than nn.Linear: products of two (lowrank
 of it again: compress_layers.py.
 """
 
+import hashlib
+import shlex
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
@@ -115,12 +117,14 @@ def without_effect(options, config):
             and not (config.adaptive_svd if name.startswith('adaptive') else config.lora_rank is not None)]
 
 
-def nearest(name, config, run):
-    """In brackets, what to do where the model of `config`, in the folder `run`, contradicts an option."""
+def nearest(name, config, run, anew=''):
+    """In brackets, what to do where the model of `config`, in the folder `run`, contradicts an option: merge its
+    adapters; without any, `anew`."""
     if name not in NONE:
         return ''
     adapted = config.adaptive_svd or config.lora_rank is not None
-    return f' (nearest: {"export.py --to=dense" if adapted else f"--init_from={run}, to another out_dir"})'
+    merge = f'python export.py --to=dense {shlex.quote(f"--out_dir={run}")}'
+    return f' (nearest: {merge if adapted else anew})'
 
 
 def describe(model, interval):
@@ -178,10 +182,23 @@ def adapters(model, base=None):
 
 
 @torch.no_grad()
-def load_adapters(model, options, tensors):
-    """The inverse, in place, on a model with the weights they began with. Raises ValueError where they do not fit."""
+def base_sha256(model):
+    """The checksum of a model's weights without its adapters, for c_attn as one layer or three. Positions do not count,
+    which a run may crop."""
+    digest, own = hashlib.sha256(), [f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB']
+    for kind in ('weight', 'bias'):                                 # so the bytes of three are those of one
+        for name, w in model.transformer.state_dict().items():
+            if name.endswith(kind) and name not in (*own, 'wpe.weight'):
+                digest.update(w.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def load_adapters(model, options, tensors, source=None, whose='this model', say=print):
+    """The inverse, in place, on a model with the weights they began with. source: what `read_adapter` says of it;
+    whose: the model's name. Raises ValueError where they do not fit."""
     if model.config.adaptive_svd or model.config.lora_rank is not None:
-        raise ValueError('lora_adapter: the model has adapters already (nearest: export.py --to=dense)')
+        raise ValueError(f'lora_adapter: {whose} has adapters already{nearest("lora_rank", model.config, whose)}')
     add(model, NONE | options)
     names = [f'{name}.{part}' for name in model.config.lora_layers for part in 'AB']
     if sorted(names) != sorted(tensors):
@@ -192,6 +209,13 @@ def load_adapters(model, options, tensors):
         if weight.shape != tensors[name].shape:
             raise ValueError(f'lora_adapter: {name} is {tuple(tensors[name].shape)}, must be {tuple(weight.shape)}')
         weight.copy_(tensors[name])
+    source = source or {}
+    where, base = f'lora_adapter={source.get("folder")!r}', source.get('base', whose)
+    if 'base_sha256' not in source:
+        say(f'{where}: does not say which weights it was made on')
+    elif source['base_sha256'] != base_sha256(model):
+        near = '' if base == whose else f' (nearest: {shlex.quote(f"--init_from={base}")})'
+        raise ValueError(f'{where}: was made on other weights, of {base}, than {whose} has{near}')
 
 
 def lowrank_modes(model):

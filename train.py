@@ -38,7 +38,7 @@ from runtime.config import PATH, UserError, one_line
 from runtime.dataset import Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
-from runtime.files import in_words
+from runtime.files import FULL, begin_from, check_writable, in_words, unused
 from runtime.optim import build_optimizer, exchange
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
@@ -114,7 +114,7 @@ class TrainConfig(GPTConfig):
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
         if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
             raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
-                             '--init_from=gpt2)')
+                             '--init_from=FOLDER, of these)')
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
         out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
@@ -124,7 +124,7 @@ class TrainConfig(GPTConfig):
             if any(any(out.glob(place + name)) for name in ('train.bin', 'prepare.py') for place in ('', '*/')):
                 raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder, or holds one (nearest: 'out')")
             if out.exists() and not out.is_dir():
-                raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {self.out_dir + "-run"!r})')
+                raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {unused(Path(self.out_dir))})')
         except OSError as e:
             raise ValueError(f'out_dir={self.out_dir[:40]!r}: {e.strerror}') from None
 
@@ -189,6 +189,9 @@ def train(cfg, set_by, saved, processes, stop):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
     torch.manual_seed(cfg.seed + processes.rank)
 
+    if not cfg.eval_only:
+        processes.in_turn(lambda: processes.is_main and check_writable(f'{cfg.out_dir}/config.py',
+                                                                       f'out_dir={cfg.out_dir!r}'))
     data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
     pretrained.check_tokenizer(cfg, set_by, saved, data, say)
     cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']      # the text may go
@@ -205,7 +208,12 @@ def train(cfg, set_by, saved, processes, stop):
             say(evaluate.describe_final(result))
             if not math.isfinite(result['val/loss']):
                 raise TrainingStopped(f'the loss is {result["val/loss"]}')
-            append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            try:
+                append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
+            except (UserError, OSError) as e:                           # of somebody else's run: the loss is known
+                if getattr(e, 'errno', None) in FULL:
+                    raise
+                say(f'not written: {in_words(e)}')
         return
 
     adaptive_layers = special_layers.adaptive_layers(model)
@@ -312,8 +320,7 @@ def save_interrupted(run):
         keep = (run.out / 'ckpt.pt').exists() and not run.cfg.always_save_checkpoint
         name = 'last.pt' if keep else 'ckpt.pt'
         run.save(name, random, min(run.best_interim_loss, run.best_at_end))
-        run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: '
-                            f'--init_from=resume --out_dir={run.out}')
+        run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: {run.resume}')
 
 
 def step(run, replica):
@@ -388,14 +395,14 @@ def build_model(cfg, set_by, saved, data, device, say):
         data.check_length(cfg.block_size)
         devices.check_memory(cfg, device)
         if cfg.lora_rank is not None:
-            raise UserError(f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=gpt2)')
+            raise UserError(f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=FOLDER)')
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in free if k in set_by or k == 'dropout'})
         if cfg.lora_adapter is not None:
-            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter))
+            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter), cfg.init_from, say)
     if cfg.init_from != 'resume':
         special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
     shape, idle = asdict(model.config), special_layers.without_effect(cfg, model.config)
@@ -405,8 +412,9 @@ def build_model(cfg, set_by, saved, data, device, say):
         cropped = key == 'block_size' and cfg.block_size < shape[key]
         if key in set_by and getattr(cfg, key) != shape[key] and not cropped:
             if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):       # it would train all
+                run = Path(cfg.out_dir if saved else cfg.init_from)
                 raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed'
-                                + special_layers.nearest(key, model.config, cfg.out_dir))
+                                + special_layers.nearest(key, model.config, run, begin_from(run, cfg.dataset)))
             say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={shape[key]}')
     if cfg.block_size < shape['block_size']:
         model.crop_block_size(cfg.block_size)
@@ -414,7 +422,7 @@ def build_model(cfg, set_by, saved, data, device, say):
         setattr(cfg, key, getattr(model.config, key))
     if data.vocab_size > cfg.vocab_size:
         raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
-                        f'(nearest: {data.vocab_size})')
+                        f'(nearest: {data.vocab_size if cfg.init_from == "scratch" else "its own data set"})')
     data.check_length(cfg.block_size)
     if cfg.init_from != 'scratch':
         devices.check_memory(cfg, device)

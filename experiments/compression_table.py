@@ -52,8 +52,8 @@ from runtime import config as configuration
 from runtime import plots, sweep
 from runtime.config import PATH, UserError
 from runtime.dataset import Dataset, locate
+from runtime.files import check_writable
 from runtime.record import Record, read
-from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'compression.png'
@@ -466,12 +466,12 @@ def main(argv=None):
 
 def experiment(cfg):
     """Make what is missing, print the tables, draw the figure. Raises UserError."""
-    plots.require_matplotlib('the figure')
+    plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.run and not RECORD.exists():
-        raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+        raise UserError(f'run=False: there is no {RECORD} yet (nearest: --run=True)')
     if cfg.run:
+        check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, 'char'))
-        make_folder(cfg.out_dir)
         record = Results(RECORD, describe)
         for name in cfg.models.split(','):
             make(cfg, record, name, data)

@@ -60,6 +60,7 @@ from runtime import plots
 from runtime.config import PATH, UserError
 from runtime.dataset import Dataset, locate
 from runtime.optim import exchange
+from runtime.files import check_writable
 from runtime.record import Record, read
 from runtime.run import make_folder
 
@@ -664,10 +665,11 @@ def main(argv=None):
 
 def experiment(cfg):
     """Make what is missing, print the tables, draw the figure. Raises UserError."""
-    plots.require_matplotlib('the figure')
+    plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.run and not RECORD.exists():
-        raise UserError(f'run=False: there is no {RECORD} yet (nearest: run=True)')
+        raise UserError(f'run=False: there is no {RECORD} yet (nearest: --run=True)')
     if cfg.run:
+        check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))
         make_folder(cfg.out_dir)
         record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp)

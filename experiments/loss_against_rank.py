@@ -37,9 +37,8 @@ from runtime import config as configuration
 from runtime import plots, sweep
 from runtime.config import PATH, UserError
 from runtime.dataset import locate
-from runtime.files import write_atomically
+from runtime.files import check_writable, write_atomically
 from runtime.record import read
-from runtime.run import make_folder
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'loss_against_rank.png'
@@ -140,12 +139,13 @@ def train_here(arm, argv):
 
 def check(cfg):
     """Before hours are spent: what all runs need. Raises UserError."""
-    plots.require_matplotlib('the figure')
+    plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.jobs and not RECORD.exists():
         raise UserError(f'jobs=0: there is no {RECORD} yet (nearest: --jobs=1)')
     if cfg.jobs:
+        check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
+        check_writable(RECORD, RECORD)
         locate(cfg.dataset, 'char')
-        make_folder(cfg.out_dir)
 
 
 def collect(cfg):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def newest(root='.'):
 
 def _nearest_checkpoint(path):
     found = newest(path.parent.parent)
-    return f' (nearest: {found})' if found else ''
+    return f' (nearest: {shlex.quote(f"--out_dir={found.parent}")})' if found else ''
 
 
 def random_state(batches, device):

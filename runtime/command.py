@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime import config as configuration
 from runtime.config import UserError
-from runtime.files import in_words
+from runtime.files import check_writable, in_words, unused
 from runtime.output import unfailing_output
 from runtime.stopping import Stop
 
@@ -59,19 +59,20 @@ def named(folder):
 
 def check_save_dir(save_dir, source, kind, overwrite=False):
     """Raise UserError for a folder that must not be made or replaced: one that is there, unless it is empty or, with
-    overwrite, a run; this one; and one that holds `source`. kind: a word for the name of another one. overwrite None:
-    there is no such option."""
+    overwrite, a run; this one; one that holds `source`; or cannot be made. kind: a word for the name of another one.
+    overwrite None: there is no such option."""
     real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, source))
     where = f'save_dir={str(save_dir)!r}'
     try:
         if real in (Path.cwd(), *Path.cwd().parents):
-            raise UserError(f"{where}: must be another folder than this one (nearest: '{save_dir / kind}')")
+            raise UserError(f"{where}: must be another folder than this one (nearest: {unused(save_dir / kind)})")
         if real in (own, *own.parents):
-            raise UserError(f"{where}: has the model itself in it (nearest: '{source}-{kind}')")
+            raise UserError(f"{where}: has the model itself in it (nearest: {unused(f'{source}-{kind}')})")
         free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
         a_run = overwrite is not None and (save_dir / 'ckpt.pt').exists()
     except OSError as e:
         raise UserError(f'{where}: cannot be used: {e.strerror}') from None
     if not free and not (overwrite and a_run):
-        raise UserError(f"{where}: is there already, and no empty folder (nearest: '{save_dir}-2'"
+        raise UserError(f"{where}: is there already, and no empty folder (nearest: {unused(save_dir)}"
                         + (', or --overwrite=True, which moves it aside)' if a_run else ')'))
+    check_writable(real.with_name(f'.{real.name}'), where)          # new_folder's name for it, while it is filled

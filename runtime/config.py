@@ -13,6 +13,7 @@ import difflib
 import math
 import numbers
 import os
+import shlex
 import types
 import warnings
 from dataclasses import fields
@@ -98,9 +99,10 @@ def meant_instead(word, hints):
     """Where a word is no config file: what it may have been meant for."""
     key, equals, value = word.partition('=')
     if key.replace('-', '_') in hints:
-        return f' (nearest: --{key.replace("-", "_")}={value if equals else "VALUE"})'
+        option = shlex.quote(f'--{key.replace("-", "_")}={value if equals else "VALUE"}')
+        return f' (nearest: {option})'
     if 'out_dir' in hints and os.path.exists(os.path.join(word, 'ckpt.pt')):
-        return f' (nearest: --out_dir={word})'
+        return f' (nearest: {shlex.quote(f"--out_dir={word}")})'
     siblings = [str(p) for folder in dict.fromkeys((Path(word).parent, Path('config'))) if folder.resolve() != ROOT
                 for p in sorted(folder.glob('*.py'))]
     return did_you_mean(word, siblings, other='options are written --key=value; --help lists them')

@@ -3,8 +3,11 @@
 import errno
 import os
 import re
+import shlex
 import shutil
+import tempfile
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 
 from runtime.config import UserError, one_line
@@ -27,6 +30,12 @@ def unwritable(where, error):
 def in_words(error):
     """An exception on one line; of a full disk also what to do."""
     return one_line(error) + (ROOM if isinstance(error, OSError) and error.errno in FULL else '')
+
+
+def unused(path):
+    """The first of PATH, PATH-2, PATH-3, ... that is not there, in quotes for a shell."""
+    free = next(p for p in chain([str(path)], (f'{path}-{n}' for n in count(2))) if not os.path.lexists(p))
+    return "'" + free.replace("'", "'\\''") + "'"
 
 
 @contextmanager
@@ -97,6 +106,26 @@ def new_folder(path):
                 folder.rmdir()
         raise
     _flush_folder(path.parent)
+
+
+def begin_from(run, dataset):
+    """The options with which train.py begins another run from the weights of `run`, as a shell takes them."""
+    settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
+    return shlex.join([settings, f'--init_from={run}', f'--out_dir={run}-2'])
+
+
+def check_writable(path, where):
+    """Before work whose result goes there: raise UserError or DiskFull, which begin with `where`, unless a file can be
+    written at `path`, its folders made. It is tried, and leaves nothing: access rights say nothing of a full disk."""
+    path = Path(os.path.realpath(path))
+    try:
+        there = next(folder for folder in path.parents if folder.exists())
+        with tempfile.TemporaryDirectory(prefix='.trial-', dir=there) as trial:
+            new = Path(trial) / path.relative_to(there)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(new, b'trial')
+    except OSError as e:
+        raise unwritable(f'{where}: cannot be written', e) from None
 
 
 def remove_leftovers(folder):

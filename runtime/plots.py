@@ -7,7 +7,7 @@ from collections import namedtuple
 from contextlib import nullcontext
 
 from runtime.config import UserError
-from runtime.files import replacing, unwritable
+from runtime.files import check_writable, replacing, unwritable
 
 Point = namedtuple('Point', 'x y label kind')       # kind: points of one look the same
 # where a label may stand beside its point: offset in points, alignments
@@ -33,12 +33,14 @@ Curve = namedtuple('Curve', 'label x y look spread across notes', defaults=(None
 Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))   # ticks: place -> word
 
 
-def require_matplotlib(option):
-    """Raises UserError where there is none."""
+def require_matplotlib(option, *paths):
+    """Raises UserError where there is none, and as check_writable for the figures that are to be `paths`."""
     try:
         importlib.import_module('matplotlib')
     except ImportError:
         raise UserError(f'{option}: needs a package: pip install matplotlib') from None
+    for path in paths:
+        check_writable(path, option)
 
 
 def scatter_panels(path, panels, x_label, y_label, floor, floor_label, caption):

@@ -120,7 +120,8 @@ def _read_own(config, file):
 
 
 def read_adapter(name):
-    """A folder that `write` made with ADAPTER -> its options, name -> float32 tensor. Raises UserError."""
+    """A folder that `write` made with ADAPTER -> its options, name -> float32 tensor, and as a dict its `folder` and
+    what it says of its base, `base_sha256` and `base`, a name for --init_from. Raises UserError."""
     try:
         config, tensors = _read_json(Path(name) / 'config.json'), {}
         options = config.get('adapter')
@@ -130,7 +131,7 @@ def read_adapter(name):
         with _opened(Path(name) / WEIGHTS) as f:
             for key in f.keys():
                 tensors[key] = _checked(key, f.get_slice(key).get_dtype(), f.get_tensor(key))
-        return options, tensors
+            return options, tensors, (f.metadata() or {}) | dict(folder=name)
     except ImportError as e:
         raise UserError(f'lora_adapter={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
     except ValueError as e:
@@ -367,19 +368,21 @@ def check_tokenizer(cfg, set_by, saved, data, say):
         say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
 
 
-def write(folder, config, weights, meta):
+def write(folder, config, weights, meta, **notes):
     """Fill an empty folder: config.json, model.safetensors and, unless meta is None, the two files of its tokenizer.
-    weights: name -> tensor. Raises UserError for a missing package and OSError."""
+    weights: name -> tensor; notes: texts beside them. Raises UserError for a missing package and OSError."""
     try:
         from safetensors.torch import save
     except ImportError as e:
         raise UserError(f'needs a package: pip install {e.name.partition(".")[0]}') from None
     # not save_file, whose files are flushed nowhere and private to their owner
-    content = save({name: w.contiguous() for name, w in weights.items()}, metadata={'format': 'pt'})
+    content = save({name: w.contiguous() for name, w in weights.items()}, metadata=dict(format='pt', **notes))
     write_atomically(folder / WEIGHTS, content)
     files = {'config.json': config}
     if meta:
-        limit = dict(model_max_length=config['n_positions'], clean_up_tokenization_spaces=False)
+        # transformers before 5 adds token_type_ids to what it is not told, and GPT-2 looks them up in its embedding
+        limit = dict(model_max_length=config['n_positions'], clean_up_tokenization_spaces=False,
+                     model_input_names=['input_ids', 'attention_mask'])
         if meta['tokenizer'] == 'char':
             files['tokenizer.json'] = _char_spec(meta['chars'])
             files['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', **limit)

@@ -6,6 +6,7 @@ import time
 
 from runtime import device as devices
 from runtime.config import UserError
+from runtime.files import check_writable
 from runtime.run import append_json
 
 
@@ -16,9 +17,10 @@ def read(path):
 
 class Record:
     """The rows that are there, and a place for more. describe(row, key): what is printed of a new one; settings: what
-    all rows must share. Raises UserError for a record of others."""
+    all rows must share. Raises UserError for a record of others, and as check_writable."""
 
     def __init__(self, path, describe, **settings):
+        check_writable(path, path)
         self.path, self.rows, self.describe, self.settings = path, read(path), describe, settings
         for row in self.rows:
             other = [f'{k}={row[k]}' for k in settings if row[k] != settings[k]]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 from contextlib import suppress
@@ -20,7 +21,7 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import UserError, one_line
-from runtime.files import FULL, naming, remove_leftovers, replacing, unwritable, write_atomically
+from runtime.files import FULL, begin_from, naming, remove_leftovers, replacing, unused, unwritable, write_atomically
 from runtime.finite import first_bad_layer
 from runtime.optim import restore_optimizer
 from runtime.tracking import Tracking
@@ -48,6 +49,7 @@ class Run:
         # best over evaluations on the grid of eval_interval, and of one that was only made because the run ended there
         self.best_interim_loss, self.best_at_end, self.ended_off_grid = 1e9, 1e9, False
         self.out, self._tracking, self._lock, self._loaded = Path(cfg.out_dir), None, None, None
+        self.resume = shlex.join(['--init_from=resume', f'--out_dir={self.out}'])      # options with which it goes on
 
     def __enter__(self):
         return self
@@ -68,7 +70,7 @@ class Run:
             self.processes.print(f'{path} has no random state: the order of the data starts anew')
         elif len(states) != here:
             raise UserError(f'{path}: its run has {len(states)} processes, and here are {here}: the data would come in '
-                            f'another order (nearest: torchrun --nproc_per_node={len(states)})')
+                            f'another order (nearest: torchrun --nproc_per_node={len(states)} train.py {self.resume})')
         optimizer = saved.get('optimizer')
         try:
             if self.adaptive is not None and 'adaptive_svd' in saved:
@@ -82,6 +84,10 @@ class Run:
                 restore_optimizer(self.optimizer, optimizer, saved['iter_num'],
                                   cropped=self.model.transformer.wpe.weight)
         except ValueError as e:
+            theirs = 'muon' if 'muon' in (optimizer or {}) else 'adamw'
+            if optimizer and theirs != self.cfg.optimizer:
+                anew = begin_from(self.out, self.cfg.dataset)
+                e = f'it is of {theirs!r} (nearest: --optimizer={theirs}, or from its weights: {anew})'
             raise UserError(f'{path}: its optimizer state does not fit optimizer={self.cfg.optimizer}: {e}') from None
         try:
             if states:
@@ -108,7 +114,7 @@ class Run:
                 raise UserError(f'{self._loaded[0]}: another run has just saved it; start again')
             config = self.out / 'config.py'
             if config.exists() and not config.read_bytes().startswith(HEAD.encode()):
-                raise UserError(f"out_dir='{self.out}': its config.py is no run's (nearest: '{self.out}-run')")
+                raise UserError(f"out_dir='{self.out}': its config.py is no run's (nearest: {unused(self.out)})")
             if self.saved_at is None and move_aside(self.out, say):
                 moved, self._lock = self._lock, lock(self.out)
                 os.close(moved)
@@ -190,7 +196,7 @@ class Run:
         stopped = self.stopped(f'after step {self.iter_num}: {what}: {error.strerror}')
         if error.errno not in FULL:
             return stopped
-        again = 'start again' if self.saved_at is None else f'--init_from=resume --out_dir={self.out} goes on'
+        again = 'start again' if self.saved_at is None else f'{self.resume} goes on'
         return TrainingStopped(f'{stopped}; make room there, then {again}')
 
 
@@ -205,7 +211,7 @@ def lock(folder, option='out_dir'):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"{option}='{folder}': a run is going on there (nearest: '{folder}-2')") from None
+            raise UserError(f"{option}='{folder}': a run is going on there; wait (nearest: {unused(folder)})") from None
         except FileNotFoundError:
             pass
         except OSError:                                                 # some network file systems

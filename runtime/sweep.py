@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from runtime.config import UserError
+from runtime.files import check_writable, unused
 from runtime.run import lock
 
 CHILD = Path(__file__).with_name('child.py')
@@ -70,15 +71,16 @@ def check_folder(name):
     """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is."""
     folder, real = Path(name), Path(os.path.realpath(name))
     if not name or real in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: 'out-compare')")
+        raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: {unused('out-compare')})")
+    check_writable(folder / 'sweep.json', f'sweep={name!r}')
     try:
         # not what a sweep leaves that is killed at its start
         other = real.exists() and [p.name for p in real.iterdir() if p.suffix != '.tmp' and not (
             p.name == 'runs' and p.is_dir() and not any(p.iterdir()))]
         if other and not (real / 'sweep.json').exists():
-            raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: '{name}-2')")
+            raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: {unused(folder)})")
     except OSError as e:
-        raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: '{name}-2')") from None
+        raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: {unused(folder)})") from None
     return folder
 
 

@@ -330,7 +330,7 @@ def test_options_of_a_resumed_run_are_fixed(fit, refused, monkeypatch):
     planned(monkeypatch)
     fit(*RUN, *PLAN, '--max_iters=7')
     for option in ('--adaptive_svd=False', '--adaptive_svd_targets=c_q', '--adaptive_svd_target_layer=-1'):
-        assert 'which is fixed (nearest: export.py --to=dense)' in refused(
+        assert 'which is fixed (nearest: python export.py --to=dense --out_dir=out)' in refused(
             train.main, '--init_from=resume', '--device=cpu', option)
 
 
@@ -348,8 +348,8 @@ def test_a_switch_that_a_plain_run_does_not_have(fit, refused):
     fit('--out_dir=plain', '--max_iters=1')
     Path('c.py').write_text('adaptive_svd = True')
     for words in (['c.py'], ['--adaptive_svd=True']):
-        assert 'adaptive_svd=True: resume has adaptive_svd=False, which is fixed (nearest: --init_from=plain, to ' \
-               'another out_dir)' in refused(train.main, *words, '--init_from=resume', '--out_dir=plain')
+        assert 'adaptive_svd=True: resume has adaptive_svd=False, which is fixed (nearest: plain/config.py --in' in (
+            refused(train.main, *words, '--init_from=resume', '--out_dir=plain'))
 
 
 def test_options_without_their_switch_are_named(fit):

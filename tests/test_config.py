@@ -111,10 +111,6 @@ def test_a_value_that_cannot_be_is_refused_with_one_that_can(option, words):
     assert line.startswith(option.partition('=')[0]) and words in line and line.endswith('[the command line]')
 
 
-def test_out_dir_may_not_be_a_file(config_file):
-    assert "out_dir='my.py': is a file" in refuse(f'--out_dir={config_file("")}')
-
-
 def test_the_place_that_set_a_wrong_value_is_named(config_file):
     assert refuse(config_file('n_head = 5\n')).endswith('(nearest: 770) [default]')     # n_embd = 768 is to blame
     assert refuse(config_file('n_embd = 5\n')).endswith('(nearest: 12) [my.py]')
@@ -274,7 +270,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(refused, config_file, main, con
     assert words in line and line.startswith(f'{main.__module__}.py: ')
 
 
-@each_main
+@pytest.mark.parametrize('main, config', [(train.main, TrainConfig), (sample.main, sample.SampleConfig),
+                                          (bench.main, bench.BenchConfig), (export.main, export.ExportConfig),
+                                          (compress.main, compress.CompressConfig)])
 @pytest.mark.parametrize('argument', ['--help', '-h'])
 def test_help_lists_every_option_with_its_default_and_meaning(call, main, config, argument):
     result = call(main, '--seed=nonsense', argument)

@@ -254,6 +254,22 @@ def full_for(monkeypatch, name):
     monkeypatch.setattr(runtime.run, 'open', opened, raising=False)
 
 
+@pytest.mark.parametrize('place', ['file/below', 'new/' + 'x' * 300, '/proc/new'])
+@pytest.mark.parametrize('command, argv, work', [
+    ('train', [*TINY, '--out_dir={}'], 'train.locate'), ('export', ['--save_dir={}'], 'runtime.checkpoint.load'),
+    ('compress', ['--finetune_iters=1500', '--save_dir={}'], 'runtime.checkpoint.load'),
+    ('compare', [*TINY, '--sweep={}'], 'compare.plan'),
+    ('bench', [*TINY, '--svd', '--svd_rank=2', '--plot={}.png'], 'bench_svd.trained_sources'),
+    *((f'experiments.{name}', ['--out_dir={}'], f'experiments.{name}.locate')
+      for name in ('loss_against_rank', 'continual_learning', 'compression_table'))])
+def test_what_cannot_be_written_is_refused_before_work_begins(refused, monkeypatch, command, argv, work, place):
+    main = importlib.import_module(command).main
+    monkeypatch.setattr(work, lambda *args, **options: pytest.fail('work has begun'))
+    Path('file').touch(), Path('out').mkdir(), Path('out/ckpt.pt').touch()
+    before, option = sorted(Path('.').rglob('*')), argv[-1].strip('-').partition('=')[0]
+    assert option in refused(main, *argv[:-1], argv[-1].format(place)) and sorted(Path('.').rglob('*')) == before
+
+
 @needs_full
 def test_a_text_that_cannot_be_prepared_for_a_full_disk_is_one_line(call, monkeypatch):
     Path('mine.txt').write_text(TEXT)

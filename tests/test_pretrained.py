@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -630,8 +631,11 @@ def test_a_run_is_exported_for_transformers(hf, trained, call):
     assert 'left out: the optimizer state' in result.out and not list(Path().glob('*.tmp'))
     model, tokenizer = (kind.from_pretrained('out-gpt2') for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
     ids = tokenizer('the cat', return_tensors='pt')
+    assert set(ids) == {'input_ids', 'attention_mask'}
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
     ours = GPT.from_checkpoint(ckpt.load('out/ckpt.pt')).eval()
+    logits, expected = model(**ids).logits, ours(ids['input_ids'], ids['input_ids'])[0]
+    assert (logits - expected).abs().max() < TOLERANCE[torch.float32] * expected.abs().max()
     encoder = Tokenizer(checkpoint()['tokenizer'])
     assert text == encoder.decode(ours.generate(torch.tensor([encoder.encode('the cat')]), 8, top_k=1)[0].tolist())
     assert call(sample.main, *SAMPLE, '--init_from=out-gpt2', '--start=the cat').out.startswith(
@@ -699,7 +703,8 @@ def test_bpe_runs_take_gpt2s_tokenizer_along_or_say_why_not(hf, here, fit, call,
     assert call(export.main).code == 0
     config = json.loads(Path('out-gpt2/config.json').read_text())
     assert (config['eos_token_id'], config['vocab_size']) == (50256, 50304)
-    assert hf.AutoTokenizer.from_pretrained('out-gpt2').encode('the') == small_bpe().encode('the')
+    assert dict(hf.AutoTokenizer.from_pretrained('out-gpt2')('the')) == dict(
+        input_ids=small_bpe().encode('the'), attention_mask=[1])
 
     def unreachable():
         raise UserError('no network')
@@ -720,20 +725,13 @@ def test_a_nanogpt_checkpoint_without_its_data_leaves_out_the_tokenizer(trained,
     (['--save_dir=data'], 'is there already'), (['--save_dir=out'], 'has the model itself in it'),
     (['--save_dir=file'], 'is there already'), (['--save_dir=link'], 'is there already'),
     (['--save_dir=.'], 'must be another folder'), (['--save_dir='], 'must be another folder'),
-    (['--save_dir=file/below'], 'cannot be written'), (['--save_dir=' + 'x' * 300], 'cannot be written'),
-    (['--out_dir=nowhere'], 'no such checkpoint (nearest: out/ckpt.pt)'), (['--to=onnx'], "(nearest: 'nanogpt')"),
+    (['--out_dir=nowhere'], 'no such checkpoint (nearest: --out_dir=out)'), (['--to=onnx'], "(nearest: 'nanogpt')"),
     (['--too=gpt2'], '--to'), (['gpt2'], 'no such config file')])
 def test_wrong_input_is_one_line_and_writes_nothing(trained, refused, argv, words):
     Path('file').touch(), Path('link').symlink_to('nowhere')
     before = folder_bytes('.')
     assert words in refused(export.main, *argv)
     assert folder_bytes('.') == before and {p.name for p in Path().iterdir()} == {'data', 'out', 'file', 'link'}
-
-
-def test_the_folder_one_stands_in_is_not_replaced(trained, refused, monkeypatch):
-    Path('empty').mkdir()
-    monkeypatch.chdir('empty')
-    assert 'must be another folder than this one' in refused(export.main, '--out_dir=../out', '--save_dir=.')
 
 
 @pytest.mark.parametrize('inside, out_dir', [('out', '.'), ('out/sub', '..')])
@@ -752,8 +750,11 @@ def test_an_empty_folder_is_filled(trained, call):
 @pytest.mark.parametrize('to', ['gpt2', 'nanogpt'])
 @pytest.mark.parametrize('error, code', [(OSError(28, 'No space left on device'), 1), (KeyboardInterrupt(), 130)])
 def test_a_full_disk_or_ctrl_c_leaves_nothing(trained, call, monkeypatch, to, error, code):
+    calls = count()
+
     def fail(descriptor):
-        raise error
+        if next(calls) > 1:                                         # two are of the trial, before work begins
+            raise error
     monkeypatch.setattr('runtime.files.os.fsync', fail)
     before = folder_bytes('.')
     result = call(export.main, f'--to={to}', '--save_dir=a/b/c')
@@ -772,11 +773,6 @@ def test_a_new_folder_removes_nothing_beside_it(tmp_path):
         assert folder.name.startswith('.')
         (folder / 'file').touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, 'new'])
-
-
-def test_help_names_every_option(call):
-    result = call(export.main, '--help')
-    assert result.code == 0 and all(f'--{name}=' in result.out for name in ('out_dir', 'to', 'save_dir'))
 
 
 def test_nothing_of_the_product_needs_transformers():

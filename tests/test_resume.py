@@ -4,6 +4,8 @@ import errno
 import itertools
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare
+import export
 import runtime.run
 import train
 from conftest import ROOT, TINY, checkpoint, rows
@@ -32,6 +36,8 @@ FEATURES = ['', '--dropout=.2', '--gradient_accumulation_steps=3', '--optimizer=
                            marks=[pytest.mark.slow] * ('standard' in svd)) for svd in SVD)]
 STEPS = 13
 RUN = [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=4']
+NAME = "it's my run"
+HERE, THERE = f'--out_dir={NAME}', ['--init_from=resume', f'--out_dir={NAME}', '--device=cpu']
 
 
 def same(a, b):
@@ -136,11 +142,13 @@ def test_random_stops_anywhere_on_the_grid_of_features(fit, call, monkeypatch, s
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
     interrupt(monkeypatch, 3, number)
-    result = call(train.main, *RUN, '--eval_interval=100')
-    assert result.code == code and checkpoint()['iter_num'] == 3
-    assert 'interrupted after step 3, saved to out/ckpt.pt' in result.out
+    result = call(train.main, *RUN, '--eval_interval=100', HERE)
+    assert result.code == code and checkpoint(NAME)['iter_num'] == 3
+    assert f'interrupted after step 3, saved to {NAME}/ckpt.pt' in result.out
     assert result.err.splitlines()[-1] == f'train.py: stopped by {number.name}'
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)     # as it was
+    advice = shlex.split(result.out.rpartition('to go on: ')[2])
+    assert call(train.main, *advice, '--device=cpu', '--max_iters=4').code == 0
 
 
 def test_a_second_signal_stops_without_saving(call, monkeypatch):
@@ -341,6 +349,21 @@ def test_what_a_resumed_run_asks_for_counts_not_the_optimizers_old_options(fit, 
     options = '--init_from=resume --device=cpu --max_iters=3 --weight_decay=.5 --beta2=.5'.split()
     assert call(train.main, *options).code == 0
     assert [(g['weight_decay'], g['betas']) for g in seen[0].param_groups] == [(.5, (.9, .5)), (0., (.9, .5))]
+
+
+@pytest.mark.parametrize('main, argv, option', [
+    (train.main, [*THERE, '--optimizer=adamw'], ''), (train.main, [*THERE, '--adaptive_svd=True'], ''),
+    (train.main, [*RUN, '--out_dir=file/'], '--out_dir='), (train.main, [*THERE[:1], '--out_dir=none'], ''),
+    (export.main, [HERE, '--save_dir=file'], '--save_dir='), (export.main, [HERE, '--save_dir=.'], '--save_dir='),
+    (export.main, [HERE, f'--save_dir={NAME}'], '--save_dir='), (export.main, ['--out_dir=none'], ''),
+    (compare.main, [*RUN, f'--sweep={NAME}/', '--dry_run'], '--sweep=')])
+def test_advice_works_when_it_is_pasted(fit, call, refused, main, argv, option):
+    fit(*RUN, HERE, '--optimizer=muon', '--max_iters=2')
+    Path('file').touch(), Path(f'{NAME}-2/file').mkdir(parents=True)
+    advice = re.search(r'nearest: (.*?)\)( \[.*])?$', refused(main, *argv))[1]
+    for words in advice.split(', or from its weights: '):
+        result = call(main, *argv, *shlex.split(option + words))
+        assert result.code == 0, (words, result.err)
 
 
 def test_another_number_of_processes_is_refused(fit, refused):

@@ -83,11 +83,6 @@ def test_without_any_run_one_line_says_how_to_get_one(here, refused):
     assert 'python train.py config/' in refused(sample.main)
 
 
-def test_a_missing_run_is_answered_with_the_newest(run, refused):
-    run('out-a')
-    assert 'out-b/ckpt.pt: no such checkpoint (nearest: out-a/ckpt.pt)' in refused(sample.main, '--out_dir=out-b')
-
-
 def test_it_is_found_from_another_folder(run, texts, here, monkeypatch):
     run()
     inside = texts()
@@ -228,7 +223,7 @@ def test_gpt2_says_what_is_cut_too(here, call, monkeypatch, byte_bpe):
 
 def test_a_prefix_that_is_recomputed_is_not_compiled(run, refused):
     run()
-    assert 'nearest: compile=False' in refused(sample.main, '--use_svd=True', '--svd_rank=2', '--compile=True')
+    assert 'nearest: --compile=False' in refused(sample.main, '--use_svd=True', '--svd_rank=2', '--compile=True')
 
 
 def test_a_reader_who_leaves_ends_the_sampling(run, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 import bench
 import compress
@@ -20,6 +21,7 @@ from lowrank.lora import INITS
 from model import GPT
 from runtime import pretrained
 from runtime.dataset import Dataset
+from runtime.files import write_atomically
 from test_adaptive_training import PLAN, RUN, assert_same_run, plain_names, planned, resume
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -209,6 +211,11 @@ def test_adapters_alone_come_back(fit, tuned, call, init):
     assert result.code == 0, result.err
     model, options = GPT.from_pretrained('base'), pretrained.read_adapter('adapter')
     special_layers.load_adapters(model, *options)
+    for to in ('gpt2', 'nanogpt', 'safetensors'):                   # whatever they are stored as, and cropped
+        assert call(export.main, '--out_dir=base', f'--to={to}').code == 0
+        stored = GPT.from_pretrained(f'base-{to}')
+        stored.crop_block_size(3)
+        assert special_layers.base_sha256(stored) == options[2]['base_sha256']
     assert model.config.lora_rank == (3 if init == 'lora' else 6) and options[0]['lora_targets'] == 'c_q,c_v'
     assert loss_of(model) == pytest.approx(loss_in('out'), abs=1e-5)
     own = GPT.from_checkpoint(checkpoint())
@@ -234,7 +241,14 @@ def test_adapters_that_do_not_fit(fit, tuned, call, refused):
     own = ['--dataset=toy', '--device=cpu', '--out_dir=new', '--lora_adapter=adapter']
     assert 'lora_adapter: h.0.attn.c_attn.c_q.A is (3, 16), must be (3, 32)' in refused(
         train.main, *own, '--init_from=wider')
-    assert 'lora_adapter: the model has adapters already' in refused(train.main, *own, '--init_from=out')
+    assert 'lora_adapter: out has adapters already' in refused(train.main, *own, '--init_from=out')
+    fit(*BASE, '--out_dir=other', '--seed=1')
+    for main, argv in ((train.main, [*own, '--init_from=other']), (sample.main, [*own[1:], '--out_dir=other'])):
+        line = refused(main, *argv)
+        assert "lora_adapter='adapter': was made on other weights, of base, than other has (nearest: " in line
+    write_atomically(Path('adapter/model.safetensors'), save(load_file('adapter/model.safetensors')))
+    result = call(sample.main, '--out_dir=other', '--lora_adapter=adapter', '--device=cpu', '--max_new_tokens=5')
+    assert result.code == 0 and "lora_adapter='adapter': does not say which" in result.out      # as older ones
     assert "lora_adapter='adapter': goes with the weights" in refused(train.main, *own)
     assert call(export.main, '--out_dir=base', '--to=safetensors', '--save_dir=whole').code == 0
     assert 'not of an adapter' in refused(train.main, *own, '--init_from=base', '--lora_adapter=whole')
@@ -252,7 +266,7 @@ def test_a_lora_run_as_the_start_of_another(fit, tuned, refused):
         assert torch.equal(w, checkpoint('second')['model'][name]) != is_adapter(name), name
     tuned('--init_from=first', '--lora_rank=3', '--out_dir=third')
     assert equal(checkpoint('second')['model'], checkpoint('third')['model'])
-    assert 'lora_rank=2: first has lora_rank=3, which is fixed (nearest: export.py --to=dense)' in refused(
+    assert 'has lora_rank=3, which is fixed (nearest: python export.py --to=dense --out_dir=first)' in refused(
         train.main, *FIRST, '--init_from=first', '--lora_rank=2')
     assert 'adaptive_svd' in refused(train.main, *FIRST, '--init_from=first', '--adaptive_svd=True')
 
@@ -291,7 +305,7 @@ def test_refused_lora_options(fit, refused, base, options, words):
 
 def test_lora_needs_trained_weights(refused):
     line = refused(train.main, *TINY, '--lora_rank=2')
-    assert 'lora_rank=2: adapts trained weights (nearest: --init_from=gpt2)' in line and not Path('out').exists()
+    assert 'lora_rank=2: adapts trained weights (nearest: --init_from=FOLDER)' in line and not Path('out').exists()
 
 
 def test_a_plain_run_is_not_resumed_with_lora(fit, refused):
