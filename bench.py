@@ -11,9 +11,9 @@ measure what every SVD method costs and how good it is. Or test that what must b
     python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
 
-A step is forward, backward, clipping and the optimizer, on random tokens, as many ids as the data set has. Decoding is greedy, batch_size prompts of
-random tokens at a time; its prefill is timed apart. What is compared takes turns, in alternating order, so that a
-drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the configuration's shape is there, and
+A step is forward, backward, clipping and the optimizer, on random tokens of the data set's vocabulary. Decoding is
+greedy, batch_size prompts of random tokens at a time; its prefill is timed apart. What is compared takes turns, in
+alternating order, so that a drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the configuration's shape is there, and
 on synthetic spectra; bench_svd.py says what each figure is. The self-test prints ok, FAIL or skip for each equality,
 in under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
 """
@@ -23,7 +23,7 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -149,27 +149,24 @@ def load_config(argv):
 def bench(cfg):
     """-> exit code."""
     device = devices.pick_device(cfg.device)
-    if cfg.vocab_size is None and not cfg.check:                    # data sets that take hours to prepare are BPE
-        cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
+    if cfg.vocab_size is None and not cfg.check:                    # what takes hours to prepare is BPE
+        cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(
+            locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
     if cfg.svd:
         return bench_svd.run(cfg, device, step_of)
     return (check if cfg.check else bench_decoding if cfg.decode else bench_steps)(cfg, device)
 
 
 def header(cfg, device):
-    """All that shapes the times."""
-    c, dtype, kind = model_config(cfg), devices.pick_dtype(cfg.dtype, device), torch.device(device).type
-    parts = [f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, context {c.block_size}, '
-             f'batch {cfg.batch_size}, bias {c.bias}, dropout {c.dropout}, {c.gelu} GELU']
-    parts += [words for asked, words in (
-        (c.svd_rank is not None, f'SVD rank {c.svd_rank} of {c.n_embd // c.n_head}, svd_block {c.svd_block}, basis_grad '
-         f'{c.svd_basis_grad}, power_iters {c.svd_power_iters}, oversample {c.svd_oversample}'),
-        (c.use_mla, f'MLA latent {c.latent_dim}'), (c.layer_ranks, f'{len(c.layer_ranks or ())} layers of two factors'),
-        (c.lora_layers, f'LoRA rank {c.lora_rank} in {len(c.lora_layers)} layers'),
-        (c.adaptive_layers, f'adaptive SVD in {len(c.adaptive_layers)} layers')) if asked]
-    name = torch.backends.cpu.get_cpu_capability() if kind == 'cpu' else devices.environment(device, dtype)['device_name']
-    return '; '.join([*parts, f'{cfg.optimizer}, {dtype}, {device} ({name}), {torch.get_num_threads()} threads, '
-                      f'torch {torch.__version__}'])
+    """All that shapes the times: sizes, the model's options that are not at their defaults, and the machine."""
+    c, dtype, on_cpu = model_config(cfg), devices.pick_dtype(cfg.dtype, device), torch.device(device).type == 'cpu'
+    sizes = (f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, context '
+             f'{c.block_size}, batch {cfg.batch_size}')
+    options = [f'{f.name}={getattr(c, f.name)!r}' for f in fields(c) if getattr(c, f.name) != f.default
+               and f.name not in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')]
+    name = torch.backends.cpu.get_cpu_capability() if on_cpu else devices.environment(device, dtype)['device_name']
+    return ', '.join([sizes, *options, f'{cfg.optimizer}, {dtype}, {device} ({name}), {torch.get_num_threads()} '
+                      f'threads, torch {torch.__version__}'])
 
 
 def truncating_scopes(cfg):
@@ -222,8 +219,8 @@ def bench_decoding(cfg, device):
             for name, times in rounds.items():
                 costs = decoding_costs(models.get(name), cfg.batch_size, length, cfg.tokens)
                 results.append({'context': length} | decoding_row(name, times, rounds['no SVD'], cfg.batch_size, costs))
-    print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs, 'seed': cfg.seed,
-                      'batch': cfg.batch_size, 'tokens': cfg.tokens, 'tokens_uncached': uncached_tokens(cfg),
+    print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs,
+                      'seed': cfg.seed, 'batch': cfg.batch_size, 'tokens': cfg.tokens, 'tokens_uncached': uncached_tokens(cfg),
                       'results': results}))
 
 

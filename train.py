@@ -103,7 +103,7 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lr_decay_iters is None:                                 # as a number in the checkpoint: a resume keeps it
+        if self.lr_decay_iters is None:                                 # a number in the checkpoint: a resume keeps it
             self.lr_decay_iters = self.max_iters
         pretrained.check_name(self.init_from, ('scratch', 'resume'))
         configuration.at_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1,

@@ -248,8 +248,8 @@ def preparing(folder):
         yield
     finally:
         if lock.is_locked:
-            with suppress(OSError):                                 # on Windows; whoever waits looks whether all is there
-                file.unlink()
+            with suppress(OSError):                                 # on Windows
+                file.unlink()                                       # whoever waits looks whether all is there
         lock.release()
 
 

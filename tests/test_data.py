@@ -319,24 +319,6 @@ def test_nanogpt_folders(tmp_path):
     assert dataset.vocab_size == 3 and Tokenizer(dataset.meta).decode(dataset.tokens('val').tolist()) == 'acb'
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_malicious_pickle_runs_nothing(tmp_path):
-    trace = tmp_path / 'trace'
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=1, itos={0: Malicious(trace)})))
-    with pytest.raises(UserError, match='mkdir'):
-        read_meta(tmp_path)
-    assert not trace.exists()
-    pickle.loads((tmp_path / 'meta.pkl').read_bytes())              # an ordinary unpickler would have run it
-    assert trace.exists()
-
-
 # GPT-2's BPE
 
 @pytest.fixture
