@@ -38,7 +38,7 @@ from runtime.config import PATH, UserError, one_line
 from runtime.dataset import Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
-from runtime.files import FULL, begin_from, check_writable, in_words, unused
+from runtime.files import FULL, begin_from, check_writable, in_words, is_shared, unused
 from runtime.optim import build_optimizer, exchange
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
@@ -118,7 +118,7 @@ class TrainConfig(GPTConfig):
         if self.seed >= 2 ** 63:
             raise ValueError(f'seed={self.seed}: must be below 2**63')
         out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
-        if not self.out_dir or out == Path.cwd() or out in Path.cwd().parents:
+        if not self.out_dir or is_shared(out):
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
         try:
             if any(any(out.glob(place + name)) for name in ('train.bin', 'prepare.py') for place in ('', '*/')):

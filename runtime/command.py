@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime import config as configuration
 from runtime.config import UserError
-from runtime.files import check_writable, in_words, unused
+from runtime.files import check_writable, in_words, is_shared, unused
 from runtime.output import unfailing_output
 from runtime.stopping import Stop
 
@@ -64,8 +64,8 @@ def check_save_dir(save_dir, source, kind, overwrite=False):
     real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, source))
     where = f'save_dir={str(save_dir)!r}'
     try:
-        if real in (Path.cwd(), *Path.cwd().parents):
-            raise UserError(f"{where}: must be another folder than this one (nearest: {unused(save_dir / kind)})")
+        if is_shared(real):
+            raise UserError(f"{where}: must be another folder than this one or home (nearest: {unused(save_dir / kind)})")
         if real in (own, *own.parents):
             raise UserError(f"{where}: has the model itself in it (nearest: {unused(f'{source}-{kind}')})")
         free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())

@@ -38,6 +38,12 @@ def unused(path):
     return "'" + free.replace("'", "'\\''") + "'"
 
 
+def is_shared(path):
+    """Whether a real path is the working directory, the home folder, or one that holds either: no folder for one run,
+    which could be moved aside."""
+    return any(path in (own, *own.parents) for own in (Path.cwd(), Path.home()))
+
+
 @contextmanager
 def naming(path):
     """A block whose OSErrors name the file, as those of open() do and those of write() do not."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from runtime.config import UserError
-from runtime.files import check_writable, unused
+from runtime.files import check_writable, is_shared, unused
 from runtime.run import lock
 
 CHILD = Path(__file__).with_name('child.py')
@@ -70,7 +70,7 @@ def shared_threads(at_once):
 def check_folder(name):
     """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is."""
     folder, real = Path(name), Path(os.path.realpath(name))
-    if not name or real in (Path.cwd(), *Path.cwd().parents):
+    if not name or is_shared(real):
         raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: {unused('out-compare')})")
     check_writable(folder / 'sweep.json', f'sweep={name!r}')
     try:

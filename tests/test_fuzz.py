@@ -161,6 +161,7 @@ def world(tmp_path_factory, one_thread):
         raise UserError('no network')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
+        patch.setenv('HOME', str(work))                             # '~' is a word, too
         patch.setattr(train, 'sample', lambda *args: '')
         patch.setattr(bench, 'bench', lambda cfg: 0)                # its options are what is looked at
         patch.setattr(GPT, 'from_pretrained', refuse)
