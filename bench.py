@@ -13,9 +13,9 @@ measure what every SVD method costs and how good it is. Or test that what must b
 
 A step is forward, backward, clipping and the optimizer, on random tokens of the data set's vocabulary. Decoding is
 greedy, batch_size prompts of random tokens at a time; its prefill is timed apart. What is compared takes turns, in
-alternating order, so that a drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the configuration's shape is there, and
-on synthetic spectra; bench_svd.py says what each figure is. The self-test prints ok, FAIL or skip for each equality,
-in under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
+alternating order, so that a drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the
+configuration's shape is there, and on synthetic spectra; bench_svd.py says what each figure is. The self-test prints
+ok, FAIL or skip for each equality, in under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
 """
 
 import importlib.util
@@ -220,8 +220,8 @@ def bench_decoding(cfg, device):
                 costs = decoding_costs(models.get(name), cfg.batch_size, length, cfg.tokens)
                 results.append({'context': length} | decoding_row(name, times, rounds['no SVD'], cfg.batch_size, costs))
     print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__, 'rounds': cfg.pairs,
-                      'seed': cfg.seed, 'batch': cfg.batch_size, 'tokens': cfg.tokens, 'tokens_uncached': uncached_tokens(cfg),
-                      'results': results}))
+                      'seed': cfg.seed, 'batch': cfg.batch_size, 'tokens': cfg.tokens,
+                      'tokens_uncached': uncached_tokens(cfg), 'results': results}))
 
 
 def kinds(cfg):

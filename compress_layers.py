@@ -230,6 +230,8 @@ def low_rank(model, method, choose, modules, windows):
     share."""
     known = model.config.layer_ranks or {}                          # products have no more than their rank to keep
     layers = dense_layers(model, layer_names(model, modules))
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    choose({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes)            # refuses before the work
     measured, in_turn = method != 'plain', method == 'activation'
     statistics = {}
     if measured:
@@ -243,7 +245,7 @@ def low_rank(model, method, choose, modules, windows):
         energies[name] = found.energies
         if not in_turn:                                             # else made anew, of other inputs: room for one only
             factorizations[name] = found
-    ranks = choose(energies, {name: tuple(layer.weight.shape) for name, layer in layers.items()})
+    ranks = choose(energies, shapes)
     ranks = {name: min(rank or math.inf, known.get(name, math.inf)) for name, rank in ranks.items()
              if rank is not None or name in known}
     if in_turn:
@@ -392,12 +394,13 @@ def to_mla(model, latent_dim, windows):
     dense_layers(model, [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in model.config.layer_shapes
                          if '.c_attn.' in part])
     settle(model)                                                   # fused, whatever they were
+    config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)     # refused before the work, if at all
     attentions = {i: block.attn for i, block in enumerate(model.transformer.h)}
     statistics = {i: Statistics(key_value_weight(attn), attn.c_attn.bias is not None) for i, attn in attentions.items()}
     if windows is not None:
         calibrate(model, {i: attn.c_attn for i, attn in attentions.items()}, statistics, windows, gradients=True)
     state = model.state_dict()
-    new = GPT(replace(model.config, use_mla=True, mla_latent_dim=latent_dim)).to(state['lm_head.weight'])
+    new = GPT(config).to(state['lm_head.weight'])
     for i, attn in progress.brief(attentions.items(), desc='convert', unit='layer'):
         prefix = f'transformer.h.{i}.attn.c_attn.'
         with naming(f'h.{i}.attn.c_attn'):

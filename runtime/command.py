@@ -65,7 +65,8 @@ def check_save_dir(save_dir, source, kind, overwrite=False):
     where = f'save_dir={str(save_dir)!r}'
     try:
         if is_shared(real):
-            raise UserError(f"{where}: must be another folder than this one or home (nearest: {unused(save_dir / kind)})")
+            raise UserError(f'{where}: must be another folder than this one or home (nearest: '
+                            f'{unused(save_dir / kind)})')
         if real in (own, *own.parents):
             raise UserError(f"{where}: has the model itself in it (nearest: {unused(f'{source}-{kind}')})")
         free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())

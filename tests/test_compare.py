@@ -139,7 +139,8 @@ WRONG = [
     ('--jobs=1,2', 'jobs'), ('--device=cpu,cuda', 'device'), ('--wandb_log=True,False', 'wandb_log'),
     ('--wandb_run_name=mine', 'wandb_run_name'), ('--seed=1,2 --seeds=2', 'not together'),
     ('--lora_rank=2,4', 'lora_rank=2'),
-    ('--sweep=.', 'sweep'), ('--sweep=~', 'sweep'), ('--sweep=data', 'holds something else'), ('--seed=-1,2', 'seed=-1'),
+    ('--sweep=.', 'sweep'), ('--sweep=~', 'sweep'),
+    ('--sweep=data', 'holds something else'), ('--seed=-1,2', 'seed=-1'),
     ('own.py', 'nearest: --seeds=3'), ('none.py', 'no such config file')]
 
 

@@ -104,7 +104,7 @@ def test_another_type_is_refused_with_the_nearest_value(option, words):
     ('dropout=-.1', 'at least 0'), ('beta2=1', 'below 1'), ('seed=-1', 'nearest: 0'),
     ('seed=9' + '9' * 20, 'below 2**63'),
     ('svd_block=0', 'at least 1'), ('out_dir=.', "nearest: 'out'"), ('out_dir=', "nearest: 'out'"),
-    ('out_dir=..', "nearest: 'out'"), ('out_dir=a/..', "nearest: 'out'"), ('out_dir=/', "nearest: 'out'"), ('out_dir=~', "nearest: 'out'"),
+    ('out_dir=..', "nearest: 'out'"), ('out_dir=a/..', "nearest: 'out'"), ('out_dir=~', "nearest: 'out'"),
     pytest.param('out_dir=' + 'a' * 5000, 'File name too long')])
 def test_a_value_that_cannot_be_is_refused_with_one_that_can(option, words):
     line = refuse(f'--{option}')
