@@ -285,8 +285,9 @@ def check_same_sweep(folder, record):
         here = json.loads(json.dumps(arms[name]['config']))
         if arm.get('text') != arms[name]['text']:
             difference.append(f'{name} has another text there than {here["dataset"]!r} is now')
+        same = ['dataset'] if isinstance(arm.get('text'), str) else []                          # by its checksum
         difference += [f'{key}={arm["config"].get(key)!r} there, {here.get(key)!r} here' for key in {
-            **here, **arm['config']} if key != 'dataset' and here.get(key) != arm['config'].get(key)]
+            **here, **arm['config']} if key not in same and here.get(key) != arm['config'].get(key)]
     if difference:
         raise UserError(f"sweep={str(folder)!r}: holds another sweep: {difference[0]} (nearest: {unused(folder)})")
 

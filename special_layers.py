@@ -70,7 +70,7 @@ class LayerConfig:
                 valid = f'must be 1 to {min(shape)}' if shape else "no such layer (nearest: 'h.0.mlp.c_fc')"
                 raise ValueError(f'layer_ranks={{{name!r}: {rank}}}: {valid}')
         if self.adaptive_svd and self.lora_rank is not None:
-            raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd (nearest: None)')
+            raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd (nearest: --lora_rank=None)')
         if not -1 <= self.adaptive_svd_target_layer < self.n_layer:
             raise ValueError(f'adaptive_svd_target_layer={self.adaptive_svd_target_layer}: must be 0 to '
                              f'{self.n_layer - 1}, or -1 for all')

@@ -210,7 +210,7 @@ def train(cfg, set_by, saved, processes, stop):
                 raise TrainingStopped(f'the loss is {result["val/loss"]}')
             try:
                 append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
-            except (UserError, OSError) as e:                           # of somebody else's run: the loss is known
+            except (UserError, OSError) as e:                           # the folder may be someone else's
                 if getattr(e, 'errno', None) in FULL:
                     raise
                 say(f'not written: {in_words(e)}')
@@ -447,7 +447,7 @@ def describe(cfg, model, data, device, dtype, processes):
     if c.use_svd or c.svd_rank is not None:
         say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
-    if decays and cfg.lr_decay_iters != cfg.max_iters:
+    if decays and schedule_length(cfg) != cfg.max_iters:
         say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the run '
             f'max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} makes them one)')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:

@@ -107,8 +107,7 @@ class SplitProjection(nn.Module):
 
 
 def unfilled(in_features, out_features, bias, like):
-    """An nn.Linear with the device and dtype of the tensor `like`, for values that are copied into it. None are drawn,
-    so that a seed goes on giving the same numbers elsewhere."""
+    """An nn.Linear with the device and dtype of the tensor `like`. No values are drawn: other draws stay the same."""
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device, dtype=like.dtype)
 
 

@@ -117,7 +117,7 @@ def new_folder(path):
 def begin_from(run, dataset):
     """The options with which train.py begins another run from the weights of `run`, as a shell takes them."""
     settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
-    return shlex.join([settings, f'--init_from={run}', f'--out_dir={run}-2'])
+    return shlex.join([settings, f'--init_from={run}', '--lora_adapter=None']) + f' --out_dir={unused(run)}'
 
 
 def check_writable(path, where):

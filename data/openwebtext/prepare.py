@@ -49,16 +49,16 @@ def main(argv=None):
                        help='local .parquet (column "text") or .txt (one document each)')
     parser.add_argument('--max_tokens', metavar='N', type=int, help='stop after N training tokens')
     parser.add_argument('--out_dir', metavar='DIR', type=command.path, default=FOLDER, help='default: this folder')
-    return command.parse(parser, argv, prepare, 'goes on')
+    return command.parse(parser, argv, alone, 'goes on')
+
+
+def alone(args):
+    with preparing(args.out_dir):
+        prepare(args)
 
 
 def prepare(args):
-    """Documents -> shards -> train.bin, val.bin, meta.json, by one process at a time. Raises UserError, OSError."""
-    with preparing(args.out_dir):
-        prepare_alone(args)
-
-
-def prepare_alone(args):
+    """Documents -> shards -> train.bin, val.bin, meta.json. Raises UserError, OSError."""
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
     what = find_source(args)
