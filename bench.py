@@ -15,7 +15,7 @@ A step is forward, backward, clipping and the optimizer, on random tokens of the
 greedy, batch_size prompts of random tokens at a time; its prefill is timed apart. What is compared takes turns, in
 alternating order, so that a drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the
 configuration's shape is there, and on synthetic spectra; bench_svd.py says what each figure is. The self-test prints
-ok, FAIL or skip for each equality, in under two minutes, and ends with exit code 1 if one failed. The last line is JSON.
+ok, FAIL or skip for each equality, in under two minutes; exit code 1 if one failed. The last line is JSON.
 """
 
 import importlib.util

@@ -231,7 +231,7 @@ def low_rank(model, method, choose, modules, windows):
     known = model.config.layer_ranks or {}                          # products have no more than their rank to keep
     layers = dense_layers(model, layer_names(model, modules))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    choose({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes)            # refuses before the work
+    choose({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes)        # refuses before the work
     measured, in_turn = method != 'plain', method == 'activation'
     statistics = {}
     if measured:
