@@ -143,7 +143,7 @@ def load_config(argv):
     if values['lora_adapter'] is not None:
         theirs |= pretrained.read_adapter(values['lora_adapter'])[0]
     values, set_by = configuration.parse(BenchConfig, argv, configuration.check_all(BenchConfig, theirs, where))
-    return configuration.build(BenchConfig, values, set_by, otherwise=where)
+    return configuration.build(BenchConfig, values, set_by, otherwise=where if theirs else 'default')
 
 
 def bench(cfg):
