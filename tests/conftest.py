@@ -1,7 +1,6 @@
 """What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in this process."""
 
 import io
-import json
 import os
 import shutil
 import signal
@@ -15,20 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import train
+from helpers import TEXT, TINY
 from lowrank import svd
 from runtime import download, sweep
 from runtime.dataset import write_dataset
-
-# 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
-TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2) for animal in ('cat', 'hen', 'toad')
-               for verb in ('sat', 'sang', 'lies', 'ate') for place in ('bed', 'roof', 'sea', 'stone'))
-TINY = ('--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 '
-        '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --learning_rate=1e-2 '
-        '--eval_interval=2 --eval_iters=2').split()
 
 
 @pytest.fixture(scope='module')
@@ -138,27 +128,6 @@ def in_process(monkeypatch):
         return SimpleNamespace(returncode=code, stdin=io.StringIO(), poll=lambda: code, wait=lambda: code)
     monkeypatch.setattr(sweep, '_start', start)
     return names
-
-
-def rows(folder='out', file='metrics.jsonl'):
-    """The rows of a JSON Lines file, which must be strict JSON: NaN is not."""
-    def refuse(word):
-        raise ValueError(f'{word} is not JSON')
-    return [json.loads(line, parse_constant=refuse) for line in (Path(folder) / file).read_text().splitlines()]
-
-
-def checkpoint(folder='out'):
-    return torch.load(Path(folder) / 'ckpt.pt', weights_only=True)
-
-
-def equal(a, b):
-    """Whether two state dicts are the same to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def folder_bytes(folder='out'):
-    """Every file below a folder -> its content."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
 
 
 @pytest.fixture

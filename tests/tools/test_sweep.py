@@ -1,0 +1,177 @@
+"""runtime/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named, and no process
+outlives the one that started it. The runs are those of a script of a few lines."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT, rows
+from runtime import sweep
+from runtime.config import UserError
+from runtime.stopping import Interrupted, Stop
+
+SCRIPT = '''
+import json, os, signal, sys, time
+from pathlib import Path
+folder, what = Path(sys.argv[1]), sys.argv[2]
+folder.mkdir(parents=True, exist_ok=True)
+print('starts', what, os.environ['OMP_NUM_THREADS'], os.environ.get('SLOT'))
+
+def save(number, frame):
+    time.sleep(.5)
+    (folder / 'ckpt.pt').write_text('saved')
+    sys.exit(128 + number)
+
+if what == 'fails':
+    print('a bar: 1%\\r2%\\rthe reason')
+    sys.exit(3)
+if what == 'dies':
+    os.kill(os.getpid(), signal.SIGKILL)
+if what in ('waits', 'stops its parent'):
+    signal.signal(signal.SIGTERM, save)
+    (folder / 'ready').touch()
+    if what == 'stops its parent':
+        while len([*folder.parent.glob('*/ready')]) < 2:
+            time.sleep(.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(100)
+with open(folder / 'metrics.jsonl', 'a') as f:
+    f.write(json.dumps({'iter': 5, 'final': True, 'val/loss': 1.0}) + '\\n')
+'''
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(name, what) -> a Job of the script that does that; its resume ends well."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
+
+    def job(name, what='ends', resume='ends'):
+        folder = tmp_path / 'sweep' / 'runs' / name
+        script = str(tmp_path / 'script.py')
+        return sweep.Job(name, folder, 5, [script, str(folder), what], resume and [script, str(folder), resume])
+    return job
+
+
+def run(jobs, at_once=1, **others):
+    """-> names of failed jobs, and of ended ones with their exit codes."""
+    ended = []
+    return sweep.run_all(jobs, at_once, lambda job, code, seconds: ended.append((job.name, code)), **others), ended
+
+
+def test_what_is_finished_is_not_repeated_and_a_failed_run_is_named(job):
+    jobs = [job('a'), job('b', 'fails'), job('c', 'dies'), job('d')]
+    failed, ended = run(jobs)
+    assert failed == ['b', 'c'] and ended == [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)]
+    assert sweep.why(jobs[1], 3).startswith('b: failed, exit code 3: the reason (')
+    assert 'killed by SIGKILL' in sweep.why(jobs[2], -signal.SIGKILL)
+    assert [name for name, _ in run(jobs)[1]] == ['b', 'c']
+    assert len(rows(jobs[0].folder)) == 1
+
+
+def test_a_run_that_ends_without_its_result_has_failed(job):
+    assert run([job('a')._replace(steps=6)])[0] == ['a']
+
+
+def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job):
+    for name, checkpoint in (('saved', True), ('begun', False), ('never', True)):
+        one = job(name)
+        one.folder.mkdir(parents=True)
+        (one.folder / 'metrics.jsonl').write_text(json.dumps({'iter': 1, 'loss': 1}) + '\n{"iter"')
+        sweep.log_of(one).write_text('earlier\n')
+        if checkpoint:
+            (one.folder / 'last.pt').touch()
+    jobs = [job('saved', 'fails'), job('begun', resume='fails'), job('never', resume=None)]
+    (jobs[2].folder / 'last.pt').rename(jobs[2].folder / 'ckpt.pt')
+    assert sweep.rows(jobs[0].folder) == [{'iter': 1, 'loss': 1}]
+    run(jobs)
+    assert [len((one.folder / 'metrics.jsonl').read_text().splitlines()) for one in jobs] == [2, 1, 2]
+    assert [sweep.log_of(one).read_text().startswith('earlier') for one in jobs] == [True, False, False]
+
+
+def test_threads_and_slots_are_shared_out(job, monkeypatch):
+    monkeypatch.setattr(sweep.torch, 'get_num_threads', lambda: 7)
+    jobs = [job(name) for name in 'abc']
+    assert run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})[0] == []
+    assert sorted(sweep.log_of(one).read_text() for one in jobs) == [f'starts ends 2 slot{i}\n' for i in range(3)]
+
+
+@pytest.mark.parametrize('asked, device, named, at_once, slots, said', [
+    ('auto', 'cpu', None, 4, [None, None], ''), ('auto', 'mps', None, 2, [None, None], 'share 1 GPU,'),
+    ('auto', 'cuda', None, 3, ['0', '1', '0'], 'share 2 GPUs,'), ('cuda', 'cuda', '5,7', 2, ['5', '7'], ''),
+    ('cuda:1', 'cuda:1', None, 2, [None, None], 'share 1 GPU,')])
+def test_gpus_are_given_out_in_turn(asked, device, named, at_once, slots, said, monkeypatch):
+    monkeypatch.setattr(sweep.torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if named:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
+    lines = []
+    environment = sweep.gpus(asked, device, at_once, lines.append)
+    assert [environment(i).get('CUDA_VISIBLE_DEVICES') for i in range(len(slots))] == slots
+    assert said in ''.join(lines) and bool(said) == bool(lines)
+
+
+def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
+    jobs = [job('a', 'waits'), job('b', 'stops its parent'), job('c')]
+    with Stop(under_torchrun=False), pytest.raises(Interrupted) as stopped:
+        run(jobs, 2)
+    assert stopped.value.signal == signal.SIGTERM
+    assert all((one.folder / 'ckpt.pt').exists() for one in jobs[:2]) and not jobs[2].folder.exists()
+    assert run(jobs, 2)[0] == []
+
+
+@pytest.mark.skipif(sweep.lock.__globals__['fcntl'] is None, reason='no such locks here')
+def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_path):
+    """The run takes half a second to save after its parent is gone: the next one has to wait."""
+    one, folder = job('a', 'waits'), tmp_path / 'sweep'
+    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
+            'from pathlib import Path\n'
+            'from runtime import sweep\n'
+            f'with sweep.alone({str(folder)!r}, "sweep", print) as inherit:\n'
+            f'    sweep.run_all([sweep.Job({one.name!r}, Path({str(one.folder)!r}), 5, {one.argv!r}, None)], 1, print,'
+            ' inherit=inherit)\n')
+    parent = subprocess.Popen([sys.executable, '-c', code])
+    try:
+        until = time.monotonic() + 100
+        while not (one.folder / 'ready').exists():
+            assert time.monotonic() < until and parent.poll() is None
+            time.sleep(.02)
+        with pytest.raises(UserError, match='a run is going on there'), sweep.alone(folder, 'sweep', print):
+            pass
+        parent.kill()
+        parent.wait()
+        told = []
+        with sweep.alone(folder, 'sweep', told.append):
+            assert (one.folder / 'ckpt.pt').read_text() == 'saved'
+        assert len(told) == 1 and 'waiting' in told[0]
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_a_child_is_as_if_it_had_been_started_itself(tmp_path):
+    (tmp_path / 'beside.py').write_text('x = 3')
+    (tmp_path / 'script.py').write_text('import sys, beside; print(__name__, sys.argv[1:], beside.x)')
+    with subprocess.Popen([sys.executable, ROOT / 'runtime' / 'child.py', tmp_path / 'script.py', 'a', '-b'],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read() == "__main__ ['a', '-b'] 3\n"
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'file', 'other'])
+def test_a_folder_with_something_else_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('file').touch()
+    Path('other').mkdir()
+    Path('other', 'diary.txt').touch()
+    with pytest.raises(UserError, match=f"^sweep='{name}'"):
+        sweep.check_folder(name)
+
+
+def test_a_folder_where_a_sweep_was_killed_at_its_start_is_taken(tmp_path):
+    (tmp_path / 'new' / 'runs').mkdir(parents=True)
+    (tmp_path / 'new' / 'sweep.json.12.tmp').touch()
+    assert sweep.check_folder(str(tmp_path / 'new')) == tmp_path / 'new'
