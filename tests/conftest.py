@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -19,6 +18,22 @@ from helpers import TEXT, TINY
 from lowrank import svd
 from runtime import download, sweep
 from runtime.dataset import write_dataset
+
+
+def pytest_addoption(parser):
+    parser.addoption('--device', help='run only the tests marked any_device, on this device: cuda, mps or cpu')
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--device'):
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker('any_device')])
+        items[:] = [item for item in items if item.get_closest_marker('any_device')]
+
+
+@pytest.fixture(scope='session')
+def device(request):
+    """The device on which the tests marked any_device run."""
+    return request.config.getoption('--device') or 'cpu'
 
 
 @pytest.fixture(scope='module')
@@ -87,6 +102,35 @@ def fit(call, monkeypatch):
         assert result.code == 0, result.err
         return result.out
     return fit
+
+
+@pytest.fixture(scope='session')
+def trained_once(tmp_path_factory, toy):
+    """trained_once(*options) -> the OUT_DIR of the tiny model trained with these options, once in a session."""
+    folders = {}
+
+    def trained_once(*options):
+        if options not in folders:
+            work, before = tmp_path_factory.mktemp('trained'), os.getcwd()
+            shutil.copytree(toy, work / 'data' / 'toy')
+            os.chdir(work)
+            try:
+                with redirect_stdout(io.StringIO()):
+                    assert train.main([*TINY, *options]) == 0
+            finally:
+                os.chdir(before)
+            folders[options] = work / 'out'
+        return folders[options]
+    return trained_once
+
+
+@pytest.fixture
+def trained(here, trained_once):
+    """trained(*options) copies such a run into out/, or into `folder`. What a test only reads or goes on from need not
+    be trained again."""
+    def trained(*options, folder='out'):
+        return shutil.copytree(trained_once(*options), Path(folder))
+    return trained
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 import sample
 import train
-from helpers import TINY, checkpoint, counted, equal, error, make, optimizer_of, svd, tokens
+from helpers import TINY, checkpoint, counted, equal, error, make, optimizer_of, rows, svd, tokens
 from lowrank.layers import LowRankLinear, SplitProjection
 from model import GPT, GPTConfig, QKVProjection
 from runtime.optim import gpt_groups
