@@ -1,21 +1,20 @@
 """
 Time whole training steps, paired: this repo's model without SVD against every SVD method and scope, against
 multi-head latent attention if the configuration has it, and against another checkout's model.py. Or time decoding. Or
-measure what every SVD method costs and how good it is. Or test that what must be equal is equal on this machine.
+measure what every SVD method costs and how good it is.
 
     python bench.py config/train_svd_test.py                     # the main job's model
     python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT and its optimizer
     python bench.py config/train_svd_test.py --decode            # tokens/s and cache bytes; takes --peer, too
     python bench.py config/train_mla_test.py --decode            # MLA against ordinary attention; FLOPs without the SVD
     python bench.py config/train_svd_test.py --svd --plot        # every SVD method: time, memory, error, a figure
-    python bench.py --check                                      # the self-test; takes --device, --dtype and --seed
     python bench.py --help
 
 A step is forward, backward, clipping and the optimizer, on random tokens of the data set's vocabulary. Decoding is
 greedy, batch_size prompts of random tokens at a time; its prefill is timed apart. What is compared takes turns, in
 alternating order, so that a drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the
-configuration's shape is there, and on synthetic spectra; bench_svd.py says what each figure is. The self-test prints
-ok, FAIL or skip for each equality, in under two minutes; exit code 1 if one failed. The last line is JSON.
+configuration's shape is there, and on synthetic spectra; bench_svd.py says what each figure is. The last line is
+JSON.
 """
 
 import importlib.util
@@ -33,7 +32,6 @@ import torch
 
 import bench_svd
 import special_layers
-from check import run
 from model import GPT, METHODS, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -52,7 +50,7 @@ DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None, **special_layers.NO
 @dataclass
 class BenchConfig(TrainConfig):
     """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
-    check: Annotated[bool, 'test on this device that what must be equal is equal, and time nothing', SWITCH] = False
+    check: Annotated[bool, 'gone: python -m pytest --device=cuda is the self-test of a device', SWITCH] = False
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths of block_size"] = None
     tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing is cached; None: 32, '
@@ -69,6 +67,9 @@ class BenchConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.check:
+            raise ValueError(f'check=True: the self-test is a part of the tests now (nearest: python -m pytest --device='
+                             f'{"cuda" if self.device == "auto" else self.device})')
         if self.pairs < 2:
             raise ValueError(f'pairs={self.pairs}: must be at least 2 (nearest: 2)')
         if self.tokens is None:
@@ -87,7 +88,7 @@ class BenchConfig(TrainConfig):
             raise ValueError(f'peer={self.peer!r}: has no model.py')
 
     def _check_svd(self):
-        other = next((name for name in ('check', 'decode', 'peer') if getattr(self, name)), None)
+        other = next((name for name in ('decode', 'peer') if getattr(self, name)), None)
         if other:
             raise ValueError(f'{other}={getattr(self, other)!r}: not together with --svd')
         full = min(self.block_size, self.n_embd // self.n_head)
@@ -126,7 +127,7 @@ class BenchConfig(TrainConfig):
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 1 a check failed, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
     return command.run('bench.py', BenchConfig, __doc__, bench, argv, load_config)
 
 
@@ -149,12 +150,12 @@ def load_config(argv):
 def bench(cfg):
     """-> exit code."""
     device = devices.pick_device(cfg.device)
-    if cfg.vocab_size is None and not cfg.check:                    # what takes hours to prepare is BPE
+    if cfg.vocab_size is None:                                      # what takes hours to prepare is BPE
         cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(
             locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
     if cfg.svd:
         return bench_svd.run(cfg, device, step_of)
-    return (check if cfg.check else bench_decoding if cfg.decode else bench_steps)(cfg, device)
+    return (bench_decoding if cfg.decode else bench_steps)(cfg, device)
 
 
 def header(cfg, device):
@@ -291,14 +292,6 @@ def decoding_row(name, times, baseline, batch, costs):
     print(words, flush=True)
     return {'name': name, 'tokens_per_s': batch / a_token, 'rate_over_no_svd': ratio, 'quartiles': [low, high],
             'prefill_s': prefill} | costs
-
-
-def check(cfg, device):
-    """The self-test of check.py, then its rows as one line of JSON. -> exit code."""
-    dtype = devices.pick_dtype(cfg.dtype, device)
-    rows, code = run(device, dtype, cfg.seed)
-    print(json.dumps({**devices.environment(device, dtype), 'seed': cfg.seed, 'checks': rows}))
-    return code
 
 
 def peer_model(cfg, device):
