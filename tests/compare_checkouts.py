@@ -1,0 +1,269 @@
+"""
+Compare two checkouts of this repository on this machine, to the bit:
+
+    python tests/compare_checkouts.py                           # the commit BEFORE against the working tree
+    python tests/compare_checkouts.py OLD NEW                   # commits or folders
+    python tests/compare_checkouts.py OLD NEW --only=mla        # the configurations whose name contains a word
+
+Both trees train, resume, adapt, export and sample the same small models, one configuration after the other. Compared are
+all losses and other metrics, the logits of every forward pass, generated tokens with and without a cache, and every
+tensor and number of the checkpoints. No result is stored: bits differ between processors. A value that a checkpoint
+keeps under another name is reported, but is no difference. Exit code: 0 equal, 1 different, 2 wrong input.
+
+The trees are used through the names that stay put: the commands' main(argv) and options, GPT, and the files of OUT_DIR.
+"""
+
+import array
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+BEFORE = 'f9a6cb4'                  # the last commit before the redesign
+ROOT = Path(__file__).resolve().parents[1]
+CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
+BASE = ('--dataset=toy --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=20 '
+        '--lr_decay_iters=20 --gradient_accumulation_steps=2 --learning_rate=1e-2 --eval_interval=10 --eval_iters=2')
+SVD = '--use_svd=True --svd_rank=4 --svd_block=8'
+LORA = '--init_from=base --lora_rank=2 --lora_targets=c_q,c_v,c_fc'
+ADAPTIVE = '--adaptive_svd=True --adaptive_svd_target_layer=-1 --adaptive_svd_targets=c_q,c_proj ' \
+           '--adaptive_svd_interval=1'                          # so that layers reach low-rank mode within 20 steps
+FACTORED = "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.1.attn.c_proj':5}"
+
+# name -> options of train.py. Names say how a run is made: see `commands`
+TRAINED = {
+    'plain': '', 'plain dropout': '--dropout=0.2 --bias=True', 'plain muon': '--optimizer=muon',
+    'plain bfloat16': '--dtype=bfloat16', 'plain compiled': '', 'plain two processes': '',
+    **{f'{scope} {method}': f'{SVD} --svd_scope={scope} --svd_method={method}'
+       for scope in ('sequence', 'causal', 'weight') for method in ('standard', 'gram', 'randomized')},
+    'causal constant basis': f'{SVD} --svd_scope=causal --svd_basis_grad=False',
+    'causal randomized muon resumed': f'{SVD} --svd_scope=causal --svd_method=randomized --optimizer=muon '
+                                      '--dropout=0.1',
+    'sequence randomized two processes': f'{SVD} --svd_method=randomized',
+    'causal gram compiled': f'{SVD} --svd_scope=causal',
+    'mla': '--use_mla=True', 'mla muon resumed': '--use_mla=True --mla_latent_dim=12 --optimizer=muon --bias=True',
+    'mla causal': f'--use_mla=True {SVD} --svd_scope=causal', 'mla weight': f'--use_mla=True {SVD} --svd_scope=weight',
+    'mla compiled': '--use_mla=True',
+    'factored': FACTORED, 'factored muon resumed': f'{FACTORED} --optimizer=muon',
+    'lora': LORA, 'lora dropout muon resumed': f'{LORA} --lora_dropout=0.2 --optimizer=muon',
+    'lora pissa': f'{LORA} --lora_init=pissa', 'lora milora': f'{LORA} --lora_init=milora --lora_alpha=4',
+    'adaptive': ADAPTIVE, 'adaptive muon': f'{ADAPTIVE} --optimizer=muon',
+    'adaptive resumed': f'{ADAPTIVE} --adaptive_svd_protection=none',
+    'adaptive two processes': ADAPTIVE,
+    'exported nanogpt': '', 'exported gpt2': '--bias=True', 'exported mla safetensors': '--use_mla=True',
+    'compressed': '', 'compressed to mla': '',
+}
+
+
+def commands(name, options):
+    """The commands of a configuration, as (script, argv); each leaves a folder `run`, or one that a later one reads."""
+    train = [*BASE.split(), *options.split(), '--out_dir=run']
+    lines = [('train', train)]
+    if '--init_from=base' in train:
+        lines.insert(0, ('train', [*BASE.split(), '--out_dir=base']))
+    if 'resumed' in name:
+        lines[-1:] = [('train', [*train, '--max_iters=13']),
+                      ('train', ['--init_from=resume', '--out_dir=run', '--device=cpu', '--max_iters=20'])]
+    if 'exported' in name:
+        lines.append(('export', ['--out_dir=run', f'--to={name.split()[-1]}', '--save_dir=other']))
+    if name == 'compressed':
+        lines.append(('compress', ['--out_dir=run', '--save_dir=other', '--keep=0.6', '--finetune_iters=3']))
+    if name == 'compressed to mla':
+        lines.append(('compress', ['--out_dir=run', '--save_dir=other', '--to=mla', '--mla_latent_dim=8']))
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one tree: what is recorded
+
+def record(tree, name):
+    """Run a configuration with the code of `tree` in the working directory -> name of a value -> the value as text."""
+    sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or '.').resolve() != ROOT / 'tests')]
+    import torch
+    model = importlib.import_module('model')
+    torch.set_num_threads(1)
+    if 'compiled' in name:
+        torch.compile = functools.partial(torch.compile, backend='aot_eager')
+    values, seen = {}, []                                       # seen: the models that computed something
+    forward = model.GPT.forward
+
+    @functools.wraps(forward)
+    def recorded(self, *args, **kwargs):
+        result = forward(self, *args, **kwargs)
+        if not torch.compiler.is_compiling() and torch.is_tensor(result[0]):
+            seen[:] = [self]
+            values[f'{len(values):05} logits'] = digest(result[0].detach())
+        return result
+    model.GPT.forward = recorded
+
+    for script, argv in commands(name, TRAINED[name]):
+        if script == 'train' and 'two processes' in name:
+            argv = [*argv, '--backend=gloo']
+        run(script, argv, values)
+    if 'compiled' in name or int(os.environ.get('RANK', 0)):
+        return values                                           # process 0 generates
+    for temperature in (0, 1):
+        run('sample', ['--out_dir=run', '--num_samples=2', '--max_new_tokens=40', f'--temperature={temperature}',
+                       '--device=cpu', '--start=ab'], values)
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        with contextlib.suppress(ValueError):                   # no cache where V sees the future
+            ids = seen[0].generate(torch.tensor([[1, 2, 3]]), 40, use_cache=use_cache)
+            values[f'{len(values):05} tokens, use_cache={use_cache}'] = digest(ids)
+    for file in sorted(Path().glob('*/*.jsonl')):
+        for i, line in enumerate(file.read_text().splitlines()):
+            flatten(json.loads(line), f'{file} {i}', values)
+    for file in sorted(Path().glob('*/*.pt')):
+        saved = torch.load(file, map_location='cpu', weights_only=True)
+        flatten({k: v for k, v in saved.items() if k not in ('config', 'model_args', 'tokenizer')}, file, values)
+    for file in sorted(Path().glob('*/*.safetensors')):
+        from safetensors.torch import load_file
+        flatten(load_file(file), file, values)
+    return values
+
+
+def run(script, argv, values):
+    """A command's main(argv). What it prints is kept if it is generated text."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = importlib.import_module(script).main(argv)
+    if code:
+        raise SystemExit(f'{script}.py {" ".join(argv)}: exit code {code}')
+    if script == 'sample':
+        values[f'{len(values):05} text'] = printed.getvalue()
+
+
+def flatten(value, name, values):
+    """Tensors and numbers of nested dicts and lists -> values[path of keys]."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key not in CLOCK:
+                flatten(part, f'{name} {key}', values)
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            flatten(part, f'{name} {i}', values)
+    else:
+        values[name] = digest(value) if hasattr(value, 'numpy') else repr(value)
+
+
+def digest(tensor):
+    tensor = tensor.contiguous()
+    content = tensor.view(-1).view(__import__('torch').uint8).numpy().tobytes() if tensor.numel() else b''
+    return f'{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()[:16]}'
+
+
+def make_data(folder):
+    """data/toy as nanoGPT prepares it: words in random order, 16 characters."""
+    words = random.Random(0).choices(['ab', 'cde', 'fgh ', 'i j', 'klm', 'no '], k=2000)
+    text = ''.join(words)
+    chars = sorted(set(text))
+    ids = array.array('H', map(chars.index, text))
+    (folder / 'data' / 'toy').mkdir(parents=True)
+    (folder / 'data' / 'toy' / 'train.bin').write_bytes(ids[:-600].tobytes())
+    (folder / 'data' / 'toy' / 'val.bin').write_bytes(ids[-600:].tobytes())
+    (folder / 'data' / 'toy' / 'meta.pkl').write_bytes(pickle.dumps(
+        {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# two trees: what is compared
+
+def start(tree, name, work):
+    """A process that records a configuration in a folder of its own."""
+    make_data(work)
+    python = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command = [*(python if 'two processes' in name else [sys.executable]), str(Path(__file__).resolve()), '--record',
+               str(tree), name]
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'disabled', 'HOME': str(work)}
+    return subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
+
+
+def result(process, work):
+    """-> values by name. Raises RuntimeError with what the process said last if it failed."""
+    said = process.communicate()[0]
+    if process.returncode:
+        raise RuntimeError(said.strip()[-1500:])
+    return json.loads((work / 'values.json').read_text())
+
+
+def differences(old, new):
+    """-> the names whose values differ, in the order in which they came about, and the pairs that have other names."""
+    gone, added = [k for k in old if k not in new], {new[k]: k for k in new if k not in old}
+    renamed = [(k, added[old[k]]) for k in gone if old[k] in added]
+    moved = {k for pair in renamed for k in pair}
+    return [k for k in dict.fromkeys([*old, *new]) if k not in moved and old.get(k) != new.get(k)], renamed
+
+
+def compare(name, trees, work):
+    """Print a line -> whether both trees agree."""
+    folders = [work / f'{name} {i}'.replace(' ', '-') for i in range(2)]
+    processes = [start(tree, name, folder) for tree, folder in zip(trees, folders)]
+    try:
+        old, new = (result(*pair) for pair in zip(processes, folders))
+    except RuntimeError as e:
+        print(f'FAIL  {name}: {e}', flush=True)
+        return False
+    finally:
+        for process in processes:
+            process.kill()
+    different, renamed = differences(old, new)
+    verdict = f'{len(old)} values'
+    if different:
+        first = different[0]
+        verdict = (f'{len(different)} of {len(old)} values differ, the first: {first}: '
+                   f'{old.get(first, "missing")} -> {new.get(first, "missing")}')
+    names = f'; {len(renamed)} renamed, as {renamed[0][0]} -> {renamed[0][1]}' if renamed else ''
+    print(f'{"DIFF " if different else "equal"} {name}: {verdict}{names}', flush=True)
+    return not different
+
+
+def checkout(source, work):
+    """A folder, or a commit that is unpacked below `work` -> the tree's folder. Raises ValueError if it is neither."""
+    if (Path(source) / 'model.py').is_file():
+        return Path(source).resolve()
+    archive = subprocess.run(['git', '-C', str(ROOT), 'archive', source], capture_output=True)
+    if archive.returncode:
+        raise ValueError(f'{source}: neither a folder with a model.py nor a commit (nearest: HEAD)')
+    tree = work / f'tree-{source.replace("/", "-")}'
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as f:
+        f.extractall(tree, filter='data')
+    return tree
+
+
+def main(argv):
+    if argv[:1] == ['--record']:
+        values = record(*argv[1:])
+        if int(os.environ.get('RANK', 0)) == 0:
+            Path('values.json').write_text(json.dumps(values))
+        return 0
+    words = [arg.removeprefix('--only=') for arg in argv if arg.startswith('--only=')]
+    sources = [arg for arg in argv if not arg.startswith('--')]
+    names = [name for name in TRAINED if all(word in name for word in words)]
+    if len(sources) not in (0, 2) or len(sources) + len(words) != len(argv) or not names:
+        print(f'usage: python tests/compare_checkouts.py [OLD NEW] [--only=WORD], of: {", ".join(TRAINED)}',
+              file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trees = [checkout(source, Path(folder)) for source in sources or (BEFORE, ROOT)]
+        except ValueError as e:
+            print(f'compare_checkouts.py: {e}', file=sys.stderr)
+            return 2
+        equal = [compare(name, trees, Path(folder)) for name in names]
+    print(f'{sum(equal)} of {len(equal)} configurations are equal')
+    return int(not all(equal))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
