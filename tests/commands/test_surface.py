@@ -12,7 +12,7 @@ from helpers import checkpoint, rows
 
 SURFACE = json.loads(Path(__file__).with_name('surface.json').read_text())
 KINDS = {'plain': ['--optimizer=muon'], 'svd': ['--use_svd=True', '--svd_rank=2', '--svd_method=randomized'],
-         'adaptive': ['--n_embd=32', '--adaptive_svd=True', '--adaptive_svd_interval=1']}
+         'adaptive': ['--n_embd=32', '--adaptive_svd=True', '--adaptive_svd_interval=1', '--max_iters=12']}
 
 
 @pytest.mark.parametrize('command', SURFACE['options'])
