@@ -1,0 +1,39 @@
+"""tests/compare_checkouts.py finds what differs between two trees, and nothing between two that are the same."""
+
+import shutil
+
+import pytest
+
+import compare_checkouts
+from helpers import ROOT
+
+# appended to model.py: each changes one thing by little, in a way that no name of the repo but GPT and nanoGPT's is needed
+HEAD = '''
+_init, _forward = GPT.__init__, GPT.forward
+def changed(self, config):
+    _init(self, config)
+'''
+PLANTED = {
+    'nothing': '',
+    'an initialisation': HEAD + '    with torch.no_grad(): self.transformer.wpe.weight[0, 0] += 1e-6',
+    'a gradient': HEAD + '    self.transformer.wpe.weight.register_hook(lambda g: g * (1 + 1e-6))',
+    'a random stream': HEAD + '    torch.rand(1)',
+    'the order of data': HEAD + '    torch.randint = lambda *a, real=torch.randint, **k: real(*a, **k).flip(0)',
+    'a cached row': HEAD + '    self.transformer.h[0].attn.c_attn.register_forward_hook(lambda module, args, out: '
+                           'type(out)(o * (1 + 1e-6) for o in out) if args[0].size(1) == 1 else out)'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change', PLANTED)
+def test_a_planted_change_is_found(tmp_path, capfd, change):
+    tree = tmp_path / 'tree'
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data', 'out*'))
+    with open(tree / 'model.py', 'a') as f:
+        f.write(PLANTED[change] + ('\nGPT.__init__ = changed\n' if PLANTED[change] else ''))
+    code = compare_checkouts.main([str(ROOT), str(tree), '--only=plain dropout'])
+    assert code == (change != 'nothing'), capfd.readouterr().out
+
+
+@pytest.mark.parametrize('argv', [['one'], ['--only=no such'], ['nowhere', str(ROOT)]])
+def test_wrong_input_is_refused(capsys, argv):
+    assert compare_checkouts.main(argv) == 2 and len(capsys.readouterr().err.splitlines()) == 1
