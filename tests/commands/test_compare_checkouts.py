@@ -27,11 +27,12 @@ PLANTED = {
 @pytest.mark.parametrize('change', PLANTED)
 def test_a_planted_change_is_found(tmp_path, capfd, change):
     tree = tmp_path / 'tree'
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data', 'out*'))
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data', 'out', 'out-*'))
     with open(tree / 'model.py', 'a') as f:
         f.write(PLANTED[change] + ('\nGPT.__init__ = changed\n' if PLANTED[change] else ''))
     code = compare_checkouts.main([str(ROOT), str(tree), '--only=plain dropout'])
-    assert code == (change != 'nothing'), capfd.readouterr().out
+    verdict, expected = capfd.readouterr().out, ('equal', 0) if change == 'nothing' else ('DIFF ', 1)
+    assert (verdict[:5], code) == expected, verdict
 
 
 @pytest.mark.parametrize('argv', [['one'], ['--only=no such'], ['nowhere', str(ROOT)]])
