@@ -308,6 +308,18 @@ def test_the_default_method_takes_what_whitened_does(windows, spoil):
     assert activation < max(before, whitened) + .01
 
 
+@pytest.mark.parametrize('method, layer', [('plain', 'h.1.mlp.c_fc'), ('whitened', 'h.1.mlp.c_fc'),
+                                           ('activation', 'h.0.attn.c_attn.c_q'), ('mla', 'h.0.attn.c_attn')])
+def test_what_overflows_names_the_layer(windows, method, layer):
+    """Weights of 1e200 have infinite squares in float64, and gradients that are no numbers."""
+    model = split_model() if method != 'mla' else random_model(torch.float64)
+    model.transformer.h[1].mlp.c_fc.weight.mul_(1e200)
+    with pytest.raises(ValueError, match=f'^{layer}: '):
+        if method == 'mla':
+            layers.to_mla(model, 4, windows())
+        layers.low_rank(model, method, layers.fixed_rank(3), layers.MODULES, windows())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # ranks
 
