@@ -74,15 +74,15 @@ def test_text_helps_and_gradients_help_more(trained, shrink, run, options, metho
     assert losses == sorted(losses) and found[0][0] - .01 < losses[0]
 
 
-def test_nothing_is_learnt_from_the_validation_split(trained, shrink):
-    """Another one gives the same model, and another loss."""
+def test_the_seed_decides_and_the_validation_split_teaches_nothing(trained, shrink):
+    """Another split gives the same model and another loss, another seed another model."""
     trained(*NO_BIAS)
-    reports = []
-    for folder in ('one', 'two'):
-        reports.append(shrink('--keep=0.4', '--finetune_iters=3', '--out_dir=out', save_dir=folder))
+    losses, models = [], []
+    for seed in (1, 1, 2):
+        losses += shrink('--finetune_iters=3', f'--seed={seed}', '--out_dir=out', save_dir=str(len(losses)))['val_loss'][:1]
+        models.append(checkpoint(str(len(losses) - 1))['model'])
         np.roll(np.fromfile('data/toy/val.bin', np.uint16)[::-1], 5).tofile('data/toy/val.bin')
-    assert equal(checkpoint('one')['model'], checkpoint('two')['model'])
-    assert reports[1]['val_loss'][0] > reports[0]['val_loss'][0] + .1
+    assert equal(models[0], models[1]) and not equal(models[0], models[2]) and losses[1] > losses[0] + .1
 
 
 def test_where_v_sees_the_future_the_loss_is_prefix_only(trained, shrink):
@@ -118,33 +118,31 @@ def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, kee
     report, models = report_of('out-lowrank'), (model_of('out'), model_of('out-lowrank'))
     ranks, loss = {name: layer['rank'] for name, layer in report['layers'].items()}, report['val_loss']
     check_checkpoint('out-lowrank', layer_ranks=ranks)
-    numbers = [sum(p.numel() for p in m.parameters()) for m in models]
     blocks = [sum(p.numel() for p in m.transformer.h.parameters()) for m in models]
-    expected = dict(params=numbers, block_params=blocks, attention_params=[m.attention_params() for m in models],
-                    cache_bytes=[m.kv_cache_bytes(1, 16) for m in models], latent_dim=None,
-                    val_loss_before_finetuning=None, finetune_seconds=None, prefix_only=False, block_size=[16, 16])
+    expected = dict(params=[sum(p.numel() for p in m.parameters()) for m in models], block_params=blocks,
+                    attention_params=[m.attention_params() for m in models], finetune_seconds=None, prefix_only=False,
+                    cache_bytes=[m.kv_cache_bytes(1, 16) for m in models], latent_dim=None, block_size=[16, 16],
+                    val_loss_before_finetuning=None)
     assert report == report | expected
     assert [loss[0], *report['perplexity']] == pytest.approx([loss_in('out'), *map(math.exp, loss)], abs=1e-5)
-    total, shapes = 12 * 16 * 16, {name: models[0].config.layer_shape(name) for name in ranks}
+    shapes = {name: models[0].config.layer_shape(name) for name in ranks}
     saved = sum(m * n - ranks[name] * (m + n) for name, (m, n) in shapes.items())
-    assert keep - .1 < 1 - saved / total <= keep and saved == blocks[0] - blocks[1]
+    assert keep - .1 < 1 - saved / (12 * 16 * 16) <= keep and saved == blocks[0] - blocks[1]
     assert all(layer['of'] == 16 and 0 < layer['lost'] < 1 for layer in report['layers'].values())
     for speed in (report['speed'][kind] for kind in ('prefill', 'decode')):
         assert min(speed['tokens_per_s']) > 0 and speed['quartiles'][0] <= speed['ratio'] <= speed['quartiles'][1]
     assert min(map(len, report['samples'])) > 150 and report['samples'][0] != report['samples'][1]
-    for words in (f'{numbers[0]:,} before, {numbers[1]:,} after', f'{blocks[1] / blocks[0]:.1%}', 'out-lowrank',
-                  f'{loss[0]:.4f} before, {loss[1]:.4f} after', f'mlp.c_fc {ranks["h.0.mlp.c_fc"]}',
-                  *(text.split()[0] for text in report['samples'])):
-        assert words in result.out, words
+    words = [f'{blocks[0]:,} before, {blocks[1]:,} after', f'{loss[0]:.4f} before, {loss[1]:.4f} after', 'out-lowrank',
+             f'mlp.c_fc {ranks["h.0.mlp.c_fc"]}', *(text.split()[0] for text in report['samples'])]
+    assert [word for word in words if word not in result.out] == []
 
 
 def test_mla_is_written_with_a_latent_of_a_quarter_of_the_width(trained, call):
     trained(*NO_BIAS)
     result = call(compress.main, *QUICK, '--out_dir=out', '--to=mla')
     check_checkpoint('out-mla', use_mla=True, mla_latent_dim=4)
-    report = report_of('out-mla')
-    assert (report['latent_dim'], report['layers'], report['cache_bytes']) == (4, {}, [2 * 16 * 16 * 4, 16 * 4 * 4])
-    assert '2,048 before, 256 after' in result.out
+    assert report_of('out-mla')['cache_bytes'] == [2048, 256] and '2,048 before, 256 after' in result.out
+    assert (report_of('out-mla')['latent_dim'], report_of('out-mla')['layers']) == (4, {})
 
 
 @pytest.mark.parametrize('method', ['activation', 'whitened', 'plain'])
@@ -157,9 +155,8 @@ def test_ranks_that_are_asked_for(trained, shrink, method):
     assert ranks['--keep=1'] == ranks['--rank=8 --modules=attn'] == {}                          # square: break-even at 8
     assert equal(checkpoint('--keep=1')['model'], checkpoint()['model'])
     assert ranks['--rank=7'] == dict.fromkeys(PARTS, 7) and [*ranks['--keep=.5 --modules=mlp']] == PARTS[4:]
-    # the energy is of inputs as they were, to the ridge
-    assert len(found) > 1 and max(layer['lost'] for layer in found.values()) <= .2 + 1e-6
-    assert all(layer['rank'] < (8 if 'attn' in name else 13) for name, layer in found.items())
+    for name, layer in found.items():                               # the energy is of inputs as they were, to the ridge
+        assert layer['lost'] <= .2 + 1e-6 and layer['rank'] < (8 if 'attn' in name else 13)
 
 
 @pytest.mark.parametrize('method, option', [('activation', '--keep=1'), ('whitened', '--keep=.9'),
@@ -170,21 +167,9 @@ def test_a_product_keeps_at_most_its_rank(trained, shrink, method, option):
     shrink('--rank=3', f'--method={method}', '--out_dir=out', save_dir='three')
     report = shrink('--out_dir=three', f'--method={method}', option, save_dir='same')
     assert checkpoint('same')['model_args']['layer_ranks'] == dict.fromkeys(PARTS, 3)
-    assert report['params'][0] == report['params'][1]
-    assert report['val_loss'][1] == pytest.approx(report['val_loss'][0], abs=1e-4)
+    assert [report['val_loss'][1], report['params'][1]] == pytest.approx([report['val_loss'][0], report['params'][0]], abs=1e-4)
     shrink('--out_dir=three', f'--method={method}', '--rank=2', '--modules=mlp')
     assert checkpoint('small')['model_args']['layer_ranks'] == {name: 2 if 'mlp' in name else 3 for name in PARTS}
-
-
-@pytest.mark.parametrize('options', [['--finetune_iters=3'], ['--to=mla']])
-def test_the_seed_decides(trained, shrink, options):
-    trained(*NO_BIAS)
-    reports = [shrink(*options, f'--seed={seed}', '--calibration_tokens=64', '--out_dir=out', save_dir=name)
-               for name, seed in (('a', 1), ('b', 1), ('c', 2))]
-    a, b, c = (checkpoint(name)['model'] for name in 'abc')
-    assert equal(a, b) and not equal(a, c)
-    timed = ('seconds', 'finetune_seconds', 'speed', 'options')
-    assert all(reports[0][key] == reports[1][key] for key in reports[0] if key not in timed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,11 +179,11 @@ def test_the_seed_decides(trained, shrink, options):
 def test_fine_tuning_lowers_the_loss(trained, shrink, run):
     trained(*run)
     options = '--keep=0.2', '--method=plain', '--out_dir=out'
-    report = shrink(*options, '--finetune_iters=40', '--batch_size=8', '--learning_rate=0.01', save_dir='tuned')
-    before, after = report['val_loss_before_finetuning'], report['val_loss'][1]
-    assert after < before - .1 and loss_in('tuned') == pytest.approx(after, abs=1e-6)
-    untuned = shrink(*options)
-    assert untuned['val_loss'][1] == pytest.approx(before, abs=1e-6) and untuned['layers'] == report['layers']
+    tuned = shrink(*options, '--finetune_iters=40', '--batch_size=8', '--learning_rate=0.01')
+    before, after = tuned['val_loss_before_finetuning'], tuned['val_loss'][1]
+    assert after < before - .1 and loss_in('small') == pytest.approx(after, abs=1e-6)
+    untuned = shrink(*options, save_dir='untuned')
+    assert untuned['val_loss'][1] == pytest.approx(before, abs=1e-6) and untuned['layers'] == tuned['layers']
 
 
 def test_the_teacher_has_no_dropout(trained, shrink, monkeypatch):
@@ -232,10 +217,10 @@ def test_factors_are_compressed_again_and_become_latents(trained, shrink):
     report = shrink('--out_dir=small', '--keep=0.3', save_dir='less')
     assert report['params'][0] == first['params'][1] > report['params'][1]
     report = shrink('--out_dir=small', '--to=mla', '--mla_latent_dim=16', save_dir='latents')
+    ranks = {name.replace('c_q', 'query'): layer['rank'] for name, layer in first['layers'].items()}
     assert report['val_loss'] == pytest.approx([first['val_loss'][1]] * 2, abs=1e-4)
     assert checkpoint('latents')['model_args']['layer_ranks'] == {
-        name.replace('c_q', 'query'): layer['rank'] for name, layer in first['layers'].items()
-        if not name.endswith(('c_k', 'c_v'))}
+        name: rank for name, rank in ranks.items() if not name.endswith(('c_k', 'c_v'))}
     assert 'h.0.attn.c_attn.query' in shrink('--out_dir=latents', '--keep=0.4', save_dir='fewer')['layers']
 
 
@@ -277,15 +262,6 @@ def test_a_checkpoint_of_nanogpt_needs_its_text(trained, shrink, refused):
     assert checkpoint('small')['config']['dataset'] == 'toy' and 'chars' in checkpoint('small')['tokenizer']
 
 
-def test_a_folder_in_hugging_faces_format(trained, shrink, call, refused):
-    trained(*BIAS)
-    assert call(export.main, '--out_dir=out', '--save_dir=mine').code == 0
-    assert 'init_from=mine: ' in refused(compress.main, '--init_from=mine')
-    report = shrink('--init_from=mine', '--dataset=toy', '--to=mla', '--mla_latent_dim=16')
-    assert report['val_loss'] == pytest.approx([loss_in('out')] * 2, abs=1e-4)
-    assert call(train.main, '--eval_only=True', '--init_from=resume', '--out_dir=small', '--device=cpu').code == 0
-
-
 def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, call, refused):
     trained(*NO_BIAS)
     shrink('--out_dir=out')
@@ -298,8 +274,7 @@ def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, ca
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, most))
     result = call(compress.main, *again)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    assert result.code == 2 and 'save_dir' in result.err            # there is no room
-    assert folder_bytes('small') == first and sorted(os.listdir()) == ['data', 'out', 'small']
+    assert (result.code, folder_bytes('small'), sorted(os.listdir())) == (2, first, ['data', 'out', 'small'])
     shrink(*again)
     assert folder_bytes('small.1') == first and checkpoint('small')['model_args']['use_mla']
 
@@ -345,13 +320,3 @@ def test_wrong_input_is_one_line_and_writes_nothing(trained, refused, argv, word
     before = folder_bytes('.')
     line = refused(compress.main, '--device=cpu', '--out_dir=out', *argv.split())
     assert all(word in line for word in words.split('|')) and folder_bytes('.') == before
-
-
-def test_short_texts(trained, shrink, refused):
-    """All there is to measure on; a prefix-only loss needs a window of the validation split."""
-    trained(*NO_BIAS)
-    write_dataset('data/toy', TEXT[:300], 'char', source='tests')
-    shrink('--calibration_tokens=1000000000000000000', '--out_dir=out')
-    change(model_args=checkpoint()['model_args'] | dict(use_svd=True, svd_rank=2))
-    write_dataset('data/toy', 7 * ''.join(sorted(set(TEXT))), 'char', source='tests')
-    assert 'val.bin has 12 tokens' in refused(compress.main, *QUICK, '--out_dir=out', '--save_dir=other')
