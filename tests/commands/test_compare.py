@@ -1,5 +1,5 @@
-"""compare.py: every combination is trained once and named, interrupted sweeps end as undisturbed ones, and wrong input
-is one line before anything is trained."""
+"""compare.py: every combination is trained once and named, interrupted sweeps end as undisturbed ones, and
+wrong input is one line before anything is trained."""
 
 import csv
 import itertools
@@ -33,13 +33,14 @@ LIST = '--svd_rank=None,2,4'
 
 @pytest.fixture
 def inline(in_process, monkeypatch, call):
-    """inline(*argv) is compare.py whose runs are trained in this process, one after the other, and whose clock finds
-    that the first step it times takes as long as the baseline's, the second twice, ... -> code, out, err, and the names
-    of the runs that were trained."""
+    """inline(*argv) is compare.py whose runs are trained in this process, one after the other, and whose
+    clock finds that the first step it times takes as long as the baseline's, the second twice, ... -> code,
+    out, err, and the names of the runs that were trained."""
     def inline(*argv):
         in_process.clear()
         ratios = itertools.count(1.0)
-        monkeypatch.setattr(compare, 'paired', lambda *args: dict(ratio=next(ratios), ratio_quartiles=[.5, 2.0]))
+        monkeypatch.setattr(compare, 'paired',
+                            lambda *args: dict(ratio=next(ratios), ratio_quartiles=[.5, 2.0]))
         result = call(compare.main, *argv)
         result.names = list(in_process)
         return result
@@ -69,16 +70,19 @@ def results(folder='out-compare'):
 
 
 def pictures():
-    return {path.stem for path in Path('out-compare').glob('*.png') if path.read_bytes().startswith(b'\x89PNG')}
+    return {path.stem for path in Path('out-compare').glob('*.png')
+            if path.read_bytes().startswith(b'\x89PNG')}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # which runs
 
 def test_values_are_split_at_commas_of_their_own():
     for text, parts in {
-            '4': ['4'], 'None,4': ['None', '4'], "'a,b',c": ["'a,b'", 'c'], '"a,b"': ['"a,b"'], '1),2': ['1)', '2'],
-            "it's,b": ["it's", 'b'], "{'c':8,'d':8},None": ["{'c':8,'d':8}", 'None'], '': [''], 'a,': ['a', ''],
+            '4': ['4'], 'None,4': ['None', '4'], "'a,b',c": ["'a,b'", 'c'], '"a,b"': ['"a,b"'],
+            '1),2': ['1)', '2'],
+            "it's,b": ["it's", 'b'], "{'c':8,'d':8},None": ["{'c':8,'d':8}", 'None'], '': [''],
+            'a,': ['a', ''],
             '(1,[2,3]),4': ['(1,[2,3])', '4'], "{'a]':1,'b':2},3": ["{'a]':1,'b':2}", '3']}.items():
         assert compare.split(text) == parts
 
@@ -96,11 +100,13 @@ def arms_of(*argv):
      ['svd_rank=None,svd_method=gram', 'svd_rank=2,svd_method=gram', 'svd_rank=2,svd_method=randomized']),
     ('--use_svd=True --svd_rank=None,2 --svd_method=gram,randomized',
      ['svd_rank=None', 'svd_rank=2,svd_method=gram', 'svd_rank=2,svd_method=randomized']),
-    ('--svd_rank=2,4 --use_svd=False,True', ['use_svd=False', 'svd_rank=2,use_svd=True', 'svd_rank=4,use_svd=True']),
+    ('--svd_rank=2,4 --use_svd=False,True', ['use_svd=False', 'svd_rank=2,use_svd=True',
+                                             'svd_rank=4,use_svd=True']),
     ('--use_mla=False,True --mla_latent_dim=None,4,8',
      ['use_mla=False', 'use_mla=True,mla_latent_dim=None', 'use_mla=True,mla_latent_dim=8']),
     ('--use_svd=True --svd_rank=2 --svd_method=gram,randomized --svd_power_iters=1,2',
-     ['svd_method=gram', 'svd_method=randomized,svd_power_iters=1', 'svd_method=randomized,svd_power_iters=2']),
+     ['svd_method=gram', 'svd_method=randomized,svd_power_iters=1',
+      'svd_method=randomized,svd_power_iters=2']),
     ('--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.attn.c_proj":2}',
      ['layer_ranks=None', 'layer_ranks=__h.0.mlp.c_fc___3___h.0.attn.c_proj___2_']),
     ('--use_svd=True --svd_scope=causal --svd_rank=None,2 --svd_block=2,16',
@@ -114,7 +120,8 @@ def test_combinations_that_are_the_same_run_are_one(argv, names):
 
 @pytest.mark.parametrize('argv', [[LIST, '--svd_method=gram,randomized', '--use_svd=True'],
                                   ["--adaptive_svd_targets='c_q,c_v',c_q", '--adaptive_svd=True'],
-                                  ['--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.mlp.c_proj":2}', '--dtype=auto,bfloat16'],
+                                  ['--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.mlp.c_proj":2}',
+                                   '--dtype=auto,bfloat16'],
                                   ['config.py', '--n_embd=32,16', '--svd_rank=3']])
 def test_train_py_is_given_what_was_planned(argv):
     Path('config.py').write_text('use_svd = True\nsvd_scope = "causal"\n')
@@ -125,7 +132,8 @@ def test_train_py_is_given_what_was_planned(argv):
 
 
 @pytest.mark.parametrize('argv, baselines', [
-    ([LIST, '--use_svd=True'], ['svd_rank=None'] * 3), (['--svd_rank=2,4', '--use_svd=True'], ['svd_rank=2'] * 2),
+    ([LIST, '--use_svd=True'], ['svd_rank=None'] * 3),
+    (['--svd_rank=2,4', '--use_svd=True'], ['svd_rank=2'] * 2),
     (['--learning_rate=.1,.2'], ['learning_rate=0.1'] * 2),
     (['--svd_rank=2,None', '--learning_rate=.1,.2', '--use_svd=True'],
      ['svd_rank=None,learning_rate=0.1', 'svd_rank=None,learning_rate=0.2'] * 2),
@@ -141,8 +149,10 @@ def test_the_baseline_is_the_ordinary_model_with_the_same_other_options(argv, ba
     ('--n_embd=16,17', 'n_embd=17'), ('--block_size=16,100000', 'block_size=100000'),
     ('--dataset=toy,nowhere', 'dataset=nowhere'), ('--out_dir=x', 'nearest: --sweep=FOLDER'),
     ('--wandb_run_name=mine', 'wandb_run_name'), ('--init_from=resume', 'init_from='),
-    ('--init_from=scratch,resume', 'init_from='), ('--eval_only=True', 'eval_only=True'), ('--seeds=0', 'seeds=0'),
-    ('--jobs=0', 'jobs=0'), ('--jobs=1,2', 'jobs'), ('--device=cpu,cuda', 'device'), ('--seed=-1,2', 'seed=-1'),
+    ('--init_from=scratch,resume', 'init_from='), ('--eval_only=True', 'eval_only=True'),
+    ('--seeds=0', 'seeds=0'),
+    ('--jobs=0', 'jobs=0'), ('--jobs=1,2', 'jobs'), ('--device=cpu,cuda', 'device'),
+    ('--seed=-1,2', 'seed=-1'),
     ('--seed=1,2 --seeds=2', 'seeds=2: '), ('--lora_rank=2,4', 'lora_rank=2'), ('--sweep=.', "sweep='.'"),
     ('--sweep=data', "sweep='data'"), ('--sweep=theirs', 'runs'), ('own.py', 'nearest: --seeds=3'),
     ('none.py', 'none.py')])
@@ -155,23 +165,26 @@ def test_wrong_input_is_one_line_before_anything_is_trained(argv, words, refused
     assert not Path('out-compare').exists() and theirs.read_text() == '{}'
 
 
-@pytest.mark.parametrize('argv, rank, words', [
-    ('', '', 'sweep='), ('--sweep=out-none', '', 'out-none'), ('--sweep', '', 'sweep'), ('--seeds=3', '', 'seeds=3'),
-    ('--sweep=out --dry_run', '', 'dry_run=True'), (' '.join(TINY), '0', 'RANK')])
-def test_nothing_to_compare_and_torchrun_are_refused(argv, rank, words, refused, monkeypatch):
-    if rank:
-        monkeypatch.setenv('RANK', rank)
+@pytest.mark.parametrize('argv, words', [
+    ('', 'sweep='), ('--sweep=out-none', 'out-none'), ('--sweep', 'sweep'), ('--seeds=3', 'seeds=3'),
+    ('--sweep=out --dry_run', 'dry_run=True')])
+def test_nothing_to_compare_is_refused(argv, words, refused):
     assert words in refused(compare.main, *argv.split())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_torchrun_is_refused(refused, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    assert 'RANK' in refused(compare.main, *TINY)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # what comes of them
 
 def test_a_finished_sweep_is_not_repeated_but_grows(swept, refused):
     first = results()
     for argv in ([*SVD, LIST], ['--sweep=out-compare']):
         again = swept(*argv)
-        assert again.code == 0 and again.names == [] and 'timing steps' not in again.out and results() == first
+        assert (again.code, again.names, results()) == (0, [], first) and 'timing steps' not in again.out
     assert '+-' not in again.out and first[0]['parallel_se'] is None
     grown = swept(*SVD, LIST + ',5', '--seeds=2')
     assert grown.code == 0 and len(grown.names) == 5 and grown.out.count('timing steps') == 1
@@ -186,7 +199,8 @@ def check_table(printed):
     finals = [rows(f'out-compare/runs/svd_rank=2,seed={seed}')[-1] for seed in (1337, 1338)]
     prefix = [final['val/prefix_loss'] for final in finals]
     mean, error = statistics.mean(prefix), statistics.stdev(prefix) / 2 ** .5
-    expected = dict(parallel=[final['val/loss'] for final in finals], prefix_only=prefix, prefix_only_mean=mean,
+    expected = dict(parallel=[final['val/loss'] for final in finals], prefix_only=prefix,
+                    prefix_only_mean=mean,
                     prefix_only_se=pytest.approx(error), options={'svd_rank': 2}, seeds=[1337, 1338])
     assert expected == {key: results()[1][key] for key in expected}
     assert [row['cache_bytes'] for row in results()] == [2 * 16 * 16 * 4] + [None] * 3
@@ -222,29 +236,33 @@ def test_a_failed_run_is_named_and_the_rest_is_compared(inline):
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_dry_run_lists_states_and_times_and_changes_nothing(swept):
     new = swept(*SVD, LIST, '--dry_run', '--sweep=new')
-    assert new.code == 0 and new.out.count(': to do, about ') == 3 and 'timed here' in new.out and not Path('new').exists()
+    assert (new.code, new.out.count(': to do, about '), Path('new').exists()) == (0, 3, False)
     Path('out-compare/runs/svd_rank=4,seed=1337/metrics.jsonl').write_text('{"iter": 2, "loss": 1.0}\n')
     with open('out-compare/runs.jsonl', 'a') as file:
         file.write('{"name": "torn by a cra')
     found = swept(*SVD, LIST, '--dry_run', '--seeds=2')
-    assert 'svd_rank=2,seed=1337: done' in found.out and 'svd_rank=4,seed=1337: to resume, after step 2' in found.out
-    assert found.names == new.names == [] and 'timed here' not in found.out
+    assert 'svd_rank=2,seed=1337: done' in found.out
+    assert 'svd_rank=4,seed=1337: to resume, after step 2' in found.out
+    assert found.names == [] and 'timed here' in new.out and 'timed here' not in found.out
 
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_folder_that_lacks_files_is_read_as_far_as_it_goes(swept):
-    for number, name in enumerate(('runs/svd_rank=2,seed=1337', 'runs/svd_rank=4,seed=1337/metrics.jsonl', 'timing.json',
+    for number, name in enumerate(('runs/svd_rank=2,seed=1337', 'runs/svd_rank=4,seed=1337/metrics.jsonl',
+                                   'timing.json',
                                    *(f'{name}.png' for name in pictures()))):
         Path('out-compare', name).rename(f'lost{number}')
     found = swept('--sweep=out-compare')
     assert found.code == 0 and not pictures() and [len(row['seeds']) for row in results()] == [1, 0, 0]
-    for words in ('svd_rank=2,seed=1337: missing', 'svd_rank=4,seed=1337: not finished', 'pip install matplotlib'):
+    for words in ('svd_rank=2,seed=1337: missing', 'svd_rank=4,seed=1337: not finished',
+                  'pip install matplotlib'):
         assert words in found.out
 
 
 @pytest.mark.parametrize('name, text', [
     ('sweep.json', '{'), ('sweep.json', '[1]'), ('sweep.json', '{"seeds": []}'), ('timing.json', '{'),
-    ('sweep.json', '{"lists": {}, "seeds": 1, "arms": {}}'), ('sweep.json', '{"lists": {}, "seeds": [], "arms": []}'),
+    ('sweep.json', '{"lists": {}, "seeds": 1, "arms": {}}'),
+    ('sweep.json', '{"lists": {}, "seeds": [], "arms": []}'),
     ('sweep.json', '{"lists": {}, "seeds": [1], "arms": {"a": {}}}'), ('timing.json', '[1]'),
     ('timing.json', '{"seeds": []}'), ('sweep.json', None), ('runs', None)])
 def test_a_damaged_folder_is_one_line(name, text, swept, refused):
@@ -265,17 +283,20 @@ def test_another_text_is_another_sweep(inline, refused):
 
 @pytest.mark.usefixtures('no_matplotlib')
 @pytest.mark.parametrize('lists, step', [
-    ('--gradient_accumulation_steps=1,3', dict(ratio=3, ratio_quartiles=[1.5, 6])), ('--adaptive_svd=False,True', None)])
+    ('--gradient_accumulation_steps=1,3', dict(ratio=3, ratio_quartiles=[1.5, 6])),
+    ('--adaptive_svd=False,True', None)])
 def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, lists, step):
     inline(*TINY, lists)
-    one, other = (row['step_time'] for row in json.loads(Path('out-compare/results.json').read_text())['rows'])
+    one, other = (row['step_time']
+                  for row in json.loads(Path('out-compare/results.json').read_text())['rows'])
     assert one['ratio'] == 1 and other == (step and other | step)
 
 
 def test_a_sweep_at_wandb_is_a_group_with_the_figures(swept, monkeypatch):
     """The runs that are trained, and the sweep itself, which has the figures."""
     made, logged = [], {}
-    run = SimpleNamespace(define_metric=lambda *args, **options: None, finish=lambda exit_code: None, log=logged.update)
+    run = SimpleNamespace(define_metric=lambda *args, **options: None, finish=lambda exit_code: None,
+                          log=logged.update)
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
         Image=Path, init=lambda **options: made.append(options) or run))
     assert swept(*SVD, LIST + ',5', '--wandb_log=True', '--wandb_project=ours').code == 0
@@ -289,7 +310,8 @@ def test_figures_have_the_rank_or_what_has_numbers_along_the_axis():
     """And a front that no point is below and left of."""
     for lists, axis in (({'svd_rank': [None, 4, 8], 'learning_rate': [.1, .2]}, ('svd_rank', True)),
                         ({'n_embd': [16, 32]}, ('n_embd', True)), ({'bias': [True, False]}, ('bias', False)),
-                        ({'optimizer': ['adamw', 'muon'], 'n_layer': [1, 2]}, ('n_layer', True)), ({}, (None, False)),
+                        ({'optimizer': ['adamw', 'muon'], 'n_layer': [1, 2]}, ('n_layer', True)),
+                        ({}, (None, False)),
                         ({'svd_rank': [None, 4], 'gelu': ['exact', 'tanh']}, ('svd_rank', False))):
         assert report.axis_of({'lists': lists}) == axis
     points = [(1, 5.), (2, 6.), (3, 4.), (4, 4.), (5, 1.)]
@@ -298,18 +320,20 @@ def test_figures_have_the_rank_or_what_has_numbers_along_the_axis():
 
 @pytest.mark.parametrize('argv, drawn', [
     (['--n_embd=16,32', '--eval_interval=4'], {'loss', 'pareto'}), ([], {'curves'}),
-    pytest.param(['--optimizer=adamw,muon', '--gelu=exact,tanh'], {'loss', 'curves', 'pareto'}, marks=pytest.mark.slow)])
+    pytest.param(['--optimizer=adamw,muon', '--gelu=exact,tanh'], {'loss', 'curves', 'pareto'},
+                 marks=pytest.mark.slow)])
 def test_figures_that_make_no_sense_are_not_drawn(argv, drawn, inline):
     found = inline(*TINY, *argv)
     assert found.code == 0 and pictures() == drawn
     assert all(f'{name}.png: ' in found.out for name in {'loss', 'curves', 'pareto'} - drawn)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # as users start and stop it
 
 def start(*argv):
-    real = [*SVD, '--svd_rank=None,2', '--seeds=2', '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20']
+    real = [*SVD, '--svd_rank=None,2', '--seeds=2', '--max_iters=400', '--lr_decay_iters=400',
+            '--eval_interval=20']
     return subprocess.Popen([sys.executable, ROOT / 'compare.py', *real, *argv], start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {'OMP_NUM_THREADS': '1'})
@@ -317,8 +341,8 @@ def start(*argv):
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_five_random_moments_ends_with_the_same_table():
-    """By turns compare.py alone, and the whole process group, its runs with it. A third of the time that the sweep
-    needs is the most between two kills, so that there is work left to disturb."""
+    """By turns compare.py alone, and the whole process group, its runs with it. A third of the time that the
+    sweep needs is the most between two kills, so that there is work left to disturb."""
     seed = random.randrange(10 ** 6)
     draw, began, whole = random.Random(seed), time.monotonic(), start('--sweep=whole', '--jobs=2')
     output = whole.communicate()[0]
