@@ -292,8 +292,10 @@ def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, ca
     os.close(held)
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, most))
-    result = call(compress.main, *again)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        result = call(compress.main, *again)                        # there is no room
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert (result.code, folder_bytes('small'), sorted(os.listdir())) == (2, first, ['data', 'out', 'small'])
     shrink(*again)
     assert folder_bytes('small.1') == first and checkpoint('small')['model_args']['use_mla']

@@ -96,8 +96,9 @@ def test_threads_and_slots_are_shared_out(job):
     threads = torch.get_num_threads()
     torch.set_num_threads(7)
     jobs = [job(name) for name in 'abc']
-    assert run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})[0] == []
+    failed, _ = run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})
     torch.set_num_threads(threads)
+    assert failed == []
     assert sorted(sweep.log_of(one).read_text() for one in jobs) == [f'starts ends 2 slot{i}\n'
                                                                      for i in range(3)]
 
