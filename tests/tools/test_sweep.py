@@ -1,5 +1,5 @@
-"""runtime/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named, and no process
-outlives the one that started it. The runs are those of a script of a few lines."""
+"""runtime/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named, and no
+process outlives the one that started it. The runs are those of a script of a few lines."""
 
 import json
 import signal
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import ROOT, rows
 from runtime import sweep
@@ -16,6 +17,7 @@ from runtime.config import UserError
 from runtime.stopping import Interrupted, Stop
 
 SCRIPT = '''
+import beside
 import json, os, signal, sys, time
 from pathlib import Path
 folder, what = Path(sys.argv[1]), sys.argv[2]
@@ -39,7 +41,8 @@ if what in ('waits', 'stops its parent'):
         while len([*folder.parent.glob('*/ready')]) < 2:
             time.sleep(.01)
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(100)
+    for _ in range(10_000):                                         # one long sleep may miss a signal
+        time.sleep(.01)
 with open(folder / 'metrics.jsonl', 'a') as f:
     f.write(json.dumps({'iter': 5, 'final': True, 'val/loss': 1.0}) + '\\n')
 '''
@@ -49,70 +52,68 @@ with open(folder / 'metrics.jsonl', 'a') as f:
 def job(tmp_path):
     """job(name, what) -> a Job of the script that does that; its resume ends well."""
     (tmp_path / 'script.py').write_text(SCRIPT)
+    (tmp_path / 'beside.py').touch()                                # a script finds what is beside it
 
     def job(name, what='ends', resume='ends'):
-        folder = tmp_path / 'sweep' / 'runs' / name
-        script = str(tmp_path / 'script.py')
-        return sweep.Job(name, folder, 5, [script, str(folder), what], resume and [script, str(folder), resume])
+        folder, script = tmp_path / 'sweep' / 'runs' / name, str(tmp_path / 'script.py')
+        return sweep.Job(name, folder, 5, [script, str(folder), what],
+                         resume and [script, str(folder), resume])
     return job
 
 
 def run(jobs, at_once=1, **others):
     """-> names of failed jobs, and of ended ones with their exit codes."""
     ended = []
-    return sweep.run_all(jobs, at_once, lambda job, code, seconds: ended.append((job.name, code)), **others), ended
+    return sweep.run_all(jobs, at_once, lambda job, code, seconds: ended.append((job.name, code)),
+                         **others), ended
 
 
 def test_what_is_finished_is_not_repeated_and_a_failed_run_is_named(job):
-    jobs = [job('a'), job('b', 'fails'), job('c', 'dies'), job('d')]
+    """A run that ends without the result of its last step has failed, too."""
+    jobs = [job('a'), job('b', 'fails'), job('c', 'dies'), job('d')._replace(steps=6)]
     failed, ended = run(jobs)
-    assert failed == ['b', 'c'] and ended == [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)]
+    assert failed == ['b', 'c', 'd'] and ended == [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)]
     assert sweep.why(jobs[1], 3).startswith('b: failed, exit code 3: the reason (')
-    assert 'killed by SIGKILL' in sweep.why(jobs[2], -signal.SIGKILL)
-    assert [name for name, _ in run(jobs)[1]] == ['b', 'c']
-    assert len(rows(jobs[0].folder)) == 1
+    assert 'SIGKILL' in sweep.why(jobs[2], -signal.SIGKILL)
+    assert [name for name, _ in run(jobs)[1]] == ['b', 'c', 'd'] and len(rows(jobs[0].folder)) == 1
 
 
-def test_a_run_that_ends_without_its_result_has_failed(job):
-    assert run([job('a')._replace(steps=6)])[0] == ['a']
+@pytest.mark.parametrize('saved, what, resume, steps', [
+    ('last.pt', 'fails', 'ends', 2), ('other', 'ends', 'fails', 1), ('ckpt.pt', 'ends', None, 2)])
+def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what, resume, steps):
+    """Where a run can go on, its rows and its log are kept."""
+    one = job('one', what, resume)
+    one.folder.mkdir(parents=True)
+    (one.folder / saved).touch()
+    (one.folder / 'metrics.jsonl').write_text(json.dumps({'iter': 1, 'loss': 1}) + '\n{"iter"')
+    sweep.log_of(one).write_text('earlier\n')
+    assert sweep.rows(one.folder) == [{'iter': 1, 'loss': 1}] and run([one])[1] == [('one', 0)]
+    assert len((one.folder / 'metrics.jsonl').read_text().splitlines()) == steps
+    assert sweep.log_of(one).read_text().startswith('earlier') == (saved == 'last.pt')
 
 
-def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job):
-    for name, checkpoint in (('saved', True), ('begun', False), ('never', True)):
-        one = job(name)
-        one.folder.mkdir(parents=True)
-        (one.folder / 'metrics.jsonl').write_text(json.dumps({'iter': 1, 'loss': 1}) + '\n{"iter"')
-        sweep.log_of(one).write_text('earlier\n')
-        if checkpoint:
-            (one.folder / 'last.pt').touch()
-    jobs = [job('saved', 'fails'), job('begun', resume='fails'), job('never', resume=None)]
-    (jobs[2].folder / 'last.pt').rename(jobs[2].folder / 'ckpt.pt')
-    assert sweep.rows(jobs[0].folder) == [{'iter': 1, 'loss': 1}]
-    run(jobs)
-    assert [len((one.folder / 'metrics.jsonl').read_text().splitlines()) for one in jobs] == [2, 1, 2]
-    assert [sweep.log_of(one).read_text().startswith('earlier') for one in jobs] == [True, False, False]
-
-
-def test_threads_and_slots_are_shared_out(job, monkeypatch):
-    monkeypatch.setattr(sweep.torch, 'get_num_threads', lambda: 7)
+def test_threads_and_slots_are_shared_out(job):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(7)
     jobs = [job(name) for name in 'abc']
-    assert run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})[0] == []
-    assert sorted(sweep.log_of(one).read_text() for one in jobs) == [f'starts ends 2 slot{i}\n' for i in range(3)]
+    failed, _ = run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})
+    torch.set_num_threads(threads)
+    assert failed == []
+    assert sorted(sweep.log_of(one).read_text() for one in jobs) == [f'starts ends 2 slot{i}\n'
+                                                                     for i in range(3)]
 
 
 @pytest.mark.parametrize('asked, device, named, at_once, slots, said', [
-    ('auto', 'cpu', None, 4, [None, None], ''), ('auto', 'mps', None, 2, [None, None], 'share 1 GPU,'),
-    ('auto', 'cuda', None, 3, ['0', '1', '0'], 'share 2 GPUs,'), ('cuda', 'cuda', '5,7', 2, ['5', '7'], ''),
-    ('cuda:1', 'cuda:1', None, 2, [None, None], 'share 1 GPU,')])
+    ('auto', 'cpu', '', 4, [None, None], ''), ('auto', 'mps', '', 2, [None, None], '1 GPU,'),
+    ('auto', 'cuda', '', 3, ['0', '1', '0'], '2 GPUs,'), ('cuda', 'cuda', '5,7', 2, ['5', '7'], ''),
+    ('cuda:1', 'cuda:1', '', 2, [None, None], '1 GPU,')])
 def test_gpus_are_given_out_in_turn(asked, device, named, at_once, slots, said, monkeypatch):
-    monkeypatch.setattr(sweep.torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    if named:
-        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
     lines = []
     environment = sweep.gpus(asked, device, at_once, lines.append)
     assert [environment(i).get('CUDA_VISIBLE_DEVICES') for i in range(len(slots))] == slots
-    assert said in ''.join(lines) and bool(said) == bool(lines)
+    assert [said in line for line in lines] == [True] * bool(said)
 
 
 def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
@@ -124,54 +125,36 @@ def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
     assert run(jobs, 2)[0] == []
 
 
-@pytest.mark.skipif(sweep.lock.__globals__['fcntl'] is None, reason='no such locks here')
 def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_path):
     """The run takes half a second to save after its parent is gone: the next one has to wait."""
-    one, folder = job('a', 'waits'), tmp_path / 'sweep'
+    one, folder, told = job('a', 'waits'), tmp_path / 'sweep', []
     code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
-            'from pathlib import Path\n'
+            'from pathlib import Path, PosixPath\n'
             'from runtime import sweep\n'
+            'from runtime.sweep import Job\n'
             f'with sweep.alone({str(folder)!r}, "sweep", print) as inherit:\n'
-            f'    sweep.run_all([sweep.Job({one.name!r}, Path({str(one.folder)!r}), 5, {one.argv!r}, None)], 1, print,'
-            ' inherit=inherit)\n')
-    parent = subprocess.Popen([sys.executable, '-c', code])
-    try:
-        until = time.monotonic() + 100
-        while not (one.folder / 'ready').exists():
-            assert time.monotonic() < until and parent.poll() is None
-            time.sleep(.02)
-        with pytest.raises(UserError, match='a run is going on there'), sweep.alone(folder, 'sweep', print):
-            pass
-        parent.kill()
-        parent.wait()
-        told = []
-        with sweep.alone(folder, 'sweep', told.append):
-            assert (one.folder / 'ckpt.pt').read_text() == 'saved'
-        assert len(told) == 1 and 'waiting' in told[0]
-    finally:
-        parent.kill()
-        parent.wait()
-
-
-def test_a_child_is_as_if_it_had_been_started_itself(tmp_path):
-    (tmp_path / 'beside.py').write_text('x = 3')
-    (tmp_path / 'script.py').write_text('import sys, beside; print(__name__, sys.argv[1:], beside.x)')
-    with subprocess.Popen([sys.executable, ROOT / 'runtime' / 'child.py', tmp_path / 'script.py', 'a', '-b'],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.read() == "__main__ ['a', '-b'] 3\n"
+            f'    sweep.run_all([{one!r}], 1, print, inherit=inherit)\n')
+    with subprocess.Popen([sys.executable, '-c', code]) as parent:
+        try:
+            until = time.monotonic() + 100
+            while not (one.folder / 'ready').exists():
+                assert time.monotonic() < until and parent.poll() is None
+                time.sleep(.02)
+            with pytest.raises(UserError, match='sweep'), sweep.alone(folder, 'sweep', print):
+                pass
+        finally:
+            parent.kill()
+    with sweep.alone(folder, 'sweep', told.append):
+        assert (one.folder / 'ckpt.pt').read_text() == 'saved' and len(told) == 1
 
 
 @pytest.mark.parametrize('name', ['', '.', '..', 'file', 'other'])
 def test_a_folder_with_something_else_is_refused(name, tmp_path, monkeypatch):
+    """Not one where a sweep was killed at its start."""
     monkeypatch.chdir(tmp_path)
     Path('file').touch()
-    Path('other').mkdir()
-    Path('other', 'diary.txt').touch()
+    for folder in ('other/folder', 'new/runs', 'new/sweep.json.12.tmp'):
+        Path(folder).mkdir(parents=True)
     with pytest.raises(UserError, match=f"^sweep='{name}'"):
         sweep.check_folder(name)
-
-
-def test_a_folder_where_a_sweep_was_killed_at_its_start_is_taken(tmp_path):
-    (tmp_path / 'new' / 'runs').mkdir(parents=True)
-    (tmp_path / 'new' / 'sweep.json.12.tmp').touch()
-    assert sweep.check_folder(str(tmp_path / 'new')) == tmp_path / 'new'
+    assert sweep.check_folder('new') == Path('new')
