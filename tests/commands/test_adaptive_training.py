@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import special_layers
 import train
@@ -264,13 +265,12 @@ def test_two_processes_train_what_one_does(trained, options):
 
 
 def one_of_two():
-    """Train with the options of the command line, and save all parameters after every step of an
-    optimizer."""
+    """Train with the options of the command line, and save all parameters after each optimizer step."""
     seen = []
 
     def record(optimizer, args, options):
         seen.append([p.detach().clone() for group in optimizer.param_groups for p in group['params']])
-    torch.optim.optimizer.register_optimizer_step_post_hook(record)
+    register_optimizer_step_post_hook(record)
     assert train.main(sys.argv[1:]) == 0
     torch.save(seen, f'steps-{os.environ["RANK"]}.pt')
 
