@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import special_layers
-from helpers import optimizer_of
+from helpers import normal, optimizer_of
 from lowrank.adaptive_control import AdaptiveSVD, state_of_factors, state_of_weight, to_factors, to_full
 from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, minor_factors
 from model import GPT, GPTConfig
@@ -22,20 +22,14 @@ each_case = pytest.mark.parametrize('kind, shape, dtype', [         # shape (m, 
     ('large', (40, 16), torch.float32), ('large', (24, 24), torch.float64)])
 
 
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def weight(kind, shape):
     """A float64 matrix with singular values as evenly spread as in a trained layer."""
     U, _, Vh = torch.linalg.svd(normal(*shape), full_matrices=False)
     S = torch.linspace(2, .2, min(shape), dtype=torch.float64)
-    if kind.startswith('rank'):
-        S[int(kind[5:]):] = 0
-    W = U * S @ Vh
-    if kind == 'a zero row':
-        W[1] = 0
-    return W * {'zero': 0, 'tiny': 1e-12, 'large': 1e6}.get(kind, 1)
+    S[{'rank 1': 1, 'rank 5': 5}.get(kind, len(S)):] = 0
+    scales = torch.ones(shape[0], 1) * {'zero': 0, 'tiny': 1e-12, 'large': 1e6}.get(kind, 1)
+    scales[1] *= kind != 'a zero row'
+    return scales * (U * S @ Vh)
 
 
 def make_layer(W, protection='left', dtype=torch.float64):
@@ -92,11 +86,10 @@ def test_every_pair_of_factors_can_learn(kind, shape, dtype):
     A, B = (p.detach().clone() for p in layer.half_decayed())
     for seed in range(3):
         gradient_step(layer, seed)
-    moved = {name for name, p in layer.named_parameters() if p.grad is not None}
-    assert moved == {'base.bias', 'A.weight', 'B.weight'}
-    assert (layer.A.weight.grad.norm(dim=1) > 0).all() and (layer.B.weight.grad.norm(dim=0) > 0).all()
-    assert (layer.A.weight != A).any(dim=1).all() and (layer.B.weight != B).any(dim=0).all()
-    assert layer.weight.isfinite().all()
+    assert [name for name, p in layer.named_parameters() if p.grad is not None] == [
+        'base.bias', 'A.weight', 'B.weight']
+    for axis, p, before in ((1, layer.A.weight, A), (0, layer.B.weight, B)):
+        assert (p.grad.norm(dim=axis) > 0).all() and (p != before).any(dim=axis).all() and p.isfinite().all()
 
 
 @each_case
@@ -130,17 +123,6 @@ def test_invalid_ranks_and_protections_are_refused():
         AdaptiveSVDLinear(nn.Linear(2, 2), 'right')
 
 
-@pytest.mark.parametrize('r', [None, 1, 7])
-def test_a_saved_layer_is_rebuilt_from_its_r(r):
-    layer, again = make_layer(weight('random', (12, 15))), make_layer(weight('zero', (12, 15)))
-    if r is not None:
-        layer.switch_to_lowrank(r), again.make_lowrank(r)
-    again.load_state_dict(layer.state_dict())
-    assert torch.equal(again.weight, layer.weight) and again.r == layer.r == r
-    layer.protect(), again.protect()                                # in full mode there is nothing to protect
-    assert torch.equal(again.weight, layer.weight) and len(again.half_decayed()) == (0 if r is None else 2)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # protection
 
@@ -156,7 +138,7 @@ def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype):
         W, U = layer.weight.detach().clone(), layer.protected.clone()
         optimizer = torch.optim.AdamW(layer.half_decayed(), lr=1e-2, weight_decay=.05)
         for seed in range(100):
-            noise = normal(*shape, seed=seed, dtype=dtype)
+            noise = normal(*shape, seed=seed).to(dtype)
             optimizer.zero_grad()
             ((U.mT @ (layer.weight + W)).square().sum() + .01 * (layer.weight * noise).sum()).backward()
             optimizer.step()
@@ -173,17 +155,15 @@ def test_a_watched_layer_has_the_gradient_of_its_weight(device):
     x, target = normal(5, 15).to(device, torch.float32), normal(5, 12, seed=1).to(device, torch.float32)
     expected = target.mT @ x
     for r, watch in ((None, True), (None, False), (4, True), (4, False)):
+        layer.zero_grad()
         if r is not None:
             layer.switch_to_lowrank(r)
-        layer.zero_grad()
         layer.watch(watch)
         (layer(x) * target).sum().backward()
         if r is not None:
-            torch.testing.assert_close(layer.B.weight.grad, expected @ layer.A.weight.mT)
-            torch.testing.assert_close(layer.A.weight.grad, layer.B.weight.mT @ expected)
-        if r is None or watch:
-            torch.testing.assert_close(layer.base.weight.grad, expected)
-    assert layer.base.weight.grad is None
+            torch.testing.assert_close([layer.B.weight.grad, layer.A.weight.grad],
+                                       [expected @ layer.A.weight.mT, layer.B.weight.mT @ expected])
+        torch.testing.assert_close(layer.base.weight.grad, expected if r is None or watch else None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,7 +282,7 @@ def test_the_states_of_a_weight_come_back_from_its_factors(shape):
 def test_states_stay_finite_whatever_the_weight(kind, shape, dtype):
     """B is zero where sigma is; training can make all columns of B and rows of A nearly the same."""
     A, B = factors(shape, min(shape) - 2, kind, dtype)
-    G, common = normal(*shape, seed=3, dtype=dtype), normal(shape[0], 1, seed=4, dtype=dtype)
+    G, common = normal(*shape, seed=3).to(dtype), normal(shape[0], 1, seed=4).to(dtype)
     for A1, B1 in ((A, B), *((1 + noise * A, common + noise * B) for noise in (1e-2, 1e-4, 1e-8, 0))):
         of_factors = state_of_factors({'exp_avg': G, 'exp_avg_sq': G.square()}, A1, B1)
         for state in (*of_factors, back := state_of_weight(*of_factors, A1, B1)):
@@ -374,12 +354,11 @@ def protected():
 
 def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
     watched = Watched()
-    changed, seen = watched.analyse('danger')
-    assert (changed, seen['action'], seen['mode'], seen['r']) == (False, 'initial', 'full', 40)
-    assert seen['reason'] == 'initial_svd_computation' and len(watched.control.report(20)) == 3
-    changed, seen = watched.analyse('danger')
-    assert (changed, seen['action'], seen['mode'], seen['r']) == (True, 'lowrank', 'lowrank', 30)
-    assert seen['principal_alignment'] > .99 and seen['reason'] == 'gradient_clobbering_risk'
+    for expected in ((False, 'initial', 'full', 40, 'initial_svd_computation'),
+                     (True, 'lowrank', 'lowrank', 30, 'gradient_clobbering_risk')):
+        changed, seen = watched.analyse('danger')
+        assert (changed, *(seen[key] for key in ('action', 'mode', 'r', 'reason'))) == expected
+        assert len(watched.control.report(20)) == 3
     first, line, _ = watched.control.report(40)
     assert 'step 40' in first and '[c_q]' in line and 'r=30' in line and seen['reason'] in line
     assert watched.layer.r == 30 and not watched.layer.base.weight.requires_grad
@@ -391,10 +370,10 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
 
 def test_a_gradient_outside_does_not():
     watched = Watched()
-    for _ in range(6):
+    for reason in ('initial_svd_computation', *['reconstruction_unsafe'] * 5):
         changed, seen = watched.analyse('calm')
-        assert not changed and seen['mode'] == 'full' and watched.layer.r is None
-    assert seen['principal_alignment'] < 1e-6 and seen['reason'] == 'reconstruction_unsafe'
+        assert (changed, seen['mode'], seen['reason'], watched.layer.r) == (False, 'full', reason, None)
+    assert seen['principal_alignment'] < 1e-6
 
 
 @pytest.mark.parametrize('protection, least, most', [('none', .01, 1), ('left', 0, 1e-3)])
@@ -421,10 +400,9 @@ def test_low_rank_mode_ends_after_five_calm_analyses_in_a_row(protected):
         assert protected.analyse(kind)[1]['mode'] == 'lowrank'
     r = protected.layer.r
     changed, seen = protected.analyse('calm')
-    assert changed and seen['action'] == 'full' and seen['r'] == 40 and protected.layer.r is None
+    assert (changed, seen['action'], seen['r'], protected.layer.r) == (True, 'full', 40, None)
     assert 'FULL' in protected.control.report(1)[1] and '5' in protected.control.report(1)[1]
-    W = protected.layer.base.weight
-    assert W.requires_grad and W in protected.optimizer.state
+    assert protected.layer.base.weight in protected.optimizer.state
     assert protected.analyse('danger')[1]['action'] == 'lowrank' and protected.layer.r == r
     for _ in range(4):                                              # both counts start again
         assert protected.analyse('calm')[1]['action'] == 'refactored'
@@ -441,23 +419,11 @@ def test_gradients_without_information_are_not_calm(protected, nothing):
 
 def test_several_processes_decide_on_their_mean_gradient(protected):
     """`mean` is that of a gradient over processes; `first` makes the analysis on the first process alone."""
-    looks = []
-
-    def first(look):
-        looks.append(look())
-        return looks[-1]
-    _, seen = protected.analyse('calm', mean=lambda grad: protected.gradient('danger'), first=first)
-    assert seen['reason'] == 'gradient_clobbering_risk' and len(looks) == 1
-
-
-def test_every_analysis_renews_the_protected_space(protected):
-    with torch.no_grad():
-        protected.layer.base.weight.add_(normal(40, 40, seed=1))
-    W, objects = protected.layer.weight.detach().double(), protected.layer.half_decayed()
-    protected.analyse('danger')
-    assert all(a is b for a, b in zip(objects, protected.layer.half_decayed()))             # r did not change
-    U = torch.linalg.svd(W)[0][:, :10]
-    assert (torch.linalg.svdvals(U.mT @ protected.layer.protected.double()) - 1).abs().max() < 1e-5
+    _, seen = protected.analyse('calm', mean=lambda grad: protected.gradient('danger'))
+    assert seen['reason'] == 'gradient_clobbering_risk'
+    _, seen = protected.analyse('danger', first=lambda look: [
+        (found | {'reason': 'that of the first'}, basis) for found, basis in look()])
+    assert seen['reason'] == 'that of the first'
 
 
 def test_the_spaces_of_a_steep_spectrum_are_told_apart():
@@ -465,12 +431,8 @@ def test_the_spaces_of_a_steep_spectrum_are_told_apart():
     U, V = (torch.linalg.qr(normal(256, 256, seed=seed)).Q for seed in range(2))
     watched = Watched(U * torch.logspace(0, -3, 256, dtype=torch.float64) @ V.mT)
     watched.layer.switch_to_lowrank(30)
-    assert watched.control.seen == {}
     for angle in (None, pytest.approx(0, abs=1e-2)):
-        watched.control.watch()
-        watched.layer.base.weight.grad = normal(256, 256, seed=2).float()
-        watched.control.analyse(20, lambda old, new, convert: convert([{} for _ in old]))
-        assert watched.control.seen['c_q']['subspace_angle'] == angle
+        assert watched.analyse(normal(256, 256, seed=2))[1]['subspace_angle'] == angle
         with torch.no_grad():
             watched.layer.base.weight.mul_(1 + 1e-7 * normal(256, 256, seed=3))
 
@@ -506,7 +468,7 @@ def test_a_state_that_does_not_fit_is_refused(protected, damage):
     other, state = Watched(), protected.control.state_dict()
     for r in (None, 1, 39):
         other.control.load_state_dict({'c_q': state['c_q'] | {'r': r}})
-        assert other.control.state_dict()['c_q']['r'] == r
+    assert other.control.state_dict() == {'c_q': state['c_q'] | {'r': 39}}
     damage(state)
     with pytest.raises(ValueError):
         other.control.load_state_dict(state)

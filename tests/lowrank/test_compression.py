@@ -46,7 +46,8 @@ def alternating_least_squares(weight, rank, inputs, gradients, steps=2000):
 
 
 @pytest.mark.parametrize('rank, given', [
-    (1, 'inputs gradients'), (3, 'inputs gradients'), (6, 'inputs gradients'), (3, 'inputs'), (3, 'gradients')])
+    (1, 'inputs gradients'), (3, 'inputs gradients'), (6, 'inputs gradients'), (3, 'inputs'),
+    (3, 'gradients')])
 @each_shape
 def test_no_factors_have_a_smaller_weighted_error(M, N, rank, given):
     """Not even those of alternating least squares. The usual ridge would cost 0.3% of an error that is
