@@ -102,31 +102,20 @@ def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
 
 
 def test_reconstruction_errors_at_the_edges():
-    """The bound itself, V^T in place of V, a weight of zero, and a Gaussian: ten of its components are hardly
-    any of it, and the other 246 nearly all."""
+    """The bound itself, a weight of zero, and V^T in place of V. Squares neither overflow nor underflow."""
     S, eye = numbers(64, 62, 45, 5, 3, 1), torch.eye(6)             # the squares have the sum 10,000
     assert compute_reconstruction_error(S.diag(), eye, S, eye, 1) == (.01, False)
     S[-1] = .999
     assert compute_reconstruction_error(S.diag(), eye, S, eye, 1)[1] is True
-    zero = torch.zeros(4, 3), torch.eye(4, 3), torch.zeros(3), torch.eye(3)
-    assert compute_reconstruction_error(*zero, 2) == (0, True)
-    W = normal(256, 256)
+    assert compute_reconstruction_error(0 * eye, eye, 0 * S, eye, 2) == (0, True)
+    W = normal(6, 6)
     U, S, V = svd(W)
-    assert compute_reconstruction_error(W, U, S, V, 0)[1]
     assert compute_reconstruction_error(W, U, S, V.mT, 0)[0] > .1
-    assert compute_reconstruction_error(W, U, S, V, 246) == (pytest.approx(.928, abs=.003), False)
-    assert compute_reconstruction_error(W, U, S, V, 10) == (pytest.approx(.0067, abs=.001), True)
-
-
-@pytest.mark.parametrize('scale', [1e-200, 1e200])
-def test_nothing_over_or_underflows(scale):
-    W = normal(6, 5)
-    U, S, V = svd(W)
-    plain = compute_reconstruction_error(W, U, S, V, 2)[0]
-    scaled = compute_reconstruction_error(W * scale, U, S * scale, V, 2)[0]
-    assert scaled == pytest.approx(plain) and plain > .1
-    principal, minor = compute_gradient_alignment(W * scale, U, S * scale, 2)
-    assert principal + minor == 1 and minor == pytest.approx(plain ** 2)
+    expected = (S[4:].square().sum() / S.square().sum()).item()
+    for scale in (1, 1e-200, 1e200):
+        found = compute_reconstruction_error(W * scale, U, S * scale, V, 2)[0]
+        minor = compute_gradient_alignment(W * scale, U, S * scale, 2)[1]
+        assert minor == pytest.approx(expected) == found ** 2
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
@@ -177,19 +166,6 @@ def test_gradient_alignment_at_the_edges():
             compute_gradient_alignment(normal(6, 5), U[:, :columns], S, r)
 
 
-@pytest.mark.parametrize('k', [1, 6, 20])
-def test_random_gradients_are_aligned_by_chance(k):
-    """Principal and minor energies of m n independent N(0, 1) are chi^2 of k n and (m - k) n degrees of
-    freedom, so the share is Beta(a, b), a = k n / 2, b = (m - k) n / 2, with mean c = k/m and variance c (1 -
-    c) / (m n / 2 + 1)."""
-    m, n, draws, U = 24, 16, 300, orthonormal(24, 24)
-    deviation = math.sqrt(chance(k, m) * (1 - chance(k, m)) / (m * n / 2 + 1))
-    found = numbers(*(compute_gradient_alignment(normal(m, n, seed=seed), U, torch.ones(m), m - k)[0]
-                      for seed in range(draws)))
-    assert abs(found.mean().item() - k / m) < 3 * deviation / math.sqrt(draws)
-    assert abs(found.std().item() / deviation - 1) < 3 / math.sqrt(2 * draws)
-
-
 def test_chance_lift_and_excess():
     assert chance(64, 256) == .25
     assert [lift(*args) for args in ((.5, .25), (.25, .25), (0, .25), (0, 0))] == [2, 1, 0, 1]
@@ -215,11 +191,6 @@ def test_r_decreases_by_a_fifth_between_its_bounds():
             (1, 0, 8, 0), (1, 1, 0, 0)):
         found, why = determine_next_r(torch.ones(g), torch.ones(g), r_current, r_min)
         assert found == r and type(found) is int and 'stable' in why, (g, r_current, r_min)
-    S, r, ranks = torch.ones(256), 246, []
-    while r not in ranks:
-        ranks.append(r)
-        r = determine_next_r(S, S, r)[0]
-    assert ranks == [246, 196, 156, 124, 99, 79, 63, 50, 40, 32, 25, 20, 16, 12, 9, 8]
 
 
 @pytest.mark.parametrize('place, by, r, stable', [
@@ -243,10 +214,9 @@ def test_change_is_relative_to_what_was():
             *((numbers(9, 9, 9, a) * scale, numbers(9, 9, 9, b) * scale, stable) for scale in (1e-3, 1, 1e3)
               for a, b, stable in ((1, 1.105, True), (1.105, 1, False)))):                  # 0.095 and 0.105
         assert ('stable' if stable else 'changing') in determine_next_r(now, before, 3)[1]
-    zero, one, ranks = torch.zeros(8), torch.ones(8), []
-    for now, before in ((zero, zero), (one, zero), (zero, one)):
-        ranks.append(determine_next_r(now, before, 6, 1)[0])
-    assert ranks == [4, 6, 6]
+    zero, one = torch.zeros(8), torch.ones(8)
+    found = [determine_next_r(*pair, 6, 1)[0] for pair in ((zero, zero), (one, zero), (zero, one))]
+    assert found == [4, 6, 6]
     for S, before in ((torch.ones(3), torch.ones(4)), (torch.ones(0), None)):
         with pytest.raises(ValueError, match=f'{len(S)} singular values'):
             determine_next_r(S, before, 2)
@@ -308,18 +278,17 @@ def test_the_first_reason_that_applies_decides():
         assert decide(**given) == want
 
 
-def test_on_the_edge_it_is_neither_danger_nor_calm():
-    gradient = torch.zeros(64, 64)
-    gradient[:4, 0] = gradient[-6:, 0] = 1                          # 4 of 10 are protected, k/m = 1/16
-    given = scene(m=64, k=4, grad_W=gradient)
-    seen = should_use_lowrank_training(**given)[2]
-    assert (seen['principal_alignment'], seen['minor_alignment']) == (.4, .6) and decide(**given) == CONTINUE
-    gradient = torch.zeros(8, 8)
-    gradient[0, :5] = gradient[1, :5] = gradient[-1, :6] = 1        # 10 of 16, k/m = 1/2
-    given = scene(m=8, k=4, grad_W=gradient)
-    assert should_use_lowrank_training(**given)[2]['excess'] == .25 and decide(**given) == CONTINUE
-    gradient[0, 7] = 1
-    assert decide(**given) == DANGER
+@pytest.mark.parametrize('m, lengths, metric, value, want', [       # k = 4
+    (64, {0: 1, 1: 1, 2: 1, 3: 1, **dict.fromkeys(range(58, 64), 1)}, 'principal_alignment', .4, CONTINUE),
+    (8, {0: 5, 1: 5, 7: 6}, 'excess', .25, CONTINUE), (8, {0: 6, 1: 5, 7: 6}, 'chance', .5, DANGER)])
+def test_on_the_edge_it_is_neither_danger_nor_calm(m, lengths, metric, value, want):
+    """Rows of the gradient are so many ones: 4 of 10 are protected, and k/m = 1/16; 10 of 16, and k/m =
+    1/2."""
+    gradient = torch.zeros(m, m)
+    for row, length in lengths.items():
+        gradient[row, :length] = 1
+    given = scene(m=m, k=4, grad_W=gradient)
+    assert should_use_lowrank_training(**given)[2][metric] == value and decide(**given) == want
 
 
 @pytest.mark.parametrize('factor', [0, math.nan, math.inf])
@@ -351,14 +320,11 @@ def test_the_diagnostics():
     assert should_use_lowrank_training(**scene(S_prev=scene()['S'] * 1.2))[1] == 14
 
 
-def test_what_is_not_needed_may_be_missing_and_nothing_is_changed():
+def test_what_is_not_needed_may_be_missing():
     given = scene(m=16, k=5)
-    before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
-    given |= {name: given[name].requires_grad_() for name in before}
+    given |= {name: given[name].requires_grad_() for name in given if isinstance(given[name], torch.Tensor)}
     short = {name: given[name][:, :5] for name in ('U', 'V', 'U_prev')}
-    first = should_use_lowrank_training(**given)
-    assert should_use_lowrank_training(**given | short) == first    # stateless
-    assert all(torch.equal(before[name], given[name]) for name in before)
+    assert should_use_lowrank_training(**given | short) == should_use_lowrank_training(**given)
     with pytest.raises(ValueError, match='4 columns.*k = 5'):       # r has decreased since it was cut
         should_use_lowrank_training(**given | {'U_prev': given['U_prev'][:, :4]})
     spoilt = given['W'] * math.nan
@@ -377,9 +343,8 @@ def test_layers_of_any_shape(m, n):
     for r in (0, g - 1, g, g + 10):
         k, gradient = max(g - r, 0), normal(m, n, seed=1)
         decision, r_next, seen = should_use_lowrank_training(W, U, S, V, W, U, S, V, gradient, r, 50)
-        assert seen['chance'] == k / m and seen['subspace_angle'] < 1e-7 and r_next <= g - 1
-        assert seen['principal_alignment'] + seen['minor_alignment'] == 1
+        assert seen['chance'] == k / m and r_next <= g - 1
+        assert seen['subspace_angle'] < 1e-7 and seen['principal_alignment'] + seen['minor_alignment'] == 1
         if k == 0:
             assert (seen['principal_alignment'], seen['lift'], seen['excess'], decision) == (0, 1, 0, False)
-        if k == m:
-            assert seen['excess'] == 0 and seen['principal_alignment'] == pytest.approx(1)
+        assert k < m or seen['excess'] == 0 and seen['principal_alignment'] == pytest.approx(1)
