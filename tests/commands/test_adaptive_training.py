@@ -239,8 +239,9 @@ def test_two_processes_train_what_one_does(trained, options):
     alignment is so close to its threshold that rounding decides."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / 'tests')))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__]
-    result = subprocess.run([*command, *TINY, *MANY, *options, '--out_dir=two'], capture_output=True, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=path), timeout=200)
+    result = subprocess.run([*command, *TINY, *MANY, *options, '--out_dir=two'], timeout=200,
+                            capture_output=True, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=path))
     assert result.returncode == 0, result.stderr[-2000:]
     first, second = (torch.load(f'steps-{rank}.pt', weights_only=True) for rank in (0, 1))
     assert len(first) >= 26 and same(first, second)

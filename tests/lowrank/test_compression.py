@@ -5,14 +5,11 @@ from itertools import product
 import pytest
 import torch
 
+from helpers import normal as rand
 from lowrank.compression import RIDGE, Factorization, budgeted_ranks, factored_size, refit, saving_rank
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 each_shape = pytest.mark.parametrize('M, N', [(12, 8), (8, 12)], ids=['tall', 'wide'])
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def statistic(size, seed, tokens=100, spread=1.0):
