@@ -369,7 +369,9 @@ def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
     """From 30 to 0.8 of it each time, and to 8 in the end."""
     ranks = [protected.layer.r]
     for _ in range(23):
+        factors_before = protected.layer.half_decayed()
         changed, seen = protected.analyse('danger')
+        assert changed or all(a is b for a, b in zip(factors_before, protected.layer.half_decayed()))
         ranks.append(protected.layer.r)
         assert seen['action'] == 'refactored' and changed == (ranks[-1] != ranks[-2])
         assert seen['principal_alignment'] > .99                    # of the space that is protected then
