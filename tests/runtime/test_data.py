@@ -117,7 +117,7 @@ def contents(folder):
 
 
 def tokens(folder, split):
-    return np.fromfile(folder / f'{split}.bin', dtype=read_meta(folder)['dtype']).tolist()
+    return np.fromfile(f'{folder}/{split}.bin', dtype=read_meta(folder)['dtype']).tolist()
 
 
 def text_of(folder):
@@ -162,21 +162,6 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'given.txt').write_text('given')
     assert prepared('--input=~/given.txt')[1] == 'given'
-
-
-@pytest.mark.parametrize('main', [shakespeare_char.main, shakespeare.main])
-@pytest.mark.parametrize('content, options', [
-    (None, ['--input=FILE']), (b'\xff\xfe\x00', ['--input=FILE']), (b' \n', ['--input=FILE']), (b'a', ['--input=FILE']),
-    (b'text', ['--imput=FILE']), (b'text', ['--input=FILE', '--out_dir=FILE'])])
-def test_wrong_input_changes_nothing(main, content, options, tmp_path, call, refused, byte_bpe):
-    file, folder = tmp_path / 'in.txt', tmp_path / 'new'
-    file.write_text('something good')
-    assert call(main, f'--input={file}', f'--out_dir={folder}').code == 0
-    before = contents(folder)
-    file.unlink() if content is None else file.write_bytes(content)
-    line = refused(main, f'--out_dir={folder}', *(option.replace('FILE', str(file)) for option in options))
-    assert str(file) in line or '--imput' in line
-    assert contents(folder) == before and len(before) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,7 +251,8 @@ def parquet(tmp_path, monkeypatch, byte_bpe):
         table = arrow.table({'text': DOCUMENTS[i * 20:i * 20 + 20], 'url': ['-'] * 20})
         pq.write_table(table, tmp_path / f'{i}.parquet', row_group_size=8)
     monkeypatch.setattr(openwebtext, 'SHARD_CHARACTERS', 240)
-    return [f'--files={tmp_path}/*.parquet', f'--out_dir={tmp_path}/out']
+    monkeypatch.chdir(tmp_path)
+    return ['--files=*.parquet', '--out_dir=out']
 
 
 def expected(documents):
@@ -278,24 +264,21 @@ def expected(documents):
     return ids
 
 
-def test_openwebtext_is_prepared_once(parquet, tmp_path, call):
+def test_openwebtext_is_prepared_once(parquet, call):
     for words in ('60 documents', 'already prepared'):
-        result = call(openwebtext.main, *parquet)
-        assert result.code == 0 and words in result.out
-    want, meta = expected(DOCUMENTS), Dataset(tmp_path / 'out').meta
-    assert {split: tokens(tmp_path / 'out', split) for split in want} == want
-    assert sorted(contents(tmp_path / 'out')) == ['meta.json', 'train.bin', 'val.bin']
-    assert {key: meta[key] for key in ('tokenizer', 'vocab_size', 'dtype', 'documents')} == dict(
-        tokenizer='gpt2', vocab_size=50257, dtype='uint16', documents=60)
-    assert (meta['train_tokens'], meta['val_tokens']) == (len(want['train']), len(want['val']))
+        assert words in call(openwebtext.main, *parquet).out
+    assert sorted(contents(Path('out'))) == ['meta.json', 'train.bin', 'val.bin']
+    want, meta = expected(DOCUMENTS), Dataset('out').meta
+    assert {key: meta[key] for key in (*dataset.GPT2_META, 'documents', 'train_tokens', 'val_tokens')} == dict(
+        dataset.GPT2_META, documents=60, train_tokens=len(want['train']), val_tokens=len(want['val']))
 
 
 @pytest.mark.parametrize('files', [0, 2, 3, 16, 17, 18, *(pytest.param(n, marks=pytest.mark.slow)
                                                           for n in (1, *range(4, 16)))])
-def test_openwebtext_goes_on_after_ctrl_c_with_the_same_options(parquet, tmp_path, call, refused, files):
+def test_openwebtext_goes_on_after_ctrl_c_with_the_same_options(parquet, call, refused, files):
     """Before the file after so many gets its name: train, val and progress of five shards, then the marker in meta.json,
     train.bin, val.bin, meta.json."""
-    out, want = tmp_path / 'out', expected(DOCUMENTS)
+    out, want = Path('out'), expected(DOCUMENTS)
     with mock.patch('os.replace', mock.Mock(wraps=os.replace, side_effect=[mock.DEFAULT] * files + [KeyboardInterrupt])):
         assert call(openwebtext.main, *parquet).code == 130
     if files > 15:                                                  # never taken for a whole data set
@@ -311,41 +294,44 @@ def test_openwebtext_goes_on_after_ctrl_c_with_the_same_options(parquet, tmp_pat
 
 
 @pytest.mark.parametrize('limit', [1, 100, 333])
-def test_openwebtext_stops_after_max_tokens_in_a_document(limit, parquet, tmp_path):
+def test_openwebtext_stops_after_max_tokens_in_a_document(limit, parquet):
     assert openwebtext.main([*parquet, f'--max_tokens={limit}']) == 0
-    documents = read_meta(tmp_path / 'out')['documents']
-    want = expected(DOCUMENTS[:documents])                          # the documents up to the one that was cut
-    assert tokens(tmp_path / 'out', 'train') == want['train'][:limit] and len(want['train']) >= limit
-    assert tokens(tmp_path / 'out', 'val') == want['val'] and want['val']
-    assert len(expected(DOCUMENTS[:documents - 1])['train']) < limit
+    documents = read_meta('out')['documents']                       # up to the one that was cut
+    want = expected(DOCUMENTS[:documents])
+    assert len(expected(DOCUMENTS[:documents - 1])['train']) < limit <= len(want['train'])
+    assert tokens('out', 'train') == want['train'][:limit] and tokens('out', 'val') == want['val']
 
 
-def test_openwebtext_takes_text_files(parquet, tmp_path, call):
-    folder = tmp_path / '[1]'                                       # as a pattern, 1
-    folder.mkdir()
+def test_openwebtext_takes_text_files(parquet, call):
+    Path('[1]').mkdir()                                             # as a pattern, 1
     for name, text in (('a[0]', 'first\n\nfile\n'), ('b', '\ufeff<|endoftext|>'), ('c', '<|endoftext|>')):
-        (folder / f'{name}.txt').write_text(text, encoding='utf-8')
-    options = f'--files={folder}/*.txt', f'--out_dir={tmp_path}/out'
-    assert call(openwebtext.main, *options).out.count('<|endoftext|>') == 1
-    assert tokens(tmp_path / 'out', 'val') == [*b'first\n\nfile\n', EOT]
-    assert tokens(tmp_path / 'out', 'train') == [*b'<|endoftext|>', EOT] * 2
-    (folder / 'b.txt').write_bytes(b'\xff')
-    result = call(openwebtext.main, options[0], f'--out_dir={tmp_path}/one')
-    assert result.code == 2 and f'{folder}/b.txt: ' in result.err
+        Path(f'[1]/{name}.txt').write_text(text, encoding='utf-8')
+    assert call(openwebtext.main, '--files=[1]/*.txt', '--out_dir=out').out.count('<|endoftext|>') == 1
+    assert tokens('out', 'val') == [*b'first\n\nfile\n', EOT]
+    assert tokens('out', 'train') == [*b'<|endoftext|>', EOT] * 2
+    Path('[1]/b.txt').write_bytes(b'\xff')
+    result = call(openwebtext.main, '--files=[1]/*.txt', '--out_dir=one')
+    assert result.code == 2 and '[1]/b.txt: ' in result.err
 
 
-@pytest.mark.parametrize('options, words', [
-    (['--files=DIR/no*'], '--files='), (['--files=DIR/*'], '.parquet'), (['--files=DIR/one[0].txt'], 'found 1'),
-    (['--files=DIR/bad'], 'bad'), (['--files=DIR/0.parquet', '--max_tokens=0'], '--max_tokens=0'),
-    (['--max_tokens=many'], 'max_tokens'), (['--source=web'], 'openwebtext'), (['--sauce=x'], '--sauce')])
-def test_wrong_input_changes_no_openwebtext(options, words, parquet, tmp_path, call):
-    assert openwebtext.main(parquet) == 0
-    before = contents(tmp_path / 'out')
-    (tmp_path / 'one[0].txt').write_text('one')
-    (tmp_path / 'bad').write_text('no parquet')
-    result = call(openwebtext.main, parquet[1], *(option.replace('DIR', str(tmp_path)) for option in options))
+@pytest.mark.parametrize('main, options, words', [
+    *((main, options, words) for main in (shakespeare_char.main, shakespeare.main) for options, words in [
+        ('--input=gone', 'gone'), ('--input=utf16', 'utf16'), ('--input=blank', 'blank'), ('--input=a', 'a'),
+        ('--imput=text', '--imput'), ('--input=text --out_dir=text', 'text')]),
+    *((openwebtext.main, options, words) for options, words in [
+        ('--files=no*', '--files=no*'), ('--files=*[tx]', '.parquet'), ('--files=one[0].txt', 'found 1'),
+        ('--files=bad', 'bad'), ('--files=bad.parquet', 'bad.parquet'), ('--files=[0-2].parquet --max_tokens=0', '--max_tokens=0'),
+        ('--max_tokens=many', 'max_tokens'), ('--source=web', 'openwebtext'), ('--sauce=x', '--sauce')])])
+def test_wrong_input_is_one_line_and_changes_nothing(parquet, call, main, options, words):
+    for name, content in {'utf16': b'\xff\xfe\0', 'blank': b' \n', 'a': b'a', 'text': b'something good',
+                          'one[0].txt': b'one', 'bad': b'', 'bad.parquet': b'no parquet'}.items():
+        Path(name).write_bytes(content)
+    right = ['--files=[0-2].parquet'] if main is openwebtext.main else ['--input=text']
+    assert call(main, '--out_dir=out', *right).code == 0
+    before = contents(Path('out'))
+    result = call(main, '--out_dir=out', *options.split())
     assert result.code == 2 and words in result.err.splitlines()[-1]        # below it may be a progress bar
-    assert contents(tmp_path / 'out') == before
+    assert contents(Path('out')) == before and len(before) == 3
 
 
 def test_openwebtext_without_a_network_names_the_option_for_files(monkeypatch, tmp_path, call, byte_bpe):
@@ -363,16 +349,8 @@ BYTES = st.integers(0, 255) | st.sampled_from([*'é€😀'.encode(), 0xed, 0xa0
 
 
 def pieces(meta, ids):
-    """The pieces in which the text of ids is shown: one for each, before the next is asked for, and one more."""
-    found = []
-
-    def arriving():
-        for n, i in enumerate(ids):
-            assert len(found) == n
-            yield i
-    for piece in Tokenizer(meta).decode_stream(arriving()):
-        found.append(piece)
-    return found
+    """The pieces in which the text of ids is shown: one for each, and one more."""
+    return list(Tokenizer(meta).decode_stream(ids))
 
 
 @settings(derandomize=True, deadline=None, max_examples=100,

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import random
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,10 +19,9 @@ import export
 import helpers
 import sample
 import train
-from helpers import checkpoint, equal, folder_bytes
+from helpers import checkpoint, checkpoint_of, equal, folder_bytes
 from model import GPT, METHODS, GPTConfig
 from runtime import download, pretrained
-from runtime.config import UserError
 from runtime.dataset import GPT2_META, Tokenizer
 
 pytestmark = [pytest.mark.usefixtures('one_thread', 'hub'), pytest.mark.filterwarnings('ignore')]
@@ -53,7 +51,8 @@ def make(**config):
 
 
 def tokens(config, rows=3):
-    return torch.randint(config.vocab_size, (rows, config.block_size), generator=torch.Generator().manual_seed(1))
+    shape, generator = (rows, config.block_size), torch.Generator().manual_seed(1)
+    return torch.randint(config.vocab_size, shape, generator=generator)
 
 
 def char_meta(chars):
@@ -98,15 +97,12 @@ def test_transformers_computes_and_generates_the_same_and_what_it_saves_is_read(
         assert again.lm_head.weight is again.transformer.wte.weight
 
 
-def test_a_model_that_transformers_makes_is_read(hf, tmp_path):
-    """Also one whose config.json still says "bias": false when it has been trained there, with all biases."""
-    config = hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, bias=False)
-    theirs = hf.GPT2LMHeadModel(config)
+def test_a_model_that_transformers_makes_is_read_with_biases_unless_a_mark_says_that_all_are_0(hf, tmp_path):
+    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, bias=False))
     theirs.save_pretrained(tmp_path)
     expected = GPTConfig(**SMALL, gelu='tanh', dropout=.1, bias=False)
     assert GPT.from_pretrained(str(tmp_path)).config == expected
-    with torch.no_grad():
-        theirs.transformer.h[1].mlp.c_fc.bias[3] = 1
+    theirs.transformer.h[1].mlp.c_fc.bias.data[3] = 1               # trained there, with all biases
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(tmp_path)).eval()
     assert ours.config.bias is True
@@ -140,14 +136,14 @@ def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
 def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
-    monkeypatch.setitem(pretrained.MODELS, 'gpt2', sizes)
+    monkeypatch.setitem(pretrained.MODELS, 'gpt2', sizes)           # else as large as it is
     model, commit = make(gelu='tanh'), '0123456789' * 4
     write(hub / 'snapshots' / commit, model)
     (hub / 'refs').mkdir()
     (hub / 'refs' / 'main').write_text(commit)
     read = GPT.from_pretrained('gpt2', dict(dropout=.1))
-    assert equal(read.state_dict(), model.state_dict()) and pretrained.read_tokenizer('gpt2') == GPT2_META
-    assert read.config == GPTConfig(**SMALL, gelu='tanh', dropout=.1)
+    assert read.config == GPTConfig(**SMALL, gelu='tanh', dropout=.1) and equal(read.state_dict(), model.state_dict())
+    assert pretrained.read_tokenizer('gpt2') == GPT2_META
     write('gpt2', make(n_layer=1), char_meta(CHARS))
     assert GPT.from_pretrained('gpt2').config.n_layer == 1
     assert pretrained.read_tokenizer('gpt2') == char_meta(CHARS)
@@ -177,7 +173,7 @@ def test_what_has_no_weights_or_another_shape_is_refused(tmp_path, monkeypatch, 
 @pytest.mark.parametrize('package, name', [('safetensors', 'good'), ('huggingface_hub', 'gpt2')])
 def test_a_missing_package_is_named(good, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"^init_from='{name}': .*: pip install {package}$"):
+    with pytest.raises(ValueError, match=f"^init_from='{name}': .*: pip install {package}$"):
         GPT.from_pretrained(name)
 
 
@@ -209,7 +205,7 @@ def test_weights_cut_off_anywhere_or_with_a_flipped_bit_in_the_header_are_refuse
     flipped = (content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1:] for i in places)
     for damaged in (*flipped, *(content[:i] for i in range(0, len(content), 10 * stride)), content[:-1]):
         path.write_bytes(damaged)
-        with suppress(UserError):
+        with suppress(ValueError):
             assert equal(GPT.from_pretrained('good').state_dict(), make().state_dict())
 
 
@@ -254,12 +250,11 @@ def test_what_changes_nothing_in_a_folder_is_read(hf, good):
         n_inner=32, reorder_and_upcast_attn=True, attn_pdrop=.5, activation_function='gelu_pytorch_tanh',
         summary_type='mean')))
     ours, theirs = (kind.from_pretrained('good').eval() for kind in (GPT, hf.GPT2LMHeadModel))
-    assert_same_logits(ours, theirs)
     assert ours.config == make(gelu='tanh').config
+    assert_same_logits(ours, theirs)
     # a head that is equal, names without a prefix, and the buffers of OpenAI's files
-    state = {name.removeprefix('transformer.'): w for name, w in state.items()}
-    state |= {'lm_head.weight': state['wte.weight'].clone(), 'h.0.attn.bias': torch.ones(1, 1, 16, 16).tril(),
-              'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    state = {name.removeprefix('transformer.'): w for name, w in state.items()} | {
+        'lm_head.weight': state[W].clone(), 'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.0.attn.masked_bias': -torch.ones(1)}
     (good / 'config.json').write_text(json.dumps(config | dict(tie_word_embeddings=False)))
     (good / 'model.safetensors').write_bytes(save(state))
     assert equal(GPT.from_pretrained('good').state_dict(), make().state_dict())
@@ -298,16 +293,16 @@ def test_weights_that_do_not_fit_are_refused(good, bad, spoil, words):
     bad(words)
 
 
-def test_missing_and_foreign_files_are_refused(good, bad, refused):
-    (good / 'model.safetensors').unlink()
+def test_missing_and_foreign_files_are_refused(good, bad):
+    weights = good / 'model.safetensors'
+    weights.unlink()
     bad('model.safetensors')
     (good / 'pytorch_model.bin').write_bytes(pickle.dumps('x'))
     bad('pytorch_model.bin is a pickle')
-    (good / 'model.safetensors').mkdir()
+    weights.mkdir()
     bad('model.safetensors ')
     (good / 'config.json').unlink()
-    for main in (sample.main, train.main):
-        assert 'config.json' in refused(main, '--init_from=good')
+    bad('config.json')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -328,8 +323,7 @@ def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(hf, t
     meta, folder = char_meta(sorted(chars)), tmp_path_factory.mktemp('chars')
     pretrained.write(folder, dict(model_type='gpt2', n_positions=16), {}, meta)
     theirs, ours = hf.AutoTokenizer.from_pretrained(folder), Tokenizer(meta)
-    texts = data.draw(st.lists(st.text(st.sampled_from(meta['chars']), max_size=30), min_size=3, max_size=3))
-    for text in [*texts, ''.join(meta['chars']), meta['chars'][0] * 3]:
+    for text in [*data.draw(st.lists(st.text(meta['chars']), min_size=3, max_size=3)), ''.join(meta['chars'])]:
         ids = ours.encode(text)
         assert theirs.encode(text) == ids and theirs.decode(ids) == text == ours.decode(ids)
     theirs.save_pretrained(folder)
@@ -357,9 +351,8 @@ def bpe(request, monkeypatch):
 
 def test_a_bpe_encodes_as_in_transformers_and_only_gpt2s_is_known(hf, good, bad, bpe):
     write('good', make(), GPT2_META)
-    theirs, draw = hf.AutoTokenizer.from_pretrained('good'), random.Random(0)
-    kinds = ['the', ' and', '\n', '  ', "'s", '1', 'é', '🙂', '\u00a0', *map(chr, range(33, 127))]
-    for text in TEXTS + [''.join(draw.choices(kinds, k=20)) for _ in range(200)]:
+    theirs = hf.AutoTokenizer.from_pretrained('good')
+    for text in [*TEXTS, *(a + b for a in TEXTS for b in TEXTS)]:
         ids = bpe.encode(text, allowed_special={'<|endoftext|>'})
         assert theirs.encode(text) == ids and theirs.decode(ids) == bpe.decode(ids)
     assert (theirs.eos_token_id, len(theirs)) == (bpe.eot_token, bpe.n_vocab)
@@ -373,13 +366,11 @@ def test_a_bpe_encodes_as_in_transformers_and_only_gpt2s_is_known(hf, good, bad,
 
 
 @needs_gpt2s_bpe
-def test_gpt2s_bpe_is_known_by_its_older_files(good, bad):
+def test_gpt2s_bpe_is_known_by_its_older_files(good):
     (good / 'tokenizer.json').unlink()
     for path, name in zip(GPT2_FILES, ('merges.txt', 'vocab.json'), strict=True):
         (good / name).write_bytes(path.read_bytes())
     assert pretrained.read_tokenizer('good') == GPT2_META
-    (good / 'merges.txt').write_text('#version: 0.2\na b\n')
-    bad("GPT-2's BPE")
 
 
 def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_file(good, bad, call, byte_bpe):
@@ -406,19 +397,23 @@ def test_training_goes_on_from_a_folder_in_its_tokens(trained, call, refused):
         assert 'dataset=toy: ' in refused(train.main, *data, f'--init_from={name}')
 
 
-def test_a_run_is_exported_for_transformers(hf, trained, call, monkeypatch):
+def test_a_run_is_exported_for_transformers_into_an_empty_folder(hf, trained, call, monkeypatch):
+    """What is beside it stays: whoever has folders named like those of a killed export may need them."""
     trained()
-    result = call(export.main)
-    written = {path.name: path.stat().st_size for path in Path('out-gpt2').iterdir()}
-    assert result.out.startswith('out/ckpt.pt: 4 steps, written to out-gpt2 ') and not result.err
+    others = ['mine.4194305.tmp', '.mine.4194305.tmp', 'other.4194305.tmp']     # larger than any process number
+    for name in ('mine', *others):
+        Path(name).mkdir()
+    result = call(export.main, '--save_dir=mine')
+    assert result.out.startswith('out/ckpt.pt: 4 steps, written to mine ') and not result.err
+    written = {path.name: path.stat().st_size for path in Path('mine').iterdir()}
     assert written.keys() == {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
     assert all(f'{name}: {size:,} bytes' in result.out for name, size in written.items())
-    model, tokenizer = (kind.from_pretrained('out-gpt2') for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
+    assert {p.name for p in Path().iterdir()} == {'data', 'out', 'mine', *others}
+    model, tokenizer = (kind.from_pretrained('mine') for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
     ids = tokenizer('the cat', return_tensors='pt')
-    assert set(ids) == {'input_ids', 'attention_mask'}
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0])
     monkeypatch.setitem(sys.modules, 'transformers', None)          # nothing here needs it
-    for name in ('out', 'out-gpt2'):
+    for name in ('out', 'mine'):
         result = call(sample.main, *SAMPLE, f'--init_from={name}', '--start=the cat', '--temperature=0')
         assert result.out.startswith(f'{name}; SVD on V off\n{text}\n')
 
@@ -450,12 +445,12 @@ SVD = ('--use_svd=True', '--svd_rank=2')
     ('nanogpt', ('--optimizer=muon',), 'Muon')])
 def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(trained, call, to, options, words):
     trained(*options)
-    result = call(export.main, f'--to={to}', '--save_dir=new')
+    result = call(export.main, f'--to={to}')
     assert result.code == 0 and words in result.out and 'left out: the optimizer state' in result.out
-    before, after = (GPT.from_pretrained(folder).eval() for folder in ('out', 'new'))
-    idx = torch.arange(16)[None]
+    before, after = (GPT.from_pretrained(folder).eval() for folder in ('out', f'out-{to}'))
+    idx = tokens(before.config)
     assert torch.equal(before(idx, idx)[0], after(idx, idx)[0]) and not after.config.use_svd
-    assert to == 'gpt2' or not checkpoint('new')['optimizer']['state']
+    assert to == 'gpt2' or not checkpoint('out-nanogpt')['optimizer']['state']
 
 
 @pytest.mark.parametrize('vocab_size, extra, end', [(50304, dict(tokenizer=GPT2_META), 50256),
@@ -466,7 +461,7 @@ def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, voc
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
     Path('out').mkdir()
     model = make(vocab_size=vocab_size, n_layer=1, n_embd=2)
-    torch.save(helpers.checkpoint_of(model) | dict(iter_num=0, **extra), 'out/ckpt.pt')
+    torch.save(checkpoint_of(model) | dict(iter_num=0, **extra), 'out/ckpt.pt')
     assert 'left out: the tokenizer' in call(export.main).out and not list(Path('out-gpt2').glob('tokenizer*'))
     config = json.loads(Path('out-gpt2/config.json').read_text())
     assert (config['bos_token_id'], config['eos_token_id'], config['vocab_size']) == (end, end, vocab_size)
@@ -488,16 +483,6 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(trained, refused
     assert folder_bytes('.') == before and {p.name for p in Path().iterdir()} == {'data', 'out', 'file', 'link'}
 
 
-def test_an_empty_folder_is_filled_and_nothing_beside_it_is_removed(trained, call):
-    """Whoever has folders named like those of a killed export may need them."""
-    trained()
-    others = ['mine.4194305.tmp', '.mine.4194305.tmp', 'other.4194305.tmp']     # larger than any process number
-    for name in ('mine', *others):
-        Path(name).mkdir()
-    assert call(export.main, '--save_dir=mine').code == 0 and Path('mine/config.json').exists()
-    assert {p.name for p in Path().iterdir()} == {'data', 'out', 'mine', *others}
-
-
 @pytest.mark.parametrize('error, code', [(OSError(28, 'No space left on device'), 1), (KeyboardInterrupt(), 130)])
 @pytest.mark.parametrize('to, flushes', [('gpt2', 2), ('gpt2', 5), ('nanogpt', 4)])
 def test_a_full_disk_or_ctrl_c_leaves_nothing(trained, call, monkeypatch, to, flushes, error, code):
@@ -506,6 +491,5 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing(trained, call, monkeypatch, to, fl
     before = folder_bytes('.')
     monkeypatch.setattr(os, 'fsync', mock.Mock(side_effect=[None] * flushes + [error]))
     result = call(export.main, f'--to={to}', '--save_dir=a/b/c')
-    assert (result.code, result.out) == (code, '') and 'Traceback' not in result.err
-    assert code == 130 or 'No space left on device' in result.err.splitlines()[0]
+    assert (result.code, result.out) == (code, '') and len(result.err.splitlines()) == (code == 1)
     assert folder_bytes('.') == before and {p.name for p in Path().iterdir()} == {'data', 'out'}
