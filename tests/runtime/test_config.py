@@ -12,7 +12,7 @@ import compress
 import export
 import sample
 import train
-from helpers import ROOT, TINY
+from helpers import ROOT
 from runtime import config as configuration
 from train import TrainConfig
 
@@ -105,6 +105,10 @@ ARGUMENTS = {
         ('-n_layer=3', '--key=value'), ('--', '--key=value'), ('--=3', '--key=value'),
         ('max_iters=3', '(nearest: --max_iters=3)'), ('max-iters=3', '(nearest: --max_iters=3)'),
         ('use_svd', '(nearest: --use_svd=VALUE)'), ('--svd_rank 4', '--svd_rank=VALUE')],
+    'train places to be': [
+        ('--dataset=shakespear --device=cpu', '(nearest: shakespeare)'),
+        *((f'--dataset=shakespeare_char --device={device}', 'nearest: cpu)') for device in ('tpu', 'cpu:1', 'cuda:77', ''))],
+    'bench places to be': [('--device=tpu', 'nearest: cpu)')],
     'train files': [
         ('config/train_smal.py', '(nearest: config/train_small.py)'),
         ('config/train-small.py', '(nearest: config/train_small.py)'), ('config', 'config: no such config file'),
@@ -136,16 +140,6 @@ def test_the_scripts_are_not_offered_as_config_files(refused, monkeypatch):
     for word in ('help', 'models', 'train_.py', 'bench'):
         line = refused(train.main, word)
         assert 'nearest: config/' in line or '--help' in line and 'nearest' not in line
-
-
-def test_a_device_or_data_set_that_is_not_here_is_refused_with_those_that_are(here, refused, monkeypatch):
-    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
-    monkeypatch.setattr('torch.backends.mps.is_available', lambda: False)
-    for option, nearest in (*((f'--device={device}', 'cpu') for device in ('cuda', 'cuda:1', 'mps', 'tpu', 'cpu:1', '')),
-                            ('--dataset=toys', 'toy')):
-        for main in (train.main, bench.main):
-            line = refused(main, *TINY, option)
-            assert f'{option[2:]}: ' in line and f'nearest: {nearest})' in line
 
 
 @pytest.mark.parametrize('arguments, value', [

@@ -194,13 +194,10 @@ def test_dtype_follows_vocabulary(distinct, dtype, tmp_path):
     assert int(Dataset(tmp_path).tokens('val')[-1]) == distinct - 1 and text_of(tmp_path) == text
 
 
-def test_nanogpts_folders_are_read(tmp_path):
+def test_a_folder_without_a_meta_file_is_nanogpts_with_gpt2s_tokens(tmp_path):
     for split in ('train', 'val'):
-        np.array([0, 2, 1], np.uint16).tofile(tmp_path / f'{split}.bin')
+        np.array([0, 2, 50256], np.uint16).tofile(tmp_path / f'{split}.bin')
     assert Dataset(tmp_path).meta == dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
-    meta = dict(vocab_size=3, stoi={'a': 0, 'b': 1, 'c': 2}, itos={0: 'a', 1: 'b', 2: 'c'})
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    assert Dataset(tmp_path).vocab_size == 3 and text_of(tmp_path) == 'acbacb'
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -50,9 +50,8 @@ def make(**config):
     return helpers.make(dtype=torch.float32, **dict(svd_block=GPTConfig.svd_block) | config)
 
 
-def tokens(config, rows=3):
-    shape, generator = (rows, config.block_size), torch.Generator().manual_seed(1)
-    return torch.randint(config.vocab_size, shape, generator=generator)
+def tokens(config):
+    return torch.arange(3 * config.block_size).view(3, -1) ** 2 % config.vocab_size
 
 
 def char_meta(chars):
@@ -209,31 +208,31 @@ def test_weights_cut_off_anywhere_or_with_a_flipped_bit_in_the_header_are_refuse
             assert equal(GPT.from_pretrained('good').state_dict(), make().state_dict())
 
 
+INDEX = 'model.safetensors.index.json'
 NO_OBJECTS = [b'', b'null', b'[]', b'hello', b'{"n_layer": 2', b'[' * 100_000, b'\xff\xfe{}',
               b'{"n_layer": 1' + b'0' * 5000 + b'}']
 SIZES = [10 ** 9, 10 ** 300, 0, -1, '2', None, True, 2.0, float('nan'), float('inf'), [2], {}]
 CONFIGS = dict(n_layer=[*SIZES, 1, 3], n_head=[*SIZES, 3], n_embd=SIZES, vocab_size=[*SIZES, 12],
-               n_positions=[*SIZES, 8], n_inner=[31, 'x'], layer_norm_epsilon=[1e-6, None], scale_attn_weights=[False],
-               scale_attn_by_inverse_layer_idx=[True], add_cross_attention=[True],
+               n_positions=[*SIZES, 8], n_inner=[31, 'x'], layer_norm_epsilon=[1e-6, None],
+               scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True], add_cross_attention=[True],
                model_type=['llama', None, ['gpt2']], tie_word_embeddings=[False],
                activation_function=['relu', 'silu', None, 3, ['gelu'], {}],
                resid_pdrop=[1, 1.5, -.1, float('nan'), '0.1', None, True, 10 ** 400])
-TOKENIZERS = [
-    dict(normalizer=dict(type='Lowercase')), dict(pre_tokenizer=dict(type='Whitespace')), dict(decoder=None),
-    dict(added_tokens=[dict(id=11, content='<s>', special=True)]), dict(model=None),
-    dict(model=dict(type='Unigram', vocab=[['a', 0.1]])), dict(model=dict(type='WordLevel', vocab={})),
-    *(dict(model=dict(type='WordLevel', vocab=vocab, unk_token='<unk>'))
-      for vocab in ({'a': 0, 'b': 7}, {'ab': 0}, {'a': 'x', 'b': 1}, {'\ud800': 0})),
-    *(dict(model=dict(type='BPE', vocab={'a': 0}, merges=merges)) for merges in ([], [3])),
-    dict(model=dict(type='BPE', vocab=['a'], merges=['a b']), pre_tokenizer=[])]
-INDEX = 'model.safetensors.index.json'
-SHARDS = [None, {}, [], {'wte.weight': 3}, {'wte.weight': '../good/shard'}, {'wte.weight': '/etc/passwd'}]
 
 
 @pytest.mark.parametrize('name, changes, words', [
     *((name, NO_OBJECTS, name) for name in ('config.json', 'tokenizer.json', INDEX)),
     *(('config.json', [{key: value} for value in values], '') for key, values in CONFIGS.items()),
-    ('tokenizer.json', TOKENIZERS, 'its tokenizer '), (INDEX, [dict(weight_map=shards) for shards in SHARDS], INDEX),
+    ('tokenizer.json', [
+        dict(normalizer=dict(type='Lowercase')), dict(pre_tokenizer=dict(type='Whitespace')), dict(decoder=None),
+        dict(added_tokens=[dict(id=11, content='<s>', special=True)]), dict(model=None),
+        dict(model=dict(type='Unigram', vocab=[['a', 0.1]])), dict(model=dict(type='WordLevel', vocab={})),
+        *(dict(model=dict(type='WordLevel', vocab=vocab, unk_token='<unk>'))
+          for vocab in ({'a': 0, 'b': 7}, {'ab': 0}, {'a': 'x', 'b': 1}, {'\ud800': 0})),
+        *(dict(model=dict(type='BPE', vocab={'a': 0}, merges=merges)) for merges in ([], [3])),
+        dict(model=dict(type='BPE', vocab=['a'], merges=['a b']), pre_tokenizer=[])], 'its tokenizer '),
+    *((INDEX, [dict(weight_map=shards)], INDEX) for shards in (
+        None, {}, [], {'wte.weight': 3}, {'wte.weight': '../good/shard'}, {'wte.weight': '/etc/passwd'})),
     *((INDEX, [dict(weight_map={'wte.weight': name})], name) for name in ('nowhere', 'config.json'))])
 def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, words):
     if name == INDEX:
@@ -244,14 +243,12 @@ def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, wor
         bad(words)
 
 
-def test_what_changes_nothing_in_a_folder_is_read(hf, good):
+def test_what_changes_nothing_in_a_folder_is_read(good):
     config, state = json.loads((good / 'config.json').read_text()), load_file(good / 'model.safetensors')
     (good / 'config.json').write_text(json.dumps(config | dict(
         n_inner=32, reorder_and_upcast_attn=True, attn_pdrop=.5, activation_function='gelu_pytorch_tanh',
         summary_type='mean')))
-    ours, theirs = (kind.from_pretrained('good').eval() for kind in (GPT, hf.GPT2LMHeadModel))
-    assert ours.config == make(gelu='tanh').config
-    assert_same_logits(ours, theirs)
+    assert GPT.from_pretrained('good').config == make(gelu='tanh').config
     # a head that is equal, names without a prefix, and the buffers of OpenAI's files
     state = {name.removeprefix('transformer.'): w for name, w in state.items()} | {
         'lm_head.weight': state[W].clone(), 'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.0.attn.masked_bias': -torch.ones(1)}
@@ -421,8 +418,7 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
     result = call(export.main, '--out_dir=out', '--to=nanogpt', '--save_dir=nano/gpt')
     assert result.code == 0 and 'data/toy/meta.pkl' in result.out and 'left out' not in result.out
     saved, own = checkpoint('nano/gpt'), checkpoint()
-    shape = ['n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout']
-    assert list(saved['model_args']) == shape and equal(saved['model'], own['model'])
+    assert set(saved['model_args']) == set(export.NANOGPT_SHAPE) and equal(saved['model'], own['model'])
     assert (saved['iter_num'], saved['best_val_loss']) == (4, float(own['best_val_loss']))
     assert set(saved['config']) == set(export.NANOGPT_CONFIG) and saved['config']['dataset'] == 'toy'
     # in nanoGPT's order: first what decays
@@ -434,12 +430,9 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
         vocab_size=17, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
 
 
-SVD = ('--use_svd=True', '--svd_rank=2')
-
-
 @pytest.mark.parametrize('to, options, words', [
-    ('gpt2', (*SVD, '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
-    ('nanogpt', (*SVD, '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
+    ('gpt2', ('--use_svd=True', '--svd_rank=2', '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
+    ('nanogpt', ('--use_svd=True', '--svd_rank=2', '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
     ('nanogpt', ('--optimizer=muon',), 'Muon')])
 def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(trained, call, to, options, words):
     trained(*options)
@@ -466,7 +459,8 @@ def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, voc
 
 
 @pytest.mark.parametrize('options, argument, words', [
-    (SVD, '--to=gpt2', "svd_scope='sequence'"), (SVD, '--to=nanogpt', "(nearest: 'weight'"),
+    (('--use_svd=True', '--svd_rank=2'), '--to=gpt2', "svd_scope='sequence'"),
+    (('--use_svd=True', '--svd_rank=2'), '--to=nanogpt', "(nearest: 'weight'"),
     (('--gelu=tanh', '--dropout=.1'), '--to=nanogpt', "gelu='tanh'"),
     *(((), argument, words) for argument, words in [
         ('--save_dir=data', "'data-2'"), ('--save_dir=out', "'out-gpt2'"), ('--save_dir=file', "'file-2'"),
