@@ -132,8 +132,7 @@ def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
 # ------------------------------------------------------------------------------------------------------------
 # names
 
-def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good, monkeypatch):
     sizes = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
     monkeypatch.setitem(pretrained.MODELS, 'gpt2', sizes)           # else as large as it is
     model, commit = make(gelu='tanh'), '0123456789' * 4
@@ -143,8 +142,8 @@ def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, tmp_path, monkeypatc
     read = GPT.from_pretrained('gpt2', dict(dropout=.1))
     assert read.config == GPTConfig(**SMALL, gelu='tanh', dropout=.1) and equal(read.state_dict(), model.state_dict())
     assert pretrained.read_tokenizer('gpt2') == GPT2_META
-    write('gpt2', make(n_layer=1), char_meta(CHARS))
-    assert GPT.from_pretrained('gpt2').config.n_layer == 1
+    good.rename('gpt2')
+    assert GPT.from_pretrained('gpt2').config == GPTConfig(**SMALL)
     assert pretrained.read_tokenizer('gpt2') == char_meta(CHARS)
 
 
@@ -327,45 +326,37 @@ def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(hf, t
     assert pretrained.read_tokenizer(str(folder)) == meta
 
 
-GPT2_FILES = [Path.home() / '.cache' / 'gpt2-bpe' / name for name in download.BPE_FILES]     # merges, vocabulary
-needs_gpt2s_bpe = pytest.mark.skipif(not all(path.exists() for path in GPT2_FILES), reason='is a download')
-
-
-@pytest.fixture(params=['small', pytest.param('gpt2', marks=[needs_gpt2s_bpe, pytest.mark.slow])])
-def bpe(request, monkeypatch):
-    """GPT-2's BPE, or an encoding with a few real merges in its place."""
-    if request.param == 'gpt2':
-        return download.gpt2_encoding()
+def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, bad, monkeypatch):
+    """An encoding with a few real merges stands for GPT-2's, which is a download."""
+    tiktoken = pytest.importorskip('tiktoken')
     merged = [b'th', b'the', b' t', b' the', b'an', b'and', b' a', b' and', b'\xf0\x9f', b'\xf0\x9f\x99', b'\n\n',
               b'  ', b'    ', b'\'s', b'\xc3\xa9', b'12', b're', b'\xe6\x97']
     ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *merged])}
-    tiktoken = pytest.importorskip('tiktoken')
     encoding = tiktoken.Encoding('small', pat_str=download.BPE_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={'<|endoftext|>': len(ranks)})
     monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)
-    return encoding
-
-
-def test_a_bpe_encodes_as_in_transformers_and_only_gpt2s_is_known(hf, good, bad, bpe):
     write('good', make(), GPT2_META)
     theirs = hf.AutoTokenizer.from_pretrained('good')
     for text in [*TEXTS, *(a + b for a in TEXTS for b in TEXTS)]:
-        ids = bpe.encode(text, allowed_special={'<|endoftext|>'})
-        assert theirs.encode(text) == ids and theirs.decode(ids) == bpe.decode(ids)
-    assert (theirs.eos_token_id, len(theirs)) == (bpe.eot_token, bpe.n_vocab)
-    if bpe.name == 'gpt2':
-        theirs.add_special_tokens({'pad_token': '[PAD]'})
-        theirs.save_pretrained('good')
-        assert pretrained.read_tokenizer('good') == GPT2_META
-        theirs.add_tokens(['word'])
-        theirs.save_pretrained('good')
+        ids = encoding.encode(text, allowed_special={'<|endoftext|>'})
+        assert theirs.encode(text) == ids and theirs.decode(ids) == encoding.decode(ids)
+    assert (theirs.eos_token_id, len(theirs)) == (encoding.eot_token, encoding.n_vocab)
     bad("GPT-2's BPE")
 
 
-@needs_gpt2s_bpe
-def test_gpt2s_bpe_is_known_by_its_older_files(good):
+@pytest.mark.slow
+def test_gpt2s_own_bpe_encodes_as_in_transformers_and_is_known_by_each_format(hf, good):
+    files = [Path.home() / '.cache' / 'gpt2-bpe' / name for name in download.BPE_FILES]     # merges, vocabulary
+    if not all(path.exists() for path in files):
+        pytest.skip('it is a download')
+    write('good', make(), GPT2_META)
+    theirs, ours = hf.AutoTokenizer.from_pretrained('good'), Tokenizer(GPT2_META)
+    assert [theirs.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.save_pretrained('good')
+    assert pretrained.read_tokenizer('good') == GPT2_META
     (good / 'tokenizer.json').unlink()
-    for path, name in zip(GPT2_FILES, ('merges.txt', 'vocab.json'), strict=True):
+    for path, name in zip(files, ('merges.txt', 'vocab.json'), strict=True):
         (good / name).write_bytes(path.read_bytes())
     assert pretrained.read_tokenizer('good') == GPT2_META
 
@@ -418,7 +409,7 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
     result = call(export.main, '--out_dir=out', '--to=nanogpt', '--save_dir=nano/gpt')
     assert result.code == 0 and 'data/toy/meta.pkl' in result.out and 'left out' not in result.out
     saved, own = checkpoint('nano/gpt'), checkpoint()
-    assert set(saved['model_args']) == set(export.NANOGPT_SHAPE) and equal(saved['model'], own['model'])
+    assert set(saved['model_args']) == SMALL.keys() | {'bias', 'dropout'} and equal(saved['model'], own['model'])
     assert (saved['iter_num'], saved['best_val_loss']) == (4, float(own['best_val_loss']))
     assert set(saved['config']) == set(export.NANOGPT_CONFIG) and saved['config']['dataset'] == 'toy'
     # in nanoGPT's order: first what decays
