@@ -1,4 +1,4 @@
-"""Options: defaults < config files < --key=value; whatever is wrong with them is one line that names the way out."""
+"""Options: defaults < config files < --key=value; what is wrong with them is one line that names the way out."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,10 +20,12 @@ MAINS = {'train': train.main, 'sample': sample.main, 'bench': bench.main}
 FILES = {
     'first.py': b'batch_size = 2\nblock_size = 2\nn_layer = 2\n',
     'second.py': b'block_size = 3 * batch_size\nn_layer = 3\n', 'check.py': b'check = True\n',
-    'heads.py': b'n_head = 5\n', 'width.py': b'n_embd = 5\n', 'width7.py': b'n_embd = 7\n', 'bool.py': b'n_embd = True\n',
+    'heads.py': b'n_head = 5\n', 'width.py': b'n_embd = 5\n', 'width7.py': b'n_embd = 7\n',
+    'bool.py': b'n_embd = True\n',
     'text.py': b'n_layer = "2"\n', 'function.py': b'n_layer = lambda: 2\n', 'seed.py': b'seed = -1\n',
     'divides.py': b'n_layer = 2\n1 / 0\n', 'below.py': b'def f():\n    return 1 / 0\n\nn_layer = f()\n',
-    'lines.py': b'raise ValueError("two\\nlines")\n', 'exit.py': b'exit()\n', 'exit3.py': b'import sys\nsys.exit(3)\n',
+    'lines.py': b'raise ValueError("two\\nlines")\n', 'exit.py': b'exit()\n',
+    'exit3.py': b'import sys\nsys.exit(3)\n',
     'syntax.py': b'n_layer = = 2\n', 'indent.py': b'n_layer = 2\n    n_head = 2\n', 'typo.py': b'sead = 3\n',
     'unknown.py': b'width = 3\n', 'latin1.py': b'out_dir = "gr\xf6\xdfer"\n', 'null.py': b'n_layer = 2\0\n',
     'config/train_small.py': b'', 'run/ckpt.pt': b''}
@@ -51,8 +53,8 @@ def test_defaults_give_way_to_files_in_their_order_and_files_to_the_last_option(
     ('svd_rank=8', 8), ('svd_rank=None', None), ('use_svd=True', True), ('compile=False', False),
     ('compile=auto', 'auto'),
     ('svd_method=standard', 'standard'), ("svd_method='standard'", 'standard'), ('out_dir=123', '123'),
-    ('out_dir=1e3', '1e3'), ('out_dir=None', 'None'), ('out_dir=[1, 2]', '[1, 2]'), ('wandb_run_name=True', 'True'),
-    ('wandb_run_name=a=b', 'a=b'), ('wandb_run_name=', ''), ('dataset=007', '007')])
+    ('out_dir=1e3', '1e3'), ('out_dir=None', 'None'), ('out_dir=[1, 2]', '[1, 2]'),
+    ('wandb_run_name=True', 'True'), ('wandb_run_name=a=b', 'a=b'), ('wandb_run_name=', ''), ('dataset=007', '007')])
 def test_a_value_arrives_in_the_type_of_its_option(option, value):
     """A whole number passes for a float; what is meant as text stays text even if it looks like a number."""
     cfg, key = configuration.load(TrainConfig, [f'--{option}'])[0], option.partition('=')[0]
@@ -63,26 +65,31 @@ WRONG = {
     # another type
     'train': [
         ('max_iters=1e3', 'a whole number (nearest: 1000)'), ('max_iters=2.6', '(nearest: 3)'),
-        ('max_iters=True', 'a whole number'), ('max_iters=', 'a whole number'), ('max_iters=1e999', 'a whole number'),
-        ('learning_rate=True', 'a number'), ('learning_rate=fast', 'a number'), ('learning_rate=1j', 'a number'),
+        ('max_iters=True', 'a whole number'), ('max_iters=', 'a whole number'),
+        ('max_iters=1e999', 'a whole number'),
+        ('learning_rate=True', 'a number'), ('learning_rate=fast', 'a number'),
+        ('learning_rate=1j', 'a number'),
         *((f'{key}={bad}', 'a number') for key in ('learning_rate', 'dropout', 'beta2', 'grad_clip')
           for bad in ('nan', 'inf', '-inf', '1e999', '1' + '0' * 400)),
         ('use_svd=1', 'True or False (nearest: True)'), ('use_svd=no', '(nearest: False)'),
         ('compile=2', "True or False or 'auto'"), ('svd_rank=half', 'a whole number or None'),
-        ('svd_scope=sequense', "'causal' or 'weight' (nearest: 'sequence')"), ('svd_method=Gram', "(nearest: 'gram')"),
+        ('svd_scope=sequense', "'causal' or 'weight' (nearest: 'sequence')"),
+        ('svd_method=Gram', "(nearest: 'gram')"),
         ('svd_method=randomised', "(nearest: 'randomized')"), ('init_from=gpt3', "(nearest: 'gpt2')"),
         # values that cannot be
-        ('svd_rank=0', '1 to 64, or None'), ('svd_rank=-3', '1 to 64, or None'), ('n_embd=100', '(nearest: 96)'),
+        ('svd_rank=0', '1 to 64, or None'), ('svd_rank=-3', '1 to 64, or None'),
+        ('n_embd=100', '(nearest: 96)'),
         ('n_embd=4', '(nearest: 12)'), ('dropout=1.0', 'below 1'), ('dropout=-.1', 'at least 0'),
         ('beta2=1', 'below 1'), ('max_iters=-1', '(nearest: 0)'), ('learning_rate=-1', '(nearest: 0)'),
         *((f'{key}=0', '(nearest: 1)') for key in (
-            'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
-            'eval_iters', 'svd_block')),
+            'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
+            'log_interval', 'eval_iters', 'svd_block')),
         ('n_layer=-1', '(nearest: 1)'), ('out_dir=' + 'a' * 5000, 'File name too long'),
         *((f'out_dir={folder}', "(nearest: 'out')") for folder in ('.', '', '..', 'a/..', '~'))],
-    'sample': [('temperature=-1', '(nearest: 0)'), ('temperature=nan', 'a number'), ('top_p=0', '(nearest: 0.01)'),
-               ('top_p=1.5', '(nearest: 1.0)'), ('top_k=0', '(nearest: 1)'), ('num_samples=0', '(nearest: 1)'),
-               ('max_new_tokens=0', '(nearest: 1)'), ('svd_scope=rows', "'sequence' or 'causal' or 'weight' or None")],
+    'sample': [('temperature=-1', '(nearest: 0)'), ('temperature=nan', 'a number'),
+               ('top_p=0', '(nearest: 0.01)'), ('top_p=1.5', '(nearest: 1.0)'), ('top_k=0', '(nearest: 1)'), 
+               ('num_samples=0', '(nearest: 1)'), ('max_new_tokens=0', '(nearest: 1)'),
+               ('svd_scope=rows', "'sequence' or 'causal' or 'weight' or None")],
     'bench': [('check=1', '(nearest: True)'), ('check=', 'True or False')]}
 
 
@@ -96,29 +103,31 @@ def test_a_value_that_cannot_be_is_refused_with_its_option_and_one_that_can(refu
 
 ARGUMENTS = {
     'train options': [
-        ('--max_iter=3', '--max_iter: no such option (nearest: --max_iters)'), ('--svdrank=3', '(nearest: --svd_rank)'),
-        ('--MAX_ITERS=3', '(nearest: --max_iters)'), ('--qqq=3', '--help'), ('--use_svd', '--use_svd=VALUE'),
+        ('--max_iter=3', '--max_iter: no such option (nearest: --max_iters)'),
+        ('--svdrank=3', '(nearest: --svd_rank)'), ('--MAX_ITERS=3', '(nearest: --max_iters)'), ('--qqq=3', '--help'), ('--use_svd', '--use_svd=VALUE'),
         ('-n_layer=3', '--key=value'), ('--', '--key=value'), ('--=3', '--key=value'),
         ('max_iters=3', '(nearest: --max_iters=3)'), ('max-iters=3', '(nearest: --max_iters=3)'),
         (f'{ROOT}/train_.py', '(nearest: config/train_small.py)'),  # no config file are scripts, as train.py
         ('use_svd', '(nearest: --use_svd=VALUE)'), ('--svd_rank 4', '--svd_rank=VALUE')],
     'train places to be': [
         ('--dataset=shakespear --device=cpu', '(nearest: shakespeare)'),
-        *((f'--dataset=shakespeare_char --device={device}', 'nearest: cpu)') for device in ('tpu', 'cpu:1', 'cuda:77', ''))],
+        *((f'--dataset=shakespeare_char --device={device}', 'nearest: cpu)')
+          for device in ('tpu', 'cpu:1', 'cuda:77', ''))],
     'bench places to be': [('--device=tpu', 'nearest: cpu)')],
     'train files': [
         ('config/train_smal.py', '(nearest: config/train_small.py)'),
-        ('config/train-small.py', '(nearest: config/train_small.py)'), ('config', 'config: no such config file'),
-        ('run', '(nearest: --out_dir=run)'), ('divides.py', 'divides.py, line 2: ZeroDivisionError'),
+        ('config/train-small.py', '(nearest: config/train_small.py)'),
+        ('config', 'config: no such config file'), ('run', '(nearest: --out_dir=run)'), ('divides.py', 'divides.py, line 2: ZeroDivisionError'),
         ('below.py', 'below.py, line 2: ZeroDivisionError'), ('lines.py', 'line 1: ValueError: two lines'),
         ('exit.py', 'exit.py, line 1: SystemExit'), ('exit3.py', 'exit3.py, line 2: SystemExit: 3'),
-        ('syntax.py', 'syntax.py, line 1: '), ('indent.py', 'indent.py, line 2: '), ('typo.py', '(nearest: seed)'),
-        ('unknown.py', 'underscore'), ('latin1.py', 'latin1.py: '), ('null.py', 'null.py')],
+        ('syntax.py', 'syntax.py, line 1: '), ('indent.py', 'indent.py, line 2: '),
+        ('typo.py', '(nearest: seed)'), ('unknown.py', 'underscore'), ('latin1.py', 'latin1.py: '), ('null.py', 'null.py')],
     'train places': [
         ('heads.py', '(nearest: 770) [default]'),                   # n_embd = 768 is to blame
         ('width.py', '(nearest: 12) [width.py]'), ('width7.py width.py', '(nearest: 12) [width.py]'),
         ('width.py --n_embd=7', '(nearest: 12) [the command line]'), ('bool.py', 'a whole number [bool.py]'),
-        ('text.py', "n_layer='2': must be a whole number [text.py]"), ('function.py', 'a whole number [function.py]')],
+        ('text.py', "n_layer='2': must be a whole number [text.py]"),
+        ('function.py', 'a whole number [function.py]')],
     **{script: [('--sed=1', '(nearest: --seed)'), ('--seed', '--seed=VALUE'), ('--seed=1.5', '(nearest: 2)'),
                 ('--seed=-1', '(nearest: 0)'), ('--seed=9' + '9' * 20, 'below 2**63'), ('no.py', 'no.py'),
                 ('seed.py', '(nearest: 0) [seed.py]'), ('typo.py', '(nearest: seed)')] for script in MAINS}}
@@ -155,8 +164,8 @@ def test_a_switch_may_be_written_bare(arguments, value):
     ('out_dir = "größer"\n', 'out_dir', 'größer'), ('# nothing but a comment\n', 'n_layer', 12),
     (b'n_layer = 3\r\nn_embd = 24\r\n', 'n_embd', 24), (b'\xef\xbb\xbfn_layer = 3\r\n', 'n_layer', 3)])
 def test_a_config_file_is_python(source, key, value):
-    """It may import modules, define functions, use _underscore helpers, read the values before its own, and come from
-    Windows, with its line ends and byte order mark."""
+    """It may import modules, define functions, use _underscore helpers, read the values before its own, and
+    come from Windows, with its line ends and byte order mark."""
     Path('my.py').write_bytes(source if isinstance(source, bytes) else source.encode())
     assert getattr(configuration.load(TrainConfig, ['my.py'])[0], key) == value
 
@@ -164,7 +173,8 @@ def test_a_config_file_is_python(source, key, value):
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_the_config_files_that_come_along_are_valid(path):
     cfg, set_by = configuration.load(TrainConfig, [str(path)])
-    assert set(set_by.values()) == {str(path)} and (cfg.init_from != 'scratch' or cfg.lr_decay_iters == cfg.max_iters)
+    assert set(set_by.values()) == {str(path)}
+    assert cfg.init_from != 'scratch' or cfg.lr_decay_iters == cfg.max_iters
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,14 +184,16 @@ CONFIGS = [bench.BenchConfig, compress.CompressConfig, export.ExportConfig, samp
 
 
 @pytest.mark.parametrize('main, config', [
-    (train.main, TrainConfig), *zip((bench.main, compress.main, export.main, sample.main), CONFIGS, strict=True)])
+    (train.main, TrainConfig),
+    *zip((bench.main, compress.main, export.main, sample.main), CONFIGS, strict=True)])
 def test_help_lists_every_option_with_its_default_and_meaning(call, main, config):
     result = call(main, '--seed=nonsense', '--help')
     assert result.out == call(main, '-h').out and result.code == 0 and not result.err
     lines = [' '.join(line.split()) for line in result.out.splitlines()]
     for f in fields(config):
         written = f'--{f.name}' if configuration.is_switch(f.type) else f'--{f.name}={f.default!r}'
-        assert len([line for line in lines if line.startswith(f'{written} {get_args(f.type)[1]}')]) == 1, f.name
+        found = [line for line in lines if line.startswith(f'{written} {get_args(f.type)[1]}')]
+        assert len(found) == 1, f.name
 
 
 @pytest.mark.parametrize('config', [*CONFIGS, compare.CompareConfig])
@@ -196,14 +208,15 @@ def test_a_tilde_is_the_home_folder_in_paths_alone(config, monkeypatch):
 
 def test_names_and_defaults_are_nanogpts():
     nanogpt = dict(
-        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True,
-        init_from='scratch', wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext',
-        gradient_accumulation_steps=40, batch_size=12, block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0,
-        bias=False, learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0,
-        decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='nccl')
+        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
+        always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt',
+        wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
+        block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4,
+        max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
+        warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='nccl')
     ours = asdict(TrainConfig())
     assert nanogpt == {key: ours[key] for key in nanogpt}
-    assert [ours[key] for key in ('device', 'dtype', 'compile')] == ['auto'] * 3        # where it names a machine
+    assert [ours[key] for key in ('device', 'dtype', 'compile')] == ['auto'] * 3    # where it names a machine
 
 
 @pytest.mark.parametrize('options', [

@@ -1,4 +1,4 @@
-"""runtime/draw.py: which tokens can come, how often they do, and logits and options at the ends of their ranges."""
+"""runtime/draw.py: which tokens can come and how often, logits and options at the ends of their ranges."""
 
 import math
 
@@ -10,8 +10,8 @@ from runtime.draw import check_draw, draw
 pytestmark = pytest.mark.usefixtures('one_thread')
 P = torch.tensor([.2, .3, .1, .4])                                  # in order: 3, 1, 0, 2
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-OPTIONS = [dict(temperature=0), dict(top_k=1), dict(temperature=1e-300), {}, dict(temperature=100.), dict(top_k=2),
-           dict(top_p=.9), dict(top_k=2, top_p=.9)]
+OPTIONS = [dict(temperature=0), dict(top_k=1), dict(temperature=1e-300), {}, dict(temperature=100.),
+           dict(top_k=2), dict(top_p=.9), dict(top_k=2, top_p=.9)]
 
 
 def drawn(logits, count=1000, **options):
@@ -23,8 +23,8 @@ def drawn(logits, count=1000, **options):
 
 
 def assert_follows(counts, p):
-    """Chi-squared against p, in proportion to probabilities: at most what one in 10,000 right samples exceeds, about
-    dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may come."""
+    """Chi-squared against p, in proportion to probabilities: at most what one in 10,000 right samples exceeds,
+    about dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may come."""
     expected = torch.as_tensor(p, dtype=torch.float64) * counts.sum() / sum(p)
     dof = (expected > 0).sum().item() - 1
     assert (counts[expected == 0] == 0).all()
@@ -36,7 +36,8 @@ def assert_follows(counts, p):
 
 @pytest.mark.any_device
 @pytest.mark.parametrize('dtype, options, p', [
-    (torch.float32, {}, P), (torch.float64, dict(temperature=.5), P ** 2), (torch.bfloat16, dict(temperature=2.), P ** .5),
+    (torch.float32, {}, P), (torch.float64, dict(temperature=.5), P ** 2),
+    (torch.bfloat16, dict(temperature=2.), P ** .5),
     (torch.float16, dict(temperature=1e300), [1, 1, 1, 1]), (torch.float32, dict(top_k=3), [.2, .3, 0, .4]),
     (torch.float32, dict(top_p=.6), [0, .3, 0, .4]),
     (torch.float32, dict(temperature=2., top_k=3, top_p=.6), [0, .3 ** .5, 0, .4 ** .5])], ids=str)
@@ -47,10 +48,10 @@ def test_draws_follow_the_softmax_of_what_is_left(device, dtype, options, p):
 
 @pytest.mark.any_device
 @pytest.mark.parametrize('options, left', [
-    (dict(top_p=.01), {3}), (dict(top_p=.3999), {3}), (dict(top_p=.4001), {3, 1}), (dict(top_p=.6999), {3, 1}),
-    (dict(top_p=.7001), {3, 1, 0}), (dict(top_p=.9001), {0, 1, 2, 3}), (dict(top_p=1), {0, 1, 2, 3}),
-    (dict(top_k=1), {3}), (dict(top_k=2), {3, 1}), (dict(top_k=4), {0, 1, 2, 3}), (dict(top_k=99), {0, 1, 2, 3}),
-    (dict(top_k=2, top_p=.5), {3}), (dict(top_k=2, top_p=.52, temperature=9.), {3, 1}),
+    (dict(top_p=.01), {3}), (dict(top_p=.3999), {3}), (dict(top_p=.4001), {3, 1}),
+    (dict(top_p=.6999), {3, 1}), (dict(top_p=.7001), {3, 1, 0}), (dict(top_p=.9001), {0, 1, 2, 3}), (dict(top_p=1), {0, 1, 2, 3}),
+    (dict(top_k=1), {3}), (dict(top_k=2), {3, 1}), (dict(top_k=4), {0, 1, 2, 3}),
+    (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2, top_p=.5), {3}), (dict(top_k=2, top_p=.52, temperature=9.), {3, 1}),
     (dict(top_p=.39, temperature=9.), {3, 1})], ids=str)
 def test_top_k_counts_after_the_temperature_and_top_p_after_both(device, options, left):
     assert set(drawn(P.log().to(device), **options).nonzero()[:, 0].tolist()) == left
@@ -96,7 +97,8 @@ def test_at_a_huge_temperature_all_that_is_left_is_equally_likely(logits, temper
 
 
 @pytest.mark.parametrize('logits', [
-    torch.tensor([3e38, 1e38, -3e38]), torch.tensor([-1e38, -2e38, -3e38]), torch.tensor([65504., 6e4, -65504]).half(),
+    torch.tensor([3e38, 1e38, -3e38]), torch.tensor([-1e38, -2e38, -3e38]),
+    torch.tensor([65504., 6e4, -65504]).half(),
     torch.tensor([3e38, 1e38, -3e38]).bfloat16(), torch.tensor([1e300, -1e300, 0], dtype=torch.float64),
     torch.tensor([1e39, .9e39, -1e308], dtype=torch.float64),
     torch.tensor([-1e300, -1.7e308, -2e300], dtype=torch.float64),
@@ -118,8 +120,10 @@ def test_logits_that_are_not_finite_are_refused(value, dtype):
 
 
 @pytest.mark.parametrize('name, value, nearest', [
-    *(('temperature', value, 0) for value in (-1e-300, -1., math.nan, math.inf)), ('top_k', 0, 1), ('top_k', -3, 1),
-    *(('top_p', value, .01) for value in (0., -.5, math.nan)), ('top_p', 1.0001, 1.), ('top_p', math.inf, 1.)])
+    *(('temperature', value, 0) for value in (-1e-300, -1., math.nan, math.inf)),
+    ('top_k', 0, 1), ('top_k', -3, 1),
+    *(('top_p', value, .01) for value in (0., -.5, math.nan)),
+    ('top_p', 1.0001, 1.), ('top_p', math.inf, 1.)])
 def test_options_that_cannot_be_are_refused_with_the_nearest(name, value, nearest):
     right = dict(temperature=1e300, top_k=None, top_p=None)
     with pytest.raises(ValueError, match=f'^{name}={value}: .*nearest: {nearest}\\)$'):
