@@ -1,4 +1,4 @@
-"""Options: defaults < config files < --key=value; what is wrong with them is one line that names the way out."""
+"""Options: defaults < config files < --key=value; wrong ones end in one line that names the way out."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -54,7 +54,8 @@ def test_defaults_give_way_to_files_in_their_order_and_files_to_the_last_option(
     ('compile=auto', 'auto'),
     ('svd_method=standard', 'standard'), ("svd_method='standard'", 'standard'), ('out_dir=123', '123'),
     ('out_dir=1e3', '1e3'), ('out_dir=None', 'None'), ('out_dir=[1, 2]', '[1, 2]'),
-    ('wandb_run_name=True', 'True'), ('wandb_run_name=a=b', 'a=b'), ('wandb_run_name=', ''), ('dataset=007', '007')])
+    ('wandb_run_name=True', 'True'), ('wandb_run_name=a=b', 'a=b'), ('wandb_run_name=', ''),
+    ('dataset=007', '007')])
 def test_a_value_arrives_in_the_type_of_its_option(option, value):
     """A whole number passes for a float; what is meant as text stays text even if it looks like a number."""
     cfg, key = configuration.load(TrainConfig, [f'--{option}'])[0], option.partition('=')[0]
@@ -104,7 +105,8 @@ def test_a_value_that_cannot_be_is_refused_with_its_option_and_one_that_can(refu
 ARGUMENTS = {
     'train options': [
         ('--max_iter=3', '--max_iter: no such option (nearest: --max_iters)'),
-        ('--svdrank=3', '(nearest: --svd_rank)'), ('--MAX_ITERS=3', '(nearest: --max_iters)'), ('--qqq=3', '--help'), ('--use_svd', '--use_svd=VALUE'),
+        ('--svdrank=3', '(nearest: --svd_rank)'), ('--MAX_ITERS=3', '(nearest: --max_iters)'),
+        ('--qqq=3', '--help'), ('--use_svd', '--use_svd=VALUE'),
         ('-n_layer=3', '--key=value'), ('--', '--key=value'), ('--=3', '--key=value'),
         ('max_iters=3', '(nearest: --max_iters=3)'), ('max-iters=3', '(nearest: --max_iters=3)'),
         (f'{ROOT}/train_.py', '(nearest: config/train_small.py)'),  # no config file are scripts, as train.py
@@ -117,11 +119,13 @@ ARGUMENTS = {
     'train files': [
         ('config/train_smal.py', '(nearest: config/train_small.py)'),
         ('config/train-small.py', '(nearest: config/train_small.py)'),
-        ('config', 'config: no such config file'), ('run', '(nearest: --out_dir=run)'), ('divides.py', 'divides.py, line 2: ZeroDivisionError'),
+        ('config', 'config: no such config file'), ('run', '(nearest: --out_dir=run)'),
+        ('divides.py', 'divides.py, line 2: ZeroDivisionError'),
         ('below.py', 'below.py, line 2: ZeroDivisionError'), ('lines.py', 'line 1: ValueError: two lines'),
         ('exit.py', 'exit.py, line 1: SystemExit'), ('exit3.py', 'exit3.py, line 2: SystemExit: 3'),
         ('syntax.py', 'syntax.py, line 1: '), ('indent.py', 'indent.py, line 2: '),
-        ('typo.py', '(nearest: seed)'), ('unknown.py', 'underscore'), ('latin1.py', 'latin1.py: '), ('null.py', 'null.py')],
+        ('typo.py', '(nearest: seed)'), ('unknown.py', 'underscore'), ('latin1.py', 'latin1.py: '),
+        ('null.py', 'null.py')],
     'train places': [
         ('heads.py', '(nearest: 770) [default]'),                   # n_embd = 768 is to blame
         ('width.py', '(nearest: 12) [width.py]'), ('width7.py width.py', '(nearest: 12) [width.py]'),

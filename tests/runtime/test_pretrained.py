@@ -67,7 +67,7 @@ def write(folder, model, meta=None):
 
 
 def assert_same_logits(ours, theirs):
-    """In float64, to which both are converted: far nearer than with another gelu, epsilon or order of weights."""
+    """In float64, to which both are converted: far nearer than with another gelu or order of weights."""
     idx = tokens(ours.config)
     with torch.no_grad():
         a, b = ours.double()(idx, idx)[0], theirs.eval().double()(idx).logits
