@@ -208,10 +208,12 @@ def test_before_training_and_after_it_a_signal_ends_at_once(call):
     assert rows()[-1]['final'] and checkpoint()['iter_num'] == 4
 
 
-def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused):
+def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused, monkeypatch):
     """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads what the
     run says, and it saves all the same."""
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     process = endless([sys.executable, str(ROOT / 'train.py')])
+    assert process.stdout.readline().startswith('model: ')          # at once: the run has no end
     assert 'out_dir=' in refused(train.main, *TINY)
     process.stdout.close(), process.stderr.close()
     process.send_signal(signal.SIGINT)
