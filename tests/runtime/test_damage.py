@@ -7,18 +7,16 @@ import json
 import operator
 import os
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import export
 import sample
 import train
-from helpers import TEXT, TINY, checkpoint, folder_bytes, same
+from helpers import TEXT, checkpoint, folder_bytes, same
 from runtime import checkpoint as ckpt
 from runtime.config import UserError
 from runtime.dataset import locate
@@ -28,7 +26,7 @@ PATH = Path('out/ckpt.pt')
 RESUME = (train.main, '--init_from=resume', '--out_dir=out', '--device=cpu', '--max_iters=3')
 EXPORT = (export.main, '--out_dir=out', '--to=nanogpt')
 SAMPLE = (sample.main, '--out_dir=out', '--device=cpu', '--num_samples=1', '--max_new_tokens=1')
-NAN, INFINITY = float('nan'), float('inf')
+NAN, INFINITY, REMOVED = float('nan'), float('inf'), object()
 
 
 @pytest.fixture
@@ -54,14 +52,10 @@ def put(tree, place, value):
     tree = copy.deepcopy(tree)
     *way, last = [int(key) if key.isdigit() else key for key in place.split('/')]
     inner = functools.reduce(operator.getitem, way, tree)
-    inner[last] = value(inner.get(last)) if callable(value) else value
+    inner[last] = value(inner[last]) if callable(value) else value
     if value is REMOVED:
         del inner[last]
     return tree
-
-
-def REMOVED(value):
-    """For `put`: nothing is there."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,25 +74,18 @@ def places(content):
 
 
 @pytest.mark.parametrize('stride', [37, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_checkpoint_cut_off_anywhere_is_refused(good, check, stride):
-    content = PATH.read_bytes()
-    for cut in places(content)[::stride]:
-        PATH.write_bytes(content[:cut])
-        check('out/ckpt.pt: ', RESUME, SAMPLE)
-
-
-@pytest.mark.parametrize('stride', [37, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_flipped_bit_is_refused_or_changes_nothing(good, check, stride):
+def test_a_cut_is_refused_and_a_flipped_bit_too_unless_it_changes_nothing(good, check, stride):
     """Times, padding and attributes of the zip have no checksum."""
-    content, harmless, chosen = PATH.read_bytes(), 0, places(PATH.read_bytes())[::stride]
-    for n, place in enumerate(chosen):
+    content, harmless = PATH.read_bytes(), []
+    for n, place in enumerate(places(content)[::stride]):
+        PATH.write_bytes(content[:place])
+        check('out/ckpt.pt: ', RESUME, SAMPLE)
         PATH.write_bytes(content[:place] + bytes([content[place] ^ 1 << n % 8]) + content[place + 1:])
         try:
-            assert same(ckpt.load(PATH), good | {'path': str(PATH), 'stamp': ckpt.stamp(PATH)}), place
-            harmless += 1
+            harmless.append(same(ckpt.load(PATH), good | {'path': str(PATH), 'stamp': ckpt.stamp(PATH)}))
         except UserError:
             check('out/ckpt.pt: ', RESUME, SAMPLE)
-    assert harmless < len(chosen) / 2
+    assert all(harmless) and len(harmless) < n / 2
 
 
 def zipped(content, change=lambda name, piece: piece):
@@ -200,26 +187,18 @@ SPOILT_FOR_TRAINING['optimizer/state/0/exp_avg_sq'] += [lambda v: v - 1]
 SPOILT_FOR_TRAINING['optimizer/state/0/step'] += [torch.tensor(-3.)]
 
 
-@pytest.mark.parametrize('place', SPOILT)
-def test_spoilt_content_is_refused(good, check, place):
-    for value in SPOILT[place]:
-        torch.save(put(good, place, value), PATH)
-        check('out/ckpt.pt', RESUME, SAMPLE, EXPORT)
+QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model', 'iter_num',
+         'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset']
+CASES = [(place, SPOILT[place], (RESUME, SAMPLE, EXPORT)) for place in SPOILT]
+CASES += [(place, SPOILT_FOR_TRAINING[place], (RESUME,)) for place in SPOILT_FOR_TRAINING]
 
 
-@pytest.mark.parametrize('place', SPOILT_FOR_TRAINING)
-def test_spoilt_content_that_only_training_needs_is_exported_without_it_or_refused(good, check, call, place):
-    for value in SPOILT_FOR_TRAINING[place]:
+@pytest.mark.parametrize('place, values, commands', [
+    pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow, id=case[0]) for case in CASES])
+def test_spoilt_content_is_refused(good, check, place, values, commands):
+    for value in values:
         torch.save(put(good, place, value), PATH)
-        check(place.removeprefix('config/') if 'config' in place else 'out/ckpt.pt', RESUME)
-        result = call(*EXPORT)
-        assert (result.code, result.err) == (0, '') or result.code == 2 and len(result.err.splitlines()) == 1
-        assert (result.code == 0) == Path('out-nanogpt').exists()
-        if result.code == 0:
-            state = checkpoint('out-nanogpt')['optimizer']['state']
-            assert ('left out: the optimizer state' in result.out) == (not state)
-            assert not state or same(state, good['optimizer']['state'])
-            shutil.rmtree('out-nanogpt')
+        check(place.removeprefix('config/') if 'config/' in place else 'out/ckpt.pt', *commands)
 
 
 def test_what_is_not_finite_is_not_saved(good):
@@ -278,16 +257,12 @@ OLD = {'vocab_size': 17, 'itos': dict(enumerate(CHARS)), 'stoi': {c: n for n, c 
 
 def foreign(place, top):
     """Puts a token id beyond the vocabulary at a place of the file."""
-    def spoil(content):
-        ids = np.frombuffer(content, np.uint16).copy()
-        ids[int(place * (len(ids) - 1))] = top
-        return ids.tobytes()
-    return spoil
+    return lambda c: c[:place] + top.to_bytes(2, 'little') + c[place:][2:]
 
 
 BINS = [lambda c: b'', lambda c: c[:1], lambda c: c[:2], lambda c: c[:4], lambda c: c[:235], lambda c: c + b'\0',
         lambda c: c + b'\0\0', lambda c: c[:-2], lambda c: c * 2, lambda c: TEXT.encode()[:len(c)],
-        lambda c: b'\1' + c[:-1], foreign(0, 17), foreign(.5, 2 ** 15), foreign(1, 2 ** 16 - 1), foreign(1, 17)]
+        lambda c: b'\1' + c[:-1], foreign(0, 17), foreign(200, 2 ** 15), foreign(-2, 2 ** 16 - 1), foreign(-2, 17)]
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -297,29 +272,18 @@ def test_spoilt_tokens_are_refused(good, check, split):
     for spoil in BINS:
         path.write_bytes(spoil(content))
         check('toy', RESUME)
-    path.unlink()
-    check('toy', RESUME)
-    path.mkdir()
-    check('toy', RESUME)
+    for spoil in (path.unlink, path.mkdir):
+        spoil()
+        check('toy', RESUME)
 
 
-TEXTS = {'null': 'null', 'a list': '[]', 'a number': '1' + '0' * 400, 'digits': '1' + '0' * 5000,
-         'deep': '[' * 100_000, 'NaN': 'NaN', 'nothing': '{}', 'two': '{}{}', 'left': '{"unfinished": "prepare again"}'}
+TEXTS = ['null', '[]', '1' + '0' * 400, '1' + '0' * 5000, '[' * 100_000, 'NaN', '{}', '{}{}', '{"tokenizer": "\xff',
+         '{"unfinished": "prepare again"}']
 METAS = {'tokenizer': (REMOVED, None, 'gpt2', 'word', ['char']), 'train_tokens': (1, 10 ** 30, 'x', None),
          'vocab_size': (REMOVED, None, 0, -1, 2, 16, 18, 17., True, '17', 10 ** 9, 10 ** 400),
          'dtype': (REMOVED, None, 'uint32', 'int8', 'object', 'float64', 16), 'source': ('\ud800', ),
          'chars': (REMOVED, None, [], 17, 'abcdefghijklmnopq', ['a'] * 17, [1] * 17, ['ab'] * 17, CHARS[::-1],
                    {c: 1 for c in CHARS})}
-
-
-def test_a_spoilt_meta_json_is_refused(good, check):
-    path = Path('data/toy/meta.json')
-    content = path.read_bytes()
-    spoilt = [b'\xff' + content, *(text.encode() for text in TEXTS.values())]
-    spoilt += [json.dumps(put(json.loads(content), key, value)).encode() for key in METAS for value in METAS[key]]
-    for text in [*spoilt, *(content[:cut] for cut in range(0, len(content) - 1, 25))]:
-        path.write_bytes(text)
-        check('toy', RESUME)
 
 
 PICKLES = [Bomb(), [Bomb()], {**OLD, 'itos': Bomb()}, {**OLD, 'itos': {n: Bomb() for n in range(17)}}, None, [], 'x',
@@ -330,17 +294,22 @@ STREAMS = [b"cposix\nsystem\n(S'touch EXECUTED'\ntR.", b'cbuiltins\neval\n(Vopen
            b'Px\n.', b'\x80\x7f.', b'(lp0\ng9\n.', b'\x8c\xff', b'\x8e' + b'\xff' * 8, b'\x82\1.', b'{}']
 
 
-def test_a_spoilt_meta_pkl_is_refused(good, check):
+@pytest.mark.parametrize('stride', [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['meta.json', 'meta.pkl'])
+def test_a_spoilt_meta_file_is_refused(good, check, name, stride):
+    path = Path('data/toy', name)
+    meta = json.loads(Path('data/toy/meta.json').read_bytes())
+    whole, spoilt = pickle.dumps(OLD), [*map(pickle.dumps, PICKLES), *STREAMS]
+    if name == 'meta.json':
+        whole, spoilt = path.read_bytes(), [text.encode() for text in TEXTS]
+        spoilt += [json.dumps(put(meta, key, value)).encode() for key in METAS for value in METAS[key]]
     Path('data/toy/meta.json').unlink()
-    whole = pickle.dumps(OLD)
-    cut = [whole[:n] for n in range(0, len(whole) - 1, 25)]
-    for content in [*map(pickle.dumps, PICKLES), *STREAMS, *cut]:
-        Path('data/toy/meta.pkl').write_bytes(content)
+    for content in [*spoilt, *(whole[:cut] for cut in range(0, len(whole) - 1, 9))][::stride]:
+        path.write_bytes(content)
         check('toy', RESUME)
 
 
 def test_a_spoilt_text_is_refused(here):
-    Path('my.txt').write_text('')
     for content in (b'', b'a', b'\xff\xfe', TEXT.encode('utf-16'), TEXT.encode() + b'\xe9', b'\xed\xa0\x80',
                     b'\xef\xbb\xbf', b'\xef\xbb\xbfa', b'\r\n', b'\x1f\x8b\x08'):
         Path('my.txt').write_bytes(content)
