@@ -1,11 +1,11 @@
 """
-SIGKILL at random moments, also while a checkpoint is written and while data is prepared; is anything ever lost?
+SIGKILL at random moments, also while a checkpoint is written; is anything ever lost?
 
     python tests/commands/crash.py --kills=50 --seed=0                    # about four minutes on two cores
 
 A run is killed and resumed until all kills are spent, then left to end. Its parameters, optimizer state, best loss and
 metrics must be those of an undisturbed run, to the bit; after every kill the checkpoint must load, and its step must
-not go back; the data set must be whole or known not to be. Exit code 0 if so, 1 with the first difference if not.
+not go back. Exit code 0 if so, 1 with the first difference if not.
 """
 
 import argparse
@@ -20,19 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from helpers import TEXT, folder_bytes, same, untimed
+from helpers import TEXT, same, untimed
 from runtime import checkpoint as ckpt
-from runtime.dataset import Dataset, is_prepared
+from runtime.dataset import write_dataset
 
 OPTIONS = ('--dataset=mine --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --dropout=.1 '
            '--gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 --svd_scope=causal '
            '--svd_block=8 --learning_rate=1e-2 --eval_interval=2 --eval_iters=1').split()
-DATA, PREPARE = Path('data/mine'), f'''import sys
-sys.path.insert(0, {str(ROOT)!r})
-from data.shakespeare_text import prepare
-from pathlib import Path
-sys.exit(prepare('char', Path(__file__).parent, ['--input', 'text.txt']))
-'''
 
 
 def main():
@@ -43,13 +37,10 @@ def main():
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        Path('text.txt').write_text(TEXT * 1000)
-        DATA.mkdir(parents=True)
-        (DATA / 'prepare.py').write_text(PREPARE)
+        write_dataset(Path('data/mine'), TEXT, 'char', source='tests')
         options = [*OPTIONS, f'--max_iters={20 * args.kills}', f'--lr_decay_iters={20 * args.kills}']
         finish('train.py', *options, '--out_dir=whole')
-        kill_preparations(args.kills // 5, draw)
-        kill_training(args.kills - args.kills // 5, draw, options)
+        kill_training(args.kills, draw, options)
         finish(*resume(options))
         whole, killed = ckpt.load('whole/ckpt.pt'), ckpt.load('out/ckpt.pt')
         for key in whole.keys() - {'config', 'path', 'stamp'}:
@@ -79,21 +70,6 @@ def kill_when(process, condition, seconds):
     time.sleep(seconds)
     process.kill()
     process.wait()
-
-
-def kill_preparations(kills, draw):
-    """Each from an empty folder; half of the kills when a temporary file is seen."""
-    whole = folder_bytes(DATA)
-    for number in range(kills):
-        for path in DATA.iterdir():
-            if path.suffix != '.py':
-                path.unlink()
-        by_file = number % 2
-        kill_when(start(Path.cwd() / DATA / 'prepare.py'), lambda: not by_file or any(DATA.glob('*.tmp')),
-                  draw.uniform(0, .003) if by_file else draw.uniform(.5, 4))
-        assert not is_prepared(DATA) or Dataset(DATA) and whole.items() <= folder_bytes(DATA).items()
-    finish(Path.cwd() / DATA / 'prepare.py')
-    assert folder_bytes(DATA) == whole
 
 
 def kill_training(kills, draw, options):
