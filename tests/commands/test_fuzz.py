@@ -1,4 +1,5 @@
-"""Any options, config files and folders: a run, or one line and exit code 2; never a traceback, a hang, a lost file."""
+"""Any options, config files and folders: a run, or one line and exit code 2; never a traceback, a hang, a
+lost file."""
 
 import faulthandler
 import functools
@@ -23,7 +24,7 @@ from runtime import download
 from runtime.dataset import locate, write_dataset
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error::SyntaxWarning')]
-SECONDS = 60                                                        # an example takes a tenth of one; then it hangs
+SECONDS = 60                                    # an example takes a tenth of one; then it hangs
 QUICK = [*TINY, '--max_iters=2', '--eval_interval=1', '--out_dir=out']
 SAMPLE = ['--num_samples=2', '--max_new_tokens=3', '--device=cpu', '--out_dir=run']
 
@@ -37,20 +38,26 @@ SCRIPTS = [(train.main, train.TrainConfig, QUICK, [])] * 8 + [
 
 ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan', '-inf',
        '1' + '0' * 18, '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"', '(', '[' * 3000,
-       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0', 'größe', '🙂',
-       '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300, 'x' * 100_000,
+       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0', 'größe',
+       '🙂',
+       '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300,
+       'x' * 100_000,
        'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
-PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy', 'data/toy/x',
-         'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy', 'one.txt',
+PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy',
+         'data/toy/x',
+         'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy',
+         'one.txt',
          'latin1.txt', 'empty.txt', 'my.txt', 'locked', 'locked/x', 'FILE:notes.txt', 'FILE:run', 'new\nline',
          'größer 🙂']
 GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
         'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']}
 # what would only take long is small, or so large that it cannot be
 ABSURD = [str(10 ** n) for n in (12, 18, 30, 120)]
-LONG = {'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3, 'n_layer': 3, 'n_embd': 24,
+LONG = {'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3, 'n_layer': 3,
+        'n_embd': 24,
         'block_size': 20, 'vocab_size': 300, 'num_samples': 3, 'max_new_tokens': 4}
-ENDLESS = ('max_iters', 'eval_iters')                               # time is all that they take: no size is refused
+ENDLESS = ('max_iters',
+           'eval_iters')                               # time is all that they take: no size is refused
 
 
 def harmless(key, text):
@@ -69,7 +76,8 @@ def values(key, hint):
     of_kind = {bool: ['True', 'False'], str: GOOD.get(key, PATHS),
                float: '0 1e-300 1e-3 .5 .9 .999999999 1e9 1e38 1e300 1.7e308'.split(),
                int: [*map(str, range(LONG.get(key, 12) + 1)), *ABSURD[key in ENDLESS:]]}
-    own = [st.sampled_from([str(choice) for choice in get_args(kind)] or of_kind.get(kind, ['None'])) for kind in kinds]
+    own = [st.sampled_from([str(choice) for choice in get_args(kind)] or of_kind.get(kind, ['None']))
+           for kind in kinds]
     text = st.text(max_size=12).map(lambda s: s.replace('/', '_'))  # nothing outside the working directory
     return st.one_of(*own * 6, st.sampled_from(ODD), text).filter(lambda s: harmless(key, s))
 
@@ -84,24 +92,37 @@ def options(cls):
 
 malformed = st.one_of(
     st.sampled_from(['', '-', '--', '---', '--=', '--=1', '--seed', '-seed=1', '--Seed=1', '--max_iter=3',
-                     '--n-layer=1', '--a\nb=1', '--\u2028=1', '-\x1b', '--__class__=1', 'seed=1', 'nowhere.py',
-                     'no\nwhere.py', 'data', 'notes.txt', 'loop', 'run/ckpt.pt', '\0.py', '\udcff.py', 'x' * 300,
+                     '--n-layer=1', '--a\nb=1', '--\u2028=1', '-\x1b', '--__class__=1', 'seed=1',
+                     'nowhere.py',
+                     'no\nwhere.py', 'data', 'notes.txt', 'loop', 'run/ckpt.pt', '\0.py', '\udcff.py',
+                     'x' * 300,
                      'latin1.txt', 'run/config.py']),
     st.text(max_size=8).map(lambda s: '--' + s))
 LINES = [
-    'import math', 'import no_such_module', 'from os import *', 'n_layer = = 1', ' n_layer = 1', 'n_embd', '1 / 0',
-    'sys.exit(3)', 'exit()', 'raise SystemExit', 'raise ValueError("two\\nlines")', 'raise ValueError("\\x1b\\u2028")',
-    'class E(BaseException): pass\nraise E', 'raise GeneratorExit', 'assert 0, "\\ud800"', 'def f(): f()\nf()',
-    'class R:\n    def __repr__(self): return 1 / 0\nseed = R()', 'class Q(Exception):\n    __str__ = 1\nraise Q',
+    'import math', 'import no_such_module', 'from os import *', 'n_layer = = 1', ' n_layer = 1', 'n_embd',
+    '1 / 0',
+    'sys.exit(3)', 'exit()', 'raise SystemExit', 'raise ValueError("two\\nlines")',
+    'raise ValueError("\\x1b\\u2028")',
+    'class E(BaseException): pass\nraise E', 'raise GeneratorExit', 'assert 0, "\\ud800"',
+    'def f(): f()\nf()',
+    'class R:\n    def __repr__(self): return 1 / 0\nseed = R()',
+    'class Q(Exception):\n    __str__ = 1\nraise Q',
     'seed = 10 ** 5000', 'learning_rate = 10 ** 5000', 'n_embd = 10 ** 400', 'learning_rate = -1e308 * 10',
-    'import numpy as np\nn_layer = np.zeros((9, 9))', 'import numpy as np\nn_layer = np.int64(1)', 'warmup = 3',
-    'import numpy as np\nlearning_rate = np.float32("nan")', 'seed = None', 'seed = lambda: 1', 'out_dir = object()',
-    'out_dir = "a\\nb"', 'out_dir = "\\ud800"', 'out_dir = "\\0"', 'out_dir = __file__', 'del seed', 'del __file__',
-    'globals()[3] = 4', 'globals()["a b"] = 4', '_x = 3', 'min_lr = learning_rate / 10', 'dataset = ["toy"]', '"\\d"',
-    'seed = 1or 2', '-' * 99999 + '1', '(' * 999, 'x' * 99999, 'print()', '"""', '\\', 'é = 1', 'lambda: (yield)',
-    'return', 'await f()', 'from __future__ import x', 'seed: int = 3', 'global seed', 'for seed in range(3): pass',
+    'import numpy as np\nn_layer = np.zeros((9, 9))', 'import numpy as np\nn_layer = np.int64(1)',
+    'warmup = 3',
+    'import numpy as np\nlearning_rate = np.float32("nan")', 'seed = None', 'seed = lambda: 1',
+    'out_dir = object()',
+    'out_dir = "a\\nb"', 'out_dir = "\\ud800"', 'out_dir = "\\0"', 'out_dir = __file__', 'del seed',
+    'del __file__',
+    'globals()[3] = 4', 'globals()["a b"] = 4', '_x = 3', 'min_lr = learning_rate / 10', 'dataset = ["toy"]',
+    '"\\d"',
+    'seed = 1or 2', '-' * 99999 + '1', '(' * 999, 'x' * 99999, 'print()', '"""', '\\', 'é = 1',
+    'lambda: (yield)',
+    'return', 'await f()', 'from __future__ import x', 'seed: int = 3', 'global seed',
+    'for seed in range(3): pass',
     'type(seed)()', 'class seed: pass', 'dtype = "float16"; use_svd = True; svd_rank = 2', 'seed = True',
-    'svd_rank = 2.', b'# \xe9', b'\0', b'\xff\xfe', b'\xef\xbb\xbfseed = 2', b'seed = 2\r\n', b'# coding: latin-1']
+    'svd_rank = 2.', b'# \xe9', b'\0', b'\xff\xfe', b'\xef\xbb\xbfseed = 2', b'seed = 2\r\n',
+    b'# coding: latin-1']
 
 
 @st.composite
@@ -109,12 +130,15 @@ def examples(draw):
     """-> main, its options' class, argv, and the config files that argv names: name -> lines."""
     main, cls, first, last = draw(st.sampled_from(SCRIPTS))
     if cls is train.TrainConfig and draw(st.integers(0, 2)) == 0:
-        first = [*first, '--init_from=resume', f'--out_dir={draw(st.sampled_from(["run", "run", "run", *PATHS]))}']
+        first = [*first, '--init_from=resume',
+                 f'--out_dir={draw(st.sampled_from(["run", "run", "run", *PATHS]))}']
     chosen = draw(st.lists(options(cls).map(lambda option: '--{}={}'.format(*option)), max_size=4))
     extra = draw(st.lists(malformed, min_size=0, max_size=draw(st.sampled_from([0, 0, 0, 1]))))
     setting = options(cls).map(lambda option: '{} = {!r}'.format(*option))
     line = st.one_of(setting, setting.map(lambda text: text.replace("'", '')), st.sampled_from(LINES))
-    files = {name: draw(st.lists(line, max_size=2)) for name in draw(st.sampled_from([[], [], ['a.py'], ['b.py', 'a.py']]))}
+    files = {name: draw(st.lists(line,
+                                 max_size=2)) for name in draw(st.sampled_from([[], [], ['a.py'],
+                                                                                ['b.py', 'a.py']]))}
     return main, cls, [*first, *draw(st.permutations([*chosen, *extra, *files])), *last], files
 
 
@@ -123,7 +147,8 @@ def examples(draw):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, one_thread):
-    """A folder with data sets, a run and what else may lie about. Nothing is compiled, and no network is asked."""
+    """A folder with data sets, a run and what else may lie about. Nothing is compiled, and no network is
+    asked."""
     root = tmp_path_factory.mktemp('world')
     work = root / 'work'
     for folder in ('mine', 'twisted/ckpt.pt'):
@@ -131,9 +156,11 @@ def world(tmp_path_factory, one_thread):
     (work / 'locked').mkdir(mode=0o555)                             # but root may write everywhere
     write_dataset(work / 'data' / 'toy', TEXT, 'char', source='tests')
     for name, content in {'notes.txt': b'mine', 'one.txt': b'a', 'empty.txt': b'', 'latin1.txt': b'\xe9' * 99,
-                          'my.txt': TEXT.encode(), 'mine/config.py': b'MINE = 1\n', 'mine/eval.jsonl': b'mine'}.items():
+                          'my.txt': TEXT.encode(), 'mine/config.py': b'MINE = 1\n',
+                          'mine/eval.jsonl': b'mine'}.items():
         (work / name).write_bytes(content)
-    for name, target in {'link': 'run', 'loop': 'loop', 'dangling': 'nowhere', 'twisted/last.pt': 'loop'}.items():
+    for name, target in {'link': 'run', 'loop': 'loop', 'dangling': 'nowhere',
+                         'twisted/last.pt': 'loop'}.items():
         (work / name).symlink_to(target)
     download.gpt2_encoding.cache_clear()
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance('force_eager'):
@@ -141,7 +168,8 @@ def world(tmp_path_factory, one_thread):
         patch.setenv('HOME', str(work))                             # '~' is a word, too
         for module in ('wandb', 'tiktoken'):
             patch.setitem(sys.modules, module, None)
-        for text in ('my.txt', 'notes.txt'):                        # else they are prepared in the repo's data/
+        for text in ('my.txt',
+                     'notes.txt'):                        # else they are prepared in the repo's data/
             locate(text, 'char', (Path('data'),))
         assert train.main([*QUICK, '--out_dir=run']) == 0
         yield root
@@ -149,7 +177,8 @@ def world(tmp_path_factory, one_thread):
 
 def tree(root):
     """Every path below root -> its bytes, its target if it is a link, None for a folder."""
-    return {str(p.relative_to(root)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+    return {str(p.relative_to(root)):
+            os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
             for p in sorted(root.rglob('*'))}
 
 
@@ -160,14 +189,16 @@ def check(world, call, main, cls, argv, files):
     shutil.copytree(world, root, symlinks=True)
     os.chdir(root / 'work')
     for name, lines in files.items():
-        Path(name).write_bytes(b'\n'.join(x if isinstance(x, bytes) else x.encode(errors='replace') for x in lines))
+        Path(name).write_bytes(b'\n'.join(
+            x if isinstance(x, bytes) else x.encode(errors='replace') for x in lines))
     before = tree(root)
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
     result = call(main, *argv)
     faulthandler.cancel_dump_traceback_later()
     lines = [line for line in result.err.splitlines() if line.strip() and line[:6] != 'train:']
     begins = {0: '', 1: 'train.py: training stopped: ', 2: f'{script}.py: '}[result.code]
-    assert len(lines) == min(result.code, 1) and all(line.startswith(begins) for line in lines), (result.code, lines)
+    assert len(lines) == min(result.code, 1) and all(line.startswith(begins) for line in lines), (result.code,
+                                                                                                  lines)
     if result.code == 2 or script != 'train' or '--help' in argv or '-h' in argv:
         assert tree(root) == before
     else:
@@ -175,7 +206,8 @@ def check(world, call, main, cls, argv, files):
 
 
 def keep_all_but_the_run(root, before, after, said):
-    """Only OUT_DIR has changed, and OUT_DIR.1 where a run was moved aside; every file is still there somewhere."""
+    """Only OUT_DIR has changed, and OUT_DIR.1 where a run was moved aside; every file is still there
+    somewhere."""
     out = os.path.relpath(os.path.realpath(root / 'work' / said['out_dir']), root)
     inside = tuple(f'{place}{os.sep}' for place in (out, f'{out}.1'))
     for path in (path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)):
@@ -183,7 +215,8 @@ def keep_all_but_the_run(root, before, after, said):
         assert f'{path}{os.sep}'.startswith(inside) or f'{out}{os.sep}'.startswith(f'{path}{os.sep}'), path
         own = said['init_from'] == 'resume' and Path(path).name in (
             'ckpt.pt', 'metrics.jsonl', 'config.py', 'environment.json')
-        appended = Path(path).name == 'eval.jsonl' and said['eval_only'] and after[path].startswith(content or b'')
+        appended = said['eval_only'] and Path(path).name == 'eval.jsonl' and (
+            after[path].startswith(content or b''))
         assert own or appended or content in (None, *after.values()), path
 
 
@@ -207,16 +240,20 @@ def test_any_of_600_command_lines_runs_or_is_refused(world, call, example):
     check(world, call, *example)
 
 
-PATH_FORMS = ['--dataset={}', '--out_dir={}', '--init_from=resume --out_dir={}', '--eval_only=True --out_dir={}',
-              '--init_from=resume --out_dir=run --dataset={}', '--device={}', 'sample --start=the --out_dir={}',
+PATH_FORMS = ['--dataset={}', '--out_dir={}', '--init_from=resume --out_dir={}',
+              '--eval_only=True --out_dir={}',
+              '--init_from=resume --out_dir=run --dataset={}', '--device={}',
+              'sample --start=the --out_dir={}',
               'sample --start={}', 'sample --start=FILE:{}', 'bench --peer={}']
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('form', [*PATH_FORMS, *(f'--{f.name}={{}}' for f in fields(train.TrainConfig))])
 def test_any_value_of_any_option_runs_or_is_refused(world, call, form):
-    """One at a time, which random choice would hardly ever do: of a path all values, of another option some."""
+    """One at a time, which random choice would hardly ever do: of a path all values, of another option
+    some."""
     name, texts = form.split('=')[0][2:], ODD + PATHS if form in PATH_FORMS else ODD[len(form) % 5::5]
     main, cls, first, _ = SCRIPTS[{'s': -2, 'b': -1}.get(form[0], 0)]
     for text in (text for text in texts if harmless(name, text)):
-        check(world, call, main, cls, [*first, *(part.format(text) for part in form.split() if part[0] == '-')], {})
+        check(world, call, main, cls,
+              [*first, *(part.format(text) for part in form.split() if part[0] == '-')], {})

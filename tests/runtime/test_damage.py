@@ -1,4 +1,4 @@
-"""Damaged checkpoints and data sets: each is refused in one line that names it; nothing in it runs, no file changes."""
+"""Damaged checkpoints and data sets are refused in one line that names them; nothing in them runs."""
 
 import copy
 import functools
@@ -38,7 +38,7 @@ def good(trained):
 
 @pytest.fixture
 def check(refused):
-    """check(words, *commands): each command is refused in a line with `words`, and leaves all files as they are."""
+    """check(words, *commands): each command is refused in a line with `words`, and changes no file."""
     def check(words, *commands):
         before = folder_bytes('.')
         for command in commands:
@@ -48,7 +48,7 @@ def check(refused):
 
 
 def put(tree, place, value):
-    """A copy of the tree in which `value` is at the place, or what the function `value` makes of what is there."""
+    """A copy of the tree with `value` at the place. A function makes the new value from the old one."""
     tree = copy.deepcopy(tree)
     *way, last = [int(key) if key.isdigit() else key for key in place.split('/')]
     inner = functools.reduce(operator.getitem, way, tree)
@@ -65,9 +65,10 @@ def places(content):
     """Offsets of every structure of the zip, and a grid."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         found, end = {0, len(content) - 22, len(content) - 1, archive.start_dir}, archive.start_dir
-        for piece in archive.infolist():                            # local header, name, padding, content, directory
+        for piece in archive.infolist():                            # local header, name, padding, content
             start, name = piece.header_offset, len(piece.filename)
-            found |= {start, start + 12, start + 27, start + 31, start + 30 + name + 5, end, end + 20, end + 44}
+            found |= {start, start + 12, start + 27, start + 31, start + 30 + name + 5, end, end + 20,
+                      end + 44}
             end += 46 + name + len(piece.extra) + len(piece.comment)
         found |= {content.index(archive.read(piece)) for piece in archive.infolist()}
     return sorted(found | set(range(0, len(content), len(content) // 60)))
@@ -110,13 +111,16 @@ class Bomb:
 
 def pickled(content):
     """The zip with another pickle in place of data.pkl."""
-    return lambda good: zipped(good, lambda name, c: pickle.dumps(content, 2) if name.endswith('data.pkl') else c)
+    return lambda good: zipped(
+        good, lambda name, c: pickle.dumps(content, 2) if name.endswith('data.pkl') else c)
 
 
 FILES = {
     'empty': lambda good: b'', 'text': lambda good: TEXT.encode(), 'zeros': lambda good: bytes(len(good)),
-    'another zip': lambda good: zipped(good, lambda name, content: b'?'), 'a pickle': lambda good: pickle.dumps({}),
-    'code': lambda good: pickle.dumps(Bomb()), 'code in a zip': pickled(Bomb()), 'code inside': pickled([Bomb()]),
+    'another zip': lambda good: zipped(good, lambda name, content: b'?'),
+    'a pickle': lambda good: pickle.dumps({}),
+    'code': lambda good: pickle.dumps(Bomb()), 'code in a zip': pickled(Bomb()),
+    'code inside': pickled([Bomb()]),
     'legacy': lambda good: saved(checkpoint(), _use_new_zipfile_serialization=False),
     'legacy code': lambda good: saved(Bomb(), _use_new_zipfile_serialization=False),
     'other sizes': lambda good: zipped(good, lambda name, c: c + b'1234' if '/data/' in name else c),
@@ -146,7 +150,8 @@ def test_a_checkpoint_that_cannot_be_opened_is_refused(good, check, refused):
 
 HUGE = [10 ** n for n in (9, 18, 300)]
 NUMBERS = [None, 'x', torch.ones(3), {1}, NAN, torch.tensor(-INFINITY), True, 1j]
-SPOILT = {f'model_args/{key}': [REMOVED, None, 'two', 1.5, True, 0, -1, torch.tensor(2), 3, *HUGE[key == 'n_head':]]
+SPOILT = {f'model_args/{key}': [REMOVED, None, 'two', 1.5, True, 0, -1, torch.tensor(2), 3,
+                                *HUGE[key == 'n_head':]]
           for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
 SPOILT |= {f'model/{name}.weight': [
     REMOVED, None, lambda w: w.long(), lambda w: w * NAN, lambda w: w / 0, lambda w: torch.cat((w, w)),
@@ -156,30 +161,40 @@ SPOILT |= {f'model/{name}.weight': [
 SPOILT |= {
     'model': [REMOVED, None, 'x', [1], torch.ones(3), 1.5, {}, {'x': 1}, {5: torch.ones(2)}],
     'model_args': [REMOVED, None, 'x', [1], torch.ones(3), 1.5], 'iter_num': [REMOVED, None, 'x', [1], 1.5],
-    **{key: [None, 'x', torch.ones(3), {1}] for key in ('tokenizer', 'config', 'optimizer', 'scaler', 'random')},
+    **{key: [None, 'x', torch.ones(3), {1}] for key in ('tokenizer', 'config', 'optimizer', 'scaler',
+                                                        'random')},
     'best_val_loss': NUMBERS, 'interim_best_val_loss': NUMBERS, 'adaptive_svd': [None, [1]],
     'svd_basis': [None, [1.], torch.ones(3, dtype=torch.int64), torch.tensor([1., NAN])],
     'model_args/n_moe': [8], 'model_args/5': [8], 'model_args/bias': [True, 'yes', 1, None],
     'model_args/dropout': [1., -.1, NAN, 'x', None], 'model_args/use_svd': ['yes', None, 1],
-    'model_args/svd_rank': [0, 'x', .5], 'model_args/svd_block': [0, None], 'model_args/gelu': ['none', None, True],
-    'model_args/svd_method': ['qr', None], 'model_args/svd_scope': ['rows', 2], 'model/extra': [torch.ones(2)],
+    'model_args/svd_rank': [0, 'x', .5], 'model_args/svd_block': [0, None],
+    'model_args/gelu': ['none', None, True],
+    'model_args/svd_method': ['qr', None], 'model_args/svd_scope': ['rows', 2],
+    'model/extra': [torch.ones(2)],
     'model/lm_head.weight': [*SPOILT['model/lm_head.weight'], lambda w: w + 1],
-    'tokenizer/tokenizer': [REMOVED, 'word', None, ['char'], 'gpt2'], 'tokenizer/dtype': [REMOVED, 'int8', None],
+    'tokenizer/tokenizer': [REMOVED, 'word', None, ['char'], 'gpt2'],
+    'tokenizer/dtype': [REMOVED, 'int8', None],
     'tokenizer/vocab_size': [REMOVED, 16, '17', 17., True, *HUGE],
-    'tokenizer/chars': [REMOVED, None, 17, ['a'], 'abcdefghijklmnopq', ['a'] * 17, [f'{n:02}' for n in range(17)],
+    'tokenizer/chars': [REMOVED, None, 17, ['a'], 'abcdefghijklmnopq', ['a'] * 17,
+                        [f'{n:02}' for n in range(17)],
                         list(range(17)), list('abcdefghijklmnop\ud800'), lambda chars: chars + ['z']]}
-SPOILT['tokenizer'] += [{'tokenizer': 'char', 'dtype': 'uint16', 'vocab_size': 18, 'chars': [*'abcdefghijklmnopqr']}]
+SPOILT['tokenizer'] += [{'tokenizer': 'char', 'dtype': 'uint16', 'vocab_size': 18,
+                         'chars': [*'abcdefghijklmnopqr']}]
 SPOILT_FOR_TRAINING = {
     'best_val_loss': [REMOVED], 'optimizer': [REMOVED, {}, {'muon': {}, 'adamw': {}}],
     **{f'optimizer/state/0/{key}': [REMOVED, None, 'x', torch.ones(3, 3), lambda v: v * NAN]
        for key in ('step', 'exp_avg', 'exp_avg_sq')},
-    'optimizer/state/0/new': [1], 'optimizer/state/1': [REMOVED, None], 'optimizer/state': [REMOVED, None, [], {}],
-    'optimizer/param_groups': [REMOVED, None, [], lambda g: g[:1], lambda g: [*g, g[0]], 'x', [1, 2], [{}, {}],
+    'optimizer/state/0/new': [1], 'optimizer/state/1': [REMOVED, None],
+    'optimizer/state': [REMOVED, None, [], {}],
+    'optimizer/param_groups': [REMOVED, None, [], lambda g: g[:1], lambda g: [*g, g[0]], 'x', [1, 2],
+                               [{}, {}],
                                lambda g: [g[0] | {'params': [0]}, g[1]]],
     'random': [[], lambda r: r * 2, [None], ['x'], [{}]],
     **{f'random/0/{key}': [REMOVED, None, 'x', torch.ones(5056),
-                           *(torch.zeros(n, dtype=torch.uint8) for n in (0, 9, 5056))] for key in ('torch', 'batches')},
-    'config/batch_size': [0, 'x', None, 10 ** 12], 'config/learning_rate': [-1., 'x', NAN], 'config/beta1': [1., 'x'],
+                           *(torch.zeros(n, dtype=torch.uint8) for n in (0, 9, 5056))]
+       for key in ('torch', 'batches')},
+    'config/batch_size': [0, 'x', None, 10 ** 12], 'config/learning_rate': [-1., 'x', NAN],
+    'config/beta1': [1., 'x'],
     'config/seed': [-1, 2 ** 63, 1.5], 'config/optimizer': ['sgd', 'muon'], 'config/grad_clip': [[1.]],
     'config/dataset': ['nowhere', 3, '\0', '\ud800'], 'config/always_save_checkpoint': ['x'],
     'config/eval_interval': [0]}
@@ -187,7 +202,8 @@ SPOILT_FOR_TRAINING['optimizer/state/0/exp_avg_sq'] += [lambda v: v - 1]
 SPOILT_FOR_TRAINING['optimizer/state/0/step'] += [torch.tensor(-3.)]
 
 
-QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model', 'iter_num',
+QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model',
+         'iter_num',
          'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset']
 CASES = [(place, SPOILT[place], (RESUME, SAMPLE, EXPORT)) for place in SPOILT]
 CASES += [(place, SPOILT_FOR_TRAINING[place], (RESUME,)) for place in SPOILT_FOR_TRAINING]
@@ -210,13 +226,15 @@ def test_what_is_not_finite_is_not_saved(good):
 
 
 def test_a_checkpoint_of_nanogpt_is_read(good, call):
-    """It has the prefix of torch.compile, a stored causal mask, a loss that is a tensor, and no tokenizer: that is
+    """It has the prefix of torch.compile, a stored causal mask, a loss that is a tensor, and no tokenizer:
+    that is
     beside the data set. With or without, the text is the same."""
     expected = call(*SAMPLE, '--start=the').out
     for dataset in ('toy', 'data/toy'):
         theirs = {f'_orig_mod.{name}': w for name, w in good['model'].items()}
         theirs['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)
-        torch.save({'model': theirs, 'model_args': good['model_args'], 'iter_num': 2, 'config': {'dataset': dataset},
+        torch.save({'model': theirs, 'model_args': good['model_args'], 'iter_num': 2,
+                    'config': {'dataset': dataset},
                     'best_val_loss': torch.tensor(good['best_val_loss'])}, PATH)
         assert call(*SAMPLE, '--start=the').out == expected
     padded = put(good, 'model_args/vocab_size', 18)
@@ -260,9 +278,11 @@ def foreign(place, top):
     return lambda c: c[:place] + top.to_bytes(2, 'little') + c[place:][2:]
 
 
-BINS = [lambda c: b'', lambda c: c[:1], lambda c: c[:2], lambda c: c[:4], lambda c: c[:235], lambda c: c + b'\0',
+BINS = [lambda c: b'', lambda c: c[:1], lambda c: c[:2], lambda c: c[:4], lambda c: c[:235],
+        lambda c: c + b'\0',
         lambda c: c + b'\0\0', lambda c: c[:-2], lambda c: c * 2, lambda c: TEXT.encode()[:len(c)],
-        lambda c: b'\1' + c[:-1], foreign(0, 17), foreign(200, 2 ** 15), foreign(-2, 2 ** 16 - 1), foreign(-2, 17)]
+        lambda c: b'\1' + c[:-1], foreign(0, 17), foreign(200, 2 ** 15), foreign(-2, 2 ** 16 - 1),
+        foreign(-2, 17)]
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -277,7 +297,8 @@ def test_spoilt_tokens_are_refused(good, check, split):
         check('toy', RESUME)
 
 
-TEXTS = ['null', '[]', '1' + '0' * 400, '1' + '0' * 5000, '[' * 100_000, 'NaN', '{}', '{}{}', '{"tokenizer": "\xff',
+TEXTS = ['null', '[]', '1' + '0' * 400, '1' + '0' * 5000, '[' * 100_000, 'NaN', '{}', '{}{}',
+         '{"tokenizer": "\xff',
          '{"unfinished": "prepare again"}']
 METAS = {'tokenizer': (REMOVED, None, 'gpt2', 'word', ['char']), 'train_tokens': (1, 10 ** 30, 'x', None),
          'vocab_size': (REMOVED, None, 0, -1, 2, 16, 18, 17., True, '17', 10 ** 9, 10 ** 400),
@@ -286,11 +307,13 @@ METAS = {'tokenizer': (REMOVED, None, 'gpt2', 'word', ['char']), 'train_tokens':
                    {c: 1 for c in CHARS})}
 
 
-PICKLES = [Bomb(), [Bomb()], {**OLD, 'itos': Bomb()}, {**OLD, 'itos': {n: Bomb() for n in range(17)}}, None, [], 'x',
+PICKLES = [Bomb(), [Bomb()], {**OLD, 'itos': Bomb()}, {**OLD, 'itos': {n: Bomb() for n in range(17)}}, None,
+           [], 'x',
            {}, *(put(OLD, 'vocab_size', value) for value in (REMOVED, '17', 18, -1, 10 ** 300)), Path('x'),
            *(put(OLD, 'itos/3', value) for value in (REMOVED, 'ab', None, 'e')),
            *(put(OLD, 'itos', value) for value in (REMOVED, [], dict(enumerate(CHARS[::-1]))))]
-STREAMS = [b"cposix\nsystem\n(S'touch EXECUTED'\ntR.", b'cbuiltins\neval\n(Vopen("EXECUTED", "w")\ntR.', b'i__main__\nX\n.',
+STREAMS = [b"cposix\nsystem\n(S'touch EXECUTED'\ntR.", b'cbuiltins\neval\n(Vopen("EXECUTED", "w")\ntR.',
+           b'i__main__\nX\n.',
            b'Px\n.', b'\x80\x7f.', b'(lp0\ng9\n.', b'\x8c\xff', b'\x8e' + b'\xff' * 8, b'\x82\1.', b'{}']
 
 

@@ -58,11 +58,15 @@ SVD = ['--use_svd=True', '--svd_rank=2', '--svd_block=4']
     (poison('transformer.h.0.attn.c_attn.weight'), 'transformer.h.0.attn.c_attn.weight (the parameter)', []),
     (poison('transformer.ln_f.weight', float('inf')), 'transformer.ln_f.weight (the parameter)', []),
     (poison_gradient('transformer.wpe.weight'), 'transformer.wpe.weight (its gradient)', []),
-    (poison_gradient('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc.weight (its gradient)', []),
+    (poison_gradient('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc.weight (its gradient)',
+     []),
     (overflow('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc (its output)', []),
-    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)', []),   # 1e37 is a number,
-    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)', []),  # its square is not
-    *((overflow('transformer.h.1.attn.c_attn.weight'), 'transformer.h.1.attn',                  # no decomposition
+    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)',
+     []),   # 1e37 is a number,
+    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)',
+     []),  # its square is not
+    *((overflow('transformer.h.1.attn.c_attn.weight'),
+       'transformer.h.1.attn',                  # no decomposition
        [*SVD, f'--svd_method={method}', f'--svd_scope={scope}']) for method in METHODS for scope in SCOPES)])
 def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named(call, spoil, bad, options):
     with in_step(5, spoil):
@@ -97,7 +101,8 @@ def test_weights_that_only_the_evaluation_finds_spoilt_are_not_saved(call):
 
 
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):
-    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped steps, no fault."""
+    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped steps, no
+    fault."""
     class Scaler(torch.amp.GradScaler):
         """Of the CPU: the first step overflows, the next ones do not."""
         def __init__(self, device, enabled):
@@ -120,7 +125,8 @@ def full_disk(path):
 
 
 @needs_full
-@pytest.mark.parametrize('make, words', [(full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
+@pytest.mark.parametrize('make, words',
+                         [(full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
                                          (lambda path: path.symlink_to(path.name), 'symbolic links')])
 @pytest.mark.parametrize('name', ['ckpt.pt', 'metrics.jsonl'])
 def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, name, make, words):
@@ -137,7 +143,8 @@ def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, name, ma
 
 @needs_full
 @pytest.mark.parametrize('path, options, words', [
-    (temporary('out/ckpt.pt'), [], 'no checkpoint had been saved'), (temporary('out/config.py'), [], 'out_dir='),
+    (temporary('out/ckpt.pt'), [], 'no checkpoint had been saved'),
+    (temporary('out/config.py'), [], 'out_dir='),
     (temporary('out/ckpt.pt'), ['--init_from=resume'], 'the checkpoint of step 4 is kept'),
     (Path('out/eval.jsonl'), ['--init_from=resume', '--eval_only=True'], 'out/eval.jsonl')])
 def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, path, options, words):
@@ -165,7 +172,8 @@ def test_a_data_set_or_figure_that_does_not_fit_leaves_what_was_there():
     full_disk(temporary('figure.png'))
     panel = plots.Panel([plots.Line([1, 2], [1, 2], 0)], {}, {})
     with pytest.raises(DiskFull, match='figure.png: .*make room there'):
-        plots.line_panels('figure.png', [plots.PanelRow('loss', 'linear', {'a': panel})], 'step', 'block', 'title')
+        plots.line_panels('figure.png', [plots.PanelRow('loss', 'linear', {'a': panel})], 'step', 'block',
+                          'title')
     assert Path('figure.png').read_bytes() == b'old' and not list(Path('.').rglob('*.tmp'))
 
 
@@ -193,7 +201,8 @@ def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, 
 def test_bars_are_lines_in_a_pipe_and_drawn_over_themselves_on_a_terminal(call, monkeypatch):
     err = call(train.main, *TINY).err
     bars = err.splitlines()
-    assert '\r' not in err and len(bars) == 2 and '  0%|' in bars[0] and re.search(r'100%\|#+\| 4/4 .*loss', bars[1])
+    assert '\r' not in err and len(bars) == 2 and '  0%|' in bars[0] and re.search(r'100%\|#+\| 4/4 .*loss',
+                                                                                   bars[1])
     assert bars[1] == bars[1].rstrip()
     monkeypatch.setattr(sys, 'stderr', io.StringIO())
     sys.stderr.isatty = lambda: True
@@ -228,7 +237,8 @@ for name, *argv in json.loads(sys.argv[1]):
 
 
 def offline(*commands):
-    return subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True,
+                          text=True,
                           timeout=250, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
 
 

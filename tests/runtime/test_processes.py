@@ -18,7 +18,8 @@ from runtime import checkpoint as ckpt
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 RUN = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=6', '--lr_decay_iters=6', '--eval_interval=3']
 SVD = '--use_svd=True --svd_rank=2 --svd_block=4'
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py')]
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+            str(ROOT / 'train.py')]
 
 
 def torchrun(*argv, code=0):
@@ -33,7 +34,8 @@ def torchrun(*argv, code=0):
     f'{SVD} --svd_scope=sequence --svd_method=standard', f'{SVD} --svd_scope=weight --svd_method=gram',
     f'--optimizer=muon {SVD} --svd_scope=causal --svd_method=randomized'))])
 def test_two_processes_train_what_one_does(fit, options):
-    """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums of gradients are
+    """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums of
+    gradients are
     rounded in another order."""
     torchrun(*RUN, *options.split(), '--out_dir=two')
     fit(*RUN, *options.split(), '--out_dir=one')
@@ -44,7 +46,8 @@ def test_two_processes_train_what_one_does(fit, options):
         torch.testing.assert_close(one['svd_basis'], two['svd_basis'], rtol=0, atol=1e-3)
     for a, b in zip(rows('one'), rows('two'), strict=True):
         assert a['iter'] == b['iter']
-        assert all(a[k] == pytest.approx(b[k], abs=1e-5) for k in a.keys() & {'loss', 'train/loss', 'val/loss'})
+        assert all(a[k] == pytest.approx(b[k], abs=1e-5) for k in a.keys() & {'loss', 'train/loss',
+                                                                              'val/loss'})
     first, second = two['random']
     assert torch.equal(one['random'][0]['batches'], first['batches'])       # one order of data,
     assert torch.equal(first['batches'], second['batches'])                 # the same on each,
@@ -55,11 +58,13 @@ def test_two_processes_train_what_one_does(fit, options):
 def test_torchrun_stops_and_resumes_to_the_same_bits(refused):
     """Dropout included: each process has its own random state. One process alone may not go on."""
     options = [*RUN, '--dropout=.2', '--eval_interval=100']
-    for argv in ([*options, '--out_dir=whole'], [*options, '--max_iters=3'], ['--init_from=resume', '--max_iters=6']):
+    for argv in ([*options, '--out_dir=whole'], [*options, '--max_iters=3'],
+                 ['--init_from=resume', '--max_iters=6']):
         done = torchrun(*argv)
         assert done.stdout.count('sample:') == 1 and 'backend=nccl' in done.stdout
     assert equal(checkpoint('whole')['model'], checkpoint()['model'])
-    assert {p.name for p in Path('whole').iterdir()} == {'ckpt.pt', 'config.py', 'environment.json', 'metrics.jsonl'}
+    assert {p.name for p in Path('whole').iterdir()} == {'ckpt.pt', 'config.py', 'environment.json',
+                                                         'metrics.jsonl'}
     assert torchrun(*options, '--dataset=nowhere', code=1).stderr.count(': dataset=nowhere: ') == 2
     assert 'torchrun --nproc_per_node=2' in refused(train.main, '--init_from=resume', '--max_iters=9')
 
@@ -67,8 +72,9 @@ def test_torchrun_stops_and_resumes_to_the_same_bits(refused):
 def workers(job):
     """Rank -> process number."""
     numbers = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()
-    environments = {int(pid): Path(f'/proc/{pid}/environ').read_bytes().decode().split('\0') for pid in numbers}
-    return {int(line[5:]): pid for pid, lines in environments.items() for line in lines if line.startswith('RANK=')}
+    environments = {int(pid): Path('/proc', pid, 'environ').read_text().split('\0') for pid in numbers}
+    return {int(line[5:]): pid for pid,
+            lines in environments.items() for line in lines if line.startswith('RANK=')}
 
 
 @pytest.mark.slow
@@ -86,7 +92,8 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_processes_save_once_and_end_when_torchrun_is_stopped(endless, number):
-    """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it is gone. All stop
+    """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it is gone.
+    All stop
     after the same step."""
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2')
     job.send_signal(number)

@@ -28,13 +28,16 @@ WEIGHT = '--use_svd=True --svd_rank=2 --svd_scope=weight'
 SEQUENCE = '--use_svd=True --svd_rank=2 --svd_scope=sequence'
 FEATURES = [
     '', '--optimizer=muon --dtype=bfloat16 --warmup_iters=5 --bias=True',
-    "--optimizer=muon --bias=True --layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5}",
+    "--optimizer=muon --bias=True "
+    "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5}",
     f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {CAUSAL} --svd_method=randomized',
-    f'--always_save_checkpoint=False --log_interval=3 --use_mla=True --bias=True {CAUSAL} --svd_method=standard',
+    '--always_save_checkpoint=False --log_interval=3 --use_mla=True --bias=True '
+    f'{CAUSAL} --svd_method=standard',
     f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {WEIGHT} --svd_method=gram',
     *(pytest.param(f'--dropout=.1 --optimizer=muon {scope} --svd_method={method} --svd_basis_grad={grad}',
                    marks=pytest.mark.slow) for scope, method, grad in (
-        (SEQUENCE, 'gram', False), (SEQUENCE, 'standard', True), (SEQUENCE, 'randomized', False), (CAUSAL, 'gram', True),
+        (SEQUENCE, 'gram', False), (SEQUENCE, 'standard', True), (SEQUENCE, 'randomized', False),
+        (CAUSAL, 'gram', True),
         (WEIGHT, 'standard', False), (WEIGHT, 'randomized', True))),
     pytest.param('--compile=True --dropout=.2', marks=pytest.mark.slow)]    # inductor draws other masks
 
@@ -60,7 +63,8 @@ def resume(call, *options, code=0):
 
 @pytest.mark.parametrize('options', FEATURES)
 def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
-    """Stopped by a small max_iters, which evaluates and ends in order, then by Ctrl-C. Checkpoint (parameters,
+    """Stopped by a small max_iters, which evaluates and ends in order, then by Ctrl-C. Checkpoint
+    (parameters,
     optimizer, best loss, random states, data order) and metrics are equal at the end."""
     fit(*RUN, *options.split(), '--out_dir=whole')
     first, second = sorted(random.Random(options).sample(range(1, STEPS), 2))
@@ -74,7 +78,8 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
 
 def random_options(draw):
     """A point of the grid of all features."""
-    values = dict(warmup_iters=(0, 2, 2000), eval_interval=(1, 3, 5, 12), log_interval=(1, 2, 4), dropout=(0, .1, .5),
+    values = dict(warmup_iters=(0, 2, 2000), eval_interval=(1, 3, 5, 12), log_interval=(1, 2, 4),
+                  dropout=(0, .1, .5),
                   gradient_accumulation_steps=(1, 2, 4), optimizer=('adamw', 'muon'), grad_clip=(0, .1, 1),
                   n_layer=(1, 2, 3), bias=(True, False), use_svd=(True, True, False), svd_rank=(1, 2, 5, 8),
                   svd_scope=SCOPES, svd_method=METHODS, svd_block=(2, 4, 8), svd_basis_grad=(True, False),
@@ -95,7 +100,8 @@ def test_random_stops_anywhere_on_the_grid_of_features(fit, call, monkeypatch, s
     for before, stop in itertools.pairwise(stops):
         number = draw.choice([signal.SIGINT, signal.SIGTERM, 0])
         with monkeypatch.context() as patch:
-            interrupt(patch, stop - before, number)                 # signal 0 does nothing: max_iters stops it
+            interrupt(patch, stop - before,
+                      number)                 # signal 0 does nothing: max_iters stops it
             resume(call, f'--max_iters={steps if number else stop}', code=number and 128 + number)
     resume(call, f'--max_iters={steps}')
     assert_same_run('out', 'whole')
@@ -135,7 +141,8 @@ def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
 
 
 @pytest.mark.parametrize('number, code, saved', [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
-def test_a_burst_of_signals_is_one_signal_but_a_second_ctrl_c_does_not_wait(call, monkeypatch, number, code, saved):
+def test_a_burst_of_signals_is_one_signal_but_a_second_ctrl_c_does_not_wait(call, monkeypatch, number, code,
+                                                                            saved):
     interrupt(monkeypatch, 1, number)
     interrupt(monkeypatch, 1, number)
     assert call(train.main, *TINY).code == code
@@ -176,7 +183,8 @@ def test_nohup_stays_in_force(fit, monkeypatch):
 def test_before_training_and_after_it_a_signal_ends_at_once(call):
     """While the data set is prepared, and while the closing sample is drawn."""
     Path('data/slow').mkdir()
-    Path('data/slow/prepare.py').write_text(f'import os, time\nos.kill({PID}, {signal.SIGTERM:d})\ntime.sleep(.2)')
+    script = f'import os, time\nos.kill({PID}, {signal.SIGTERM:d})\ntime.sleep(.2)'
+    Path('data/slow/prepare.py').write_text(script)
     assert call(train.main, *TINY, '--dataset=slow').code == 143 and not Path('out').exists()
 
     def stop(model):
@@ -188,7 +196,8 @@ def test_before_training_and_after_it_a_signal_ends_at_once(call):
 
 
 def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused, monkeypatch):
-    """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads what the
+    """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads
+    what the
     run says, and it saves all the same."""
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     process = endless([sys.executable, str(ROOT / 'train.py')])
@@ -204,13 +213,16 @@ def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, 
 # which checkpoint is kept, and which one counts
 
 def unbeaten(folder, interim):
-    """As if a run of 6 steps had reached a loss of 0 at its end, off the grid of eval_interval, and `interim` on it."""
-    torch.save(checkpoint(folder) | {'best_val_loss': 0., 'interim_best_val_loss': interim}, f'{folder}/ckpt.pt')
+    """As if a run of 6 steps had reached a loss of 0 at its end, off the grid of eval_interval, and
+    `interim` on it."""
+    torch.save(checkpoint(folder) | {'best_val_loss': 0., 'interim_best_val_loss': interim},
+               f'{folder}/ckpt.pt')
     return '--always_save_checkpoint=False', f'--max_iters={STEPS}', f'--out_dir={folder}'
 
 
 def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, monkeypatch):
-    """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, from which a resume goes on."""
+    """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, from which a resume
+    goes on."""
     trained(*RUN, '--max_iters=6', folder='whole'), trained(*RUN, '--max_iters=6')
     resume(call, *unbeaten('whole', interim=0.))
     with monkeypatch.context() as patch:
@@ -223,7 +235,8 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, mo
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is full by nature: Linux')
 def test_a_longer_run_keeps_the_better_checkpoint_of_the_shorter(trained, call, monkeypatch):
-    """Step 6, where the shorter run ended and evaluated, is off the grid of the longer one. Neither a full disk nor
+    """Step 6, where the shorter run ended and evaluated, is off the grid of the longer one. Neither a full
+    disk nor
     Ctrl-C loses that checkpoint."""
     trained(*RUN, '--max_iters=6')
     options = unbeaten('out', interim=99.)
@@ -257,11 +270,14 @@ def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(trained, fit):
 
 
 def test_a_checkpoint_that_is_saved_while_the_run_is_resumed_is_not_thrown_away(trained, refused):
-    """Another run saves after this one has read ckpt.pt and before it locks the folder: here it prepares the data."""
+    """Another run saves after this one has read ckpt.pt and before it locks the folder: here it prepares the
+    data."""
     trained(*RUN, '--max_iters=6')
     os.rename('data/toy/train.bin', 'data/train')
-    Path('data/toy/prepare.py').write_text('import os, shutil; shutil.copy("data/train", "data/toy/train.bin")\n'
-                                           'shutil.copy("out/ckpt.pt", "new"); os.replace("new", "out/ckpt.pt")')
+    Path('data/toy/prepare.py').write_text('import os, shutil\n'
+                                           'shutil.copy("data/train", "data/toy/train.bin")\n'
+                                           'shutil.copy("out/ckpt.pt", "new")\n'
+                                           'os.replace("new", "out/ckpt.pt")')
     assert 'out/ckpt.pt' in refused(train.main, *RESUME, '--max_iters=8')
     assert rows()[-1]['iter'] == 6
 
@@ -273,9 +289,11 @@ HERE = "--out_dir=it's my run"
 
 
 @pytest.mark.parametrize('main, argv, option', [
-    (train.main, [*RESUME, HERE, '--optimizer=adamw'], ''), (train.main, [*RESUME, HERE, '--adaptive_svd=True'], ''),
+    (train.main, [*RESUME, HERE, '--optimizer=adamw'], ''),
+    (train.main, [*RESUME, HERE, '--adaptive_svd=True'], ''),
     (train.main, [*TINY, '--out_dir=file/'], '--out_dir='), (train.main, [*RESUME, '--out_dir=none'], ''),
-    (export.main, [HERE, '--save_dir=file'], '--save_dir='), (export.main, [HERE, '--save_dir=.'], '--save_dir='),
+    (export.main, [HERE, '--save_dir=file'], '--save_dir='),
+    (export.main, [HERE, '--save_dir=.'], '--save_dir='),
     (export.main, [HERE, f'--save_dir={HERE[10:]}'], '--save_dir='), (export.main, ['--out_dir=none'], ''),
     (compare.main, [*TINY, f'--sweep={HERE[10:]}/', '--dry_run'], '--sweep=')])
 def test_advice_works_when_it_is_pasted(trained, call, refused, main, argv, option):
