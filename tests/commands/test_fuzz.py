@@ -253,7 +253,7 @@ def test_any_value_of_any_option_runs_or_is_refused(world, call, form):
     """One at a time, which random choice would hardly ever do; each form has its share of all values."""
     name, texts = form.split('=')[0][2:], ODD[len(form) % 9::9]
     if form in PATH_FORMS:
-        texts = [*ODD, *PATHS][len(form) % 3::3]
+        texts = [*PATHS, *ODD[len(form) % 3::3]]
     main, cls, first, _ = SCRIPTS[{'s': -2, 'b': -1}.get(form[0], 0)]
     for text in (text for text in texts if harmless(name, text)):
         check(world, call, main, cls,

@@ -204,7 +204,8 @@ SPOILT_FOR_TRAINING['optimizer/state/0/step'] += [torch.tensor(-3.)]
 
 QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model',
          'iter_num',
-         'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset']
+         'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset', 'optimizer',
+         'optimizer/state/0/exp_avg_sq', 'optimizer/state/1']
 CASES = [(place, SPOILT[place], (RESUME, SAMPLE, EXPORT)) for place in SPOILT]
 CASES += [(place, SPOILT_FOR_TRAINING[place], (RESUME,)) for place in SPOILT_FOR_TRAINING]
 

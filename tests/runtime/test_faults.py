@@ -90,14 +90,19 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(call, options):
     assert same(seen[0].state_dict(), seen[1])
 
 
-def test_weights_that_only_the_evaluation_finds_spoilt_are_not_saved(call):
+@pytest.mark.parametrize('forward, bad', [(1, 'transformer.ln_f.weight (the parameter)'),
+                                          (5, 'model.transformer.ln_f.weight is not finite')])
+def test_weights_that_no_step_has_found_spoilt_are_not_saved(call, forward, bad):
+    """At step 4, whose own loss was fine: by the losses of its evaluation, after these by the checkpoint."""
+    forwards = itertools.count(1)
+
     def spoil(model):
-        if not model.training and Path('out/ckpt.pt').exists():     # at step 4, whose own loss was fine
-            poison('transformer.h.0.mlp.c_fc.weight')(model)
+        if not model.training and Path('out/ckpt.pt').exists() and next(forwards) == forward:
+            poison('transformer.ln_f.weight')(model)
     with before_forward(spoil):
         result = call(train.main, *TWO_LAYERS)
-    assert result.code == 1 and 'transformer.h.0.mlp.c_fc.weight (the parameter)' in result.err
-    assert 'the checkpoint of step 2 is kept' in result.err and checkpoint()['iter_num'] == 2
+    assert result.code == 1 and bad in result.err and 'the checkpoint of step 2 is kept' in result.err
+    assert checkpoint()['iter_num'] == 2
 
 
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):

@@ -291,7 +291,9 @@ HERE = "--out_dir=it's my run"
 @pytest.mark.parametrize('main, argv, option', [
     (train.main, [*RESUME, HERE, '--optimizer=adamw'], ''),
     (train.main, [*RESUME, HERE, '--adaptive_svd=True'], ''),
-    (train.main, [*TINY, '--out_dir=file/'], '--out_dir='), (train.main, [*RESUME, '--out_dir=none'], ''),
+    (train.main, [*TINY, '--out_dir=file/'], '--out_dir='),
+    (train.main, [*TINY, '--out_dir=mine'], '--out_dir='),
+    (train.main, [*RESUME, '--out_dir=none'], ''),
     (export.main, [HERE, '--save_dir=file'], '--save_dir='),
     (export.main, [HERE, '--save_dir=.'], '--save_dir='),
     (export.main, [HERE, f'--save_dir={HERE[10:]}'], '--save_dir='), (export.main, ['--out_dir=none'], ''),
@@ -299,6 +301,7 @@ HERE = "--out_dir=it's my run"
 def test_advice_works_when_it_is_pasted(trained, call, refused, main, argv, option):
     folder = trained(*RUN, '--optimizer=muon', '--max_iters=2', folder=HERE[10:])
     Path('file').touch(), Path(f'{folder}-2/file').mkdir(parents=True)
+    Path('mine').mkdir(), Path('mine/config.py').touch()
     advice = re.search(r'nearest: (.*?)\)( \[.*])?$', refused(main, *argv))[1]
     for words in advice.split(', or from its weights: '):
         result = call(main, *argv, *shlex.split(option + words))
