@@ -1,18 +1,20 @@
 """What several test modules share: the data set and options of tiny runs, files read back, models, matrices."""
 
+import functools
 import itertools
 import json
 import math
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from model import GPT, GPTConfig
 from runtime.optim import MuonAdamW, gpt_groups
 
@@ -66,15 +68,29 @@ def untimed(folder):
 
 
 def interrupt(monkeypatch, steps, number=signal.SIGINT):
-    """A signal arrives while step `steps` is computed."""
+    """A signal arrives while the optimizer takes the step `steps` from now on."""
     calls = itertools.count(1)
-    step = train.step
+    step = torch.optim.AdamW.step                                   # Muon's runs have one, too
 
-    def interrupted(*args):
+    @functools.wraps(step)
+    def interrupted(*args, **options):
         if next(calls) == steps:
             os.kill(os.getpid(), number)
-        return step(*args)
-    monkeypatch.setattr(train, 'step', interrupted)
+        return step(*args, **options)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', interrupted)
+
+
+@contextmanager
+def before_forward(action):
+    """Within the block action(model) runs before each forward pass of a GPT."""
+    def look(module, args):
+        if isinstance(module, GPT):
+            action(module)
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
