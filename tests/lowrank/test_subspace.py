@@ -37,14 +37,11 @@ def residuals(x, y, rank):
     return torch.linalg.matrix_norm(x.double() - y.double()) / best
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.any_device
 @pytest.mark.parametrize('n, count, float64_here', [
-    (16, 32, True), (32, 32, False), (64, 8, True), slow(16, 32, False), slow(32, 32, True), slow(64, 16, False),
-    slow(64, 16, True), slow(128, 6, True), slow(128, 6, False)], indirect=['float64_here'])
+    (16, 32, True), (32, 32, False), (64, 8, True), *(pytest.param(n, count, here, marks=pytest.mark.slow) for (
+        n, count, here) in ((16, 32, False), (32, 32, True), (64, 16, False), (128, 6, True), (128, 6, False)))],
+    indirect=['float64_here'])
 def test_a_cold_start_is_nearly_the_best_where_sigma_k_is_large_enough(n, count, float64_here, device):
     for kind, x in matrices(n, count).items():
         s = torch.linalg.svdvals(x.double())
