@@ -1,7 +1,8 @@
-"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, hostile matrices. What only
-'randomized' promises is in test_subspace.py.
+"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, hostile matrices. What
+only 'randomized' promises is in test_subspace.py.
 
-Apple's MPS has no float64; tests marked `each_branch` or `exact_branch` also run what is done there, on CPU tensors."""
+Apple's MPS has no float64; tests marked `each_branch` or `exact_branch` also run what is done there, on CPU
+tensors."""
 
 from functools import partial
 
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import assert_close, causal_truth, normal, value_and_gradient, whole_truth, with_singular_values
-from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation, effective_rank, energy, energy_kept,
-                         leading_eigenvectors, low_rank_approximation, low_rank_factors, rank_for_energy,
-                         truncated_svd)
+from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation, effective_rank, energy,
+                         energy_kept, leading_eigenvectors, low_rank_approximation, low_rank_factors,
+                         rank_for_energy, truncated_svd)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 EPS = torch.finfo(torch.float32).eps
@@ -25,21 +26,25 @@ exact_method = pytest.mark.parametrize('method', EXACT_METHODS)
 each_map = pytest.mark.parametrize('approximate', [whole, causal], ids=['whole', 'causal'])
 # with float64 and, for what then differs, without
 BRANCHES = [('standard', True), ('gram', True), ('gram', False), ('randomized', True), ('randomized', False)]
-each_branch, exact_branch = (pytest.mark.parametrize('method, float64_here', branches, indirect=['float64_here'])
-                             for branches in (BRANCHES, BRANCHES[:3]))
+each_branch, exact_branch = (
+    pytest.mark.parametrize('method, float64_here', branches, indirect=['float64_here'])
+    for branches in (BRANCHES, BRANCHES[:3]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # values and gradients
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(rows=st.integers(1, 30), columns=st.integers(1, 12), batch=st.sampled_from([(), (1,), (2, 2)]),
-       rank=st.integers(1, 13), block=st.integers(1, 9), seed=st.integers(0, 99), method=st.sampled_from(EXACT_METHODS))
+       rank=st.integers(1, 13), block=st.integers(1, 9), seed=st.integers(0, 99),
+       method=st.sampled_from(EXACT_METHODS))
 def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batch, rank, block, seed, method):
-    """The bar of the gradient, in which autograd divides by differences of squares, leaves room for a gap of 1e-4."""
+    """The bar of the gradient, in which autograd divides by differences of squares, leaves room for a gap of
+    1e-4."""
     x, dy = normal(*batch, rows, columns, seed=seed), normal(*batch, rows, columns, seed=seed + 1)
-    for ours, truth in ((lambda x: whole(x, rank, method), lambda x: whole_truth(x, rank)),
-                        (lambda x: causal(x, rank, method, block=block), lambda x: causal_truth(x, rank, block))):
+    for ours, truth in (
+            (lambda x: whole(x, rank, method), lambda x: whole_truth(x, rank)),
+            (lambda x: causal(x, rank, method, block=block), lambda x: causal_truth(x, rank, block))):
         y, gradient = value_and_gradient(ours, x, dy)
         expected_y, expected_gradient = value_and_gradient(truth, x, dy)
         assert_close(y, expected_y, 1e-11)
@@ -51,12 +56,13 @@ def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batc
 @exact_branch
 @pytest.mark.parametrize('c, early', [(1, 1e-4), (1e-43, 1), (3e-29, 1), (1e38, 1)])
 def test_float32_has_the_values_and_gradient_of_float64(approximate, method, float64_here, c, early, device):
-    """To the ends of its range; the first rows may be smaller, a basis has the scale of the rows it comes from. No gap
-    at a cut is below 1%, so that two digits at most are lost to it. Of denormal numbers, what they keep is the truth."""
-    x, dy = c * normal(20, 6).clamp(-3, 3), normal(20, 6, seed=1)
+    """To the ends of its range; the first rows may be smaller, a basis has the scale of the rows it comes
+    from. No gap at a cut is below 1%, so that two digits at most are lost to it. Of denormal numbers, what
+    they keep is the truth."""
+    x, dy = (c * normal(20, 6).clamp(-3, 3)).float(), normal(20, 6, seed=1).float()
     x[:4] *= early
-    y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x.float().to(device), dy.float().to(device))
-    expected_y, expected = value_and_gradient(lambda x: TRUTH[approximate](x, 2), x.float().double() / c, dy)
+    y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x.to(device), dy.to(device))
+    expected_y, expected = value_and_gradient(lambda x: TRUTH[approximate](x, 2), x.double() / c, dy.double())
     assert_close(y.cpu().double() / c, expected_y, max(100 * EPS, 1e-44 / c))
     assert_close(gradient.cpu(), expected, 100 * EPS)
 
@@ -64,8 +70,8 @@ def test_float32_has_the_values_and_gradient_of_float64(approximate, method, flo
 @exact_branch
 @pytest.mark.parametrize('ratio, gap', [(1, .1), (100, .1), (10, .01), (100, .02), (100, .01)])
 def test_precision_is_that_of_the_gap_at_the_cut(method, float64_here, ratio, gap):
-    """sigma_1 / sigma_k = ratio, sigma_k and sigma_k+1 a relative gap apart. Only a Gram matrix that is summed in
-    float32 makes an error of eps ratio / gap."""
+    """sigma_1 / sigma_k = ratio, sigma_k and sigma_k+1 a relative gap apart. Only a Gram matrix that is
+    summed in float32 makes an error of eps ratio / gap."""
     sigma = [ratio ** (-i / 15) for i in range(16)] + [(1 - gap) / ratio] + [.5 / ratio] * 15
     x = with_singular_values(sigma, 256, 32).float()
     lost = ratio / gap if method == 'gram' and not float64_here else 0
@@ -81,7 +87,8 @@ def test_a_closed_gap_counts_as_n_eps_of_the_largest_eigenvalue(method, dtype):
 
 
 @pytest.mark.parametrize('rank', [None, 5, 6])
-@pytest.mark.parametrize('approximate, shape', [(whole, (9, 5)), (whole, (5, 9)), (whole, (2, 3, 5, 5)), (causal, (64, 5))])
+@pytest.mark.parametrize('approximate, shape', [
+    (whole, (9, 5)), (whole, (5, 9)), (whole, (2, 3, 5, 5)), (causal, (64, 5))])
 def test_full_rank_returns_the_very_tensor(approximate, shape, rank):
     x = normal(*shape)
     assert approximate(x, rank) is x
@@ -91,9 +98,9 @@ def test_full_rank_returns_the_very_tensor(approximate, shape, rank):
 @each_branch
 @pytest.mark.parametrize('dtype, exponents', [(torch.float32, (-110, -60, 60, 125)),
                                               (torch.float64, (-960, -531, 531, 960))])
-def test_scaling_scales_the_output_and_leaves_the_gradient(approximate, method, float64_here, dtype, exponents):
-    """From near the smallest normal number to near the largest; 2^531 is 1e160. 'gram' does it to the bit, LAPACK's svd
-    scales by other factors."""
+def test_scaling_leaves_the_gradient_as_it_is(approximate, method, float64_here, dtype, exponents):
+    """From near the smallest normal number to near the largest; 2^531 is 1e160. 'gram' does it to the bit,
+    LAPACK's svd scales by other factors."""
     x, dy = normal(20, 6).to(dtype), normal(20, 6, seed=1).to(dtype)
     bar = 0 if method == 'gram' else 100 * torch.finfo(dtype).eps
     y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
@@ -127,12 +134,12 @@ def test_double_backward_raises(method):
         gradient.sum().backward()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # hostile matrices
 
 def hostile(rank):
     """name -> (4, 12, 8) float32, of each kind 4 of different numbers."""
-    x, row, ramp = normal(4, 12, 8), normal(4, 1, 8, seed=1), torch.logspace(-30, 30, 12).unsqueeze(-1).double()
+    x, row, ramp = normal(4, 12, 8), normal(4, 1, 8, seed=1), torch.logspace(-30, 30, 12).double()[:, None]
     orthonormal = torch.linalg.qr(x)[0]
     found = {'zero': 0 * x, 'one token': row.expand_as(x), 'repeated values': orthonormal,
              'two repeated values': orthonormal * torch.tensor([3.] * rank + [1.] * (8 - rank)),
@@ -156,14 +163,15 @@ def hostile(rank):
 @each_branch
 @pytest.mark.parametrize('rank', [2, 5])
 def test_hostile_matrices_give_finite_values_and_gradients(approximate, method, float64_here, rank):
-    """Of each kind by itself, where all are of one size, and of all at once. Matrices of no more than the rank pass, to
-    the precision that Cholesky QR leaves to directions of very different size."""
+    """Of each kind by itself, where all are of one size, and of all at once. Matrices of no more than the
+    rank pass, to the precision that Cholesky QR leaves to directions of very different size."""
     dy, kinds = normal(12, 8, seed=5).float(), hostile(rank)
     starts = (dict(start=torch.zeros(8, rank)), dict(start=normal(8, rank), power_iters=1))
     for name, x in (kinds | {'all': torch.cat(list(kinds.values()))}).items():
         size = x.abs().amax((-2, -1), keepdim=True)
         for options in ({}, *starts) if method == 'randomized' else ({},):
-            y, gradient = value_and_gradient(lambda x: approximate(x, rank, method, **options), x, dy.expand_as(x))
+            y, gradient = value_and_gradient(
+                lambda x: approximate(x, rank, method, **options), x, dy.expand_as(x))
             assert y.isfinite().all() and gradient.isfinite().all(), (name, options)
             assert (y.abs() <= 10 * size).all(), (name, options)
         ranks = torch.linalg.matrix_rank(x.double() / size.clamp_min(1e-45))
@@ -175,7 +183,7 @@ def test_hostile_matrices_give_finite_values_and_gradients(approximate, method, 
 @pytest.mark.parametrize('dtype, value', [(torch.float32, float('nan')), (torch.float64, float('inf')),
                                           (torch.float32, -float('inf'))])
 def test_what_is_not_finite_raises_and_the_message_names_the_method(method, float64_here, dtype, value):
-    waits = method == 'randomized' and not float64_here             # to look for it a processor would wait for a device
+    waits = method == 'randomized' and not float64_here   # to look for it a processor would wait for a device
     for shape in ((2, 20, 6), (2, 20, 2), (2, 5, 6)):
         x = normal(*shape).to(dtype)
         x[1, 3, 1] = value
@@ -186,14 +194,14 @@ def test_what_is_not_finite_raises_and_the_message_names_the_method(method, floa
             assert y.isfinite().all(-1).all(-1).tolist() == [True, False]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # causality
 
 @each_branch
 @pytest.mark.parametrize('dtype, scale', [(torch.float32, 1e-25), (torch.float32, 1e25), (torch.float64, 1)])
 def test_no_bit_of_a_causal_row_depends_on_a_later_one(method, float64_here, dtype, scale):
-    """Nor on the scale of later rows. NaN stays in its row where no basis comes from it: from row 32 on. How many rows
-    come later only changes the order of sums, in which bases with gaps above 1% lose two digits."""
+    """Nor on the scale of later rows. NaN stays in its row where no basis comes from it: from row 32 on. How
+    many rows come later only changes the order of sums, in which bases with gaps above 1% lose two digits."""
     x = (scale * normal(2, 40, 6)).to(dtype)
     y = causal(x, 2, method)
     for j in (1, 5, 8, 9, 17, 33, 39):
@@ -205,20 +213,21 @@ def test_no_bit_of_a_causal_row_depends_on_a_later_one(method, float64_here, dty
 
 @each_method
 @pytest.mark.parametrize('rank, options, unchanged', [
-    (3, dict(block=4), 4), (4, dict(block=4), 8), (5, dict(block=1), 8), (2, dict(block=99), 40), (2, {}, 32)], ids=str)
-def test_causal_rows_pass_until_there_are_block_rows_and_more_rows_than_the_rank(method, rank, options, unchanged):
+    (3, dict(block=4), 4), (4, dict(block=4), 8), (5, dict(block=1), 8), (2, dict(block=99), 40),
+    (2, {}, 32)], ids=str)
+def test_rows_pass_until_there_are_block_rows_and_more_rows_than_the_rank(method, rank, options, unchanged):
     x = normal(40, 6)
     passed = (causal_low_rank_approximation(x, rank, method, **options) == x).all(-1)
     assert passed.tolist() == [True] * unchanged + [False] * (40 - unchanged)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # spectra
 
 @exact_method
 @pytest.mark.parametrize('dtype, shape', [
-    (torch.float16, (40, 8)), (torch.bfloat16, (8, 8)), (torch.float32, (2, 3, 8, 12)), (torch.float64, (40, 8)),
-    (torch.float64, (2, 3, 8, 12))])
+    (torch.float16, (40, 8)), (torch.bfloat16, (8, 8)), (torch.float32, (2, 3, 8, 12)),
+    (torch.float64, (40, 8)), (torch.float64, (2, 3, 8, 12))])
 def test_truncated_svd_is_orthonormal_descending_and_the_best_in_its_dtype(method, dtype, shape):
     """It is computed in float64 and rounded once."""
     x, bar = normal(*shape).to(dtype), 2 * torch.finfo(dtype).eps + 1e-11
@@ -246,18 +255,21 @@ def test_gram_gives_zero_columns_of_u_beyond_the_rank_of_x(dtype, scale):
 @pytest.mark.parametrize('condition', [1e3, 1e5])
 def test_u_is_orthonormal_where_singular_values_are_small(method, float64_here, condition):
     """A column of U is x w / sigma: small sigma bring out what x w lost."""
-    u = truncated_svd(with_singular_values([condition ** (-i / 7) for i in range(8)], 40, 8).float(), 8, method)[0]
+    x = with_singular_values([condition ** (-i / 7) for i in range(8)], 40, 8).float()
+    u = truncated_svd(x, 8, method)[0]
     torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=32 * EPS)
 
 
 @pytest.mark.parametrize('scale', [1e-200, 1, 1e200])
 def test_energy_is_the_share_of_the_squared_norm(scale):
-    """fraction 1 asks for every singular value that counts, never more than there are; a zero matrix needs rank 1."""
-    s = scale * torch.tensor([[2, 1, 1, 0], [1, 1e-4, 1e-4, 1e-4], [4, 3, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
-    expected = torch.tensor([[4 / 6, 5 / 6, 1, 1], [1 - 3e-8, 1 - 2e-8, 1 - 1e-8, 1], [.64, 1, 1, 1], [1, 1, 1, 1]])
-    torch.testing.assert_close(energy(s), expected.double(), rtol=0, atol=1e-7)
+    """fraction 1 asks for every singular value that counts, never more than there are; a zero matrix needs
+    rank 1."""
+    s = scale * torch.tensor([[2., 1, 1, 0], [1, 1e-4, 1e-4, 1e-4], [4, 3, 0, 0], [0, 0, 0, 0]]).double()
+    expected = [[4 / 6, 5 / 6, 1, 1], [1 - 3e-8, 1 - 2e-8, 1 - 1e-8, 1], [.64, 1, 1, 1], [1, 1, 1, 1]]
+    torch.testing.assert_close(energy(s), torch.tensor(expected).double(), rtol=0, atol=1e-7)
     assert (energy(s)[:, -1] == 1).all() and (energy(s)[3] == 1).all()
-    for fraction, ranks in ((1, [3, 4, 2, 1]), (5 / 6, [2, 1, 2, 1]), (.64, [1, 1, 1, 1]), (.65, [1, 1, 2, 1])):
+    for fraction, ranks in (
+            (1, [3, 4, 2, 1]), (5 / 6, [2, 1, 2, 1]), (.64, [1, 1, 1, 1]), (.65, [1, 1, 2, 1])):
         assert rank_for_energy(s, fraction).tolist() == ranks
 
 
@@ -270,16 +282,16 @@ def test_energy_kept_is_what_energy_says_of_the_best_approximation(shape, rank):
 
 
 def test_effective_rank_is_the_exponential_of_the_entropy():
-    many = [torch.outer(normal(8), normal(8, seed=1)), torch.linalg.qr(normal(8, 8))[0], torch.zeros(8, 8).double(),
+    many = [torch.outer(normal(8), normal(8, seed=1)), torch.linalg.qr(normal(8, 8))[0], 0 * normal(8, 8),
             with_singular_values([2, 2, 2, 0, 0, 0, 0, 0], 8, 8), torch.full((8, 8), float('inf')).double()]
     expected, s = [1, 8, 1, 3, float('nan')], torch.linalg.svdvals(normal(2, 12, 8))
     assert effective_rank(torch.stack(many)).tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
-    shares = s / s.sum(-1, keepdim=True)
     for x in (1e-30 * normal(2, 12, 8).float(), normal(2, 12, 8).mT, 1e30 * normal(2, 12, 8).mT):
-        torch.testing.assert_close(effective_rank(x), (-shares * shares.log()).sum(-1).exp(), rtol=1e-5, atol=0)
+        expected = torch.distributions.Categorical(s).perplexity()  # of shares of the sum
+        torch.testing.assert_close(effective_rank(x), expected, rtol=1e-5, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # errors, autocast, compilation
 
 FULL, RANDOMIZED = torch.zeros(8, 4), dict(method='randomized')
@@ -287,7 +299,8 @@ FULL, RANDOMIZED = torch.zeros(8, 4), dict(method='randomized')
 
 @pytest.mark.parametrize('f, x, rank, options, words', [
     *((f, *fault) for f in (whole, causal, truncated_svd, low_rank_factors) for fault in (
-        (FULL, 0, {}, 'rank .*at least 1.* 0'), (FULL, 2, dict(method='qr'), "'qr'.*standard, gram, randomized"),
+        (FULL, 0, {}, 'rank .*at least 1.* 0'),
+        (FULL, 2, dict(method='qr'), "'qr'.*standard, gram, randomized"),
         (FULL[0], 2, {}, r'two dimensions.*\(4,\)'))),
     (truncated_svd, FULL, 5, {}, r'rank 5 .*\(8, 4\).* 1 to 4'),
     (truncated_svd, FULL, None, {}, 'rank is missing.* 1 to 4'),
