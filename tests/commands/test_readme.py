@@ -54,7 +54,7 @@ def test_all_options_of_the_table_exist_and_no_placeholder_is_left():
     assert not [name for name, text in TEXTS.items() if re.search(r'@[A-Z0-9_]+@', text)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the README's commands, run in its order on a model that takes no time
 
 SHAPE = '--dataset=toy --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 --batch_size=2'.split()

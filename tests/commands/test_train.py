@@ -42,7 +42,7 @@ def losses(name='loss'):
     return [row[name] for row in rows() if name in row]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what a run leaves behind
 
 def test_a_run_writes_checkpoint_configuration_environment_and_metrics_and_closes_with_a_sample(call):
@@ -109,7 +109,7 @@ def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, 
     assert words in refused(train.main, *TINY, *options.split()) and folder_bytes('.') == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # training itself
 
 @pytest.mark.parametrize('options', [[], ['--optimizer=muon'], [*SVD, '--dtype=bfloat16'],
@@ -177,7 +177,7 @@ def test_gradients_are_clipped_to_grad_clip_and_0_means_not_at_all(fit):
     assert norms[0] == pytest.approx(1e-3, rel=1e-3) and norms[1] == norms[2] > .1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # learning rate
 
 def schedule(**changes):
@@ -212,7 +212,7 @@ def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(f
     assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c) for it in range(20)] + [1e-3] * 5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # evaluation
 
 @pytest.mark.any_device
@@ -295,7 +295,7 @@ def test_eval_only_measures_what_a_rank_costs_and_leaves_the_run_alone(trained, 
     assert f'{full["val/loss"]:.4f}' in fit(*options, '--svd_rank=8')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Muon
 
 @pytest.mark.any_device
@@ -317,7 +317,7 @@ def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, device):
         assert (p - q).norm() < .05 * (q - p0).norm()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # resuming
 
 def as_nanogpt(saved):
@@ -382,7 +382,7 @@ def test_other_characters_than_the_checkpoints_are_refused(trained, refused):
     assert 'dataset=other' in refused(train.main, *RESUME, '--dataset=other', '--max_iters=6')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data sets
 
 @pytest.mark.parametrize('tokenizer, end, vocab_size', [('char', '\n', 17), ('char', '\r\n', 17),
@@ -404,7 +404,7 @@ def test_a_run_on_a_text_file_goes_on_without_it_from_another_folder(
     assert result.code == 0 and str(folder) in result.out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # wandb
 
 @pytest.mark.slow
@@ -491,7 +491,7 @@ def test_figures_go_to_wandb(wandb, capsys, here):
     assert Path('sweep/wandb/run-id').exists() and not capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # devices, by fakes
 
 @pytest.fixture
