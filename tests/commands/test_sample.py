@@ -20,7 +20,8 @@ from model import GPT, METHODS, SCOPES
 from runtime.dataset import Tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-LEARNT = '--max_iters=150 --lr_decay_iters=150 --eval_interval=150 --learning_rate=2e-2 --optimizer=muon'.split()
+LEARNT = ('--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150', '--learning_rate=2e-2',
+          '--optimizer=muon')
 SHORT = ('--device=cpu', '--num_samples=2', '--max_new_tokens=30')
 END = '\n---------------\n'
 
@@ -65,7 +66,8 @@ def test_a_run_is_found_from_another_folder_and_without_any_one_line_says_how_to
     run()
     inside = texts()
     monkeypatch.chdir('data')
-    assert inside == texts('--init_from=../out') == texts(f'--out_dir={here / "out"}') == texts('--out_dir=../out')
+    for option in ('--init_from=../out', '--out_dir=../out', f'--out_dir={here}/out'):
+        assert texts(option) == inside
 
 
 def test_a_checkpoint_of_nanogpt_finds_its_tokenizer_below_data_or_says_what_is_missing(run, texts, refused):
@@ -87,7 +89,8 @@ def test_a_checkpoint_of_nanogpt_finds_its_tokenizer_below_data_or_says_what_is_
                                  dict(use_svd=True, svd_rank=2, svd_scope='sequence')], ids=str)
 def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, call, svd):
     saved = run()
-    out = call(sample.main, *SHORT, '--num_samples=3', '--start=the toad', *(f'--{k}={v}' for k, v in svd.items())).out
+    out = call(sample.main, *SHORT, '--num_samples=3', '--start=the toad',
+               *(f'--{k}={v}' for k, v in svd.items())).out
     torch.manual_seed(1337)                                         # making a model draws from it, too
     model, tokenizer = GPT.from_checkpoint(saved, **svd).eval(), Tokenizer(saved['tokenizer'])
     idx = torch.tensor(tokenizer.encode('the toad')).repeat(3, 1)
@@ -98,8 +101,10 @@ def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, c
 
 @pytest.mark.parametrize('content', [b'the hen sang on the stone\n' * 3, b'the toad\nate on the sea\r\n',
                                      b'\xef\xbb\xbfthe toad ate on the sea\n'])
-def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(run, texts, content):
-    """Every line of the data starts with 'the '; the context is 16 characters. Any line ends, and a byte order mark."""
+def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(run, texts,
+                                                                                            content):
+    """Every line of the data starts with 'the '; the context is 16 characters. Any line ends, and a byte
+    order mark."""
     run()
     Path('my prompt.txt').write_bytes(content)
     start = content.decode('utf-8-sig').replace('\r\n', '\n')
@@ -109,7 +114,8 @@ def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_
 
 @pytest.mark.parametrize('options, words', [
     ('--start=ROMEO', 'EMOR'), ('--start=', 'start'), ('--start=FILE:nowhere.txt', 'nowhere.txt'),
-    ('--start=FILE:', 'start=FILE:'), ('--start=FILE:latin1.txt', 'latin1.txt'), ('--start=FILE:empty.txt', 'start'),
+    ('--start=FILE:', 'start=FILE:'), ('--start=FILE:latin1.txt', 'latin1.txt'),
+    ('--start=FILE:empty.txt', 'start'),
     (f'--num_samples={10 ** 100}', 'num_samples'), ('--use_svd=True --svd_rank=0', '1 to 8, or None'),
     ('--use_svd=True --svd_rank=-3', '1 to 8, or None'), ('--use_svd=True --svd_block=0', 'svd_block=0'),
     ('--svd_method=randomised', "nearest: 'randomized'"),
@@ -125,7 +131,8 @@ def test_equal_seeds_give_equal_texts_and_other_seeds_and_options_do_not(run, te
     run()
     plain = texts('--seed=1')
     assert texts('--seed=1', '--top_p=1') == plain
-    assert plain not in (texts('--seed=2'), texts('--seed=1', '--top_p=.5'), texts('--seed=1', '--temperature=1e300'))
+    assert plain not in (texts('--seed=2'), texts('--seed=1', '--top_p=.5'),
+                         texts('--seed=1', '--temperature=1e300'))
 
 
 def test_no_temperature_one_token_or_hardly_any_probability_is_the_likeliest_text(run, texts):
@@ -140,13 +147,15 @@ def test_no_temperature_one_token_or_hardly_any_probability_is_the_likeliest_tex
 # ------------------------------------------------------------------------------------------------------------
 # which SVD
 
-@pytest.mark.parametrize('scope, method', [('sequence', 'gram'), ('causal', 'standard'), ('weight', 'randomized')])
+@pytest.mark.parametrize('scope, method',
+                         [('sequence', 'gram'), ('causal', 'standard'), ('weight', 'randomized')])
 def test_svd_can_be_switched_on_for_a_model_trained_without(run, texts, call, scope, method):
     """Rank 2 of 8 changes the text; full rank, None and off leave it as it was."""
     run()
     options, plain = (f'--svd_scope={scope}', f'--svd_method={method}', '--svd_block=2'), texts()
     head, _, body = call(sample.main, *SHORT, *options, '--use_svd=True', '--svd_rank=2').out.partition('\n')
-    assert f'SVD on V rank 2 of 8, {method}, {scope} (' in head and ('cached' in head) == (scope == 'sequence')
+    assert f'SVD on V rank 2 of 8, {method}, {scope} (' in head and ('cached' in head) == (scope ==
+                                                                                           'sequence')
     assert plain[0] not in body
     for off in ('--use_svd=True --svd_rank=8', '--use_svd=True --svd_rank=99', '--use_svd=True',
                 '--use_svd=False --svd_rank=2'):
@@ -171,15 +180,16 @@ def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused
     state = run()['model']
     state[f'{name}.weight'].mul_(1e38 / state[f'{name}.weight'].abs().max())
     run(model=state | ({'transformer.wte.weight': state['lm_head.weight']}))
-    assert 'no probabilities' in refused(sample.main, *SHORT, '--svd_rank=2', f'--use_svd={bool(svd)}', *svd.split())
+    assert 'no probabilities' in refused(sample.main, *SHORT, '--svd_rank=2', f'--use_svd={bool(svd)}',
+                                         *svd.split())
 
 
 # ------------------------------------------------------------------------------------------------------------
 # as it is drawn
 
 class Screen(io.StringIO):
-    """A stdout that remembers what could be seen of it, and the state of torch's generator, at every flush with
-    something new. Ctrl-C comes with flush number `stop`."""
+    """A stdout that remembers what could be seen of it, and the state of torch's generator, at every flush
+    with something new. Ctrl-C comes with flush number `stop`."""
 
     def __init__(self, stop=None):
         super().__init__()
@@ -208,7 +218,7 @@ def test_the_first_sample_appears_as_it_is_drawn(run):
     first = body.partition(END)[0]
     assert body.count(END) == 3 and len(first) == 8 + 30
     assert screen.seen[:30] == [f'{head}\n{first[:8 + n]}' for n in range(1, 31)]
-    assert len(set(screen.states[:30])) == 30                       # one more token is drawn from one to the next
+    assert len(set(screen.states[:30])) == 30  # one more token is drawn from one to the next
 
 
 @pytest.mark.parametrize('tokens', [1, 17])
@@ -232,7 +242,8 @@ def test_a_reader_who_leaves_ends_the_sampling(run):
 # ------------------------------------------------------------------------------------------------------------
 # bench.py
 
-BENCH = [option for option in TINY if 'dataset' not in option] + ['--pairs=2', '--vocab_size=17', '--svd_block=4']
+BENCH = [option for option in TINY if 'dataset' not in option] + ['--pairs=2', '--vocab_size=17',
+                                                                  '--svd_block=4']
 PEER = '''
 from dataclasses import dataclass
 import torch
@@ -283,7 +294,8 @@ def results(call, here):
 def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseline(results, device):
     found = results('--svd_rank=2', '--peer=peer', '--optimizer=muon', f'--device={device}')
     assert found.keys() == {'header', 'device', 'torch', 'pairs', 'seed', 'results'} and found['pairs'] == 2
-    assert found['results'].keys() == {'peer', *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
+    assert found['results'].keys() == {'peer',
+                                       *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
     for row in found['results'].values():
         assert row.keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
         assert min(row['a_ms'], row['b_ms'], row['ratio']) > 0
@@ -292,20 +304,25 @@ def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseli
 @pytest.mark.any_device
 def test_bench_times_decoding(results, device):
     """A row for each context and model; bytes as the models say; the peer has no cache."""
-    found = results('--decode', '--svd_rank=2', '--contexts=3,8', '--tokens=4', '--peer=peer', '--batch_size=2',
+    found = results('--decode', '--svd_rank=2', '--contexts=3,8', '--tokens=4', '--peer=peer',
+                    '--batch_size=2',
                     f'--device={device}', '--dtype=float32')
     names = ['no SVD', *(repr(scope) for scope in SCOPES), 'bare one-token forward', 'peer']
-    assert [(row['context'], row['name']) for row in found['results']] == [(c, name) for c in (3, 8) for name in names]
+    assert [(row['context'], row['name']) for row in found['results']] == [(c, name) for c in (3, 8)
+                                                                           for name in names]
     for row in found['results']:
-        assert row['tokens_per_s'] > 0 and row['quartiles'][0] <= row['rate_over_no_svd'] <= row['quartiles'][1]
-    # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in 'weight' scope, 2 numbers
+        low, high = row['quartiles']
+        assert row['tokens_per_s'] > 0 and low <= row['rate_over_no_svd'] <= high
+    # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in 'weight' scope,
+    # 2 numbers
     sizes = {row['name']: row['cache_bytes'] for row in found['results'] if row['context'] == 3}
     assert sizes['no SVD'] == 4 * 2 * 2 * 6 * (8 + 8) and sizes["'weight'"] == 4 * 2 * 2 * 6 * (8 + 2)
     assert sizes["'sequence'"] == 0 and sizes['peer'] is None
 
 
 def test_bench_times_the_models_that_it_is_told(trained, call):
-    """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of their own."""
+    """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of their
+    own."""
     decode = '--decode', '--contexts=3', '--tokens=2', '--pairs=2', '--device=cpu'
     out = call(bench.main, *TINY, *decode).out
     assert ', 16 wide, vocabulary 17, ' in json.loads(out.splitlines()[-1])['header']
@@ -323,9 +340,11 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
 
 
 @pytest.mark.parametrize('option, words', [
-    ('--decode --peer=nowhere', 'peer='), ('--decode --pairs=1', 'nearest: 2'), ('--decode --svd_rank=0', '1 to 8'),
+    ('--decode --peer=nowhere', 'peer='), ('--decode --pairs=1', 'nearest: 2'),
+    ('--decode --svd_rank=0', '1 to 8'),
     ('--decode --tokens=1', 'nearest: 2'), ('--decode --contexts=3,x', "contexts='3,x'"),
-    ('--decode --contexts=14', '= 12'), ('--decode --contexts=0', "contexts='0'"), ('--decode --contexts=', 'contexts='),
+    ('--decode --contexts=14', '= 12'), ('--decode --contexts=0', "contexts='0'"),
+    ('--decode --contexts=', 'contexts='),
     ('--decode --tokens=16', 'nearest: 15'), ('', '--svd_rank=4')])
 def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(here, refused, option, words):
     assert words in refused(bench.main, *BENCH, '--tokens=4', *option.split())
