@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, TEXT, TINY, rows
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
+from runtime.record import Record
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
 CODE = 'def f(x):\n    return x\n' * 100
@@ -59,6 +60,30 @@ def test_the_controls_are_what_they_say():
     q, k, values = narrow.project(torch.randn(2, 8, 16))
     assert q.shape == k.shape == (2, 2, 8, 8) and values.shape == (2, 2, 8, 3)
     assert narrow(torch.randn(2, 8, 16)).shape == (2, 8, 16)
+
+
+def test_finished_runs_become_a_record_a_table_and_a_figure(call, here):
+    sweep = experiment('loss_against_rank')
+    cfg = sweep.SweepConfig(out_dir='runs', steps=20, seeds=2)
+    for name, row, _ in sweep.runs(cfg):
+        Path('runs', name).mkdir(parents=True)
+        final = {'iter': 20, 'final': True, 'val/loss': 2.0 + row['seed'] - 1337}
+        Path('runs', name, 'metrics.jsonl').write_text(json.dumps(final) + '\n')
+        Path('runs', name, 'environment.json').write_text('{"torch": "2", "git_commit": "abcdefghij"}')
+    sweep.collect(cfg)
+    out = call(sweep.main, '--jobs=0').out
+    assert '| causal, randomized | ' + ' | '.join(['2.500 +- 0.707'] * 4) + ' |' in out
+    assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here, capsys):
+    made = [Record(Path('record.jsonl'), lambda row, key: 'made', steps=3).make(lambda: {'loss': 2.}, seed=1)
+            for _ in range(2)]
+    assert [made[0]] == [made[1]] == rows('.', 'record.jsonl')
+    assert made[0].items() >= {'loss': 2., 'steps': 3, 'seed': 1}.items()
+    assert capsys.readouterr().out == 'made\n'
+    with pytest.raises(ValueError, match='steps=3'):
+        Record(Path('record.jsonl'), None, steps=4)
 
 
 @pytest.mark.slow

@@ -401,6 +401,17 @@ def test_other_characters_than_the_checkpoints_are_refused(trained, refused):
     assert 'dataset=other' in refused(train.main, *RESUME, '--dataset=other', '--max_iters=6')
 
 
+def test_a_crash_while_saving_leaves_the_old_checkpoint(trained):
+    class Unsaveable:
+        def __reduce__(self):
+            raise RuntimeError('out of electricity')
+    trained()
+    before = folder_bytes()
+    with pytest.raises(RuntimeError, match='electricity'):
+        train.ckpt.save({'weights': torch.zeros(1000), 'config': Unsaveable()}, 'out/ckpt.pt')
+    assert folder_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------------------------
 # data sets
 
