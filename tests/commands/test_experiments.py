@@ -1,7 +1,6 @@
-"""experiments/: controls train, records become tables and figures; both ways of latent attention are timed; methods of
-compression are what they are called."""
+"""experiments/: controls and arms are what they are called, known numbers have known answers, records are
+made once and become tables and figures, wrong input is one line. All run on tiny models."""
 
-import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -9,197 +8,225 @@ from pathlib import Path
 import pytest
 import torch
 
-import compress_layers as layers
-import model
-import train
 from helpers import ROOT, TEXT, TINY, rows
-from runtime.dataset import write_dataset
+from model import GPT, GPTConfig
+from runtime.dataset import Dataset, write_dataset
+from runtime.record import Record
+
+SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
+CODE = 'def f(x):\n    return x\n' * 100
 
 
-def experiment(name):
+def experiment(name, **constants):
+    """A copy of experiments/NAME.py of its own, with these constants in place of those at its top."""
     spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    vars(module).update(RECORD=Path('record.jsonl'), FIGURE=Path('figure.png'), **constants)
     return module
 
 
-sweep, absorb = experiment('loss_against_rank'), experiment('absorb_or_expand')
-compression = experiment('compression_table')
+def tiny_continual():
+    """Evaluations and analyses every two steps; one learning rate."""
+    return experiment('continual_learning', MODEL=SHAPE, BATCH=4, WARMUP=2, INTERVAL=2, EVAL_WINDOWS=4,
+                      GRADIENTS=3,
+                      LORA_RANK=4, TEXT_B=5000, SPACES=(10, 12),
+                      RATES={'everything': (1e-3,), 'attention': (3e-3,)})
 
 
-@pytest.mark.parametrize('control', sweep.CONTROLS)
-def test_a_control_trains_and_is_evaluated(control, call, here, monkeypatch):
-    monkeypatch.setattr(model, 'CausalSelfAttention', model.CausalSelfAttention)  # the run replaces both
-    monkeypatch.setattr(train, 'sample', train.sample)
-    options = [*TINY, '--use_svd=True', '--svd_scope=weight', '--svd_rank=2']
-    assert call(lambda argv: sweep.train_here(control, argv), *options).code == 0
-    assert rows()[-1]['final']
+@pytest.mark.parametrize('name, options', [
+    ('loss_against_rank', ['jobs=0', 'jobs=-1', 'steps=1', 'dataset=nowhere', 'out_dir=/proc/x']),
+    ('absorb_or_expand', ['latents=0', 'queries=1,x', 'cached=0', 'rounds=1', 'n_embd=5']),
+    ('compression_table',
+     ['run=False', 'models=large', 'parts=all', 'keeps=0.65', 'seeds=0', 'dataset=nowhere']),
+    ('continual_learning', ['run=False', 'seeds=x', 'seeds=', 'arms=all of it', 'steps=0', 'learn_steps=0',
+                            'dataset=nowhere', 'dataset=bpe'])])
+def test_wrong_input_is_one_line(name, options, refused, here, byte_bpe):
+    write_dataset('data/bpe', TEXT, 'gpt2', source='tests')
+    for option in options:
+        dataset = [] if option.startswith('dataset') or name == 'absorb_or_expand' else ['--dataset=toy']
+        assert option.partition('=')[0] in refused(experiment(name).main, *dataset, f'--{option}')
 
+
+# ------------------------------------------------------------------------------------------------------------
+# loss_against_rank.py, absorb_or_expand.py
 
 def test_the_controls_are_what_they_say():
-    c = model.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, use_svd=True, svd_rank=3)
-    v = torch.randn(2, 2, 8, 8)
-    random = sweep.RandomProjection(c)
-    assert torch.linalg.matrix_rank(random.apply_svd_to_v(v)).eq(3).all()
+    sweep = experiment('loss_against_rank')
+    c = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, use_svd=True, svd_rank=3)
+    random, narrow = sweep.RandomProjection(c), sweep.NarrowValues(c)
+    assert torch.linalg.matrix_rank(random.apply_svd_to_v(torch.randn(2, 2, 8, 8))).eq(3).all()
     torch.testing.assert_close(random.projector @ random.projector, random.projector)
-    narrow = sweep.NarrowValues(c)
     q, k, values = narrow.project(torch.randn(2, 8, 16))
     assert q.shape == k.shape == (2, 2, 8, 8) and values.shape == (2, 2, 8, 3)
     assert narrow(torch.randn(2, 8, 16)).shape == (2, 8, 16)
 
 
-def test_the_record_becomes_a_table_and_a_figure(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, 'RECORD', tmp_path / 'record.jsonl')
-    monkeypatch.setattr(sweep, 'FIGURE', tmp_path / 'figure.png')
-    cfg = sweep.SweepConfig(out_dir=str(tmp_path / 'runs'), steps=20, seeds=2)
-    for i, (name, row, _) in enumerate(sweep.runs(cfg)):
-        folder = Path(cfg.out_dir) / name
-        folder.mkdir(parents=True)
+def test_finished_runs_become_a_record_a_table_and_a_figure(call, here):
+    sweep = experiment('loss_against_rank')
+    cfg = sweep.SweepConfig(out_dir='runs', steps=20, seeds=2)
+    for name, row, _ in sweep.runs(cfg):
+        Path('runs', name).mkdir(parents=True)
         final = {'iter': 20, 'final': True, 'val/loss': 2.0 + row['seed'] - 1337}
-        (folder / 'metrics.jsonl').write_text(json.dumps(final) + '\n')
-        (folder / 'environment.json').write_text(json.dumps({'torch': '2', 'git_commit': 'abcdefghij'}))
+        Path('runs', name, 'metrics.jsonl').write_text(json.dumps(final) + '\n')
+        Path('runs', name, 'environment.json').write_text('{"torch": "2", "git_commit": "abcdefghij"}')
     sweep.collect(cfg)
     out = call(sweep.main, '--jobs=0').out
     assert '| causal, randomized | ' + ' | '.join(['2.500 +- 0.707'] * 4) + ' |' in out
-    assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
+    assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('option', ['--jobs=0', '--jobs=-1', '--steps=1', '--dataset=nowhere', '--out_dir=/proc/x'])
-def test_wrong_input_is_one_line(option, refused, here, monkeypatch):
-    monkeypatch.setattr(sweep, 'RECORD', here / 'none.jsonl')
-    argv = [option] if 'dataset' in option else [option, '--dataset=toy']
-    assert option.removeprefix('--').partition('=')[0] in refused(sweep.main, *argv)
+def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here, capsys):
+    made = [Record(Path('record.jsonl'), lambda row, key: 'made', steps=3).make(lambda: {'loss': 2.}, seed=1)
+            for _ in range(2)]
+    assert [made[0]] == [made[1]] == rows('.', 'record.jsonl')
+    assert made[0].items() >= {'loss': 2., 'steps': 3, 'seed': 1}.items()
+    assert capsys.readouterr().out == 'made\n'
+    with pytest.raises(ValueError, match='steps=3'):
+        Record(Path('record.jsonl'), None, steps=4)
 
 
 @pytest.mark.slow
-def test_the_sweep_runs_what_is_missing(call, here, monkeypatch):
-    """In processes, a control among them; the second call has nothing to do."""
-    monkeypatch.setattr(sweep, 'RECORD', here / 'record.jsonl')
-    monkeypatch.setattr(sweep, 'RANKS', (2,))
-    monkeypatch.setattr(sweep, 'SCOPES', ('weight',))
-    monkeypatch.setattr(sweep, 'METHODS', ('gram',))
-    monkeypatch.setattr(sweep, 'plot', lambda rows: None)           # of several scopes
-    write_dataset(here / 'data' / 'long', 3 * TEXT, 'char', source='tests')
+def test_the_sweep_runs_what_is_missing(call, here):
+    """In processes, both controls among them; the second call has nothing to do."""
+    sweep = experiment('loss_against_rank', RANKS=(2,), METHODS=('gram',),
+                       SCOPES=('sequence', 'causal', 'weight'))
+    write_dataset('data/long', 3 * TEXT, 'char', source='tests')
     options = ['--dataset=long', '--steps=20', '--seeds=1', '--jobs=2']
     found = call(sweep.main, *options)
-    assert found.code == 0, found.out
-    assert '4 of 4 runs done' in found.out and 'random_projection-2-1337: ' in found.out
+    assert found.code == 0 and '6 of 6 runs done' in found.out and 'random_projection-2-1337: ' in found.out
     again = call(sweep.main, *options)
-    assert again.out.startswith('4 of 4 runs done') and again.out.count('+-') == 4
-    assert len(rows('.', 'record.jsonl')) == 4
+    assert again.out.startswith('6 of 6 runs done') and again.out.count('+-') == 6
+    assert len(rows('.', 'record.jsonl')) == 6
 
 
-def test_absorbed_and_expanded_are_timed_and_equal(call, monkeypatch):
-    shape = ['--n_embd=16', '--n_head=2', '--latents=4,8', '--queries=1,3', '--cached=8', '--rounds=2', '--device=cpu']
-    found = call(absorb.main, *shape)
+@pytest.mark.any_device
+def test_absorbed_and_expanded_are_equal_and_timed(call, device):
+    absorb, generator = experiment('absorb_or_expand'), torch.Generator().manual_seed(0)
+    q, w_k, w_v, c = (torch.randn(*shape, generator=generator).to(device) / 2
+                      for shape in ((2, 3, 4, 8), (3, 8, 5), (3, 8, 5), (2, 7, 5)))
+    torch.testing.assert_close(absorb.absorbed(q, w_k, w_v, c), absorb.expanded(q, w_k, w_v, c))
+    found = call(absorb.main, '--n_embd=16', '--n_head=2', '--latents=4,8', '--queries=1,3', '--cached=8',
+                 '--rounds=2',
+                 f'--device={device}')
     results = json.loads(found.out.splitlines()[-1])['results']
-    assert found.code == 0 and [(row['latent'], row['queries']) for row in results] == [(4, 1), (4, 3), (8, 1), (8, 3)]
+    assert [(row['latent'], row['queries']) for row in results] == [(4, 1), (4, 3), (8, 1), (8, 3)]
     assert all(row['absorbed'] > 0 and row['expanded'] > 0 and row['ratio'] > 0 for row in results)
-    monkeypatch.setattr(absorb, 'absorbed', lambda q, w_k, w_v, c: 2 * absorb.expanded(q, w_k, w_v, c))
-    with pytest.raises(AssertionError):                             # what is not the same is not timed
-        absorb.main(shape)
 
 
-@pytest.mark.parametrize('option', ['--latents=0', '--queries=1,x', '--cached=0', '--rounds=1', '--n_embd=5'])
-def test_wrong_shapes_are_one_line(option, refused):
-    assert option.removeprefix('--').partition('=')[0] in refused(absorb.main, option)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# compression
+# ------------------------------------------------------------------------------------------------------------
+# compression_table.py
 
 def random_model():
     """Weights of a size that makes every one of them count, and two batches of three windows each."""
     torch.manual_seed(0)
-    dense = model.GPT(model.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17, bias=False))
+    dense = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17, bias=False))
     for p in dense.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return dense.eval().requires_grad_(False), [tuple(torch.randint(17, (2, 3, 8))) for _ in range(2)]
 
 
-def test_fwsvd_weighs_rows_by_the_fisher_information_of_their_weights():
-    """Against autograd's gradient of each window's loss, and the plain SVD of the weighted rows."""
-    dense, windows = random_model()
-    _, seen, found = compression.measure(dense, compression.METHODS['FWSVD'], windows)
-    weight = dense.transformer.h[1].mlp.c_fc.weight.requires_grad_(True)                        # (64, 16)
+def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of_their_inputs():
+    """Against autograd's gradient of each window's loss, the inputs of the layer, and the SVD of the scaled
+    weight."""
+    (dense, windows), compression, inputs = random_model(), experiment('compression_table'), []
+    layer = dense.transformer.h[1].mlp.c_fc
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
+    found = {name: compression.measure(dense, compression.METHODS[name], windows)[2]['h.1.mlp.c_fc']
+             for name in ('FWSVD', 'ASVD')}
+    inputs.clear()
+    weight = layer.weight.requires_grad_(True)                                                  # (64, 16)
     losses = [8 * dense(x[None], y[None])[1] for xs, ys in windows for x, y in zip(xs, ys)]
     information = sum(torch.autograd.grad(loss, weight)[0].square().sum(1) for loss in losses)
-    torch.testing.assert_close(seen['h.1.mlp.c_fc'].information.float(), information)
-    rows = information.double().sqrt()[:, None]
-    u, s, vh = torch.linalg.svd(rows * weight.detach().double(), full_matrices=False)
-    up, down = found['h.1.mlp.c_fc'].factors(5)
-    torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ vh[:5]) / rows, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found['h.1.mlp.c_fc'].energies, s ** 2, rtol=1e-4, atol=0)
-
-
-def test_asvd_scales_columns_by_the_root_of_their_inputs():
-    dense, windows = random_model()
-    _, _, found = compression.measure(dense, compression.METHODS['ASVD'], windows)
-    inputs, layer = [], dense.transformer.h[1].mlp.c_proj
-    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
-    for x, y in windows:
-        dense(x, y)
-    columns = torch.cat(inputs).double().abs().mean(0).sqrt()                                   # (64)
-    u, s, vh = torch.linalg.svd(layer.weight.double() * columns, full_matrices=False)
-    up, down = found['h.1.mlp.c_proj'].factors(5)
-    torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ vh[:5]) / columns, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize('label, product', [
-    ('plain', 'plain'), pytest.param('whitened', 'whitened', marks=pytest.mark.slow),
-    pytest.param('+ anchored', 'activation', marks=pytest.mark.slow)])
-def test_the_ablation_is_of_what_compress_does(label, product):
-    dense, windows = random_model()
-    method, expected = compression.METHODS[label], copy.deepcopy(dense)
-    layers.low_rank(expected, product, method.choose(0.6), layers.MODULES, windows)
-    new = compression.factored(compression.measure(dense, method, windows), method, 0.6, windows)
-    assert new.config == expected.config and all(map(torch.equal, new.state_dict().values(),
-                                                     expected.state_dict().values()))
-
-
-def test_scales_of_zero_are_survived():
-    up, down = compression.Scaled(torch.randn(4, 6), torch.zeros(4), torch.tensor([1.0] * 5 + [0.0])).factors(4)
-    assert up.isfinite().all() and down.isfinite().all()
-
-
-@pytest.mark.parametrize('label', [name if name in ('plain', 'whitened') else pytest.param(name, marks=pytest.mark.slow)
-                                   for name in compression.METHODS])
-def test_every_method_keeps_to_the_budget(label):
-    """Biases included, and all numbers of a block that were there before."""
-    dense, windows = random_model()
-    method = compression.METHODS[label]
-    new = compression.factored(compression.measure(dense, method, windows), method, 0.6, windows)
-    norms = 2 * 2 * 16
-    kept = (compression.block_params(new) - norms) / (compression.block_params(dense) - norms)
-    assert 0.45 < kept <= 0.6                                       # ranks are whole ones
-    assert new(*windows[0])[1].isfinite()
+    rows, columns = information.double().sqrt()[:, None], torch.cat(inputs).double().abs().mean(0).sqrt()
+    for name, scale in (('FWSVD', rows), ('ASVD', columns)):
+        u, s, vh = torch.linalg.svd(weight.detach().double() * scale, full_matrices=False)
+        up, down = found[name].factors(5)
+        torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ vh[:5]) / scale, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_the_table_is_made_once_and_gone_on_with(call, here, in_process, monkeypatch):
+def test_the_compression_table_is_made_once_and_gone_on_with(call, here, in_process):
     """Two runs that make one thing after another, then everything again: no row twice."""
-    monkeypatch.setitem(compression.MODELS, 'small', [*TINY, '--n_head=1'])
-    monkeypatch.setattr(compression, 'CALIBRATION_TOKENS', 128)
-    for name, value in (('TUNED_KEEPS', (0.6,)), ('RECORD', here / 'record.jsonl'), ('FIGURE', here / 'figure.png')):
-        monkeypatch.setattr(compression, name, value)
+    compression = experiment('compression_table', MODELS={'small': [*TINY, '--n_head=1']},
+                             CALIBRATION_TOKENS=128,
+                             TUNED_KEEPS=(0.6,))
     options = ['--dataset=toy', '--models=small', '--keeps=0.6', '--finetune_iters=2', '--seeds=2']
     for parts in ('methods', 'finetune,scratch', 'methods,finetune,scratch'):
         found = call(compression.main, *options, f'--parts={parts}')
         assert found.code == 0, found.err
     made = rows('.', 'record.jsonl')
-    assert len(made) == 1 + (1 + 2 * 8) + 2 * 2 + 2 * 2 * 2     # dense, methods, fine-tuned, from scratch
-    keys = [tuple(row.get(k) for k in ('method', 'keep', 'seed', 'steps')) for row in made]
-    assert len(set(keys)) == len(keys) and all(row['loss'] > 0 for row in made)
-    narrow, full = (next(r['block_params'] for r in made if r['method'] == method) for method in ('narrower', 'dense'))
-    assert 0.5 < narrow / full < 0.7
+    keys = {tuple(row.get(k) for k in ('method', 'keep', 'seed', 'steps')) for row in made}
+    # dense, methods, fine-tuned, from scratch
+    assert len(keys) == len(made) == 1 + (1 + 2 * 8) + 2 * 2 + 2 * 2 * 2
+    narrow, full = (next(r['block_params'] for r in made if r['method'] == method)
+                    for method in ('narrower', 'dense'))
+    # ranks are whole ones
+    assert all(0.45 < row['block_params'] / full < 0.7 for row in made if row.get('keep'))
+    assert 0.5 < narrow / full < 0.7 and '| narrower, from scratch, keep 0.6 |' in found.out
     assert all(f'| {label} |' in found.out for label in compression.METHODS)
-    assert '| narrower, from scratch, keep 0.6 |' in found.out and '| dense |' in found.out
-    assert (here / 'figure.png').read_bytes().startswith(b'\x89PNG')
-    assert call(compression.main, '--run=False').out.startswith('small: ')
+    assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('option', ['--run=False', '--models=large', '--parts=all', '--keeps=0.65', '--seeds=0',
-                                    '--dataset=nowhere'])
-def test_wrong_input_of_the_table_is_one_line(option, refused, here, monkeypatch):
-    monkeypatch.setattr(compression, 'RECORD', here / 'none.jsonl')
-    assert option.removeprefix('--').partition('=')[0] in refused(compression.main, option)
+# ------------------------------------------------------------------------------------------------------------
+# continual_learning.py
+
+def test_a_matched_loss_is_on_the_line_between_evaluations():
+    matched = experiment('continual_learning').matched
+    curve = [[0, 2.0, 4.0], [20, 3.0, 3.0], [40, 3.5, 2.0], [60, 3.1, 2.5], [80, 3.2, 1.5]]
+    # the first time, not the last
+    assert [matched(curve, level) for level in (3.0, 2.5, 2.0)] == [3.0, 3.25, 3.5]
+    assert matched(curve, 1.75) == pytest.approx(3.175) and matched(curve, 1.4) is matched(curve, 4.5) is None
+
+
+def test_auc_and_roc_have_known_answers():
+    continual = experiment('continual_learning')
+    for positive, negative, area in (([3., 4.], [1., 2.], 1), ([1., 2.], [3., 4.], 0),
+                                     ([1., 1.], [1., 1.], .5),
+                                     ([1., 2., 3.], [1., 2., 3.], .5), ([2., 2.], [1., 2.], .75)):
+        curve = continual.roc(torch.tensor(positive), torch.tensor(negative))
+        assert continual.auc(torch.tensor(positive), torch.tensor(negative)) == area
+        assert len(curve) == 51 and curve[-1] == 1 and curve == sorted(curve)
+        assert sum(a + b for a, b in zip(curve, curve[1:])) / 100 == pytest.approx(area, abs=.02)
+
+
+def test_every_arm_starts_where_a_ended_and_trains_what_it_says(here, one_thread):
+    """Switched to low rank too. Those that protect half from the start do so before the first step on B."""
+    continual = tiny_continual()
+    texts, x = continual.Texts(Dataset('data/toy'), CODE), torch.arange(16)[None]
+    torch.manual_seed(0)
+    before = GPT(GPTConfig(**SHAPE, vocab_size=len(texts.chars)))
+    for p in before.parameters():
+        torch.nn.init.normal_(p, std=0.3)                           # all weights count
+    for name, kind in continual.ARMS.items():
+        saved = dict(model=before.state_dict(), model_args=vars(before.config), iter_num=0)
+        after, control = continual.prepare(saved, kind, 0, lambda name, count: 14)
+        for layer in control.layers.values() if control else ():
+            layer.switch_to_lowrank(14)
+        torch.testing.assert_close(after(x)[0], before(x)[0], atol=2e-5, rtol=1e-4)
+        trained = {name: p.numel() for name, p in after.named_parameters() if p.requires_grad}
+        assert all('.attn.' in name for name in trained) == (kind.setting == 'attention'), name
+        assert not kind.lora or sum(trained.values()) == 4 * 4 * 2 * 24
+        _, ranks = continual.go_on(after, control, kind.control == 'start', texts, 0, 1e-2, 1)
+        assert kind.control != 'start' or set(map(tuple, ranks.values())) == {(12,)}
+
+
+@pytest.mark.slow
+def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, here, one_thread):
+    continual, options = tiny_continual(), ['--dataset=toy', '--learn_steps=4', '--steps=6', '--out_dir=runs']
+    names = ['full training', 'adaptive', 'adaptive, no protection', 'half from the start',
+             'all of attention',
+             'MiLoRA']
+    for seeds, arms in (('0', 'none'), ('1', 'adaptive, no protection'), ('0,1', ';'.join(names))):
+        found = call(continual.main, *options, f'--seeds={seeds}', f'--arms={arms}')
+    made = rows('.', 'record.jsonl')
+    keys = {tuple(row.get(k) for k in ('kind', 'arm', 'rate', 'seed')) for row in made}
+    assert len(keys) == len(made) == 2 + 2 * len(names) and len(list(Path('runs').glob('*.pt'))) == 2
+    # no switch in six steps: the same run; all arms begin at the same losses
+    assert [row['arm'] for row in made if 'same_as' in row] == ['adaptive, no protection'] * 2
+    assert len({(row['seed'], *(round(x, 3) for x in row['curve'][0]))
+                for row in made if 'curve' in row}) == 2
+    assert all(f'| {name} |' in found.out
+               for name in names) and 'AUC' in found.out and Path('figure.png').exists()
+    assert call(continual.main, '--run=False').out.startswith('everything is trained')
+    assert 'steps=6' in call(continual.main, *options[:2], '--steps=8', '--out_dir=runs').err
