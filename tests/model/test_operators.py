@@ -29,9 +29,6 @@ from runtime.optim import MuonAdamW, gpt_groups
 # Muon's matrix norm, by a route that only fake tensors take
 pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated')
 
-COPIES = {'_to_copy', 'copy_'}
-LOOK = '_local_scalar_dense'                                        # at a value, for which the processor waits
-DECOMPOSITIONS = re.compile('eig|svd|geqrf|ormqr|householder|linalg_l|inv_ex|solve_ex')
 # what C++ may pick on the device in place of the operators recorded here
 CHOSEN_IN_C = {
     'mps': ('_scaled_dot_product_attention_math_for_mps', 'native_dropout', 'native_dropout_backward'),
@@ -70,7 +67,7 @@ def faults(calls, kernels, device):
         if device == 'mps':
             found |= {f'{op}: {operand.dtype} on mps' for operand in there
                       if operand.dtype in (torch.float64, torch.complex128)}
-        if op not in COPIES and len({a.device for a in arguments if not (a.device == 'cpu' and a.dim == 0)}) > 1:
+        if op not in ('_to_copy', 'copy_') and len({a.device for a in arguments if not (a.device == 'cpu' and a.dim == 0)}) > 1:
             found.add(f'{op}: operands on two devices')
     return found
 
@@ -82,7 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, device):
         super().__init__()
-        self.device, self.calls = torch.device(device, 0), []
+        self.device, self.calls = torch.device(device, 0), []       # one without an index needs the device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:                   # how C++ asks a fake tensor for its device
@@ -111,7 +108,7 @@ def operands(tree):
 
 
 def record(device, f):
-    """The operators that f(device) calls; device is a torch.device with an index, for one without needs the device."""
+    """The operators that f(device) calls."""
     with FakeTensorMode(), Recorder(device) as recorder:
         f(recorder.device)
     return recorder.calls
@@ -185,15 +182,16 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
     assert {'native_layer_norm_backward', '_fused_adamw_', 'multinomial'} <= named
     assert options or {'lerp_.Scalar', 'baddbmm'} <= named          # Muon
     assert ('_foreach_norm.Scalar' in named) == _foreach_utils._device_has_foreach_support(torch.device(device))
-    # nobody waits for the device but who draws a token, and once the first running basis
+    # the processor waits for a value of each token, and for one of the first running basis
     running = method == 'randomized' and options['svd_scope'] != 'weight'
-    assert [call.op for call in there].count(LOOK) == 7 + running
+    assert [call.op for call in there].count('_local_scalar_dense') == 7 + running
     if options.get('use_mla'):                                      # orthogonal initial weights, wherever they are made
         assert {a.device for call in calls if call.op == 'linalg_qr' for a in call.arguments} == {'cpu'}
     wide, decomposed = (torch.float32, 'cpu') if device == 'mps' else (torch.float64, device)
-    for pattern, expected, at in ((DECOMPOSITIONS, method in EXACT_METHODS, (decomposed, torch.float64)),
-                                  (re.compile('cholesky'), method == 'randomized', (device, wide))):
-        found = {(a.device, a.dtype) for call in calls if pattern.search(call.op) for a in call.arguments}
+    for pattern, expected, at in (
+            ('eig|svd|geqrf|ormqr|householder|linalg_l|inv_ex|solve_ex', method in EXACT_METHODS,
+             (decomposed, torch.float64)), ('cholesky', method == 'randomized', (device, wide))):
+        found = {(a.device, a.dtype) for call in calls if re.search(pattern, call.op) for a in call.arguments}
         assert found == ({at} if expected else set())
 
 
