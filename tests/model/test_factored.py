@@ -1,7 +1,6 @@
 """model.py with layer_ranks: layers that are products of two, from configuration to training. That they are optimized,
 cached and counted is in test_model.py and test_decode.py."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options
 
 @pytest.mark.parametrize('rank', [4, 40])
 def test_initially_products_have_the_scale_of_a_dense_weight(rank):
-    """Entries, and outputs; also where a weight writes to the residual stream."""
+    """Also where a weight writes to the residual stream."""
     shape = dict(n_layer=2, n_head=2, n_embd=96, vocab_size=16, block_size=8)
     names = [f'h.{i}.{part}' for i in range(2) for part in GPTConfig(**shape).layer_shapes]
     torch.manual_seed(0)
@@ -89,8 +88,6 @@ def test_initially_products_have_the_scale_of_a_dense_weight(rank):
     for name in names:
         layer, expected = model.transformer.get_submodule(name), .02 / (2 if name.endswith('c_proj') else 1)
         assert layer.weight.std().item() == pytest.approx(expected, rel=.2)
-        outputs = layer(torch.randn(500, layer.A.in_features)) - layer.bias
-        assert outputs.std().item() == pytest.approx(expected * math.sqrt(layer.A.in_features), rel=.2)
         assert layer.bias.count_nonzero() == 0
 
 
