@@ -185,25 +185,26 @@ def optimizer_of(model, kind):
 
 
 def mla(latent=3, **options):
-    """Options of a model with latents; the heads of SMALL have size 4, so the latent is smaller by default."""
+    """Options of a model with latents; the heads of SMALL have size 4, so these are smaller by default."""
     return dict(use_mla=True, mla_latent_dim=latent, **options)
 
 
-# different layers and ranks in each block of SMALL; the layers are (8, 8), (8, 8), (32, 8) and (8, 32)
+# different layers and ranks in each block of SMALL; layers are (8, 8), (8, 8), (32, 8) and (8, 32)
 RANKS = {'h.0.attn.c_attn.c_q': 3, 'h.0.attn.c_attn.c_v': 1, 'h.0.attn.c_proj': 2, 'h.0.mlp.c_fc': 5,
          'h.1.attn.c_attn.c_k': 2, 'h.1.mlp.c_fc': 4, 'h.1.mlp.c_proj': 8}
 MLA_RANKS = {'h.0.attn.c_attn.query': 3, 'h.0.mlp.c_proj': 2, 'h.1.attn.c_proj': 5}
 
 
 def precision(device):
-    """The widest dtype of a device, and the relative error allowed in it: about 1e4 eps, since gaps at the cut of an
-    SVD are 1e-4 of the largest eigenvalue or more."""
+    """The widest dtype of a device, and the relative error allowed in it: 1e4 eps or more, since gaps at the
+    cut of an SVD are 1e-4 of the largest eigenvalue or more."""
     return (torch.float32, 2e-3) if torch.device(device).type == 'mps' else (torch.float64, 1e-10)
 
 
 def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_hand):
-    """The logits of a GPT-2 of two blocks from its state dict, with an explicit mask. With latents, c = W_a x and
-    k = U_k c, v = U_v c + b. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v (nh, hs, C) or U_v (nh, hs, d)."""
+    """The logits of a GPT-2 of two blocks from its state dict, with an explicit mask. With latents c = W_a x,
+    keys are U_k c and values U_v c + b. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v (nh, hs, C) or U_v
+    (nh, hs, d)."""
     def linear(x, name):
         return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
 

@@ -9,11 +9,17 @@ from model import SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SVDS = {f'{method}, {scope}': svd(scope, 2, method) for method in METHODS for scope in SCOPES}
-MODELS = {'baseline': {}, **SVDS, 'MLA': mla(), 'MLA, gram, causal': mla(**SVDS['gram, causal']),
-          'MLA, standard, weight': mla(**SVDS['standard, weight']),
-          'factored': dict(layer_ranks={'h.0.attn.c_attn.c_v': 3, 'h.0.attn.c_proj': 4, 'h.0.mlp.c_fc': 5})}
-CONSTANT_BASIS = [SVDS[name] | dict(svd_basis_grad=False) for name in (
-    'standard, causal', 'gram, sequence', 'gram, weight')]
+MODELS = {
+    'baseline': {},
+    **SVDS,
+    'MLA': mla(),
+    'MLA, gram, causal': mla(**SVDS['gram, causal']),
+    'MLA, standard, weight': mla(**SVDS['standard, weight']),
+    'factored': dict(layer_ranks={'h.0.attn.c_attn.c_v': 3, 'h.0.attn.c_proj': 4, 'h.0.mlp.c_fc': 5}),
+}
+CONSTANT_BASIS = [
+    SVDS[name] | dict(svd_basis_grad=False) for name in ('standard, causal', 'gram, sequence', 'gram, weight')
+]
 
 
 @pytest.fixture
@@ -34,15 +40,32 @@ def outcome(model, dtype=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options, backend, dtype', [
-    *((options, backend, None) for backend in ('aot_eager', 'inductor')
-      for options in (*MODELS.values(), *CONSTANT_BASIS)),
-    *((MODELS[name], 'aot_eager', torch.bfloat16) for name in (
-        'baseline', 'gram, causal', 'standard, sequence', 'randomized, weight', 'MLA, gram, causal'))], ids=str)
+@pytest.mark.parametrize(
+    'options, backend, dtype',
+    [
+        *(
+            (options, backend, None)
+            for backend in ('aot_eager', 'inductor')
+            for options in (*MODELS.values(), *CONSTANT_BASIS)
+        ),
+        *(
+            (MODELS[name], 'aot_eager', torch.bfloat16)
+            for name in (
+                'baseline',
+                'gram, causal',
+                'standard, sequence',
+                'randomized, weight',
+                'MLA, gram, causal',
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_the_compiled_model_is_the_model_as_one_graph(fresh, options, backend, dtype):
-    """aot_eager traces forward and backward and runs them in torch's own kernels, so to the bit; inductor makes kernels
-    that add in another order, and needs a compiler. Under autocast the SVD leaves it inside the graph. Gradients are
-    compared to the largest of all: those of the key biases are zero except for rounding."""
+    """aot_eager traces forward and backward and runs them in torch's own kernels, so to the bit; inductor
+    makes kernels that add in another order, and needs a compiler. Under autocast the SVD leaves it inside the
+    graph. Gradients are compared to the largest of all: those of the key biases are zero except for
+    rounding."""
     model, tolerance = make(dtype=torch.float32, n_layer=1, **options), 1e-4 if backend == 'inductor' else 0
     loss, gradients = outcome(torch.compile(model, fullgraph=True, backend=backend), dtype)
     expected_loss, expected = outcome(model, dtype)
@@ -53,9 +76,10 @@ def test_the_compiled_model_is_the_model_as_one_graph(fresh, options, backend, d
 
 @pytest.mark.parametrize('options', MODELS.values(), ids=MODELS)
 def test_half_precision_gives_finite_gradients_and_nearly_the_loss(options):
-    """Gradients are only finite here: at a small gap they may differ by more than a rounding, and rightly so."""
+    """Gradients are only finite here: at a small gap they may differ by more than a rounding, and rightly
+    so."""
     model = make(dtype=torch.float32, n_layer=1, **options)
     for dtype in (torch.bfloat16, torch.float16):
         loss, gradients = outcome(model, dtype)
-        torch.testing.assert_close(loss, outcome(model)[0], rtol=.02, atol=0)
+        torch.testing.assert_close(loss, outcome(model)[0], rtol=0.02, atol=0)
         assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)

@@ -1,4 +1,5 @@
-"""Generation and its cache: with a cache model.py gives what it gives without, in fewer bytes and operations."""
+"""Generation and its cache: with a cache model.py gives what it gives without, in fewer bytes and
+operations."""
 
 import math
 from collections import Counter
@@ -9,29 +10,47 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import (MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd, tokens)
+from helpers import MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd, tokens
 from lowrank.svd import METHODS
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error:svd_scope')]
 # SMALL: 2 layers, 2 heads of size 4, block_size 16
-CACHED = {'no SVD': {}, 'weight': svd('weight'), 'causal': svd('causal'), 'factored': dict(layer_ranks=RANKS),
-          'MLA': mla(7), 'MLA, weight': mla(**svd('weight', 2, 'randomized')),
-          'MLA, causal': mla(**svd('causal', 2, 'standard'))}
+CACHED = {
+    'no SVD': {},
+    'weight': svd('weight'),
+    'causal': svd('causal'),
+    'factored': dict(layer_ranks=RANKS),
+    'MLA': mla(7),
+    'MLA, weight': mla(**svd('weight', 2, 'randomized')),
+    'MLA, causal': mla(**svd('causal', 2, 'standard')),
+}
 each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # logits
 
+
 @settings(derandomize=True, deadline=None, max_examples=120)
-@given(data=st.data(), scope=st.sampled_from([None, 'causal', 'weight']), method=st.sampled_from(METHODS),
-       head_size=st.sampled_from([1, 2, 3, 4, 5, 8]), n_head=st.integers(1, 3), bias=st.booleans(),
-       block_size=st.integers(1, 20), svd_block=st.integers(1, 22), rows=st.integers(1, 3), one_prompt=st.booleans(),
-       latents=st.booleans(), seed=st.integers(0, 999))
-def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_head, bias, block_size, svd_block, rows,
-                                             one_prompt, latents, seed):
-    """Whatever the room that is left. 'randomized' is left out for latents, since one below the rank leaves it with
-    columns that are only rounding."""
+@given(
+    data=st.data(),
+    scope=st.sampled_from([None, 'causal', 'weight']),
+    method=st.sampled_from(METHODS),
+    head_size=st.sampled_from([1, 2, 3, 4, 5, 8]),
+    n_head=st.integers(1, 3),
+    bias=st.booleans(),
+    block_size=st.integers(1, 20),
+    svd_block=st.integers(1, 22),
+    rows=st.integers(1, 3),
+    one_prompt=st.booleans(),
+    latents=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_cached_logits_are_the_uncached_ones(
+    data, scope, method, head_size, n_head, bias, block_size, svd_block, rows, one_prompt, latents, seed
+):
+    """Whatever the room that is left. 'randomized' is left out for latents, since one below the rank leaves
+    it with columns that are only rounding."""
     width, T = n_head * head_size, data.draw(st.integers(1, block_size))
     prompt, room = data.draw(st.integers(1, T)), data.draw(st.integers(T, block_size))
     latent = mla(data.draw(st.integers(1, width))) if latents and method != 'randomized' else {}
@@ -48,27 +67,37 @@ def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_h
 def test_a_cache_gives_logits_and_loss_without_gradients(device, options):
     """For a prompt of any length, in a cache that held other tokens before."""
     dtype, bar = precision(device)
-    model, idx, targets = make(dtype=dtype, **options).to(device), tokens(3).to(device), tokens(3, seed=1).to(device)
+    model, idx, targets = (
+        make(dtype=dtype, **options).to(device),
+        tokens(3).to(device),
+        tokens(3, seed=1).to(device),
+    )
     cache, (expected, loss) = model.new_cache(3, 16), model(idx, targets)
     for prompt in (1, 4, 5, 15, 16):
         actual = model(idx[:, :prompt], targets[:, :prompt], cache=cache)
         torch.testing.assert_close(actual, model(idx[:, :prompt], targets[:, :prompt]), rtol=bar, atol=bar)
-        logits = [actual[0], *(model(idx[:, t:t + 1], cache=cache)[0] for t in range(prompt, 16))]
+        logits = [actual[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(prompt, 16))]
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=bar, atol=bar)
         assert loss.requires_grad and not any(x.requires_grad for x in (actual[1], *logits))
         for layer in cache:
             layer.clear()
         assert cache[0].length == 0
-    assert model(idx[:1, :4], cache=cache)[0].shape == (1, 1, 11)   # one prompt for three sequences
+    assert model(idx[:1, :4], cache=cache)[0].shape == (1, 1, 11)  # one prompt for three sequences
 
 
 @each_cached
 @torch.no_grad()
 def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
-    """At most four times as far as without: rows are rounded as they are stored, and sums taken in another order."""
+    """At most four times as far as without: rows are rounded as they are stored, and sums taken in another
+    order."""
     idx = tokens(4)
-    for dtype, cast in ((torch.float32, None), (torch.bfloat16, None), (torch.float16, None),
-                        (torch.float32, torch.bfloat16), (torch.float64, torch.bfloat16)):
+    for dtype, cast in (
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+    ):
         model = make(dtype=dtype, **options)
         truth, eps = deepcopy(model).double()(idx, idx)[0], torch.finfo(dtype).eps
         with torch.autocast('cpu', cast, enabled=bool(cast)):
@@ -79,8 +108,16 @@ def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
         assert (cached - truth).norm() <= bar * truth.norm()
 
 
-@pytest.mark.parametrize('options', [{}, svd('weight', 16, 'standard'), svd('causal', 16),
-                                     mla(48, **svd('causal', 16, 'standard', bias=False))], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        svd('weight', 16, 'standard'),
+        svd('causal', 16),
+        mla(48, **svd('causal', 16, 'standard', bias=False)),
+    ],
+    ids=str,
+)
 def test_cached_logits_of_heads_of_gpt2(options):
     """Head size 64, rank 16, 200 tokens, blocks of 32."""
     model = make(1, n_embd=128, block_size=200, vocab_size=64, **{'svd_block': 32, **options})
@@ -100,16 +137,20 @@ def test_randomized_starts_from_the_same_basis_with_a_cache(latents):
     assert max(error(model, idx, prompt) for prompt in (1, 4, 20, 63)) <= 1e-9
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # value projections out of the ordinary
+
 
 @torch.no_grad()
 def change_values(model, change):
     """change(weight (nh, hs, C), bias (nh, hs), c_proj) of every value projection, in place."""
     C, nh = model.config.n_embd, model.config.n_head
     for block in model.transformer.h:
-        change(block.attn.c_attn.weight[2 * C:].unflatten(0, (nh, -1)),
-               block.attn.c_attn.bias[2 * C:].unflatten(0, (nh, -1)), block.attn.c_proj.weight)
+        change(
+            block.attn.c_attn.weight[2 * C :].unflatten(0, (nh, -1)),
+            block.attn.c_attn.bias[2 * C :].unflatten(0, (nh, -1)),
+            block.attn.c_proj.weight,
+        )
 
 
 @pytest.mark.parametrize('scope', ['weight', 'causal'])
@@ -125,16 +166,24 @@ def test_value_weights_of_rank_one_and_zero_are_not_changed(scope, method, rank)
 
 @pytest.mark.parametrize('method, n_head', [('standard', 1), ('gram', 2), ('randomized', 4)])
 def test_a_cut_that_is_not_unique_is_that_of_training(method, n_head):
-    """All singular values are equal, which Muon strives for. Another subspace would give an error of about 1."""
+    """All singular values are equal, which Muon strives for. Another subspace would give an error of about
+    1."""
     model = make(dtype=torch.float32, n_embd=16, n_head=n_head, **svd('weight', 8 // n_head, method))
     change_values(model, lambda w, b, _: w.copy_(torch.linalg.qr(w.mT)[0].mT))
     assert error(model, tokens(), 3) <= 1e-3
 
 
-@pytest.mark.parametrize('scope, method, dtype, scale', [
-    ('weight', 'gram', torch.float32, 1e-20), ('weight', 'standard', torch.float64, 1e20),
-    ('causal', 'randomized', torch.float32, 1e20), ('causal', 'gram', torch.float64, 1e-20),
-    ('causal', 'standard', torch.float32, 1e-20), ('weight', 'randomized', torch.float32, 1e20)])
+@pytest.mark.parametrize(
+    'scope, method, dtype, scale',
+    [
+        ('weight', 'gram', torch.float32, 1e-20),
+        ('weight', 'standard', torch.float64, 1e20),
+        ('causal', 'randomized', torch.float32, 1e20),
+        ('causal', 'gram', torch.float64, 1e-20),
+        ('causal', 'standard', torch.float32, 1e-20),
+        ('weight', 'randomized', torch.float32, 1e20),
+    ],
+)
 def test_values_of_any_size(scope, method, dtype, scale):
     """c_proj takes the scale back, so the logits stay the same."""
     model, idx = make(dtype=dtype, **svd(scope, 2, method)), tokens()
@@ -144,8 +193,9 @@ def test_values_of_any_size(scope, method, dtype, scale):
     torch.testing.assert_close(cached_logits(model, idx, 3), before, rtol=bar, atol=bar)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what does not fit a cache
+
 
 @each_cached
 @torch.no_grad()
@@ -154,25 +204,38 @@ def test_what_does_not_fit_a_cache_is_refused_and_changes_nothing(options):
     model, idx = make(**options), tokens(4, 20)
     cache, expected = model.new_cache(3, 12), model(idx[:3, :12], idx[:3, :12])[0]
     for t in (0, *range(4, 13)):
-        wrong = {0: [(3, 0), (3, 17), (3, 13), (2, 4), (4, 1)], 4: [(3, 2), (2, 1), (3, 13)], 12: [(3, 1), (3, 5)]}
+        wrong = {
+            0: [(3, 0), (3, 17), (3, 13), (2, 4), (4, 1)],
+            4: [(3, 2), (2, 1), (3, 13)],
+            12: [(3, 1), (3, 5)],
+        }
         for rows, columns in wrong.get(t, []):
             with pytest.raises(ValueError, match=rf'\b({rows}|{columns}|{t + columns})\b'):
                 model(idx[:rows, :columns], cache=cache)
         if t < 12:
-            logits = model(idx[:3, t:max(t + 1, 4)], cache=cache)[0]
+            logits = model(idx[:3, t : max(t + 1, 4)], cache=cache)[0]
             torch.testing.assert_close(logits[:, 0], expected[:, max(t, 3)], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize('options, size, hint', [({}, 0, 'block_size=16'), ({}, -1, 'block_size=16'),
-                                                 ({}, 17, 'block_size=16'), (svd('sequence'), 16, '^svd_scope='),
-                                                 (mla(**svd('sequence')), 16, '^svd_scope=')], ids=str)
+@pytest.mark.parametrize(
+    'options, size, hint',
+    [
+        ({}, 0, 'block_size=16'),
+        ({}, -1, 'block_size=16'),
+        ({}, 17, 'block_size=16'),
+        (svd('sequence'), 16, '^svd_scope='),
+        (mla(**svd('sequence')), 16, '^svd_scope='),
+    ],
+    ids=str,
+)
 def test_a_cache_that_cannot_be(options, size, hint):
     with pytest.raises(ValueError, match=hint):
         make(**options).new_cache(2, size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bytes
+
 
 def bytes_held(cache):
     """Bytes of all storages that a cache refers to, found by walking it, apart from weights."""
@@ -181,16 +244,21 @@ def bytes_held(cache):
     def walk(x):
         if isinstance(x, torch.Tensor):
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        for part in x if isinstance(x, (list, tuple)) else [v for k, v in getattr(x, '__dict__', {}).items()
-                                                            if k not in weights]:
+        for part in (
+            x
+            if isinstance(x, (list, tuple))
+            else [v for k, v in getattr(x, '__dict__', {}).items() if k not in weights]
+        ):
             walk(part)
+
     walk(cache)
     return sum(storages.values())
 
 
 def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
-    """Bytes of a layer's cache for one sequence, `each` per number; squares are summed in float64, for halves float32."""
-    starts = [block * 2 ** i for i in range(20) if rank < block * 2 ** i < T] if scope == 'causal' else []
+    """Bytes of a layer's cache for one sequence, `each` per number; squares are summed in float64, for halves
+    float32."""
+    starts = [block * 2**i for i in range(20) if rank < block * 2**i < T] if scope == 'causal' else []
     bases = heads * len(starts) * rank * hs * each
     if latent:
         return T * latent * each + bases
@@ -202,22 +270,43 @@ def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
 
 
 @pytest.mark.parametrize('scope', [None, 'weight', 'causal'])
-@pytest.mark.parametrize('dtype, cast, each', [(torch.float32, False, 4), (torch.float64, False, 8),
-                                               (torch.bfloat16, False, 2), (torch.float32, True, 2)],
-                         ids=['float32', 'float64', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize(
+    'dtype, cast, each',
+    [
+        (torch.float32, False, 4),
+        (torch.float64, False, 8),
+        (torch.bfloat16, False, 2),
+        (torch.float32, True, 2),
+    ],
+    ids=['float32', 'float64', 'bfloat16', 'autocast'],
+)
 def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
     """And nothing grows with the tokens."""
-    for head_size, rank, block, T, B, latent in ((5, 2, 4, 16, 3, None), (4, 3, 1, 16, 1, None), (5, 2, 4, 16, 3, 2),
-                                                 (2, 1, 1, 1, 4, None), (5, 2, 20, 16, 1, 6), (8, 2, 2, 2, 1, None),
-                                                 (4, 3, 1, 16, 2, 12), (4, 2, 2, 9, 1, 3), (4, 1, 3, 7, 2, None)):
-        model = make(dtype=dtype, n_embd=3 * head_size, n_head=3, bias=rank == 2, **(mla(latent) if latent else {}),
-                     **(svd(scope, rank, svd_block=block) if scope else {}))
-        expected = 2 * B * bytes_by_formula(scope, latent, T, head_size, rank, block, each)         # 2 layers
+    for head_size, rank, block, T, B, latent in (
+        (5, 2, 4, 16, 3, None),
+        (4, 3, 1, 16, 1, None),
+        (5, 2, 4, 16, 3, 2),
+        (2, 1, 1, 1, 4, None),
+        (5, 2, 20, 16, 1, 6),
+        (8, 2, 2, 2, 1, None),
+        (4, 3, 1, 16, 2, 12),
+        (4, 2, 2, 9, 1, 3),
+        (4, 1, 3, 7, 2, None),
+    ):
+        model = make(
+            dtype=dtype,
+            n_embd=3 * head_size,
+            n_head=3,
+            bias=rank == 2,
+            **(mla(latent) if latent else {}),
+            **(svd(scope, rank, svd_block=block) if scope else {}),
+        )
+        expected = 2 * B * bytes_by_formula(scope, latent, T, head_size, rank, block, each)  # 2 layers
         with torch.autocast('cpu', torch.bfloat16, enabled=cast), torch.no_grad():
             cache, idx = model.new_cache(B, T), tokens(B, T)
             assert model.kv_cache_bytes(B, T) == expected == bytes_held(cache)
             for t in range(T):
-                model(idx[:, t:t + 1], cache=cache)
+                model(idx[:, t : t + 1], cache=cache)
             assert bytes_held(cache) == expected
 
 
@@ -225,19 +314,21 @@ def test_bytes_are_counted_without_being_allocated():
     """Of block_size tokens at most. 'sequence' scope has no cache where it truncates."""
     model, sequence = make(), svd('sequence')
     full = model.kv_cache_bytes(1, 16)
-    assert model.kv_cache_bytes(10 ** 12, 99) == 10 ** 12 * full and make(**sequence).kv_cache_bytes(2, 16) == 0
+    assert model.kv_cache_bytes(10**12, 99) == 10**12 * full and make(**sequence).kv_cache_bytes(2, 16) == 0
     assert make(**sequence | dict(svd_rank=4)).kv_cache_bytes(1, 16) == full
     assert make(**sequence | dict(use_svd=False)).kv_cache_bytes(1, 16) == full
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # generation
+
 
 @torch.no_grad()
 def lively(**options):
-    """A model whose likeliest token varies with the prompt and the position, which that of `make` hardly does."""
+    """A model whose likeliest token varies with the prompt and the position, which that of `make` hardly
+    does."""
     model = make(**options)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))       # not the embedding
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))  # not the embedding
     model.transformer.ln_f.bias.zero_()
     model.transformer.wpe.weight.mul_(4)
     return model
@@ -246,18 +337,23 @@ def lively(**options):
 @pytest.mark.any_device
 @each_cached
 def test_the_cache_changes_no_token(device, options):
-    """Up to block_size and beyond, one prompt for all and one for each; an expanded prompt is the prompt repeated."""
+    """Up to block_size and beyond, one prompt for all and one for each; an expanded prompt is the prompt
+    repeated."""
     dtype, _ = precision(device)
     model = lively(dtype=dtype, **options).to(device)
-    draws = [dict(temperature=0), dict(top_p=.8), dict(temperature=.7, top_k=5), dict(temperature=1.5)]
-    for i, (columns, new) in enumerate([(1, 16), (3, 0), (16, 3), (5, 20), (15, 2), (4, 1), (20, 3), (15, 1)]):
+    draws = [dict(temperature=0), dict(top_p=0.8), dict(temperature=0.7, top_k=5), dict(temperature=1.5)]
+    for i, (columns, new) in enumerate(
+        [(1, 16), (3, 0), (16, 3), (5, 20), (15, 2), (4, 1), (20, 3), (15, 1)]
+    ):
         idx, options = tokens(3, columns, seed=i).to(device), dict(seed=2) | draws[i % 4]
         for prompt in (idx, idx[:1].expand(3, -1)):
             expected = model.generate(prompt.contiguous(), new, use_cache=False, **options)
             assert expected.shape == (3, columns + new) and torch.equal(expected[:, :columns], prompt)
             assert torch.equal(model.generate(prompt, new, **options), expected)
-            assert prompt is idx or torch.equal(model.generate(prompt, new, use_cache=False, **options), expected)
-    assert len(model.generate(prompt, 5).unique(dim=0)) > 1         # rows of an expanded prompt differ
+            assert prompt is idx or torch.equal(
+                model.generate(prompt, new, use_cache=False, **options), expected
+            )
+    assert len(model.generate(prompt, 5).unique(dim=0)) > 1  # rows of an expanded prompt differ
 
 
 @pytest.mark.parametrize('options', [{}, svd('sequence')], ids=str)
@@ -273,7 +369,7 @@ def test_a_seed_is_of_a_generator_of_its_own(options):
 
 def test_in_training_mode_nothing_is_cached():
     """Dropout differs between passes, and between rows of an expanded prompt."""
-    model = make(dropout=.5).train()
+    model = make(dropout=0.5).train()
     found = counts(model)
     model.generate(tokens(1, 3).expand(4, -1), 3, temperature=0)
     assert found['layer 0'] == 4 * (3 + 4 + 5) and model.training
@@ -281,32 +377,47 @@ def test_in_training_mode_nothing_is_cached():
     assert len(first[0].unique()) > 1 and not torch.equal(*first)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # how much is computed
+
 
 def counts(model):
     """-> a dict that follows how many tokens, times rows, each part of the model has computed."""
     found, (first, last) = Counter(), model.transformer.h
-    for name, part in {'layer 0': first.ln_1, 'layer 1': last.ln_1, 'mlp 0': first.mlp, 'mlp 1': last.mlp,
-                       'head': model.lm_head}.items():
-        part.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].shape[:2].numel()}))
+    for name, part in {
+        'layer 0': first.ln_1,
+        'layer 1': last.ln_1,
+        'mlp 0': first.mlp,
+        'mlp 1': last.mlp,
+        'head': model.lm_head,
+    }.items():
+        part.register_forward_pre_hook(
+            lambda _, args, name=name: found.update({name: args[0].shape[:2].numel()})
+        )
     return found
 
 
-@pytest.mark.parametrize('columns, new, use_cache, expand, layers, last', [
-    (5, 11, True, False, 3 * 15, 3 * 11),                           # 15 tokens pass, since nothing follows the last
-    (5, 11, False, False, 3 * sum(range(5, 16)), 3 * 11), (5, 11, True, True, 5 + 3 * 10, 1 + 3 * 10),
-    (16, 3, True, False, 3 * 3 * 16, 3 * 3), (14, 5, True, False, 3 * (16 + 2 * 16), 3 * 5),
-    (20, 1, True, False, 3 * 16, 3), (7, 1, True, True, 7, 1)])
+@pytest.mark.parametrize(
+    'columns, new, use_cache, expand, layers, last',
+    [
+        (5, 11, True, False, 3 * 15, 3 * 11),  # 15 tokens pass, since nothing follows the last
+        (5, 11, False, False, 3 * sum(range(5, 16)), 3 * 11),
+        (5, 11, True, True, 5 + 3 * 10, 1 + 3 * 10),
+        (16, 3, True, False, 3 * 3 * 16, 3 * 3),
+        (14, 5, True, False, 3 * (16 + 2 * 16), 3 * 5),
+        (20, 1, True, False, 3 * 16, 3),
+        (7, 1, True, True, 7, 1),
+    ],
+)
 def test_every_token_is_computed_once(columns, new, use_cache, expand, layers, last):
-    """Beyond block_size all positions move, so the window is computed again. The MLP of the last layer and the head
-    compute one position per pass. One cache is made, for the tokens that pass."""
+    """Beyond block_size all positions move, so the window is computed again. The MLP of the last layer and
+    the head compute one position per pass. One cache is made, for the tokens that pass."""
     for options in CACHED.values():
         model, prompts, asked = make(**options), tokens(3, columns), []
         found, new_cache = counts(model), model.new_cache
         model.new_cache = lambda *args: asked.append(args) or new_cache(*args)
         prompts = prompts[:1].expand(3, -1) if expand else prompts
-        model.generate(prompts, new, 1.0, None, use_cache)          # the order of nanoGPT, then use_cache
+        model.generate(prompts, new, 1.0, None, use_cache)  # the order of nanoGPT, then use_cache
         assert found == {'layer 0': layers, 'layer 1': layers, 'mlp 0': layers, 'mlp 1': last, 'head': last}
         assert asked == ([(3, min(16, columns + new - 1))] if use_cache and new > 1 else [])
 
@@ -322,12 +433,17 @@ def test_sequence_scope_warns_and_recomputes():
     make(**svd('sequence', 2, block_size=2)).generate(idx, 5)
 
 
-@pytest.mark.parametrize('options', [{}, mla(), mla(8), dict(layer_ranks=RANKS), mla(layer_ranks=MLA_RANKS)], ids=str)
+@pytest.mark.parametrize(
+    'options', [{}, mla(), mla(8), dict(layer_ranks=RANKS), mla(layer_ranks=MLA_RANKS)], ids=str
+)
 def test_operations_are_those_that_torch_counts(options):
-    """A prompt with and without a cache, and the token after it, with latents absorbed. Torch also counts attention to
-    later tokens, which is masked: T^2 pairs for T (T + 1) / 2 in all layers but the last, which has a single query."""
+    """A prompt with and without a cache, and the token after it, with latents absorbed. Torch also counts
+    attention to later tokens, which is masked: T^2 pairs for T (T + 1) / 2 in all layers but the last, which
+    has a single query."""
     for layers, heads, width, T in ((1, 2, 8, 16), (2, 2, 8, 11), (3, 4, 32, 40), (2, 1, 12, 1)):
-        shape = dict(n_layer=2 if 'layer_ranks' in options else layers, n_head=heads, n_embd=width, block_size=64)
+        shape = dict(
+            n_layer=2 if 'layer_ranks' in options else layers, n_head=heads, n_embd=width, block_size=64
+        )
         model, idx = make(dtype=torch.float32, **shape, **options), tokens(2, T + 1)
         expected = 2 * (T * model.flops_per_token(T) + (shape['n_layer'] - 1) * 4 * width * T * (T - 1) // 2)
         cache = model.new_cache(2, T + 1)
@@ -336,8 +452,9 @@ def test_operations_are_those_that_torch_counts(options):
         assert counted(lambda: model(idx[:, T:], cache=cache)) == 2 * model.flops_per_token(T, decode=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # streams and errors
+
 
 @each_cached
 def test_a_stream_yields_tokens_as_they_are_drawn_and_can_be_abandoned(options):
@@ -347,7 +464,7 @@ def test_a_stream_yields_tokens_as_they_are_drawn_and_can_be_abandoned(options):
     model.lm_head.register_forward_hook(lambda _, args, logits: graphs.append(logits.requires_grad))
     for n, new in zip(range(1, 14), stream):
         assert new.shape == (3, 1) and new.dtype == torch.int64 and found['head'] == 3 * n
-        assert torch.is_grad_enabled()                              # no_grad is for the stream, not its reader
+        assert torch.is_grad_enabled()  # no_grad is for the stream, not its reader
         drawn.append(new)
     stream.close()
     assert torch.equal(torch.cat(drawn, dim=1), expected[:, 5:18])  # the first are still what they were
@@ -355,7 +472,9 @@ def test_a_stream_yields_tokens_as_they_are_drawn_and_can_be_abandoned(options):
     assert torch.equal(model.generate(idx, 20, seed=2), expected)
 
 
-@pytest.mark.parametrize('options', [dict(max_new_tokens=-1), dict(temperature=-1.), dict(top_k=0), dict(top_p=0.)])
+@pytest.mark.parametrize(
+    'options', [dict(max_new_tokens=-1), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)]
+)
 def test_options_that_cannot_be(options):
     with pytest.raises(ValueError, match=f'^{next(iter(options))}='):
         make().generate(tokens(), **{'max_new_tokens': 2, **options})
@@ -373,5 +492,7 @@ def test_logits_and_values_that_are_not_finite_raise(options, use_cache):
             model.generate(tokens(columns=6), 5, temperature=temperature, use_cache=use_cache)
     c_attn = model.transformer.h[1].attn.c_attn
     torch.nn.init.constant_(c_attn.v_up.weight if model.config.use_mla else c_attn.weight, math.nan)
-    with pytest.raises(torch.linalg.LinAlgError, match='transformer.h.1' if 'causal' in str(options) else 'non-finite'):
+    with pytest.raises(
+        torch.linalg.LinAlgError, match='transformer.h.1' if 'causal' in str(options) else 'non-finite'
+    ):
         model.generate(tokens(columns=6), 5, use_cache=use_cache)

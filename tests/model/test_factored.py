@@ -1,5 +1,5 @@
-"""model.py with layer_ranks: layers that are products of two, from configuration to training. That they are optimized,
-cached and counted is in test_model.py and test_decode.py."""
+"""model.py with layer_ranks: layers that are products of two, from configuration to training. That they are
+optimized, cached and counted is in test_model.py and test_decode.py."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +17,30 @@ from model import GPT, GPTConfig, QKVProjection
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # configuration
 
-@pytest.mark.parametrize('name, rank, hint, options', [
-    ('h.0.mlp.c_fc', 0, '1 to 8', {}), ('h.1.mlp.c_proj', 9, '1 to 8', {}), ('h.2.mlp.c_fc', 1, 'layer', {}),
-    ('h.00.mlp.c_fc', 1, 'layer', {}), ('h.-1.mlp.c_fc', 1, 'layer', {}), ('h.².mlp.c_fc', 1, 'layer', {}),
-    ('h.٠.mlp.c_fc', 1, 'layer', {}), ('0.mlp.c_fc', 1, 'layer', {}), ('h.h.0.mlp.c_fc', 1, 'layer', {}),
-    ('h.0.attn.c_attn', 1, 'layer', {}), ('lm_head', 1, 'layer', {}), ('transformer.h.0.mlp.c_fc', 1, 'layer', {}),
-    ('h.0.attn.c_attn.query', 1, 'layer', {}), ('h.0.attn.c_attn.c_q', 1, 'layer', mla()),
-    ('h.0.attn.c_attn.kv_down', 1, 'layer', mla())])
+
+@pytest.mark.parametrize(
+    'name, rank, hint, options',
+    [
+        ('h.0.mlp.c_fc', 0, '1 to 8', {}),
+        ('h.1.mlp.c_proj', 9, '1 to 8', {}),
+        ('h.2.mlp.c_fc', 1, 'layer', {}),
+        ('h.00.mlp.c_fc', 1, 'layer', {}),
+        ('h.-1.mlp.c_fc', 1, 'layer', {}),
+        ('h.².mlp.c_fc', 1, 'layer', {}),
+        ('h.٠.mlp.c_fc', 1, 'layer', {}),
+        ('0.mlp.c_fc', 1, 'layer', {}),
+        ('h.h.0.mlp.c_fc', 1, 'layer', {}),
+        ('h.0.attn.c_attn', 1, 'layer', {}),
+        ('lm_head', 1, 'layer', {}),
+        ('transformer.h.0.mlp.c_fc', 1, 'layer', {}),
+        ('h.0.attn.c_attn.query', 1, 'layer', {}),
+        ('h.0.attn.c_attn.c_q', 1, 'layer', mla()),
+        ('h.0.attn.c_attn.kv_down', 1, 'layer', mla()),
+    ],
+)
 def test_layers_and_ranks_that_cannot_be(name, rank, hint, options):
     with pytest.raises(ValueError, match='^layer_ranks=') as e:
         GPTConfig(n_layer=2, n_embd=8, n_head=2, layer_ranks={'h.0.attn.c_proj': 1, name: rank}, **options)
@@ -48,9 +62,21 @@ def test_every_layer_that_can_be_named_is_there(options, count):
         assert options or kinds.count(SplitProjection) == ('c_attn' in name) == 2 - kinds.count(QKVProjection)
 
 
-@pytest.mark.parametrize('value', ["{'h.0.mlp.c_fc': 3.5}", "{'h.0.mlp.c_fc': True}", "{'h.0.mlp.c_fc': None}",
-                                   '{1: 3}', "[('h.0.mlp.c_fc', 3)]", '3', 'h.0.mlp.c_fc', "{'h.0.mlp.c_fc': '3'}",
-                                   '{0.5, 1}', "{'h.1.mlp.c_fc': 3}"])
+@pytest.mark.parametrize(
+    'value',
+    [
+        "{'h.0.mlp.c_fc': 3.5}",
+        "{'h.0.mlp.c_fc': True}",
+        "{'h.0.mlp.c_fc': None}",
+        '{1: 3}',
+        "[('h.0.mlp.c_fc', 3)]",
+        '3',
+        'h.0.mlp.c_fc',
+        "{'h.0.mlp.c_fc': '3'}",
+        '{0.5, 1}',
+        "{'h.1.mlp.c_fc': 3}",
+    ],
+)
 def test_other_values_on_the_command_line_and_in_a_file_are_one_line(here, refused, value):
     """The last is of the right type, but TINY has one block."""
     hint = "nearest: 'h.0.mlp.c_fc'" if 'h.1' in value else "{'name': 1} or None"
@@ -60,15 +86,22 @@ def test_other_values_on_the_command_line_and_in_a_file_are_one_line(here, refus
     assert '[own.py]' in refused(train.main, 'own.py', *TINY) and not Path('out').exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model
 
-@pytest.mark.parametrize('options', [svd('causal'), svd('sequence', bias=False), mla(**svd('causal', bias=False)),
-                                     mla(**svd('sequence'))], ids=str)
+
+@pytest.mark.parametrize(
+    'options',
+    [svd('causal'), svd('sequence', bias=False), mla(**svd('causal', bias=False)), mla(**svd('sequence'))],
+    ids=str,
+)
 def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options):
     """With as many bytes of cache. Without that, test_mla.py has export.py's model."""
     ranks, idx = MLA_RANKS if 'use_mla' in options else RANKS, tokens(3)
-    model, whole = make(layer_ranks=ranks, **options), make(layer_ranks=ranks, **options | dict(use_svd=False))
+    model, whole = (
+        make(layer_ranks=ranks, **options),
+        make(layer_ranks=ranks, **options | dict(use_svd=False)),
+    )
     dense = GPT(replace(model.config, layer_ranks=None, use_mla=False)).double()
     dense.load_state_dict(export.plain_state_dict(whole))
     torch.testing.assert_close(model(idx, idx)[0], dense(idx, idx)[0], rtol=0, atol=1e-9)
@@ -86,17 +119,22 @@ def test_initially_products_have_the_scale_of_a_dense_weight(rank):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, layer_ranks=dict.fromkeys(names, rank)))
     for name in names:
-        layer, expected = model.transformer.get_submodule(name), .02 / (2 if name.endswith('c_proj') else 1)
-        assert layer.weight.std().item() == pytest.approx(expected, rel=.2)
+        layer, expected = model.transformer.get_submodule(name), 0.02 / (2 if name.endswith('c_proj') else 1)
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.2)
         assert layer.bias.count_nonzero() == 0
 
 
 def test_a_run_is_trained_sampled_resumed_and_refused(trained, call, refused):
     ranks = {'h.0.mlp.c_fc': 3, 'h.0.attn.c_attn.c_v': 2, 'h.0.attn.c_proj': 5}
-    trained(f'--layer_ranks={ranks}', '--max_iters=30', '--lr_decay_iters=30', '--eval_interval=30',
-            '--optimizer=muon')
+    trained(
+        f'--layer_ranks={ranks}',
+        '--max_iters=30',
+        '--lr_decay_iters=30',
+        '--eval_interval=30',
+        '--optimizer=muon',
+    )
     losses, saved = [row['loss'] for row in rows() if 'loss' in row], checkpoint()
-    assert losses[-1] < .8 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert saved['model_args']['layer_ranks'] == saved['config']['layer_ranks'] == ranks
     assert saved['model']['transformer.h.0.mlp.c_fc.A.weight'].shape == (3, 16)
     assert call(sample.main, '--device=cpu', '--start=the', '--num_samples=1', '--max_new_tokens=5').code == 0
@@ -104,5 +142,7 @@ def test_a_run_is_trained_sampled_resumed_and_refused(trained, call, refused):
     for other in ("{'h.0.mlp.c_fc': 4}", None):
         assert "layer_ranks={'h.0.mlp.c_fc': 3" in refused(train.main, *resume, f'--layer_ranks={other}')
     assert call(train.main, *resume).code == 0 and checkpoint()['iter_num'] == 31
-    assert call(train.main, 'out/config.py', '--out_dir=again', '--init_from=scratch', '--max_iters=1').code == 0
-    assert checkpoint('again')['model_args'] == saved['model_args']                             # of a dict in a file
+    assert (
+        call(train.main, 'out/config.py', '--out_dir=again', '--init_from=scratch', '--max_iters=1').code == 0
+    )
+    assert checkpoint('again')['model_args'] == saved['model_args']  # of a dict in a file

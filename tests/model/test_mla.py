@@ -1,5 +1,5 @@
-"""Multi-head latent attention: parameters, training, runs, export and config files. Its logits are in test_model.py, its
-cache in test_decode.py."""
+"""Multi-head latent attention: parameters, training, runs, export and config files. Its logits are in
+test_model.py, its cache in test_decode.py."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 import export
 import sample
 import train
-from helpers import (MLA_RANKS, RANKS, ROOT, SMALL, checkpoint, make, mla, optimizer_of, svd, tokens)
+from helpers import MLA_RANKS, RANKS, ROOT, SMALL, checkpoint, make, mla, optimizer_of, svd, tokens
 from lowrank.svd import METHODS
 from model import GPT, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
@@ -21,33 +21,52 @@ RUN = ['--use_mla=True', '--mla_latent_dim=5', '--bias=True']
 CUT = ['--use_svd=True', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4']
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # parameters
+
 
 def test_parameter_names_and_shapes():
     """Keys have no bias, since it would change no attention weight; an SVD adds no parameter."""
-    weights = {'c_attn.query.weight': (8, 8), 'c_attn.kv_down.weight': (3, 8), 'c_attn.k_up.weight': (8, 3),
-               'c_attn.v_up.weight': (8, 3), 'c_proj.weight': (8, 8)}
+    weights = {
+        'c_attn.query.weight': (8, 8),
+        'c_attn.kv_down.weight': (3, 8),
+        'c_attn.k_up.weight': (8, 3),
+        'c_attn.v_up.weight': (8, 3),
+        'c_proj.weight': (8, 8),
+    }
     biases = dict.fromkeys(('c_attn.query.bias', 'c_attn.v_up.bias', 'c_proj.bias'), (8,))
-    for options, expected in ((mla(), weights | biases), (mla(bias=False), weights),
-                              *((mla(**svd(scope, 2, 'randomized')), weights | biases) for scope in SCOPES)):
+    for options, expected in (
+        (mla(), weights | biases),
+        (mla(bias=False), weights),
+        *((mla(**svd(scope, 2, 'randomized')), weights | biases) for scope in SCOPES),
+    ):
         state = make(**options).transformer.h[1].attn.state_dict()
         assert {name: tuple(p.shape) for name, p in state.items()} == expected
-    widths = {1: 1, 3: 1, 8: 2, 128: 32, 768: 192}                  # the default latent is a quarter
+    widths = {1: 1, 3: 1, 8: 2, 128: 32, 768: 192}  # the default latent is a quarter
     assert {w: GPTConfig(n_embd=w, n_head=1, use_mla=True).latent_dim for w in widths} == widths
 
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_attention_has_a_fifth_to_a_half_fewer_parameters(bias):
     """4 C^2 become 2 C^2 + 3 C d, with d = C / 4 by default; nothing else changes."""
-    for layers, heads, width, latent in ((12, 12, 768, None), (4, 4, 128, None), (2, 3, 96, 1), (1, 1, 64, 64)):
+    for layers, heads, width, latent in (
+        (12, 12, 768, None),
+        (4, 4, 128, None),
+        (2, 3, 96, 1),
+        (1, 1, 64, 64),
+    ):
         shape = dict(n_layer=layers, n_head=heads, n_embd=width, vocab_size=64, bias=bias)
         with torch.device('meta'):
-            model, dense = GPT(GPTConfig(**shape, use_mla=True, mla_latent_dim=latent)), GPT(GPTConfig(**shape))
-        expected = layers * (2 * width ** 2 + 3 * width * (latent or width // 4) + 3 * width * bias)
-        assert model.attention_params() == expected and dense.attention_params() == layers * 4 * width * (width + bias)
+            model, dense = (
+                GPT(GPTConfig(**shape, use_mla=True, mla_latent_dim=latent)),
+                GPT(GPTConfig(**shape)),
+            )
+        expected = layers * (2 * width**2 + 3 * width * (latent or width // 4) + 3 * width * bias)
+        assert model.attention_params() == expected and dense.attention_params() == layers * 4 * width * (
+            width + bias
+        )
         assert dense.get_num_params() - model.get_num_params() == dense.attention_params() - expected
-        assert latent or .2 <= 1 - expected / dense.attention_params() <= .5
+        assert latent or 0.2 <= 1 - expected / dense.attention_params() <= 0.5
 
 
 @pytest.mark.parametrize('latent', [16, 128])
@@ -57,28 +76,49 @@ def test_initially_keys_and_values_have_the_variance_of_ordinary_ones(latent):
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=64, block_size=16, **mla(latent)))
     for block in model.transformer.h:
         a = block.attn.c_attn
-        down = a.kv_down.weight                                     # (d, C): orthogonal rows, entries of 1 / sqrt(d)
+        down = a.kv_down.weight  # (d, C): orthogonal rows, entries of 1 / sqrt(d)
         torch.testing.assert_close(down @ down.T, 128 / latent * torch.eye(latent), rtol=0, atol=1e-4)
-        for weight, std in ((a.query.weight, .02), (a.k_up.weight, .02), (a.k_up.weight @ down, .02),
-                            (a.v_up.weight @ down, .02), (block.attn.c_proj.weight, .02 / 2)):
-            assert weight.std().item() == pytest.approx(std, rel=.1)
+        for weight, std in (
+            (a.query.weight, 0.02),
+            (a.k_up.weight, 0.02),
+            (a.k_up.weight @ down, 0.02),
+            (a.v_up.weight @ down, 0.02),
+            (block.attn.c_proj.weight, 0.02 / 2),
+        ):
+            assert weight.std().item() == pytest.approx(std, rel=0.1)
         assert a.query.bias.count_nonzero() == a.v_up.bias.count_nonzero() == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # training
 
-@pytest.mark.parametrize('method, scope, kind, steps', [
-    ('standard', 'sequence', 'adamw', 30), ('gram', 'causal', 'muon', 30), ('randomized', 'weight', 'adamw', 30),
-    *(pytest.param(method, scope, kind, 1000, marks=pytest.mark.slow)
-      for method in METHODS for scope in SCOPES for kind in ('adamw', 'muon'))])
+
+@pytest.mark.parametrize(
+    'method, scope, kind, steps',
+    [
+        ('standard', 'sequence', 'adamw', 30),
+        ('gram', 'causal', 'muon', 30),
+        ('randomized', 'weight', 'adamw', 30),
+        *(
+            pytest.param(method, scope, kind, 1000, marks=pytest.mark.slow)
+            for method in METHODS
+            for scope in SCOPES
+            for kind in ('adamw', 'muon')
+        ),
+    ],
+)
 def test_training_stays_finite_and_learns(method, scope, kind, steps):
-    """The default latent, 4 numbers, with heads of 2 and of 16: V then has singular values that are exactly zero, where
-    a gradient by autograd through torch.linalg.svd is NaN at once. Without biases, which would add a dimension."""
+    """The default latent, 4 numbers, with heads of 2 and of 16: V then has singular values that are exactly
+    zero, where a gradient by autograd through torch.linalg.svd is NaN at once. Without biases, which would
+    add a dimension."""
     for n_head, rank in ((8, 1), (1, 6)):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**SMALL | dict(n_layer=1, n_head=n_head, n_embd=16, bias=False, use_mla=True),
-                              **svd(scope, rank, method)))
+        model = GPT(
+            GPTConfig(
+                **SMALL | dict(n_layer=1, n_head=n_head, n_embd=16, bias=False, use_mla=True),
+                **svd(scope, rank, method),
+            )
+        )
         optimizer, losses = optimizer_of(model, kind), []
         for step in range(steps):
             x = tokens(seed=step) % 5
@@ -89,7 +129,7 @@ def test_training_stays_finite_and_learns(method, scope, kind, steps):
             optimizer.step()
             model.advance_svd_basis()
             losses.append(loss.item())
-        assert losses[-1] < .8 * losses[0] and all(p.isfinite().all() for p in model.parameters())
+        assert losses[-1] < 0.8 * losses[0] and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_run_is_sampled_resumed_and_refused(trained, call, refused):
@@ -109,8 +149,10 @@ def test_a_run_is_sampled_resumed_and_refused(trained, call, refused):
 def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, call, refused):
     trained()
     saved, new = checkpoint(), dict(use_mla=False, mla_latent_dim=None, layer_ranks=None)
-    old = saved | {part: {key: value for key, value in saved[part].items() if key not in new}
-                   for part in ('model_args', 'config')}
+    old = saved | {
+        part: {key: value for key, value in saved[part].items() if key not in new}
+        for part in ('model_args', 'config')
+    }
     torch.save(old, 'out/ckpt.pt')
     assert call(sample.main, '--device=cpu', '--start=the', '--num_samples=1', '--max_new_tokens=5').code == 0
     resume = ['--init_from=resume', '--device=cpu', '--max_iters=5']
@@ -118,20 +160,36 @@ def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, ca
     assert call(train.main, *resume).code == 0 and checkpoint()['model_args'] == saved['model_args']
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # export.py and configs
 
-@pytest.mark.parametrize('options', [
-    mla(), mla(8, bias=False), mla(**svd('weight')), mla(bias=False, **svd('weight', 3, 'standard')), svd('weight'),
-    dict(layer_ranks=RANKS), dict(layer_ranks=RANKS, bias=False, **svd('weight')), mla(layer_ranks=MLA_RANKS)], ids=str)
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        mla(),
+        mla(8, bias=False),
+        mla(**svd('weight')),
+        mla(bias=False, **svd('weight', 3, 'standard')),
+        svd('weight'),
+        dict(layer_ranks=RANKS),
+        dict(layer_ranks=RANKS, bias=False, **svd('weight')),
+        mla(layer_ranks=MLA_RANKS),
+    ],
+    ids=str,
+)
 def test_multiplied_out_it_is_a_plain_model(options):
     """Latents, layers of two factors and the SVD of 'weight' scope become dense weights."""
     for dtype in (torch.float64, torch.float32):
         model, idx = make(dtype=dtype, **options), tokens()
-        plain = GPT(GPTConfig(**asdict(model.config) | dict(use_mla=False, use_svd=False, layer_ranks=None))).to(dtype)
+        plain = GPT(
+            GPTConfig(**asdict(model.config) | dict(use_mla=False, use_svd=False, layer_ranks=None))
+        ).to(dtype)
         plain.load_state_dict(export.plain_state_dict(model))
         expected = model(idx, idx)[0]
-        assert (plain(idx, idx)[0] - expected).abs().max() <= 1e4 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (plain(idx, idx)[0] - expected).abs().max() <= 1e4 * torch.finfo(
+            dtype
+        ).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize('to', ['gpt2', 'nanogpt'])
@@ -147,21 +205,38 @@ def test_a_run_is_exported(trained, call, refused, to):
     assert (after.eval()(idx, idx)[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
     if to == 'nanogpt':
         assert not checkpoint('new')['optimizer']['state']
-        assert call(train.main, '--init_from=resume', '--out_dir=new', '--max_iters=6', '--device=cpu').code == 0
+        assert (
+            call(train.main, '--init_from=resume', '--out_dir=new', '--max_iters=6', '--device=cpu').code == 0
+        )
     trained(*RUN, *CUT, folder='cut')
     assert 'svd_scope=' in refused(export.main, '--out_dir=cut', f'--to={to}')
 
 
-@pytest.mark.parametrize('name, svd_method', [
-    ('train_mla_rsvd_test.py', 'randomized'), pytest.param('train_mla_test.py', None, marks=pytest.mark.slow),
-    pytest.param('train_mla_svd_test.py', 'gram', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'name, svd_method',
+    [
+        ('train_mla_rsvd_test.py', 'randomized'),
+        pytest.param('train_mla_test.py', None, marks=pytest.mark.slow),
+        pytest.param('train_mla_svd_test.py', 'gram', marks=pytest.mark.slow),
+    ],
+)
 def test_a_config_file_is_trained_as_it_says(name, svd_method, tmp_path, monkeypatch, call):
     """One step of the real shape on other text: its settings are the checkpoint's."""
     monkeypatch.chdir(tmp_path)
     path = ROOT / 'config' / name
-    write_dataset(Path('data/shakespeare_char'), ''.join(map(chr, range(32, 97))) * 20, 'char', source='tests')
-    result = call(train.main, path, '--device=cpu', '--max_iters=1', '--eval_iters=1', '--log_interval=1',
-                  '--block_size=48', '--batch_size=1')
+    write_dataset(
+        Path('data/shakespeare_char'), ''.join(map(chr, range(32, 97))) * 20, 'char', source='tests'
+    )
+    result = call(
+        train.main,
+        path,
+        '--device=cpu',
+        '--max_iters=1',
+        '--eval_iters=1',
+        '--log_interval=1',
+        '--block_size=48',
+        '--batch_size=1',
+    )
     assert result.code == 0, result.err
     saved = checkpoint('out-' + name[6:-3].replace('_', '-'))
     expected = dict(use_mla=True, mla_latent_dim=32, n_layer=4, n_embd=128, use_svd=bool(svd_method))

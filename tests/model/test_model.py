@@ -1,12 +1,28 @@
-"""model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD scope promises."""
+"""model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD scope
+promises."""
 
 import math
 
 import pytest
 import torch
 
-from helpers import (MLA_RANKS, RANKS, SMALL, checkpoint_of, copy_of, cut_by_hand, equal, leak, logits_by_hand,
-                     loss_by_hand, make, mla, precision, svd, tokens)
+from helpers import (
+    MLA_RANKS,
+    RANKS,
+    SMALL,
+    checkpoint_of,
+    copy_of,
+    cut_by_hand,
+    equal,
+    leak,
+    logits_by_hand,
+    loss_by_hand,
+    make,
+    mla,
+    precision,
+    svd,
+    tokens,
+)
 from lowrank.svd import EXACT_METHODS, METHODS
 from model import GPT, SCOPES, GPTConfig
 from runtime.optim import gpt_groups
@@ -14,18 +30,23 @@ from runtime.optim import gpt_groups
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model by hand
 
+
 def tanh_gelu_by_hand(x):
-    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + .044715 * x ** 3))) / 2
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def assert_same_as_by_hand(device, options, **by_hand):
     """Logits, loss and the gradient of every parameter."""
     dtype, bar = precision(device)
-    model, idx, targets = make(dtype=dtype, **options).to(device), tokens().to(device), tokens(seed=1).to(device)
-    targets[0, :5] = -1                                             # ignored
+    model, idx, targets = (
+        make(dtype=dtype, **options).to(device),
+        tokens().to(device),
+        tokens(seed=1).to(device),
+    )
+    targets[0, :5] = -1  # ignored
     state = copy_of(model)
     logits, loss = model(idx, targets)
     expected = logits_by_hand(state, idx, **by_hand)
@@ -34,29 +55,45 @@ def assert_same_as_by_hand(device, options, **by_hand):
     loss.backward()
     loss_by_hand(expected, targets).backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, state[name].grad, rtol=1e4 * bar, atol=10 * bar,
-                                   msg=lambda m: f'{name}: {m}')
-    last, no_loss = model(idx)                                      # without targets, only the last position
+        torch.testing.assert_close(
+            p.grad, state[name].grad, rtol=1e4 * bar, atol=10 * bar, msg=lambda m: f'{name}: {m}'
+        )
+    last, no_loss = model(idx)  # without targets, only the last position
     assert no_loss is None
     torch.testing.assert_close(last, logits[:, -1:], rtol=0, atol=10 * bar)
 
 
 @pytest.mark.any_device
-@pytest.mark.parametrize('options, by_hand', [
-    ({}, {}), (dict(bias=False, gelu='tanh'), dict(gelu=tanh_gelu_by_hand)), (mla(1), {}), (mla(3, bias=False), {}),
-    (mla(8, bias=False), {})], ids=str)
+@pytest.mark.parametrize(
+    'options, by_hand',
+    [
+        ({}, {}),
+        (dict(bias=False, gelu='tanh'), dict(gelu=tanh_gelu_by_hand)),
+        (mla(1), {}),
+        (mla(3, bias=False), {}),
+        (mla(8, bias=False), {}),
+    ],
+    ids=str,
+)
 def test_it_is_a_gpt_by_hand(device, options, by_hand):
     assert_same_as_by_hand(device, options, **by_hand)
 
 
 @pytest.mark.any_device
-@pytest.mark.parametrize('basis_grad, latents, bias', [(True, False, True), (False, False, False), (True, True, True)],
-                         ids=['dense', 'constant basis', 'MLA'])
+@pytest.mark.parametrize(
+    'basis_grad, latents, bias',
+    [(True, False, True), (False, False, False), (True, True, True)],
+    ids=['dense', 'constant basis', 'MLA'],
+)
 @pytest.mark.parametrize('scope', SCOPES)
 @pytest.mark.parametrize('method', EXACT_METHODS)
-def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(device, scope, method, basis_grad, latents, bias):
+def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(
+    device, scope, method, basis_grad, latents, bias
+):
     """V, W_v or U_v of each head is replaced by U_k S_k V_k^T of torch.linalg.svd."""
-    options = dict(bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad), **(mla(5) if latents else {}))
+    options = dict(
+        bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad), **(mla(5) if latents else {})
+    )
     assert_same_as_by_hand(device, options, **cut_by_hand(scope, 2, basis_grad))
 
 
@@ -68,15 +105,22 @@ def test_the_svd_of_v_is_a_method_of_attention():
 
 
 @pytest.mark.parametrize('scope', SCOPES)
-@pytest.mark.parametrize('latent, options', [
-    (None, [(None, 'standard'), (4, 'gram'), (9, 'randomized')]), (3, [(None, 'gram'), (4, 'standard')])])
+@pytest.mark.parametrize(
+    'latent, options',
+    [(None, [(None, 'standard'), (4, 'gram'), (9, 'randomized')]), (3, [(None, 'gram'), (4, 'standard')])],
+)
 def test_full_rank_is_the_baseline_to_the_bit(scope, latent, options):
-    """In 'weight' scope that is the width of the latent, if it is smaller than a head. So is use_svd=False."""
+    """In 'weight' scope that is the width of the latent, if it is smaller than a head. So is
+    use_svd=False."""
     kind, idx = mla(latent) if latent else {}, tokens()
     rank = 3 if latent and scope == 'weight' else 4
     baseline = make(**kind)
     baseline(idx, idx)[1].backward()
-    for cut in (*(svd(scope, *choice) for choice in options), svd(scope, rank), svd(scope, 1) | dict(use_svd=False)):
+    for cut in (
+        *(svd(scope, *choice) for choice in options),
+        svd(scope, rank),
+        svd(scope, 1) | dict(use_svd=False),
+    ):
         model = make(**cut, **kind)
         model(idx, idx)[1].backward()
         assert not model.config.svd_truncates and not model.config.svd_sees_future
@@ -87,9 +131,18 @@ def test_full_rank_is_the_baseline_to_the_bit(scope, latent, options):
     assert not make(**svd('sequence', 2, block_size=2), **kind).config.svd_sees_future
 
 
-@pytest.mark.parametrize('method, scope, latent', [
-    ('standard', 'sequence', 1), ('gram', 'causal', 1), ('randomized', 'weight', 1), ('gram', 'sequence', 2),
-    ('randomized', 'causal', 2), ('randomized', 'sequence', 2), ('standard', 'weight', 1)])
+@pytest.mark.parametrize(
+    'method, scope, latent',
+    [
+        ('standard', 'sequence', 1),
+        ('gram', 'causal', 1),
+        ('randomized', 'weight', 1),
+        ('gram', 'sequence', 2),
+        ('randomized', 'causal', 2),
+        ('randomized', 'sequence', 2),
+        ('standard', 'weight', 1),
+    ],
+)
 def test_a_rank_that_latents_do_not_reach_changes_nothing(method, scope, latent):
     """V of latents of two numbers has rank two, and all the singular values that are cut are zero."""
     plain, idx = make(**mla(latent, bias=False)), tokens()
@@ -102,9 +155,20 @@ def test_a_rank_that_latents_do_not_reach_changes_nothing(method, scope, latent)
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('context, rank, block, truncates', [
-    (32, 2, 32, False), (33, 2, 32, True), (64, 40, 32, False), (65, 40, 32, True), (64, 32, 32, False),
-    (64, 31, 32, True), (256, 130, 32, False), (3, 2, 1, False), (4, 1, 2, True)])
+@pytest.mark.parametrize(
+    'context, rank, block, truncates',
+    [
+        (32, 2, 32, False),
+        (33, 2, 32, True),
+        (64, 40, 32, False),
+        (65, 40, 32, True),
+        (64, 32, 32, False),
+        (64, 31, 32, True),
+        (256, 130, 32, False),
+        (3, 2, 1, False),
+        (4, 1, 2, True),
+    ],
+)
 def test_causal_scope_truncates_where_a_basis_is_due(context, rank, block, truncates):
     shape = dict(block_size=context, n_head=1, n_embd=rank + 2)
     idx, cut = tokens(1, context), make(**shape | svd('causal', rank, svd_block=block))
@@ -121,26 +185,41 @@ def test_only_sequence_scope_sees_the_future(method, latents):
         assert model.config.svd_sees_future == (scope == 'sequence')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # parameters
+
 
 def test_parameter_names_shapes_and_order_are_those_of_nanogpt():
     """The head is the token embedding; a SVD adds nothing to a state dict, and changes no draw."""
-    block = [('ln_1.weight', (8,)), ('ln_1.bias', (8,)),
-             ('attn.c_attn.weight', (24, 8)), ('attn.c_attn.bias', (24,)),
-             ('attn.c_proj.weight', (8, 8)), ('attn.c_proj.bias', (8,)),
-             ('ln_2.weight', (8,)), ('ln_2.bias', (8,)),
-             ('mlp.c_fc.weight', (32, 8)), ('mlp.c_fc.bias', (32,)),
-             ('mlp.c_proj.weight', (8, 32)), ('mlp.c_proj.bias', (8,))]
-    expected = [('transformer.wte.weight', (11, 8)), ('transformer.wpe.weight', (16, 8)),
-                *((f'transformer.h.0.{name}', shape) for name, shape in block),
-                *((f'transformer.h.1.{name}', shape) for name, shape in block),
-                ('transformer.ln_f.weight', (8,)), ('transformer.ln_f.bias', (8,)),
-                ('lm_head.weight', (11, 8))]
+    block = [
+        ('ln_1.weight', (8,)),
+        ('ln_1.bias', (8,)),
+        ('attn.c_attn.weight', (24, 8)),
+        ('attn.c_attn.bias', (24,)),
+        ('attn.c_proj.weight', (8, 8)),
+        ('attn.c_proj.bias', (8,)),
+        ('ln_2.weight', (8,)),
+        ('ln_2.bias', (8,)),
+        ('mlp.c_fc.weight', (32, 8)),
+        ('mlp.c_fc.bias', (32,)),
+        ('mlp.c_proj.weight', (8, 32)),
+        ('mlp.c_proj.bias', (8,)),
+    ]
+    expected = [
+        ('transformer.wte.weight', (11, 8)),
+        ('transformer.wpe.weight', (16, 8)),
+        *((f'transformer.h.0.{name}', shape) for name, shape in block),
+        *((f'transformer.h.1.{name}', shape) for name, shape in block),
+        ('transformer.ln_f.weight', (8,)),
+        ('transformer.ln_f.bias', (8,)),
+        ('lm_head.weight', (11, 8)),
+    ]
     model, without = make(), make(bias=False)
     assert [(name, tuple(p.shape)) for name, p in model.state_dict().items()] == expected
     assert [*without.state_dict()] == [name for name, _ in expected if not name.endswith('bias')]
-    assert model.lm_head.weight is model.transformer.wte.weight and 'lm_head.weight' not in dict(model.named_parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight and 'lm_head.weight' not in dict(
+        model.named_parameters()
+    )
     for options in (*(svd(scope, 2, 'randomized') for scope in SCOPES), dict(mla_latent_dim=3)):
         assert equal(make(**options).state_dict(), model.state_dict())
     assert not torch.equal(make(4).lm_head.weight, model.lm_head.weight)
@@ -155,17 +234,19 @@ def test_initial_weights_follow_gpt2():
         elif '.ln_' in name:
             assert (p == 1).all(), name
         else:
-            std = .02 / math.sqrt(4) if name.endswith('c_proj.weight') else .02
-            assert p.std().item() == pytest.approx(std, rel=.05) and abs(p.mean().item()) < std / 10, name
+            std = 0.02 / math.sqrt(4) if name.endswith('c_proj.weight') else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean().item()) < std / 10, name
 
 
 def test_number_of_parameters_and_mfu():
     model, a_block = make(), 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)
     assert model.get_num_params() == 11 * 8 + 2 * a_block + 16
     assert model.get_num_params(non_embedding=False) == 16 * 8 + model.get_num_params()
-    flops_per_token = 6 * model.get_num_params() + 12 * 2 * 2 * 4 * 16          # layers, heads, head size, tokens
-    assert model.estimate_mfu(10, .5) == pytest.approx(flops_per_token * 16 * 10 / .5 / 312e12)
-    assert model.estimate_mfu(10, .5, flops_promised=1e12) == pytest.approx(flops_per_token * 16 * 10 / .5 / 1e12)
+    flops_per_token = 6 * model.get_num_params() + 12 * 2 * 2 * 4 * 16  # layers, heads, head size, tokens
+    assert model.estimate_mfu(10, 0.5) == pytest.approx(flops_per_token * 16 * 10 / 0.5 / 312e12)
+    assert model.estimate_mfu(10, 0.5, flops_promised=1e12) == pytest.approx(
+        flops_per_token * 16 * 10 / 0.5 / 1e12
+    )
 
 
 def test_context_can_be_cropped_and_is_a_limit():
@@ -183,64 +264,97 @@ def test_context_can_be_cropped_and_is_a_limit():
             model.crop_block_size(size)
 
 
-@pytest.mark.parametrize('place', ['transformer.drop', 'transformer.h.0.attn', 'transformer.h.0.attn.resid_dropout',
-                                   'transformer.h.0.mlp.dropout'])
+@pytest.mark.parametrize(
+    'place',
+    [
+        'transformer.drop',
+        'transformer.h.0.attn',
+        'transformer.h.0.attn.resid_dropout',
+        'transformer.h.0.mlp.dropout',
+    ],
+)
 def test_dropout_acts_in_training_in_the_places_of_nanogpt(place):
     """Each alone makes two passes differ; 'attn' stands for the attention weights."""
     model, idx = make().train(), tokens()
     assert torch.equal(model(idx)[0], model(idx)[0])
-    module, full = model.get_submodule(place), make(dropout=.5)
+    module, full = model.get_submodule(place), make(dropout=0.5)
     name = 'p' if isinstance(module, torch.nn.Dropout) else 'dropout'
-    assert getattr(full.get_submodule(place), name) == .5 and torch.equal(full(idx)[0], model(idx)[0])
-    setattr(module, name, .5)
+    assert getattr(full.get_submodule(place), name) == 0.5 and torch.equal(full(idx)[0], model(idx)[0])
+    setattr(module, name, 0.5)
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # optimizers
 
-@pytest.mark.parametrize('options, hidden', [({}, 8), (dict(bias=False), 8), (mla(), 14), (dict(layer_ranks=RANKS), 19),
-                                             (mla(layer_ranks=MLA_RANKS, bias=False), 17)], ids=str)
+
+@pytest.mark.parametrize(
+    'options, hidden',
+    [
+        ({}, 8),
+        (dict(bias=False), 8),
+        (mla(), 14),
+        (dict(layer_ranks=RANKS), 19),
+        (mla(layer_ranks=MLA_RANKS, bias=False), 17),
+    ],
+    ids=str,
+)
 def test_optim_groups_hold_every_parameter_once(options, hidden):
     """Both Muon's and AdamW's. A frozen parameter is in none."""
     model = make(**options)
     names = {id(p): name for name, p in model.named_parameters()}
-    own = model.configure_optimizers(.1, 1e-3, (.9, .95), 'cpu').param_groups
+    own = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
     assert sorted(names[id(p)] for group in own for p in group['params']) == sorted(names.values())
-    groups = {kind: [names[id(p)] for p in group['params']] for kind, group in gpt_groups(model, .1).items()}
+    groups = {kind: [names[id(p)] for p in group['params']] for kind, group in gpt_groups(model, 0.1).items()}
     assert sorted(sum(groups.values(), [])) == sorted(names.values())
     assert groups['embedding'] == ['transformer.wte.weight', 'transformer.wpe.weight']
     assert all(name.startswith('transformer.h.') and name.endswith('weight') for name in groups['hidden'])
-    assert len(groups['hidden']) == hidden and all('ln_' in name or name.endswith('bias') for name in groups['vector'])
-    assert [group['weight_decay'] for group in gpt_groups(model, .1).values()] == [.1, .1, 0]
+    assert len(groups['hidden']) == hidden and all(
+        'ln_' in name or name.endswith('bias') for name in groups['vector']
+    )
+    assert [group['weight_decay'] for group in gpt_groups(model, 0.1).values()] == [0.1, 0.1, 0]
     model.transformer.wpe.requires_grad_(False)
-    assert [names[id(p)] for p in gpt_groups(model, .1)['embedding']['params']] == ['transformer.wte.weight']
+    assert [names[id(p)] for p in gpt_groups(model, 0.1)['embedding']['params']] == ['transformer.wte.weight']
 
 
 def test_configure_optimizers_groups_in_the_order_of_nanogpt():
-    """Matrices, then vectors, both in the order of named_parameters: optimizer states are stored by position."""
+    """Matrices, then vectors, both in the order of named_parameters: optimizer states are stored by
+    position."""
     model = make()
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = model.configure_optimizers(.1, 1e-3, (.9, .95), 'cpu')
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     decay, no_decay = optimizer.param_groups
     matrices = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
     assert [names[id(p)] for p in decay['params']] == [
-        'transformer.wte.weight', 'transformer.wpe.weight',
-        *(f'transformer.h.{i}.{name}.weight' for i in (0, 1) for name in matrices)]
-    assert [names[id(p)] for p in no_decay['params']] == [name for name, p in model.named_parameters() if p.dim() == 1]
+        'transformer.wte.weight',
+        'transformer.wpe.weight',
+        *(f'transformer.h.{i}.{name}.weight' for i in (0, 1) for name in matrices),
+    ]
+    assert [names[id(p)] for p in no_decay['params']] == [
+        name for name, p in model.named_parameters() if p.dim() == 1
+    ]
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults['eps'] == 1e-8
-    assert (decay['weight_decay'], no_decay['weight_decay']) == (.1, 0)
-    assert all(group['lr'] == 1e-3 and group['betas'] == (.9, .95) for group in optimizer.param_groups)
+    assert (decay['weight_decay'], no_decay['weight_decay']) == (0.1, 0)
+    assert all(group['lr'] == 1e-3 and group['betas'] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # generation
 
+
 @torch.no_grad()
-@pytest.mark.parametrize('columns, options', [
-    (1, {}), (3, dict(temperature=.5)), (3, dict(temperature=3., top_k=4)), (3, dict(top_k=1)), (3, dict(top_k=99)),
-    (14, dict(top_k=5)),                                            # grows beyond block_size = 16
-    (20, {})])                                                      # starts beyond it
+@pytest.mark.parametrize(
+    'columns, options',
+    [
+        (1, {}),
+        (3, dict(temperature=0.5)),
+        (3, dict(temperature=3.0, top_k=4)),
+        (3, dict(top_k=1)),
+        (3, dict(top_k=99)),
+        (14, dict(top_k=5)),  # grows beyond block_size = 16
+        (20, {}),
+    ],
+)  # starts beyond it
 def test_generate_draws_the_tokens_of_nanogpt(columns, options):
     model, idx = make(), tokens(columns=columns)
     torch.manual_seed(1)
@@ -254,31 +368,35 @@ def test_generate_draws_the_tokens_of_nanogpt(columns, options):
     assert torch.equal(actual, idx)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # configuration and checkpoints
 
-@pytest.mark.parametrize('field, overrides, hint', [
-    ('block_size', dict(block_size=0), 'at least 1'),
-    ('vocab_size', dict(vocab_size=-5), 'at least 1'),
-    ('n_layer', dict(n_layer=0), 'at least 1'),
-    ('n_head', dict(n_head=0), 'at least 1'),
-    ('n_embd', dict(n_embd=0), 'at least 1'),
-    ('n_embd', dict(n_embd=10, n_head=4), 'nearest: 8'),
-    ('n_embd', dict(n_embd=3, n_head=8), 'nearest: 8'),
-    ('dropout', dict(dropout=1.0), 'below 1'),
-    ('dropout', dict(dropout=-.1), 'at least 0'),
-    ('dropout', dict(dropout=float('nan')), 'at least 0'),
-    ('svd_rank', dict(svd_rank=0), '1 to 4, or None'),
-    ('svd_rank', dict(svd_rank=-2), 'at least 1'),
-    ('svd_block', dict(svd_block=0), 'at least 1'),
-    ('svd_method', dict(svd_method='qr'), 'standard, gram, randomized'),
-    ('gelu', dict(gelu='none'), 'exact, tanh'),
-    ('svd_power_iters', dict(svd_power_iters=-1), 'at least 0'),
-    ('svd_oversample', dict(svd_oversample=-1), 'at least 0'),
-    ('svd_scope', dict(svd_scope='token'), 'sequence, causal, weight'),
-    ('mla_latent_dim', mla(0), 'at least 1'),
-    ('mla_latent_dim', mla(9), 'nearest: 8'),
-])
+
+@pytest.mark.parametrize(
+    'field, overrides, hint',
+    [
+        ('block_size', dict(block_size=0), 'at least 1'),
+        ('vocab_size', dict(vocab_size=-5), 'at least 1'),
+        ('n_layer', dict(n_layer=0), 'at least 1'),
+        ('n_head', dict(n_head=0), 'at least 1'),
+        ('n_embd', dict(n_embd=0), 'at least 1'),
+        ('n_embd', dict(n_embd=10, n_head=4), 'nearest: 8'),
+        ('n_embd', dict(n_embd=3, n_head=8), 'nearest: 8'),
+        ('dropout', dict(dropout=1.0), 'below 1'),
+        ('dropout', dict(dropout=-0.1), 'at least 0'),
+        ('dropout', dict(dropout=float('nan')), 'at least 0'),
+        ('svd_rank', dict(svd_rank=0), '1 to 4, or None'),
+        ('svd_rank', dict(svd_rank=-2), 'at least 1'),
+        ('svd_block', dict(svd_block=0), 'at least 1'),
+        ('svd_method', dict(svd_method='qr'), 'standard, gram, randomized'),
+        ('gelu', dict(gelu='none'), 'exact, tanh'),
+        ('svd_power_iters', dict(svd_power_iters=-1), 'at least 0'),
+        ('svd_oversample', dict(svd_oversample=-1), 'at least 0'),
+        ('svd_scope', dict(svd_scope='token'), 'sequence, causal, weight'),
+        ('mla_latent_dim', mla(0), 'at least 1'),
+        ('mla_latent_dim', mla(9), 'nearest: 8'),
+    ],
+)
 def test_impossible_values_are_refused_by_name(field, overrides, hint):
     with pytest.raises(ValueError) as e:
         GPTConfig(**{**SMALL, **overrides})
@@ -286,12 +404,18 @@ def test_impossible_values_are_refused_by_name(field, overrides, hint):
     assert message.startswith(f'{field}={overrides[field]!r}') and hint in message and '\n' not in message
 
 
-@pytest.mark.parametrize('options, changes', [
-    ({}, [dict(n_embd=16), dict(n_layer=3), dict(n_layer=1), dict(bias=False), dict(block_size=8)]),
-    (svd('sequence', bias=False), [dict(bias=True)]), (svd('causal', dropout=.1), [dict(use_mla=True)]),
-    (mla(**svd('weight')), [dict(use_mla=False), dict(mla_latent_dim=4)]),
-    (mla(layer_ranks=MLA_RANKS), [dict(layer_ranks=None)]),
-    (dict(layer_ranks=RANKS), [dict(layer_ranks=None), dict(layer_ranks=RANKS | {'h.1.mlp.c_fc': 7})])], ids=str)
+@pytest.mark.parametrize(
+    'options, changes',
+    [
+        ({}, [dict(n_embd=16), dict(n_layer=3), dict(n_layer=1), dict(bias=False), dict(block_size=8)]),
+        (svd('sequence', bias=False), [dict(bias=True)]),
+        (svd('causal', dropout=0.1), [dict(use_mla=True)]),
+        (mla(**svd('weight')), [dict(use_mla=False), dict(mla_latent_dim=4)]),
+        (mla(layer_ranks=MLA_RANKS), [dict(layer_ranks=None)]),
+        (dict(layer_ranks=RANKS), [dict(layer_ranks=None), dict(layer_ranks=RANKS | {'h.1.mlp.c_fc': 7})]),
+    ],
+    ids=str,
+)
 def test_model_args_and_weights_give_the_model_back_if_they_fit(options, changes):
     model, idx = make(dtype=torch.float32, **options), tokens()
     saved = checkpoint_of(model)
@@ -309,7 +433,7 @@ def test_a_checkpoint_of_nanogpt_is_enough_and_svd_and_dropout_can_be_chosen():
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
     saved = {'model': model.state_dict(), 'model_args': {name: getattr(model.config, name) for name in names}}
     assert torch.equal(GPT.from_checkpoint(saved).eval()(idx)[0], model(idx)[0])
-    cut = GPT.from_checkpoint(saved, **svd('weight', 2), dropout=.2).eval()
-    assert cut.config == GPTConfig(**saved['model_args'] | svd('weight', 2, dropout=.2))
+    cut = GPT.from_checkpoint(saved, **svd('weight', 2), dropout=0.2).eval()
+    assert cut.config == GPTConfig(**saved['model_args'] | svd('weight', 2, dropout=0.2))
     expected = logits_by_hand(model.state_dict(), idx, **cut_by_hand('weight', 2))
     torch.testing.assert_close(cut(idx, idx)[0], expected, rtol=1e-3, atol=1e-3)
