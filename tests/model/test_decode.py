@@ -31,7 +31,7 @@ each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
 # logits
 
 
-@settings(derandomize=True, deadline=None, max_examples=120)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(
     data=st.data(),
     scope=st.sampled_from([None, 'causal', 'weight']),
@@ -343,7 +343,7 @@ def test_the_cache_changes_no_token(device, options):
     model = lively(dtype=dtype, **options).to(device)
     draws = [dict(temperature=0), dict(top_p=0.8), dict(temperature=0.7, top_k=5), dict(temperature=1.5)]
     for i, (columns, new) in enumerate(
-        [(1, 16), (3, 0), (16, 3), (5, 20), (15, 2), (4, 1), (20, 3), (15, 1)]
+        [(1, 16), (3, 0), (16, 3), (5, 14), (15, 2), (4, 1), (20, 3)]
     ):
         idx, options = tokens(3, columns, seed=i).to(device), dict(seed=2) | draws[i % 4]
         for prompt in (idx, idx[:1].expand(3, -1)):
