@@ -342,18 +342,15 @@ def test_the_cache_changes_no_token(device, options):
     dtype, _ = precision(device)
     model = lively(dtype=dtype, **options).to(device)
     draws = [dict(temperature=0), dict(top_p=0.8), dict(temperature=0.7, top_k=5), dict(temperature=1.5)]
-    for i, (columns, new) in enumerate(
-        [(1, 16), (3, 0), (16, 3), (5, 14), (15, 2), (4, 1), (20, 3)]
-    ):
-        idx, options = tokens(3, columns, seed=i).to(device), dict(seed=2) | draws[i % 4]
+    for i, (columns, new) in enumerate([(1, 16), (3, 0), (20, 3), (5, 14), (15, 2), (4, 1)]):
+        idx, draw = tokens(3, columns, seed=i).to(device), dict(seed=2) | draws[i % 4]
         for prompt in (idx, idx[:1].expand(3, -1)):
-            expected = model.generate(prompt.contiguous(), new, use_cache=False, **options)
+            expected = model.generate(prompt.contiguous(), new, use_cache=False, **draw)
             assert expected.shape == (3, columns + new) and torch.equal(expected[:, :columns], prompt)
-            assert torch.equal(model.generate(prompt, new, **options), expected)
-            assert prompt is idx or torch.equal(
-                model.generate(prompt, new, use_cache=False, **options), expected
-            )
-    assert len(model.generate(prompt, 5).unique(dim=0)) > 1  # rows of an expanded prompt differ
+            assert torch.equal(model.generate(prompt, new, **draw), expected)
+            if prompt is not idx and new < 4:
+                assert torch.equal(model.generate(prompt, new, use_cache=False, **draw), expected)
+    assert len(model.generate(idx[:1].expand(64, -1), 5, seed=2).unique(dim=0)) > 1
 
 
 @pytest.mark.parametrize('options', [{}, svd('sequence')], ids=str)
