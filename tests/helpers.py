@@ -186,16 +186,6 @@ def error(model, idx, prompt, **options):
     return ((cached_logits(model, idx, prompt, **options) - expected).abs().max() / expected.abs().max()).item()
 
 
-@torch.no_grad()
-def assert_as_near_in_bfloat16(model, idx):
-    """Under autocast the cached logits are not much further from float32's than the uncached ones."""
-    truth = model(idx, idx)[0]
-    with torch.autocast('cpu', torch.bfloat16):
-        uncached, cached = model(idx, idx)[0], cached_logits(model, idx, 5)
-    assert cached.dtype == uncached.dtype == torch.bfloat16
-    assert (cached - truth).norm() <= 2 * (uncached - truth).norm() <= .1 * truth.norm()
-
-
 def counted(f):
     """Operations that torch counts in f; attention is made of two products, so that it is counted everywhere."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -208,6 +198,56 @@ def optimizer_of(model, kind):
     if kind == 'muon':
         return MuonAdamW(gpt_groups(model, .1), 1e-2, betas, 'cpu', torch.float32)
     return model.configure_optimizers(.1, 1e-2, betas, 'cpu')
+
+
+def mla(latent=3, **options):
+    """Options of a model with latents; the heads of SMALL have size 4, so these are smaller by default."""
+    return dict(use_mla=True, mla_latent_dim=latent, **options)
+
+
+# different layers and ranks in each block of SMALL; layers are (8, 8), (8, 8), (32, 8) and (8, 32)
+RANKS = {'h.0.attn.c_attn.c_q': 3, 'h.0.attn.c_attn.c_v': 1, 'h.0.attn.c_proj': 2, 'h.0.mlp.c_fc': 5,
+         'h.1.attn.c_attn.c_k': 2, 'h.1.mlp.c_fc': 4, 'h.1.mlp.c_proj': 8}
+MLA_RANKS = {'h.0.attn.c_attn.query': 3, 'h.0.mlp.c_proj': 2, 'h.1.attn.c_proj': 5}
+
+
+def precision(device):
+    """The widest dtype of a device, and the relative error allowed in it: 1e4 eps or more, since gaps at the
+    cut of an SVD are 1e-4 of the largest eigenvalue or more."""
+    return (torch.float32, 2e-3) if torch.device(device).type == 'mps' else (torch.float64, 1e-10)
+
+
+def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_hand):
+    """The logits of a GPT-2 of two blocks from its state dict, with an explicit mask. With latents c = W_a x,
+    keys are U_k c and values U_v c + b. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v (nh, hs, C) or U_v
+    (nh, hs, d)."""
+    def linear(x, name):
+        return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return x * state[f'{name}.weight'] + state.get(f'{name}.bias', 0)
+
+    T, C = idx.size(1), state['transformer.wpe.weight'].size(1)
+    future = torch.ones(T, T, device=idx.device).triu(1).bool()
+    x = state['transformer.wte.weight'][idx] + state['transformer.wpe.weight'][:T]
+    for h in ('transformer.h.0', 'transformer.h.1'):
+        inside, values = norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn'
+        if f'{values}.kv_down.weight' in state:
+            c = linear(inside, f'{values}.kv_down')
+            q, k = linear(inside, f'{values}.query'), linear(c, f'{values}.k_up')
+            values += '.v_up'
+        else:
+            c, (q, k, _) = inside, linear(inside, values).chunk(3, dim=-1)
+        w_v, b_v = state[f'{values}.weight'][-C:].unflatten(0, (n_head, -1)), state.get(f'{values}.bias')
+        v = torch.einsum('btc,hsc->bhts', c, cut_w_v(w_v) if cut_w_v else w_v)
+        v = v if b_v is None else v + b_v[-C:].view(n_head, 1, -1)
+        v = cut_v(v) if cut_v else v
+        q, k = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k))
+        attention = (q @ k.mT / math.sqrt(k.size(-1))).masked_fill(future, -math.inf).softmax(-1)
+        x = x + linear((attention @ v).transpose(1, 2).flatten(2), f'{h}.attn.c_proj')
+        x = x + linear(gelu(linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')), f'{h}.mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ state['lm_head.weight'].T
 
 
 # ----------------------------------------------------------------------------------------------------------------------
