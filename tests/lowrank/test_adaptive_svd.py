@@ -164,8 +164,8 @@ def test_gradient_alignment_at_the_edges():
 def test_chance_lift_and_excess():
     assert chance(64, 256) == .25
     assert [lift(*args) for args in ((.5, .25), (.25, .25), (0, .25), (0, 0))] == [2, 1, 0, 1]
-    assert [excess(*args) for args in ((.25, .25), (1, .25), (.625, .25), (0, .5), (1, 1), (0, 0), (.3, 0))] == [
-        0, 1, .5, -1, 0, 0, .3]
+    assert [excess(*args) for args in (
+        (.25, .25), (1, .25), (.625, .25), (0, .5), (1, 1), (0, 0), (.3, 0))] == [0, 1, .5, -1, 0, 0, .3]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,8 @@ def test_change_is_relative_to_what_was():
               for a, b, stable in ((1, 1.105, True), (1.105, 1, False)))):                  # 0.095 and 0.105
         assert ('stable' if stable else 'changing') in determine_next_r(now, before, 3)[1]
     zero, one = torch.zeros(8), torch.ones(8)
-    assert [determine_next_r(*pair, 6, 1)[0] for pair in ((zero, zero), (one, zero), (zero, one))] == [4, 6, 6]
+    for now, before, r in ((zero, zero, 4), (one, zero, 6), (zero, one, 6)):
+        assert determine_next_r(now, before, 6, 1)[0] == r
     for S, before in ((torch.ones(3), torch.ones(4)), (torch.ones(0), None)):
         with pytest.raises(ValueError, match=f'{len(S)} singular values'):
             determine_next_r(S, before, 2)
@@ -237,8 +238,8 @@ def decide(**given):
 
 WARMUP, NO_GRADIENT, INITIAL, DANGER, OPTIMAL, UNSAFE, CONTINUE = (
     (False, 'warmup_period'), (None, 'no_gradient_yet'), (None, 'initial_svd_computation'),
-    (True, 'gradient_clobbering_risk'), (True, 'optimal_lowrank_conditions'), (False, 'reconstruction_unsafe'),
-    (None, 'continue_current_mode'))
+    (True, 'gradient_clobbering_risk'), (True, 'optimal_lowrank_conditions'),
+    (False, 'reconstruction_unsafe'), (None, 'continue_current_mode'))
 
 
 @each_dtype
