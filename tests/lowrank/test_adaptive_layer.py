@@ -41,12 +41,11 @@ def make_layer(W, protection='left', dtype=torch.float64):
 
 
 def gradient_step(layer, seed, lr=1e-2):
-    """Take a step of a fresh AdamW on a random loss, and leave the gradients."""
+    """Take a step of a fresh AdamW towards random targets, and leave the gradients."""
     layer.zero_grad()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=lr)
-    m, n = layer.base.weight.shape
-    noise, x = (normal(rows, n, seed=seed).to(layer.weight) for rows in (m, 64))
-    (layer(x).square().sum() + (layer.weight * noise).sum()).backward()
+    x = normal(64, layer.base.in_features, seed=seed).to(layer.weight)
+    (layer(x) - x[:, :1]).square().sum().backward()
     optimizer.step()
     layer.protect()
 

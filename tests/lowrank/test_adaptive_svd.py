@@ -61,9 +61,6 @@ def test_the_leading_columns_make_the_space():
     for k, angle in ((0, 0), (2, 0), (3, math.pi / 2), (4, 0)):
         assert compute_subspace_angle(frame, swapped, k) == pytest.approx(angle, abs=1e-14)
     assert compute_subspace_angle(frame[:, :3], swapped[:, :5], 3) == pytest.approx(math.pi / 2, abs=1e-14)
-    for k, name in ((4, 'U1 has 3'), (-1, 'U1 has 3'), (3, 'U2 has 2')):
-        with pytest.raises(ValueError, match=name):
-            compute_subspace_angle(frame[:, :3], swapped[:, :2], k)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -93,8 +90,6 @@ def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
             assert error == pytest.approx(want, abs=1e-6 if dtype == torch.float32 else 1e-14)
             assert type(error) is float and safe is (r == 0)
     assert compute_reconstruction_error(W, U, S, V, 99) == (1, False)
-    with pytest.raises(ValueError, match='V has 3 .*k = 4'):
-        compute_reconstruction_error(W, U, S, V[:, :3], 2)
 
 
 def test_reconstruction_errors_at_the_edges():
@@ -114,19 +109,29 @@ def test_reconstruction_errors_at_the_edges():
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
-def test_values_that_are_not_finite_are_refused_by_name(bad):
-    S, wrong, eye = numbers(3, 2, 1), numbers(3, bad, 1), torch.eye(3)
-    for name, function, arguments in (
-            ('W', compute_reconstruction_error, (eye * bad, eye, S, eye, 1)),
-            ('U', compute_reconstruction_error, (eye, eye * bad, S, eye, 1)),
-            ('S', compute_reconstruction_error, (eye, eye, wrong, eye, 1)),
-            ('V', compute_reconstruction_error, (eye, eye, S, eye * bad, 1)),
-            ('U2', compute_subspace_angle, (eye, eye * bad, 1)),
-            ('S', compute_gradient_alignment, (eye, eye, wrong, 1)),
-            ('S', determine_next_r, (wrong, None, 1)),
-            ('S_prev', determine_next_r, (S, wrong, 1)),
-            ('S', compute_singular_value_concentration, (wrong,))):
-        with pytest.raises(ValueError, match=f'^{name} must be finite'):
+def test_what_is_not_finite_or_too_short_is_refused_by_name(bad):
+    S, wrong, eye, bad_eye = numbers(3, 2, 1), numbers(3, bad, 1), torch.eye(3), torch.eye(3) * bad
+    for function, arguments, message in (
+            (compute_reconstruction_error, (bad_eye, eye, S, eye, 1), 'W must be finite'),
+            (compute_reconstruction_error, (eye, bad_eye, S, eye, 1), 'U must be finite'),
+            (compute_reconstruction_error, (eye, eye, wrong, eye, 1), 'S must be finite'),
+            (compute_reconstruction_error, (eye, eye, S, bad_eye, 1), 'V must be finite'),
+            (compute_reconstruction_error, (eye, eye, S, eye[:, :1], 1), 'V has 1 .*k = 2'),
+            (compute_subspace_angle, (eye, bad_eye, 1), 'U2 must be finite'),
+            (compute_subspace_angle, (eye, eye[:, :2], 4), 'U1 has 3'),
+            (compute_subspace_angle, (eye, eye, -1), 'U1 has 3'),
+            (compute_subspace_angle, (eye, eye[:, :2], 3), 'U2 has 2'),
+            (compute_gradient_alignment, (eye, eye, wrong, 1), 'S must be finite'),
+            (compute_gradient_alignment, (eye, eye, S, -1), 'U has 3 .*k = 4'),
+            (compute_gradient_alignment, (eye, eye[:, :1], S, 1), 'U has 1 .*k = 2'),
+            (determine_next_r, (wrong, None, 1), 'S must be finite'),
+            (determine_next_r, (S, wrong, 1), 'S_prev must be finite'),
+            (determine_next_r, (S, torch.ones(4), 2), '3 singular values'),
+            (determine_next_r, (S[:0], None, 2), '0 singular values'),
+            (compute_singular_value_concentration, (wrong,), 'S must be finite'),
+            (compute_singular_value_concentration, (S, 0), ''),
+            (compute_singular_value_concentration, (S, 1.01), '')):
+        with pytest.raises(ValueError, match=f'^{message}'):
             function(*arguments)
 
 
@@ -148,7 +153,7 @@ def test_gradients_inside_outside_and_between(dtype, columns):
 
 
 def test_gradient_alignment_at_the_edges():
-    """Gradients without information, everything or nothing protected, too few columns, columns too long."""
+    """Gradients without information, everything or nothing protected, columns that are too long."""
     U, S, nan = orthonormal(6, 4), torch.ones(4), torch.ones(6, 5).index_fill(1, torch.tensor(2), math.nan)
     for gradient in (None, torch.zeros(6, 5), nan, nan.nan_to_num(math.inf), nan.nan_to_num(-math.inf)):
         assert compute_gradient_alignment(gradient, U, S, 1) == (0, 0)
@@ -156,9 +161,6 @@ def test_gradient_alignment_at_the_edges():
         assert compute_gradient_alignment(normal(6, 5), U, S, r) == (0, 1)
     assert compute_gradient_alignment(normal(4, 6), orthonormal(4, 4), S, 0) == pytest.approx((1, 0))
     assert compute_gradient_alignment(torch.ones(3, 3), 1.00001 * torch.eye(3), torch.ones(3), 0) == (1, 0)
-    for columns, r, message in ((4, -1, 'U has 4 .*k = 5'), (2, 1, 'U has 2 .*k = 3')):
-        with pytest.raises(ValueError, match=message):
-            compute_gradient_alignment(normal(6, 5), U[:, :columns], S, r)
 
 
 def test_chance_lift_and_excess():
@@ -208,9 +210,6 @@ def test_change_is_relative_to_what_was():
     zero, one = torch.zeros(8), torch.ones(8)
     for now, before, r in ((zero, zero, 4), (one, zero, 6), (zero, one, 6)):
         assert determine_next_r(now, before, 6, 1)[0] == r
-    for S, before in ((torch.ones(3), torch.ones(4)), (torch.ones(0), None)):
-        with pytest.raises(ValueError, match=f'{len(S)} singular values'):
-            determine_next_r(S, before, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
