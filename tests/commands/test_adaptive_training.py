@@ -50,7 +50,6 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
         assert {'mode', 'reason', 'subspace_angle', 'reconstruction_error', 'excess'} <= seen.keys()
         assert seen['mode'] == 'lowrank' and seen['reason'] == 'gradient_clobbering_risk'
         assert seen['excess'] > .25 and seen['chance'] == 1 - seen['r'] / 20
-        assert seen['principal_alignment'] + seen['minor_alignment'] == pytest.approx(1)
         assert seen['update_alignment'] < 1e-6                      # protected
     saved, losses = checkpoint(), [row['loss'] for row in rows() if 'loss' in row]
     ranks = {f'h.0.attn.c_attn.c_{part}': 8 for part in 'qkv'} | {C_PROJ: 8}
@@ -199,19 +198,17 @@ def test_a_damaged_state_is_refused(trained, refused, damage):
 # ------------------------------------------------------------------------------------------------------------
 # several processes, torch.compile
 
-MANY = [*RUN, '--gradient_accumulation_steps=2']
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [['--optimizer=adamw', '--seed=1'], ['--optimizer=muon', '--seed=4']])
 def test_two_processes_train_what_one_does(trained, options):
     """With these seeds no alignment is so close to its threshold that rounding decides."""
+    options = [*RUN, '--gradient_accumulation_steps=2', *options]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    result = subprocess.run([*command, ROOT / 'train.py', *TINY, *MANY, *options, '--out_dir=two'],
+    result = subprocess.run([*command, ROOT / 'train.py', *TINY, *options, '--out_dir=two'],
                             timeout=200, capture_output=True, text=True,
                             env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr[-2000:]
-    trained(*MANY, *options, folder='one')
+    trained(*options, folder='one')
     one, two = checkpoint('one'), checkpoint('two')
     assert one['model_args'] == two['model_args']
     weights = [GPT.from_checkpoint(saved) for saved in (one, two)]

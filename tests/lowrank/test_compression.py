@@ -97,14 +97,14 @@ def test_units_do_not_matter(M, N):
     torch.testing.assert_close(*products, rtol=0, atol=1e-9)
 
 
-def test_what_is_not_finite_is_refused():
-    bad, weight = torch.full((8, 8), torch.nan), rand(12, 8)
-    for arguments, message in (((weight * torch.inf,), '^weight'), ((weight, bad), '^inputs or gradients'),
-                               ((weight, None, bad), '^inputs or gradients')):
-        with pytest.raises(ValueError, match=f'{message}.*finite'):
-            Factorization(*arguments)
-    with pytest.raises(ValueError, match='^rank=0.*nearest: 1'):
-        Factorization(weight).factors(0)
+@pytest.mark.parametrize('arguments, message', [
+    ((torch.full((12, 8), torch.inf),), 'weight: not finite'),
+    ((torch.ones(12, 8), torch.full((8, 8), torch.nan)), 'inputs or gradients: not finite'),
+    ((torch.ones(12, 8), None, torch.full((8, 8), torch.nan)), 'inputs or gradients: not finite'),
+    ((torch.ones(12, 8),), 'rank=0.*nearest: 1')])
+def test_what_is_not_finite_and_rank_0_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        Factorization(*arguments).factors(0)
 
 
 # ------------------------------------------------------------------------------------------------------------
