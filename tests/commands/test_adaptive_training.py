@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import special_layers
 import train
@@ -51,7 +50,6 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
         assert {'mode', 'reason', 'subspace_angle', 'reconstruction_error', 'excess'} <= seen.keys()
         assert seen['mode'] == 'lowrank' and seen['reason'] == 'gradient_clobbering_risk'
         assert seen['excess'] > .25 and seen['chance'] == 1 - seen['r'] / 20
-        assert seen['principal_alignment'] + seen['minor_alignment'] == pytest.approx(1)
         assert seen['update_alignment'] < 1e-6                      # protected
     saved, losses = checkpoint(), [row['loss'] for row in rows() if 'loss' in row]
     ranks = {f'h.0.attn.c_attn.c_{part}': 8 for part in 'qkv'} | {C_PROJ: 8}
@@ -61,18 +59,17 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
     assert {float(state['step']) for state in saved['optimizer']['state'].values()} == {26}
 
 
-def test_what_is_protected_stays_until_the_next_analysis(trained, call):
+@pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .02, 9)])
+def test_what_is_protected_stays_until_the_next_analysis(trained, call, protection, least, most):
     """The same steps with the factors free change it. Protection may change when a run is resumed."""
-    for protection in ('left', 'none'):
-        trained(*RUN, folder=protection)
-        before = GPT.from_checkpoint(checkpoint(protection)).get_layer(C_PROJ)
-        out = resume(call, 40, f'--out_dir={protection}', f'--adaptive_svd_protection={protection}',
-                     '--adaptive_svd_interval=50', '--learning_rate=1e-2', '--decay_lr=False')
-        after = GPT.from_checkpoint(checkpoint(protection)).get_layer(C_PROJ)
-        U = before.protected
-        change = (U.mT @ (after.weight - before.weight)).norm() / (U.mT @ before.weight).norm()
-        assert (before.r, after.r, after.protection) == (8, 8, protection) and 'SVD Analysis' not in out
-        assert change < 1e-5 if protection == 'left' else change > .02
+    trained(*RUN)
+    before = GPT.from_checkpoint(checkpoint()).get_layer(C_PROJ)
+    resume(call, 40, f'--adaptive_svd_protection={protection}', '--adaptive_svd_interval=50',
+           '--learning_rate=1e-2', '--decay_lr=False')
+    after, U = GPT.from_checkpoint(checkpoint()).get_layer(C_PROJ), before.protected
+    assert (before.r, after.r, after.protection) == (8, 8, protection)
+    change = (U.mT @ (after.weight - before.weight)).norm() / (U.mT @ before.weight).norm()
+    assert least <= change < most
 
 
 @pytest.mark.parametrize('targets, block, names', [
@@ -111,44 +108,18 @@ def test_invalid_options_are_refused(refused, options, words):
 # ------------------------------------------------------------------------------------------------------------
 # what does not change
 
-def plain_names(state):
-    """A state dict as if no layer were wrapped and c_attn were one layer."""
-    state = {name.replace('.base.', '.'): w for name, w in state.items()}
-    for name in [name for name in state if '.c_attn.c_q.' in name]:
-        parts = [state.pop(name.replace('.c_q.', f'.c_{part}.')) for part in 'qkv']
-        state[name.replace('.c_q.', '.')] = torch.cat(parts)
-    return state
-
-
-@pytest.mark.parametrize('targets, options', [
-    ('c_proj', []), ('c_proj', ['--optimizer=muon']),
-    ('c_proj', ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']),
-    ('c_q', ['--dropout=.2', '--bias=True'])])
-def test_analyses_without_a_switch_change_nothing(trained, targets, options):
-    """To the bit, unless c_attn becomes three layers, whose sums are rounded in another order. The first nine
-    steps are a warm-up, in which nothing switches."""
-    options = [*RUN, '--max_iters=9', *options]
+@pytest.mark.parametrize('options', [
+    [], ['--optimizer=muon'], ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']])
+def test_analyses_without_a_switch_change_nothing(trained, options):
+    """To the bit. The first nine steps are a warm-up, in which nothing switches."""
+    options = [*RUN, '--adaptive_svd_targets=c_proj', '--max_iters=9', *options]
     trained(*options, '--adaptive_svd=False', folder='plain')
-    trained(*options, f'--adaptive_svd_targets={targets}')
-    ours, plain = plain_names(checkpoint()['model']), checkpoint('plain')['model']
-    assert [action for _, _, action in actions(f'block0.attn.{targets}')] == ['initial', 'none']
-    assert ours.keys() == plain.keys()
-    if targets == 'c_proj':
-        losses = [[row for row in untimed(folder) if 'loss' in row] for folder in ('out', 'plain')]
-        assert equal(ours, plain) and losses[0] == losses[1]
-    for name, w in plain.items():
-        torch.testing.assert_close(ours[name], w, rtol=0, atol=1e-4)
-
-
-def test_off_leaves_no_trace_and_older_checkpoints_are_runs_without_it(trained, call):
-    trained()
-    saved = checkpoint()
-    assert 'adaptive_svd' not in saved and len(saved['optimizer']['param_groups']) == 2
-    assert 'transformer.h.0.attn.c_attn.weight' in saved['model']
-    for part in ('model_args', 'config'):
-        saved[part] = {k: v for k, v in saved[part].items() if not k.startswith(('adaptive', 'lora'))}
-    torch.save(saved, 'out/ckpt.pt')
-    assert 'SVD Analysis' not in resume(call, 5) and checkpoint()['model_args']['adaptive_svd'] is False
+    trained(*options)
+    assert [action for _, _, action in actions('block0.attn.c_proj')] == ['initial', 'none']
+    assert 'adaptive_svd' in checkpoint() and 'adaptive_svd' not in checkpoint('plain')
+    ours = {name.replace('.base.', '.'): w for name, w in checkpoint()['model'].items()}
+    losses = [[row for row in untimed(folder) if 'loss' in row] for folder in ('out', 'plain')]
+    assert equal(ours, checkpoint('plain')['model']) and losses[0] == losses[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,9 +182,7 @@ def test_options_of_a_resumed_run_are_fixed(trained, refused, folder, option, wa
 
 
 @pytest.mark.parametrize('damage', [
-    lambda s: s['adaptive_svd'].clear(), lambda s: s['adaptive_svd']['block0.attn.c_q'].pop('S'),
-    lambda s: s['adaptive_svd']['block0.attn.c_q'].update(calm='x'),
-    lambda s: s['adaptive_svd'].update({'block0.attn.c_q': 3}),
+    lambda s: s['adaptive_svd'].clear(),
     lambda s: s['adaptive_svd']['block0.attn.c_q'].update(U=torch.full((20, 20), torch.inf)),
     lambda s: s['model_args'].update(adaptive_svd_ranks=None),
     lambda s: s['model_args'].update(adaptive_svd_ranks={'h.0.attn.c_attn.c_q': 3}),
@@ -229,23 +198,17 @@ def test_a_damaged_state_is_refused(trained, refused, damage):
 # ------------------------------------------------------------------------------------------------------------
 # several processes, torch.compile
 
-MANY = [*RUN, '--gradient_accumulation_steps=2']
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [['--optimizer=adamw', '--seed=1'], ['--optimizer=muon', '--seed=4']])
 def test_two_processes_train_what_one_does(trained, options):
-    """They also have the same parameters as each other, to the bit, after every step. With these seeds no
-    alignment is so close to its threshold that rounding decides."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / 'tests')))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__]
-    result = subprocess.run([*command, *TINY, *MANY, *options, '--out_dir=two'], timeout=200,
-                            capture_output=True, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=path))
+    """With these seeds no alignment is so close to its threshold that rounding decides."""
+    options = [*RUN, '--gradient_accumulation_steps=2', *options]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    result = subprocess.run([*command, ROOT / 'train.py', *TINY, *options, '--out_dir=two'],
+                            timeout=200, capture_output=True, text=True,
+                            env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr[-2000:]
-    first, second = (torch.load(f'steps-{rank}.pt', weights_only=True) for rank in (0, 1))
-    assert len(first) >= 26 and same(first, second)
-    trained(*MANY, *options, folder='one')
+    trained(*options, folder='one')
     one, two = checkpoint('one'), checkpoint('two')
     assert one['model_args'] == two['model_args']
     weights = [GPT.from_checkpoint(saved) for saved in (one, two)]
@@ -255,17 +218,6 @@ def test_two_processes_train_what_one_does(trained, options):
         for key in a.keys() - {'step_ms', 'tokens_per_s', *(key for key in a if key.endswith('/why'))}:
             expected = b[key] if isinstance(a[key], (str, bool)) else pytest.approx(b[key], abs=2e-3)
             assert a[key] == expected, key
-
-
-def one_of_two():
-    """Train with the options of the command line, and save all parameters after each optimizer step."""
-    seen = []
-
-    def record(optimizer, args, options):
-        seen.append([p.detach().clone() for group in optimizer.param_groups for p in group['params']])
-    register_optimizer_step_post_hook(record)
-    assert train.main(sys.argv[1:]) == 0
-    torch.save(seen, f'steps-{os.environ["RANK"]}.pt')
 
 
 @pytest.fixture
@@ -279,15 +231,10 @@ def aot_eager(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [[], ['--optimizer=muon', '--bias=True', '--n_layer=2',
-                                          '--adaptive_svd_target_layer=-1']])
+@pytest.mark.parametrize('options', [[], ['--optimizer=muon', '--bias=True']])
 def test_a_compiled_run_is_the_eager_one(fit, trained, aot_eager, options):
     """fullgraph, over all switches and 40 analyses: no limit of recompilations is reached."""
     trained(*RUN, *options, '--max_iters=40', folder='eager')
     fit(*RUN, *options, '--max_iters=40', '--compile=True')
     assert equal(checkpoint()['model'], checkpoint('eager')['model'])
     assert untimed('out') == untimed('eager')
-
-
-if __name__ == '__main__':
-    one_of_two()

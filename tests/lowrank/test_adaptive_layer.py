@@ -1,14 +1,14 @@
 """Adaptive layers: no switch changes the function, what is protected stays, optimizer states are carried
 through a switch, and analyses decide when to switch."""
 
-from itertools import product
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import special_layers
-from helpers import normal, optimizer_of
+from helpers import normal, optimizer_of, with_singular_values
 from lowrank.adaptive_control import AdaptiveSVD, state_of_factors, state_of_weight, to_factors, to_full
 from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, minor_factors
 from model import GPT, GPTConfig
@@ -41,12 +41,11 @@ def make_layer(W, protection='left', dtype=torch.float64):
 
 
 def gradient_step(layer, seed, lr=1e-2):
-    """Take a step of a fresh AdamW on a random loss, and leave the gradients."""
+    """Take a step of a fresh AdamW towards random targets, and leave the gradients."""
     layer.zero_grad()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=lr)
-    m, n = layer.base.weight.shape
-    noise, x = (normal(rows, n, seed=seed).to(layer.weight) for rows in (m, 64))
-    (layer(x).square().sum() + (layer.weight * noise).sum()).backward()
+    x = normal(64, layer.base.in_features, seed=seed).to(layer.weight)
+    (layer(x) - x[:, :1]).square().sum().backward()
     optimizer.step()
     layer.protect()
 
@@ -76,7 +75,6 @@ def test_no_switch_changes_the_function(kind, shape, dtype, device):
         assert (layer(x) - y).norm() <= 1e-6 * (W.norm() * x.norm() + b.norm()), step
         assert layer.bias is bias and torch.equal(bias, b) and torch.equal(merged.bias, b)
         assert {t.dtype for t in (*layer.parameters(), *layer.buffers(), layer(x))} == {dtype}
-        assert layer.base.weight.requires_grad == (r is None)
         gradient_step(layer, step, lr)
 
 
@@ -96,53 +94,30 @@ def test_every_pair_of_factors_can_learn(kind, shape, dtype):
 
 @each_case
 def test_factors_are_the_minor_components_and_the_protected_space_is_the_rest(kind, shape, dtype):
+    """Whatever the scale: no square overflows or underflows."""
     W, g = weight(kind, shape), min(shape)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    for r in {1, g // 2, g - 1}:
-        layer, k = make_layer(W), g - r
+    near = 1e-6 * (S[0].item() or 1)
+    for r, scale in ((1, 1), (g // 2, 1e-200), (g - 1, 1e150)):
+        layer, k = make_layer(W * scale), g - r
         layer.switch_to_lowrank(r)
-        assert layer.protected.shape == (shape[0], k) and layer.A.weight.shape == (r, shape[1])
-        gram = layer.protected.mT @ layer.protected
-        torch.testing.assert_close(gram, torch.eye(k).double(), rtol=0, atol=1e-12)
-        assert (layer.protected.mT @ layer.B.weight).abs().max() <= 1e-6 * (layer.B.weight.abs().max() or 1)
-        product = layer.B.weight @ layer.A.weight
-        assert (torch.linalg.svdvals(product)[:r] - S[k:]).abs().max() <= 1e-6 * (S[0] or 1)
-        if S[k - 1] - S[k] > 1e-6 * S[0]:                           # otherwise the basis is not unique
-            assert (product - U[:, k:] * S[k:] @ Vh[k:]).norm() <= 1e-6 * S[0]
-            assert (torch.linalg.svdvals(U[:, :k].mT @ layer.protected) - 1).abs().max() <= 1e-8
-        rows = layer.A.weight.norm(dim=1)                           # sigma's root, or that of the floor
-        torch.testing.assert_close(rows, S[k:].clamp_min(1e-3 * S[0].item() or 1).sqrt(), rtol=1e-6, atol=0)
+        space, A, B = layer.protected, layer.A.weight / scale ** .5, layer.B.weight / scale ** .5
+        assert (space.shape, A.shape, B.shape) == ((shape[0], k), (r, shape[1]), (shape[0], r))
+        torch.testing.assert_close(space.mT @ space, torch.eye(k).double(), rtol=0, atol=1e-12)
+        assert (B @ A - U[:, k:] * S[k:] @ Vh[k:]).norm() <= near >= (space.mT @ B).norm()
+        assert (space @ (space.mT @ W) - U[:, :k] * S[:k] @ Vh[:k]).norm() <= near
+        if S[0] > 0:                                                # sigma's root, or that of the floor
+            torch.testing.assert_close(A.norm(dim=1), S[k:].clamp_min(1e-3 * S[0]).sqrt(), rtol=1e-6, atol=0)
 
 
 def test_invalid_ranks_and_protections_are_refused():
     layer = make_layer(weight('random', (12, 15)))
-    for r, method in product((-1, 0, 12, 13), (layer.switch_to_lowrank, layer.make_lowrank)):
-        with pytest.raises(ValueError, match=f'^r={r}: .*1 to 11 .*12 x 15'):
-            method(r)
+    for r in (-1, 0, 12, 13):
+        for method in (layer.switch_to_lowrank, layer.make_lowrank):
+            with pytest.raises(ValueError, match=f'^r={r}: .*1 to 11 .*12 x 15'):
+                method(r)
     with pytest.raises(ValueError, match="^protection='right'.*left, none"):
         AdaptiveSVDLinear(nn.Linear(2, 2), 'right')
-
-
-# ------------------------------------------------------------------------------------------------------------
-# protection
-
-@pytest.mark.parametrize('shape, dtype', [((24, 24), torch.float32), ((16, 40), torch.float64),
-                                          ((40, 16), torch.float32), ((12, 11), torch.float64)])
-@pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .1, 10)])
-def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection, least, most):
-    """100 steps of AdamW on a loss that turns the principal components around: with protection U_p^T W stays,
-    although the rest moves, without it the principal components are lost."""
-    layer = make_layer(weight('random', shape), protection, dtype)
-    layer.switch_to_lowrank(max(1, min(shape) - 6))
-    W, U = layer.weight.detach().clone(), layer.protected.clone()
-    optimizer = torch.optim.AdamW(layer.half_decayed(), lr=1e-2, weight_decay=.05)
-    for seed in range(100):
-        optimizer.zero_grad()
-        noise = normal(*shape, seed=seed).to(dtype)
-        ((U.mT @ (layer.weight + W)).square().sum() + .01 * (layer.weight * noise).sum()).backward()
-        optimizer.step()
-        layer.protect()
-    assert relative(layer.weight, W) > .01 and least <= relative(U.mT @ layer.weight, U.mT @ W) <= most
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,8 +142,7 @@ def trained(optimizer, steps=3):
 
 def switch(model, opt, layer, r):
     """r None: to full mode."""
-    def change(*args):
-        exchange(opt, model, *args)
+    change = partial(exchange, opt, model)
     to_full(layer, change) if r is None else to_factors(layer, r, None, change)
 
 
@@ -183,52 +157,45 @@ def tensors(model, opt, but):
             for t in (p, p.grad, *states(opt).get(p, {}).values()) if t is not None]
 
 
-# (layer, r) after one another; None: full mode
-SWITCHES = [(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None), (1, 1), (3, None), (1, None)]
-
-
 @each_optimizer
 def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
-    """The other parameters, gradients and states are the same objects with the same numbers. Every parameter
-    moves in the next step, and all step counts go on."""
+    """The other parameters, gradients and states are the same objects with the same numbers; gradients
+    are those of a backward pass after it. Every parameter moves in the next step, and all step counts go
+    on."""
     model, opt, backward = trained(optimizer)
     layers = list(special_layers.adaptive_layers(model).values())
-    for step, (i, r) in enumerate(SWITCHES, 4):
+    for step, (i, r) in enumerate([(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None), (1, 1),
+                                   (3, None), (1, None)], 4):       # None: to full mode
         layers[i].watch(True)                                       # as in steps with an analysis
         backward(step)
         own = {layers[i].base.weight, *layers[i].half_decayed()}
         before = [(t, t.clone()) for t in tensors(model, opt, own)]
         switch(model, opt, layers[i], r)
-        after = tensors(model, opt, own | {*layers[i].half_decayed()})
-        assert all(a is b and torch.equal(b, value) for a, (b, value) in zip(after, before, strict=True))
+        assert all(a is b and torch.equal(b, value) for a, (b, value) in zip(
+            tensors(model, opt, own | {*layers[i].half_decayed()}), before, strict=True))
         trainable = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
         grouped = [p for group in opt.param_groups for p in group['params']]
         assert len(grouped) == len(trainable) and {*grouped} == {*trainable} == {*states(opt)}
+        ours = [p.grad.clone() for p in trainable]
+        backward(step)
+        torch.testing.assert_close(ours, [p.grad for p in trainable], rtol=1e-6, atol=1e-10)
         opt.step()
         assert all((p != value).any() for p, value in trainable.items())
         assert {float(state['step']) for state in states(opt).values() if 'step' in state} == {step}
 
 
 @pytest.mark.parametrize('optimizer, r', [('adamw', 1), ('muon', 14), ('adamw', 23), ('muon', 23)])
-def test_momenta_and_gradients_follow_the_chain_rule(optimizer, r):
-    """exp_avg of A is B^T m_W, that of B m_W A^T. Gradients after a switch are those of a backward pass."""
-    model, opt, backward = trained(optimizer)
+def test_momenta_follow_the_chain_rule(optimizer, r):
+    """exp_avg of A is B^T m_W, that of B m_W A^T."""
+    model, opt, _ = trained(optimizer)
     layer = special_layers.adaptive_layers(model)['block1.attn.c_q']
-    backward(7)
     W, key = layer.base.weight, 'momentum_buffer' if optimizer == 'muon' else 'exp_avg'
     m = states(opt)[W][key].clone()
     switch(model, opt, layer, r)
     A, B = layer.half_decayed()
-    momenta = [states(opt)[p][key] for p in (A, B)]
-    torch.testing.assert_close(momenta, [(B.mT @ m).detach(), (m @ A.mT).detach()], rtol=1e-10, atol=0)
+    torch.testing.assert_close([states(opt)[p][key] for p in (A, B)],
+                               [(B.mT @ m).detach(), (m @ A.mT).detach()], rtol=1e-10, atol=0)
     assert W.grad is None and not W.requires_grad
-    for seed, after in ((8, r), (9, max(1, r - 3)), (10, None), (11, r)):
-        layer.watch(True)
-        backward(seed)
-        switch(model, opt, layer, after)
-        ours = [p.grad.clone() for p in layer.half_decayed() or [W]]
-        backward(seed)
-        torch.testing.assert_close(ours, [p.grad for p in layer.half_decayed() or [W]], rtol=1e-6, atol=1e-10)
 
 
 def factors(shape, r, kind='random', dtype=torch.float64):
@@ -276,19 +243,16 @@ def test_states_stay_finite_whatever_the_weight(kind, shape, dtype):
 def test_decay_shrinks_the_product_as_much_as_a_weight(optimizer):
     """Without a gradient B A becomes (1 - lr decay / 2)^2 B A, and W_p stays to the bit. Before the first
     step there is no optimizer state to carry through a switch."""
-    model, opt, backward = trained(optimizer, steps=0)
-    layer, plain = (special_layers.adaptive_layers(model)[f'block{i}.attn.c_q'] for i in range(2))
-    backward(0)
+    model, opt, _ = trained(optimizer, steps=0)
+    layer = special_layers.adaptive_layers(model)['block0.attn.c_q']
     for r in (14, None, 5, 14):
         switch(model, opt, layer, r)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
     A, B = layer.half_decayed()
-    expected = [layer.base.weight.clone(), (B @ A).detach() * (1 - 1e-2 * .1 / 2) ** 2,
-                plain.weight.detach() * (1 - 1e-2 * .1)]
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    frozen, product = layer.base.weight.clone(), (B @ A).detach()
     opt.step()
-    torch.testing.assert_close([layer.base.weight.detach(), (B @ A).detach(), plain.weight.detach()],
-                               [t.detach() for t in expected], rtol=1e-9, atol=0)
+    assert torch.equal(layer.base.weight, frozen)
+    torch.testing.assert_close((B @ A).detach(), product * (1 - 1e-2 * .1 / 2) ** 2, rtol=1e-9, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,15 +265,13 @@ class Watched:
     def __init__(self, W=None, protection='left'):
         self.layer = make_layer(weight('random', (40, 40)) if W is None else W, protection, torch.float32)
         self.model = nn.ModuleDict(dict(c_q=self.layer))
-        own = [{'params': [p]} for p in self.layer.parameters()]
-        self.optimizer = torch.optim.AdamW([*own, {'params': []}], lr=1e-5)
+        groups = [[p] for p in self.layer.parameters()] + [[]]
+        self.optimizer = torch.optim.AdamW([{'params': group} for group in groups], 1e-5)
         self.control, self.step = AdaptiveSVD({'c_q': self.layer}, 20), 0
 
     def gradient(self, kind):
-        g = min(self.layer.weight.shape)
-        k = g - (self.layer.r or max(1, g - 10))
-        U = left_basis(self.layer.weight)[0].float()
-        columns = U[:, :k] if kind == 'danger' else U[:, k:]
+        U, r = left_basis(self.layer.weight)[0], self.layer.r or max(1, min(self.layer.weight.shape) - 10)
+        columns = U.split((U.size(1) - r, r), dim=1)[kind == 'calm']
         return columns @ normal(columns.size(1), self.layer.base.in_features, seed=self.step).float()
 
     def analyse(self, kind, **processes):
@@ -340,7 +302,6 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
                      (True, 'lowrank', 'lowrank', 30, 'gradient_clobbering_risk')):
         changed, seen = watched.analyse('danger')
         assert (changed, *(seen[key] for key in ('action', 'mode', 'r', 'reason'))) == expected
-        assert len(watched.control.report(20)) == 3
     first, line, _ = watched.control.report(40)
     assert 'step 40' in first and '[c_q]' in line and 'r=30' in line and seen['reason'] in line
     assert watched.layer.r == 30 and not watched.layer.base.weight.requires_grad
@@ -348,14 +309,6 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
     assert metrics['svd/c_q/mode'] == 'lowrank' and metrics['svd/c_q/chance'] == .25
     assert 'svd/c_q/r_seen' not in metrics and None not in metrics.values()
     assert [step for step in range(1, 61) if watched.control.due(step)] == [20, 40, 60]
-
-
-def test_a_gradient_outside_does_not():
-    watched = Watched()
-    for reason in ('initial_svd_computation', *['reconstruction_unsafe'] * 5):
-        changed, seen = watched.analyse('calm')
-        assert (changed, seen['mode'], seen['reason'], watched.layer.r) == (False, 'full', reason, None)
-    assert seen['principal_alignment'] < 1e-6
 
 
 @pytest.mark.parametrize('protection, least, most', [('none', .01, 1), ('left', 0, 1e-3)])
@@ -374,7 +327,7 @@ def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
         assert changed or all(a is b for a, b in zip(factors_before, protected.layer.half_decayed()))
         ranks.append(protected.layer.r)
         assert seen['action'] == 'refactored' and changed == (ranks[-1] != ranks[-2])
-        assert seen['principal_alignment'] > .99                    # of the space that is protected then
+        assert seen['principal_alignment'] > .99
     assert ranks == [r for r in (30, 24, 19, 15, 12, 9, 8, 8) for _ in range(3)]
 
 
@@ -385,8 +338,7 @@ def test_low_rank_mode_ends_after_five_calm_analyses_in_a_row(protected):
     r = protected.layer.r
     changed, seen = protected.analyse('calm')
     assert (changed, seen['action'], seen['r'], protected.layer.r) == (True, 'full', 40, None)
-    assert 'FULL' in protected.control.report(1)[1] and '5' in protected.control.report(1)[1]
-    assert protected.layer.base.weight in protected.optimizer.state
+    assert 'FULL' in protected.control.report(1)[1]
     assert protected.analyse('danger')[1]['action'] == 'lowrank' and protected.layer.r == r
     for _ in range(4):                                              # both counts start again
         assert protected.analyse('calm')[1]['action'] == 'refactored'
@@ -412,13 +364,11 @@ def test_several_processes_decide_on_their_mean_gradient(protected):
 
 def test_the_spaces_of_a_steep_spectrum_are_told_apart():
     """k = 226 of 256, sigma from 1 to 1e-3: noise of float32's size turns the protected space by little."""
-    U, V = (torch.linalg.qr(normal(256, 256, seed=seed)).Q for seed in range(2))
-    watched = Watched(U * torch.logspace(0, -3, 256, dtype=torch.float64) @ V.mT)
+    watched = Watched(with_singular_values(torch.logspace(0, -3, 256), 256, 256))
     watched.layer.switch_to_lowrank(30)
     for angle in (None, pytest.approx(0, abs=1e-2)):
         assert watched.analyse(normal(256, 256, seed=2))[1]['subspace_angle'] == angle
-        with torch.no_grad():
-            watched.layer.base.weight.mul_(1 + 1e-7 * normal(256, 256, seed=3))
+        watched.layer.base.weight.data *= 1 + 1e-7 * normal(256, 256, seed=3)
 
 
 @pytest.mark.parametrize('shape', [(2, 2), (2, 9), (9, 2), (11, 11)])
@@ -427,17 +377,6 @@ def test_a_narrow_layer_can_be_watched(shape):
     for _ in range(4):
         watched.analyse('danger')
     assert watched.layer.r == 1 and watched.control.seen['c_q']['mode'] == 'lowrank'
-
-
-@pytest.mark.parametrize('scale, dtype', [(1e-25, torch.float32), (1e-12, torch.float64), (1, torch.float32),
-                                          (1e12, torch.float64), (1e20, torch.float32)])
-def test_a_weight_of_any_scale_is_decomposed(scale, dtype):
-    """No square overflows or underflows, and low-rank mode keeps the weight."""
-    W = (weight('random', (24, 24)) * scale).to(dtype)
-    layer, exact = make_layer(W, dtype=dtype), torch.linalg.svdvals(W.double() / scale)
-    layer.switch_to_lowrank(14)
-    assert (left_basis(W)[1].double() / scale - exact).abs().max() < 1e-6 * exact[0]
-    assert relative(layer.weight.detach().double() / scale, W.double() / scale) <= 1e-6
 
 
 @pytest.mark.parametrize('damage', [

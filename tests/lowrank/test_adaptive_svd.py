@@ -1,6 +1,5 @@
 """The measurements and decisions of adaptive SVD: cases with a known answer, and thresholds at their edge."""
 
-import inspect
 import json
 import math
 
@@ -62,9 +61,6 @@ def test_the_leading_columns_make_the_space():
     for k, angle in ((0, 0), (2, 0), (3, math.pi / 2), (4, 0)):
         assert compute_subspace_angle(frame, swapped, k) == pytest.approx(angle, abs=1e-14)
     assert compute_subspace_angle(frame[:, :3], swapped[:, :5], 3) == pytest.approx(math.pi / 2, abs=1e-14)
-    for k, name in ((4, 'U1 has 3'), (-1, 'U1 has 3'), (3, 'U2 has 2')):
-        with pytest.raises(ValueError, match=name):
-            compute_subspace_angle(frame[:, :3], swapped[:, :2], k)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -80,16 +76,13 @@ def test_concentration_of_known_spectra(S, percentile, expected):
     found = compute_singular_value_concentration(S, percentile)
     assert found == expected and type(found[0]) is float
     assert percentile != .95 or compute_singular_value_concentration(S) == expected         # the default
-    for wrong in (0, 1.01):
-        with pytest.raises(ValueError, match='fraction'):
-            compute_singular_value_concentration(torch.ones(4), wrong)
 
 
 @each_dtype
 @pytest.mark.parametrize('m, n', [(9, 6), (6, 9), (6, 6)])
 def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
     S, U, V = numbers(8, 4, 2, 1, .5, .25), orthonormal(m, 6), orthonormal(n, 6, 1)
-    W, U, V = ((U * S @ V.mT).to(dtype), U.to(dtype), V.to(dtype))
+    W, U, V = (t.to(dtype) for t in (U * S @ V.mT, U, V))
     for r in range(7):
         want = (S[6 - r:].square().sum() / S.square().sum()).sqrt().item()
         for columns in (6, 6 - r):                                  # all, or the leading ones alone
@@ -97,12 +90,10 @@ def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
             assert error == pytest.approx(want, abs=1e-6 if dtype == torch.float32 else 1e-14)
             assert type(error) is float and safe is (r == 0)
     assert compute_reconstruction_error(W, U, S, V, 99) == (1, False)
-    with pytest.raises(ValueError, match='V has 3 .*k = 4'):
-        compute_reconstruction_error(W, U, S, V[:, :3], 2)
 
 
 def test_reconstruction_errors_at_the_edges():
-    """The bound itself, a weight of zero, and V^T in place of V. Squares neither overflow nor underflow."""
+    """The bound itself, and a weight of zero. Squares neither overflow nor underflow."""
     S, eye = numbers(64, 62, 45, 5, 3, 1), torch.eye(6)             # the squares have the sum 10,000
     assert compute_reconstruction_error(S.diag(), eye, S, eye, 1) == (.01, False)
     S[-1] = .999
@@ -110,7 +101,6 @@ def test_reconstruction_errors_at_the_edges():
     assert compute_reconstruction_error(0 * eye, eye, 0 * S, eye, 2) == (0, True)
     W = normal(6, 6)
     U, S, V = svd(W)
-    assert compute_reconstruction_error(W, U, S, V.mT, 0)[0] > .1
     expected = (S[4:].square().sum() / S.square().sum()).item()
     for scale in (1, 1e-200, 1e200):
         found = compute_reconstruction_error(W * scale, U, S * scale, V, 2)[0]
@@ -119,19 +109,29 @@ def test_reconstruction_errors_at_the_edges():
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
-def test_values_that_are_not_finite_are_refused_by_name(bad):
-    S, wrong, eye = numbers(3, 2, 1), numbers(3, bad, 1), torch.eye(3)
-    for name in 'WUSV':
-        given = dict(W=S.diag(), U=eye, S=S, V=eye) | {name: wrong if name == 'S' else eye * bad}
-        with pytest.raises(ValueError, match=f'^{name} must be finite'):
-            compute_reconstruction_error(**given, r=1)
-    for name, function, arguments in (
-            ('U2', compute_subspace_angle, (eye, eye * bad, 1)),
-            ('S', compute_gradient_alignment, (eye, eye, wrong, 1)),
-            ('S', determine_next_r, (wrong, None, 1)),
-            ('S_prev', determine_next_r, (S, wrong, 1)),
-            ('S', compute_singular_value_concentration, (wrong,))):
-        with pytest.raises(ValueError, match=f'^{name} must be finite'):
+def test_what_is_not_finite_or_too_short_is_refused_by_name(bad):
+    S, wrong, eye, bad_eye = numbers(3, 2, 1), numbers(3, bad, 1), torch.eye(3), torch.eye(3) * bad
+    for function, arguments, message in (
+            (compute_reconstruction_error, (bad_eye, eye, S, eye, 1), 'W must be finite'),
+            (compute_reconstruction_error, (eye, bad_eye, S, eye, 1), 'U must be finite'),
+            (compute_reconstruction_error, (eye, eye, wrong, eye, 1), 'S must be finite'),
+            (compute_reconstruction_error, (eye, eye, S, bad_eye, 1), 'V must be finite'),
+            (compute_reconstruction_error, (eye, eye, S, eye[:, :1], 1), 'V has 1 .*k = 2'),
+            (compute_subspace_angle, (eye, bad_eye, 1), 'U2 must be finite'),
+            (compute_subspace_angle, (eye, eye[:, :2], 4), 'U1 has 3'),
+            (compute_subspace_angle, (eye, eye, -1), 'U1 has 3'),
+            (compute_subspace_angle, (eye, eye[:, :2], 3), 'U2 has 2'),
+            (compute_gradient_alignment, (eye, eye, wrong, 1), 'S must be finite'),
+            (compute_gradient_alignment, (eye, eye, S, -1), 'U has 3 .*k = 4'),
+            (compute_gradient_alignment, (eye, eye[:, :1], S, 1), 'U has 1 .*k = 2'),
+            (determine_next_r, (wrong, None, 1), 'S must be finite'),
+            (determine_next_r, (S, wrong, 1), 'S_prev must be finite'),
+            (determine_next_r, (S, torch.ones(4), 2), '3 singular values'),
+            (determine_next_r, (S[:0], None, 2), '0 singular values'),
+            (compute_singular_value_concentration, (wrong,), 'S must be finite'),
+            (compute_singular_value_concentration, (S, 0), ''),
+            (compute_singular_value_concentration, (S, 1.01), '')):
+        with pytest.raises(ValueError, match=f'^{message}'):
             function(*arguments)
 
 
@@ -153,7 +153,7 @@ def test_gradients_inside_outside_and_between(dtype, columns):
 
 
 def test_gradient_alignment_at_the_edges():
-    """Gradients without information, everything or nothing protected, too few columns, columns too long."""
+    """Gradients without information, everything or nothing protected, columns that are too long."""
     U, S, nan = orthonormal(6, 4), torch.ones(4), torch.ones(6, 5).index_fill(1, torch.tensor(2), math.nan)
     for gradient in (None, torch.zeros(6, 5), nan, nan.nan_to_num(math.inf), nan.nan_to_num(-math.inf)):
         assert compute_gradient_alignment(gradient, U, S, 1) == (0, 0)
@@ -161,28 +161,21 @@ def test_gradient_alignment_at_the_edges():
         assert compute_gradient_alignment(normal(6, 5), U, S, r) == (0, 1)
     assert compute_gradient_alignment(normal(4, 6), orthonormal(4, 4), S, 0) == pytest.approx((1, 0))
     assert compute_gradient_alignment(torch.ones(3, 3), 1.00001 * torch.eye(3), torch.ones(3), 0) == (1, 0)
-    for columns, r, message in ((4, -1, 'U has 4 .*k = 5'), (2, 1, 'U has 2 .*k = 3')):
-        with pytest.raises(ValueError, match=message):
-            compute_gradient_alignment(normal(6, 5), U[:, :columns], S, r)
 
 
 def test_chance_lift_and_excess():
     assert chance(64, 256) == .25
     assert [lift(*args) for args in ((.5, .25), (.25, .25), (0, .25), (0, 0))] == [2, 1, 0, 1]
-    assert [excess(*args) for args in ((.25, .25), (1, .25), (.625, .25), (0, .5))] == [0, 1, .5, -1]
-    assert [excess(*args) for args in ((1, 1), (0, 0), (.3, 0))] == [0, 0, .3]
+    assert [excess(*args) for args in (
+        (.25, .25), (1, .25), (.625, .25), (0, .5), (1, 1), (0, 0), (.3, 0))] == [0, 1, .5, -1, 0, 0, .3]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the next r
 
-def test_the_first_r_leaves_ten_components_or_what_a_small_layer_has():
+def test_r_begins_ten_below_g_and_decreases_by_a_fifth_between_its_bounds():
     for g, r in ((1, 0), (2, 1), (5, 4), (8, 7), (9, 8), (10, 8), (18, 8), (19, 9), (32, 22), (256, 246)):
-        found, why = determine_next_r(torch.ones(g), None, 5)
-        assert found == r and 'Initial' in why, g
-
-
-def test_r_decreases_by_a_fifth_between_its_bounds():
+        assert determine_next_r(torch.ones(g), None, 5)[0] == r, g
     for g, r_current, r_min, r in (
             (256, 246, 8, 196), (256, 35, 8, 28), (256, 11, 8, 8), (256, 10, 8, 8), (256, 8, 8, 8),
             (256, 3, 8, 8), (256, 3, 1, 2), (256, 1, 1, 1), (256, 0, 0, 0), (256, 500, 8, 255),
@@ -215,11 +208,8 @@ def test_change_is_relative_to_what_was():
               for a, b, stable in ((1, 1.105, True), (1.105, 1, False)))):                  # 0.095 and 0.105
         assert ('stable' if stable else 'changing') in determine_next_r(now, before, 3)[1]
     zero, one = torch.zeros(8), torch.ones(8)
-    found = [determine_next_r(*pair, 6, 1)[0] for pair in ((zero, zero), (one, zero), (zero, one))]
-    assert found == [4, 6, 6]
-    for S, before in ((torch.ones(3), torch.ones(4)), (torch.ones(0), None)):
-        with pytest.raises(ValueError, match=f'{len(S)} singular values'):
-            determine_next_r(S, before, 2)
+    for now, before, r in ((zero, zero, 4), (one, zero, 6), (zero, one, 6)):
+        assert determine_next_r(now, before, 6, 1)[0] == r
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,14 +231,14 @@ def scene(principal=.1, angle=.05, error=.005, m=16, k=2, dtype=torch.float64, *
 def decide(**given):
     decision, r_next, diagnostics = should_use_lowrank_training(**given)
     assert tuple(diagnostics) == DIAGNOSTICS and type(r_next) is int
-    json.dumps(diagnostics, allow_nan=False)                        # it can be logged
+    assert json.dumps(diagnostics, allow_nan=False)                 # it can be logged
     return decision, diagnostics['reason']
 
 
-WARMUP, NO_GRADIENT = (False, 'warmup_period'), (None, 'no_gradient_yet')
-INITIAL = (None, 'initial_svd_computation')
-DANGER, OPTIMAL = (True, 'gradient_clobbering_risk'), (True, 'optimal_lowrank_conditions')
-UNSAFE, CONTINUE = (False, 'reconstruction_unsafe'), (None, 'continue_current_mode')
+WARMUP, NO_GRADIENT, INITIAL, DANGER, OPTIMAL, UNSAFE, CONTINUE = (
+    (False, 'warmup_period'), (None, 'no_gradient_yet'), (None, 'initial_svd_computation'),
+    (True, 'gradient_clobbering_risk'), (True, 'optimal_lowrank_conditions'),
+    (False, 'reconstruction_unsafe'), (None, 'continue_current_mode'))
 
 
 @each_dtype
@@ -284,9 +274,7 @@ def test_the_first_reason_that_applies_decides():
 def test_on_the_edge_it_is_neither_danger_nor_calm(m, lengths, metric, value, want):
     """Rows of the gradient are so many ones: 4 of 10 are protected, and k/m = 1/16; 10 of 16, and k/m =
     1/2."""
-    gradient = torch.zeros(m, m)
-    for row, length in lengths.items():
-        gradient[row, :length] = 1
+    gradient = torch.stack([torch.arange(m) < lengths.get(row, 0) for row in range(m)]).double()
     given = scene(m=m, k=4, grad_W=gradient)
     assert should_use_lowrank_training(**given)[2][metric] == value and decide(**given) == want
 
@@ -294,11 +282,10 @@ def test_on_the_edge_it_is_neither_danger_nor_calm(m, lengths, metric, value, wa
 @pytest.mark.parametrize('factor', [0, math.nan, math.inf])
 def test_a_gradient_that_says_nothing_switches_nothing(factor):
     given = scene(principal=.9, grad_W=torch.ones(16, 16) * factor)
-    assert decide(**given) == CONTINUE
     assert decide(**given | dict(r_current=16)) == UNSAFE           # k = 0: nothing of W is kept
-    seen = should_use_lowrank_training(**given)[2]
-    assert (seen['principal_alignment'], seen['minor_alignment']) == (0, 0)
-    assert seen['lift'] is seen['excess'] is None
+    decision, _, seen = should_use_lowrank_training(**given)
+    assert decision is seen['lift'] is seen['excess'] is None
+    assert seen['principal_alignment'] == seen['minor_alignment'] == 0
 
 
 def test_the_diagnostics():
@@ -327,12 +314,6 @@ def test_what_is_not_needed_may_be_missing():
     assert should_use_lowrank_training(**given | short) == should_use_lowrank_training(**given)
     with pytest.raises(ValueError, match='4 columns.*k = 5'):       # r has decreased since it was cut
         should_use_lowrank_training(**given | {'U_prev': given['U_prev'][:, :4]})
-    spoilt = given['W'] * math.nan
-    assert decide(**given | dict(W=spoilt, S=spoilt, step=9)) == WARMUP
-    with pytest.raises(ValueError, match='^W must be finite'):
-        decide(**given | dict(W=spoilt))
-    assert list(inspect.signature(should_use_lowrank_training).parameters)[:11] == (
-        'W U S V W_prev U_prev S_prev V_prev grad_W r_current step').split()
 
 
 @pytest.mark.parametrize('m, n', [(1, 1), (1, 7), (7, 1), (5, 8), (8, 5)])
@@ -342,7 +323,7 @@ def test_layers_of_any_shape(m, n):
     U, S, V = svd(W)
     for r in (0, g - 1, g, g + 10):
         k, gradient = max(g - r, 0), normal(m, n, seed=1)
-        decision, r_next, seen = should_use_lowrank_training(W, U, S, V, W, U, S, V, gradient, r, 50)
+        decision, r_next, seen = should_use_lowrank_training(W, U, S, V, None, U, S, None, gradient, r, 50)
         assert seen['chance'] == k / m and r_next <= g - 1
         assert seen['subspace_angle'] < 1e-7 and seen['principal_alignment'] + seen['minor_alignment'] == 1
         if k == 0:

@@ -16,7 +16,7 @@ import plot_adaptive
 import sample
 import special_layers
 import train
-from helpers import ROOT, TINY, checkpoint, equal, folder_bytes, rows, same, untimed
+from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, untimed
 from lowrank.lora import LoRALinear
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset
@@ -80,9 +80,8 @@ def test_lora_trains_its_adapters_alone(trained, fit, init, optimizer):
     """It starts with the loss of the base. Everything else stays to the bit, and so does the folder of the
     base."""
     before = folder_bytes(trained(*BASE, folder='base'))
-    out = fit(*LORA, f'--lora_init={init}', f'--optimizer={optimizer}', '--lora_targets=c_q,mlp.c_proj')
+    fit(*LORA, f'--lora_init={init}', f'--optimizer={optimizer}', '--lora_targets=c_q,mlp.c_proj')
     assert folder_bytes('base') == before
-    assert f'LoRA, {init!r}: rank 3 in 4 layers, {2 * 3 * (16 + 16 + 64 + 16):,} trained' in out
     assert interim('out')[0] == pytest.approx(interim('base')[-1], abs=1e-5)
     begun, saved = GPT.from_pretrained('base'), checkpoint()
     torch.manual_seed(1337)
@@ -102,8 +101,7 @@ def test_lora_trains_its_adapters_alone(trained, fit, init, optimizer):
 def test_lora_targets(words, names):
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8,
                           use_mla='query' in words, lora_rank=3, lora_targets=words))
-    parts = {'c_proj': 'attn.c_proj', 'c_fc': 'mlp.c_fc', 'mlp.c_proj': 'mlp.c_proj'}
-    expected = [f'h.{i}.{parts.get(name, f"attn.c_attn.{name}")}' for i in range(2) for name in names]
+    expected = [f'h.{i}.{special_layers.TARGETS[name]}' for i in range(2) for name in names]
     found = [name for name, layer in model.transformer.named_modules() if isinstance(layer, LoRALinear)]
     assert model.config.lora_layers == expected and sorted(found) == sorted(expected)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -111,21 +109,13 @@ def test_lora_targets(words, names):
 
 
 def test_lora_with_a_shorter_context_trains_no_positions(trained, fit):
-    trained(*BASE, folder='base')
-    assert 'rank 3 in 4 layers, 384 trained parameters' in fit(*LORA, '--block_size=8', '--lora_alpha=12')
-    positions = [checkpoint(folder)['model']['transformer.wpe.weight'][:8] for folder in ('out', 'base')]
-    assert torch.equal(*positions) and len(checkpoint()['model']['transformer.wpe.weight']) == 8
-    assert GPT.from_pretrained('out').get_layer('h.1.attn.c_attn.c_v').scale == 4
-
-
-def test_the_config_file_of_the_repository_runs(trained, done):
-    """The weights say which targets and blocks there are: no shape need be given."""
-    trained(*BASE, '--use_mla=True', folder='base')
-    done(train.main, ROOT / 'config/finetune_lora.py', '--init_from=base', *DATA, '--max_iters=2',
-         '--lora_targets=query,c_fc')
-    args = checkpoint('out-lora')['model_args']
-    assert (args['lora_rank'], args['lora_alpha'], args['n_layer'], args['use_mla']) == (8, 16, 2, True)
-    assert interim('out-lora')[0][1] == pytest.approx(final('base'), abs=.3)
+    """In the folder of its base it moves that aside."""
+    before = folder_bytes(trained(*BASE, folder='base'))
+    out = fit(*LORA, '--block_size=8', '--lora_alpha=12', '--out_dir=base')
+    assert '384 trained parameters' in out and folder_bytes('base.1') == before
+    ours, whole = (checkpoint(folder)['model']['transformer.wpe.weight'] for folder in ('base', 'base.1'))
+    assert torch.equal(ours, whole[:8]) and len(whole) == 16
+    assert GPT.from_pretrained('base').get_layer('h.1.attn.c_attn.c_v').scale == 4
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -146,11 +136,6 @@ def test_a_resumed_lora_run_is_the_undisturbed_one(trained, fit, options, stop):
     assert {k for k, v in whole['config'].items() if v != ours['config'][k]} == {'init_from', 'out_dir'}
     steps = [[row for row in untimed(folder) if 'val/loss' not in row] for folder in ('out', 'whole')]
     assert steps[0] == steps[1]
-
-
-def test_lora_in_the_folder_of_its_base_moves_that_aside(trained, fit):
-    before = folder_bytes(trained(*BASE, folder='base'))
-    assert 'base.1' in fit(*LORA, '--out_dir=base') and folder_bytes('base.1') == before
 
 
 @pytest.mark.parametrize('init, rank, form', [('lora', 3, 'gpt2'), ('pissa', 6, 'nanogpt'),
@@ -251,7 +236,6 @@ def test_what_a_run_has_stays_when_it_goes_on(trained, finished, refused):
             ([*start, '--init_from=base', '--dataset=other.txt'], ['dataset=other.txt', 'base', "'jkm"])):
         line = refused(train.main, *argv)
         assert all(word in line for word in words), line
-    assert "'jkm" in refused(compress.main, '--init_from=base', '--dataset=other.txt', '--device=cpu')
     assert {k: v for k, v in folder_bytes('.').items() if not k.startswith('data/other')} == before
 
 
@@ -295,19 +279,15 @@ def test_compress_makes_plain_layers_of_them(finished, done, kind, options):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_other_commands_take_them(finished, done, kind):
-    """Spectra, benchmarks, and exports that are trained on: from their folder, a dense one also by a
-    resume."""
+    """Spectra, benchmarks, and a dense export that is resumed."""
     finished(kind)
     before = folder_bytes('out')
-    bench_here = ['--init_from=resume', '--out_dir=out', '--device=cpu', '--pairs=2']
-    out = done(compress.main, '--spectrum', '--out_dir=out')
-    assert '.A' not in out and Path('out-spectrum/spectrum.png').read_bytes().startswith(PNG)
+    done(compress.main, '--spectrum', '--out_dir=out')
+    assert Path('out-spectrum/spectrum.png').read_bytes().startswith(PNG)
     for options in (['--decode', '--tokens=2', '--contexts=3'], ['--svd_rank=3', '--svd_block=4']):
-        assert json.loads(done(bench.main, *bench_here, *options).splitlines()[-1])['results']
-    for to in ('dense', 'safetensors', 'gpt2'):
-        done(export.main, '--out_dir=out', f'--to={to}')
-        done(train.main, f'--init_from=out-{to}', f'--out_dir=from-{to}', *DATA, '--max_iters=1',
-             '--eval_iters=1')
+        out = done(bench.main, '--init_from=resume', '--out_dir=out', '--device=cpu', '--pairs=2', *options)
+        assert json.loads(out.splitlines()[-1])['results']
+    done(export.main, '--out_dir=out', '--to=dense')
     done(train.main, '--init_from=resume', '--out_dir=out-dense', '--device=cpu', '--max_iters=28')
     assert checkpoint('out-dense')['iter_num'] == 28 and folder_bytes('out') == before
 
@@ -362,25 +342,10 @@ def test_a_damaged_checkpoint_is_refused_by_all_commands(trained, refused, damag
     assert not Path('out').exists() and not Path('base-lowrank').exists()
 
 
-def test_a_folder_without_a_readable_checkpoint_is_refused(trained, refused):
-    path = trained(*BASE, folder='base') / 'ckpt.pt'
-    whole = path.read_bytes()
-    for content in (b'', b'PK\x03\x04', b'no checkpoint', whole[:len(whole) // 2]):
-        path.write_bytes(content)
-        for main, options in ((train.main, [*DATA, '--lora_rank=2']), (sample.main, ['--device=cpu'])):
-            assert 'base/ckpt.pt: damaged' in refused(main, '--init_from=base', *options)
-    path.unlink()
-    for change in (lambda: None, path.mkdir):
-        change()
-        assert "init_from='base': has no ckpt.pt" in refused(train.main, *DATA, '--init_from=base')
-
-
 # ------------------------------------------------------------------------------------------------------------
 # plot_adaptive.py
 
 PNG = b'\x89PNG\r\n\x1a\n'
-
-
 ROW = '{"iter": 20, "svd/block0.attn.c_q/mode": "full", "svd/block0.attn.c_q/r": 3}\n'
 
 
@@ -396,23 +361,20 @@ def test_a_figure_of_a_run(finished, done, kind):
         Path('out/metrics.jsonl').write_text(ROW)
 
 
-def test_no_figure_without_a_run_or_analyses(refused):
-    Path('empty').mkdir()
+def test_no_figure_without_a_run_or_a_place_for_it(refused):
     Path('folder/metrics.jsonl').mkdir(parents=True)
     Path('out/adaptive_svd.png').mkdir(parents=True)
     Path('out/metrics.jsonl').write_text(ROW)
-    for folder, words in (('out-adaptive-svd', "out_dir='out-adaptive-svd'"), ('empty', "out_dir='empty'"),
+    for folder, words in (('out-adaptive-svd', "out_dir='out-adaptive-svd'"),
                           ('folder', 'folder/metrics.jsonl: cannot be read'),
                           ('out', 'out/adaptive_svd.png: cannot be written')):
         assert words in refused(plot_adaptive.main, f'--out_dir={folder}')
-    for content in ('', '{"iter": 1, "loss": 2.5, "svd/block0.head0/energy_kept": 1.0}\n'):
-        Path('empty/metrics.jsonl').write_text(content)
-        assert 'empty/metrics.jsonl: has no analysis' in refused(plot_adaptive.main, '--out_dir=empty')
 
 
-def test_no_figure_of_a_damaged_file(refused):
+def test_no_figure_of_a_damaged_file_or_one_without_analyses(refused):
     Path('out').mkdir()
-    for content in (b'\xff\xfe', b'{"iter": 1', b'nonsense\n', b'3\n', b'[]\n', b'null\n', b'"svd/x/mode"\n',
+    for content in (b'', b'{"iter": 1, "loss": 2.5, "svd/block0.head0/energy_kept": 1.0}\n',
+                    b'\xff\xfe', b'{"iter": 1', b'nonsense\n', b'3\n', b'[]\n', b'null\n', b'"svd/x/mode"\n',
                     b'[["svd/x/mode"]]\n', b'[' * 100_000, b'{"iter": 1, "svd/mode": "full"}\n',
                     *(ROW.encode() + line for line in (b'{"iter": 1, "lo', b'{"loss": 1}\n',
                                                        b'{"iter": 1, "loss": "x"}\n')),
