@@ -121,6 +121,28 @@ def test_invalid_ranks_and_protections_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# protection
+
+@pytest.mark.parametrize('shape, dtype', [((24, 24), torch.float32), ((16, 40), torch.float64),
+                                          ((40, 16), torch.float32), ((12, 11), torch.float64)])
+@pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .1, 10)])
+def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection, least, most):
+    """100 steps of AdamW on a loss that turns the principal components around: with protection U_p^T W stays,
+    although the rest moves, without it the principal components are lost."""
+    layer = make_layer(weight('random', shape), protection, dtype)
+    layer.switch_to_lowrank(max(1, min(shape) - 6))
+    W, U = layer.weight.detach().clone(), layer.protected.clone()
+    optimizer = torch.optim.AdamW(layer.half_decayed(), lr=1e-2, weight_decay=.05)
+    for seed in range(100):
+        optimizer.zero_grad()
+        noise = normal(*shape, seed=seed).to(dtype)
+        ((U.mT @ (layer.weight + W)).square().sum() + .01 * (layer.weight * noise).sum()).backward()
+        optimizer.step()
+        layer.protect()
+    assert relative(layer.weight, W) > .01 and least <= relative(U.mT @ layer.weight, U.mT @ W) <= most
+
+
+# ------------------------------------------------------------------------------------------------------------
 # the optimizer
 
 def trained(optimizer, steps=3):
