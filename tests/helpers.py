@@ -68,7 +68,8 @@ def untimed(folder):
 
 
 def assert_same_run(folder, other):
-    """The checkpoints and the metrics of two runs are the same to the bit; timings, OUT_DIR and how they began aside."""
+    """The checkpoints and the metrics of two runs are the same to the bit; timings, OUT_DIR and how they
+    began aside."""
     a, b = checkpoint(folder), checkpoint(other)
     for key in ('out_dir', 'init_from', 'max_iters'):
         a['config'][key] = b['config'][key]

@@ -1,4 +1,5 @@
-"""Any options, config files and folders: a run, or one line and exit code 2; no traceback, no hang, no lost file."""
+"""Any options, config files and folders: a run, or one line and exit code 2; no traceback, no hang, no lost
+file."""
 
 import functools
 import os
@@ -30,13 +31,13 @@ SCRIPTS = [(train.main, train.TrainConfig, QUICK, [])] * 8 + [
     (sample.main, sample.SampleConfig, SAMPLE, []), (bench.main, bench.BenchConfig, QUICK, ['--peer=data'])]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # values and lines: right, at the border, of another type, absurd
 
 ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan', '-inf',
        '1' + '0' * 18, '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"', '(', '[' * 3000,
-       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0', 'größe',
-       '🙂',
+       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0',
+       'größe', '🙂',
        '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300,
        'x' * 100_000,
        'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
@@ -137,12 +138,13 @@ def examples(draw):
     return main, cls, [*first, *draw(st.permutations([*chosen, *extra, *files])), *last], files
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # where they run, and what must hold
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, one_thread):
-    """A folder with data sets, a run and what else may lie about. Nothing is compiled, no network is asked."""
+    """A folder with data sets, a run and what else may lie about. Nothing is compiled, no network is
+    asked."""
     root = tmp_path_factory.mktemp('world')
     work = root / 'work'
     for folder in ('mine', 'twisted/ckpt.pt'):
@@ -162,7 +164,7 @@ def world(tmp_path_factory, one_thread):
         patch.setenv('HOME', str(work))                             # '~' is a word, too
         for module in ('wandb', 'tiktoken'):
             patch.setitem(sys.modules, module, None)
-        for text in ('my.txt', 'notes.txt'):                        # else they are prepared in the repo's data/
+        for text in ('my.txt', 'notes.txt'):                # else they are prepared in the repo's data/
             locate(text, 'char', (Path('data'),))
         assert train.main([*QUICK, '--out_dir=run']) == 0
         yield root
@@ -211,7 +213,7 @@ def keep_all_but_the_run(root, before, after, said):
         assert own or appended or content in (None, *after.values()), path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the tests
 
 LIMITS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))

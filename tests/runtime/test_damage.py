@@ -58,13 +58,13 @@ def put(tree, place, value):
     return tree
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the bytes of a checkpoint
 
 @pytest.mark.parametrize('stride', [37, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_cut_is_refused_and_a_flipped_bit_too_unless_it_changes_nothing(good, check, stride):
-    """On a grid of places, in each local header of the zip and all over its directory. Times, padding and attributes
-    have no checksum."""
+    """On a grid of places, in each local header of the zip and all over its directory. Times, padding and
+    attributes have no checksum."""
     content, harmless = PATH.read_bytes(), []
     places = {*range(0, len(content), len(content) // 60), *range(content.index(b'PK\1\2'), len(content), 23),
               *(header.start() + n % 45 for n, header in enumerate(re.finditer(b'PK\3\4', content)))}
@@ -98,7 +98,8 @@ FILES = {
     'without data.pkl': lambda good: good.replace(b'data.pkl', b'data.pk_'),
     'a hole': lambda good: good[:len(good) // 2] + bytes(512) + good[len(good) // 2 + 512:],
     'another zip': lambda good: rewrite(lambda name, c: b'?'),
-    'code in a zip': lambda good: rewrite(lambda name, c: pickle.dumps([Bomb()], 2) if 'data.pkl' in name else c),
+    'code in a zip': lambda good: rewrite(
+        lambda name, c: pickle.dumps([Bomb()], 2) if 'data.pkl' in name else c),
     'other sizes': lambda good: rewrite(lambda name, c: c + b'1234' if '/data/' in name else c),
     'legacy': lambda good: torch.save(checkpoint(), PATH, _use_new_zipfile_serialization=False),
     'legacy code': lambda good: torch.save(Bomb(), PATH, _use_new_zipfile_serialization=False),
@@ -114,7 +115,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(good, check, spoil):
     check('out/ckpt.pt: ', RESUME, SAMPLE, EXPORT)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the content of a checkpoint
 
 HUGE = [10 ** n for n in (9, 18, 300)]
@@ -168,8 +169,8 @@ SPOILT_FOR_TRAINING = {
     'config/eval_interval': [0]}
 QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model',
          'iter_num',
-         'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset', 'optimizer',
-         'optimizer/state/0/exp_avg_sq', 'optimizer/state/1']
+         'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset',
+         'optimizer', 'optimizer/state/0/exp_avg_sq', 'optimizer/state/1']
 CASES = [*((place, values, (RESUME, SAMPLE, EXPORT)) for place, values in SPOILT.items()),
          *((place, values, (RESUME,)) for place, values in SPOILT_FOR_TRAINING.items())]
 
@@ -191,8 +192,8 @@ def test_what_is_not_finite_is_not_saved(good):
 
 
 def test_a_checkpoint_of_nanogpt_is_read(good, call):
-    """It has the prefix of torch.compile, a stored causal mask, a loss that is a tensor, and no tokenizer: that is
-    beside the data set. With or without, the text is the same."""
+    """It has the prefix of torch.compile, a stored causal mask, a loss that is a tensor, and no tokenizer:
+    that is beside the data set. With or without, the text is the same."""
     expected = call(*SAMPLE, '--start=the').out
     for dataset in ('toy', 'data/toy'):
         theirs = {f'_orig_mod.{name}': w for name, w in good['model'].items()}
@@ -229,7 +230,7 @@ def test_a_random_state_gives_the_same_numbers_again(device):
     assert same(drawn[0], drawn[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data sets
 
 CHARS = sorted(set(TEXT))
@@ -266,8 +267,8 @@ def spoilt(name, whole):
         return [*(text.encode() for text in [*TEXTS, *map(json.dumps, changed)]), *cuts]
     foreign = [whole[:place] + top.to_bytes(2, 'little') + whole[place:][2:]     # ids beyond the vocabulary
                for place, top in ((0, 17), (200, 2 ** 15), (-2, 2 ** 16 - 1), (-2, 17))]
-    return [b'', whole[:1], whole[:2], whole[:4], whole[:235], whole + b'\0', whole + b'\0\0', whole[:-2], whole * 2,
-            TEXT.encode()[:len(whole)], b'\1' + whole[:-1], *foreign]
+    return [b'', whole[:1], whole[:2], whole[:4], whole[:235], whole + b'\0', whole + b'\0\0', whole[:-2],
+            whole * 2, TEXT.encode()[:len(whole)], b'\1' + whole[:-1], *foreign]
 
 
 @pytest.mark.parametrize('name, stride', [

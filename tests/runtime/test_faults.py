@@ -27,7 +27,7 @@ needs_full = pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk t
 TWO_LAYERS = [*TINY, '--n_layer=2', '--max_iters=8']
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # numbers
 
 def in_step(number, spoil):
@@ -101,17 +101,15 @@ def test_weights_that_no_step_has_found_spoilt_are_not_saved(call, forward, bad)
 
 
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):
-    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped steps, no fault."""
-    class Scaler(torch.amp.GradScaler):
-        """Of the CPU: the first step overflows, the next ones do not."""
-        def __init__(self, device, enabled):
-            super().__init__('cpu', init_scale=2. ** 127, backoff_factor=2. ** -99)
-    monkeypatch.setattr(torch.amp, 'GradScaler', Scaler)
+    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped steps, no
+    fault."""
+    scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 127, backoff_factor=2. ** -99)
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *_, **__: scaler)     # overflows once
     fit('--max_iters=4')
     assert checkpoint()['iter_num'] == 4 and checkpoint()['optimizer']['state'][0]['step'] == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # disks
 
 def temporary(name):
@@ -127,7 +125,7 @@ def full_disk(path):
 @pytest.mark.parametrize('make, words', [
     (full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
     (lambda path: path.symlink_to(path.name), 'symbolic links')])
-@pytest.mark.parametrize('path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=['ckpt.pt', 'metrics.jsonl'])
+@pytest.mark.parametrize('path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=str)
 def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, make, words):
     def stop(model):
         path.unlink(missing_ok=True)
@@ -144,9 +142,10 @@ def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, ma
 @pytest.mark.parametrize('main, path, options, words', [
     (train.main, temporary('out/ckpt.pt'), TINY, 'no checkpoint had been saved'),
     (train.main, temporary('out/config.py'), TINY, 'out_dir='),
-    (train.main, Path('out/eval.jsonl'), ['--init_from=resume', '--eval_only=True', '--device=cpu'], 'out/eval.jsonl'),
-    (shakespeare_char.main, temporary('new/train.bin'), ['--input=my.txt', '--out_dir=new'], 'new/train.bin')],
-    ids=['checkpoint', 'options', 'evaluation', 'data set'])
+    (train.main, Path('out/eval.jsonl'), ['--init_from=resume', '--eval_only=True', '--device=cpu'],
+     'out/eval.jsonl'),
+    (shakespeare_char.main, temporary('new/train.bin'), ['--input=my.txt', '--out_dir=new'],
+     'new/train.bin')], ids=['checkpoint', 'options', 'evaluation', 'data set'])
 def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, path, options, words):
     """Exit code 1 and one line."""
     trained(folder='out' if path.name == 'eval.jsonl' else 'another')
@@ -186,7 +185,7 @@ def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, 
     assert sorted(Path('.').rglob('*')) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # pipes and networks
 
 @pytest.mark.parametrize('terminal, lines', [(False, 2), (True, 1)])
@@ -233,6 +232,7 @@ for name, *argv in json.loads(sys.argv[1]):
          ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
          ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'], ['example_svd_usage']])])
 def test_no_socket_is_opened_by_anything_on_local_data(code, commands):
-    done = subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True, text=True,
-                          timeout=250, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    done = subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True,
+                          text=True, timeout=250,
+                          env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
     assert done.returncode == code, done.stdout[-500:] + done.stderr[-2000:]

@@ -35,8 +35,8 @@ def torchrun(*argv, code=0):
     f'--use_mla=True --mla_latent_dim=5 --bias=True {SVD} --svd_scope=weight --svd_method=gram',
     f'--optimizer=muon {SVD} --svd_scope=causal --svd_method=randomized'])
 def test_two_processes_train_what_one_does(fit, options):
-    """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums of gradients are
-    rounded in another order."""
+    """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums of
+    gradients are rounded in another order."""
     torchrun(*RUN, *options.split(), '--out_dir=two')
     fit(*RUN, *options.split(), '--out_dir=one')
     one, two = checkpoint('one'), checkpoint('two')
@@ -55,17 +55,11 @@ def test_two_processes_train_what_one_does(fit, options):
 def test_torchrun_stops_and_resumes_to_the_same_bits():
     """Dropout included: each process has its own random state."""
     options = [*RUN, '--dropout=.2', '--eval_interval=100']
-    for argv in ([*options, '--out_dir=whole'], [*options, '--max_iters=3'], ['--init_from=resume', '--max_iters=6']):
+    for argv in ([*options, '--out_dir=whole'], [*options, '--max_iters=3'],
+                 ['--init_from=resume', '--max_iters=6']):
         assert torchrun(*argv).stdout.count('sample:') == 1
     assert equal(checkpoint('whole')['model'], checkpoint()['model'])
     assert torchrun(*options, '--dataset=nowhere', code=1).stderr.count(': dataset=nowhere: ') == 2
-
-
-def pid_of(job, rank):
-    """The number of the process of this rank."""
-    for pid in Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split():
-        if f'\0RANK={rank}\0' in Path('/proc', pid, 'environ').read_text():
-            return int(pid)
 
 
 @pytest.mark.slow
@@ -74,7 +68,8 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2', '--eval_interval=5', '--eval_iters=1')
     while not Path('out/ckpt.pt').exists():
         time.sleep(.01)
-    os.kill(pid_of(job, victim), signal.SIGKILL)
+    children = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()     # by rank
+    os.kill(int(children[victim]), signal.SIGKILL)
     _, err = job.communicate(timeout=60)                            # within a minute
     assert job.returncode == 1 and f'train.py: process {1 - victim}: training stopped: no contact' in err, err
     assert ckpt.load('out/ckpt.pt')['iter_num'] >= 5
@@ -83,12 +78,12 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_processes_save_once_and_end_when_torchrun_is_stopped(endless, number):
-    """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it is gone. All stop
-    after the same step."""
+    """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it is gone.
+    All stop after the same step."""
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2')
     job.send_signal(number)
     out, err = job.communicate(timeout=60)                          # the processes, too, have the pipe open
-    assert out.count('saved to out/ckpt.pt') == 1 and f'process 1: stopped by SIG' in err
+    assert out.count('saved to out/ckpt.pt') == 1 and 'process 1: stopped by SIG' in err
     assert ckpt.load('out/ckpt.pt')['iter_num'] == rows()[-1]['iter']
 
 
