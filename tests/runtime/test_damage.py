@@ -93,10 +93,12 @@ class Bomb:
 
 
 FILES = {
-    'empty': lambda good: b'', 'text': lambda good: TEXT.encode(), 'zeros': lambda good: bytes(len(good)),
-    'a pickle': lambda good: pickle.dumps({}), 'code': lambda good: pickle.dumps(Bomb()),
-    'without data.pkl': lambda good: good.replace(b'data.pkl', b'data.pk_'),
-    'a hole': lambda good: good[:len(good) // 2] + bytes(512) + good[len(good) // 2 + 512:],
+    'empty': lambda good: PATH.write_bytes(b''), 'text': lambda good: PATH.write_text(TEXT),
+    'zeros': lambda good: PATH.write_bytes(bytes(len(good))),
+    'a pickle': lambda good: PATH.write_bytes(pickle.dumps({})),
+    'code': lambda good: PATH.write_bytes(pickle.dumps(Bomb())),
+    'without data.pkl': lambda good: PATH.write_bytes(good.replace(b'data.pkl', b'data.pk_')),
+    'a hole': lambda good: PATH.write_bytes(good[:len(good) // 2] + bytes(512) + good[len(good) // 2 + 512:]),
     'another zip': lambda good: rewrite(lambda name, c: b'?'),
     'code in a zip': lambda good: rewrite(
         lambda name, c: pickle.dumps([Bomb()], 2) if 'data.pkl' in name else c),
@@ -109,9 +111,7 @@ FILES = {
 
 @pytest.mark.parametrize('spoil', FILES.values(), ids=FILES)
 def test_a_file_that_is_no_checkpoint_is_refused(good, check, spoil):
-    content = spoil(PATH.read_bytes())
-    if content is not None:
-        PATH.write_bytes(content)
+    spoil(PATH.read_bytes())
     check('out/ckpt.pt: ', RESUME, SAMPLE, EXPORT)
 
 

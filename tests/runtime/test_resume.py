@@ -274,10 +274,3 @@ def test_advice_works_when_it_is_pasted(trained, call, refused, main, argv, opti
     for words in advice.split(', or from its weights: '):
         result = call(main, *argv, *shlex.split(option + words))
         assert result.code == 0, (words, result.err)
-
-
-def test_another_number_of_processes_is_refused(trained, refused):
-    trained(*RUN, '--max_iters=3')
-    torch.save(checkpoint() | {'random': checkpoint()['random'] * 2}, 'out/ckpt.pt')
-    line = refused(train.main, *RESUME, '--max_iters=4')
-    assert line.startswith('train.py: out/ckpt.pt: ') and 'torchrun --nproc_per_node=2' in line
