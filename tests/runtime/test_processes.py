@@ -21,10 +21,10 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
             str(ROOT / 'train.py')]
 
 
-def torchrun(*argv, code=0):
+def torchrun(*argv):
     done = subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True, timeout=200,
                           env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert done.returncode == code, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     return done
 
 
@@ -57,7 +57,6 @@ def test_torchrun_stops_and_resumes_to_the_same_bits():
                  ['--init_from=resume', '--max_iters=6']):
         assert torchrun(*argv).stdout.count('sample:') == 1
     assert equal(checkpoint('whole')['model'], checkpoint()['model'])
-    assert torchrun(*options, '--dataset=nowhere', code=1).stderr.count(': dataset=nowhere: ') == 2
 
 
 @pytest.mark.slow
