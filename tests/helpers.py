@@ -67,6 +67,17 @@ def untimed(folder):
     return [{k: v for k, v in row.items() if k not in ('step_ms', 'tokens_per_s')} for row in rows(folder)]
 
 
+def assert_same_run(folder, other):
+    """The checkpoints and the metrics of two runs are the same to the bit; timings, OUT_DIR and how they
+    began aside."""
+    a, b = checkpoint(folder), checkpoint(other)
+    for key in ('out_dir', 'init_from', 'max_iters'):
+        a['config'][key] = b['config'][key]
+    for key in a.keys() | b.keys():
+        assert same(a.get(key), b.get(key)), f'{key} differs'
+    assert untimed(folder) == untimed(other), 'metrics.jsonl differs'
+
+
 def interrupt(monkeypatch, steps, number=signal.SIGINT):
     """A signal arrives while the optimizer takes the step `steps` from now on."""
     calls = itertools.count(1)

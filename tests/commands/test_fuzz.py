@@ -1,7 +1,6 @@
-"""Any options, config files and folders: a run, or one line and exit code 2; never a traceback, a hang, a
-lost file."""
+"""Any options, config files and folders: a run, or one line and exit code 2; no traceback, no hang, no lost
+file."""
 
-import faulthandler
 import functools
 import os
 import shutil
@@ -24,7 +23,6 @@ from runtime import download
 from runtime.dataset import locate, write_dataset
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error::SyntaxWarning')]
-SECONDS = 60                                    # an example takes a tenth of one; then it hangs
 QUICK = [*TINY, '--max_iters=2', '--eval_interval=1', '--out_dir=out']
 SAMPLE = ['--num_samples=2', '--max_new_tokens=3', '--device=cpu', '--out_dir=run']
 
@@ -33,13 +31,13 @@ SCRIPTS = [(train.main, train.TrainConfig, QUICK, [])] * 8 + [
     (sample.main, sample.SampleConfig, SAMPLE, []), (bench.main, bench.BenchConfig, QUICK, ['--peer=data'])]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # values and lines: right, at the border, of another type, absurd
 
 ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan', '-inf',
        '1' + '0' * 18, '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"', '(', '[' * 3000,
-       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0', 'größe',
-       '🙂',
+       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', '\ud800', '\udcff', '\0',
+       'größe', '🙂',
        '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300,
        'x' * 100_000,
        'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
@@ -56,8 +54,7 @@ ABSURD = [str(10 ** n) for n in (12, 18, 30, 120)]
 LONG = {'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3, 'n_layer': 3,
         'n_embd': 24,
         'block_size': 20, 'vocab_size': 300, 'num_samples': 3, 'max_new_tokens': 4}
-ENDLESS = ('max_iters',
-           'eval_iters')                               # time is all that they take: no size is refused
+ENDLESS = ('max_iters', 'eval_iters')                               # they only take time: no size is refused
 
 
 def harmless(key, text):
@@ -136,18 +133,17 @@ def examples(draw):
     extra = draw(st.lists(malformed, min_size=0, max_size=draw(st.sampled_from([0, 0, 0, 1]))))
     setting = options(cls).map(lambda option: '{} = {!r}'.format(*option))
     line = st.one_of(setting, setting.map(lambda text: text.replace("'", '')), st.sampled_from(LINES))
-    files = {name: draw(st.lists(line,
-                                 max_size=2)) for name in draw(st.sampled_from([[], [], ['a.py'],
-                                                                                ['b.py', 'a.py']]))}
+    names = st.sampled_from([[], [], ['a.py'], ['b.py', 'a.py']])
+    files = {name: draw(st.lists(line, max_size=2)) for name in draw(names)}
     return main, cls, [*first, *draw(st.permutations([*chosen, *extra, *files])), *last], files
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # where they run, and what must hold
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, one_thread):
-    """A folder with data sets, a run and what else may lie about. Nothing is compiled, and no network is
+    """A folder with data sets, a run and what else may lie about. Nothing is compiled, no network is
     asked."""
     root = tmp_path_factory.mktemp('world')
     work = root / 'work'
@@ -168,8 +164,7 @@ def world(tmp_path_factory, one_thread):
         patch.setenv('HOME', str(work))                             # '~' is a word, too
         for module in ('wandb', 'tiktoken'):
             patch.setitem(sys.modules, module, None)
-        for text in ('my.txt',
-                     'notes.txt'):                        # else they are prepared in the repo's data/
+        for text in ('my.txt', 'notes.txt'):                # else they are prepared in the repo's data/
             locate(text, 'char', (Path('data'),))
         assert train.main([*QUICK, '--out_dir=run']) == 0
         yield root
@@ -192,13 +187,11 @@ def check(world, call, main, cls, argv, files):
         Path(name).write_bytes(b'\n'.join(
             x if isinstance(x, bytes) else x.encode(errors='replace') for x in lines))
     before = tree(root)
-    faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
     result = call(main, *argv)
-    faulthandler.cancel_dump_traceback_later()
     lines = [line for line in result.err.splitlines() if line.strip() and line[:6] != 'train:']
     begins = {0: '', 1: 'train.py: training stopped: ', 2: f'{script}.py: '}[result.code]
-    assert len(lines) == min(result.code, 1) and all(line.startswith(begins) for line in lines), (result.code,
-                                                                                                  lines)
+    assert len(lines) == min(result.code, 1), (result.code, lines)
+    assert all(line.startswith(begins) for line in lines), (result.code, lines)
     if result.code == 2 or script != 'train' or '--help' in argv or '-h' in argv:
         assert tree(root) == before
     else:
@@ -220,13 +213,13 @@ def keep_all_but_the_run(root, before, after, said):
         assert own or appended or content in (None, *after.values()), path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the tests
 
 LIMITS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(max_examples=60, derandomize=True, **LIMITS)
+@settings(max_examples=30, derandomize=True, **LIMITS)
 @given(example=examples())
 def test_any_command_line_runs_or_is_refused(world, call, example):
     check(world, call, *example)
@@ -234,27 +227,7 @@ def test_any_command_line_runs_or_is_refused(world, call, example):
 
 @pytest.mark.slow
 @seed(int(os.environ.get('FUZZ_SEED', 0)))
-@settings(max_examples=300, **LIMITS)
+@settings(max_examples=200, **LIMITS)
 @given(example=examples())
-def test_any_of_300_command_lines_runs_or_is_refused(world, call, example):
+def test_any_of_200_command_lines_runs_or_is_refused(world, call, example):
     check(world, call, *example)
-
-
-PATH_FORMS = ['--dataset={}', '--out_dir={}', '--init_from=resume --out_dir={}',
-              '--eval_only=True --out_dir={}',
-              '--init_from=resume --out_dir=run --dataset={}', '--device={}',
-              'sample --start=the --out_dir={}',
-              'sample --start={}', 'sample --start=FILE:{}', 'bench --peer={}']
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('form', [*PATH_FORMS, *(f'--{f.name}={{}}' for f in fields(train.TrainConfig))])
-def test_any_value_of_any_option_runs_or_is_refused(world, call, form):
-    """One at a time, which random choice would hardly ever do; each form has its share of all values."""
-    name, texts = form.split('=')[0][2:], ODD[len(form) % 9::9]
-    if form in PATH_FORMS:
-        texts = [*PATHS, *ODD[len(form) % 3::3]]
-    main, cls, first, _ = SCRIPTS[{'s': -2, 'b': -1}.get(form[0], 0)]
-    for text in (text for text in texts if harmless(name, text)):
-        check(world, call, main, cls,
-              [*first, *(part.format(text) for part in form.split() if part[0] == '-')], {})

@@ -6,19 +6,20 @@ import io
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import train
-from helpers import ROOT, TEXT, TINY, before_forward, checkpoint, folder_bytes, rows, same
+from data.shakespeare_char import prepare as shakespeare_char
+from helpers import ROOT, TEXT, TINY, before_forward, checkpoint, rows
 from model import METHODS, SCOPES
-from runtime import plots, progress
-from runtime.dataset import locate
+from runtime import plots
 from runtime.files import DiskFull
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -26,7 +27,7 @@ needs_full = pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk t
 TWO_LAYERS = [*TINY, '--n_layer=2', '--max_iters=8']
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # numbers
 
 def in_step(number, spoil):
@@ -58,36 +59,30 @@ SVD = ['--use_svd=True', '--svd_rank=2', '--svd_block=4']
     (poison('transformer.h.0.attn.c_attn.weight'), 'transformer.h.0.attn.c_attn.weight (the parameter)', []),
     (poison('transformer.ln_f.weight', float('inf')), 'transformer.ln_f.weight (the parameter)', []),
     (poison_gradient('transformer.wpe.weight'), 'transformer.wpe.weight (its gradient)', []),
+    (poison_gradient('transformer.ln_f.weight'), 'transformer.ln_f.weight (its gradient)', ['--grad_clip=0']),
     (poison_gradient('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc.weight (its gradient)',
-     []),
+     ['--optimizer=muon']),
     (overflow('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc (its output)', []),
-    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)',
-     []),   # 1e37 is a number,
-    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)',
-     []),  # its square is not
-    *((overflow('transformer.h.1.attn.c_attn.weight'),
-       'transformer.h.1.attn',                  # no decomposition
-       [*SVD, f'--svd_method={method}', f'--svd_scope={scope}']) for method in METHODS for scope in SCOPES)])
+    # 1e37 is a number, its square is not
+    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)', []),
+    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)', []),
+    # no decomposition
+    *((overflow('transformer.h.1.attn.c_attn.weight'), 'transformer.h.1.attn',
+       [*SVD, f'--svd_method={method}', f'--svd_scope={scope}']) for method, scope in zip(METHODS, SCOPES))])
 def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named(call, spoil, bad, options):
-    with in_step(5, spoil):
+    seen = []
+
+    def look(model):
+        spoil(model)
+        seen.extend([model, copy.deepcopy(model.state_dict())])
+    with in_step(5, look):
         result = call(train.main, *TWO_LAYERS, *options)
     line = result.err.splitlines()[-1]
     assert result.code == 1 and 'Traceback' not in result.err and line.startswith('train.py: ')
     assert 'step 5: ' in line and bad in line and 'the checkpoint of step 4 is kept' in line
+    torch.testing.assert_close(seen[0].state_dict(), seen[1], rtol=0, atol=0, equal_nan=True)
     assert checkpoint()['iter_num'] == rows()[-1]['iter'] == 4
     assert all(p.isfinite().all() for p in checkpoint()['model'].values())
-
-
-@pytest.mark.parametrize('options', [[], ['--optimizer=muon'], ['--grad_clip=0']], ids=' '.join)
-def test_a_gradient_that_is_not_finite_changes_no_parameter(call, options):
-    seen = []
-
-    def spoil(model):
-        poison_gradient('transformer.ln_f.weight')(model)
-        seen.extend([model, copy.deepcopy(model.state_dict())])
-    with in_step(4, spoil):
-        assert call(train.main, *TWO_LAYERS, *options).code == 1
-    assert same(seen[0].state_dict(), seen[1])
 
 
 @pytest.mark.parametrize('forward, bad', [(1, 'transformer.ln_f.weight (the parameter)'),
@@ -108,16 +103,13 @@ def test_weights_that_no_step_has_found_spoilt_are_not_saved(call, forward, bad)
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):
     """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped steps, no
     fault."""
-    class Scaler(torch.amp.GradScaler):
-        """Of the CPU: the first step overflows, the next ones do not."""
-        def __init__(self, device, enabled):
-            super().__init__('cpu', init_scale=2. ** 127, backoff_factor=2. ** -99)
-    monkeypatch.setattr(torch.amp, 'GradScaler', Scaler)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 127, backoff_factor=2. ** -99)
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *_, **__: scaler)     # overflows once
     fit('--max_iters=4')
     assert checkpoint()['iter_num'] == 4 and checkpoint()['optimizer']['state'][0]['step'] == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # disks
 
 def temporary(name):
@@ -130,55 +122,48 @@ def full_disk(path):
 
 
 @needs_full
-@pytest.mark.parametrize('make, words',
-                         [(full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
-                                         (lambda path: path.symlink_to(path.name), 'symbolic links')])
-@pytest.mark.parametrize('name', ['ckpt.pt', 'metrics.jsonl'])
-def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, name, make, words):
+@pytest.mark.parametrize('make, words', [
+    (full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
+    (lambda path: path.symlink_to(path.name), 'symbolic links')])
+@pytest.mark.parametrize('path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=str)
+def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, make, words):
     def stop(model):
-        Path('out/metrics.jsonl').unlink()
-        make(temporary('out/ckpt.pt') if name == 'ckpt.pt' else Path('out/metrics.jsonl'))
+        path.unlink(missing_ok=True)
+        make(path)
     with in_step(3, stop):
         result = call(train.main, *TWO_LAYERS)
     line = result.err.splitlines()[-1]
-    assert result.code == 1 and 'Traceback' not in result.err and name in line and words in line
+    assert result.code == 1 and 'Traceback' not in result.err and path.name[:7] in line and words in line
     assert 'the checkpoint of step 2 is kept' in line and checkpoint()['iter_num'] == 2
     assert ('--init_from=resume --out_dir=out' in line) == (make is full_disk)
 
 
 @needs_full
-@pytest.mark.parametrize('path, options, words', [
-    (temporary('out/ckpt.pt'), [], 'no checkpoint had been saved'),
-    (temporary('out/config.py'), [], 'out_dir='),
-    (temporary('out/ckpt.pt'), ['--init_from=resume'], 'the checkpoint of step 4 is kept'),
-    (Path('out/eval.jsonl'), ['--init_from=resume', '--eval_only=True'], 'out/eval.jsonl')])
-def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, path, options, words):
-    """Exit code 1, one line, and what was there before stays."""
-    trained(folder='out' if options else 'another')
-    Path('out').mkdir(exist_ok=True)
-    before = folder_bytes()
+@pytest.mark.parametrize('main, path, options, words', [
+    (train.main, temporary('out/ckpt.pt'), TINY, 'no checkpoint had been saved'),
+    (train.main, temporary('out/config.py'), TINY, 'out_dir='),
+    (train.main, Path('out/eval.jsonl'), ['--init_from=resume', '--eval_only=True', '--device=cpu'],
+     'out/eval.jsonl'),
+    (shakespeare_char.main, temporary('new/train.bin'), ['--input=my.txt', '--out_dir=new'],
+     'new/train.bin')], ids=['checkpoint', 'options', 'evaluation', 'data set'])
+def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, path, options, words):
+    """Exit code 1 and one line."""
+    trained(folder='out' if path.name == 'eval.jsonl' else 'another')
+    Path('my.txt').write_text(TEXT)
+    path.parent.mkdir(exist_ok=True)
     full_disk(path)
-    result = call(train.main, *TINY, '--max_iters=8', *options)
-    lines = [line for line in result.err.splitlines() if 'step/s' not in line]
-    assert result.code == 1 and len(lines) == 1 and words in lines[0], lines
-    assert 'No space left on device' in lines[0] and 'make room there' in lines[0]
-    assert folder_bytes().get('ckpt.pt') == before.get('ckpt.pt')
+    result = call(main, *options)
+    line = result.err.splitlines()[-1]
+    assert result.code == 1 and 'Traceback' not in result.err and words in line
+    assert 'No space left on device' in line and 'make room there' in line
 
 
 @needs_full
-def test_a_data_set_or_figure_that_does_not_fit_leaves_what_was_there():
-    Path('mine.txt').write_text(TEXT)
-    folder = locate('mine.txt', 'char', roots=(Path('data'),))
-    (folder / 'train.bin').unlink()
-    full_disk(temporary(folder / 'train.bin'))
-    with pytest.raises(DiskFull, match='dataset=mine.txt: .*train.bin.*make room there'):
-        locate('mine.txt', 'char', roots=(Path('data'),))
+def test_a_figure_that_does_not_fit_leaves_the_old_one():
     Path('figure.png').write_bytes(b'old')
     full_disk(temporary('figure.png'))
-    panel = plots.Panel([plots.Line([1, 2], [1, 2], 0)], {}, {})
     with pytest.raises(DiskFull, match='figure.png: .*make room there'):
-        plots.line_panels('figure.png', [plots.PanelRow('loss', 'linear', {'a': panel})], 'step', 'block',
-                          'title')
+        plots.save(Figure(), 'figure.png')
     assert Path('figure.png').read_bytes() == b'old' and not list(Path('.').rglob('*.tmp'))
 
 
@@ -200,31 +185,25 @@ def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, 
     assert sorted(Path('.').rglob('*')) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # pipes and networks
 
-def test_bars_are_lines_in_a_pipe_and_drawn_over_themselves_on_a_terminal(call, monkeypatch):
-    err = call(train.main, *TINY).err
-    bars = err.splitlines()
-    assert '\r' not in err and len(bars) == 2 and '  0%|' in bars[0] and re.search(r'100%\|#+\| 4/4 .*loss',
-                                                                                   bars[1])
-    assert bars[1] == bars[1].rstrip()
+@pytest.mark.parametrize('terminal, lines', [(False, 2), (True, 1)])
+def test_bars_are_lines_in_a_pipe_and_drawn_over_themselves_on_a_terminal(monkeypatch, terminal, lines):
     monkeypatch.setattr(sys, 'stderr', io.StringIO())
-    sys.stderr.isatty = lambda: True
-    with progress.bar(total=2, desc='train') as bar:
-        bar.update(2)
-    assert sys.stderr.getvalue().count('\r') >= 2 and sys.stderr.getvalue().count('\n') == 1
+    sys.stderr.isatty = lambda: terminal
+    assert train.main(TINY) == 0
+    err = sys.stderr.getvalue()
+    assert ('\r' in err) == terminal and len(err.split('\n')) == lines + 1 and 'train: 100%|' in err
 
 
 @needs_full
 @pytest.mark.parametrize('module', ['train', 'sample', 'bench', 'compress', 'export', 'plot_adaptive'])
-def test_nobody_has_to_listen(module, monkeypatch):
-    """A pipe that is closed, a disk that is full: no traceback, and the same exit code."""
+def test_nobody_has_to_listen(module):
+    """A disk that is full: no traceback, and the same exit code."""
     main = importlib.import_module(module).main
     for options, code in ((['--help'], 0), (['--no_such_option'], 2)):
-        with open('/dev/full', 'w') as out, open('/dev/full', 'w') as err, monkeypatch.context() as patch:
-            patch.setattr(sys, 'stdout', out)
-            patch.setattr(sys, 'stderr', err)
+        with open('/dev/full', 'w') as full, redirect_stdout(full), redirect_stderr(full):
             assert main(options) == code
 
 
@@ -241,21 +220,19 @@ for name, *argv in json.loads(sys.argv[1]):
 '''
 
 
-def offline(*commands):
-    return subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True,
-                          text=True,
-                          timeout=250, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
-
-
 @pytest.mark.slow
-def test_no_socket_is_opened_by_anything_on_local_data():
-    assert offline(['socket']).returncode == 99                     # socket.socket(): the alarm works
-    done = offline(['train', *TINY, '--use_svd=True', '--svd_rank=2', '--optimizer=muon'],
-                   ['train', '--init_from=resume', '--device=cpu', '--max_iters=6'],
-                   ['train', '--init_from=resume', '--device=cpu', '--eval_only=True'],
-                   ['sample', '--device=cpu', '--num_samples=1', '--max_new_tokens=5'],
-                   ['bench', *TINY, '--use_svd=True', '--svd_rank=2', '--pairs=2', '--vocab_size=17'],
-                   ['train', *TINY, '--out_dir=plain'], ['export', '--out_dir=plain', '--save_dir=theirs'],
-                   ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
-                   ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'], ['example_svd_usage'])
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+@pytest.mark.parametrize('code, commands', [
+    (99, [['socket']]),                                             # socket.socket(): the alarm works
+    (0, [['train', *TINY, '--use_svd=True', '--svd_rank=2', '--optimizer=muon'],
+         ['train', '--init_from=resume', '--device=cpu', '--max_iters=6'],
+         ['train', '--init_from=resume', '--device=cpu', '--eval_only=True'],
+         ['sample', '--device=cpu', '--num_samples=1', '--max_new_tokens=5'],
+         ['bench', *TINY, '--use_svd=True', '--svd_rank=2', '--pairs=2', '--vocab_size=17'],
+         ['train', *TINY, '--out_dir=plain'], ['export', '--out_dir=plain', '--save_dir=theirs'],
+         ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
+         ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'], ['example_svd_usage']])])
+def test_no_socket_is_opened_by_anything_on_local_data(code, commands):
+    done = subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True,
+                          text=True, timeout=250,
+                          env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == code, done.stdout[-500:] + done.stderr[-2000:]

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,83 +21,64 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
             str(ROOT / 'train.py')]
 
 
-def torchrun(*argv, code=0):
+def torchrun(*argv):
     done = subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True, timeout=200,
                           env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert done.returncode == code, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     return done
 
 
-@pytest.mark.parametrize('options', ['--optimizer=muon', *(pytest.param(o, marks=pytest.mark.slow) for o in (
-    f'--use_mla=True --mla_latent_dim=5 --bias=True {SVD} --svd_scope=causal --svd_method=gram',
-    f'{SVD} --svd_scope=sequence --svd_method=standard', f'{SVD} --svd_scope=weight --svd_method=gram',
-    f'--optimizer=muon {SVD} --svd_scope=causal --svd_method=randomized'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [
+    '--optimizer=muon', f'{SVD} --svd_scope=sequence --svd_method=standard',
+    f'--use_mla=True --mla_latent_dim=5 --bias=True {SVD} --svd_scope=weight --svd_method=gram',
+    f'--optimizer=muon {SVD} --svd_scope=causal --svd_method=randomized'])
 def test_two_processes_train_what_one_does(fit, options):
     """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums of
-    gradients are
-    rounded in another order."""
+    gradients are rounded in another order."""
     torchrun(*RUN, *options.split(), '--out_dir=two')
     fit(*RUN, *options.split(), '--out_dir=one')
     one, two = checkpoint('one'), checkpoint('two')
-    torch.testing.assert_close(one['model'], two['model'], rtol=0, atol=2e-5)
-    assert ('svd_basis' in one) == ('svd_basis' in two) == ('randomized' in options)
-    if 'svd_basis' in one:                                          # of the V of both processes
-        torch.testing.assert_close(one['svd_basis'], two['svd_basis'], rtol=0, atol=1e-3)
+    for key, atol in (('model', 2e-5), ('svd_basis', 1e-3)):        # the basis is of the V of both processes
+        torch.testing.assert_close(one.get(key), two.get(key), rtol=0, atol=atol)
     for a, b in zip(rows('one'), rows('two'), strict=True):
-        assert a['iter'] == b['iter']
-        assert all(a[k] == pytest.approx(b[k], abs=1e-5) for k in a.keys() & {'loss', 'train/loss',
-                                                                              'val/loss'})
-    first, second = two['random']
-    assert torch.equal(one['random'][0]['batches'], first['batches'])       # one order of data,
-    assert torch.equal(first['batches'], second['batches'])                 # the same on each,
-    assert not torch.equal(first['torch'], second['torch'])                 # and different dropout
+        shared = a.keys() & {'iter', 'loss', 'train/loss', 'val/loss'}
+        assert {k: a[k] for k in shared} == pytest.approx({k: b[k] for k in shared}, abs=1e-5)
+    for state in two['random']:                                     # one order of data, the same on each
+        assert torch.equal(state['batches'], one['random'][0]['batches'])
+    assert not torch.equal(*(state['torch'] for state in two['random']))    # different dropout
 
 
 @pytest.mark.slow
-def test_torchrun_stops_and_resumes_to_the_same_bits(refused):
-    """Dropout included: each process has its own random state. One process alone may not go on."""
+def test_torchrun_stops_and_resumes_to_the_same_bits():
+    """Dropout included: each process has its own random state."""
     options = [*RUN, '--dropout=.2', '--eval_interval=100']
     for argv in ([*options, '--out_dir=whole'], [*options, '--max_iters=3'],
                  ['--init_from=resume', '--max_iters=6']):
-        done = torchrun(*argv)
-        assert done.stdout.count('sample:') == 1 and 'backend=nccl' in done.stdout
+        assert torchrun(*argv).stdout.count('sample:') == 1
     assert equal(checkpoint('whole')['model'], checkpoint()['model'])
-    assert {p.name for p in Path('whole').iterdir()} == {'ckpt.pt', 'config.py', 'environment.json',
-                                                         'metrics.jsonl'}
-    assert torchrun(*options, '--dataset=nowhere', code=1).stderr.count(': dataset=nowhere: ') == 2
-    assert 'torchrun --nproc_per_node=2' in refused(train.main, '--init_from=resume', '--max_iters=9')
-
-
-def workers(job):
-    """Rank -> process number."""
-    numbers = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()
-    environments = {int(pid): Path('/proc', pid, 'environ').read_text().split('\0') for pid in numbers}
-    return {int(line[5:]): pid for pid,
-            lines in environments.items() for line in lines if line.startswith('RANK=')}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endless, victim):
-    job = endless(TORCHRUN, '--gradient_accumulation_steps=2', '--eval_interval=5', '--eval_iters=1')
-    while not Path('out/ckpt.pt').exists():
-        time.sleep(.01)
-    os.kill(workers(job)[victim], signal.SIGKILL)
+    job = endless(TORCHRUN, '--gradient_accumulation_steps=2', '--eval_interval=2', '--eval_iters=1')
+    children = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()     # by rank
+    os.kill(int(children[victim]), signal.SIGKILL)
     _, err = job.communicate(timeout=60)                            # within a minute
     assert job.returncode == 1 and f'train.py: process {1 - victim}: training stopped: no contact' in err, err
-    assert ckpt.load('out/ckpt.pt')['iter_num'] >= 5
+    assert ckpt.load('out/ckpt.pt')['iter_num'] >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_processes_save_once_and_end_when_torchrun_is_stopped(endless, number):
     """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it is gone.
-    All stop
-    after the same step."""
+    All stop after the same step."""
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2')
     job.send_signal(number)
     out, err = job.communicate(timeout=60)                          # the processes, too, have the pipe open
-    assert out.count('saved to out/ckpt.pt') == 1 and f'process 1: stopped by SIG' in err
+    assert out.count('saved to out/ckpt.pt') == 1 and 'process 1: stopped by SIG' in err
     assert ckpt.load('out/ckpt.pt')['iter_num'] == rows()[-1]['iter']
 
 

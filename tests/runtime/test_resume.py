@@ -1,6 +1,5 @@
 """A run that was stopped and resumed is the run that was never stopped, to the last bit."""
 
-import itertools
 import os
 import random
 import re
@@ -15,40 +14,42 @@ import torch
 import compare
 import export
 import train
-from helpers import ROOT, TINY, before_forward, checkpoint, interrupt, rows, same, untimed
+from helpers import ROOT, TINY, assert_same_run, before_forward, checkpoint, interrupt, rows, untimed
 from model import METHODS, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 STEPS = 13
 RUN = [f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=4']
 RESUME = ['--init_from=resume', '--device=cpu']
-PID = os.getpid()
-CAUSAL = '--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope=causal'
-WEIGHT = '--use_svd=True --svd_rank=2 --svd_scope=weight'
-SEQUENCE = '--use_svd=True --svd_rank=2 --svd_scope=sequence'
+SVD = '--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope='
+
+
+def random_features(seed):
+    """A point of the grid of all features."""
+    values = dict(warmup_iters=(0, 2, 2000), eval_interval=(1, 3, 5, 12), log_interval=(1, 2, 4),
+                  dropout=(0, .1, .5), gradient_accumulation_steps=(1, 2, 4), optimizer=('adamw', 'muon'),
+                  grad_clip=(0, .1, 1), n_layer=(1, 2, 3), bias=(True, False), use_svd=(True, True, False),
+                  svd_rank=(1, 2, 5, 8), svd_scope=SCOPES, svd_method=METHODS, svd_block=(2, 4, 8),
+                  svd_basis_grad=(True, False),
+                  dtype=('float32', 'bfloat16'), always_save_checkpoint=(True, True, False),
+                  use_mla=(True, False), mla_latent_dim=(None, 1, 3, 12), lr_decay_iters=(5, 20, 40))
+    draw = random.Random(seed)
+    return ' '.join(f'--{key}={draw.choice(choices)}' for key, choices in values.items())
+
+
 FEATURES = [
     '', '--optimizer=muon --dtype=bfloat16 --warmup_iters=5 --bias=True',
-    "--optimizer=muon --bias=True "
+    '--optimizer=muon --bias=True '
     "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5}",
-    f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {CAUSAL} --svd_method=randomized',
+    f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {SVD}causal --svd_method=randomized',
     '--always_save_checkpoint=False --log_interval=3 --use_mla=True --bias=True '
-    f'{CAUSAL} --svd_method=standard',
-    f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {WEIGHT} --svd_method=gram',
-    *(pytest.param(f'--dropout=.1 --optimizer=muon {scope} --svd_method={method} --svd_basis_grad={grad}',
-                   marks=pytest.mark.slow) for scope, method, grad in (
-        (SEQUENCE, 'gram', False), (SEQUENCE, 'standard', True), (SEQUENCE, 'randomized', False),
-        (CAUSAL, 'gram', True),
-        (WEIGHT, 'standard', False), (WEIGHT, 'randomized', True))),
-    pytest.param('--compile=True --dropout=.2', marks=pytest.mark.slow)]    # inductor draws other masks
-
-
-def assert_same_run(folder, other):
-    a, b = checkpoint(folder), checkpoint(other)
-    for key in ('out_dir', 'init_from', 'max_iters'):
-        a['config'][key] = b['config'][key]
-    for key in a:
-        assert same(a[key], b[key]), key
-    assert untimed(folder) == untimed(other)
+    f'{SVD}causal --svd_method=standard',
+    f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {SVD}weight --svd_method=gram']
+SLOW = [*map(random_features, range(4)), '--compile=True --dropout=.2',     # inductor draws other masks
+        *(f'--dropout=.1 --optimizer=muon {SVD}{scope} --svd_method={method} --svd_basis_grad={grad}'
+          for scope, method, grad in (('sequence', 'gram', False), ('sequence', 'standard', True),
+                                      ('sequence', 'randomized', False), ('causal', 'gram', True),
+                                      ('weight', 'standard', False), ('weight', 'randomized', True)))]
 
 
 def resume(call, *options, code=0):
@@ -58,17 +59,17 @@ def resume(call, *options, code=0):
     return result.out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # stops and resumes
 
-@pytest.mark.parametrize('options', FEATURES)
+@pytest.mark.parametrize('options', [*FEATURES, *(pytest.param(o, marks=pytest.mark.slow) for o in SLOW)])
 def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
     """Stopped by a small max_iters, which evaluates and ends in order, then by Ctrl-C. Checkpoint
-    (parameters,
-    optimizer, best loss, random states, data order) and metrics are equal at the end."""
-    fit(*RUN, *options.split(), '--out_dir=whole')
-    first, second = sorted(random.Random(options).sample(range(1, STEPS), 2))
-    fit(*RUN, *options.split(), f'--max_iters={first}')
+    (parameters, optimizer, best loss, random states, data order) and metrics are equal at the end."""
+    options = [*RUN, *options.split()]
+    fit(*options, '--out_dir=whole')
+    first, second = sorted(random.Random(str(options)).sample(range(1, STEPS), 2))
+    fit(*options, f'--max_iters={first}')
     with monkeypatch.context() as patch:
         interrupt(patch, second - first)
         resume(call, f'--max_iters={STEPS}', code=130)
@@ -76,45 +77,19 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
     assert_same_run('out', 'whole')
 
 
-def random_options(draw):
-    """A point of the grid of all features."""
-    values = dict(warmup_iters=(0, 2, 2000), eval_interval=(1, 3, 5, 12), log_interval=(1, 2, 4),
-                  dropout=(0, .1, .5),
-                  gradient_accumulation_steps=(1, 2, 4), optimizer=('adamw', 'muon'), grad_clip=(0, .1, 1),
-                  n_layer=(1, 2, 3), bias=(True, False), use_svd=(True, True, False), svd_rank=(1, 2, 5, 8),
-                  svd_scope=SCOPES, svd_method=METHODS, svd_block=(2, 4, 8), svd_basis_grad=(True, False),
-                  dtype=('float32', 'bfloat16'), always_save_checkpoint=(True, True, False),
-                  use_mla=(True, False), mla_latent_dim=(None, 1, 3, 12), lr_decay_iters=(5, 20, 40))
-    return [f'--{key}={draw.choice(choices)}' for key, choices in values.items()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', range(8))
-def test_random_stops_anywhere_on_the_grid_of_features(fit, call, monkeypatch, seed):
-    """Up to four stops, by max_iters, Ctrl-C or SIGTERM."""
-    draw = random.Random(seed)
-    steps, options = draw.randint(6, 30), [f'--seed={seed}', *random_options(draw)]
-    fit(*options, f'--max_iters={steps}', '--out_dir=whole')
-    stops = sorted(draw.sample(range(1, steps), draw.randint(2, 4)))
-    fit(*options, f'--max_iters={stops[0]}')
-    for before, stop in itertools.pairwise(stops):
-        number = draw.choice([signal.SIGINT, signal.SIGTERM, 0])
-        with monkeypatch.context() as patch:
-            interrupt(patch, stop - before,
-                      number)                 # signal 0 does nothing: max_iters stops it
-            resume(call, f'--max_iters={steps if number else stop}', code=number and 128 + number)
-    resume(call, f'--max_iters={steps}')
-    assert_same_run('out', 'whole')
-
-
-def test_metrics_of_a_run_that_died_are_cut_back_to_the_checkpoint(trained, call):
-    """Rows of steps after the last checkpoint, and the half line that was being written."""
+def test_what_a_killed_run_left_behind_goes(trained, call):
+    """Metrics of steps after the last checkpoint, the half line that was being written, and temporary files,
+    but not those of a living process."""
     trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     os.truncate('out/metrics.jsonl', Path('out/metrics.jsonl').stat().st_size - 7)
     with open('out/metrics.jsonl', 'a') as f:
         f.write('\n{"iter": 7, "loss": 1.0}\n[8]\n{"iter": 9, "lo')
+    kept = {f'ckpt.pt.{os.getppid()}.tmp', 'mine.tmp'}
+    for name in (*kept, f'ckpt.pt.{2 ** 30}.tmp'):                  # no system has so many processes
+        Path('out', name).touch()
     resume(call, f'--max_iters={STEPS}')
     assert_same_run('out', 'whole')
+    assert {p.name for p in Path('out').glob('*.tmp')} == kept
 
 
 def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained, call):
@@ -126,7 +101,7 @@ def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained
     assert [(g['weight_decay'], g['betas']) for g in groups] == [(.5, (.9, .5)), (0., (.9, .5))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # signals
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -141,55 +116,51 @@ def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
 
 
 @pytest.mark.parametrize('number, code, saved', [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
-def test_a_burst_of_signals_is_one_signal_but_a_second_ctrl_c_does_not_wait(call, monkeypatch, number, code,
-                                                                            saved):
+def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not(call, monkeypatch, number, code, saved):
     interrupt(monkeypatch, 1, number)
     interrupt(monkeypatch, 1, number)
     assert call(train.main, *TINY).code == code
     assert Path('out/ckpt.pt').exists() == saved
 
 
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(trained, call):
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(trained, call, monkeypatch):
+    """The signal comes within the evaluation of step 8; one in the step before an evaluation does not wait
+    for it."""
     trained(*RUN, folder='whole')
+    modes = []
 
     def stop(model):
-        if not model.training and Path('out/ckpt.pt').exists() and rows()[-1]['iter'] == 8:
-            os.kill(PID, signal.SIGTERM)
-    with before_forward(stop):
-        assert call(train.main, *TINY, *RUN).code == 143
+        modes.append(model.training)
+        if not model.training and modes.count(True) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch, before_forward(stop):
+        interrupt(patch, 4)
+        assert call(train.main, *TINY, *RUN).code == 130            # --eval_interval=4
+        assert modes[-4:] == [True] * 4 and checkpoint()['iter_num'] == 4
+        assert call(train.main, *RESUME).code == 143
     assert checkpoint()['iter_num'] == 8 and [row['iter'] for row in rows() if 'val/loss' in row] == [0, 4]
     resume(call)
     assert_same_run('out', 'whole')
 
 
-def test_a_signal_just_before_an_evaluation_does_not_wait_for_it(call, monkeypatch):
-    interrupt(monkeypatch, 4)
-    modes = []
-    with before_forward(lambda model: modes.append(model.training)):
-        assert call(train.main, *TINY, *RUN).code == 130            # --eval_interval=4
-    assert modes[-4:] == [True] * 4 and checkpoint()['iter_num'] == 4
-
-
 def test_nohup_stays_in_force(fit, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        interrupt(monkeypatch, 3, signal.SIGHUP)
-        fit()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    interrupt(monkeypatch, 3, signal.SIGHUP)
+    fit()
+    signal.signal(signal.SIGHUP, before)
     assert checkpoint()['iter_num'] == 4
 
 
 def test_before_training_and_after_it_a_signal_ends_at_once(call):
     """While the data set is prepared, and while the closing sample is drawn."""
     Path('data/slow').mkdir()
-    script = f'import os, time\nos.kill({PID}, {signal.SIGTERM:d})\ntime.sleep(.2)'
-    Path('data/slow/prepare.py').write_text(script)
+    Path('data/slow/prepare.py').write_text('import os, time\n'
+                                            f'os.kill({os.getpid()}, {signal.SIGTERM:d})\ntime.sleep(.2)')
     assert call(train.main, *TINY, '--dataset=slow').code == 143 and not Path('out').exists()
 
     def stop(model):
         if Path('out/metrics.jsonl').exists() and 'final' in rows()[-1]:
-            os.kill(PID, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
     with before_forward(stop):
         assert call(train.main, *TINY).code == 143
     assert rows()[-1]['final'] and checkpoint()['iter_num'] == 4
@@ -197,8 +168,7 @@ def test_before_training_and_after_it_a_signal_ends_at_once(call):
 
 def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused, monkeypatch):
     """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads
-    what the
-    run says, and it saves all the same."""
+    what the run says, and it saves all the same."""
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     process = endless([sys.executable, str(ROOT / 'train.py')])
     assert process.stdout.readline().startswith('model: ')          # at once: the run has no end
@@ -209,12 +179,12 @@ def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, 
     assert checkpoint()['iter_num'] == rows()[-1]['iter'] > 5 and not Path('out.1').exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # which checkpoint is kept, and which one counts
 
 def unbeaten(folder, interim):
-    """As if a run of 6 steps had reached a loss of 0 at its end, off the grid of eval_interval, and
-    `interim` on it."""
+    """As if a run of 6 steps had reached a loss of 0 at its end, off the grid of eval_interval, and `interim`
+    on it."""
     torch.save(checkpoint(folder) | {'best_val_loss': 0., 'interim_best_val_loss': interim},
                f'{folder}/ckpt.pt')
     return '--always_save_checkpoint=False', f'--max_iters={STEPS}', f'--out_dir={folder}'
@@ -223,8 +193,7 @@ def unbeaten(folder, interim):
 def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, monkeypatch):
     """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, from which a resume
     goes on."""
-    trained(*RUN, '--max_iters=6', folder='whole'), trained(*RUN, '--max_iters=6')
-    resume(call, *unbeaten('whole', interim=0.))
+    trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         resume(call, *unbeaten('out', interim=0.), code=130)
@@ -236,11 +205,10 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, mo
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is full by nature: Linux')
 def test_a_longer_run_keeps_the_better_checkpoint_of_the_shorter(trained, call, monkeypatch):
     """Step 6, where the shorter run ended and evaluated, is off the grid of the longer one. Neither a full
-    disk nor
-    Ctrl-C loses that checkpoint."""
+    disk nor Ctrl-C loses that checkpoint."""
     trained(*RUN, '--max_iters=6')
     options = unbeaten('out', interim=99.)
-    Path(f'out/ckpt.pt.{PID}.tmp').symlink_to('/dev/full')
+    Path(f'out/ckpt.pt.{os.getpid()}.tmp').symlink_to('/dev/full')
     resume(call, *options, code=1)
     assert checkpoint()['iter_num'] == 6
     with monkeypatch.context() as patch:
@@ -263,9 +231,9 @@ def test_a_resume_goes_on_from_the_later_of_ckpt_pt_and_last_pt(trained, call, r
 
 
 def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(trained, fit):
-    trained(*RUN, '--max_iters=3')
-    os.remove('out/metrics.jsonl'), os.rename('out/ckpt.pt', 'out/last.pt')
-    fit('--max_iters=2', '--eval_interval=100', '--always_save_checkpoint=False')
+    os.rename(trained() / 'ckpt.pt', 'out/last.pt')
+    os.remove('out/metrics.jsonl')
+    fit('--eval_interval=100', '--always_save_checkpoint=False')
     assert {p.name for p in Path('out').glob('*.pt')} == {'ckpt.pt'} and Path('out.1/last.pt').exists()
 
 
@@ -282,7 +250,7 @@ def test_a_checkpoint_that_is_saved_while_the_run_is_resumed_is_not_thrown_away(
     assert rows()[-1]['iter'] == 6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # advice and leftovers
 
 HERE = "--out_dir=it's my run"
@@ -306,19 +274,3 @@ def test_advice_works_when_it_is_pasted(trained, call, refused, main, argv, opti
     for words in advice.split(', or from its weights: '):
         result = call(main, *argv, *shlex.split(option + words))
         assert result.code == 0, (words, result.err)
-
-
-def test_another_number_of_processes_is_refused(trained, refused):
-    trained(*RUN, '--max_iters=3')
-    torch.save(checkpoint() | {'random': checkpoint()['random'] * 2}, 'out/ckpt.pt')
-    line = refused(train.main, *RESUME, '--max_iters=4')
-    assert line.startswith('train.py: out/ckpt.pt: ') and 'torchrun --nproc_per_node=2' in line
-
-
-def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(trained, call):
-    trained(*RUN, '--max_iters=3')
-    kept = {f'ckpt.pt.{os.getppid()}.tmp', 'mine.tmp'}
-    for name in (*kept, f'ckpt.pt.{2 ** 30}.tmp'):                  # no system has so many processes
-        Path('out', name).touch()
-    resume(call, '--max_iters=4')
-    assert {p.name for p in Path('out').glob('*.tmp')} == kept
