@@ -77,6 +77,12 @@ def interrupt(monkeypatch, steps, number=signal.SIGINT):
     monkeypatch.setattr(train, 'step', interrupted)
 
 
+def change(folder='out', without=(), **changes):
+    """Change a checkpoint on disk."""
+    saved = checkpoint(folder) | changes
+    torch.save({key: value for key, value in saved.items() if key not in without}, Path(folder, 'ckpt.pt'))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # models
 

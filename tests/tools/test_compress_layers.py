@@ -13,8 +13,7 @@ import torch
 import compress_layers as layers
 from helpers import TEXT, equal, normal, svd, whole_truth
 from lowrank.compression import RIDGE
-from lowrank.layers import LowRankLinear, SplitProjection
-from model import GPT, GPTConfig, QKVProjection
+from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -94,16 +93,6 @@ def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_p
         assert torch.equal(found[0][0], again[0][0]) == (seed == 1)
 
 
-@pytest.mark.parametrize('method', ['whitened', 'activation'])
-def test_dropout_and_the_running_basis_are_left_out_of_it(windows, method):
-    """An evaluation leaves a model in training mode. The factors are those of the model as it is used."""
-    found = [random_model(dropout=.5, **svd('sequence', 3, 'randomized')) for _ in range(2)]
-    for model in (found[0].train(), found[1]):
-        layers.low_rank(model, method, layers.uniform_share(.5), layers.MODULES, windows(128))
-        model.advance_svd_basis()
-        assert equal(model.state_dict(), found[0].state_dict()) and model.svd_basis is None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # by the SVD alone
 
@@ -128,8 +117,6 @@ def test_svd_compression_is_the_svd_by_hand(device, bias, dtype):
                                                         before.state_dict()) == (factored == 0)
         assert difference(model, cut_by_hand(before, rank)) < rounding(model)
         assert [*(model.config.layer_ranks or {}).values()] == [rank] * factored
-        kind = SplitProjection if factored == 12 else QKVProjection
-        assert {type(block.attn.c_attn) for block in model.transformer.h} == {kind}
         assert difference(reloaded(model), model) == 0
 
 
@@ -137,41 +124,21 @@ def test_svd_compression_is_the_svd_by_hand(device, bias, dtype):
 def test_svd_compression_of_some_modules_and_of_what_is_compressed(trained):
     """Products of that rank or less stay, none grows, and parameters are trained or not as they were."""
     model = layers.apply_svd_compression(random_model().requires_grad_(trained), 6, ['mlp'])
-    ranks, mlp = dict.fromkeys(layers.layer_names(model, ['mlp']), 6), model.transformer.h[0].mlp.state_dict()
-    assert model.config.layer_ranks == ranks
-    for rank, modules, attention in ((6, 'attn,mlp', 6), (7, 'attn,mlp', 6), (16, ['mlp'], 6),
-                                     (2, 'attn', 2)):
+    names, mlp = layers.layer_names(model), model.transformer.h[0].mlp.state_dict()
+    assert model.config.layer_ranks == dict.fromkeys((name for name in names if 'mlp' in name), 6)
+    for rank, modules, attn in ((6, 'attn,mlp', 6), (7, 'attn,mlp', 6), (16, ['mlp'], 6), (2, 'attn', 2)):
         layers.apply_svd_compression(model, rank, modules)
-        expected = dict.fromkeys(layers.layer_names(model), attention) | ranks
-        assert model.config.layer_ranks == expected and equal(model.transformer.h[0].mlp.state_dict(), mlp)
-    layers.dense_layers(model, layers.layer_names(model))
+        assert model.config.layer_ranks == {name: 6 if 'mlp' in name else attn for name in names}
+    assert equal(model.transformer.h[0].mlp.state_dict(), mlp)
+    layers.dense_layers(model, names)
     assert {p.requires_grad for p in layers.settle(model).parameters()} == {trained}
 
 
 @pytest.mark.parametrize('rank, modules, words', [
-    *((rank, 'attn', f'rank={rank!r}: .*16') for rank in (0, 17, 2.0, True)),
-    (2, 'attn,head', 'head')])
+    *((rank, 'attn', f'rank={rank!r}: .*16') for rank in (0, 17, 2.0, True)), (2, 'attn,head', 'head')])
 def test_ranks_and_modules_that_do_not_exist_are_refused(rank, modules, words):
-    model = random_model()
     with pytest.raises(ValueError, match=words):
-        layers.apply_svd_compression(model, rank, modules)
-    assert equal(model.state_dict(), random_model().state_dict())
-
-
-@pytest.mark.any_device
-@pytest.mark.parametrize('dtype, options, count', [
-    (torch.float64, dict(bias=False), 12), (torch.float32, svd('weight', 3), 10),
-    (torch.float64, svd('causal', 3), 12), (torch.float64, dict(use_mla=True), 8),
-    (torch.float32, svd('weight', 8), 12)], ids=str)
-def test_products_of_full_rank_are_the_model(device, dtype, options, count):
-    """'weight' scope keeps W_v, which it cuts at each step, unless its rank is full."""
-    model, dense = random_model(dtype, device, **options), random_model(dtype, device, **options)
-    for name, layer in layers.dense_layers(model, layers.layer_names(model)).items():
-        model.set_layer(name, LowRankLinear.from_linear(layer, 16))
-    assert len(layers.settle(model).config.layer_ranks) == count
-    assert difference(model, dense) < rounding(model)
-    layers.dense_layers(model, layers.layer_names(model))
-    assert layers.settle(model).config == dense.config and difference(model, dense) < rounding(model)
+        layers.apply_svd_compression(random_model(), rank, modules)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -256,7 +223,8 @@ def kept(ranks, shapes):
 @pytest.mark.parametrize('choose, energies, expected', [
     (layers.fixed_rank(7), ENERGIES, (7, 7, 7)), (layers.fixed_rank(9), ENERGIES, (None, 9, 9)),
     (layers.fixed_rank(16), ENERGIES, (None, None, None)), (layers.uniform_share(.5), ENERGIES, (4, 6, 6)),
-    (layers.uniform_share(1), ENERGIES, (None, None, None)), (layers.best_share(1), ENERGIES, (None, None, None)),
+    (layers.uniform_share(1), ENERGIES, (None, None, None)),
+    (layers.best_share(1), ENERGIES, (None, None, None)),
     (layers.rank_of_energy(1), ENERGIES, (None, None, None)), (layers.rank_of_energy(1), STEEP, (3, 3, 3)),
     *((layers.rank_of_energy(share), STEEP, (rank,) * 3)
       for share, rank in ((.79, 1), (.81, 2), (.89, 2), (.91, 3)))])
@@ -326,7 +294,9 @@ def test_latents_are_the_best_for_keys_and_values(windows, bias):
 
 
 def test_weight_scope_finds_nothing_more_to_cut(windows):
-    """Products of values, too, are multiplied out and cut to its rank."""
+    """Products of values, too, are multiplied out and cut to its rank. Without MLA W_v, which it
+    cuts at each step, is no layer to factor, unless its rank is full."""
     model = reloaded(layers.apply_svd_compression(random_model(), 5), **svd('weight', 3))
     new = converted(model, 6, windows(128))
     assert new.config.svd_truncates and difference(new, reloaded(new, use_svd=False)) < rounding(new)
+    assert [len(layers.layer_names(random_model(**svd('weight', rank)))) for rank in (3, 8)] == [10, 12]

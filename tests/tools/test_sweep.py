@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -140,15 +139,3 @@ def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_
             parent.kill()
     with sweep.alone(folder, 'sweep', told.append):
         assert (one.folder / 'ckpt.pt').read_text() == 'saved' and len(told) == 1
-
-
-@pytest.mark.parametrize('name', ['', '.', '..', 'file', 'other'])
-def test_a_folder_with_something_else_is_refused(name, tmp_path, monkeypatch):
-    """Not one where a sweep was killed at its start."""
-    monkeypatch.chdir(tmp_path)
-    Path('file').touch()
-    for folder in ('other/folder', 'new/runs', 'new/sweep.json.12.tmp'):
-        Path(folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"^sweep='{name}'"):
-        sweep.check_folder(name)
-    assert sweep.check_folder('new') == Path('new')
