@@ -104,6 +104,12 @@ def before_forward(action):
         hook.remove()
 
 
+def change(folder='out', without=(), **changes):
+    """Change a checkpoint on disk."""
+    saved = checkpoint(folder) | changes
+    torch.save({key: value for key, value in saved.items() if key not in without}, Path(folder, 'ckpt.pt'))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # models
 

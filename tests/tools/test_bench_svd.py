@@ -11,7 +11,7 @@ import torch
 
 import bench
 import bench_svd
-from helpers import TINY, checkpoint, normal, whole_truth
+from helpers import TEXT, TINY, change, checkpoint, normal, whole_truth
 from runtime import config as configuration
 from runtime import timing
 
@@ -21,6 +21,9 @@ CASES = {(scope, method) for scope in ('sequence', 'causal', 'weight')
          for method in ('standard', 'gram', 'randomized cold', 'randomized warm')} - {
              ('weight', 'randomized warm')}
 SPECTRA = ['Gaussian', '1/i', '1/i^2', '0.9^i', 'low rank + noise']
+SOURCES = ['trained, layer 0', 'trained, layer 1', *SPECTRA]
+MATRICES = {'sequence': 3 * 2, 'causal': 3 * 2 * 2, 'weight': 2}    # prefixes of 4 and 8 tokens
+CHARS = sorted({*TEXT})
 RUN = ('--use_svd=True', '--svd_rank=3', '--bias=True')
 
 
@@ -34,49 +37,38 @@ def measured(call, *options):
     return lines, json.loads(last, parse_constant=pytest.fail)      # NaN is not JSON
 
 
-def check_quality(found, sources):
-    """Every case is there for every source; nothing is better than the best; the exact methods are as
-    good."""
-    every = {(source, *case) for source in sources for case in CASES}
-    assert {(row['source'], row['scope'], row['method']) for row in found['quality']} == every
-    for row in found['quality']:
-        cosines = [row[f'cosine_{name}_{which}'] for name in ('full', 'constant')
-                   for which in ('mean', 'min')]
-        exact = not row['method'].startswith('randomized')          # where a gap is small, float32 tells
-        assert 1 - 1e-6 <= row['residual_mean'] <= row['residual_worst'] <= (1 + 1e-6 if exact else 100)
-        assert (1 - 1e-4 if exact else -1) <= min(cosines) <= max(cosines) <= 1 + 1e-9
-
-
 @pytest.mark.slow
-def test_every_method_and_scope_is_measured(call, here):
-    """Without a checkpoint; with a figure."""
-    lines, found = measured(call, '--plot=figure.png')
-    assert {(row['scope'], row['method'])
-            for row in found['methods']} == CASES and len(found['methods']) == len(CASES)
+def test_whole_steps_and_memory_are_measured(call, here):
+    """Without a checkpoint."""
+    _, found = measured(call)
+    assert {row['source'] for row in found['quality']} == {*SPECTRA} and found['timed_on'] == '1/i'
     for row in found['methods']:
         # the result and the gradient at least: (4, 2, 16, 8), or W_v (2, 8, 16), of float32
         assert row['peak_bytes'] >= 2 * 4 * (2 * 8 * 16 if row['scope'] == 'weight' else 4 * 2 * 16 * 8)
         assert row['step'].keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
-    check_quality(found, SPECTRA)
-    counts = {row['scope']: row['matrices'] for row in found['quality']}
-    assert counts == {'sequence': 4 * 2, 'causal': 4 * 2 * 2, 'weight': 2}  # prefixes of 4 and 8 tokens
-    assert lines[-1] == 'figure: figure.png' and sorted(path.name
-                                                        for path in here.iterdir()) == ['data', 'figure.png']
-    assert Path('figure.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
 
 
-def test_v_of_a_trained_checkpoint_is_measured(call, trained):
-    """A run with a running basis of its own."""
+def test_every_method_and_scope_is_measured(call, trained):
+    """On V of a trained checkpoint with a running basis, and on known spectra: nothing is better than the
+    best; the exact methods are as good."""
     trained('--use_svd=True', '--svd_rank=3', '--svd_block=4', '--n_layer=2', '--dropout=0.1',
             '--svd_method=randomized', '--svd_scope=causal')
-    _, found = measured(call, '--steps=False', '--batch_size=3')
+    lines, found = measured(call, '--steps=False', '--batch_size=3', '--plot=figure.png')
     for words in ('out/ckpt.pt, 4 steps', '3 validation windows of toy;', 'its own svd_basis'):
         assert words in found['trained']
-    assert found['timed_on'] == 'trained, layer 1' and {row['step'] for row in found['methods']} == {None}
-    check_quality(found, ['trained, layer 0', 'trained, layer 1', *SPECTRA])
+    assert found['timed_on'] == 'trained, layer 1' and lines[-1] == 'figure: figure.png'
+    assert {(row['scope'], row['method']) for row in found['methods']} == CASES
+    assert {(row['source'], row['scope'], row['method'], row['matrices']) for row in found['quality']} == {
+        (source, *case, MATRICES[case[0]]) for source in SOURCES for case in CASES}
+    for row in found['quality']:
+        cosines = [value for key, value in row.items() if key.startswith('cosine')]
+        exact = not row['method'].startswith('randomized')          # where a gap is small, float32 tells
+        assert 1 - 1e-6 <= row['residual_mean'] <= row['residual_worst'] <= (1 + 1e-6 if exact else 100)
+        assert (1 - 1e-4 if exact else -1) <= min(cosines) <= max(cosines) <= 1 + 1e-9
     exact = [row['residual_worst'] for row in found['reference_residuals']
              if row['reference'] == 'torch.linalg.svd']
     assert exact == pytest.approx([1] * 7, abs=1e-6)
+    assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
@@ -99,8 +91,7 @@ def test_the_captured_gradients_are_those_of_the_loss(trained):
     x, y = (torch.randint(17, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2))
     ((v, dv, w, dw),), attn = bench_svd.capture(model, x, y), model.transformer.h[0].attn
     assert v.shape == dv.shape == (2, 2, 16, 8) and w.shape == dw.shape == (2, 8, 16)
-    assert not {'apply_svd_to_v',
-                'project'} & vars(attn).keys() and all(p.grad is None for p in model.parameters())
+    assert not {'apply_svd_to_v', 'project'} & vars(attn).keys()
 
     def loss(step):
         attn.apply_svd_to_v = lambda v: type(attn).apply_svd_to_v(attn, v) + step * dv / dv.norm()
@@ -108,29 +99,26 @@ def test_the_captured_gradients_are_those_of_the_loss(trained):
     assert (loss(1e-4) - loss(-1e-4)) / 2e-4 == pytest.approx(dv.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize('options, dataset, reverse, words', [
-    ('--n_head=4 --svd_rank=2', 'toy', False, 'n_head=2'), ('--block_size=17', 'toy', False, 'block_size=16'),
-    ('--dataset=lost', 'gone', False, 'dataset=lost'), ('--dataset=lost', 'gone', False, 'dataset=gone'),
-    ('--dataset=toy', 'gone', True, 'dataset=toy: '), ('--dataset=toy', 'gone', False, 'windows of toy')])
-def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, options, dataset, reverse,
+@pytest.mark.parametrize('options, dataset, chars, words', [
+    ('--n_head=4 --svd_rank=2', 'toy', CHARS, 'n_head=2'), ('--block_size=17', 'toy', CHARS, 'block_size=16'),
+    ('--dataset=lost', 'gone', CHARS, 'dataset=lost'), ('--dataset=lost', 'gone', CHARS, 'dataset=gone'),
+    ('--dataset=toy', 'gone', CHARS[::-1], 'dataset=toy: '),
+    ('--dataset=toy', 'gone', CHARS, 'windows of toy')])
+def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, options, dataset, chars,
                                                                       words):
     """With a line that says why. Data of the same vocabulary will do."""
     trained(*RUN)
     saved = checkpoint()
-    saved['config']['dataset'] = dataset
-    saved['tokenizer']['chars'].sort(reverse=reverse)
-    torch.save(saved, 'out/ckpt.pt')
+    change(config=saved['config'] | dict(dataset=dataset), tokenizer=saved['tokenizer'] | dict(chars=chars))
     found, line = bench_svd.trained_sources(settings(*options.split()), 'cpu')
     assert len(found) == ('windows' in words) and words in line
 
 
 def test_residuals_are_relative_to_the_best():
     """V cut to a tenth too little: what is left of it counts."""
-    x = normal(3, 16, 8)
-    best, low = bench_svd.smallest_residual(x, 3), whole_truth(x, 3)
-    ratios = [bench_svd.residual_over_best(x, share * low, best) for share in (1, .9)]
-    expected = (best[0] ** 2 + (.1 * torch.linalg.matrix_norm(low)) ** 2).sqrt() / best[0]
-    assert torch.allclose(ratios[0], torch.ones(3).double()) and torch.allclose(ratios[1], expected)
+    x, best, norm = normal(3, 16, 8), whole_truth(normal(3, 16, 8), 3), torch.linalg.matrix_norm
+    found = bench_svd.residual_over_best(x, .9 * best, bench_svd.smallest_residual(x, 3))
+    assert torch.allclose(found, norm(x - .9 * best) / norm(x - best))
 
 
 def test_what_makes_no_sense_or_takes_too_long_is_left_out_with_a_line(capsys):
@@ -143,31 +131,21 @@ def test_what_makes_no_sense_or_takes_too_long_is_left_out_with_a_line(capsys):
 
 
 def test_the_peak_counts_what_is_held_at_once():
-    def f():
-        a = torch.ones(1000)                                        # 4,000 bytes
-        b = a.double()                                              # and 8,000
-        del a
-        return b + 1                                                # without a: 8,000 more
-    assert timing.peak_bytes(f, 'cpu') == pytest.approx(16_000, abs=500)
+    """8,000 bytes and 8,000 more; the 4,000 of float32 are gone by then."""
+    found = timing.peak_bytes(lambda: torch.ones(1000).double() + 1, 'cpu')
+    assert found == pytest.approx(16_000, abs=500)
 
 
 @pytest.mark.parametrize('options, words', [
     ('--svd_rank=None', 'svd_rank=None: |1 to 7'), ('--svd_rank=8', 'svd_rank=8: |1 to 7'),
     ('--block_size=3', 'svd_rank=3: |1 to 2'), ('--n_embd=2', '2 or more'),
-    ('--svd=False --plot', 'plot=True: |--svd'),
-    ('--svd=False --steps=True', 'steps=True: |--svd'), ('--plot=figure.pdf', "nearest: 'figure.pdf.png'"),
-    ('--plot=', 'PNG'), ('--plot=nowhere/figure.png', 'nowhere'), ('--decode', 'decode=True: |--svd'),
-    ('--pairs=1', 'nearest: 2'), ('--batch_size=1000000000', 'batch_size=1000000000'),
-    ('--steps=maybe', "True or False or 'auto'"), ('--out_dir=damaged', 'damaged/ckpt.pt: ')])
-def test_wrong_input_is_one_line(here, refused, options, words):
+    ('--svd=False --plot', 'plot=True: |--svd'), ('--plot', 'pip install matplotlib'),
+    ('--plot=figure.pdf', "nearest: 'figure.pdf.png'"), ('--plot=nowhere/figure.png', 'nowhere'),
+    ('--decode', 'decode=True: |--svd'), ('--pairs=1', 'nearest: 2'),
+    ('--batch_size=1000000000', 'batch_size=1000000000'), ('--out_dir=damaged', 'damaged/ckpt.pt: ')])
+def test_wrong_input_is_one_line(here, refused, monkeypatch, options, words):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
     Path('damaged').mkdir()
     Path('damaged/ckpt.pt').write_bytes(b'no')
     line = refused(bench.main, *TINY_SVD, *options.split())
     assert all(word in line for word in words.split('|'))
-
-
-def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(here, refused, monkeypatch):
-    """A bare --plot has a name of its own."""
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    assert 'pip install matplotlib' in refused(bench.main, *TINY_SVD, '--plot')
-    assert settings('--plot').plot_path() == 'bench-svd.png' and settings().plot_path() is None

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,8 +70,7 @@ def run(jobs, at_once=1, **others):
 def test_what_is_finished_is_not_repeated_and_a_failed_run_is_named(job):
     """A run that ends without the result of its last step has failed, too."""
     jobs = [job('a'), job('b', 'fails'), job('c', 'dies'), job('d')._replace(steps=6)]
-    failed, ended = run(jobs)
-    assert failed == ['b', 'c', 'd'] and ended == [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)]
+    assert run(jobs) == (['b', 'c', 'd'], [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)])
     assert sweep.why(jobs[1], 3).startswith('b: failed, exit code 3: the reason (')
     assert 'SIGKILL' in sweep.why(jobs[2], -signal.SIGKILL)
     assert [name for name, _ in run(jobs)[1]] == ['b', 'c', 'd'] and len(rows(jobs[0].folder)) == 1
@@ -92,13 +90,10 @@ def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what
     assert sweep.log_of(one).read_text().startswith('earlier') == (saved == 'last.pt')
 
 
-def test_threads_and_slots_are_shared_out(job):
-    threads = torch.get_num_threads()
+def test_threads_and_slots_are_shared_out(job, one_thread):
     torch.set_num_threads(7)
     jobs = [job(name) for name in 'abc']
-    failed, _ = run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})
-    torch.set_num_threads(threads)
-    assert failed == []
+    assert run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})[0] == []
     assert sorted(sweep.log_of(one).read_text() for one in jobs) == [f'starts ends 2 slot{i}\n'
                                                                      for i in range(3)]
 
@@ -107,13 +102,12 @@ def test_threads_and_slots_are_shared_out(job):
     ('auto', 'cpu', '', 4, [None, None], ''), ('auto', 'mps', '', 2, [None, None], '1 GPU,'),
     ('auto', 'cuda', '', 3, ['0', '1', '0'], '2 GPUs,'), ('cuda', 'cuda', '5,7', 2, ['5', '7'], ''),
     ('cuda:1', 'cuda:1', '', 2, [None, None], '1 GPU,')])
-def test_gpus_are_given_out_in_turn(asked, device, named, at_once, slots, said, monkeypatch):
+def test_gpus_are_given_out_in_turn(asked, device, named, at_once, slots, said, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
-    lines = []
-    environment = sweep.gpus(asked, device, at_once, lines.append)
+    environment = sweep.gpus(asked, device, at_once, print)
     assert [environment(i).get('CUDA_VISIBLE_DEVICES') for i in range(len(slots))] == slots
-    assert [said in line for line in lines] == [True] * bool(said)
+    assert said in capsys.readouterr().out
 
 
 def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
@@ -136,9 +130,8 @@ def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_
             f'    sweep.run_all([{one!r}], 1, print, inherit=inherit)\n')
     with subprocess.Popen([sys.executable, '-c', code]) as parent:
         try:
-            until = time.monotonic() + 100
             while not (one.folder / 'ready').exists():
-                assert time.monotonic() < until and parent.poll() is None
+                assert parent.poll() is None
                 time.sleep(.02)
             with pytest.raises(UserError, match='sweep'), sweep.alone(folder, 'sweep', print):
                 pass
@@ -146,15 +139,3 @@ def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_
             parent.kill()
     with sweep.alone(folder, 'sweep', told.append):
         assert (one.folder / 'ckpt.pt').read_text() == 'saved' and len(told) == 1
-
-
-@pytest.mark.parametrize('name', ['', '.', '..', 'file', 'other'])
-def test_a_folder_with_something_else_is_refused(name, tmp_path, monkeypatch):
-    """Not one where a sweep was killed at its start."""
-    monkeypatch.chdir(tmp_path)
-    Path('file').touch()
-    for folder in ('other/folder', 'new/runs', 'new/sweep.json.12.tmp'):
-        Path(folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"^sweep='{name}'"):
-        sweep.check_folder(name)
-    assert sweep.check_folder('new') == Path('new')
