@@ -238,8 +238,7 @@ def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseli
     assert found['results'].keys() == {'peer',
                                        *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
     for row in found['results'].values():
-        assert row.keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
-        assert min(row['a_ms'], row['b_ms'], row['ratio']) > 0
+        assert min(row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']) > 0
 
 
 @pytest.mark.any_device
@@ -252,8 +251,8 @@ def test_bench_times_decoding(results, device):
     assert [(row['context'], row['name']) for row in found['results']] == [(c, name) for c in (3, 8)
                                                                            for name in names]
     for row in found['results']:
-        low, high = row['quartiles']
-        assert row['tokens_per_s'] > 0 and low <= row['rate_over_no_svd'] <= high
+        assert row['quartiles'][0] <= row['rate_over_no_svd'] <= row['quartiles'][1]
+        assert row['tokens_per_s'] > 0
     # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in 'weight' scope,
     # 2 numbers
     sizes = {row['name']: row['cache_bytes'] for row in found['results'] if row['context'] == 3}
@@ -265,8 +264,7 @@ def test_bench_times_the_models_that_it_is_told(trained, call):
     """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of their
     own."""
     decode = '--decode', '--contexts=3', '--tokens=2', '--pairs=2', '--device=cpu'
-    out = call(bench.main, *TINY, *decode).out
-    assert ', 16 wide, vocabulary 17, ' in json.loads(out.splitlines()[-1])['header']
+    assert ', 16 wide, vocabulary 17, ' in call(bench.main, *TINY, *decode).out
     trained('--n_layer=3', '--n_embd=24', '--vocab_size=19')
     assert call(export.main, '--to=safetensors', '--save_dir=mine').code == 0
     for source in (['--init_from=out'], ['--init_from=mine', '--batch_size=4'], ['--init_from=resume']):

@@ -13,15 +13,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import train
-from helpers import TEXT, TINY, checkpoint, equal, folder_bytes, interrupt, rows
+from helpers import ROOT, TEXT, TINY, checkpoint, equal, folder_bytes, interrupt, rows
 from model import GPT, SCOPES, GPTConfig
 from runtime import device as devices
 from runtime import tracking
 from runtime.config import UserError
-from runtime.dataset import Dataset, locate, write_dataset
+from runtime.dataset import Dataset, locate, name_of, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
 from runtime.optim import Muon
 
@@ -200,7 +199,6 @@ def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(f
     assert 'warmup_iters=50 ' in out and ' 2\n' in out and 'lr_decay_iters' not in out
     out = call(train.main, *RESUME, '--max_iters=25').out
     assert 'lr_decay_iters=20 ' in out and 'max_iters=25 ' in out
-    assert checkpoint()['config']['lr_decay_iters'] == 20
     c = schedule(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=20)
     assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c)
                                                             for it in range(20)] + [1e-3] * 5
@@ -238,8 +236,7 @@ class Reader(torch.nn.Module):
 
     def forward(self, idx, targets=None):
         seen = torch.cat((idx[:, 1:], idx[:, -1:]), dim=1) if self.peeks else idx       # (B, T)
-        logits = 5. * F.one_hot(seen, 17)                                               # (B, T, vocab)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return 5. * torch.eye(17)[seen], None                                           # (B, T, vocab)
 
 
 def test_the_prefix_gap_is_zero_for_a_causal_model_and_for_one_that_peeks_scatters_as_estimated():
@@ -354,6 +351,7 @@ def test_a_run_on_a_text_file_goes_on_without_it_from_another_folder(
     saved = checkpoint()
     assert (saved['tokenizer']['tokenizer'], saved['model_args']['vocab_size']) == (tokenizer, vocab_size)
     assert saved['config']['dataset'] == str(folder) and rows()[-1]['val/tokens'] == 235
+    assert name_of(ROOT / 'data' / folder.name, 'my text.txt') == folder.name
     Path('my text.txt').unlink()
     monkeypatch.chdir('data')
     result = call(train.main, *RESUME, f'--out_dir={here}/out', '--max_iters=5')
