@@ -287,8 +287,8 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
     expected, s = [1, 8, 1, 3, float('nan')], torch.linalg.svdvals(normal(2, 12, 8))
     assert effective_rank(torch.stack(many)).tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
     for x in (1e-30 * normal(2, 12, 8).float(), normal(2, 12, 8).mT, 1e30 * normal(2, 12, 8).mT):
-        expected = torch.distributions.Categorical(s).perplexity()  # of shares of the sum
-        torch.testing.assert_close(effective_rank(x), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            effective_rank(x), torch.distributions.Categorical(s).perplexity(), rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------

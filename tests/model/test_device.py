@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from helpers import TINY, checkpoint, equal, svd
+from helpers import checkpoint, equal, svd
 from lowrank.svd import METHODS, low_rank_approximation
 from model import GPT, SCOPES, GPTConfig
 from runtime.device import autocast

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import pickle
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor

@@ -355,23 +355,6 @@ def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, b
     bad("GPT-2's BPE")
 
 
-@pytest.mark.slow
-def test_gpt2s_own_bpe_encodes_as_in_transformers_and_is_known_by_each_format(hf, good):
-    files = [Path.home() / '.cache' / 'gpt2-bpe' / name for name in download.BPE_FILES]
-    if not all(path.exists() for path in files):
-        pytest.skip('it is a download')
-    write('good', make(), GPT2_META)
-    theirs, ours = hf.AutoTokenizer.from_pretrained('good'), Tokenizer(GPT2_META)
-    assert [theirs.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
-    theirs.add_special_tokens({'pad_token': '[PAD]'})
-    theirs.save_pretrained('good')
-    assert pretrained.read_tokenizer('good') == GPT2_META
-    (good / 'tokenizer.json').unlink()
-    for path, name in zip(files, ('merges.txt', 'vocab.json'), strict=True):
-        (good / name).write_bytes(path.read_bytes())
-    assert pretrained.read_tokenizer('good') == GPT2_META
-
-
 def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_file(good, bad, call, byte_bpe):
     write('good', make(vocab_size=5), char_meta(CHARS))
     bad('its tokenizer has 11 token ids, its model 5')
