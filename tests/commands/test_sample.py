@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pickle
 import signal
 import sys
 from contextlib import redirect_stdout
@@ -20,25 +19,19 @@ from model import GPT, METHODS, SCOPES
 from runtime.dataset import Tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-LEARNT = ('--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150', '--learning_rate=2e-2',
-          '--optimizer=muon')
 SHORT = ('--device=cpu', '--num_samples=2', '--max_new_tokens=30')
 END = '\n---------------\n'
 
 
 @pytest.fixture
-def run(here, trained_once):
-    """run(name, changes, without) puts a checkpoint that has learnt something into a folder."""
-    def run(name='out', without=(), **changes):
-        Path(name).mkdir(exist_ok=True)
-        saved = checkpoint(trained_once(*LEARNT)) | changes
-        torch.save({k: v for k, v in saved.items() if k not in without}, Path(name) / 'ckpt.pt')
-        return saved
-    return run
+def run(trained):
+    """The checkpoint of a run that has learnt something, which is in out/."""
+    return checkpoint(trained('--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150',
+                              '--learning_rate=2e-2', '--optimizer=muon'))
 
 
 @pytest.fixture
-def texts(call):
+def texts(call, run):
     """texts(*options) -> the samples that sample.py prints, after the line that says which model it is."""
     def texts(*options):
         result = call(sample.main, *SHORT, *options)
@@ -50,36 +43,18 @@ def texts(call):
 # ------------------------------------------------------------------------------------------------------------
 # which model
 
-def test_the_newest_run_is_taken_and_named_before_hidden_folders_and_what_was_exported(run, call):
-    for age, name in ((300, 'old'), (100, 'newest'), (200, 'older'), (50, '.newest.123.tmp')):
-        run(name, iter_num=age)
-        os.utime(f'{name}/ckpt.pt', (1e9 - age, 1e9 - age))
-    assert call(sample.main, *SHORT).out.startswith('newest/ckpt.pt: 100 steps, ')
-    assert call(sample.main, *SHORT, '--out_dir=old').out.startswith('old/ckpt.pt: 300 steps, ')
-    Path('older/config.py').touch()                                 # a run of this repo, unlike the others
-    assert call(sample.main, *SHORT).out.startswith('older/ckpt.pt: 200 steps, ')
-
-
-def test_a_run_is_found_from_another_folder_and_without_any_one_line_says_how_to_get_one(
-        run, texts, here, monkeypatch, refused):
-    assert 'python train.py config/' in refused(sample.main)
-    run()
+def test_a_run_is_named_and_found_from_another_folder(texts, call, here, monkeypatch):
+    assert call(sample.main, *SHORT).out.startswith('out/ckpt.pt: 150 steps, ')
     inside = texts()
     monkeypatch.chdir('data')
     for option in ('--init_from=../out', '--out_dir=../out', f'--out_dir={here}/out'):
         assert texts(option) == inside
 
 
-def test_a_checkpoint_of_nanogpt_finds_its_tokenizer_below_data_or_says_what_is_missing(run, texts, refused):
-    saved = run()
-    expected, chars = texts(), saved['tokenizer']['chars']
-    run(without=['tokenizer', 'random', 'scaler'], best_val_loss=torch.tensor(1.5),
-        config=saved['config'] | {'dataset': 'their_char', 'device': 'cuda'})
+def test_a_checkpoint_of_nanogpt_away_from_its_data_set_says_what_is_missing(run, refused):
+    del run['tokenizer']
+    torch.save(run | {'config': {'dataset': 'theirs'}}, 'out/ckpt.pt')
     assert 'meta.pkl' in refused(sample.main)
-    Path('data/their_char').mkdir()
-    Path('data/their_char/meta.pkl').write_bytes(pickle.dumps({
-        'vocab_size': 17, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}))
-    assert texts() == expected
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,11 +63,10 @@ def test_a_checkpoint_of_nanogpt_finds_its_tokenizer_below_data_or_says_what_is_
 @pytest.mark.parametrize('svd', [{}, dict(use_svd=True, svd_rank=2, svd_scope='causal', svd_block=4),
                                  dict(use_svd=True, svd_rank=2, svd_scope='sequence')], ids=str)
 def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, call, svd):
-    saved = run()
     out = call(sample.main, *SHORT, '--num_samples=3', '--start=the toad',
                *(f'--{k}={v}' for k, v in svd.items())).out
     torch.manual_seed(1337)                                         # making a model draws from it, too
-    model, tokenizer = GPT.from_checkpoint(saved, **svd).eval(), Tokenizer(saved['tokenizer'])
+    model, tokenizer = GPT.from_checkpoint(run, **svd).eval(), Tokenizer(run['tokenizer'])
     idx = torch.tensor(tokenizer.encode('the toad')).repeat(3, 1)
     rows = model.generate(idx, 30, .8, 200, use_cache=not model.config.svd_sees_future).tolist()
     assert out.partition('\n')[2] == ''.join(tokenizer.decode(row) + END for row in rows)
@@ -101,11 +75,9 @@ def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, c
 
 @pytest.mark.parametrize('content', [b'the hen sang on the stone\n' * 3, b'the toad\nate on the sea\r\n',
                                      b'\xef\xbb\xbfthe toad ate on the sea\n'])
-def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(run, texts,
-                                                                                            content):
+def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(texts, content):
     """Every line of the data starts with 'the '; the context is 16 characters. Any line ends, and a byte
     order mark."""
-    run()
     Path('my prompt.txt').write_bytes(content)
     start = content.decode('utf-8-sig').replace('\r\n', '\n')
     for text in texts('--start=FILE:my prompt.txt'):
@@ -121,26 +93,17 @@ def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_
     ('--svd_method=randomised', "nearest: 'randomized'"),
     ('--use_svd=True --svd_rank=2 --compile=True', '--compile=False'), ('--out_dir=data', 'data/ckpt.pt')])
 def test_what_cannot_be_is_refused(run, refused, options, words):
-    run()
     Path('latin1.txt').write_bytes(b'\xe9')
     Path('empty.txt').touch()
     assert words in refused(sample.main, *options.split())
 
 
-def test_equal_seeds_give_equal_texts_and_other_seeds_and_options_do_not(run, texts):
-    run()
-    plain = texts('--seed=1')
-    assert texts('--seed=1', '--top_p=1') == plain
+def test_seeds_and_options_choose_the_draws_and_the_likeliest_text_needs_none(texts):
+    plain, greedy = texts('--seed=1'), texts('--top_k=1')
+    assert texts('--seed=1', '--top_p=1') == plain and greedy[0] == greedy[1] and len(greedy[0]) == 31
     assert plain not in (texts('--seed=2'), texts('--seed=1', '--top_p=.5'),
                          texts('--seed=1', '--temperature=1e300'))
-
-
-def test_no_temperature_one_token_or_hardly_any_probability_is_the_likeliest_text(run, texts):
-    run()
-    greedy = texts('--top_k=1')
-    assert greedy[0] == greedy[1] and len(greedy[0]) == 31
-    for options in ('--temperature=1e-3 --top_k=None', '--temperature=0', '--temperature=1e-300',
-                    '--temperature=1e-40', '--top_p=1e-300', '--top_p=1e-6 --top_k=None'):
+    for options in ('--temperature=0', '--temperature=1e-3 --top_k=None', '--top_p=1e-6 --top_k=None'):
         assert texts(*options.split()) == greedy, options
 
 
@@ -149,26 +112,19 @@ def test_no_temperature_one_token_or_hardly_any_probability_is_the_likeliest_tex
 
 @pytest.mark.parametrize('scope, method',
                          [('sequence', 'gram'), ('causal', 'standard'), ('weight', 'randomized')])
-def test_svd_can_be_switched_on_for_a_model_trained_without(run, texts, call, scope, method):
+def test_svd_is_as_trained_unless_it_is_switched_on_or_off(run, texts, call, scope, method):
     """Rank 2 of 8 changes the text; full rank, None and off leave it as it was."""
-    run()
     options, plain = (f'--svd_scope={scope}', f'--svd_method={method}', '--svd_block=2'), texts()
-    head, _, body = call(sample.main, *SHORT, *options, '--use_svd=True', '--svd_rank=2').out.partition('\n')
-    assert f'SVD on V rank 2 of 8, {method}, {scope} (' in head and ('cached' in head) == (scope ==
-                                                                                           'sequence')
-    assert plain[0] not in body
+    out = call(sample.main, *SHORT, *options, '--use_svd=True', '--svd_rank=2').out
+    assert f'SVD on V rank 2 of 8, {method}, {scope} (' in out and plain[0] not in out
+    assert ('nothing is cached' in out) == (scope == 'sequence')
     for off in ('--use_svd=True --svd_rank=8', '--use_svd=True --svd_rank=99', '--use_svd=True',
                 '--use_svd=False --svd_rank=2'):
         assert texts(*options, *off.split()) == plain
-    assert 'SVD on V off (svd_rank=99' in call(sample.main, *SHORT, '--use_svd=True', '--svd_rank=99').out
-
-
-def test_a_model_trained_with_svd_keeps_it_unless_told_otherwise(run, texts, call):
-    args, plain = run()['model_args'], texts()
-    run(model_args=args | dict(use_svd=True, svd_rank=2))
-    assert 'SVD on V rank 2 of 8, gram, sequence: ' in call(sample.main, *SHORT).out
-    kept = texts('--use_svd=None', '--svd_method=None', '--svd_scope=None')
-    assert texts() == kept != plain == texts('--use_svd=False')
+    svd = dict(use_svd=True, svd_rank=2, svd_scope=scope, svd_method=method, svd_block=2)
+    torch.save(run | dict(model_args=run['model_args'] | svd), 'out/ckpt.pt')
+    assert f'SVD on V rank 2 of 8, {method}, {scope}' in call(sample.main, *SHORT).out
+    assert texts() == texts('--use_svd=None', '--svd_method=None') != plain == texts('--use_svd=False')
 
 
 @pytest.mark.parametrize('svd, name', [
@@ -177,9 +133,9 @@ def test_a_model_trained_with_svd_keeps_it_unless_told_otherwise(run, texts, cal
     ('--svd_scope=sequence', 'transformer.h.0.attn.c_attn')])
 def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused, svd, name):
     """Each weight is a number; the logits are not."""
-    state = run()['model']
+    state = run['model']
     state[f'{name}.weight'].mul_(1e38 / state[f'{name}.weight'].abs().max())
-    run(model=state | ({'transformer.wte.weight': state['lm_head.weight']}))
+    torch.save(run | dict(model=state | {'transformer.wte.weight': state['lm_head.weight']}), 'out/ckpt.pt')
     assert 'no probabilities' in refused(sample.main, *SHORT, '--svd_rank=2', f'--use_svd={bool(svd)}',
                                          *svd.split())
 
@@ -187,51 +143,37 @@ def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused
 # ------------------------------------------------------------------------------------------------------------
 # as it is drawn
 
-class Screen(io.StringIO):
-    """A stdout that remembers what could be seen of it, and the state of torch's generator, at every flush
-    with something new. Ctrl-C comes with flush number `stop`."""
-
-    def __init__(self, stop=None):
-        super().__init__()
-        self.stop, self.seen, self.states = stop, [], []
-
-    def flush(self):
-        if self.getvalue() not in self.seen:
-            self.seen.append(self.getvalue())
-            self.states.append(torch.get_rng_state().numpy().tobytes())
-            if len(self.seen) == self.stop:
-                signal.raise_signal(signal.SIGINT)
-
-
 def show(*options, stop=None, code=0):
-    """The screen on which sample.py shows its samples."""
-    with redirect_stdout(Screen(stop)) as screen:
+    """What sample.py prints, and what can be seen of it, with the state of torch's generator, at every flush
+    of something new. Ctrl-C comes with flush number `stop`."""
+    screen, seen = io.StringIO(), {}
+
+    def flush():
+        if screen.getvalue() not in seen:
+            seen[screen.getvalue()] = torch.get_rng_state().numpy().tobytes()
+            if len(seen) == stop:
+                signal.raise_signal(signal.SIGINT)
+    screen.flush = flush
+    with redirect_stdout(screen):
         assert sample.main([*SHORT, '--start=the toad', *options]) == code
         assert sys.stdout is screen                                 # and no longer what hides its errors
-    return screen
+    return screen.getvalue(), seen
 
 
-def test_the_first_sample_appears_as_it_is_drawn(run):
-    run()
-    screen = show('--num_samples=3', '--seed=3')
-    head, _, body = screen.getvalue().partition('\n')
-    first = body.partition(END)[0]
+def test_the_first_sample_appears_as_it_is_drawn_and_ctrl_c_leaves_it(run):
+    text, seen = show('--num_samples=3')
+    head, _, body = text.partition('\n')
+    first, states = body.partition(END)[0], list(seen.values())
     assert body.count(END) == 3 and len(first) == 8 + 30
-    assert screen.seen[:30] == [f'{head}\n{first[:8 + n]}' for n in range(1, 31)]
-    assert len(set(screen.states[:30])) == 30  # one more token is drawn from one to the next
-
-
-@pytest.mark.parametrize('tokens', [1, 17])
-def test_ctrl_c_leaves_what_was_printed(run, tokens):
-    run()
-    whole = show()
-    assert show(stop=tokens, code=130).getvalue() == whole.seen[tokens - 1]
+    assert list(seen)[:30] == [f'{head}\n{first[:8 + n]}' for n in range(1, 31)]
+    assert len(set(states[:30])) == 30                              # one more token is drawn each time
+    for stop in (1, 17):
+        assert show('--num_samples=3', stop=stop, code=130)[0] == list(seen)[stop - 1]
 
 
 def test_a_reader_who_leaves_ends_the_sampling(run):
     """| head"""
-    run()
-    states = show().states
+    states = list(show()[1].values())
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, 'w') as pipe, redirect_stdout(pipe):
@@ -286,8 +228,7 @@ def results(call, here):
         assert result.code == 0, result.err
         assert {p.name for p in here.iterdir()} == {'data', 'peer'}             # it writes no file
         return json.loads(result.out.splitlines()[-1])
-    yield results
-    sys.modules.pop('peer_model', None)
+    return results
 
 
 @pytest.mark.any_device
@@ -297,8 +238,7 @@ def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseli
     assert found['results'].keys() == {'peer',
                                        *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
     for row in found['results'].values():
-        assert row.keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
-        assert min(row['a_ms'], row['b_ms'], row['ratio']) > 0
+        assert min(row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']) > 0
 
 
 @pytest.mark.any_device
@@ -311,21 +251,20 @@ def test_bench_times_decoding(results, device):
     assert [(row['context'], row['name']) for row in found['results']] == [(c, name) for c in (3, 8)
                                                                            for name in names]
     for row in found['results']:
-        low, high = row['quartiles']
-        assert row['tokens_per_s'] > 0 and low <= row['rate_over_no_svd'] <= high
+        assert row['quartiles'][0] <= row['rate_over_no_svd'] <= row['quartiles'][1]
+        assert row['tokens_per_s'] > 0
     # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in 'weight' scope,
     # 2 numbers
     sizes = {row['name']: row['cache_bytes'] for row in found['results'] if row['context'] == 3}
-    assert sizes['no SVD'] == 4 * 2 * 2 * 6 * (8 + 8) and sizes["'weight'"] == 4 * 2 * 2 * 6 * (8 + 2)
-    assert sizes["'sequence'"] == 0 and sizes['peer'] is None
+    assert sizes.items() >= {'no SVD': 4 * 2 * 2 * 6 * (8 + 8), "'weight'": 4 * 2 * 2 * 6 * (8 + 2),
+                             "'sequence'": 0, 'peer': None}.items()
 
 
 def test_bench_times_the_models_that_it_is_told(trained, call):
     """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of their
     own."""
     decode = '--decode', '--contexts=3', '--tokens=2', '--pairs=2', '--device=cpu'
-    out = call(bench.main, *TINY, *decode).out
-    assert ', 16 wide, vocabulary 17, ' in json.loads(out.splitlines()[-1])['header']
+    assert ', 16 wide, vocabulary 17, ' in call(bench.main, *TINY, *decode).out
     trained('--n_layer=3', '--n_embd=24', '--vocab_size=19')
     assert call(export.main, '--to=safetensors', '--save_dir=mine').code == 0
     for source in (['--init_from=out'], ['--init_from=mine', '--batch_size=4'], ['--init_from=resume']):
