@@ -39,7 +39,7 @@ def inline(in_process, monkeypatch, call):
         in_process.clear()
         ratios = itertools.count(1.0)
         monkeypatch.setattr(compare, 'paired',
-                            lambda *args: dict(ratio=next(ratios), ratio_quartiles=[.5, 2.0]))
+                            lambda *args: dict(ratio=next(ratios), ratio_quartiles=[.5, 4.0]))
         return SimpleNamespace(**vars(call(compare.main, *argv)), names=list(in_process))
     return inline
 
@@ -260,7 +260,7 @@ def test_a_damaged_folder_is_one_line(name, text, swept, refused):
 
 @pytest.mark.usefixtures('no_matplotlib')
 @pytest.mark.parametrize('lists, step', [
-    ('--gradient_accumulation_steps=1,3', dict(ratio=3, ratio_quartiles=[1.5, 6])),
+    ('--gradient_accumulation_steps=1,3', dict(ratio=3, ratio_quartiles=[1.5, 12])),
     ('--adaptive_svd=False,True', None)])
 def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, lists, step):
     inline(*TINY, lists)
