@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, TEXT, TINY, checkpoint_of, rows, whole_truth
+from helpers import ROOT, TEXT, checkpoint_of, rows, whole_truth
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
 from runtime.record import Record
@@ -84,19 +84,6 @@ def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here):
         Record(Path('record.jsonl'), None, steps=4)
 
 
-@pytest.mark.slow
-def test_the_sweep_runs_what_is_missing(call, here):
-    """In processes, both controls among them; the second call has nothing to do."""
-    sweep = experiment('loss_against_rank', RANKS=(2,), METHODS=('gram',), SCOPES=('weight',))
-    write_dataset('data/long', 3 * TEXT, 'char', source='tests')
-    options = ['--dataset=long', '--steps=20', '--seeds=1', '--jobs=2']
-    found = call(sweep.main, *options)
-    assert found.code == 0 and '4 of 4 runs done' in found.out and 'random_projection-2-1337: ' in found.out
-    again = call(sweep.main, *options)
-    assert again.out.startswith('4 of 4 runs done')
-    assert again.out.count('+-') == len(rows('.', 'record.jsonl')) == 4
-
-
 @pytest.mark.any_device
 def test_absorbed_and_expanded_are_equal_and_timed(call, device):
     absorb, generator = experiment('absorb_or_expand'), torch.Generator().manual_seed(0)
@@ -133,27 +120,6 @@ def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of
         up, down = found[name].factors(5)
         expected = whole_truth(weight.detach().double() * scale, 5) / scale
         torch.testing.assert_close(up @ down, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_compression_table_is_made_once_and_gone_on_with(call, here, in_process):
-    """Two runs that make one thing after another, then everything again: no row twice."""
-    compression = experiment('compression_table', MODELS={'small': [*TINY, '--n_head=1']},
-                             CALIBRATION_TOKENS=128,
-                             TUNED_KEEPS=(0.6,))
-    options = ['--dataset=toy', '--models=small', '--keeps=0.6', '--finetune_iters=2', '--seeds=2']
-    for parts in ('methods', 'finetune,scratch', 'methods,finetune,scratch'):
-        found = call(compression.main, *options, f'--parts={parts}')
-    made = rows('.', 'record.jsonl')
-    keys = {tuple(row.get(k) for k in ('method', 'keep', 'seed', 'steps')) for row in made}
-    # dense, methods, fine-tuned, from scratch
-    assert len(keys) == len(made) == 1 + (1 + 2 * 8) + 2 * 2 + 2 * 2 * 2
-    full = next(row['block_params'] for row in made if row['method'] == 'dense')
-    # ranks are whole ones
-    assert all(0.45 < row['block_params'] / full < 0.7 for row in made if row.get('keep'))
-    assert '| narrower, from scratch, keep 0.6 |' in found.out
-    assert all(f'| {label} |' in found.out for label in compression.METHODS)
-    assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
 
 
 # ------------------------------------------------------------------------------------------------------------

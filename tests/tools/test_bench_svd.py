@@ -37,17 +37,6 @@ def measured(call, *options):
     return lines, json.loads(last, parse_constant=pytest.fail)      # NaN is not JSON
 
 
-@pytest.mark.slow
-def test_whole_steps_and_memory_are_measured(call, here):
-    """Without a checkpoint."""
-    _, found = measured(call)
-    assert {row['source'] for row in found['quality']} == {*SPECTRA} and found['timed_on'] == '1/i'
-    for row in found['methods']:
-        # the result and the gradient at least: (4, 2, 16, 8), or W_v (2, 8, 16), of float32
-        assert row['peak_bytes'] >= 2 * 4 * (2 * 8 * 16 if row['scope'] == 'weight' else 4 * 2 * 16 * 8)
-        assert row['step'].keys() == {'a_ms', 'b_ms', 'ratio', 'ratio_quartiles'}
-
-
 def test_every_method_and_scope_is_measured(call, trained):
     """On V of a trained checkpoint with a running basis, and on known spectra: nothing is better than the
     best; the exact methods are as good."""
@@ -119,15 +108,6 @@ def test_residuals_are_relative_to_the_best():
     x, best, norm = normal(3, 16, 8), whole_truth(normal(3, 16, 8), 3), torch.linalg.matrix_norm
     found = bench_svd.residual_over_best(x, .9 * best, bench_svd.smallest_residual(x, 3))
     assert torch.allclose(found, norm(x - .9 * best) / norm(x - best))
-
-
-def test_what_makes_no_sense_or_takes_too_long_is_left_out_with_a_line(capsys):
-    assert {*bench_svd.cases_of(settings('--svd_block=16'))} == {case for case in CASES
-                                                                 if case[0] != 'causal'}
-    assert 'svd_block=16: ' in capsys.readouterr().out
-    rows = [{}]
-    bench_svd.whole_steps(settings(f'--n_layer={10 ** 9}'), 'cpu', [None], None, rows)
-    assert rows == [{'step': None}] and '--steps=True' in capsys.readouterr().out
 
 
 def test_the_peak_counts_what_is_held_at_once():
