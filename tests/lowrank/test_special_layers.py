@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import bench
 import compress
 import export
 import plot_adaptive
@@ -274,22 +273,6 @@ def test_compress_makes_plain_layers_of_them(finished, done, kind, options):
     assert report['val_loss'] == pytest.approx([expected, loss_in('small')], abs=1e-5)
     assert {key: args[key] for key in special_layers.NONE} == special_layers.NONE
     assert folder_bytes('out') == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS)
-def test_other_commands_take_them(finished, done, kind):
-    """Spectra, benchmarks, and a dense export that is resumed."""
-    finished(kind)
-    before = folder_bytes('out')
-    done(compress.main, '--spectrum', '--out_dir=out')
-    assert Path('out-spectrum/spectrum.png').read_bytes().startswith(PNG)
-    for options in (['--decode', '--tokens=2', '--contexts=3'], ['--svd_rank=3', '--svd_block=4']):
-        out = done(bench.main, '--init_from=resume', '--out_dir=out', '--device=cpu', '--pairs=2', *options)
-        assert json.loads(out.splitlines()[-1])['results']
-    done(export.main, '--out_dir=out', '--to=dense')
-    done(train.main, '--init_from=resume', '--out_dir=out-dense', '--device=cpu', '--max_iters=28')
-    assert checkpoint('out-dense')['iter_num'] == 28 and folder_bytes('out') == before
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 test_model.py, its cache in test_decode.py."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,10 @@ import torch
 import export
 import sample
 import train
-from helpers import MLA_RANKS, RANKS, ROOT, SMALL, checkpoint, make, mla, optimizer_of, svd, tokens
+from helpers import MLA_RANKS, RANKS, SMALL, checkpoint, make, mla, optimizer_of, svd, tokens
 from lowrank.svd import METHODS
 from model import GPT, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
-from runtime.dataset import write_dataset
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 RUN = ['--use_mla=True', '--mla_latent_dim=5', '--bias=True']
@@ -132,20 +130,6 @@ def test_training_stays_finite_and_learns(method, scope, kind, steps):
         assert losses[-1] < 0.8 * losses[0] and all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_run_is_sampled_resumed_and_refused(trained, call, refused):
-    """Its model_args alone rebuild the model; a contradiction is one line."""
-    trained(*RUN)
-    assert checkpoint()['model']['transformer.h.0.attn.c_attn.kv_down.weight'].shape == (5, 16)
-    drawn = call(sample.main, '--device=cpu', '--start=the', '--num_samples=2', '--max_new_tokens=20')
-    assert drawn.code == 0 and drawn.out.count('the') >= 2
-    resume = ['--init_from=resume', '--device=cpu', '--max_iters=6']
-    for option, had in (('use_mla=False', 'use_mla=True'), ('mla_latent_dim=4', 'mla_latent_dim=5')):
-        line = refused(train.main, *resume, f'--{option}')
-        assert option in line and had in line
-    result = call(train.main, *resume)
-    assert result.code == 0 and '5 numbers' in result.out and checkpoint()['iter_num'] == 6
-
-
 def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, call, refused):
     trained()
     saved, new = checkpoint(), dict(use_mla=False, mla_latent_dim=None, layer_ranks=None)
@@ -212,34 +196,3 @@ def test_a_run_is_exported(trained, call, refused, to):
     assert 'svd_scope=' in refused(export.main, '--out_dir=cut', f'--to={to}')
 
 
-@pytest.mark.parametrize(
-    'name, svd_method',
-    [
-        ('train_mla_rsvd_test.py', 'randomized'),
-        pytest.param('train_mla_test.py', None, marks=pytest.mark.slow),
-        pytest.param('train_mla_svd_test.py', 'gram', marks=pytest.mark.slow),
-    ],
-)
-def test_a_config_file_is_trained_as_it_says(name, svd_method, tmp_path, monkeypatch, call):
-    """One step of the real shape on other text: its settings are the checkpoint's."""
-    monkeypatch.chdir(tmp_path)
-    path = ROOT / 'config' / name
-    write_dataset(
-        Path('data/shakespeare_char'), ''.join(map(chr, range(32, 97))) * 20, 'char', source='tests'
-    )
-    result = call(
-        train.main,
-        path,
-        '--device=cpu',
-        '--max_iters=1',
-        '--eval_iters=1',
-        '--log_interval=1',
-        '--block_size=48',
-        '--batch_size=1',
-    )
-    assert result.code == 0, result.err
-    saved = checkpoint('out-' + name[6:-3].replace('_', '-'))
-    expected = dict(use_mla=True, mla_latent_dim=32, n_layer=4, n_embd=128, use_svd=bool(svd_method))
-    expected |= dict(svd_method=svd_method, svd_rank=16, svd_scope='causal') if svd_method else {}
-    assert expected.items() <= saved['model_args'].items()
-    assert ('svd_basis' in saved) == (svd_method == 'randomized') and 'muon' in saved['optimizer']

