@@ -121,7 +121,7 @@ def test_the_peak_counts_what_is_held_at_once():
     ('--block_size=3', 'svd_rank=3: |1 to 2'), ('--n_embd=2', '2 or more'),
     ('--svd=False --plot', 'plot=True: |--svd'), ('--plot', 'pip install matplotlib'),
     ('--plot=figure.pdf', "nearest: 'figure.pdf.png'"), ('--plot=nowhere/figure.png', 'nowhere'),
-    ('--decode', 'decode=True: |--svd'), ('--pairs=1', 'nearest: 2'),
+    ('--check', 'pytest --device=cpu'), ('--decode', 'decode=True: |--svd'), ('--pairs=1', 'nearest: 2'),
     ('--batch_size=1000000000', 'batch_size=1000000000'), ('--out_dir=damaged', 'damaged/ckpt.pt: ')])
 def test_wrong_input_is_one_line(here, refused, monkeypatch, options, words):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
