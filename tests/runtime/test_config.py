@@ -19,7 +19,7 @@ from train import TrainConfig
 MAINS = {'train': train.main, 'sample': sample.main, 'bench': bench.main}
 FILES = {
     'first.py': b'batch_size = 2\nblock_size = 2\nn_layer = 2\n',
-    'second.py': b'block_size = 3 * batch_size\nn_layer = 3\n', 'check.py': b'check = True\n',
+    'second.py': b'block_size = 3 * batch_size\nn_layer = 3\n', 'switch.py': b'decode = True\n',
     'heads.py': b'n_head = 5\n', 'width.py': b'n_embd = 5\n', 'width7.py': b'n_embd = 7\n',
     'bool.py': b'n_embd = True\n',
     'text.py': b'n_layer = "2"\n', 'function.py': b'n_layer = lambda: 2\n', 'seed.py': b'seed = -1\n',
@@ -91,7 +91,7 @@ WRONG = {
                ('top_p=0', '(nearest: 0.01)'), ('top_p=1.5', '(nearest: 1.0)'), ('top_k=0', '(nearest: 1)'), 
                ('num_samples=0', '(nearest: 1)'), ('max_new_tokens=0', '(nearest: 1)'),
                ('svd_scope=rows', "'sequence' or 'causal' or 'weight' or None")],
-    'bench': [('check=1', '(nearest: True)'), ('check=', 'True or False')]}
+    'bench': [('decode=1', '(nearest: True)'), ('decode=', 'True or False')]}
 
 
 @pytest.mark.parametrize('script', MAINS)
@@ -146,11 +146,11 @@ def test_wrong_arguments_and_config_files_are_refused_with_their_place_and_the_n
 
 
 @pytest.mark.parametrize('arguments, value', [
-    ([], False), (['--check'], True), (['--check=True'], True), (['--check=False'], False),
-    (['--check', '--check=False'], False), (['check.py'], True), (['check.py', '--check=False'], False)])
+    ([], False), (['--decode'], True), (['--decode=True'], True), (['--decode=False'], False),
+    (['--decode', '--decode=False'], False), (['switch.py'], True), (['switch.py', '--decode=False'], False)])
 def test_a_switch_may_be_written_bare(arguments, value):
     cfg, set_by = configuration.load(bench.BenchConfig, arguments)
-    assert cfg.check is value and ('check' in set_by) == bool(arguments)
+    assert cfg.decode is value and ('decode' in set_by) == bool(arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
