@@ -189,14 +189,6 @@ def start(tree, name, work):
                             text=True)
 
 
-def result(process, work):
-    """-> values by name. Raises RuntimeError with what the process said last if it failed."""
-    said = process.communicate()[0]
-    if process.returncode:
-        raise RuntimeError(said.strip()[-1500:])
-    return json.loads((work / 'values.json').read_text())
-
-
 def differences(old, new):
     """-> the names whose values differ, in the order in which they came about, and the pairs that have other names."""
     gone, added = [k for k in old if k not in new], {new[k]: k for k in new if k not in old}
@@ -209,14 +201,11 @@ def compare(name, trees, work):
     """Print a line -> whether both trees agree."""
     folders = [work / f'{name} {i}'.replace(' ', '-') for i in range(2)]
     processes = [start(tree, name, folder) for tree, folder in zip(trees, folders)]
-    try:
-        old, new = (result(*pair) for pair in zip(processes, folders))
-    except RuntimeError as e:
-        print(f'FAIL  {name}: {e}', flush=True)
+    said = [process.communicate()[0].strip()[-1500:] for process in processes]
+    if any(process.returncode for process in processes):
+        print(f'FAIL  {name}:', *said, sep='\n', flush=True)
         return False
-    finally:
-        for process in processes:
-            process.kill()
+    old, new = (json.loads((folder / 'values.json').read_text()) for folder in folders)
     different, renamed = differences(old, new)
     verdict = f'{len(old)} values'
     if different:

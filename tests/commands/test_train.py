@@ -273,6 +273,13 @@ def test_eval_only_measures_what_a_rank_costs_and_leaves_the_run_alone(trained, 
     assert folder_bytes() == before and not Path('out.1').exists()
 
 
+def test_eval_only_prints_the_loss_that_it_cannot_write(trained, call):
+    trained()
+    Path('out/eval.jsonl').mkdir()
+    result = call(train.main, *RESUME, '--eval_only=True', '--device=cpu')
+    assert result.code == 0 and 'val loss' in result.out and 'out/eval.jsonl' in result.out
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Muon
 
