@@ -219,7 +219,7 @@ def keep_all_but_the_run(root, before, after, said):
 LIMITS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(max_examples=30, derandomize=True, **LIMITS)
+@settings(max_examples=12, derandomize=True, **LIMITS)
 @given(example=examples())
 def test_any_command_line_runs_or_is_refused(world, call, example):
     check(world, call, *example)

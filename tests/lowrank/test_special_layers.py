@@ -332,7 +332,8 @@ PNG = b'\x89PNG\r\n\x1a\n'
 ROW = '{"iter": 20, "svd/block0.attn.c_q/mode": "full", "svd/block0.attn.c_q/r": 3}\n'
 
 
-@pytest.mark.parametrize('kind', ['adaptive', pytest.param('adaptive, MLA', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['adaptive', 'adaptive, MLA'])
 def test_a_figure_of_a_run(finished, done, kind):
     """Also of a single analysis, without a loss."""
     finished(kind)

@@ -166,6 +166,7 @@ def test_before_training_and_after_it_a_signal_ends_at_once(call):
     assert rows()[-1]['final'] and checkpoint()['iter_num'] == 4
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused, monkeypatch):
     """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads
     what the run says, and it saves all the same."""

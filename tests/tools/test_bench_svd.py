@@ -37,6 +37,7 @@ def measured(call, *options):
     return lines, json.loads(last, parse_constant=pytest.fail)      # NaN is not JSON
 
 
+@pytest.mark.slow
 def test_every_method_and_scope_is_measured(call, trained):
     """On V of a trained checkpoint with a running basis, and on known spectra: nothing is better than the
     best; the exact methods are as good."""
