@@ -68,8 +68,8 @@ class BenchConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.check:
-            raise ValueError(f'check=True: the self-test is a part of the tests now (nearest: python -m pytest --device='
-                             f'{"cuda" if self.device == "auto" else self.device})')
+            kind = devices.pick_device(self.device).partition(':')[0]
+            raise ValueError(f'check=True: the self-test is a part of the tests (nearest: python -m pytest --device={kind})')
         if self.pairs < 2:
             raise ValueError(f'pairs={self.pairs}: must be at least 2 (nearest: 2)')
         if self.tokens is None:

@@ -17,15 +17,21 @@ import train
 from helpers import TEXT, TINY
 from lowrank import svd
 from runtime import download, sweep
+from runtime.config import UserError
 from runtime.dataset import write_dataset
+from runtime.device import pick_device
 
 
 def pytest_addoption(parser):
-    parser.addoption('--device', help='run only the tests marked any_device, on this device: cuda, mps or cpu')
+    parser.addoption('--device', choices=('cpu', 'cuda', 'mps'), help='run only the tests marked any_device, there')
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption('--device'):
+        try:
+            pick_device(config.getoption('--device'))
+        except UserError as e:
+            raise pytest.UsageError(str(e)) from None
         config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker('any_device')])
         items[:] = [item for item in items if item.get_closest_marker('any_device')]
 

@@ -48,31 +48,7 @@ def test_wrong_input_is_one_line(name, options, refused, here, byte_bpe):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# loss_against_rank.py, absorb_or_expand.py
-
-def test_the_controls_are_what_they_say():
-    sweep = experiment('loss_against_rank')
-    c = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, use_svd=True, svd_rank=3)
-    random, narrow = sweep.RandomProjection(c), sweep.NarrowValues(c)
-    assert torch.linalg.matrix_rank(random.apply_svd_to_v(torch.randn(2, 2, 8, 8))).eq(3).all()
-    torch.testing.assert_close(random.projector @ random.projector, random.projector)
-    x = torch.randn(2, 8, 16)
-    assert [t.shape[1:] for t in (*narrow.project(x), narrow(x))] == [
-        (2, 8, 8), (2, 8, 8), (2, 8, 3), (8, 16)]
-
-
-def test_finished_runs_become_a_record_a_table_and_a_figure(call, here):
-    sweep = experiment('loss_against_rank')
-    cfg = sweep.SweepConfig(out_dir='runs', steps=20, seeds=2)
-    for name, row, _ in sweep.runs(cfg):
-        Path('runs', name).mkdir(parents=True)
-        Path('runs', name, 'metrics.jsonl').write_text(json.dumps(
-            {'iter': 20, 'final': True, 'val/loss': 2.0 + row['seed'] - 1337}) + '\n')
-        Path('runs', name, 'environment.json').write_text('{"torch": "2", "git_commit": "abcdefghij"}')
-    sweep.collect(cfg)
-    out = call(sweep.main, '--jobs=0').out
-    assert '| causal, randomized | ' + ' | '.join(['2.500 +- 0.707'] * 4) + ' |' in out
-    assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
+# absorb_or_expand.py, records
 
 
 def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here):
@@ -124,13 +100,6 @@ def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of
 
 # ------------------------------------------------------------------------------------------------------------
 # continual_learning.py
-
-def test_a_matched_loss_is_on_the_line_between_evaluations():
-    matched = experiment('continual_learning').matched
-    curve = [[0, 2.0, 4.0], [20, 3.0, 3.0], [40, 3.5, 2.0], [60, 3.1, 2.5], [80, 3.2, 1.5]]
-    # the first time, not the last
-    assert [matched(curve, level) for level in (3.0, 2.5, 2.0)] == [3.0, 3.25, 3.5]
-    assert matched(curve, 1.75) == pytest.approx(3.175) and matched(curve, 1.4) is matched(curve, 4.5) is None
 
 
 @pytest.mark.parametrize('positive, negative, area', [

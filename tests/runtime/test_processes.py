@@ -39,6 +39,7 @@ def test_two_processes_train_what_one_does(fit, options):
     torchrun(*RUN, *options.split(), '--out_dir=two')
     fit(*RUN, *options.split(), '--out_dir=one')
     one, two = checkpoint('one'), checkpoint('two')
+    assert ('svd_basis' in one) == ('randomized' in options)
     for key, atol in (('model', 2e-5), ('svd_basis', 1e-3)):        # the basis is of the V of both processes
         torch.testing.assert_close(one.get(key), two.get(key), rtol=0, atol=atol)
     for a, b in zip(rows('one'), rows('two'), strict=True):

@@ -11,7 +11,7 @@ import torch
 
 import bench
 import bench_svd
-from helpers import TEXT, TINY, change, checkpoint, normal, whole_truth
+from helpers import TEXT, TINY, change, checkpoint
 from runtime import config as configuration
 from runtime import timing
 
@@ -102,13 +102,6 @@ def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, o
     change(config=saved['config'] | dict(dataset=dataset), tokenizer=saved['tokenizer'] | dict(chars=chars))
     found, line = bench_svd.trained_sources(settings(*options.split()), 'cpu')
     assert len(found) == ('windows' in words) and words in line
-
-
-def test_residuals_are_relative_to_the_best():
-    """V cut to a tenth too little: what is left of it counts."""
-    x, best, norm = normal(3, 16, 8), whole_truth(normal(3, 16, 8), 3), torch.linalg.matrix_norm
-    found = bench_svd.residual_over_best(x, .9 * best, bench_svd.smallest_residual(x, 3))
-    assert torch.allclose(found, norm(x - .9 * best) / norm(x - best))
 
 
 def test_the_peak_counts_what_is_held_at_once():
