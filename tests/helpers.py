@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -28,6 +29,11 @@ TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2) for ani
 TINY = ('--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 '
         '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --learning_rate=1e-2 '
         '--eval_interval=2 --eval_iters=2').split()
+
+
+def slow(*case):
+    """A case of pytest.mark.parametrize that only runs with -m slow."""
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def rows(folder='out', file='metrics.jsonl'):

@@ -12,7 +12,7 @@ import torch
 
 import special_layers
 import train
-from helpers import ROOT, TINY, checkpoint, equal, rows, same, untimed
+from helpers import ROOT, TINY, checkpoint, equal, rows, same, slow, untimed
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -109,7 +109,7 @@ def test_invalid_options_are_refused(refused, options, words):
 # what does not change
 
 @pytest.mark.parametrize('options', [
-    [], ['--optimizer=muon'], ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']])
+    slow([]), slow(['--optimizer=muon']), ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']])
 def test_analyses_without_a_switch_change_nothing(trained, options):
     """To the bit. The first nine steps are a warm-up, in which nothing switches."""
     options = [*RUN, '--adaptive_svd_targets=c_proj', '--max_iters=9', *options]
@@ -135,10 +135,10 @@ def assert_same_run(folder, other):
 
 
 @pytest.mark.parametrize('options, stops', [
-    ([], (12, 22)), (['--dtype=bfloat16'], (17,)),
-    (['--optimizer=muon', '--gradient_accumulation_steps=2', '--grad_clip=.1', '--dropout=.2', '--bias=True'],
+    (['--dtype=bfloat16'], (17,)), slow([], (12, 22)),
+    slow(['--optimizer=muon', '--gradient_accumulation_steps=2', '--grad_clip=.1', '--dropout=.2', '--bias=True'],
      (20, 23)),
-    *(pytest.param(['--optimizer=muon'], stops, marks=pytest.mark.slow)
+    *(slow(['--optimizer=muon'], stops)
       for stops in ((9, 14), (18, 25), (3,)))])
 def test_a_resumed_run_is_the_undisturbed_one(fit, trained, call, options, stops):
     """In full mode, in low-rank mode, before and after r shrinks, and after a return to full mode."""

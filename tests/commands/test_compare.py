@@ -169,6 +169,7 @@ def test_torchrun_is_refused(refused, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # what comes of them
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_not_repeated_but_grows(swept, refused):
     first = results()
     for argv in ([*SVD, LIST], ['--sweep=out-compare']):
@@ -269,6 +270,7 @@ def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, lists, ste
     assert one['ratio'] == 1 and other == (step and other | step)
 
 
+@pytest.mark.slow
 def test_a_sweep_at_wandb_is_a_group_with_the_figures(swept, monkeypatch):
     """The runs that are trained, and the sweep itself, which has the figures."""
     made, logged = [], {}

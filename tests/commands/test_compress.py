@@ -14,7 +14,7 @@ import compress_layers as layers
 import export
 import sample
 import train
-from helpers import TEXT, change, checkpoint, equal, folder_bytes, rows
+from helpers import TEXT, change, checkpoint, equal, folder_bytes, rows, slow
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
 from runtime.run import lock
@@ -60,9 +60,9 @@ def loss_in(folder):
 
 @pytest.mark.parametrize('run, options, methods', [
     (NO_BIAS, ['--keep=.5'], ['activation', 'whitened', 'plain']),
-    (BIAS, ['--keep=.3'], ['activation', 'whitened']),
+    slow(BIAS, ['--keep=.3'], ['activation', 'whitened']),
     (NO_BIAS, ['--to=mla', '--mla_latent_dim=4'], ['activation', 'plain']),
-    (BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain'])])
+    slow(BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain'])])
 def test_text_helps_and_gradients_help_more(trained, shrink, run, options, methods):
     trained(*run)
     found = [shrink(*options, f'--method={method}', save_dir=method)['val_loss'] for method in methods]
@@ -81,6 +81,7 @@ def test_the_seed_decides_and_the_validation_split_teaches_nothing(trained, shri
     assert equal(a, b) and not equal(a, c) and second['val_loss'][0] > first['val_loss'][0] + .1
 
 
+@pytest.mark.slow
 def test_where_v_sees_the_future_the_loss_is_prefix_only(trained, shrink):
     """And there is no cache to report on."""
     trained(*NO_BIAS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from helpers import ROOT, TEXT, TINY, checkpoint, equal, folder_bytes, interrupt, rows
+from helpers import ROOT, TEXT, TINY, checkpoint, equal, folder_bytes, interrupt, rows, slow
 from model import GPT, SCOPES, GPTConfig
 from runtime import device as devices
 from runtime import tracking
@@ -97,9 +97,9 @@ def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, 
 # ------------------------------------------------------------------------------------------------------------
 # training itself
 
-@pytest.mark.parametrize('options', [[], ['--optimizer=muon'], [*SVD, '--dtype=bfloat16'],
+@pytest.mark.parametrize('options', [[], slow(['--optimizer=muon']), slow([*SVD, '--dtype=bfloat16']),
                                      [*SVD, '--svd_scope=causal', '--svd_block=4', '--dtype=bfloat16'],
-                                     [*SVD, '--svd_scope=weight', '--dtype=bfloat16']], ids=' '.join)
+                                     slow([*SVD, '--svd_scope=weight', '--dtype=bfloat16'])], ids=' '.join)
 def test_the_loss_falls(trained, options):
     """Every scope and optimizer learns the toy text; chance is log(17) = 2.83."""
     trained(*LONG, *options)
@@ -133,7 +133,7 @@ def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(trained_once, f
     assert not equal(checkpoint(truncating)['model'], checkpoint(baseline)['model'])
 
 
-@pytest.mark.parametrize('options', [SVD, (*SVD, '--svd_method=randomized', '--svd_scope=causal',
+@pytest.mark.parametrize('options', [slow(SVD), (*SVD, '--svd_method=randomized', '--svd_scope=causal',
                                            '--svd_block=4')], ids=['sequence', 'randomized'])
 def test_evaluating_more_often_changes_no_parameter_and_dropout_acts_after_it(trained_once, fit, options):
     fit('--dropout=.2', *options, '--eval_interval=1', '--eval_iters=3')

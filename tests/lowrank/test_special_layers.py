@@ -15,7 +15,7 @@ import plot_adaptive
 import sample
 import special_layers
 import train
-from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, untimed
+from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, slow, untimed
 from lowrank.lora import LoRALinear
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset
@@ -213,6 +213,7 @@ def test_invalid_lora_options_are_refused(trained, refused, base, options, words
     assert folder_bytes('base') == before and not Path('out').exists()
 
 
+@pytest.mark.slow
 def test_what_a_run_has_stays_when_it_goes_on(trained, finished, refused):
     """LoRA needs weights. Neither it nor the shape or the characters of a run can change; nothing is
     written."""
@@ -241,7 +242,7 @@ def test_what_a_run_has_stays_when_it_goes_on(trained, finished, refused):
 # ------------------------------------------------------------------------------------------------------------
 # sample.py, export.py, compress.py, bench.py
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ['LoRA', *(slow(kind) for kind in KINDS if kind != 'LoRA')])
 def test_exports_have_the_loss_and_samples_of_the_run(finished, done, kind):
     expected, args = finished(kind), ['--device=cpu', '--max_new_tokens=30', '--start=the', '--temperature=0']
     assert loss_in('out') == pytest.approx(expected, abs=1e-6)
@@ -308,12 +309,12 @@ def test_its_svd_comes_along_unless_the_command_line_has_another(trained, fit):
     lambda saved: saved['model'].pop('transformer.h.0.mlp.c_fc.weight'),
     lambda saved: saved['model_args'].update(n_layer=3), lambda saved: saved['model_args'].update(n_embd='x'),
     lambda saved: saved['model_args'].update(unknown=1),
-    lambda saved: saved['model_args'].update(lora_rank=2),
+    lambda saved: saved['model_args'].update(lora_rank=2), *map(slow, (
     lambda saved: saved['model_args'].update(lora_rank=2, lora_targets='c_x'),
     lambda saved: saved['model_args'].update(lora_rank=99),
     lambda saved: saved['model_args'].update(adaptive_svd=True),
     lambda saved: saved['model'].update(x=torch.full((2,), math.nan)), lambda saved: saved.pop('model_args'),
-    lambda saved: saved.update(tokenizer=3), lambda saved: saved.update(tokenizer=dict(tokenizer='char'))])
+    lambda saved: saved.update(tokenizer=3), lambda saved: saved.update(tokenizer=dict(tokenizer='char'))))])
 def test_a_damaged_checkpoint_is_refused_by_all_commands(trained, refused, damage):
     trained(*BASE, folder='base')
     saved = checkpoint('base')

@@ -227,14 +227,14 @@ CASES = (
         },
     }
 )
-QUICK = {'mps': 'randomized-causal', 'cuda': None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'device, name',
     [
-        pytest.param(device, name, marks=[pytest.mark.slow] * (QUICK[device] != name))
-        for device in QUICK
+        (device, name)
+        for device in ('mps', 'cuda')
         for name in CASES
     ],
 )

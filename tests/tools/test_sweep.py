@@ -119,6 +119,7 @@ def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
     assert run(jobs, 2)[0] == []
 
 
+@pytest.mark.slow
 def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_path):
     """The run takes half a second to save after its parent is gone: the next one has to wait."""
     one, folder, told = job('a', 'waits'), tmp_path / 'sweep', []
