@@ -108,7 +108,7 @@ def check_checkpoint(folder, **changed):
 
 
 @pytest.mark.parametrize('run, options, keep',
-                         [(NO_BIAS, [], .6), (BIAS, ['--method=whitened', '--keep=.3'], .3)])
+                         [(NO_BIAS, [], .6), slow(BIAS, ['--method=whitened', '--keep=.3'], .3)])
 def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, keep):
     trained(*run)
     result = call(compress.main, *QUICK, '--out_dir=out', *options)
@@ -153,7 +153,7 @@ def test_a_product_keeps_at_most_its_rank(trained, shrink, method, option):
 # ------------------------------------------------------------------------------------------------------------
 # fine-tuning, and what goes on from the new checkpoint
 
-@pytest.mark.parametrize('run', [NO_BIAS, BIAS])
+@pytest.mark.parametrize('run', [NO_BIAS, slow(BIAS)])
 def test_fine_tuning_lowers_the_loss(trained, shrink, run):
     trained(*run)
     untuned = shrink('--keep=0.2', '--method=plain', '--out_dir=out', save_dir='untuned')
@@ -164,7 +164,7 @@ def test_fine_tuning_lowers_the_loss(trained, shrink, run):
     assert tuned['val_loss'][1] < untuned['val_loss'][1] - .1
 
 
-@pytest.mark.parametrize('options', [['--keep=0.5'], ['--to=mla']])
+@pytest.mark.parametrize('options', [['--keep=0.5'], slow(['--to=mla'])])
 def test_train_and_sample_and_export_take_it(trained, shrink, call, options):
     trained(*NO_BIAS)
     loss, own = shrink(*options)['val_loss'][1], ['--out_dir=small', '--device=cpu']

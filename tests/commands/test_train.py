@@ -122,9 +122,9 @@ def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_we
 
 @pytest.mark.parametrize('options', [
     '--svd_rank=2 --use_svd=False', '--svd_rank=None --svd_method=standard',
-    '--svd_rank=8 --svd_method=randomized',
-    '--svd_rank=99 --svd_scope=causal --svd_method=standard', '--svd_rank=8 --svd_scope=weight',
-    '--svd_rank=99 --svd_scope=weight --svd_method=randomized',
+    slow('--svd_rank=8 --svd_method=randomized'),
+    slow('--svd_rank=99 --svd_scope=causal --svd_method=standard'), '--svd_rank=8 --svd_scope=weight',
+    slow('--svd_rank=99 --svd_scope=weight --svd_method=randomized'),
     '--svd_rank=2 --svd_scope=causal --svd_block=16'])
 def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(trained_once, fit, options):
     baseline, truncating = trained_once('--dropout=.1'), trained_once('--dropout=.1', *SVD)

@@ -121,8 +121,8 @@ def test_lora_with_a_shorter_context_trains_no_positions(trained, fit):
 # LoRA: going on
 
 @pytest.mark.parametrize('options, stop', [
-    ([], 4), (['--optimizer=muon', '--lora_init=pissa', '--gradient_accumulation_steps=2'], 3),
-    pytest.param(['--lora_init=milora'], 5, marks=pytest.mark.slow)])
+    slow([], 4), (['--optimizer=muon', '--lora_init=pissa', '--gradient_accumulation_steps=2'], 3),
+    slow(['--lora_init=milora'], 5)])
 def test_a_resumed_lora_run_is_the_undisturbed_one(trained, fit, options, stop):
     trained(*BASE, folder='base')
     options = [*LORA, *options, '--dropout=.2', '--lora_dropout=.3', '--lora_alpha=5', '--lr_decay_iters=7',
@@ -137,8 +137,8 @@ def test_a_resumed_lora_run_is_the_undisturbed_one(trained, fit, options, stop):
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize('init, rank, form', [('lora', 3, 'gpt2'), ('pissa', 6, 'nanogpt'),
-                                              ('milora', 6, 'safetensors')])
+@pytest.mark.parametrize('init, rank, form', [slow('lora', 3, 'gpt2'), ('pissa', 6, 'nanogpt'),
+                                              slow('milora', 6, 'safetensors')])
 def test_exported_adapters_make_the_same_model_of_the_base(trained, fit, done, init, rank, form):
     """In any format of the base. To the bit if they began with its weights; those of PiSSA and MiLoRA have
     twice the rank."""
@@ -196,16 +196,17 @@ def test_adapters_that_do_not_fit_are_refused(trained, fit, done, refused):
     (['--use_mla=True'], '--lora_rank=2', ["'c_q'", 'c_proj, query, c_fc, mlp.c_proj']),
     (['--use_mla=True'], '--lora_rank=2 --lora_targets=c_fc,c_v', ["'c_v'"]),
     ([], '--lora_rank=2 --lora_init=pisa', ['lora_init', 'pissa']),
-    ([], '--lora_init=pisa', ['lora_init', 'pissa']),
-    ([], '--lora_rank=2 --lora_alpha=0', ['lora_alpha=0']), ([], '--lora_alpha=0', ['lora_alpha=0']),
-    ([], '--lora_rank=2 --lora_alpha=-1', ['lora_alpha=-1']),
-    ([], '--lora_rank=2 --lora_alpha=inf', ['lora_alpha=', 'inf']),
-    ([], '--lora_rank=2 --lora_dropout=1', ['lora_dropout=1']),
-    ([], '--lora_rank=2 --lora_dropout=-.1', ['lora_dropout=-0.1']),
-    ([], '--lora_rank=2 --adaptive_svd=True', ['lora_rank=2', 'adaptive_svd']),
-    (["--layer_ranks={'h.0.attn.c_attn.c_q':3}"], '--lora_rank=2', ["layer_ranks={'h.0.attn.c_attn.c_q'"]),
-    (["--layer_ranks={'h.1.mlp.c_fc':3}"], '--lora_rank=2 --lora_targets=c_fc', ['layer_ranks', 'h.1.mlp']),
-    (['--adaptive_svd=True'], '--lora_rank=2', ['lora_rank=2', 'base'])])
+    *(slow(*case) for case in [
+        ([], '--lora_init=pisa', ['lora_init', 'pissa']),
+        ([], '--lora_rank=2 --lora_alpha=0', ['lora_alpha=0']), ([], '--lora_alpha=0', ['lora_alpha=0']),
+        ([], '--lora_rank=2 --lora_alpha=-1', ['lora_alpha=-1']),
+        ([], '--lora_rank=2 --lora_alpha=inf', ['lora_alpha=', 'inf']),
+        ([], '--lora_rank=2 --lora_dropout=1', ['lora_dropout=1']),
+        ([], '--lora_rank=2 --lora_dropout=-.1', ['lora_dropout=-0.1']),
+        ([], '--lora_rank=2 --adaptive_svd=True', ['lora_rank=2', 'adaptive_svd']),
+        (["--layer_ranks={'h.0.attn.c_attn.c_q':3}"], '--lora_rank=2', ["layer_ranks={'h.0.attn.c_attn.c_q'"]),
+        (["--layer_ranks={'h.1.mlp.c_fc':3}"], '--lora_rank=2 --lora_targets=c_fc', ['layer_ranks', 'h.1.mlp']),
+        (['--adaptive_svd=True'], '--lora_rank=2', ['lora_rank=2', 'base'])])])
 def test_invalid_lora_options_are_refused(trained, refused, base, options, words):
     before = folder_bytes(trained(*BASE, *base, folder='base'))
     line = refused(train.main, *TINY, '--n_layer=2', '--init_from=base', *options.split())

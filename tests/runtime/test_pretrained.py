@@ -19,7 +19,7 @@ import export
 import helpers
 import sample
 import train
-from helpers import checkpoint, checkpoint_of, equal, folder_bytes
+from helpers import checkpoint, checkpoint_of, equal, folder_bytes, slow
 from model import GPT, METHODS, GPTConfig
 from runtime import download, pretrained
 from runtime.dataset import GPT2_META, Tokenizer
@@ -79,8 +79,8 @@ def assert_same_logits(ours, theirs):
 
 @pytest.mark.parametrize('shape', [
     SMALL, dict(SMALL, gelu='tanh', bias=False, dropout=.2),
-    dict(block_size=7, vocab_size=3, n_layer=1, n_head=3, n_embd=6, gelu='tanh'),
-    dict(block_size=33, vocab_size=130, n_layer=3, n_head=1, n_embd=5, bias=False)], ids=range(4))
+    slow(dict(block_size=7, vocab_size=3, n_layer=1, n_head=3, n_embd=6, gelu='tanh')),
+    slow(dict(block_size=33, vocab_size=130, n_layer=3, n_head=1, n_embd=5, bias=False))], ids=range(4))
 def test_transformers_computes_and_generates_the_same_and_what_it_saves_is_read(hf, tmp_path, shape):
     model = make(**shape)
     theirs, report = hf.GPT2LMHeadModel.from_pretrained(write(tmp_path / 'a', model),

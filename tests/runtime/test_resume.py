@@ -14,7 +14,7 @@ import torch
 import compare
 import export
 import train
-from helpers import ROOT, TINY, assert_same_run, before_forward, checkpoint, interrupt, rows, untimed
+from helpers import ROOT, TINY, assert_same_run, before_forward, checkpoint, interrupt, rows, slow, untimed
 from model import METHODS, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -62,7 +62,7 @@ def resume(call, *options, code=0):
 # ------------------------------------------------------------------------------------------------------------
 # stops and resumes
 
-@pytest.mark.parametrize('options', [*FEATURES, *(pytest.param(o, marks=pytest.mark.slow) for o in SLOW)])
+@pytest.mark.parametrize('options', [*FEATURES[:3], *map(slow, FEATURES[3:] + SLOW)])
 def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
     """Stopped by a small max_iters, which evaluates and ends in order, then by Ctrl-C. Checkpoint
     (parameters, optimizer, best loss, random states, data order) and metrics are equal at the end."""
