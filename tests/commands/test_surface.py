@@ -11,6 +11,7 @@ import pytest
 from helpers import checkpoint, rows
 
 SURFACE = json.loads(Path(__file__).with_name('surface.json').read_text())
+pytestmark = pytest.mark.usefixtures('one_thread')
 KINDS = {'plain': ['--optimizer=muon'], 'svd': ['--use_svd=True', '--svd_rank=2', '--svd_method=randomized'],
          'adaptive': ['--n_embd=32', '--adaptive_svd=True', '--adaptive_svd_interval=1', '--max_iters=12']}
 

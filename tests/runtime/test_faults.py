@@ -125,7 +125,7 @@ def full_disk(path):
 @pytest.mark.parametrize('make, words', [
     (full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
     (lambda path: path.symlink_to(path.name), 'symbolic links')])
-@pytest.mark.parametrize('path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=str)
+@pytest.mark.parametrize('path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=['ckpt.pt', 'metrics.jsonl'])
 def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, make, words):
     def stop(model):
         path.unlink(missing_ok=True)
