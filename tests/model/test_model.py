@@ -73,7 +73,6 @@ def assert_same_as_by_hand(device, options, **by_hand):
         (mla(3, bias=False), {}),
         (mla(8, bias=False), {}),
     ],
-    ids=str,
 )
 def test_it_is_a_gpt_by_hand(device, options, by_hand):
     assert_same_as_by_hand(device, options, **by_hand)
