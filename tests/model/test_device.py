@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 
-from helpers import checkpoint, equal, svd
+from helpers import checkpoint, svd
 from lowrank.svd import METHODS, low_rank_approximation
 from model import GPT, SCOPES, GPTConfig
 from runtime.device import autocast
@@ -86,8 +86,8 @@ def test_the_svd_of_half_precision_is_that_of_float32_rounded_once(device, metho
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])           # float16: the scaler's state is resumed, too
 def test_a_resumed_run_is_the_undisturbed_one(device, fit, here, dtype):
-    if (device, dtype) == ('cpu', 'float16'):
-        pytest.skip('no gradient scaler on the CPU')
+    if device == 'cpu':
+        pytest.skip('tests/runtime/test_resume.py does it there, to the bit')
     options = ['--dropout=.2', '--use_svd=True', '--svd_rank=3', '--optimizer=muon', '--lr_decay_iters=6',
                '--eval_interval=3', f'--device={device}', f'--dtype={dtype}']
     fit(*options, '--max_iters=6', '--out_dir=whole')
@@ -95,8 +95,6 @@ def test_a_resumed_run_is_the_undisturbed_one(device, fit, here, dtype):
     half = checkpoint()['model']
     fit(*options, '--max_iters=6', '--init_from=resume')
     whole, parts = checkpoint('whole')['model'], checkpoint()['model']
-    if device == 'cpu':
-        assert equal(parts, whole)
     # a backward pass may add in no fixed order; lost dropout, batches or optimizer state would move weights by a third
     for name, weight in whole.items():
         assert (parts[name] - weight).norm() <= .1 * (weight - half[name]).norm()
