@@ -32,7 +32,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-BEFORE = 'f9a6cb4'                  # the last commit before the redesign
+BEFORE = 'd773c8a'                  # the last commit before the redesign
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
 BASE = ('--dataset=toy --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=20 '
