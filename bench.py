@@ -69,7 +69,8 @@ class BenchConfig(TrainConfig):
         super().__post_init__()
         if self.check:
             kind = devices.pick_device(self.device).partition(':')[0]
-            raise ValueError(f'check=True: the self-test is a part of the tests (nearest: python -m pytest --device={kind})')
+            raise ValueError('check=True: the self-test is a part of the tests (nearest: python -m pytest '
+                             f'--device={kind})')
         if self.pairs < 2:
             raise ValueError(f'pairs={self.pairs}: must be at least 2 (nearest: 2)')
         if self.tokens is None:

@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item.get_closest_marker('any_device')]
 
 
+def pytest_runtest_setup():
+    torch.backends.cuda.matmul.allow_tf32 = False       # train.py sets it; its 10 bits would hide what is compared
+
+
 @pytest.fixture(scope='session')
 def device(request):
     """The device on which the tests marked any_device run."""
