@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 
 SMALL = dict(block_size=128, n_layer=2, n_head=4, n_embd=64, bias=False)                        # trained here
 WIDE = dict(block_size=1024, n_layer=2, n_head=8, n_embd=512, bias=False)                       # timed, not trained
+STEPS = 150                         # of each short training run
 KINDS = {
     'ordinary': {},
     'ordinary, SVD on V': dict(use_svd=True, svd_rank=8, svd_scope='causal'),
@@ -46,14 +47,13 @@ def config(shape, options, vocab_size):
 
 def side_by_side():
     train, validation, chars = text()
-    steps = 150
     print('1. Attention kinds. Parameters, cache and tokens/s: 2 layers, 512 wide, 8 sequences after 992 tokens, timed '
-          f'once.\n   Losses of two seeds: 2 layers, 64 wide, {steps} steps on this repo\'s own code (chance '
+          f'once.\n   Losses of two seeds: 2 layers, 64 wide, {STEPS} steps on this repo\'s own code (chance '
           f'{math.log(chars):.2f})')
     print(f'   {"":24}{"parameters":>11}{"of attention":>14}{"cache":>11}{"tokens/s":>10}{"losses":>14}')
     for name, options in KINDS.items():
         wide = GPT(config(WIDE, options, chars)).eval()
-        losses = [short_run(config(SMALL, options, chars), seed, train, validation, steps) for seed in (1337, 1338)]
+        losses = [short_run(config(SMALL, options, chars), seed, train, validation) for seed in (1337, 1338)]
         print(f'   {name:24}{wide.get_num_params():11,}{wide.attention_params():14,}'
               f'{wide.kv_cache_bytes(8, 1008) / 1e6:8.1f} MB{decoding_rate(wide):10.0f}'
               f'{losses[0]:8.3f}{losses[1]:7.3f}')
@@ -70,8 +70,8 @@ def text():
     return ids[:len(ids) * 9 // 10], ids[len(ids) * 9 // 10:], len(chars)
 
 
-def short_run(configuration, seed, train, validation, steps):
-    """-> mean loss on 20 batches of the validation part after `steps` of AdamW."""
+def short_run(configuration, seed, train, validation):
+    """-> mean loss on 20 batches of the validation part after STEPS of AdamW."""
     torch.manual_seed(seed)
     model, generator = GPT(configuration), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -81,7 +81,7 @@ def short_run(configuration, seed, train, validation, steps):
         rows = torch.stack([ids[i:i + 129] for i in starts])        # (8, 129)
         return rows[:, :-1], rows[:, 1:]
 
-    for _ in range(steps):
+    for _ in range(STEPS):
         model(*batch(train))[1].backward()
         optimizer.step()
         optimizer.zero_grad()

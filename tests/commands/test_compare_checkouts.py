@@ -28,8 +28,8 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize('change', PLANTED)
 def test_a_planted_change_is_found(tmp_path, capfd, change):
-    tree = tmp_path / 'tree'
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data', 'out', 'out-*'))
+    tree = shutil.copytree(ROOT, tmp_path / 'tree',
+                           ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data', 'out', 'out-*'))
     with open(tree / 'model.py', 'a') as f:
         f.write(PLANTED[change] + ('\nGPT.__init__ = changed\n' if PLANTED[change] else ''))
     code = compare_checkouts.main([str(ROOT), str(tree), '--only=plain dropout'])

@@ -61,8 +61,8 @@ SHORT = ('--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_interval=2 --
 SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'],
          'bench.py': ['--pairs=2', '--device=cpu'],
          'compress.py': ['--calibration_tokens=64', '--device=cpu'], 'compare.py': SHORT}
-INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '2', '--dataset': 'toy',
-           '--start': 'the'}
+INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '1', '--dataset': 'toy',
+           '--start': 'the', 'None,4,8,16': 'None,8'}
 # downloads and other repositories, the suites of tests, hours
 ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', 'tests/', 'experiments/',
              'openwebtext')
@@ -73,6 +73,7 @@ def test_the_commands_of_the_readme_run(here, call, monkeypatch):
     """In its order, each on the runs that those before it left, with a model that takes no time: exit code
     0."""
     monkeypatch.setattr(compare, 'TIMED_SECONDS', 0.1)
+    monkeypatch.setattr(importlib.import_module('example_mla_usage'), 'STEPS', 2)
     shutil.copytree(ROOT / 'config', 'config')
     Path('my.txt').write_text(TEXT * 4)
     lines = [command.partition('#')[0].strip()
@@ -86,7 +87,7 @@ def test_the_commands_of_the_readme_run(here, call, monkeypatch):
             module_of(script).main()
             continue
         configs = [arg for arg in argv if not arg.startswith('--')]
-        own = [f'{name}={INSTEAD.get(name, value)}' if value and value != 'my.txt' else arg for arg in argv
+        own = [f'{name}={INSTEAD.get(name, INSTEAD.get(value, value))}' if value and value != 'my.txt' else arg for arg in argv
                if arg not in configs for name, _, value in [arg.partition('=')]]
         small = [] if script == 'compare.py' and not configs else SMALL.get(script, [])
         shape = ('--dataset=toy --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 --batch_size=2'.split()

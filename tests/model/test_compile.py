@@ -43,19 +43,17 @@ def outcome(model, dtype=None):
 @pytest.mark.parametrize(
     'options, backend, dtype',
     [
+        *((options, 'aot_eager', None) for options in (*MODELS.values(), *CONSTANT_BASIS)),
         *(
-            (options, backend, None)
-            for backend in ('aot_eager', 'inductor')
-            for options in (*MODELS.values(), *CONSTANT_BASIS)
-        ),
-        *(
-            (MODELS[name], 'aot_eager', torch.bfloat16)
+            (MODELS[name], backend, dtype)
+            for backend, dtype in (('aot_eager', torch.bfloat16), ('inductor', None))
             for name in (
                 'baseline',
                 'gram, causal',
                 'standard, sequence',
                 'randomized, weight',
                 'MLA, gram, causal',
+                'factored',
             )
         ),
     ],
