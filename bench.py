@@ -31,20 +31,19 @@ from runtime import command                                            # before 
 import torch
 
 import bench_svd
-import special_layers
-from model import GPT, METHODS, SCOPES, GPTConfig
+from model import ADAPTER_DEFAULTS, GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained
-from runtime.config import PATH, SWITCH, UserError
+from runtime.config import PATH, SWITCH, Range, UserError
 from runtime.dataset import LARGE, Dataset, locate
 from runtime.timing import generation, paired, quartiles, take_turns, timed
 from steps import model_config, new_model, random_tokens, step_of, train_step
-from train import HERE_KEYS, TrainConfig
+from train import RUN_LOCAL_FIELDS, TrainConfig
 
 
-DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None, **special_layers.NONE)     # what all is compared with
+DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)     # what all is compared with
 
 
 @dataclass
@@ -54,29 +53,24 @@ class BenchConfig(TrainConfig):
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths of block_size"] = None
     tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing is cached; None: 32, '
-                      'at most half of block_size'] = None
+                      'at most half of block_size', Range(2)] = None
     svd: Annotated[bool, 'cost and quality of every SVD method, side by side', SWITCH] = False
     plot: Annotated[bool | str, "--svd: a figure of error against time, as --plot=FILE.png or in bench-svd.png",
                     SWITCH, PATH] = False
     steps: Annotated[bool | Literal['auto'], "--svd: time whole training steps, too; 'auto': where they take at most "
                      '10 minutes'] = 'auto'
-    pairs: Annotated[int, 'timed pairs a comparison, or rounds'] = 30
+    pairs: Annotated[int, 'timed pairs a comparison, or rounds', Range(2)] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against', PATH] = None
-
-    check_layers = GPTConfig.check_layers                           # nothing is read that would know better
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_layers()                                         # no weights are read that would know better
         if self.check:
             kind = devices.pick_device(self.device).partition(':')[0]
             raise ValueError('check=True: the self-test is a part of the tests (nearest: python -m pytest '
                              f'--device={kind})')
-        if self.pairs < 2:
-            raise ValueError(f'pairs={self.pairs}: must be at least 2 (nearest: 2)')
         if self.tokens is None:
             self.tokens = max(2, min(32, self.block_size // 2))
-        if self.tokens < 2:
-            raise ValueError(f'tokens={self.tokens}: must be at least 2 (nearest: 2)')
         if self.svd:
             self._check_svd()
         if self.decode:
@@ -139,7 +133,7 @@ def load_config(argv):
     where, theirs = values['init_from'], {}
     if where == 'resume' or pretrained.is_run(where):
         saved = ckpt.load(Path(values['out_dir'] if where == 'resume' else where) / 'ckpt.pt')
-        theirs = {k: v for k, v in saved.get('config', {}).items() if k not in HERE_KEYS} | saved['model_args']
+        theirs = {k: v for k, v in saved.get('config', {}).items() if k not in RUN_LOCAL_FIELDS} | saved['model_args']
     elif where != 'scratch':
         theirs = asdict(GPT.from_pretrained(where).config)
     if values['lora_adapter'] is not None:
@@ -175,7 +169,7 @@ def truncating_scopes(cfg):
     """The scopes in which cfg.svd_rank changes anything; says which it does not."""
     if cfg.svd_rank is None:
         return []
-    idle = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_idle for scope in SCOPES}
+    idle = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     for scope in filter(idle.get, SCOPES):
         print(f'{scope!r} is left out: SVD on V {idle[scope]}')
     return [scope for scope in SCOPES if not idle[scope]]
@@ -232,7 +226,7 @@ def kinds(cfg):
     found, words = {'': changes}, []
     for word, asked, own in (('MLA', cfg.use_mla, ['use_mla']), ('low-rank', cfg.layer_ranks, ['layer_ranks']),
                              ('LoRA' if cfg.lora_rank is not None else 'adaptive SVD',
-                              cfg.adaptive_svd or cfg.lora_rank is not None, special_layers.NONE)):
+                              cfg.adaptive_svd or cfg.lora_rank is not None, ADAPTER_DEFAULTS)):
         changes = {key: value for key, value in changes.items() if key not in own}
         if asked:
             words.append(word)
@@ -259,7 +253,7 @@ def decoding_runs(cfg, models, peer, prompt, device):
     few = uncached_tokens(cfg)
 
     def continues(model):
-        return generation(model, prompt, 1 + few if model.config.svd_sees_future else cfg.tokens, device)
+        return generation(model, prompt, 1 + few if model.config.is_noncausal else cfg.tokens, device)
 
     def forwards():
         return 0.0, timed(lambda: [models['no SVD'](prompt[:, :1]) for _ in range(cfg.tokens)], device) / cfg.tokens
@@ -276,7 +270,7 @@ def decoding_costs(model, batch, length, tokens):
     if model is None:
         return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))
     before = length + tokens - 2
-    again = model.config.svd_sees_future                            # the whole prefix, for each token
+    again = model.config.is_noncausal                            # the whole prefix, for each token
     return {'cache_bytes': model.kv_cache_bytes(batch, before + 1), 'prefill_flops': model.flops_per_token(length),
             'decode_flops': model.flops_per_token(before + 1) * (before + 1) if again else
             model.flops_per_token(before, decode=True)}

@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from lowrank.subspace import RunningBasis, advance, load_state
+from lowrank.subspace_iteration import WarmStartBasis, set_bases, update_bases
 from lowrank.svd import causal_low_rank_approximation, causal_starts, leading_eigenvectors, low_rank_approximation
 from model import GPT, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
@@ -46,12 +46,12 @@ NEGLIGIBLE = 1e-6                   # residuals below this part of a matrix are 
 EXACT_BELOW = 1e-6                  # of the figure: residuals nearer to the best are drawn together
 
 Case = namedtuple('Case', 'scope kind')             # kind: a key of KINDS
-# v, dv (B, nh, T, hs) and w, dw (nh, hs, C): matrices and upstream gradients; warm, cold: RunningBasis for v
+# v, dv (B, nh, T, hs) and w, dw (nh, hs, C): matrices and upstream gradients; warm, cold: WarmStartBasis for v
 Source = namedtuple('Source', 'name v dv w dw warm cold')
 
 
 def run(cfg, device, step_of):
-    """Measure, print the tables, and all of it as one line of JSON last. step_of(cfg, device, advance, **changes) ->
+    """Measure, print the tables, and all of it as one line of JSON last. step_of(cfg, device, warm, **changes) ->
     a function that runs one training step of that model. -> exit code 0. Raises UserError."""
     if cfg.plot:
         plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot_path())
@@ -111,7 +111,7 @@ def cases_of(cfg):
     if 'causal' not in scopes:
         print(f"svd_block={cfg.svd_block}: at {cfg.block_size} tokens and rank {cfg.svd_rank} no basis is due in "
               "'causal' scope, which is left out")
-    print("'weight' scope has no running basis, hence no 'randomized warm'")
+    print("'weight' scope has no warm start, hence no 'randomized warm'")
     return [Case(scope, kind) for scope in scopes for kind in KINDS if scope != 'weight' or not KINDS[kind][1]]
 
 
@@ -133,8 +133,7 @@ def start_of(cfg, case, source):
         return {}
     if case.scope == 'weight':
         return dict(power_iters=cfg.svd_power_iters, oversample=cfg.svd_oversample)
-    start, iterations = (source.warm if is_warm else source.cold).start()
-    return dict(start=start, power_iters=iterations)
+    return (source.warm if is_warm else source.cold).start()
 
 
 def input_of(case, source):
@@ -151,17 +150,17 @@ def decomposed(cfg, scope, source):
 
 
 def new_basis(cfg, device):
-    return RunningBasis(cfg.n_head, cfg.n_embd // cfg.n_head, cfg.svd_rank, cfg.svd_power_iters,
-                        cfg.svd_oversample).to(device)
+    return WarmStartBasis(cfg.n_head, cfg.n_embd // cfg.n_head, cfg.svd_rank, cfg.svd_power_iters,
+                          cfg.svd_oversample).to(device)
 
 
 @torch.no_grad()
 def make_warm(bases, draw):
-    """A list of RunningBasis, moved on as by WARM_STEPS training steps: draw() -> V for each, (B, nh, T, hs)."""
+    """A list of WarmStartBasis, moved on as by WARM_STEPS training steps: draw() -> V for each, (B, nh, T, hs)."""
     for _ in range(WARM_STEPS):
         for basis, v in zip(bases, draw()):
-            basis.note(v.mT @ v)
-        advance(bases)
+            basis.accumulate_gram(v.mT @ v)
+        update_bases(bases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def trained_sources(cfg, device):
     batch = partial(data.batch, batch_size=cfg.batch_size, block_size=cfg.block_size, generator=generator,
                     device=device)
     cold, warm = ([new_basis(cfg, device) for _ in range(model.config.n_layer)] for _ in range(2))
-    load_state(warm, saved.get('svd_basis'))
+    set_bases(warm, saved.get('svd_basis'))
     started = 'its own svd_basis'
     if not warm[0].warm:
         started = f'{WARM_STEPS} batches of training windows'
@@ -271,8 +270,7 @@ def capture(model, x, y):
     attentions = [block.attn for block in model.transformer.h]
     for i, attn in enumerate(attentions):                           # on the instances, for this pass
         attn.apply_svd_to_v = partial(keep, ('v', i), attn.apply_svd_to_v)
-        weight = attn.value_weight if attn.svd_scope == 'weight' else attn.c_attn.value_weight
-        attn.project = lambda x, i=i, attn=attn, weight=weight: attn.c_attn(x, keep(('w', i), weight))
+        attn.project = lambda x, i=i, attn=attn: attn.c_attn(x, keep(('w', i), attn.value_weight))
     try:
         with torch.enable_grad():
             model(x, y)[1].backward()
@@ -391,8 +389,8 @@ def whole_steps(cfg, device, cases, step_of, rows):
     baseline = step_of(cfg, device, use_svd=False)
     for case, row in zip(cases, rows):
         method, is_warm = KINDS[case.kind]
-        # 'weight' scope has no running basis, so that nothing is advanced there
-        step = step_of(cfg, device, advance=is_warm, use_svd=True, svd_method=method, svd_scope=case.scope)
+        # 'weight' scope has no warm start
+        step = step_of(cfg, device, warm=is_warm, use_svd=True, svd_method=method, svd_scope=case.scope)
         row['step'] = paired(step, baseline, cfg.pairs, device)
 
 

@@ -40,7 +40,7 @@ import compare_report as report
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained, sweep
-from runtime.config import PATH, SWITCH, UserError
+from runtime.config import PATH, SWITCH, Range, UserError
 from runtime.dataset import Dataset, locate
 from runtime.files import remove_leftovers, unused, write_atomically
 from runtime.run import append_json
@@ -64,13 +64,9 @@ Arm = namedtuple('Arm', 'name options cfg argv')
 class CompareConfig(TrainConfig):
     """train.py's options, and those of the sweep."""
     sweep: Annotated[str, 'folder of the sweep', PATH] = 'out-compare'
-    seeds: Annotated[int, "runs of each combination: of the config's seed, and the ones after it"] = 1
-    jobs: Annotated[int, 'runs at a time'] = 1
+    seeds: Annotated[int, "runs of each combination: of the config's seed, and the ones after it", Range(1)] = 1
+    jobs: Annotated[int, 'runs at a time', Range(1)] = 1
     dry_run: Annotated[bool, 'list the runs and the time they need, and train nothing', SWITCH] = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        configuration.at_least(self, seeds=1, jobs=1)
 
 
 OWN = [f.name for f in fields(CompareConfig) if f.name not in TrainConfig.__dataclass_fields__]
@@ -220,8 +216,8 @@ def plan(cfg, lists, set_by, plain, say):
         if name in arms or len(name) > 150:                         # alike in letters of a file's name, or too long
             name = f'{name[:140]}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}'
         arms[name] = Arm(name, shown, one, plain + [f'--{key}={value!r}' for key, value in first.items()])
-        if one.init_from == 'scratch' and one.use_svd and one.svd_rank is not None and one.svd_idle:
-            say(f'{name}: SVD on V {one.svd_idle}')
+        if one.init_from == 'scratch' and one.use_svd and one.svd_rank is not None and one.svd_off:
+            say(f'{name}: SVD on V {one.svd_off}')
         for other, _ in group[1:]:
             say(f'{report.words(other)} is the same run as {report.words(first)}')
     return list(arms.values())
@@ -229,19 +225,15 @@ def plan(cfg, lists, set_by, plain, say):
 
 def shaping(cfg):
     """The options that a run's result depends on -> value: not those that its others leave without effect."""
-    idle, known, new = {'out_dir', 'seed', 'backend'}, asdict(cfg), cfg.init_from == 'scratch'
-
-    def idle_if(condition, *starts):
-        idle.update(key for key in known if condition and key.startswith(starts))
-    idle_if(True, 'wandb_')
-    idle_if(new and not cfg.svd_truncates, 'use_svd', 'svd_')       # other weights may have it, and other heads
-    idle_if(cfg.svd_method != 'randomized', 'svd_power_iters', 'svd_oversample')
-    idle_if(cfg.svd_scope != 'causal', 'svd_block')
-    idle_if(new and not cfg.use_mla, 'mla_')
-    idle_if(not cfg.adaptive_svd, 'adaptive_svd')
-    idle_if(cfg.lora_rank is None, 'lora_')
-    idle_if(not cfg.decay_lr, 'warmup_iters', 'lr_decay_iters', 'min_lr')
-    idle_if(not Path(cfg.dataset).is_file(), 'tokenizer')
+    known, new = asdict(cfg), cfg.init_from == 'scratch'
+    idle = {'out_dir', 'seed', 'backend'} | {key for key in known if key.startswith('wandb_')}
+    # other weights may have an SVD or MLA that cfg does not know of
+    idle |= {key for key in known if not configuration.has_effect(cfg, key) and (
+        new or not key.startswith(('svd_', 'mla_')))}
+    if new and not cfg.svd_truncates:
+        idle |= {key for key in known if key.startswith(('use_svd', 'svd_'))}
+    if not Path(cfg.dataset).is_file():
+        idle.add('tokenizer')
     return {key: value for key, value in known.items() if key not in idle} | (
         {'mla_latent_dim': cfg.latent_dim} if cfg.use_mla else {})
 
@@ -269,7 +261,7 @@ def examine(arm, set_by, device):
     c = model.config
     text = data.meta.get('sha256') or [len(data.tokens(split)) for split in ('train', 'val')]
     return {'parameters': model.get_num_params(), 'chance': math.log(data.vocab_size), 'text': text,
-            'cache_bytes': None if c.svd_sees_future else model.kv_cache_bytes(1, c.block_size)}, data
+            'cache_bytes': None if c.is_noncausal else model.kv_cache_bytes(1, c.block_size)}, data
 
 
 def check_same_sweep(folder, record):

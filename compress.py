@@ -38,7 +38,7 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained, progress
-from runtime.config import PATH, SWITCH, UserError, one_line
+from runtime.config import PATH, SWITCH, Range, UserError, one_line
 from runtime.dataset import GPT2_META, Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
@@ -64,36 +64,33 @@ class CompressConfig:
                   'latent attention, one latent a token for keys and values'] = 'lowrank'
     keep: Annotated[float | None, "share of the numbers in the modules' weights to keep, above 0, at most 1; None: "
                     f'{KEEP} unless rank or energy is given'] = None
-    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller'] = None
+    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller', Range(1)] = None
     energy: Annotated[float | None, "the smallest rank that keeps this share of a layer's energy, as the method "
                       'measures it'] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; None: all"] = None
-    mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4'] = None
+    mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4', Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
                       "'activation': what the loss makes of errors on the training split decides, on the ranks, too; "
                       "'whitened': the error of each layer's outputs there; 'plain': the SVD of the weights; None: "
                       "'activation'"] = None
     finetune_iters: Annotated[int, 'steps of training all parameters afterwards, on the text and to agree with the '
-                              'model as it was'] = 0
+                              'model as it was', Range(0)] = 0
     optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: 'muon'"] = None
     learning_rate: Annotated[float | None, 'of these steps, a tenth of it at the end; None: 1e-3, which suits models a '
-                             'few hundred wide'] = None
-    batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12'] = None
+                             'few hundred wide', Range(0)] = None
+    batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12', Range(1)] = None
     spectrum: Annotated[bool, 'only look: the singular values of every weight of the blocks', SWITCH] = False
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl') or a folder with safetensors, in Hugging Face's format or as export.py writes "
                          'them', PATH] = 'resume'
     dataset: Annotated[str | None, "as for train.py; None: the run's", PATH] = None
-    calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most all'] = 16384
-    seed: Annotated[int, 'of the windows, and of training'] = 1337
+    calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most all', Range(1)] = 16384
+    seed: Annotated[int, 'of the windows, and of training', Range(0, below=2 ** 63)] = 1337
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
 
     def __post_init__(self):
         pretrained.check_name(self.init_from, ('resume',))
-        configuration.at_least(self, rank=1, mla_latent_dim=1, calibration_tokens=1, finetune_iters=0, batch_size=1,
-                               learning_rate=0, seed=0)
-        if self.seed >= 2 ** 63:
-            raise ValueError(f'seed={self.seed}: must be below 2**63')
+        configuration.validate(self)
         for name in ('keep', 'energy'):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
@@ -197,7 +194,7 @@ def convert(cfg, model, data, saved):
     both = model.eval(), new.eval()
     report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), machine=devices.environment(device, 'float32'),
                   seconds=clock[1] - clock[0], finetune_seconds=clock[-1] - clock[-2] if cfg.finetune_iters else None,
-                  prefix_only=model.config.svd_sees_future, val_loss=[losses[0], losses[-1]],
+                  prefix_only=model.config.is_noncausal, val_loss=[losses[0], losses[-1]],
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   perplexity=[math.exp(min(loss, 700)) for loss in (losses[0], losses[-1])],        # of float's range
                   latent_dim=new.config.latent_dim if cfg.to == 'mla' else None, layers=lost,
@@ -216,7 +213,7 @@ def smaller(cfg, model, data, device):
         return layers.to_mla(model, latent_dim, windows).to(device).eval(), {}
     lost = layers.low_rank(model, cfg.method, choice_of(cfg), cfg.module_names(), windows)
     c = model.config
-    return model.to(device).eval(), {name: dict(rank=rank, of=min(c.layer_shape(name)), lost=lost.get(name))
+    return model.to(device).eval(), {name: dict(rank=rank, of=min(c.layer_shapes[name]), lost=lost.get(name))
                                      for name, rank in (c.layer_ranks or {}).items()}
 
 
@@ -282,7 +279,6 @@ def finetune(model, teacher, data, cfg, device):
         for group in optimizer.param_groups:
             group['lr'] = get_lr(step, cfg)
         optimizer.step()
-        model.advance_svd_basis()
         optimizer.zero_grad(set_to_none=True)
     model.eval().requires_grad_(False)
 
@@ -412,7 +408,7 @@ def find_data(cfg, saved, model):
     pretrained.check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
         raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model {c.vocab_size}')
-    for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.svd_sees_future else 2)):
+    for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.is_noncausal else 2)):
         if len(data.tokens(split)) < least:
             raise UserError(f'dataset={name}: its {split}.bin has {len(data.tokens(split))} tokens, too few for '
                             f'block_size={c.block_size}, which needs {least}')
@@ -423,7 +419,7 @@ def loss_of(model, data, device, seed):
     """Over the whole validation split, the prefix-only one where that differs."""
     c = model.config
     windows = SimpleNamespace(batch_size=1, block_size=c.block_size, seed=seed)
-    row = Evaluation(windows, model, data, device, devices.autocast(device, 'float32'), c.svd_sees_future).final()
+    row = Evaluation(windows, model, data, device, devices.autocast(device, 'float32'), c.is_noncausal).final()
     return row.get('val/prefix_loss', row['val/loss'])
 
 

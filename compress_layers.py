@@ -1,6 +1,6 @@
 """
 What compress.py does to a model in memory: statistics of its layers on training text, low-rank factors in their place,
-and multi-head latent attention in the place of ordinary attention. The linear algebra is lowrank/compression.py's.
+and multi-head latent attention in the place of ordinary attention. The linear algebra is lowrank/factorization.py's.
 """
 
 import copy
@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import special_layers
-from lowrank.compression import Factorization, budgeted_ranks, factored_size, refit, saving_rank
+from lowrank.factorization import (Factorization, allocate_ranks, beneficial_rank, factored_size,
+                                   ridge_refit)
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
-from lowrank.svd import rank_for_energy
-from model import GPT, QKVProjection
+from lowrank.spectrum import rank_for_energy
+from model import ADAPTER_DEFAULTS, GPT, QKVProjection
 from runtime import progress
 
 BATCH_TOKENS = 4096                 # of a forward pass
@@ -33,8 +33,7 @@ def layer_names(model, modules=MODULES):
     of factors saves would be lost there."""
     c = model.config
     cut = c.svd_truncates and c.svd_scope == 'weight'
-    return [f'h.{i}.{part}' for i in range(c.n_layer) for part in c.layer_shapes
-            if part.partition('.')[0] in modules and not (cut and part.endswith('c_v'))]
+    return [name for name in c.layer_shapes if name.split('.')[2] in modules and not (cut and name.endswith('c_v'))]
 
 
 def dense_layers(model, names):
@@ -51,15 +50,14 @@ def without_adapters(model):
     """Adaptive SVD and LoRA become part of the weights, in place -> the model, all of it trainable."""
     c = model.config
     dense_layers(model, [*c.adaptive_layers, *c.lora_layers])
-    model.config = replace(c, **special_layers.NONE)
+    model.config = replace(c, **ADAPTER_DEFAULTS)
     return settle(model).requires_grad_(True)
 
 
 def weights_of(model, modules=MODULES):
     """Every weight matrix of the blocks, fused ones apart and products multiplied out, which changes the model: name
     -> (m, n)."""
-    parts = [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in model.config.layer_shapes]
-    dense_layers(model, parts)
+    dense_layers(model, [*model.config.layer_shapes])
     return {name: layer.weight for name, layer in model.transformer.named_modules()
             if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in modules}
 
@@ -94,7 +92,7 @@ def apply_svd_compression(model, rank, modules=MODULES):
     known = model.config.layer_ranks or {}
     names = [name for name in layer_names(model, modules) if known.get(name, rank + 1) > rank]
     for name, layer in dense_layers(model, names).items():
-        if saving_rank(layer.weight.shape, rank):
+        if beneficial_rank(layer.weight.shape, rank):
             model.set_layer(name, LowRankLinear.from_linear(layer, rank))
     return settle(model)
 
@@ -311,7 +309,7 @@ class Shift(Moments):
         both = self.moments()
         inputs, cross = both[:n], both[n:]
         as_it_was = torch.eye(n, dtype=torch.float64) if self.tall else weight
-        refitted = refit(as_it_was, inputs, cross)                  # (s, n)
+        refitted = ridge_refit(as_it_was, inputs, cross)                  # (s, n)
         if self.tall:
             return Factorization(weight @ refitted, inputs, refitted.mT @ gradients @ refitted)
         return Factorization(refitted, gradients, refitted @ inputs @ refitted.mT)
@@ -341,13 +339,13 @@ def fixed_rank(rank):
         most = min(min(shape) for shape in shapes.values())
         if rank > most:
             raise ValueError(f'rank={rank}: a layer has no more than {most} (nearest: {most})')
-        return {name: saving_rank(shape, rank) for name, shape in shapes.items()}
+        return {name: beneficial_rank(shape, rank) for name, shape in shapes.items()}
     return choose
 
 
 def rank_of_energy(fraction):
     """The smallest rank that keeps this fraction of each layer's energy, where it makes the layer smaller."""
-    return lambda energies, shapes: {name: saving_rank(shape, rank_for_energy(energies[name].sqrt(), fraction))
+    return lambda energies, shapes: {name: beneficial_rank(shape, rank_for_energy(energies[name].sqrt(), fraction))
                                      for name, shape in shapes.items()}
 
 
@@ -360,12 +358,12 @@ def uniform_share(keep):
         if min(ranks.values()) < 1:
             least = max((m + n) / (m * n) for m, n in shapes.values())
             raise ValueError(f'keep={keep}: leaves no rank at all (nearest: {min(1, math.ceil(least * 1e4) / 1e4)})')
-        return {name: saving_rank(shapes[name], rank) for name, rank in ranks.items()}
+        return {name: beneficial_rank(shapes[name], rank) for name, rank in ranks.items()}
     return choose
 
 
 def best_share(keep):
-    """`budgeted_ranks` that keep this share of all numbers, of energies over the root of each layer's total: halfway
+    """`allocate_ranks` that keep this share of all numbers, of energies over the root of each layer's total: halfway
     between what the second-order change of the loss says and the same share of each layer's energy. The former holds
     for small errors only; by itself it takes too much from layers that the loss hardly feels yet (docs/RESULTS.md)."""
     def choose(energies, shapes):
@@ -373,7 +371,7 @@ def best_share(keep):
         total = sum(factored_size(shape, None) for shape in shapes.values())
         step = STEP if min(min(shape) for shape in shapes.values()) >= STEP_FROM else 1
         try:
-            return budgeted_ranks(energies, shapes, keep * total, step)
+            return allocate_ranks(energies, shapes, keep * total, step)
         except ValueError:
             least = sum(factored_size(shape, step) for shape in shapes.values()) / total
             raise ValueError(f'keep={keep}: leaves less than rank {step} a layer (nearest: '
@@ -391,8 +389,7 @@ def to_mla(model, latent_dim, windows):
     SVD of the weights."""
     known = model.config.layer_ranks or {}
     queries = {f'h.{i}.attn.c_attn.query': known.get(f'h.{i}.attn.c_attn.c_q') for i in range(model.config.n_layer)}
-    dense_layers(model, [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in model.config.layer_shapes
-                         if '.c_attn.' in part])
+    dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
     settle(model)                                                   # fused, whatever they were
     config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)     # refused before the work, if at all
     attentions = {i: block.attn for i, block in enumerate(model.transformer.h)}
@@ -418,7 +415,7 @@ def to_mla(model, latent_dim, windows):
 def key_value_weight(attn):
     """[W_k; W_v] (2C, C). 'weight' scope: the W_v that it leaves, whose rank its factors do not exceed, so that it
     finds nothing more to cut."""
-    W_v = attn.value_weight().flatten(0, 1) if attn.svd_scope == 'weight' else attn.c_attn.weight.chunk(3)[2]
+    W_v = attn.value_weight().flatten(0, 1)
     return torch.cat((attn.c_attn.weight.chunk(3)[1], W_v))
 
 

@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import torch
 
-from lowrank.svd import energy, rank_for_energy
+from lowrank.spectrum import energy, rank_for_energy
 from runtime import plots, progress
 from runtime.files import write_atomically
 

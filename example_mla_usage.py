@@ -74,7 +74,7 @@ def short_run(configuration, seed, train, validation):
     """-> mean loss on 20 batches of the validation part after STEPS of AdamW."""
     torch.manual_seed(seed)
     model, generator = GPT(configuration), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = model.configure_optimizers(0.01, 2e-3, (0.9, 0.999), 'cpu')
 
     def batch(ids):
         starts = torch.randint(len(ids) - 129, (8,), generator=generator)
@@ -85,7 +85,6 @@ def short_run(configuration, seed, train, validation):
         model(*batch(train))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.advance_svd_basis()
     model.eval()
     with torch.no_grad():
         return sum(model(*batch(validation))[1].item() for _ in range(20)) / 20

@@ -23,8 +23,8 @@ from runtime import command                                             # before
 
 import torch
 
-import special_layers
 from compress_layers import without_adapters
+from lowrank.adapters import standard_lora
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
@@ -129,7 +129,7 @@ def plain_state_dict(model):
 def dense_projection(attn):
     """nanoGPT's c_attn that does what this attention's does: weight (3C, C), and bias, (3C) or None."""
     c_attn = attn.c_attn
-    w_v = (attn.value_weight() if attn.svd_scope == 'weight' else c_attn.value_weight()).flatten(0, 1)
+    w_v = attn.value_weight().flatten(0, 1)
     if isinstance(c_attn, SplitProjection):
         weight, bias = fuse((c_attn.c_q, c_attn.c_k, c_attn.c_v))
         return torch.cat((*weight.chunk(3)[:2], w_v)), bias
@@ -173,8 +173,8 @@ def to_lora(model, saved, meta, remarks):
                              'not name (nearest: --base=FOLDER)')
         base = GPT.from_pretrained(saved['base'])
         remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
-    options, tensors = special_layers.adapters(model, base)
-    notes = dict(base_sha256=special_layers.base_sha256(base or model))
+    options, tensors = standard_lora(model, base)
+    notes = dict(base_sha256=pretrained.base_sha256(base or model))
     if saved['base'] not in ('resume', None):
         notes['base'] = saved['base']
     return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None,

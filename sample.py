@@ -19,13 +19,12 @@ from runtime import command                                            # before 
 
 import torch
 
-import special_layers
 from model import GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained
-from runtime.config import PATH, UserError
+from runtime.config import PATH, Range, UserError
 from runtime.dataset import GPT2_META, Tokenizer
 from runtime.draw import check_draw
 
@@ -41,12 +40,12 @@ class SampleConfig:
     out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder', PATH] = None
     lora_adapter: Annotated[str | None, 'folder of adapters on these weights, from export.py --to=lora', PATH] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt'] = '\n'
-    num_samples: Annotated[int, 'samples to draw, as one batch'] = 10
-    max_new_tokens: Annotated[int, 'tokens to add to the prompt'] = 500
+    num_samples: Annotated[int, 'samples to draw, as one batch', Range(1)] = 10
+    max_new_tokens: Annotated[int, 'tokens to add to the prompt', Range(1)] = 500
     temperature: Annotated[float, 'below 1 less random, above 1 more; 0: always the likeliest token'] = 0.8
     top_k: Annotated[int | None, 'draw from the top_k likeliest tokens; None: from all'] = 200
     top_p: Annotated[float | None, 'of these, from the fewest that have this probability together; None: all'] = None
-    seed: Annotated[int, 'of the draws'] = 1337
+    seed: Annotated[int, 'of the draws', Range(0, below=2 ** 63)] = 1337
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
     dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'], 'autocast type'] = 'auto'
     compile: Annotated[bool, 'torch.compile the model first'] = False
@@ -58,9 +57,7 @@ class SampleConfig:
 
     def __post_init__(self):
         pretrained.check_name(self.init_from, ('resume',))
-        configuration.at_least(self, num_samples=1, max_new_tokens=1, seed=0)
-        if self.seed >= 2 ** 63:
-            raise ValueError(f'seed={self.seed}: must be below 2**63')
+        configuration.validate(self)
         check_draw(self.temperature, self.top_k, self.top_p)
 
 
@@ -85,7 +82,7 @@ def samples(cfg, set_by):
     model, meta = load_model(cfg, {k: getattr(cfg, k) for k in set_by
                                    if k == 'svd_rank' or 'svd' in k and getattr(cfg, k) is not None})
     model.to(device).eval()
-    cached = not model.config.svd_sees_future                       # load_model has said so
+    cached = not model.config.is_noncausal                       # load_model has said so
     if cfg.compile:
         if not cached:                                              # inductor fails as the length crosses the rank
             raise UserError("compile=True: not with svd_scope='sequence': its prefix grows (nearest: --compile=False)")
@@ -160,14 +157,13 @@ def load_model(cfg, svd):
                     f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
             meta, words = meta or GPT2_META, cfg.init_from
         if cfg.lora_adapter is not None:
-            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter),
-                                         str(path.parent) if path else cfg.init_from)
+            pretrained.load_adapter(model, cfg.lora_adapter, str(path.parent) if path else cfg.init_from)
             words += f', with {cfg.lora_adapter}'
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None
     c = model.config
     print(f'{words}; SVD on V {c.svd_summary}' + (' (switched here)' if svd else '')
-          + (': each token changes V of all earlier ones, so nothing is cached' if c.svd_sees_future else ''))
+          + (': each token changes V of all earlier ones, so nothing is cached' if c.is_noncausal else ''))
     return model, meta
 
 

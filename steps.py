@@ -8,7 +8,7 @@ import torch
 from model import GPT, GPTConfig
 from runtime import device as devices
 from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
-from runtime.optim import build_optimizer
+from runtime.optim import build_optimizer, new_optimizer
 from runtime.timing import quartiles, timed
 
 
@@ -23,14 +23,16 @@ def new_model(cfg, device, **changes):
     return GPT(model_config(cfg, **changes)).to(device)
 
 
-def step_of(cfg, device, advance=True, **changes):
-    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration."""
+def step_of(cfg, device, warm=True, **changes):
+    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration. warm:
+    whether 'randomized' starts from the step before."""
     model = new_model(cfg, device, **changes)
-    return train_step(cfg, device, model, build_optimizer(cfg, model, device), *random_tokens(cfg, device), advance)
+    optimizer = (build_optimizer if warm else new_optimizer)(cfg, model, device)
+    return train_step(cfg, device, model, optimizer, *random_tokens(cfg, device))
 
 
-def train_step(cfg, device, model, optimizer, x, y, advance=True):
-    """-> a function that runs one training step. advance: whether 'randomized' starts from the step before."""
+def train_step(cfg, device, model, optimizer, x, y):
+    """-> a function that runs one training step."""
     context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
 
     def step():
@@ -40,8 +42,6 @@ def train_step(cfg, device, model, optimizer, x, y, advance=True):
         if cfg.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
-        if advance and isinstance(model, GPT):                      # no peer's
-            model.advance_svd_basis()
         optimizer.zero_grad(set_to_none=True)
     return step
 
@@ -61,6 +61,6 @@ def run_seconds(cfg, data, device):
     _, seconds, _ = quartiles([timed(step, device) for _ in range(5)])
     looks = cfg.max_iters // cfg.eval_interval + 1
     windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
-    if cfg.svd_sees_future:                                         # whole, and again up to a random place: half
+    if cfg.is_noncausal:                                         # whole, and again up to a random place: half
         windows += 1.5 * (looks * GAP_POSITIONS + FINAL_GAP_POSITIONS)
     return seconds * (cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3)

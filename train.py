@@ -27,14 +27,15 @@ from runtime.output import unfailing_output                             # before
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import special_layers
-from lowrank.adaptive_control import AdaptiveSVD
-from model import FREE_FIELDS, GPT, GPTConfig
+from lowrank.adapters import adaptive_layers, lowrank_ranks
+from lowrank.adaptive_layer import AdaptiveSVD
+from lowrank.subspace_iteration import clear_grams
+from model import ADAPTER_DEFAULTS, GPT, OVERRIDABLE_FIELDS, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import pretrained, progress
-from runtime.config import PATH, UserError, one_line
+from runtime.config import PATH, Needs, Range, UserError, one_line
 from runtime.dataset import Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
@@ -50,13 +51,13 @@ from runtime.stopping import Interrupted, Stop
 class TrainConfig(GPTConfig):
     """GPTConfig's fields and the run's; nanoGPT's names and defaults."""
     # model: where train.py's defaults differ from GPTConfig's
-    vocab_size: Annotated[int | None, "number of token ids; None: the data set's, rounded up to 64s for BPE"] = None
+    vocab_size: Annotated[int | None, "number of token ids; None: the data set's, rounded up to 64s for BPE", Range(1)] = None
     bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = False
     # input and output
     out_dir: Annotated[str, 'folder of the run; a run already there is moved aside, never overwritten', PATH] = 'out'
-    eval_interval: Annotated[int, 'steps between evaluations, each followed by a checkpoint'] = 2000
-    log_interval: Annotated[int, 'steps between lines of metrics.jsonl'] = 1
-    eval_iters: Annotated[int, 'random batches a split and evaluation; the final one covers all of val'] = 200
+    eval_interval: Annotated[int, 'steps between evaluations, each followed by a checkpoint', Range(1)] = 2000
+    log_interval: Annotated[int, 'steps between lines of metrics.jsonl', Range(1)] = 1
+    eval_iters: Annotated[int, 'random batches a split and evaluation; the final one covers all of val', Range(1)] = 200
     eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
     always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
@@ -72,51 +73,41 @@ class TrainConfig(GPTConfig):
     # data
     dataset: Annotated[str, 'folder below data/, path of a prepared folder, or a text file', PATH] = 'openwebtext'
     tokenizer: Annotated[Literal['char', 'gpt2'], 'how to encode if dataset is a text file'] = 'char'
-    gradient_accumulation_steps: Annotated[int, 'micro-batches a step, over all processes'] = 5 * 8
-    batch_size: Annotated[int, 'sequences a micro-batch'] = 12
+    gradient_accumulation_steps: Annotated[int, 'micro-batches a step, over all processes', Range(1)] = 5 * 8
+    batch_size: Annotated[int, 'sequences a micro-batch', Range(1)] = 12
     # optimizer
     optimizer: Annotated[Literal['adamw', 'muon'], "'muon': Muon on the blocks' matrices, AdamW on the rest"] = 'adamw'
-    learning_rate: Annotated[float, 'maximal learning rate'] = 6e-4
-    max_iters: Annotated[int, 'optimizer steps'] = 600000
-    weight_decay: Annotated[float, 'decay of everything with two dimensions'] = 1e-1
-    beta1: Annotated[float, 'AdamW'] = 0.9
-    beta2: Annotated[float, 'AdamW'] = 0.95
-    grad_clip: Annotated[float, 'largest gradient norm; 0: no clipping'] = 1.0
-    adaptive_svd_interval: Annotated[int, 'adaptive_svd: steps between analyses'] = 20
+    learning_rate: Annotated[float, 'maximal learning rate', Range(0)] = 6e-4
+    max_iters: Annotated[int, 'optimizer steps', Range(0)] = 600000
+    weight_decay: Annotated[float, 'decay of everything with two dimensions', Range(0)] = 1e-1
+    beta1: Annotated[float, 'AdamW', Range(0, below=1)] = 0.9
+    beta2: Annotated[float, 'AdamW', Range(0, below=1)] = 0.95
+    grad_clip: Annotated[float, 'largest gradient norm; 0: no clipping', Range(0)] = 1.0
+    adaptive_svd_interval: Annotated[int, 'adaptive_svd: steps between analyses', Range(1), Needs(adaptive_svd=True)] = 20
     # learning rate schedule
     decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
-    warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit'] = 2000
-    lr_decay_iters: Annotated[int | None, 'step at which min_lr is reached; None: max_iters'] = None
-    min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10'] = 6e-5
+    warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit', Range(0), Needs(decay_lr=True)] = 2000
+    lr_decay_iters: Annotated[int | None, 'step at which min_lr is reached; None: max_iters', Range(0), Needs(decay_lr=True)] = None
+    min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10', Range(0), Needs(decay_lr=True)] = 6e-5
     # system
     backend: Annotated[Literal['nccl', 'gloo'], 'torchrun: how processes talk; gloo is used on the CPU anyway'] = 'nccl'
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
     dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
                      "autocast type; 'auto': bfloat16 on CUDA (float16 where it lacks that), else float32"] = 'auto'
     compile: Annotated[bool | Literal['auto'], "torch.compile; 'auto': on CUDA only"] = 'auto'
-    seed: Annotated[int, 'of weights, data order, dropout and evaluation windows'] = 1337
-
-    def check_layers(self):
-        """Of other weights only they know which layers there are: `special_layers.add` checks then."""
-        if self.init_from in ('scratch', 'resume'):
-            super().check_layers()
+    seed: Annotated[int, 'of weights, data order, dropout and evaluation windows', Range(0, below=2 ** 63)] = 1337
 
     def __post_init__(self):
-        super().__post_init__()
+        configuration.validate(self)
+        self.check_shape()
+        if self.init_from in ('scratch', 'resume'):                     # otherwise the weights say which layers there are
+            self.check_layers()
         if self.lr_decay_iters is None:                                 # a number in the checkpoint: a resume keeps it
             self.lr_decay_iters = self.max_iters
         pretrained.check_name(self.init_from, ('scratch', 'resume'))
-        configuration.at_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1,
-                               seed=0, batch_size=1, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
-                               adaptive_svd_interval=1, min_lr=0, weight_decay=0, grad_clip=0)
-        for name in ('beta1', 'beta2'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 0 and below 1')
         if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
             raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
                              '--init_from=FOLDER, of these)')
-        if self.seed >= 2 ** 63:
-            raise ValueError(f'seed={self.seed}: must be below 2**63')
         out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
         if not self.out_dir or is_shared(out):
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
@@ -130,7 +121,7 @@ class TrainConfig(GPTConfig):
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
-HERE_KEYS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')    # not those of a checkpoint
+RUN_LOCAL_FIELDS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')     # not a checkpoint's
 
 
 @unfailing_output()
@@ -174,7 +165,7 @@ def load_config(argv):
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
     foreign = () if 'tokenizer' in saved else ('dtype', 'compile')      # nanoGPT's defaults are a GPU's
-    config = {k: v for k, v in saved.get('config', {}).items() if k not in (*HERE_KEYS, *foreign)}
+    config = {k: v for k, v in saved.get('config', {}).items() if k not in (*RUN_LOCAL_FIELDS, *foreign)}
     base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
     values, set_by = configuration.parse(TrainConfig, argv, base)
     return configuration.build(TrainConfig, values, set_by, otherwise=path), set_by, saved
@@ -201,7 +192,7 @@ def train(cfg, set_by, saved, processes, stop):
         raise e if isinstance(e, UserError) else UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
     model.to(device)
     describe(cfg, model, data, device, dtype, processes)
-    evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.svd_sees_future)
+    evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.is_noncausal)
     if cfg.eval_only:
         if processes.is_main:
             result = evaluate.final()
@@ -216,8 +207,7 @@ def train(cfg, set_by, saved, processes, stop):
                 say(f'not written: {in_words(e)}')
         return
 
-    adaptive_layers = special_layers.adaptive_layers(model)
-    adaptive = AdaptiveSVD(adaptive_layers, cfg.adaptive_svd_interval) if adaptive_layers else None
+    adaptive = AdaptiveSVD(adaptive_layers(model), cfg.adaptive_svd_interval) if cfg.adaptive_svd else None
     with Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes, adaptive) as run:
         if saved:
             run.restore(saved)
@@ -330,9 +320,9 @@ def step(run, replica):
     cfg, model, processes, scaler = run.cfg, run.model, run.processes, run.scaler
     micro_steps, batches = cfg.gradient_accumulation_steps // processes.world_size, []
     loss_sum, adaptive = torch.zeros((), device=processes.device), run.adaptive
-    analysed = adaptive is not None and adaptive.due(run.iter_num + 1)
+    analysed = adaptive is not None and adaptive.is_analysis_step(run.iter_num + 1)
     if analysed:
-        adaptive.watch()
+        adaptive.track_weight_grads()
     for micro_step in range(micro_steps):
         # all processes draw the windows of all, in the order in which a single process would take them
         starts = run.data.draw('train', processes.world_size * cfg.batch_size, cfg.block_size, run.order)
@@ -364,8 +354,9 @@ def step(run, replica):
     scaler.step(run.optimizer)
     scaler.update()
     if adaptive is not None:
-        adaptive.protect()
-    model.advance_svd_basis(processes.mean, completed=math.isfinite(norm_value))    # else the scaler made no step
+        adaptive.project_factors()
+    if not math.isfinite(norm_value):                                   # float16: the scaler made no step
+        clear_grams(model.warm_starts())
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
     if analysed and processes.is_main:
@@ -377,10 +368,10 @@ def step(run, replica):
 def analyse(run):
     """The analysis of adaptive layers in this step, from its gradients -> whether layers have other parameters now."""
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0  # still on what the optimizer does not have
-    changed = run.adaptive.analyse(
-        run.iter_num + 1, exchange=lambda *args: exchange(run.optimizer, run.model, *args),
-        mean=lambda grad: run.processes.mean(grad / scale), first=run.processes.first)
-    run.cfg.adaptive_svd_ranks = special_layers.lowrank_modes(run.model)
+    changed = run.adaptive.analyze(
+        run.iter_num + 1, swap_params=lambda *args: exchange(run.optimizer, run.model, *args),
+        mean=lambda grad: run.processes.mean(grad / scale), on_main=run.processes.first)
+    run.cfg.adaptive_svd_ranks = lowrank_ranks(run.model)
     run.model.config = replace(run.model.config, adaptive_svd_ranks=run.cfg.adaptive_svd_ranks)
     return changed
 
@@ -388,7 +379,7 @@ def analyse(run):
 def build_model(cfg, set_by, saved, data, device, say):
     """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
-    free = {k: getattr(cfg, k) for k in FREE_FIELDS}
+    free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:
             cfg.vocab_size = data.padded_vocab_size
@@ -402,19 +393,21 @@ def build_model(cfg, set_by, saved, data, device, say):
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in free if k in set_by or k == 'dropout'})
         if cfg.lora_adapter is not None:
-            special_layers.load_adapters(model, *pretrained.read_adapter(cfg.lora_adapter), cfg.init_from, say)
+            pretrained.load_adapter(model, cfg.lora_adapter, cfg.init_from, say)
     if cfg.init_from != 'resume':
-        special_layers.add(model, {k: getattr(cfg, k) for k in special_layers.NONE})
-    shape, idle = asdict(model.config), special_layers.without_effect(cfg, model.config)
-    if idle:
-        say(f'no effect without adaptive_svd or lora_rank: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in idle)}')
-    for key in sorted(set(MODEL_KEYS) - set(free) - set(idle)):
+        model.add_adapters(**{k: getattr(cfg, k) for k in ADAPTER_DEFAULTS})
+    shape, unused = asdict(model.config), configuration.unused_options(cfg, model.config)
+    if unused:
+        say(f'no effect here: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in unused)}')
+    for key in sorted(set(MODEL_KEYS) - set(free) - set(unused)):
         cropped = key == 'block_size' and cfg.block_size < shape[key]
         if key in set_by and getattr(cfg, key) != shape[key] and not cropped:
             if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):       # it would train all
                 run = Path(cfg.out_dir if saved else cfg.init_from)
+                adapted = model.config.adaptive_svd or model.config.has_lora
+                near = pretrained.merge_command(run) if adapted else begin_from(run, cfg.dataset)
                 raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed'
-                                + special_layers.nearest(key, model.config, run, begin_from(run, cfg.dataset)))
+                                + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
             say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={shape[key]}')
     if cfg.block_size < shape['block_size']:
         model.crop_block_size(cfg.block_size)
@@ -438,12 +431,13 @@ def describe(cfg, model, data, device, dtype, processes):
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
-    for line in special_layers.describe(model, cfg.adaptive_svd_interval):
-        say(line)
+    if c.adaptive_svd:
+        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {cfg.adaptive_svd_interval} steps')
+    if c.has_lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, {trained:,} trained parameters')
     if c.use_mla:
         say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
-    elif c.mla_latent_dim is not None:
-        say(f'no MLA: use_mla=False with mla_latent_dim={c.mla_latent_dim} changes nothing')
     if c.use_svd or c.svd_rank is not None:
         say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only

@@ -23,26 +23,27 @@ from runtime import command                                            # before 
 import torch
 from torch.nn import functional as F
 
-from lowrank.cache import expand
+from lowrank.kv_cache import expand
 from runtime import config as configuration
 from runtime import device as devices
+from runtime.config import Range
 from runtime.timing import quartiles, time_in_turn
 
 
 @dataclass
 class Config:
-    n_embd: Annotated[int, 'width'] = 768
-    n_head: Annotated[int, 'heads'] = 12
+    n_embd: Annotated[int, 'width', Range(1)] = 768
+    n_head: Annotated[int, 'heads', Range(1)] = 12
     latents: Annotated[str, 'sizes of the latent'] = '64,128,256,512'
     queries: Annotated[str, 'new tokens at a time'] = '1,4,16,64,256,1024'
-    cached: Annotated[int, 'tokens that each attends to'] = 1024
-    batch_size: Annotated[int, 'sequences'] = 1
-    rounds: Annotated[int, 'paired rounds'] = 10
-    seed: Annotated[int, 'of the numbers'] = 1337
+    cached: Annotated[int, 'tokens that each attends to', Range(1)] = 1024
+    batch_size: Annotated[int, 'sequences', Range(1)] = 1
+    rounds: Annotated[int, 'paired rounds', Range(2)] = 10
+    seed: Annotated[int, 'of the numbers', Range(0)] = 1337
     device: Annotated[str, "'auto', 'cpu', 'cuda', 'mps'"] = 'auto'
 
     def __post_init__(self):
-        configuration.at_least(self, n_head=1, n_embd=1, cached=1, batch_size=1, rounds=2, seed=0)
+        configuration.validate(self)
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: '
                              f'{max(1, round(self.n_embd / self.n_head)) * self.n_head})')

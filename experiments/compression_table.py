@@ -45,12 +45,12 @@ from torch import nn
 import compress
 import compress_layers as layers
 import train
-from lowrank.compression import Factorization
+from lowrank.factorization import Factorization
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots, sweep
-from runtime.config import PATH, UserError
+from runtime.config import PATH, Range, UserError
 from runtime.dataset import Dataset, locate
 from runtime.files import check_writable
 from runtime.record import Record, read
@@ -82,14 +82,14 @@ class TableConfig:
     models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
     parts: Annotated[str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
     keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))
-    seeds: Annotated[int, 'calibrations of each method, and runs of each control'] = 3
-    finetune_iters: Annotated[int, 'extra steps'] = 300
+    seeds: Annotated[int, 'calibrations of each method, and runs of each control', Range(1)] = 3
+    finetune_iters: Annotated[int, 'extra steps', Range(1)] = 300
     optimizer: Annotated[Literal['muon', 'adamw'], 'of these steps'] = 'muon'
-    learning_rate: Annotated[float, 'of these steps'] = 1e-3
+    learning_rate: Annotated[float, 'of these steps', Range(0)] = 1e-3
     run: Annotated[bool, 'False: only tables and figure'] = True
 
     def __post_init__(self):
-        configuration.at_least(self, seeds=1, finetune_iters=1, learning_rate=0)
+        configuration.validate(self)
         for name, valid in (('models', tuple(MODELS)), ('parts', ('methods', 'finetune', 'scratch')),
                             ('keeps', tuple(map(str, KEEPS)))):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]

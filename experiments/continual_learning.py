@@ -48,16 +48,15 @@ from runtime import command                                            # before 
 import numpy as np
 import torch
 
-import special_layers
-from lowrank.adaptive_control import AdaptiveSVD, to_factors, to_full
-from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, wide
-from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL, chance, compute_gradient_alignment,
-                                  excess, lift)
+from lowrank.adapters import adaptive_layers
+from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, left_basis, to_factors, to_float64, to_full
+from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL, compute_gradient_alignment,
+                                  lift, normalized_alignment, random_baseline)
 from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
-from runtime.config import PATH, UserError
+from runtime.config import PATH, Range, UserError
 from runtime.dataset import Dataset, locate
 from runtime.optim import exchange
 from runtime.files import check_writable
@@ -114,12 +113,12 @@ class ContinualConfig:
     out_dir: Annotated[str, 'folder of the models that learned A', PATH] = 'out-continual'
     seeds: Annotated[str, 'of weights and batches, a run of each arm each'] = '0,1,2'
     arms: Annotated[str, "'all', or some of them with semicolons between, or 'none': the ROC curve alone"] = 'all'
-    learn_steps: Annotated[int, 'steps on A'] = 1500
-    steps: Annotated[int, 'steps on B'] = 240
+    learn_steps: Annotated[int, 'steps on A', Range(1)] = 1500
+    steps: Annotated[int, 'steps on B', Range(1)] = 240
     run: Annotated[bool, 'False: only tables and figure'] = True
 
     def __post_init__(self):
-        configuration.at_least(self, learn_steps=1, steps=1)
+        configuration.validate(self)
         for word in self.seeds.split(','):
             if not word.strip().isdecimal():
                 raise ValueError(f"seeds={self.seeds!r}: {word!r} is no seed (nearest: '0,1,2')")
@@ -202,7 +201,7 @@ class RandomlyProtected(AdaptiveSVDLinear):
 
     def switch_to_lowrank(self, r, basis=None):
         """W = Q Q^T W + B A, of which B A are the r components of the rest."""
-        W = wide(self.weight)                                       # (m, n)
+        W = to_float64(self.weight)                                       # (m, n)
         Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
         U, S, _ = torch.linalg.svd(W - Q @ (Q.mT @ W))
         # the first k values, which are not Q's, are not used, except that the largest one is the scale
@@ -217,27 +216,27 @@ class Planned(AdaptiveSVD):
         self.plan, self.count = plan, 0
 
     @torch.no_grad()
-    def analyse(self, step, exchange, **others):
+    def analyze(self, step, swap_params, **others):
         for name, layer in self.layers.items():
             r = self.plan(name, self.count)
             if r:
-                to_factors(layer, r, left_basis(layer.weight), exchange)
+                to_factors(layer, r, left_basis(layer.weight), swap_params)
             elif layer.r is not None:
-                to_full(layer, exchange)
-            layer.watch(False)
+                to_full(layer, swap_params)
+            layer.track_weight_grad(False)
             if layer.r is not None:
                 layer.base.weight.grad = None
         self.count += 1
 
-    def protect(self):
+    def project_factors(self):
         for layer in self.layers.values():
-            layer.protect()
+            layer.project_factors()
 
 
 def layer_names(model):
     """Of the four projections of all blocks."""
-    parts = [special_layers.ATTENTION[word] for word in TARGETS.split(',')]
-    return [f'h.{i}.{part}' for i in range(model.config.n_layer) for part in parts]
+    words = TARGETS.split(',')
+    return [f'h.{i}.{model.config.targets[word]}' for i in range(model.config.n_layer) for word in words]
 
 
 def prepare(saved, arm, seed, plan):
@@ -245,8 +244,7 @@ def prepare(saved, arm, seed, plan):
     model = GPT.from_checkpoint(saved)
     if arm.lora:
         torch.manual_seed(seed)
-        special_layers.add(model, special_layers.NONE | dict(lora_rank=LORA_RANK, lora_targets=TARGETS,
-                                                             lora_init=arm.lora))
+        model.add_adapters(lora_rank=LORA_RANK, lora_targets=TARGETS, lora_init=arm.lora)
         return model, None
     names = layer_names(model)
     if arm.setting == 'attention':
@@ -259,7 +257,7 @@ def prepare(saved, arm, seed, plan):
         layer = model.get_layer(name)
         model.set_layer(name, RandomlyProtected(layer, arm.protection, 1000 * seed + i) if arm.random else
                         AdaptiveSVDLinear(layer, arm.protection))
-    layers, width = special_layers.adaptive_layers(model), model.config.n_embd
+    layers, width = adaptive_layers(model), model.config.n_embd
     k = FIRST_PRINCIPAL if arm.share is None else round(arm.share * width)
     if arm.control == 'detector':
         control = AdaptiveSVD(layers, INTERVAL)
@@ -292,22 +290,22 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
         for name in ranks:
             ranks[name].append(control.layers[name].r or 0)
     if control and at_once:
-        control.analyse(0, exchange=swap)
+        control.analyze(0, swap_params=swap)
         note()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group['lr'] = rate * min(1.0, step / WARMUP)
-        analysed = control is not None and control.due(step)
+        analysed = control is not None and control.is_analysis_step(step)
         if analysed:
-            control.watch()
+            control.track_weight_grads()
         model(*texts.draw('B', 'train', order))[1].backward()
         if analysed:
-            control.analyse(step, exchange=swap)
+            control.analyze(step, swap_params=swap)
             note()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
         optimizer.step()
         if control:
-            control.protect()
+            control.project_factors()
         optimizer.zero_grad()
         if step % INTERVAL == 0 or step == steps:
             curve.append([step, *losses(model, fixed)])
@@ -389,19 +387,19 @@ def detection(found, m):
     (a, norm_a), (b, norm_b) = found['A'], found['B']
     row = {'auc_norm': [round(auc(y, x), 4) for x, y in zip(norm_a, norm_b)],
            'auc_norm_pooled': round(auc(norm_b.flatten(), norm_a.flatten()), 4), 'spaces': {}}
-    scores = {'principal': lambda p, c: p, 'lift': lift, 'excess': excess}
+    scores = {'principal': lambda p, c: p, 'lift': lift, 'excess': normalized_alignment}
     for j, k in enumerate(SPACES):
-        c = chance(k, m)
+        c = random_baseline(k, m)
         own = row['spaces'][str(k)] = {
             'chance': c, 'auc': [round(auc(y, x), 4) for x, y in zip(a[j], b[j])],
             'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()), 4), 'roc': roc(b[j].flatten(), a[j].flatten())}
         for text, p in (('A', a[j]), ('B', b[j])):
-            danger = (p > DANGER_ALIGNMENT) & (excess(p, c) > DANGER_EXCESS)
+            danger = (p > DANGER_ALIGNMENT) & (normalized_alignment(p, c) > DANGER_EXCESS)
             own |= {f'mean_{text}': [round(one, 4) for one in p.mean(1).tolist()],
                     f'danger_{text}': danger.double().mean().item()}
     # within one space lift and excess are the alignment on another scale: only over several do they rank differently
     for name, score in scores.items():
-        both = [torch.cat([score(x[j], chance(k, m)).flatten() for j, k in enumerate(SPACES)]) for x in (b, a)]
+        both = [torch.cat([score(x[j], random_baseline(k, m)).flatten() for j, k in enumerate(SPACES)]) for x in (b, a)]
         row[f'auc_all_{name}'] = round(auc(*both), 4)
     return row
 

@@ -33,9 +33,10 @@ from torch import nn
 
 import model
 import train
+from lowrank.head_svd import NoSVD
 from runtime import config as configuration
 from runtime import plots, sweep
-from runtime.config import PATH, UserError
+from runtime.config import PATH, Range, UserError
 from runtime.dataset import locate
 from runtime.files import check_writable, write_atomically
 from runtime.record import read
@@ -52,12 +53,12 @@ class SweepConfig:
     """Options of the sweep; what a run is stands in `runs`."""
     dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare", PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the runs', PATH] = 'out-rank'
-    steps: Annotated[int, 'of each run, the schedule included'] = 500
-    seeds: Annotated[int, 'runs a row: 1337, 1338, ...'] = 3
-    jobs: Annotated[int, 'runs at a time; 0: only table and figure'] = 2
+    steps: Annotated[int, 'of each run, the schedule included', Range(20)] = 500
+    seeds: Annotated[int, 'runs a row: 1337, 1338, ...', Range(1)] = 3
+    jobs: Annotated[int, 'runs at a time; 0: only table and figure', Range(0)] = 2
 
     def __post_init__(self):
-        configuration.at_least(self, steps=20, seeds=1, jobs=0)
+        configuration.validate(self)
 
 
 class RandomProjection(model.CausalSelfAttention):
@@ -65,8 +66,7 @@ class RandomProjection(model.CausalSelfAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        self.svd_scope = None
-        hs = config.n_embd // config.n_head
+        self.head_svd, hs = NoSVD(), config.n_embd // config.n_head
         basis, _ = torch.linalg.qr(torch.randn(config.n_head, hs, config.svd_rank))             # (nh, hs, k)
         self.register_buffer('projector', basis @ basis.mT, persistent=False)                   # (nh, hs, hs)
 
@@ -82,7 +82,7 @@ class NarrowValues(model.CausalSelfAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        self.svd_scope, width = None, config.n_head * config.svd_rank
+        self.head_svd, width = NoSVD(), config.n_head * config.svd_rank
         self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd + width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 

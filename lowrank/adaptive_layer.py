@@ -1,49 +1,56 @@
-"""A linear layer that can be told to protect what it has learned: see `AdaptiveSVDLinear`."""
+"""A linear layer that can protect what it has learned (`AdaptiveSVDLinear`), and when it does so
+(`AdaptiveSVD`): an analysis of each layer every so many steps, by lowrank/adaptive_svd.py.
+
+Letters: weight W (m, n) = U S V^T, g = min(m, n), r trained minor components, k = g - r principal.
+"""
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.layers import filled, unfilled
-from lowrank.svd import split_evenly
+from lowrank.adaptive_svd import (FIRST_PRINCIPAL, WATCHED_PART, compute_gradient_alignment,
+                                  should_use_lowrank_training)
+from lowrank.layers import empty_linear, linear_from_tensors
+from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
-FLOOR = 1e-3                        # of sigma_1: rows of A are no shorter than its root, so that no direction is dead
+FLOOR = 1e-3           # of sigma_1: rows of A are no shorter than its root, so no direction is dead
+PATIENCE = 3                # analyses in a row that propose a smaller r, before r becomes smaller
+STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode, before it ends
 
 
 class AdaptiveSVDLinear(nn.Module):
-    """y = W x + b in one of two modes, with W (m, n) = U S V^T and g = min(m, n).
+    """y = W x + b in one of two modes.
 
     full: W is trained, as in nn.Linear.
-    low-rank: W = W_p + B A, where B (m, r) and A (r, n) begin as the r minor components and are trained, and W_p (m,
-    n), the rest, is frozen. `protected` (m, k), U_p, has the other k = g - r left singular vectors; with protection
-    'left' `protect`, called after every optimizer step, removes from B what lies in their span, so that U_p^T W stays
-    what it was at the switch. The projection is of the parameters: AdamW's element-wise scaling would undo that of a
-    gradient. 'none' leaves B and A free, which can then rebuild and cancel any component: MiLoRA (arXiv:2406.09044).
+    low-rank: W = W_p + B A. B (m, r) and A (r, n) begin as the r minor components and are trained;
+    W_p (m, n), the rest, is frozen. `protected` (m, k), U_p, has the k principal left singular
+    vectors. With protection 'left', `project_factors` removes from B what lies in their span, so
+    U_p^T W stays what it was at the switch. The parameters are projected, not the gradient, because
+    AdamW's element-wise scaling would undo the latter. With 'none' the factors are free and can
+    rebuild and cancel any component: MiLoRA (arXiv:2406.09044).
 
-    Switches keep the function, W_p := W - B A. At r = 246 of g = 256 low-rank mode holds 2.9 times the numbers of full
-    mode: it protects, and saves nothing.
+    Switches keep the function, W_p := W - B A. At r = 246 of g = 256 low-rank mode holds 2.9 times
+    the numbers of full mode: it protects, and saves nothing.
     """
 
     def __init__(self, linear, protection='left'):
-        """In full mode, with the very parameters of an nn.Linear. Raises ValueError for an unknown protection."""
+        """In full mode, with the parameters of an nn.Linear."""
         super().__init__()
-        if protection not in PROTECTIONS:
-            raise ValueError(f'protection={protection!r}: unknown (valid: {", ".join(PROTECTIONS)})')
         self.base, self.protection = linear, protection
         self.A = self.B = None
         self.register_buffer('protected', None)
 
-    def make_lowrank(self, r):
-        """Low-rank mode with factors of zeros, for values that are loaded later. Raises ValueError for an r outside
-        1..g - 1."""
+    def allocate_factors(self, r):
+        """Low-rank mode with factors of zeros, for values that are loaded later. Raises ValueError
+        for an r outside 1..g - 1."""
         self._check(r)
         (m, n), new = self.base.weight.shape, self.base.weight.new_zeros
-        self._hold(new(m, r), new(r, n), new(m, min(m, n) - r))
+        self._set_factors(new(m, r), new(r, n), new(m, min(m, n) - r))
 
     def forward(self, x):
-        """x (..., n) -> (..., m). W_p + B A is made where x has rows enough: that costs as much as B A x for m n / (m +
-        n) of them."""
+        """x (..., n) -> (..., m). W_p + B A is computed where x has many rows: from m n / (m + n)
+        of them on that costs no more than B A x."""
         (m, n), rows = self.base.weight.shape, x.numel() // x.size(-1)
         if self.A is not None and rows * (m + n) < m * n:
             return self.base(x) + self.B(self.A(x))
@@ -51,116 +58,119 @@ class AdaptiveSVDLinear(nn.Module):
 
     @property
     def r(self):
-        """The number of components that are trained, None in full mode."""
+        """The number of trained components, None in full mode."""
         return None if self.A is None else self.A.out_features
 
     @property
     def weight(self):
-        """W (m, n), in low-rank mode made anew at each look."""
-        return self.base.weight if self.A is None else self.base.weight + self.B.weight @ self.A.weight
+        """W (m, n), in low-rank mode recomputed on each access."""
+        W = self.base.weight
+        return W if self.A is None else W + self.B.weight @ self.A.weight
 
     @property
     def bias(self):
         return self.base.bias
 
-    def half_decayed(self):
-        """The parameters that weight decay is halved for: both shrink the product."""
+    def factor_params(self):
+        """The factors, whose weight decay is halved: both shrink the product."""
         return [] if self.A is None else [self.A.weight, self.B.weight]
 
-    def watch(self, on):
-        """Whether the next backward passes have to leave dL/dW in `base.weight.grad`. In full mode they always do; W_p
-        is a parameter that no optimizer has, and its gradient is that of W."""
+    def track_weight_grad(self, on):
+        """Whether backward passes leave dL/dW in `base.weight.grad`, which they always do in full
+        mode. W_p is a parameter that no optimizer has, and its gradient is that of W."""
         self.base.weight.requires_grad_(on or self.A is None)
 
     @torch.no_grad()
     def switch_to_lowrank(self, r, basis=None):
-        """Train the r minor components alone from here on; in low-rank mode: decompose what W has become anew. basis:
-        `left_basis` of W, made here if None. Where `base.weight.grad` has dL/dW, A and B get theirs, and it is
-        dropped. Raises ValueError for an r outside 1..g - 1."""
+        """From here on train the r minor components; in low-rank mode, decompose what W is now.
+
+        basis: `left_basis` of W, computed here if None. Where `base.weight.grad` has dL/dW, A and B
+        get theirs and it is dropped. Raises ValueError for an r outside 1..g - 1.
+        """
         self._check(r)
-        W = at_hand(self.weight)                                    # (m, n)
+        W = to_float32(self.weight)                                 # (m, n)
         U, S = left_basis(W) if basis is None else basis
-        k = len(S) - r
-        B, A = minor_factors(W, U.to(W), S.to(W), k)                # (m, r), (r, n)
+        B, A = minor_factors(W, U.to(W), S.to(W), len(S) - r)       # (m, r), (r, n)
         like = self.base.weight
-        self._hold(B.to(like), A.to(like), U[:, :k].to(like))
-        product = wide(self.B.weight) @ wide(self.A.weight)         # of the rounded factors: the function stays
+        self._set_factors(B.to(like), A.to(like), U[:, :len(S) - r].to(like))
+        product = to_float64(self.B.weight) @ to_float64(self.A.weight)     # of the rounded factors
         like.copy_((W - product).to(like.dtype))
         if like.grad is not None:
-            self.B.weight.grad, self.A.weight.grad = like.grad @ self.A.weight.mT, self.B.weight.mT @ like.grad
+            self.B.weight.grad = like.grad @ self.A.weight.mT
+            self.A.weight.grad = self.B.weight.mT @ like.grad
             like.grad = None
         like.requires_grad_(False)
 
     @torch.no_grad()
     def switch_to_full(self):
         """Train all of W from here on."""
-        like = self.base.weight
-        like.copy_((wide(like) + wide(self.B.weight) @ wide(self.A.weight)).to(like.dtype))
+        self.base.weight.copy_(self.merged_weight().to(self.base.weight.dtype))
         self.A = self.B = self.protected = None
-        like.requires_grad_(True)
+        self.base.weight.requires_grad_(True)
 
     @torch.no_grad()
-    def protect(self):
-        """To be called after every optimizer step."""
+    def project_factors(self):
+        """Remove from B what lies in the protected space; to be called after each optimizer
+        step."""
         if self.A is not None and self.protection == 'left':
-            self.B.weight -= self.protected @ (self.protected.mT @ self.B.weight)               # (m, k) (k, r)
+            self.B.weight -= self.protected @ (self.protected.mT @ self.B.weight)   # (m, k) (k, r)
+
+    def merged_weight(self):
+        """W (m, n), added in float64."""
+        W = to_float64(self.base.weight)
+        return W if self.A is None else W + to_float64(self.B.weight) @ to_float64(self.A.weight)
+
+    def merge(self):
+        """The dense layer with the weight W."""
+        return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
 
     @torch.no_grad()
-    def merge(self):
-        """The plain layer with weight W."""
-        W = wide(self.base.weight)
-        if self.A is not None:
-            W = W + wide(self.B.weight) @ wide(self.A.weight)
-        return filled(W, self.bias, self.base.weight)
-
-    def _hold(self, B, A, protected):
-        """Factors and protected space with these values. Parameters of these shapes stay the same objects, which an
-        optimizer may know."""
+    def _set_factors(self, B, A, protected):
+        """Parameters keep their identity, which an optimizer may know, where r stays."""
         if self.r != len(A):
             like = self.base.weight
-            self.A, self.B = (unfilled(n, m, False, like) for m, n in (A.shape, B.shape))
-        with torch.no_grad():
-            self.A.weight.copy_(A)
-            self.B.weight.copy_(B)
-        self.protected = protected.contiguous()                     # as it is loaded: products are the same to the bit
+            self.A, self.B = (empty_linear(n, m, False, like) for m, n in (A.shape, B.shape))
+        self.A.weight.copy_(A)
+        self.B.weight.copy_(B)
+        self.protected = protected.contiguous()                     # as loaded: equal bits
         self.base.weight.requires_grad_(False)
 
     def _check(self, r):
-        g = min(self.base.weight.shape)
-        if not 1 <= r < g:
-            raise ValueError(f'r={r}: must be 1 to {g - 1} for a layer of {self.base.out_features} x '
-                             f'{self.base.in_features}')
+        m, n = self.base.weight.shape
+        if not 1 <= r < min(m, n):
+            raise ValueError(f'r={r}: must be 1 to {min(m, n) - 1} for a layer of {m} x {n}')
 
 
-def at_hand(tensor):
-    """Its values, without gradients, in float32 at least, where there is linear algebra: MPS has none."""
+def to_float32(tensor):
+    """Detached copy in at least float32; on the CPU for MPS, which lacks linear algebra."""
     tensor = (tensor.cpu() if tensor.device.type == 'mps' else tensor).detach()
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def wide(tensor):
-    """The same in float64."""
-    return at_hand(tensor).double()
+def to_float64(tensor):
+    return to_float32(tensor).double()
 
 
 def left_basis(weight):
-    """U (m, g) and singular values S (g), descending, of a weight (m, n), in its own precision, float32 at least. For m
-    <= n U is that of eigh(W W^T), half the time of an SVD, and S is |W^T u|: directions with sigma below sqrt(eps)
-    sigma_1, 3e-4 of it in float32, are mixed with each other."""
-    W = at_hand(weight)
+    """U (m, g) and singular values S (g), descending, of a weight (m, n), in at least float32.
+
+    For m <= n U is that of eigh(W W^T), which takes half the time of an SVD, and S is |W^T u|:
+    directions with sigma below sqrt(eps) sigma_1 (3e-4 in float32) are mixed with each other.
+    """
+    W = to_float32(weight)
     if W.size(0) > W.size(1):
         U, S, _ = torch.linalg.svd(W, full_matrices=False)
         return U, S
     unit = W.abs().max() or 1
-    W = W / unit                                                    # there is room for its squares
+    W = W / unit
     _, U = torch.linalg.eigh(W @ W.mT)
     S, order = (W.mT @ U).norm(dim=0).sort(descending=True)
     return U[:, order], S * unit
 
 
 def right_basis(W, U, S):
-    """V (n, g) of W = U S V^T, or its k leading columns for those of U and S; where S is too small to tell, any
-    orthonormal vectors that complete the others."""
+    """V (n, g) of W = U S V^T, or its leading columns for those of U and S. Where S is too small to
+    tell: any orthonormal vectors that complete the others."""
     known = int((S > torch.finfo(S.dtype).eps ** 0.5 * S[:1]).sum())
     V = W.mT @ U[:, :known] / S[:known]                             # (n, known)
     if known == len(S):
@@ -169,5 +179,221 @@ def right_basis(W, U, S):
 
 
 def minor_factors(W, U, S, k):
-    """B (m, r) and A (r, n) whose product is all of W but its first k components."""
-    return split_evenly(U[:, k:], S[k:], right_basis(W, U, S)[:, k:].mT, FLOOR * S[0])
+    """B (m, r) and A (r, n) whose product is W without its first k components."""
+    return balanced_factors(U[:, k:], S[k:], right_basis(W, U, S)[:, k:].mT, FLOOR * S[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# the controller
+
+class AdaptiveSVD:
+    """Decides the mode of layers (name -> AdaptiveSVDLinear) by an analysis every `interval` steps.
+
+    The state for a checkpoint is a dict of tensors and numbers per layer: the last basis U and S,
+    the last r, and how many analyses in a row proposed a smaller r ('patience') or saw no reason
+    for low-rank mode ('calm').
+    """
+
+    def __init__(self, layers, interval):
+        self.layers, self.interval = layers, interval
+        self.memory = {name: dict(U=None, S=None, r=None, patience=0, calm=0) for name in layers}
+        self.diagnostics, self._weights = {}, {}
+
+    def state_dict(self):
+        return {name: dict(memory) for name, memory in self.memory.items()}
+
+    def load_state_dict(self, state):
+        """Raises ValueError for other layers, or what does not fit them."""
+        if set(state) != set(self.memory):
+            raise ValueError(f'it is of the layers {", ".join(sorted(map(str, state)))}')
+        for name, layer in self.layers.items():
+            saved, (m, n) = state[name], layer.base.weight.shape
+            shapes = {'U': (m, min(m, n)), 'S': (min(m, n),)}
+            if set(saved) != set(self.memory[name]) or any(
+                    saved[key] is not None and saved[key].shape != shapes[key] for key in shapes):
+                raise ValueError(f'that of {name} does not fit the layer')
+            self.memory[name] = dict(saved)
+
+    def is_analysis_step(self, step):
+        """Whether a step, counted from 1, has an analysis."""
+        return step % self.interval == 0
+
+    def track_weight_grads(self):
+        """To be called before the backward passes of an analysis step."""
+        for layer in self.layers.values():
+            layer.track_weight_grad(True)
+
+    @torch.no_grad()
+    def analyze(self, step, swap_params, mean=None, on_main=None):
+        """Decide and switch, from the gradients of this step, before the optimizer's.
+
+        swap_params(old, new, convert) gives the optimizer the parameters `new` in place of `old`
+        (two lists), with convert(states of old) -> states of new. Over several processes: mean
+        averages a tensor, on_main returns the main process's result of a function. Returns whether
+        any layer has other parameters now. `report` and `metrics` say what was found and done.
+        """
+        for layer in self.layers.values():
+            weight = layer.base.weight
+            if mean is not None and layer.r is not None and weight.grad is not None:
+                weight.grad = mean(weight.grad)                     # in full mode it is one already
+
+        def analyses():
+            return [self._analysis(name, step) for name in self.layers]
+        results = on_main(analyses) if on_main else analyses()
+        self.diagnostics = {name: result[0] for name, result in zip(self.layers, results)}
+        before = {name: layer.r for name, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.track_weight_grad(False)                        # not while parameters are swapped
+        for (name, layer), (_, basis) in zip(self.layers.items(), results):
+            self._act(name, basis, swap_params)
+            layer.base.weight.grad = layer.base.weight.grad if layer.r is None else None
+        self._weights = {name: to_float32(layer.weight).clone()
+                         for name, layer in self.layers.items()}
+        return any(layer.r != before[name] for name, layer in self.layers.items())
+
+    @torch.no_grad()
+    def project_factors(self):
+        """To be called after each optimizer step."""
+        for layer in self.layers.values():
+            layer.project_factors()
+        for name, W in self._weights.items():               # the optimizer's step after an analysis
+            found, memory = self.diagnostics[name], self.memory[name]
+            update = to_float32(self.layers[name].weight) - W
+            found['update_alignment'], _ = compute_gradient_alignment(
+                update, memory['U'], memory['S'], found['r_analyzed'])
+        self._weights = {}
+
+    def report(self, step):
+        """The last analysis as lines of text."""
+        lines = [f'=== SVD Analysis at step {step} ===']
+        for name, found in self.diagnostics.items():
+            r, reason = found['r'], found['reason']
+            words = {'initial': 'Initial SVD computed', 'none': f'full mode - {reason}',
+                     'lowrank': f'SWITCHED TO LOW-RANK (r={r}) - Reason: {reason}',
+                     'refactored': f'low-rank mode (r={r}) - {reason}',
+                     'full': 'SWITCHED TO FULL - Reason: nothing to protect from in '
+                             f'{STABLE_ANALYSES} analyses'}[found['action']]
+            lines.append(f'[{name}] {words}')
+        return [*lines, '=== SVD Analysis complete ===']
+
+    def metrics(self):
+        """The last analysis for metrics.jsonl: 'svd/block0.attn.c_q/mode' -> 'full', and so on."""
+        return {f'svd/{name}/{key}': value for name, found in self.diagnostics.items()
+                for key, value in found.items() if key != 'r_analyzed' and value is not None}
+
+    def _analysis(self, name, step):
+        """-> what `should_use_lowrank_training` says of a layer, as a dict, and W's left basis."""
+        layer, memory = self.layers[name], self.memory[name]
+        W = to_float32(layer.weight)                                # (m, n)
+        r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)
+        k = min(W.shape) - r                                        # columns of V that matter
+        U, S = left_basis(W)
+        if needs_float64(S, k):
+            W = to_float64(W)
+            U, S = left_basis(W)
+        decision, r_next, found = should_use_lowrank_training(
+            W, U, S, right_basis(W, U[:, :k], S[:k]), None, memory['U'], memory['S'], None,
+            layer.base.weight.grad, r, step, in_lowrank_mode=layer.r is not None)
+        return found | dict(decision=decision, r_next=r_next, r_analyzed=r), (U, S)
+
+    def _act(self, name, basis, swap_params):
+        """Switch a layer, or not, and note its mode, r and the action."""
+        layer, memory, found = self.layers[name], self.memory[name], self.diagnostics[name]
+        action = 'initial' if memory['S'] is None else 'none'
+        memory['U'], memory['S'] = (t.float().cpu() for t in basis)
+        decision, r_next = found.pop('decision'), found.pop('r_next')
+        if layer.r is None and decision:
+            memory['patience'] = memory['calm'] = 0
+            to_factors(layer, found['r_analyzed'], basis, swap_params)
+            action = 'lowrank'
+        elif layer.r is not None:
+            informative = found['lift'] is not None                 # a zero gradient says nothing
+            memory['calm'] = 0 if decision else memory['calm'] + informative
+            memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
+            if memory['calm'] >= STABLE_ANALYSES:
+                to_full(layer, swap_params)
+                action = 'full'
+            else:
+                r = r_next if memory['patience'] >= PATIENCE else layer.r
+                memory['patience'] %= PATIENCE
+                to_factors(layer, r, basis, swap_params)
+                action = 'refactored'
+        memory['r'] = layer.r or memory['r']                 # where low-rank mode would begin again
+        mode = 'full' if layer.r is None else 'lowrank'
+        found |= dict(mode=mode, r=layer.r or len(memory['S']), action=action)
+
+
+def needs_float64(S, k):
+    """Whether float32, whose eigh knows sigma^2 to 1e-7 of the largest, is too coarse for singular
+    values S (g): to separate the first k directions from the next, or for the smallest, which
+    decide on r."""
+    energies = (S / S[0]).square()
+    smallest = energies[-max(1, len(S) // WATCHED_PART)]
+    return bool(energies[k - 1] - energies[k] < 1e-5 or smallest < 1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# optimizer states: per parameter a dict of momenta, means of squares ('exp_avg_sq') and 'step'
+
+def to_factors(layer, r, basis, swap_params):
+    """`switch_to_lowrank` with the optimizer's state; between factors by way of that of W."""
+    old = layer.factor_params() or [layer.base.weight]
+    before = [p.detach().clone() for p in layer.factor_params()]     # A, B
+    layer.switch_to_lowrank(r, basis)
+    new = layer.factor_params()
+
+    def convert(states):
+        of_weight = state_of_weight(*states, *before) if before else states[0]
+        return state_of_factors(of_weight, *(p.detach() for p in new))
+    swap_params(old, new, convert)
+
+
+def to_full(layer, swap_params):
+    """`switch_to_full` with the optimizer's state."""
+    (A, B), grad = layer.factor_params(), layer.base.weight.grad
+    layer.switch_to_full()
+    layer.base.weight.grad = grad
+    swap_params([A, B], [layer.base.weight],
+                lambda states: [state_of_weight(*states, A.detach(), B.detach())])
+
+
+def state_of_factors(state, A, B):
+    """The states of A (r, n) and B (m, r) from that of W (m, n). As W = W_p + B A, dL/dB = G A^T
+    and dL/dA = B^T G, also for means of gradients G; for those of squares as if G's entries were
+    independent."""
+    of_A, of_B = {}, {}
+    for key, t in state.items():
+        if t.dim() == 0:
+            of_A[key], of_B[key] = t.clone(), t.clone()
+        else:
+            a, b = (A.square(), B.square()) if key == 'exp_avg_sq' else (A, B)
+            of_A[key], of_B[key] = b.mT @ t, t @ a.mT
+    return [of_A, of_B]
+
+
+def state_of_weight(of_A, of_B, A, B):
+    """The state of W from those of A and B: the smallest G with dL/dB = G A^T and dL/dA = B^T G; of
+    squares only sums of rows and columns are known (as in Adafactor, arXiv:1804.04235)."""
+    A, B, tiny, state = to_float32(A), to_float32(B), torch.finfo(torch.float64).tiny, {}
+    for key, like in of_B.items():
+        b, a = to_float32(like), to_float32(of_A[key])              # (m, r) and (r, n), or numbers
+        if b.dim() == 0:
+            state[key] = like.clone()
+            continue
+        if key == 'exp_avg_sq':                                     # squares of squares: float64
+            rows = to_float64(b).sum(1) / to_float64(A).square().sum()
+            columns = to_float64(a).sum(0) / to_float64(B).square().sum().clamp_min(tiny)
+            state[key] = torch.outer(rows, columns) / rows.mean().clamp_min(tiny)
+        else:
+            from_A = B @ solve_gram(B.mT, a)                        # (m, n)
+            rest = b.mT - A @ from_A.mT                             # what that lacks of b
+            state[key] = from_A + solve_gram(A, rest).mT @ A
+        state[key] = state[key].to(like)
+    return state
+
+
+def solve_gram(A, right):
+    """(A A^T)^-1 right, with a ridge well above the rounding of A A^T."""
+    gram, limits = A @ A.mT, torch.finfo(A.dtype)
+    gram.diagonal().add_(limits.eps ** 0.5 * gram.diagonal().mean() + limits.tiny)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram)) @ right

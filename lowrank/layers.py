@@ -1,44 +1,54 @@
-"""Linear layers in other forms: a product of two smaller ones, and apart where others have them in one."""
+"""Linear layers in other forms: low-rank, with a LoRA adapter, and split.
+
+Letters: m outputs, n inputs, r rank.
+"""
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.cache import KeyValueCache
-from lowrank.svd import truncated_svd
+from lowrank.kv_cache import DenseValues, KeyValueCache
+from lowrank.svd import balanced_factors, truncated_svd
+
+INITS = ('lora', 'pissa', 'milora')
+# Of sigma_1, the smallest singular value that is split evenly (a random 1,000 x 1,000 matrix has
+# none below some 5e-4): no row of A begins below 1e-2 of what the first would be
+FLOOR = 1e-4
 
 
 class LowRankLinear(nn.Module):
-    """y = B (A x) + b, a linear layer whose weight (m, n) has rank r at most: r (m + n) parameters instead of m n, and
-    as many multiplications for a row of x. A (r, n) and B (m, r) are linear layers, of which B has the bias."""
+    """y = B (A x) + b: a linear layer whose weight (m, n) has rank r at most.
+
+    r (m + n) parameters instead of m n, and as many multiplications per row of x. A (r, n) and
+    B (m, r) are linear layers; B has the bias.
+    """
 
     def __init__(self, in_features, out_features, rank, bias=True):
         """Raises ValueError for a rank outside 1..min(m, n)."""
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f'rank={rank}: must be 1 to {min(in_features, out_features)} for a layer of '
-                             f'{out_features} x {in_features}')
+        _check_rank(rank, out_features, in_features)
         self.A = nn.Linear(in_features, rank, bias=False)
         self.B = nn.Linear(rank, out_features, bias=bias)
 
-    def forward(self, x):                                           # (..., n) -> (..., r) -> (..., m)
+    def forward(self, x):                                         # (..., n) -> (..., r) -> (..., m)
         return self.B(self.A(x))
 
     @classmethod
+    @torch.no_grad()
     def from_linear(cls, linear, rank):
-        """The layer whose B A is the best rank-r approximation of an nn.Linear's weight (Eckart and Young): A = sqrt(S)
-        V^T, B = U sqrt(S), so that both factors have the same scale; the bias is kept. Raises ValueError for a rank
+        """The layer whose B A is the best rank-r approximation of an nn.Linear's weight (Eckart and
+        Young): A = sqrt(S) V^T, B = U sqrt(S), with the same bias. Raises ValueError for a rank
         outside 1..min(m, n)."""
-        with torch.no_grad():
-            u, s, vh = truncated_svd(linear.weight.cpu().double(), rank, 'standard')            # (m, r), (r), (r, n)
+        u, s, vh = truncated_svd(linear.weight.cpu().double(), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
     @classmethod
     @torch.no_grad()
     def from_factors(cls, b, a, like):
-        """b (m, r), a (r, n), with the bias, the kind of numbers and the device of the layer `like`."""
+        """b (m, r), a (r, n), with the bias, dtype, device and requires_grad of the layer
+        `like`."""
         layer = cls(a.size(1), len(b), len(a), like.bias is not None).to(like.weight)
-        layer.A.weight.copy_(a.to(like.weight.dtype))               # first the type: MPS has no float64
+        layer.A.weight.copy_(a.to(like.weight.dtype))              # dtype first: MPS has no float64
         layer.B.weight.copy_(b.to(like.weight.dtype))
         if like.bias is not None:
             layer.bias.copy_(like.bias)
@@ -47,12 +57,12 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The dense layer with the weight B A, multiplied in float64."""
-        product = self.B.weight.cpu().double() @ self.A.weight.cpu().double()                   # (m, n)
-        return filled(product, self.bias, self.A.weight).requires_grad_(self.A.weight.requires_grad)
+        product = self.B.weight.cpu().double() @ self.A.weight.cpu().double()       # (m, n)
+        return linear_from_tensors(product, self.bias, self.A.weight)
 
     @property
     def weight(self):
-        """B A (m, n), made anew at each look."""
+        """B A (m, n), recomputed on each access."""
         return self.B.weight @ self.A.weight
 
     @property
@@ -64,23 +74,107 @@ class LowRankLinear(nn.Module):
         return self.A.out_features
 
 
+class LoRALinear(nn.Module):
+    """y = W x + b + s B A dropout(x), s = alpha / r: x (..., n) -> y (..., m).
+
+    W (m, n) and b (m) of the linear layer `base` are frozen; A (r, n) and B (m, r) are trained.
+    LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA (Meng et al.,
+    arXiv:2404.02948) and MiLoRA (Wang et al., arXiv:2406.09044) start from the r largest or
+    smallest singular components of the weight W_0 and freeze the rest, W = W_0 - s B_0 A_0.
+    """
+
+    def __init__(self, in_features, out_features, rank, alpha, dropout=0.0, bias=True):
+        """With values that are to be loaded. dropout: share of x that the adapter does not see in
+        training. Raises ValueError for a rank outside 1..min(m, n)."""
+        super().__init__()
+        _check_rank(rank, out_features, in_features)
+        self.base = nn.Linear(in_features, out_features, bias).requires_grad_(False)
+        self.alpha, self.dropout = alpha, nn.Dropout(dropout)
+        self.A = nn.Linear(in_features, rank, bias=False)           # Kaiming-uniform, as LoRA's own
+        self.B = nn.Linear(rank, out_features, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):                                           # (..., n) -> (..., m)
+        return self.base(x) + self.B(self.scale * self.A(self.dropout(x)))
+
+    @property
+    def weight(self):
+        """W + s B A (m, n), recomputed on each access."""
+        return self.base.weight + self.scale * self.B.weight @ self.A.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    @property
+    def rank(self):
+        return self.A.out_features
+
+    @property
+    def scale(self):
+        return self.alpha / self.rank
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear, rank, alpha, dropout=0.0, init='lora'):
+        """The layer that computes what an nn.Linear does until it is trained, with its device,
+        dtype, bias and mode. init: 'lora' draws A from torch's global generator; 'pissa' and
+        'milora' take an SVD in float64 on the CPU. Raises ValueError as the constructor, and
+        torch.linalg.LinAlgError for an SVD of non-finite weights."""
+        m, n = linear.weight.shape
+        layer = cls(n, m, rank, alpha, dropout, linear.bias is not None)
+        layer = layer.to(linear.weight).train(linear.training)
+        layer.base.weight.copy_(linear.weight)
+        if linear.bias is not None:
+            layer.base.bias.copy_(linear.bias)
+        if init != 'lora':
+            whole = linear.weight.cpu().double()                    # W_0 (m, n)
+            components = slice(rank) if init == 'pissa' else slice(-rank, None)
+            b, a = svd_factors(whole, components, layer.scale)
+            layer.A.weight.copy_(a.to(linear.weight.dtype))        # dtype first: MPS has no float64
+            layer.B.weight.copy_(b.to(linear.weight.dtype))
+            rest = whole - layer.delta_weight()                     # of the rounded A and B
+            layer.base.weight.copy_(rest.to(linear.weight.dtype))
+        return layer
+
+    @torch.no_grad()
+    def delta_weight(self):
+        """s B A (m, n), in float64 on the CPU."""
+        return self.scale * (self.B.weight.cpu().double() @ self.A.weight.cpu().double())
+
+    @torch.no_grad()
+    def merge(self):
+        """The dense layer with the weight W + s B A, added in float64."""
+        weight = self.base.weight.cpu().double() + self.delta_weight()
+        return linear_from_tensors(weight, self.bias, self.base.weight)
+
+
+def svd_factors(matrix, components, scale):
+    """Factors b (m, k) and a (k, n) such that scale b a has the singular components of a float64
+    matrix (m, n) that a slice of them, in descending order, selects."""
+    u, s, vh = truncated_svd(matrix, min(matrix.shape), 'standard')
+    b, a = balanced_factors(u[:, components], s[components], vh[components], FLOOR * s[0])
+    return b / scale ** 0.5, a / scale ** 0.5
+
+
 @torch.no_grad()
 def split(linear, parts):
-    """A linear layer (p m, n) as p = parts layers (m, n), whose outputs side by side are its own."""
+    """A linear layer (parts m, n) as layers (m, n) whose outputs, concatenated, are its own."""
     biases = [None] * parts if linear.bias is None else linear.bias.chunk(parts)
-    return [filled(weight, bias, weight).requires_grad_(linear.weight.requires_grad)           # a view would keep all
+    return [linear_from_tensors(weight, bias, linear.weight)        # copies: a view would keep all
             for weight, bias in zip(linear.weight.chunk(parts), biases)]
 
 
 def fuse(layers):
-    """The inverse of `split`: weight (p m, n) and bias (p m), or None, of layers or of products of two."""
+    """The inverse of `split`: weight (parts m, n) and bias (parts m) or None, of layers that have a
+    `weight` and a `bias`."""
     weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
     return weight, None if biases[0] is None else torch.cat(biases)
 
 
 class SplitProjection(nn.Module):
-    """Queries, keys and values of all heads from W_q, W_k and W_v (C, C), each a layer of its own that can be a product
-    of two: in the place of the model's `QKVProjection`, from which it is made, and whose methods it has."""
+    """Queries, keys and values of all heads from W_q, W_k and W_v (C, C) in three layers, each of
+    which can be replaced. Made from the model's `QKVProjection`, whose methods it has."""
 
     def __init__(self, fused):
         super().__init__()
@@ -89,38 +183,48 @@ class SplitProjection(nn.Module):
 
     def forward(self, x, w_v=None):
         """As `QKVProjection.forward`."""
-        v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)         # (B, T, C)
+        v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def value_weight(self):
         """As `QKVProjection.value_weight`."""
         return self.c_v.weight.unflatten(0, (self.n_head, -1))
 
-    def to_cache(self, x, cache):
-        """As `QKVProjection.to_cache`."""
-        v = self.c_v(x) if cache.to_coordinates is None else F.linear(x, cache.to_coordinates)    # (B, T, C or nh k)
+    def project_for_cache(self, x, cache):
+        """As `QKVProjection.project_for_cache`."""
+        down_proj = cache.values.down_proj
+        v = self.c_v(x) if down_proj is None else F.linear(x, down_proj)         # (B, T, C or nh k)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
-    def new_cache(self, shape, factors, causal, **kind):
+    def new_cache(self, shape, svd, **kind):
         """As `QKVProjection.new_cache`."""
-        return KeyValueCache(shape, self.c_v.bias, factors, causal, **kind)
-
-
-def unfilled(in_features, out_features, bias, like):
-    """An nn.Linear with the device and dtype of the tensor `like`. No values are drawn: other draws stay the same."""
-    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device, dtype=like.dtype)
-
-
-@torch.no_grad()
-def filled(weight, bias, like):
-    """An nn.Linear with copies of weight (m, n) and bias (m), or None, with the device and dtype of `like`."""
-    layer = unfilled(weight.size(1), len(weight), bias is not None, like)
-    layer.weight.copy_(weight.to(like.dtype))                       # first the type: MPS has no float64
-    if bias is not None:
-        layer.bias.copy_(bias)
-    return layer
+        values = svd.new_values(shape, self.value_weight(), self.c_v.bias, **kind)
+        return KeyValueCache(DenseValues(shape, **kind), values)
 
 
 def split_heads(n_head, *tensors):
     """Each (B, T, nh n) -> (B, nh, T, n)."""
     return tuple(t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in tensors)
+
+
+def empty_linear(in_features, out_features, bias, like):
+    """An uninitialized nn.Linear with the device and dtype of `like`. It draws no random
+    numbers."""
+    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device,
+                              dtype=like.dtype)
+
+
+@torch.no_grad()
+def linear_from_tensors(weight, bias, like):
+    """An nn.Linear with copies of weight (m, n) and bias (m) or None; device, dtype and
+    requires_grad are those of the tensor `like`."""
+    layer = empty_linear(weight.size(1), len(weight), bias is not None, like)
+    layer.weight.copy_(weight.to(like.dtype))                      # dtype first: MPS has no float64
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer.requires_grad_(like.requires_grad)
+
+
+def _check_rank(rank, m, n):
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f'rank={rank}: must be 1 to {min(m, n)} for a layer of {m} x {n}')

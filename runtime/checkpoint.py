@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import UserError
+from runtime.config import UserError, check_all
 from runtime.dataset import DATA_ROOTS, check_meta, read_meta
 from runtime.files import replacing
 from runtime.finite import first_bad_tensor
@@ -116,12 +116,27 @@ def fitting_weights(saved, fields):
     return args, state
 
 
-def load_weights(model, state):
-    """model.load_state_dict(state). Raises ValueError, one line, for other names or shapes."""
+def build_model(model_class, config_class, saved, overrides):
+    """The model of a checkpoint dict, of which `model_args`, `model` and, if there, `svd_basis` are used; overrides:
+    fields of its configuration. Raises ValueError where they do not fit each other."""
+    check_all(config_class, saved['model_args'], saved.get('path', 'model_args'))
+    args, state = fitting_weights(saved, config_class.__dataclass_fields__)
+    model = model_class(config_class(**{**args, **overrides}))
     try:
         model.load_state_dict(state)
     except RuntimeError as e:                                       # over many lines
         raise ValueError(f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
+    model.svd_basis = saved.get('svd_basis')
+    return model
+
+
+def crop_block_size(model, block_size):
+    """Shorten a GPT's context in place, for example GPT-2's of 1024, by dropping late positions."""
+    if not 1 <= block_size <= model.config.block_size:
+        raise ValueError(f'block_size={block_size}: can only be cropped to 1..{model.config.block_size}')
+    model.config.block_size, wpe = block_size, model.transformer.wpe.weight
+    model.transformer.wpe = torch.nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
+                                                               freeze=not wpe.requires_grad)
 
 
 def _is_finite(value):

@@ -1,27 +1,53 @@
 """Configuration: defaults < config files < --key=value, checked against the annotations of a dataclass.
 
-A field reads `name: Annotated[type, 'meaning'] = default`; type is bool, int, float, str, None, Literal[...], dict[str,
-int] or a union of these. A bool that asks for another action, `Annotated[bool, 'meaning', SWITCH] = False`, may be
-written bare, --name, and so may a `bool | str` that can name a file as well. In a PATH a leading ~ stands for the home
-folder. Config files are Python run from top to
-bottom; they may read the values before them by name, import modules and use names that start with an underscore.
-Everything wrong raises UserError, whose text is one line: what, where, the nearest valid choice.
+A field reads `name: Annotated[type, 'help', ...] = default`. type is bool, int, float, str, None, Literal[...],
+dict[str, int] or a union of these. What else there is to know of an option follows its help: its `Range`, what it
+`Needs` to have an effect, OVERRIDABLE, SWITCH (a bool that may be written bare, --name) and PATH (a leading ~ stands
+for the home folder). Config files are Python run from top to bottom; they may read the values before them by name,
+import modules and use names that start with an underscore. Everything wrong raises UserError, whose text is one line:
+what, where, the nearest valid choice.
 """
 
 import ast
 import difflib
+import functools
 import math
 import numbers
 import os
 import shlex
 import types
 import warnings
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]                          # its scripts are no config files
 SWITCH, PATH = 'switch', 'path'
+OVERRIDABLE = 'overridable'         # may differ from the checkpoint whose weights are loaded
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number; None passes."""
+    least: float = -math.inf
+    below: float = math.inf
+    above: float = -math.inf
+
+    def fault(self, value):
+        """What is wrong with a value, '' if nothing is."""
+        if value is None or self.least <= value < self.below and value > self.above:
+            return ''
+        bounds = [f'{word} {bound}' for word, bound in (('at least', self.least), ('above', self.above),
+                                                        ('below', self.below)) if math.isfinite(bound)]
+        near = f' (nearest: {self.least})' if value < self.least else ''
+        return f'must be {" and ".join(bounds)}{near}'
+
+
+class Needs:
+    """The values, of attributes of a configuration, without which an option changes nothing."""
+
+    def __init__(self, **conditions):
+        self.conditions = conditions
 
 
 class UserError(ValueError):
@@ -43,7 +69,7 @@ def parse(cls, argv, base=None):
     """argv (config files and --key=value, in any order; files count first) -> dict of all values, each of its type, and
     a dict of the keys the user set -> where. `base` replaces defaults (a checkpoint's configuration)."""
     values = {f.name: f.default for f in fields(cls)} | (base or {})
-    hints = get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     options = [parse_option(arg, hints) for arg in argv if arg.startswith('-')]     # before a file: '--key value'
     set_by = {}
     for path in (arg for arg in argv if not arg.startswith('-')):
@@ -66,9 +92,45 @@ def build(cls, values, set_by, otherwise='default'):
         raise UserError(f'{e}{where}') from None
 
 
+@functools.cache
+def hints_of(cls):
+    """The annotation of each field of a dataclass."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def marked(cls, mark):
+    """The names of the fields whose annotation holds a mark, for example OVERRIDABLE."""
+    return [key for key, hint in hints_of(cls).items() if mark in get_args(hint)[2:]]
+
+
+def validate(cfg):
+    """Give each field of a dataclass instance its type. Raises ValueError, its message starting with the field's name,
+    for a value of another type or out of its range."""
+    for key, hint in hints_of(type(cfg)).items():
+        value = getattr(cfg, key)
+        ok, converted = matches(value, hint)
+        if not ok:
+            raise ValueError(f'{key}={shown(value)}: must be {describe(hint)}{nearest(value, hint)}')
+        setattr(cfg, key, converted)
+        for bounds in get_args(hint)[2:]:
+            if isinstance(bounds, Range) and bounds.fault(value):
+                raise ValueError(f'{key}={value}: {bounds.fault(value)}')
+
+
+def has_effect(cfg, key):
+    """Whether an option of a configuration does anything beside its others."""
+    return all(getattr(cfg, name) == value for needs in get_args(hints_of(type(cfg))[key])[2:]
+               if isinstance(needs, Needs) for name, value in needs.conditions.items())
+
+
+def unused_options(options, cfg):
+    """The fields that `options` set to something else than `cfg`'s default and that change nothing beside cfg's."""
+    return [f.name for f in fields(cfg) if getattr(options, f.name) != f.default and not has_effect(cfg, f.name)]
+
+
 def check_all(cls, values, where):
     """What a file says of fields of `cls` -> the same in their types; other keys are left out. Raises UserError."""
-    hints = get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     return {key: check(key, value, hints[key], where) for key, value in values.items() if key in hints}
 
 
@@ -221,14 +283,6 @@ def nearest(value, hint):
     return ''
 
 
-def at_least(cfg, **least):
-    """Raise ValueError for the first of these fields of cfg that is below its least value; None passes."""
-    for name, bound in least.items():
-        value = getattr(cfg, name)
-        if value is not None and value < bound:
-            raise ValueError(f'{name}={value}: must be at least {bound} (nearest: {bound})')
-
-
 def did_you_mean(word, choices, prefix='', other='--help lists the options'):
     close = difflib.get_close_matches(str(word).lower(), list(choices), 1, 0.5)
     return f' (nearest: {prefix}{close[0]})' if close else f' ({other})'
@@ -245,7 +299,7 @@ def help_text(cls, usage):
     """Every option with type, default and meaning."""
     lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
     for f in sorted(fields(cls), key=lambda f: f.kw_only):
-        hint = get_type_hints(cls, include_extras=True)[f.name]
+        hint = hints_of(cls)[f.name]
         written, values = f'--{f.name}={f.default!r}', describe(hint)
         if is_switch(hint):
             written, values = f'--{f.name}', values.replace('True or False', 'given or not')

@@ -89,5 +89,5 @@ def sample(model, data, device, context):
     model.eval()
     with context:
         ids = model.generate(torch.tensor([start], device=device), 200, temperature=0.8, top_k=200,
-                             use_cache=not model.config.svd_sees_future)
+                             use_cache=not model.config.is_noncausal)
     return tokenizer.decode(ids[0].tolist())

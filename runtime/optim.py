@@ -7,19 +7,24 @@ from runtime.config import one_line
 
 
 def build_optimizer(cfg, model, device):
-    """Of a GPT, as cfg has it."""
+    """The optimizer of a GPT that cfg names, whose steps the model follows (`GPT.update_bases_after_steps_of`)."""
+    return model.update_bases_after_steps_of(new_optimizer(cfg, model, device))
+
+
+def new_optimizer(cfg, model, device):
+    """The same without the model's hook."""
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
     if cfg.optimizer == 'muon':
         dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
         return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
-    return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
+    return adamw(model, cfg.weight_decay, cfg.learning_rate, betas, device_type)
 
 
 def gpt_groups(model, weight_decay):
     """A GPT's parameters in groups for Muon: 'hidden' (matrices of blocks) and 'embedding' (wte, wpe) decay, 'vector'
-    (biases, LayerNorm) does not, 'halved' by half as much (`half_decayed`). Every trainable parameter is in exactly
+    (biases, LayerNorm) does not, 'halved' by half as much (`factor_params`). Every trainable parameter is in exactly
     one. -> dict name -> group."""
-    halved = half_decayed(model)
+    halved = factor_params(model)
     decays = dict(hidden=weight_decay, halved=weight_decay / 2, embedding=weight_decay, vector=0.0)
     if halved is None:
         del decays['halved']
@@ -34,19 +39,19 @@ def gpt_groups(model, weight_decay):
 
 def adamw_groups(model, weight_decay):
     """For AdamW: what has two dimensions and decays, and what does not, each in the model's order: nanoGPT's, so that
-    optimizer states move between the two repos. A third group decays by half as much (`half_decayed`). -> list."""
-    halved = half_decayed(model)
+    optimizer states move between the two repos. A third group decays by half as much (`factor_params`). -> list."""
+    halved = factor_params(model)
     params = [p for p in model.parameters() if p.requires_grad and p not in (halved or ())]
     groups = [{'params': [p for p in params if (p.dim() >= 2) == decays], 'weight_decay': weight_decay * decays}
               for decays in (True, False)]
     return groups if halved is None else [*groups, {'params': [*halved], 'weight_decay': weight_decay / 2}]
 
 
-def half_decayed(model):
-    """The parameters of all modules with a method `half_decayed`, in order, as the keys of a dict; None: the model has
+def factor_params(model):
+    """The parameters of all modules with a method `factor_params`, in order, as the keys of a dict; None: the model has
     no such module. They may have none now and some later."""
-    modules = [module for module in model.modules() if hasattr(module, 'half_decayed')]
-    return dict.fromkeys(p for module in modules for p in module.half_decayed()) if modules else None
+    modules = [module for module in model.modules() if hasattr(module, 'factor_params')]
+    return dict.fromkeys(p for module in modules for p in module.factor_params()) if modules else None
 
 
 def adamw(model, weight_decay, learning_rate, betas, device_type):
@@ -125,6 +130,9 @@ class MuonAdamW:
     def step(self):
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def register_step_post_hook(self, hook):
+        return self.optimizers[-1].register_step_post_hook(hook)
 
     def zero_grad(self, set_to_none=True):
         for optimizer in self.optimizers:

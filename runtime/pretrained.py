@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from runtime import checkpoint, download
-from runtime.config import UserError, one_line, shown
+from runtime.config import OVERRIDABLE, UserError, marked, one_line, shown
 from runtime.dataset import END, GPT2_META
 from runtime.files import write_atomically
 
@@ -68,6 +69,19 @@ def check_name(name, others=()):
 # ----------------------------------------------------------------------------------------------------------------------
 # reading
 
+def build_model(model_class, config_class, name, overrides):
+    """The model of a name or folder; overrides: OVERRIDABLE fields of its configuration. Raises UserError."""
+    for key in (key for key in overrides if key not in marked(config_class, OVERRIDABLE)):
+        raise ValueError(f'{key}={overrides[key]}: the shape of {name} is fixed' if key in
+                         config_class.__dataclass_fields__ else f'{key}: no such field')
+    args, state, basis = read(name)
+    saved = dict(model_args=args, model=state, path=name, svd_basis=basis)
+    try:
+        return checkpoint.build_model(model_class, config_class, saved, overrides)
+    except ValueError as e:
+        raise e if isinstance(e, UserError) else UserError(f'init_from={name!r}: {e}') from None
+
+
 def read(name):
     """-> model_args, state dict (float32), both with nanoGPT's names, and a run's svd_basis or None. A folder,
     else the Hugging Face cache, else the hub. Of Hugging Face's format every size is checked before a weight is read.
@@ -119,9 +133,49 @@ def _read_own(config, file):
     return args, weights | {'lm_head.weight': weights['transformer.wte.weight']}
 
 
+def load_adapter(model, folder, base, say=print):
+    """Add the LoRA adapters in a folder, as export.py --to=lora makes it, to the model that they were made on, in place.
+    base: the model's name. Raises ValueError where they do not fit."""
+    options, tensors, source = read_adapter(folder)
+    where = f'lora_adapter={folder!r}'
+    if model.config.adaptive_svd or model.config.has_lora:
+        raise ValueError(f'{where}: {base} has adapters already (nearest: {merge_command(base)})')
+    model.add_adapters(**options)
+    names = {f'{name}.{part}': f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB'}
+    if sorted(names) != sorted(tensors):
+        raise ValueError(f'{where}: has other layers than {options["lora_targets"]!r} of {model.config.n_layer} blocks')
+    weights = model.transformer.state_dict()                        # the tensors themselves
+    for name, key in names.items():
+        if weights[key].shape != tensors[name].shape:
+            raise ValueError(f'{where}: {name} is {tuple(tensors[name].shape)}, must be {tuple(weights[key].shape)}')
+        weights[key].copy_(tensors[name])
+    made_on = source.get('base', base)
+    if 'base_sha256' not in source:
+        say(f'{where}: does not say which weights it was made on')
+    elif source['base_sha256'] != base_sha256(model):
+        near = '' if made_on == base else f' (nearest: {shlex.quote(f"--init_from={made_on}")})'
+        raise ValueError(f'{where}: was made on other weights, of {made_on}, than {base} has{near}')
+
+
+def merge_command(run):
+    """What merges the adapters of a run into its weights."""
+    return f'python export.py --to=dense {shlex.quote(f"--out_dir={run}")}'
+
+
+def base_sha256(model):
+    """The checksum of a GPT's weights without LoRA adapters, for c_attn as one layer or three. Positions do not count,
+    which a run may crop."""
+    digest, own = hashlib.sha256(), [f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB']
+    for kind in ('weight', 'bias'):                                 # so the bytes of three are those of one
+        for name, w in model.transformer.state_dict().items():
+            if name.endswith(kind) and name not in (*own, 'wpe.weight'):
+                digest.update(w.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 def read_adapter(name):
-    """A folder that `write` made with ADAPTER -> its options, name -> float32 tensor, and as a dict its `folder` and
-    what it says of its base, `base_sha256` and `base`, a name for --init_from. Raises UserError."""
+    """A folder that `write` made with ADAPTER -> its options, name -> float32 tensor, and as a dict what it says of its
+    base, `base_sha256` and `base`, a name for --init_from. Raises UserError."""
     try:
         config, tensors = _read_json(Path(name) / 'config.json'), {}
         options = config.get('adapter')
@@ -131,7 +185,7 @@ def read_adapter(name):
         with _opened(Path(name) / WEIGHTS) as f:
             for key in f.keys():
                 tensors[key] = _checked(key, f.get_slice(key).get_dtype(), f.get_tensor(key))
-            return options, tensors, (f.metadata() or {}) | dict(folder=name)
+            return options, tensors, f.metadata() or {}
     except ImportError as e:
         raise UserError(f'lora_adapter={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
     except ValueError as e:

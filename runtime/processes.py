@@ -17,6 +17,15 @@ PATIENCE = timedelta(hours=2)
 LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # words of torch's errors when one is gone
 
 
+def mean_over_processes(value):
+    """The mean of the processes' tensors, on all of them; the tensor itself where there is one process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
 class LostProcess(Exception):
     """Another process of the job is gone, or does not answer."""
 
@@ -108,7 +117,7 @@ class Processes:
 
     def mean(self, value):
         """The mean of the processes' tensors, on all of them."""
-        return self._reduce(value.clone(), distributed.ReduceOp.SUM) / self.world_size if self.distributed else value
+        return mean_over_processes(value)
 
     @staticmethod
     def _reduce(tensor, op):

@@ -89,5 +89,5 @@ def peak_bytes(f, device):
 def generation(model, prompt, tokens, device):
     """Continue prompt (B, T) by the likeliest tokens -> seconds for the prompt and the first one, seconds for each of
     the other tokens - 1."""
-    stream = model.stream(prompt, tokens, temperature=0, use_cache=not model.config.svd_sees_future)
+    stream = model.stream(prompt, tokens, temperature=0, use_cache=not model.config.is_noncausal)
     return timed(lambda: next(stream), device), timed(lambda: [*stream], device) / (tokens - 1)

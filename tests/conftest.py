@@ -57,12 +57,10 @@ def one_thread():
 
 @pytest.fixture
 def float64_here(request, monkeypatch):
-    """False: what a device without float64 does, where values are not looked at either."""
+    """False: what a device without float64 does."""
     if request.param and request.config.getoption('--device') == 'mps':
         pytest.skip('MPS has no float64')
     monkeypatch.setattr(svd, '_lacks_float64', lambda device: not request.param)
-    if not request.param:
-        monkeypatch.setattr(svd, '_working_grams', svd._scaled_grams)
     return request.param
 
 

@@ -12,12 +12,12 @@ PACKAGES = ('lowrank', 'runtime', 'data', 'config')
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py'), *(
     path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))))
 # every part of the house may import itself, and:
-ARROWS = {'lowrank': '', 'runtime': '', 'data': 'runtime', 'config': '', 'special_layers': 'lowrank',
-          'model': 'special_layers lowrank runtime', 'steps': 'model runtime',
+ARROWS = {'lowrank': '', 'runtime': '', 'data': 'runtime', 'config': '',
+          'model': 'lowrank runtime', 'steps': 'model runtime',
           'bench_svd': 'model lowrank runtime', 'compare_report': 'runtime',
           'compress_spectrum': 'lowrank runtime',
-          'compress_layers': 'special_layers model lowrank runtime'}
-COMMAND = 'model lowrank runtime data train special_layers'
+          'compress_layers': 'model lowrank runtime'}
+COMMAND = 'model lowrank runtime data train'
 BEHIND = {'bench': 'bench_svd steps', 'compare': 'compare_report steps', 'export': 'compress_layers',
           'compress': 'compress_layers compress_spectrum'}
 OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft',

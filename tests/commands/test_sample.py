@@ -68,7 +68,7 @@ def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, c
     torch.manual_seed(1337)                                         # making a model draws from it, too
     model, tokenizer = GPT.from_checkpoint(run, **svd).eval(), Tokenizer(run['tokenizer'])
     idx = torch.tensor(tokenizer.encode('the toad')).repeat(3, 1)
-    rows = model.generate(idx, 30, .8, 200, use_cache=not model.config.svd_sees_future).tolist()
+    rows = model.generate(idx, 30, .8, 200, use_cache=not model.config.is_noncausal).tolist()
     assert out.partition('\n')[2] == ''.join(tokenizer.decode(row) + END for row in rows)
     assert len({*map(tuple, rows)}) > 1
 
@@ -88,8 +88,8 @@ def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_
     ('--start=ROMEO', 'EMOR'), ('--start=', 'start'), ('--start=FILE:nowhere.txt', 'nowhere.txt'),
     ('--start=FILE:', 'start=FILE:'), ('--start=FILE:latin1.txt', 'latin1.txt'),
     ('--start=FILE:empty.txt', 'start'),
-    (f'--num_samples={10 ** 100}', 'num_samples'), ('--use_svd=True --svd_rank=0', '1 to 8, or None'),
-    ('--use_svd=True --svd_rank=-3', '1 to 8, or None'), ('--use_svd=True --svd_block=0', 'svd_block=0'),
+    (f'--num_samples={10 ** 100}', 'num_samples'), ('--use_svd=True --svd_rank=0', 'nearest: 1'),
+    ('--use_svd=True --svd_rank=-3', 'nearest: 1'), ('--use_svd=True --svd_block=0', 'svd_block=0'),
     ('--svd_method=randomised', "nearest: 'randomized'"),
     ('--use_svd=True --svd_rank=2 --compile=True', '--compile=False'), ('--out_dir=data', 'data/ckpt.pt')])
 def test_what_cannot_be_is_refused(run, refused, options, words):
@@ -280,7 +280,7 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
 
 @pytest.mark.parametrize('option, words', [
     ('--decode --peer=nowhere', 'peer='), ('--decode --pairs=1', 'nearest: 2'),
-    ('--decode --svd_rank=0', '1 to 8'),
+    ('--decode --svd_rank=0', 'nearest: 1'),
     ('--decode --tokens=1', 'nearest: 2'), ('--decode --contexts=3,x', "contexts='3,x'"),
     ('--decode --contexts=14', '= 12'), ('--decode --contexts=0', "contexts='0'"),
     ('--decode --contexts=', 'contexts='),

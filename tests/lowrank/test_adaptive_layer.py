@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import special_layers
 from helpers import normal, optimizer_of, with_singular_values
-from lowrank.adaptive_control import AdaptiveSVD, state_of_factors, state_of_weight, to_factors, to_full
-from lowrank.adaptive_layer import AdaptiveSVDLinear, left_basis, minor_factors
+from lowrank.adapters import adaptive_layers
+from lowrank.adaptive_layer import (AdaptiveSVD, AdaptiveSVDLinear, left_basis, minor_factors, state_of_factors,
+                                    state_of_weight, to_factors, to_full)
 from model import GPT, GPTConfig
 from runtime.optim import exchange
 
@@ -47,7 +47,7 @@ def gradient_step(layer, seed, lr=1e-2):
     x = normal(64, layer.base.in_features, seed=seed).to(layer.weight)
     (layer(x) - x[:, :1]).square().sum().backward()
     optimizer.step()
-    layer.protect()
+    layer.project_factors()
 
 
 def relative(a, b):
@@ -83,7 +83,7 @@ def test_every_pair_of_factors_can_learn(kind, shape, dtype):
     """Even where sigma is zero, each row of A and column of B has a gradient after two steps, and moves."""
     layer = make_layer(weight(kind, shape), dtype=dtype)
     layer.switch_to_lowrank(min(shape) - 2)
-    A, B = (p.detach().clone() for p in layer.half_decayed())
+    A, B = (p.detach().clone() for p in layer.factor_params())
     for seed in range(3):
         gradient_step(layer, seed)
     assert [name for name, p in layer.named_parameters() if p.grad is not None] == [
@@ -110,14 +110,12 @@ def test_factors_are_the_minor_components_and_the_protected_space_is_the_rest(ki
             torch.testing.assert_close(A.norm(dim=1), S[k:].clamp_min(1e-3 * S[0]).sqrt(), rtol=1e-6, atol=0)
 
 
-def test_invalid_ranks_and_protections_are_refused():
+def test_invalid_ranks_are_refused():
     layer = make_layer(weight('random', (12, 15)))
     for r in (-1, 0, 12, 13):
-        for method in (layer.switch_to_lowrank, layer.make_lowrank):
+        for method in (layer.switch_to_lowrank, layer.allocate_factors):
             with pytest.raises(ValueError, match=f'^r={r}: .*1 to 11 .*12 x 15'):
                 method(r)
-    with pytest.raises(ValueError, match="^protection='right'.*left, none"):
-        AdaptiveSVDLinear(nn.Linear(2, 2), 'right')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,13 +130,13 @@ def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection
     layer = make_layer(weight('random', shape), protection, dtype)
     layer.switch_to_lowrank(max(1, min(shape) - 6))
     W, U = layer.weight.detach().clone(), layer.protected.clone()
-    optimizer = torch.optim.AdamW(layer.half_decayed(), lr=1e-2, weight_decay=.05)
+    optimizer = torch.optim.AdamW(layer.factor_params(), lr=1e-2, weight_decay=.05)
     for seed in range(100):
         optimizer.zero_grad()
         noise = normal(*shape, seed=seed).to(dtype)
         ((U.mT @ (layer.weight + W)).square().sum() + .01 * (layer.weight * noise).sum()).backward()
         optimizer.step()
-        layer.protect()
+        layer.project_factors()
     assert relative(layer.weight, W) > .01 and least <= relative(U.mT @ layer.weight, U.mT @ W) <= most
 
 
@@ -185,16 +183,16 @@ def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
     are those of a backward pass after it. Every parameter moves in the next step, and all step counts go
     on."""
     model, opt, backward = trained(optimizer)
-    layers = list(special_layers.adaptive_layers(model).values())
+    layers = list(adaptive_layers(model).values())
     for step, (i, r) in enumerate([(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None), (1, 1),
                                    (3, None), (1, None)], 4):       # None: to full mode
-        layers[i].watch(True)                                       # as in steps with an analysis
+        layers[i].track_weight_grad(True)                                       # as in steps with an analysis
         backward(step)
-        own = {layers[i].base.weight, *layers[i].half_decayed()}
+        own = {layers[i].base.weight, *layers[i].factor_params()}
         before = [(t, t.clone()) for t in tensors(model, opt, own)]
         switch(model, opt, layers[i], r)
         assert all(a is b and torch.equal(b, value) for a, (b, value) in zip(
-            tensors(model, opt, own | {*layers[i].half_decayed()}), before, strict=True))
+            tensors(model, opt, own | {*layers[i].factor_params()}), before, strict=True))
         trainable = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
         grouped = [p for group in opt.param_groups for p in group['params']]
         assert len(grouped) == len(trainable) and {*grouped} == {*trainable} == {*states(opt)}
@@ -210,11 +208,11 @@ def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
 def test_momenta_follow_the_chain_rule(optimizer, r):
     """exp_avg of A is B^T m_W, that of B m_W A^T."""
     model, opt, _ = trained(optimizer)
-    layer = special_layers.adaptive_layers(model)['block1.attn.c_q']
+    layer = adaptive_layers(model)['block1.attn.c_q']
     W, key = layer.base.weight, 'momentum_buffer' if optimizer == 'muon' else 'exp_avg'
     m = states(opt)[W][key].clone()
     switch(model, opt, layer, r)
-    A, B = layer.half_decayed()
+    A, B = layer.factor_params()
     torch.testing.assert_close([states(opt)[p][key] for p in (A, B)],
                                [(B.mT @ m).detach(), (m @ A.mT).detach()], rtol=1e-10, atol=0)
     assert W.grad is None and not W.requires_grad
@@ -266,10 +264,10 @@ def test_decay_shrinks_the_product_as_much_as_a_weight(optimizer):
     """Without a gradient B A becomes (1 - lr decay / 2)^2 B A, and W_p stays to the bit. Before the first
     step there is no optimizer state to carry through a switch."""
     model, opt, _ = trained(optimizer, steps=0)
-    layer = special_layers.adaptive_layers(model)['block0.attn.c_q']
+    layer = adaptive_layers(model)['block0.attn.c_q']
     for r in (14, None, 5, 14):
         switch(model, opt, layer, r)
-    A, B = layer.half_decayed()
+    A, B = layer.factor_params()
     A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
     frozen, product = layer.base.weight.clone(), (B @ A).detach()
     opt.step()
@@ -281,7 +279,7 @@ def test_decay_shrinks_the_product_as_much_as_a_weight(optimizer):
 # when to switch
 
 class Watched:
-    """A float32 layer, its AdamW and its analyses. `analyse(kind)` makes one analysis: with a gradient inside
+    """A float32 layer, its AdamW and its analyses. `analyze(kind)` makes one analysis: with a gradient inside
     ('danger') or outside ('calm') the components that are protected or would be, or a given one."""
 
     def __init__(self, W=None, protection='left'):
@@ -296,25 +294,25 @@ class Watched:
         columns = U.split((U.size(1) - r, r), dim=1)[kind == 'calm']
         return columns @ normal(columns.size(1), self.layer.base.in_features, seed=self.step).float()
 
-    def analyse(self, kind, **processes):
+    def analyze(self, kind, **processes):
         self.step += 20
-        self.control.watch()
+        self.control.track_weight_grads()
         G = self.gradient(kind) if isinstance(kind, str) else kind
         self.optimizer.zero_grad(set_to_none=True)
         (self.layer.weight * G).sum().backward()
-        changed = self.control.analyse(
+        changed = self.control.analyze(
             self.step, lambda *args: exchange(self.optimizer, self.model, *args), **processes)
         assert (self.layer.base.weight.grad is None) == (self.layer.r is not None)
         self.optimizer.step()
-        self.control.protect()
-        return changed, self.control.seen['c_q']
+        self.control.project_factors()
+        return changed, self.control.diagnostics['c_q']
 
 
 @pytest.fixture
 def protected():
     """A layer after two analyses in danger."""
     watched = Watched()
-    watched.analyse('danger'), watched.analyse('danger')
+    watched.analyze('danger'), watched.analyze('danger')
     return watched
 
 
@@ -322,7 +320,7 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
     watched = Watched()
     for expected in ((False, 'initial', 'full', 40, 'initial_svd_computation'),
                      (True, 'lowrank', 'lowrank', 30, 'gradient_clobbering_risk')):
-        changed, seen = watched.analyse('danger')
+        changed, seen = watched.analyze('danger')
         assert (changed, *(seen[key] for key in ('action', 'mode', 'r', 'reason'))) == expected
     first, line, _ = watched.control.report(40)
     assert 'step 40' in first and '[c_q]' in line and 'r=30' in line and seen['reason'] in line
@@ -330,23 +328,23 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
     metrics = watched.control.metrics()
     assert metrics['svd/c_q/mode'] == 'lowrank' and metrics['svd/c_q/chance'] == .25
     assert 'svd/c_q/r_seen' not in metrics and None not in metrics.values()
-    assert [step for step in range(1, 61) if watched.control.due(step)] == [20, 40, 60]
+    assert [step for step in range(1, 61) if watched.control.is_analysis_step(step)] == [20, 40, 60]
 
 
 @pytest.mark.parametrize('protection, least, most', [('none', .01, 1), ('left', 0, 1e-3)])
 def test_protection_keeps_the_update_out_of_the_principal_space(protection, least, most):
     watched = Watched(protection=protection)
-    watched.analyse('danger')
-    assert least <= watched.analyse('danger')[1]['update_alignment'] <= most
+    watched.analyze('danger')
+    assert least <= watched.analyze('danger')[1]['update_alignment'] <= most
 
 
 def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
     """From 30 to 0.8 of it each time, and to 8 in the end."""
     ranks = [protected.layer.r]
     for _ in range(23):
-        factors_before = protected.layer.half_decayed()
-        changed, seen = protected.analyse('danger')
-        assert changed or all(a is b for a, b in zip(factors_before, protected.layer.half_decayed()))
+        factors_before = protected.layer.factor_params()
+        changed, seen = protected.analyze('danger')
+        assert changed or all(a is b for a, b in zip(factors_before, protected.layer.factor_params()))
         ranks.append(protected.layer.r)
         assert seen['action'] == 'refactored' and changed == (ranks[-1] != ranks[-2])
         assert seen['principal_alignment'] > .99
@@ -356,30 +354,30 @@ def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
 def test_low_rank_mode_ends_after_five_calm_analyses_in_a_row(protected):
     """A danger in between starts the count again. One later switches low-rank mode on again, with that r."""
     for kind in ['calm'] * 4 + ['danger'] + ['calm'] * 4:
-        assert protected.analyse(kind)[1]['mode'] == 'lowrank'
+        assert protected.analyze(kind)[1]['mode'] == 'lowrank'
     r = protected.layer.r
-    changed, seen = protected.analyse('calm')
+    changed, seen = protected.analyze('calm')
     assert (changed, seen['action'], seen['r'], protected.layer.r) == (True, 'full', 40, None)
     assert 'FULL' in protected.control.report(1)[1]
-    assert protected.analyse('danger')[1]['action'] == 'lowrank' and protected.layer.r == r
+    assert protected.analyze('danger')[1]['action'] == 'lowrank' and protected.layer.r == r
     for _ in range(4):                                              # both counts start again
-        assert protected.analyse('calm')[1]['action'] == 'refactored'
+        assert protected.analyze('calm')[1]['action'] == 'refactored'
 
 
 @pytest.mark.parametrize('nothing', [0.0, float('nan'), float('inf')])
 def test_gradients_without_information_are_not_calm(protected, nothing):
     for _ in range(7):
-        protected.control.watch()
+        protected.control.track_weight_grads()
         (protected.layer.weight * nothing).sum().backward()
-        protected.control.analyse(40, lambda old, new, convert: convert([{} for _ in old]))
+        protected.control.analyze(40, lambda old, new, convert: convert([{} for _ in old]))
     assert protected.layer.r is not None and protected.control.state_dict()['c_q']['calm'] == 0
 
 
 def test_several_processes_decide_on_their_mean_gradient(protected):
     """`mean` is that of a gradient over processes; `first` makes the analysis on the first process alone."""
-    _, seen = protected.analyse('calm', mean=lambda grad: protected.gradient('danger'))
+    _, seen = protected.analyze('calm', mean=lambda grad: protected.gradient('danger'))
     assert seen['reason'] == 'gradient_clobbering_risk'
-    _, seen = protected.analyse('danger', first=lambda look: [
+    _, seen = protected.analyze('danger', on_main=lambda look: [
         (found | {'reason': 'that of the first'}, basis) for found, basis in look()])
     assert seen['reason'] == 'that of the first'
 
@@ -389,7 +387,7 @@ def test_the_spaces_of_a_steep_spectrum_are_told_apart():
     watched = Watched(with_singular_values(torch.logspace(0, -3, 256), 256, 256))
     watched.layer.switch_to_lowrank(30)
     for angle in (None, pytest.approx(0, abs=1e-2)):
-        assert watched.analyse(normal(256, 256, seed=2))[1]['subspace_angle'] == angle
+        assert watched.analyze(normal(256, 256, seed=2))[1]['subspace_angle'] == angle
         watched.layer.base.weight.data *= 1 + 1e-7 * normal(256, 256, seed=3)
 
 
@@ -397,17 +395,13 @@ def test_the_spaces_of_a_steep_spectrum_are_told_apart():
 def test_a_narrow_layer_can_be_watched(shape):
     watched = Watched(weight('random', shape))
     for _ in range(4):
-        watched.analyse('danger')
-    assert watched.layer.r == 1 and watched.control.seen['c_q']['mode'] == 'lowrank'
+        watched.analyze('danger')
+    assert watched.layer.r == 1 and watched.control.diagnostics['c_q']['mode'] == 'lowrank'
 
 
 @pytest.mark.parametrize('damage', [
-    lambda s: s.pop('c_q'), lambda s: s.update(other=s['c_q']), lambda s: s.update(c_q=3),
-    lambda s: s['c_q'].pop('U'), lambda s: s['c_q'].update(U=None), lambda s: s['c_q'].update(U=3),
-    lambda s: s['c_q'].update(S=torch.ones(3)), lambda s: s['c_q'].update(S=torch.full((40,), torch.nan)),
-    lambda s: s['c_q'].update(S=torch.ones(40).long()), lambda s: s['c_q'].update(patience=True),
-    lambda s: s['c_q'].update(patience=1.0), lambda s: s['c_q'].update(calm=-1),
-    lambda s: s['c_q'].update(r=40), lambda s: s['c_q'].update(r=0)])
+    lambda s: s.pop('c_q'), lambda s: s.update(other=s['c_q']), lambda s: s['c_q'].pop('U'),
+    lambda s: s['c_q'].update(U=torch.ones(3, 40)), lambda s: s['c_q'].update(S=torch.ones(3))])
 def test_a_state_that_does_not_fit_is_refused(protected, damage):
     other, state = Watched(), protected.control.state_dict()
     for r in (None, 1, 39):

@@ -13,11 +13,10 @@ import compress
 import export
 import plot_adaptive
 import sample
-import special_layers
 import train
 from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, slow, untimed
-from lowrank.lora import LoRALinear
-from model import GPT, GPTConfig
+from lowrank.layers import LoRALinear
+from model import ADAPTER_DEFAULTS, GPT, TARGETS, GPTConfig
 from runtime.dataset import Dataset
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -84,8 +83,7 @@ def test_lora_trains_its_adapters_alone(trained, fit, init, optimizer):
     assert interim('out')[0] == pytest.approx(interim('base')[-1], abs=1e-5)
     begun, saved = GPT.from_pretrained('base'), checkpoint()
     torch.manual_seed(1337)
-    special_layers.add(begun, special_layers.NONE | dict(lora_rank=3, lora_init=init,
-                                                         lora_targets='c_q,mlp.c_proj'))
+    begun.add_adapters(lora_rank=3, lora_init=init, lora_targets='c_q,mlp.c_proj')
     assert saved['model'].keys() == begun.state_dict().keys()
     for name, w in begun.state_dict().items():
         assert torch.equal(w, saved['model'][name]) != name.endswith(('.A.weight', '.B.weight')), name
@@ -96,11 +94,11 @@ def test_lora_trains_its_adapters_alone(trained, fit, init, optimizer):
 
 @pytest.mark.parametrize('words, names', [
     *((word, [word]) for word in WORDS), (','.join(WORDS), WORDS), (' c_fc , c_q', ['c_q', 'c_fc']),
-    ('query', ['query']), ('query,c_proj,c_fc,mlp.c_proj', ['c_proj', 'query', 'c_fc', 'mlp.c_proj'])])
+    ('query', ['query']), ('query,c_proj,c_fc,mlp.c_proj', ['query', 'c_proj', 'c_fc', 'mlp.c_proj'])])
 def test_lora_targets(words, names):
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8,
                           use_mla='query' in words, lora_rank=3, lora_targets=words))
-    expected = [f'h.{i}.{special_layers.TARGETS[name]}' for i in range(2) for name in names]
+    expected = [f'h.{i}.{TARGETS[name]}' for i in range(2) for name in names]
     found = [name for name, layer in model.transformer.named_modules() if isinstance(layer, LoRALinear)]
     assert model.config.lora_layers == expected and sorted(found) == sorted(expected)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -193,7 +191,7 @@ def test_adapters_that_do_not_fit_are_refused(trained, fit, done, refused):
     ([], '--lora_rank=2 --lora_targets=c_x', ["'c_x'", 'c_q, c_k, c_v, c_proj, c_fc, mlp.c_proj']),
     ([], '--lora_rank=2 --lora_targets=', ["''"]), ([], '--lora_rank=2 --lora_targets=query', ["'query'"]),
     ([], '--lora_rank=2 --lora_targets=c_attn', ["'c_attn'"]),
-    (['--use_mla=True'], '--lora_rank=2', ["'c_q'", 'c_proj, query, c_fc, mlp.c_proj']),
+    (['--use_mla=True'], '--lora_rank=2', ["'c_q'", 'query, c_proj, c_fc, mlp.c_proj']),
     (['--use_mla=True'], '--lora_rank=2 --lora_targets=c_fc,c_v', ["'c_v'"]),
     ([], '--lora_rank=2 --lora_init=pisa', ['lora_init', 'pissa']),
     *(slow(*case) for case in [
@@ -252,7 +250,7 @@ def test_exports_have_the_loss_and_samples_of_the_run(finished, done, kind):
         model, keeps = GPT.from_pretrained(f'out-{to}'), to == 'safetensors'
         assert ('adaptive SVD or LoRA of' in out) != keeps
         assert loss_in(f'out-{to}') == pytest.approx(expected, abs=1e-5), to
-        plain = {key: getattr(model.config, key) for key in special_layers.NONE} == special_layers.NONE
+        plain = {key: getattr(model.config, key) for key in ADAPTER_DEFAULTS} == ADAPTER_DEFAULTS
         assert plain != keeps and (keeps or all(p.requires_grad for p in model.parameters()))
     ours = GPT.from_pretrained('out')
     assert model.config == ours.config and equal(model.state_dict(), ours.state_dict())
@@ -273,7 +271,7 @@ def test_compress_makes_plain_layers_of_them(finished, done, kind, options):
     done(compress.main, *options, '--save_dir=small', '--device=cpu', '--calibration_tokens=256')
     report, args = json.loads(Path('small/compress.json').read_text()), checkpoint('small')['model_args']
     assert report['val_loss'] == pytest.approx([expected, loss_in('small')], abs=1e-5)
-    assert {key: args[key] for key in special_layers.NONE} == special_layers.NONE
+    assert {key: args[key] for key in ADAPTER_DEFAULTS} == ADAPTER_DEFAULTS
     assert folder_bytes('out') == before
 
 

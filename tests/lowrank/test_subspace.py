@@ -1,4 +1,4 @@
-"""'randomized': lowrank/subspace.py and what svd.py and model.py make of it, against the best approximation,
+"""'randomized': lowrank/subspace_iteration.py and what svd.py and model.py make of it, against the best approximation,
 finite differences and the exact gradient. What it shares with the exact methods is tested beside them."""
 
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 
 from helpers import (assert_close, checkpoint_of, make, normal, same, tokens, value_and_gradient,
                      with_singular_values)
-from lowrank.subspace import RunningBasis, advance, gaussian_start, saved_state
+from lowrank.subspace_iteration import WarmStartBasis, clear_grams, gaussian_start, get_bases, update_bases
 from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors, low_rank_approximation,
                          low_rank_factors, truncated_svd)
 from model import GPT, SCOPES
@@ -123,7 +123,7 @@ def test_the_gradient_points_where_the_exact_one_does_and_is_bounded_where_the_g
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the running basis
+# the warm start
 
 def randomized(scope, rank=2, **overrides):
     return make(use_svd=True, svd_scope=scope, svd_rank=rank, svd_method='randomized', **overrides)
@@ -132,7 +132,7 @@ def randomized(scope, rank=2, **overrides):
 def take_step(model, seed=0):
     """As train.py does, but for the weights."""
     model.train()(tokens(seed=seed), tokens(seed=-seed))[1].backward()
-    model.advance_svd_basis()
+    model.configure_optimizers(0, 0., (.9, .95), 'cpu').step()
     return model
 
 
@@ -142,39 +142,42 @@ def span(basis):
     return q @ q.mT
 
 
-def test_what_is_noted_is_the_gram_matrix_of_v():
+def test_the_gram_matrix_that_is_returned_is_that_of_v():
     """'causal': of the rows that the last basis comes from."""
-    x, noted = normal(2, 3, 12, 4), []
+    x = normal(2, 3, 12, 4)
     for f, stop in ((whole, 12), (causal, 8)):
-        f(x, 2, note=noted.append)
-        torch.testing.assert_close(noted.pop(), x[:, :, :stop].mT @ x[:, :, :stop])
+        y, gram = f(x, 2, return_gram=True)
+        assert torch.equal(y, f(x, 2)) and f(x, 4, return_gram=True) == (x, None)
+        torch.testing.assert_close(gram, x[:, :, :stop].mT @ x[:, :, :stop])
 
 
-def test_a_running_basis_follows_the_leading_subspace_and_stays_where_there_is_none():
+def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none():
     """It is cold until every head has something. It stays where it was after a step that was not completed,
     that noted nothing or what is not finite. A head whose values were zero comes back. What it follows is the
     average over processes."""
-    own, x = RunningBasis(2, 16, 4, 5, oversample=1), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16, 16)
+    own, x = WarmStartBasis(2, 16, 4, 5, oversample=1), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16, 16)
     gram, other = (x @ x.mT).float(), (x.mT @ x).float()
 
-    def moved(*grams, **options):
+    def moved(*grams, completed=True, **options):
         """Which heads move in a step of two micro-batches."""
         before = own.basis.clone()
         for part in (.3, .7)[:2 * len(grams)]:
-            own.note(part * torch.stack(grams).unsqueeze(0))
-        advance([own], **options)
+            own.accumulate_gram(part * torch.stack(grams).unsqueeze(0))
+        if not completed:
+            clear_grams([own])
+        update_bases([own], **options)
         return [not torch.equal(a, b) for a, b in zip(before, own.basis)]
-    assert moved(gram, 0 * gram) == [False, False] and saved_state([own]) is None
-    assert own.start()[0].shape == (16, 9) and own.start()[1] == 5
-    assert moved(gram, gram) == [True, True] and saved_state([own]).shape == (1, 2, 16, 4)
-    assert own.start()[0] is own.basis and own.start()[1] == 1
+    assert moved(gram, 0 * gram) == [False, False] and get_bases([own]) is None
+    assert own.start()['start'].shape == (16, 9) and own.start()['power_iters'] == 5
+    assert moved(gram, gram) == [True, True] and get_bases([own]).shape == (1, 2, 16, 4)
+    assert own.start()['start'] is own.basis and own.start()['power_iters'] == 1
     assert moved(other, float('nan') * gram) == [True, False] and moved() == [False, False]
     assert moved(other, other, completed=False) == [False, False] and moved() == [False, False]
     assert moved(gram, 0 * gram) == [True, True]
     torch.testing.assert_close(own.basis[1], 1e-3 / 4 * own.gaussian[:, :4])
     both = torch.stack((other, gram))
     for _ in range(3):
-        moved(gram, gram, average=lambda sums: both.expand_as(sums))
+        moved(gram, gram, mean=lambda sums: both.expand_as(sums))
     torch.testing.assert_close(span(own.basis), span(leading_eigenvectors(both, 4)), rtol=0, atol=5e-3)
 
 

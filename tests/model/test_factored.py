@@ -49,11 +49,11 @@ def test_layers_and_ranks_that_cannot_be(name, rank, hint, options):
 @pytest.mark.parametrize('options, count', [({}, 6), (mla(), 4)], ids=['dense', 'MLA'])
 def test_every_layer_that_can_be_named_is_there(options, count):
     """With the shape that is said; the others keep theirs."""
-    names = [f'h.{i}.{part}' for i in range(2) for part in make(**options).config.layer_shapes]
+    names = [*make(**options).config.layer_shapes]
     assert len(names) == 2 * count
     for name in names:
         model = make(layer_ranks={name: 2}, **options)
-        layer, (m, n) = model.transformer.get_submodule(name), model.config.layer_shape(name)
+        layer, (m, n) = model.transformer.get_submodule(name), model.config.layer_shapes[name]
         assert (layer.A.weight.shape, layer.B.weight.shape) == ((2, n), (m, 2))
         assert model.get_num_params() == make(**options).get_num_params() - (m * n - 2 * (m + n))
         assert sum(isinstance(module, LowRankLinear) for module in model.modules()) == 1
@@ -114,7 +114,7 @@ def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options
 def test_initially_products_have_the_scale_of_a_dense_weight(rank):
     """Also where a weight writes to the residual stream."""
     shape = dict(n_layer=2, n_head=2, n_embd=96, vocab_size=16, block_size=8)
-    names = [f'h.{i}.{part}' for i in range(2) for part in GPTConfig(**shape).layer_shapes]
+    names = [*GPTConfig(**shape).layer_shapes]
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, layer_ranks=dict.fromkeys(names, rank)))
     for name in names:

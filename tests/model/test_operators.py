@@ -193,12 +193,11 @@ def train_and_generate(device, **options):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        model.advance_svd_basis()
     assert all(p.grad.device == p.device == device for p in model.parameters())
     model.eval()
     # seven tokens: a window that slides; a cache, up to its first basis; one prompt for two rows
     for prompt, n in ((tokens, 2), (tokens[:, :3], 3), (tokens[:1, :2].expand(2, 2), 2)):
-        use_cache = not model.config.svd_sees_future
+        use_cache = not model.config.is_noncausal
         assert model.generate(prompt, n, 0.8, top_k=5, top_p=0.9, use_cache=use_cache).device == device
 
 

@@ -78,7 +78,7 @@ WRONG = {
         ('svd_method=Gram', "(nearest: 'gram')"),
         ('svd_method=randomised', "(nearest: 'randomized')"), ('init_from=gpt3', "(nearest: 'gpt2')"),
         # values that cannot be
-        ('svd_rank=0', '1 to 64, or None'), ('svd_rank=-3', '1 to 64, or None'),
+        ('svd_rank=0', 'nearest: 1'), ('svd_rank=-3', 'nearest: 1'),
         ('n_embd=100', '(nearest: 96)'),
         ('n_embd=4', '(nearest: 12)'), ('dropout=1.0', 'below 1'), ('dropout=-.1', 'at least 0'),
         ('beta2=1', 'below 1'), ('max_iters=-1', '(nearest: 0)'), ('learning_rate=-1', '(nearest: 0)'),
@@ -133,7 +133,7 @@ ARGUMENTS = {
         ('text.py', "n_layer='2': must be a whole number [text.py]"),
         ('function.py', 'a whole number [function.py]')],
     **{script: [('--sed=1', '(nearest: --seed)'), ('--seed', '--seed=VALUE'), ('--seed=1.5', '(nearest: 2)'),
-                ('--seed=-1', '(nearest: 0)'), ('--seed=9' + '9' * 20, 'below 2**63'), ('no.py', 'no.py'),
+                ('--seed=-1', '(nearest: 0)'), ('--seed=9' + '9' * 20, f'below {2 ** 63}'), ('no.py', 'no.py'),
                 ('seed.py', '(nearest: 0) [seed.py]'), ('typo.py', '(nearest: seed)')] for script in MAINS}}
 
 

@@ -12,7 +12,7 @@ import torch
 
 import compress_layers as layers
 from helpers import TEXT, equal, normal, svd, whole_truth
-from lowrank.compression import RIDGE
+from lowrank.factorization import RIDGE
 from model import GPT, GPTConfig
 from runtime.dataset import Dataset, write_dataset
 

@@ -1,0 +1,160 @@
+"""Special layers in a model: which ones its options name, and how they get in.
+
+Low-rank layers replace an nn.Linear (layers.py); adaptive SVD (adaptive_layer.py) and LoRA wrap a
+trained one. A model here is any module with a `config` that is an AdapterTargets, and with
+get_layer(name) and set_layer(name, layer) for the names that `config.layer_shapes` lists.
+"""
+
+import difflib
+from dataclasses import replace
+
+import torch
+
+from lowrank.adaptive_layer import AdaptiveSVDLinear
+from lowrank.layers import LoRALinear, svd_factors
+
+
+class AdapterTargets:
+    """Which layers the options of a configuration mean.
+
+    The configuration inherits from this. It has the fields layer_ranks, adaptive_svd_... and
+    lora_..., and n_layer, `layer_shapes` (names -> (m, n)) and `targets` (words of options ->
+    layers of a block).
+    """
+
+    @property
+    def has_lora(self):
+        return self.lora_rank is not None
+
+    @property
+    def adaptive_layers(self):
+        """Names of the layers with adaptive SVD."""
+        first = self.adaptive_svd_target_layer
+        blocks = range(self.n_layer) if first < 0 else (first,)
+        return self._named('adaptive_svd_targets', blocks, 'attn.') if self.adaptive_svd else []
+
+    @property
+    def lora_layers(self):
+        """Names of the layers with LoRA."""
+        return self._named('lora_targets', range(self.n_layer)) if self.has_lora else []
+
+    def _named(self, option, blocks, prefix=''):
+        words = [word.strip() for word in getattr(self, option).split(',')]
+        valid = {word: part for word, part in self.targets.items() if part.startswith(prefix)}
+        for word in (word for word in words if word not in valid):
+            raise ValueError(f'{option}={getattr(self, option)!r}: {word!r} is none of '
+                             f'{", ".join(valid)}')
+        return [f'h.{i}.{part}' for i in blocks for word, part in valid.items() if word in words]
+
+    def check_layers(self):
+        """Raise ValueError where the options name layers or ranks that the model does not have."""
+        for option, less in (('layer_ranks', 0), ('adaptive_svd_ranks', 1)):
+            for name, rank in (getattr(self, option) or {}).items():
+                most = min(self.layer_shapes.get(name, (less,))) - less     # 0: there is no such layer
+                if not 1 <= rank <= most:
+                    close = difflib.get_close_matches(name, self.layer_shapes, 1, 0)[0]
+                    valid = f'must be 1 to {most}' if most else f'no such layer (nearest: {close!r})'
+                    raise ValueError(f'{option}={{{name!r}: {rank}}}: {valid}')
+        if self.adaptive_svd and self.has_lora:
+            raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd '
+                             '(nearest: --lora_rank=None)')
+        if self.adaptive_svd_target_layer >= self.n_layer:
+            raise ValueError(f'adaptive_svd_target_layer={self.adaptive_svd_target_layer}: must be '
+                             f'0 to {self.n_layer - 1}, or -1 for all')
+        for name in (*self.adaptive_layers, *self.lora_layers):
+            if name in (self.layer_ranks or {}):
+                raise ValueError(f'layer_ranks={{{name!r}: ..}}: low-rank layers cannot be adapted')
+            most = min(self.layer_shapes[name])
+            if self.has_lora and self.lora_rank > most:
+                raise ValueError(f'lora_rank={self.lora_rank}: must be 1 to {most} for {name}')
+
+
+def inject_adapters(model, from_trained=False):
+    """Wrap the layers that model.config names for adaptive SVD and LoRA, in place. from_trained:
+    the weights are those that lora_init starts from; otherwise all values are loaded later."""
+    c = model.config
+    for name in c.adaptive_layers:
+        layer = AdaptiveSVDLinear(model.get_layer(name), c.adaptive_svd_protection)
+        if name in (c.adaptive_svd_ranks or {}):
+            layer.allocate_factors(c.adaptive_svd_ranks[name])
+        model.set_layer(name, layer)
+    if c.has_lora:
+        model.requires_grad_(False)
+    for name in c.lora_layers:
+        linear = model.get_layer(name)
+        options = c.lora_rank, c.lora_alpha or c.lora_rank, c.lora_dropout
+        layer = (LoRALinear.from_linear(linear, *options, c.lora_init) if from_trained else
+                 LoRALinear(linear.in_features, linear.out_features, *options, bias=c.bias))
+        model.set_layer(name, layer.to(linear.weight))
+
+
+def add_adapters(model, **options):
+    """`inject_adapters` into a trained model, where the options ask for adaptive
+    SVD or LoRA and it has neither. Raises ValueError for options that do not fit the model."""
+    c = model.config
+    wanted = options.get('adaptive_svd') or options.get('lora_rank') is not None
+    if wanted and not (c.adaptive_svd or c.has_lora):
+        model.config = replace(c, **options | dict(adaptive_svd_ranks=None))
+        inject_adapters(model, from_trained=True)
+
+
+def adaptive_layers(model):
+    """Name in metrics, such as 'block0.attn.c_q' -> AdaptiveSVDLinear."""
+    return {'block{}.attn.{}'.format(name.split('.')[1], name.rpartition('.')[2]): layer
+            for name, layer in model.transformer.named_modules()
+            if isinstance(layer, AdaptiveSVDLinear)}
+
+
+def lowrank_ranks(model):
+    """`adaptive_svd_ranks` as they are now."""
+    layers = {name: model.get_layer(name) for name in model.config.adaptive_layers}
+    return {name: layer.r for name, layer in layers.items() if layer.r is not None} or None
+
+
+# --------------------------------------------------------------------------------------------------
+# adapters by themselves
+
+def standard_lora(model, base=None):
+    """A model's LoRA adapters as standard ones, which fit the weights that training began with.
+
+    base: a model with those weights, which PiSSA and MiLoRA need; their rank doubles. Returns the
+    options and name -> tensor, 'h.0.attn.c_attn.c_q.A' (r, n) and '.B' (m, r). Raises ValueError
+    where the adapters are of other weights.
+    """
+    c, tensors, rank = model.config, {}, model.config.lora_rank
+    for name in c.lora_layers:
+        layer = model.get_layer(name)
+        A, B = layer.A.weight, layer.B.weight
+        if c.lora_init != 'lora':
+            A, B = to_standard_lora(layer, base.get_layer(name).weight)
+        tensors |= {f'{name}.A': A.detach(), f'{name}.B': B.detach()}
+        rank = len(A)
+    alpha = (c.lora_alpha or c.lora_rank) * rank / c.lora_rank      # the scale stays
+    return dict(lora_rank=rank, lora_alpha=float(alpha), lora_targets=c.lora_targets), tensors
+
+
+@torch.no_grad()
+def to_standard_lora(layer, original):
+    """A (r', n) and B (m, r') such that W_0 + s B A is what a LoRALinear is now.
+
+    original: W_0 (m, n), the weight the layer was made of. The layer's own adapter fits W, not W_0:
+    W + s B A = W_0 + s [B, B_0] [A; -A_0], so r' = min(2 r, m, n), at the layer's scale s; where
+    W = W_0, as from 'lora', its own A and B. s B_0 A_0 is recovered as W_0 - W, because an SVD does
+    not repeat to the bit. Raises ValueError for a W_0 from which more than rounding is left, and
+    torch.linalg.LinAlgError for one that is not finite.
+    """
+    w, whole = layer.base.weight, original.cpu().double()
+    removed = whole - w.cpu().double()                              # (m, n)
+    if not removed.any():
+        return layer.A.weight.clone(), layer.B.weight.clone()
+    b_0, a_0 = svd_factors(removed, slice(layer.rank), layer.scale)
+    rest = (removed - layer.scale * b_0 @ a_0).norm() / whole.norm()
+    # 2 eps of W_0's norm may be left (measured: 0.25); at least float32's: layers get converted
+    if not rest <= 2 * max(torch.finfo(w.dtype).eps, torch.finfo(torch.float32).eps):
+        raise ValueError(f'original: is not what the layer was made of, {rest:.1e} of it is left '
+                         f'beyond the {layer.rank} components that the layer has taken out')
+    a = torch.cat((layer.A.weight.cpu().double(), -a_0))
+    b = torch.cat((layer.B.weight.cpu().double(), b_0), dim=1)
+    if len(a) > min(w.shape):                                       # more than this shape needs
+        b, a = svd_factors(layer.scale * b @ a, slice(None), layer.scale)
+    return a.to(w), b.to(w)

@@ -1,0 +1,145 @@
+"""What attention does to each head's V: nothing, or a truncated SVD in one of three scopes.
+
+A model builds one of these modules per layer, with `head_svd`. Each has
+    forward(v)                      V (B, nh, T, hs) -> the V that attention sums
+    truncate_weight(w_v)            W_v (nh, hs, C), or U_v (nh, hs, d) of MLA -> the same
+    new_values, new_latent_values   the form in which a cache keeps such values (kv_cache.py)
+
+'sequence' truncates V of the whole sequence, so each position depends on later ones; 'causal'
+projects rows on a basis of earlier rows; 'weight' truncates W_v: one small SVD per forward pass,
+independent of B and T, in which no token sees another. The bias is kept, so V - b has rank k.
+"""
+
+import torch
+from torch import nn
+
+from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalValues, DenseValues,
+                              FactoredValues, LatentValues)
+from lowrank.subspace_iteration import WarmStartBasis
+from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
+                         low_rank_approximation, low_rank_factors)
+
+
+class NoSVD(nn.Module):
+    """V as it is."""
+
+    truncates_weight = False
+
+    def forward(self, v):
+        return v
+
+    def truncate_weight(self, w_v):
+        return w_v
+
+    def new_values(self, shape, w_v, bias, **kind):
+        """A cache of values (B, nh, N, hs); kind: its dtype and device. bias (nh hs) or None."""
+        return DenseValues(shape, **kind)
+
+    def new_latent_values(self, shape, w_v, bias, **kind):
+        """The same where latents are cached: w_v is U_v (nh, hs, d)."""
+        return LatentValues(w_v, per_head(bias, shape))
+
+
+class SequenceSVD(NoSVD):
+    """The best rank-k approximation of V (T x hs) as a whole."""
+
+    approximate = staticmethod(low_rank_approximation)
+
+    def __init__(self, heads, head_size, rank, method, basis_grad, power_iters, oversample):
+        super().__init__()
+        self.options = dict(rank=rank, method=method, power_iters=power_iters,
+                            oversample=oversample)
+        self.basis_grad, self.warm_start = basis_grad, None
+        if method == 'randomized':
+            self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample)
+
+    def forward(self, v):
+        if self.warm_start is None:
+            return self.approximate(v, basis_grad=self.basis_grad, **self.options)
+        options = self.options | self.warm_start.start()
+        v, gram = self.approximate(v, basis_grad=self.basis_grad, **options, return_gram=True)
+        if gram is not None and self.training and torch.is_grad_enabled():
+            self.warm_start.accumulate_gram(gram)                   # of a training step
+        return v
+
+    def new_values(self, shape, w_v, bias, **kind):
+        raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one and "
+                         'cannot be cached')
+
+    new_latent_values = new_values
+
+
+class CausalSVD(SequenceSVD):
+    """Rows of V projected on bases of earlier rows, in doubling blocks."""
+
+    def __init__(self, *args, block, **options):
+        super().__init__(*args, **options)
+        self.block = block
+
+    def approximate(self, v, **options):
+        return causal_low_rank_approximation(v, block=self.block, **options)
+
+    def eigensolver(self, gram):
+        """G (..., n, n) -> the basis of the next block (..., n, k)."""
+        warm = {} if self.warm_start is None else self.warm_start.start()
+        return leading_eigenvectors(gram, **self.options | warm)
+
+    def new_values(self, shape, w_v, bias, **kind):
+        return BlockCausalValues(shape, self.options['rank'], self.block, self.eigensolver, **kind)
+
+    def new_latent_values(self, shape, w_v, bias, **kind):
+        return BlockCausalLatentValues(w_v, per_head(bias, shape), shape, self.options['rank'],
+                                       self.block, self.eigensolver, **kind)
+
+
+class WeightSVD(NoSVD):
+    """The projection that makes V, truncated per head. 'randomized' starts cold: one small
+    problem."""
+
+    truncates_weight = True
+
+    def __init__(self, heads, head_size, basis_grad, **options):
+        super().__init__()
+        self.basis_grad, self.options = basis_grad, options
+
+    def truncate_weight(self, w_v):
+        return low_rank_approximation(w_v, basis_grad=self.basis_grad, **self.options)
+
+    def new_values(self, shape, w_v, bias, **kind):
+        a, b = low_rank_factors(w_v, **self.options)                # (nh, hs, k), (nh, k, C)
+        return FactoredValues(shape, a, b, per_head(bias, shape), **kind)
+
+    def new_latent_values(self, shape, w_v, bias, **kind):
+        a, b = low_rank_factors(w_v, **self.options)
+        return LatentValues(a @ b, per_head(bias, shape))
+
+
+SCOPES = ('sequence', 'causal', 'weight')
+
+
+def head_svd(scope, block, **options):
+    """The module of a scope, or of None."""
+    if scope is None:
+        return NoSVD()
+    if scope == 'causal':
+        return CausalSVD(block=block, **options)
+    return (SequenceSVD if scope == 'sequence' else WeightSVD)(**options)
+
+
+def per_head(bias, shape):
+    """bias (nh hs) or None, shape (B, nh, N, hs) -> (nh, 1, hs) or None."""
+    return None if bias is None else bias.view(shape[1], 1, shape[3])
+
+
+def why_off(use_svd, rank, scope, block, rows, columns, weight_rows):
+    """'off' and why an SVD of matrices (rows, columns), in 'weight' scope (weight_rows, columns),
+    changes nothing; '' where it truncates."""
+    if not use_svd or rank is None:
+        return 'off' + f' (use_svd={use_svd}, svd_rank={rank})' * (use_svd or rank is not None)
+    full = min(weight_rows if scope == 'weight' else rows, columns)
+    if rank >= full:
+        return f'off (svd_rank={rank}: full rank is {full})'
+    if scope == 'causal' and not causal_starts(rows, rank, block):
+        return (f"off (svd_scope='causal' with svd_block={block}: no basis of rank {rank} is due "
+                f'in block_size={rows} tokens)')
+    return ''

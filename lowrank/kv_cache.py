@@ -1,0 +1,341 @@
+"""What one attention layer keeps of the tokens so far, and attention of the newest token to them.
+
+`KeyValueCache` keeps keys and values, `LatentCache` one latent per token that both are made of.
+Values are kept in the form that their SVD allows: dense, as coordinates in a fixed basis
+(`FactoredValues`), or in a basis per block of rows (`BlockCausalValues`).
+
+Letters: B batch, T tokens so far, N tokens there is room for, nh heads, hs head size, d latent,
+k rank; "..." any batch dimensions. Memory is allocated once and rows are written in place, so there
+are no gradients. `nbytes` counts what is kept per token and per sequence, not weights.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from lowrank.svd import causal_starts
+
+
+# --------------------------------------------------------------------------------------------------
+# append-only values
+
+class DenseValues:
+    """Rows as they are: N n numbers."""
+
+    down_proj = None                # (nh k, C), where coordinates are cached: what makes them of x
+
+    def __init__(self, shape, dtype, device):
+        """shape (..., N, n)."""
+        self.data, self.length = torch.empty(shape, dtype=dtype, device=device), 0
+
+    @property
+    def nbytes(self):
+        return self.data.nbytes
+
+    @property
+    def batch(self):
+        return len(self.data)
+
+    def append(self, x):
+        """Add rows x (..., m, n). Raises ValueError where there is no room for them."""
+        _check_capacity(self.length, x.shape[-2], self.data.shape[-2])
+        self.data[..., self.length:self.length + x.shape[-2], :] = x
+        self.length += x.shape[-2]
+
+    def clear(self):
+        self.length = 0
+
+    def all(self):
+        """-> (..., T, n)."""
+        return self.data[..., :self.length, :]
+
+    def weighted_sum(self, weights):
+        """weights (..., 1, T) -> (..., 1, n)."""
+        return weights @ self.all()
+
+
+class FactoredValues(DenseValues):
+    """Rows A c + b whose coordinates c are appended: N k numbers.
+
+    A sum is taken of coordinates and expanded once, so its weights must add up to 1.
+    """
+
+    def __init__(self, shape, a, b, bias, dtype, device):
+        """shape (B, nh, N, hs). a (nh, hs, k), b (nh, k, C): factors of W_v; bias (nh, 1, hs) or
+        None."""
+        super().__init__((*shape[:3], a.size(2)), dtype, device)
+        self.a, self.bias, self.down_proj = a, bias, b.flatten(0, 1)
+
+    def all(self):
+        return self._expand(super().all())
+
+    def weighted_sum(self, weights):
+        return self._expand(weights @ super().all())                # (..., 1, k) -> (..., 1, hs)
+
+    def _expand(self, coordinates):
+        rows = coordinates @ self.a.mT
+        return rows if self.bias is None else rows + self.bias
+
+
+class BlockCausalValues:
+    """Rows as `svd.causal_low_rank_approximation` truncates them.
+
+    The first rows are dense; those of each span [s, 2s) are k coordinates in the span's basis,
+    which is made of the Gram matrix G of all rows before s when the span begins. G cannot be
+    recomputed from coordinates, so it is summed as rows arrive, in float64 for float32 rows:
+    in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4).
+    """
+
+    down_proj = None
+
+    def __init__(self, shape, rank, block, eigensolver, dtype, device):
+        """shape (..., N, n). eigensolver: G (..., n, n) -> its leading eigenvectors (..., n, k)."""
+        *batch, self.capacity, n = shape
+        self.starts = causal_starts(self.capacity, rank, block)
+        self.rank, self.eigensolver = rank, eigensolver
+        first, kind = min((self.capacity, *self.starts)), dict(dtype=dtype, device=device)
+        self.dense = DenseValues((*batch, first, n), **kind)
+        self.coordinates = DenseValues((*batch, self.capacity - first, rank), **kind)
+        self.bases = torch.empty(*batch, len(self.starts) * rank, n, **kind)    # W_k^T of each span
+        side = n if self.starts else 0
+        self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
+        parts = self.dense, self.coordinates, self.bases, self.gram
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    @property
+    def length(self):
+        return self.dense.length + self.coordinates.length
+
+    def append(self, x):
+        """Add rows x (..., m, n). Raises ValueError where there is no room for them, and
+        torch.linalg.LinAlgError where a basis would come from non-finite rows."""
+        _check_capacity(self.length, x.shape[-2], self.capacity)
+        while x.shape[-2]:
+            span = sum(start <= self.length for start in self.starts)
+            room = [*self.starts, self.capacity][span] - self.length
+            rows, x = x[..., :room, :], x[..., room:, :]
+            if span == 0:
+                self.dense.append(rows)
+            else:
+                basis = self.bases[..., (span - 1) * self.rank:span * self.rank, :]
+                if self.length == self.starts[span - 1]:
+                    basis.copy_(self.eigensolver(self.gram).mT)
+                self.coordinates.append(rows.to(basis.dtype) @ basis.mT)            # (..., m, k)
+            if span < len(self.starts):                             # a later basis depends on them
+                self._add_to_gram(rows.to(self.gram.dtype))
+
+    def _add_to_gram(self, rows):
+        if rows.shape[-2] == 1:                                # several times faster than a product
+            self.gram.addcmul_(rows.mT, rows)
+            return
+        with torch.autocast(rows.device.type, enabled=False):       # it would round MPS's float32
+            self.gram += rows.mT @ rows
+
+    def clear(self):
+        self.dense.clear()
+        self.coordinates.clear()
+        self.gram.zero_()
+
+    def all(self):
+        """-> (..., T, n)."""
+        parts = self.coordinates.all().split(span_lengths(self.starts, self.length)[1:], dim=-2)
+        bases = self.bases.split(self.rank, dim=-2)
+        expanded = (part @ basis for part, basis in zip(parts, bases))
+        return torch.cat([self.dense.all(), *expanded], dim=-2)
+
+    def weighted_sum(self, weights):
+        """weights (..., 1, T) -> (..., 1, n): summed as coordinates per span, then expanded
+        once."""
+        first, *lengths = span_lengths(self.starts, self.length)
+        total = weights[..., :first] @ self.dense.all()
+        if not lengths:
+            return total
+        weights = weights[..., first:].split(lengths, dim=-1)
+        parts = self.coordinates.all().split(lengths, dim=-2)
+        sums = torch.cat([w @ part for w, part in zip(weights, parts)], dim=-1)  # (..., 1, spans k)
+        return total + sums @ self.bases[..., :sums.shape[-1], :]
+
+
+def span_lengths(starts, tokens):
+    """Rows of each span among the first `tokens`; the first span has no basis."""
+    edges = [0, *(start for start in starts if start < tokens), tokens]
+    return [stop - start for start, stop in zip(edges, edges[1:])]
+
+
+def gram_dtype(dtype, device):
+    """Of a Gram matrix of rows: float64; float32 for half precision and on MPS without float64."""
+    wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
+    return torch.float64 if wide else torch.float32
+
+
+def _check_capacity(length, more, capacity):
+    if length + more > capacity:
+        raise ValueError(f'no room for {more} more rows: {length} of {capacity} are taken')
+
+
+# --------------------------------------------------------------------------------------------------
+# values of latents
+
+class LatentValues:
+    """Values U_v c + b of latents c; nothing is kept for them."""
+
+    nbytes = 0
+
+    def __init__(self, w_v, bias):
+        """w_v: U_v (nh, hs, d); bias: b (nh, 1, hs) or None."""
+        self.w_v, self.bias = w_v, bias
+
+    def clear(self):
+        pass
+
+    def all(self, c):
+        """c (B, T, d) -> (B, nh, T, hs)."""
+        v = expand(self.w_v, c)
+        return v if self.bias is None else v + self.bias
+
+    def weighted_sum(self, weights, c):
+        """weights (B, nh, T) that add up to 1, c (B, T, d) -> (B, nh, 1, hs)."""
+        y = self._up(weights @ c)                                   # (B, nh, T) x (B, T, d)
+        return (y if self.bias is None else y + self.bias).transpose(0, 1).unsqueeze(2)
+
+    def _up(self, sums):
+        """Sums of latents (B, nh, d) -> (nh, B, hs)."""
+        return sums.transpose(0, 1) @ self.w_v.mT                   # (nh, B, d) x (nh, d, hs)
+
+
+class BlockCausalLatentValues(LatentValues):
+    """Values of latents as `svd.causal_low_rank_approximation` truncates them.
+
+    The latents of all earlier tokens are at hand, so each basis is computed when its span begins,
+    and only the bases are kept: k hs numbers per head and span.
+    """
+
+    def __init__(self, w_v, bias, shape, rank, block, eigensolver, dtype, device):
+        """shape (B, nh, N, hs); eigensolver as in `BlockCausalValues`."""
+        super().__init__(w_v, bias)
+        B, nh, capacity, hs = shape
+        self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
+        self.bases = torch.empty(len(self.starts), B, nh, hs, rank, dtype=dtype, device=device)
+        self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
+
+    def clear(self):
+        self.made = 0
+
+    def all(self, c):
+        self._make_bases(c)
+        bases = self.bases[:, :len(c)]                          # a batch of one: those of the first
+        first, *parts = super().all(c).split(span_lengths(self.starts, c.size(1)), dim=2)
+        return torch.cat([first, *(part @ w @ w.mT for part, w in zip(parts, bases))], dim=2)
+
+    def weighted_sum(self, weights, c):
+        """Each span's sum is taken of latents, expanded, then projected."""
+        self._make_bases(c)
+        lengths, total = span_lengths(self.starts, c.size(1)), 0
+        for i, (w, part) in enumerate(zip(weights.split(lengths, dim=2), c.split(lengths, dim=1))):
+            y = self._up(w @ part)                                  # (nh, B, hs)
+            if self.bias is not None:
+                y = y + w.sum(-1).T.unsqueeze(-1) * self.bias       # (nh, B, 1) x (nh, 1, hs)
+            y = y.transpose(0, 1).unsqueeze(2)                      # (B, nh, 1, hs)
+            total = total + (y if i == 0 else y @ self.bases[i - 1] @ self.bases[i - 1].mT)
+        return total
+
+    def _make_bases(self, c):
+        """The bases of all spans that begin within c (B, T, d), from V^T V."""
+        for start in (start for start in self.starts[self.made:] if start < c.size(1)):
+            v = super().all(c[:, :start])                           # (B, nh, start, hs)
+            with torch.autocast(v.device.type, enabled=False):
+                v = v.to(gram_dtype(v.dtype, v.device))
+                self.bases[self.made] = self.eigensolver(v.mT @ v)
+            self.made += 1
+
+
+# --------------------------------------------------------------------------------------------------
+# caches
+
+class KeyValueCache:
+    """Keys and values of every head."""
+
+    def __init__(self, keys, values):
+        """keys: DenseValues of shape (B, nh, N, hs); values: one of the classes above."""
+        self.stored, self.values = keys, values
+
+    @property
+    def length(self):
+        return self.stored.length
+
+    @property
+    def batch(self):
+        return self.stored.batch
+
+    @property
+    def nbytes(self):
+        return self.stored.nbytes + self.values.nbytes
+
+    def clear(self):
+        self.stored.clear()
+        self.values.clear()
+
+    @torch.compiler.disable                                         # shapes change with every token
+    def attend(self, q, k, v):
+        """Add k and v of new tokens; attend from the last tokens, those of q (B, nh, .., hs) ->
+        like q. v may be coordinates (`down_proj`). A batch of one joins every sequence of the
+        cache."""
+        self.stored.append(k)
+        self.values.append(v)
+        if k.size(2) == self.length:                                # a prompt: as in training
+            v = self.values.all()[:len(k)]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
+        scores = self.stored.all() @ (q * q.size(-1) ** -0.5).mT   # (B, nh, T, hs) x (B, nh, hs, 1)
+        return self.values.weighted_sum(F.softmax(scores.mT, dim=-1))
+
+
+class LatentCache(KeyValueCache):
+    """One latent c per token for keys and values of all heads, k = U_k c, v = U_v c + b
+    (DeepSeek-V2, arXiv:2405.04434, section 2.1.2): d numbers per token.
+
+    A prompt is expanded, once. A single query is absorbed: q^T U_k c needs no key, and
+    U_v sum_j a_j c_j no value.
+    """
+
+    def __init__(self, latents, w_k, values):
+        """latents: DenseValues of shape (B, N, d); w_k: U_k (nh, hs, d); values: LatentValues."""
+        super().__init__(latents, values)
+        self.w_k = w_k
+
+    @torch.compiler.disable
+    def attend(self, q, c):
+        """Add latents c (B, .., d) of new tokens; the rest as in `KeyValueCache.attend`."""
+        self.stored.append(c)
+        if c.size(1) == self.length:                                # a prompt: as in training
+            k, v = expand(self.w_k, c), self.values.all(c)          # (B, nh, T, hs)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
+        c = self.stored.all()                                       # (B, T, d)
+        return self.values.weighted_sum(F.softmax(absorbed_scores(q, self.w_k, c), dim=-1), c)
+
+
+def expand(weight, c):
+    """Keys or values of latents: weight (nh, hs, d), c (B, T, d) -> (B, nh, T, hs)."""
+    return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
+
+
+def absorbed_scores(q, w_k, c):
+    """q (B, nh, 1, hs) against the keys of latents c (B, T, d), which are not made -> (B, nh,
+    T)."""
+    q = (q * q.size(-1) ** -0.5).squeeze(2).transpose(0, 1) @ w_k   # (nh, B, hs) x (nh, hs, d)
+    return q.transpose(0, 1) @ c.mT                                 # (B, nh, d) x (B, d, T)
+
+
+def validate_positions(cache, idx, block_size):
+    """The number of tokens in the layers' caches (0 without): the position where idx (B, T) begins.
+
+    Raises ValueError where idx does not fit: a prompt comes first, then one token at a time,
+    block_size in all.
+    """
+    T, start = idx.size(1), cache[0].length if cache else 0
+    if not 1 <= T <= block_size - start:
+        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to '
+                         f'block_size={block_size}')
+    if start and T > 1:
+        raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
+    if cache and len(idx) not in (1, cache[0].batch):
+        raise ValueError(f'cannot add {len(idx)} sequences to a cache of {cache[0].batch}')
+    return start

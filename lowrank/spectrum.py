@@ -1,0 +1,56 @@
+"""What singular values say about a matrix: energy, the rank that a share of it needs, effective
+rank."""
+
+import torch
+
+
+def energy(s):
+    """Cumulative share of the squared Frobenius norm.
+
+    s (..., n): singular values, descending -> float64 (..., n) rising to 1, on the CPU. All-zero s
+    gives ones: nothing is lost at any rank. Raises ValueError for NaN and inf.
+    """
+    s = s.detach().cpu().double()                                   # MPS has no float64
+    if not s.isfinite().all():
+        raise ValueError('singular values must be finite, got NaN or inf')
+    cumulative, tiny = s.square().cumsum(-1), torch.finfo(s.dtype).tiny
+    total = cumulative[..., -1:]
+    return torch.where(total > 0, cumulative / total.clamp_min(tiny), 1.0)
+
+
+def rank_for_energy(s, fraction):
+    """Smallest rank whose cumulative energy reaches `fraction`: s (..., n) descending -> int64
+    (...).
+
+    Raises ValueError unless 0 < fraction <= 1, and for NaN and inf in s.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f'energy fraction must be above 0 and at most 1, got {fraction}')
+    # one rounding error below the fraction still counts, else fraction=1 may ask for n + 1
+    reached = energy(s) >= fraction - s.shape[-1] * torch.finfo(torch.float64).eps
+    return s.shape[-1] - reached.sum(-1) + 1
+
+
+def energy_kept(x, y):
+    """Share of x's squared Frobenius norm that an approximation y keeps, 1 - |x - y|^2 / |x|^2.
+
+    x, y (..., m, n) -> float64 (...) on the CPU; 1 where x is zero.
+    """
+    x, y = x.detach().cpu().double(), y.detach().cpu().double()
+    total = x.square().sum((-2, -1))
+    return 1 - (x - y).square().sum((-2, -1)) / total.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def effective_rank(x):
+    """exp of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007).
+
+    x (..., m, n) -> float64 (...) on the CPU: 1 for a matrix of rank one or zero, min(m, n) where
+    all singular values are equal, NaN where x is not finite.
+    """
+    x = x.detach().cpu().double()
+    finite = x.isfinite().all(-1).all(-1)                           # (...)
+    x = torch.where(finite[..., None, None], x, 0)
+    squares = torch.linalg.eigvalsh(x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT)
+    s = squares.clamp_min(0).sqrt()                                 # (..., min(m, n))
+    shares = s / s.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.where(finite, torch.special.entr(shares).sum(-1).exp(), torch.nan)
