@@ -193,7 +193,6 @@ def _project(x, rank, method, spans, basis_grad, start=None, **options):
     flat = x.to(_working_dtype(x)).reshape(-1, *x.shape[-2:]).contiguous()      # (N, T, n)
     if start is not None and start.dim() > 2:                       # one for each matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
-        start = start.repeat(len(spans), 1, 1)                      # (spans N, n, l)
     with _full_precision(x):
         if method == 'randomized':
             y, gram = _ProjectRowsRandomized.apply(flat, rank, spans, basis_grad, start, options)
@@ -243,11 +242,11 @@ class _ProjectRowsRandomized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rank, spans, basis_grad, start, options):
         grams = _prefix_grams(x, [s for s, _, _ in spans])          # (spans, N, n, n)
-        q, inverse, before = _iterate(grams.flatten(0, 1), rank, **options, start=start)
-        projectors = (q @ q.mT).to(x.dtype).view(grams.shape)
+        q, inverse, before = _iterate(grams, rank, **options, start=start)
+        projectors = (q @ q.mT).to(x.dtype)                         # (spans, N, n, n)
         f = ()
         if basis_grad and ctx.needs_input_grad[0]:
-            f = x, (q @ (inverse.mT @ before.mT)).to(x.dtype).view(grams.shape)
+            f = x, (q @ (inverse.mT @ before.mT)).to(x.dtype)
         ctx.save_for_backward(projectors, *f)
         ctx.spans, last = spans, grams[-1]
         ctx.mark_non_differentiable(last)
@@ -351,7 +350,7 @@ def _decompose(f, a, **options):
 
 
 def _check_finite(a):
-    if a.device.type == 'cpu' and not torch.compiler.is_compiling() and not a.isfinite().all():
+    if a.device.type == 'cpu' and not torch.compiler.is_compiling() and not a.sum().isfinite():
         raise torch.linalg.LinAlgError('the input of the SVD has non-finite values (NaN or inf)')
 
 
