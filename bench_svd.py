@@ -27,6 +27,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from lowrank.head_svd import CausalSVD, SequenceSVD
 from lowrank.subspace_iteration import WarmStartBasis, set_bases, update_bases
 from lowrank.svd import causal_low_rank_approximation, causal_starts, leading_eigenvectors, low_rank_approximation
 from model import GPT, SCOPES, GPTConfig
@@ -133,7 +134,8 @@ def start_of(cfg, case, source):
         return {}
     if case.scope == 'weight':
         return dict(power_iters=cfg.svd_power_iters, oversample=cfg.svd_oversample)
-    return (source.warm if is_warm else source.cold).start()
+    scope = CausalSVD if case.scope == 'causal' else SequenceSVD
+    return source.warm.start() | dict(power_iters=scope.warm_power_iters) if is_warm else source.cold.start()
 
 
 def input_of(case, source):

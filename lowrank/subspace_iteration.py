@@ -60,9 +60,10 @@ class WarmStartBasis(nn.Module):
     state dict; `get_bases` and `set_bases` are what a checkpoint stores.
     """
 
-    def __init__(self, heads, n, rank, power_iters, oversample):
+    def __init__(self, heads, n, rank, power_iters, oversample, warm_power_iters=0):
+        """power_iters, oversample: of a cold start; warm_power_iters: of a warm one."""
         super().__init__()
-        self.rank, self.power_iters = rank, power_iters
+        self.rank, self.power_iters, self.warm_power_iters = rank, power_iters, warm_power_iters
         self.warm = self.has_gram = False
         gaussian = gaussian_start(n, rank, oversample).to(torch.get_default_dtype())
         for name, value in (('gaussian', gaussian),                             # (n, l)
@@ -73,7 +74,7 @@ class WarmStartBasis(nn.Module):
     def start(self):
         """Options of a randomized SVD: its start and the number of products before the last."""
         if self.warm:
-            return dict(start=self.basis, power_iters=0)
+            return dict(start=self.basis, power_iters=self.warm_power_iters)
         return dict(start=self.gaussian, power_iters=self.power_iters)
 
     def accumulate_gram(self, gram):
