@@ -39,12 +39,13 @@ from runtime.optim import adamw
 from runtime.processes import mean_over_processes
 
 SVD = Needs(use_svd=True), OVERRIDABLE
-CAUSAL, RANDOMIZED = (Needs(use_svd=True, svd_scope='causal'), OVERRIDABLE), (
-    Needs(use_svd=True, svd_method='randomized'), OVERRIDABLE)
+CAUSAL = Needs(use_svd=True, svd_scope='causal'), OVERRIDABLE
+RANDOMIZED = Needs(use_svd=True, svd_method='randomized'), OVERRIDABLE
 ADAPTIVE, LORA = Needs(adaptive_svd=True), Needs(has_lora=True)
+# words of adaptive_svd_targets and lora_targets -> layers of a block
 TARGETS = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_attn.c_v',
            'query': 'attn.c_attn.query', 'c_proj': 'attn.c_proj', 'c_fc': 'mlp.c_fc',
-           'mlp.c_proj': 'mlp.c_proj'}                              # words of options -> layers of a block
+           'mlp.c_proj': 'mlp.c_proj'}
 
 
 @dataclass
@@ -53,51 +54,52 @@ class GPTConfig(AdapterTargets):
     fields change no parameter and may differ from a checkpoint's. Raises ValueError, its message
     starting with the field's name, for values that cannot be."""
     block_size: Annotated[int, 'context length in tokens', Range(1)] = 1024
-    vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304     # GPT-2's, in 64s: faster
+    vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304     # GPT-2's, in 64s
     n_layer: Annotated[int, 'number of transformer blocks', Range(1)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
     n_embd: Annotated[int, 'width of the model; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability: 0 for pretraining, 0.1 or more for fine-tuning',
                        Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is a bit better and faster'] = True
-    gelu: Annotated[Literal['exact', 'tanh'], "'exact': nanoGPT's, 'tanh': OpenAI's GPT-2"] = 'exact'
+    gelu: Annotated[Literal['exact', 'tanh'], "'exact': nanoGPT's; 'tanh': OpenAI's"] = 'exact'
     use_svd: Annotated[bool, 'truncate V in attention to rank svd_rank', OVERRIDABLE] = False
-    svd_rank: Annotated[int | None, 'rank kept, below n_embd / n_head; None: all', Range(1), *SVD] = None
+    svd_rank: Annotated[int | None, 'rank kept per head; None: all', Range(1), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'standard': torch.linalg.svd; 'gram': eigh of V^T V, "
                           "faster; 'randomized': faster still, residual 1 to 4% above the best",
                           *SVD] = 'gram'
-    svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; 'causal': "
-                         "by earlier rows; 'weight': the value projection", *SVD] = 'sequence'
+    svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; "
+                         "'causal': by earlier rows; 'weight': the value projection",
+                         *SVD] = 'sequence'
     svd_block: Annotated[int, "'causal': rows before the first basis", Range(1), *CAUSAL] = 32
     svd_basis_grad: Annotated[bool, "whether gradients reach the basis; False: in 'sequence' scope "
                               'nothing rewards hiding the future in it', *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': products with V^T V before the last, from a cold "
-                               'start', Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond rank + 4", Range(0),
-                              *RANDOMIZED] = 0
-    use_mla: Annotated[bool, 'multi-head latent attention: one latent per token for k and v'] = False
+    svd_power_iters: Annotated[int, "'randomized': products with V^T V before the last, from a "
+                               'cold start', Range(0), *RANDOMIZED] = 2
+    svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond rank + 4",
+                              Range(0), *RANDOMIZED] = 0
+    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents'] = False
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
                               Range(1), Needs(use_mla=True)] = None
     layer_ranks: Annotated[dict[str, int] | None, 'low-rank layers -> their rank, such as '
                            "{'h.0.mlp.c_fc': 64}; compress.py makes them"] = None
-    adaptive_svd: Annotated[bool, 'detect gradients that attack what layers have learned, and protect '
-                            'it'] = False
+    adaptive_svd: Annotated[bool, 'detect gradients that attack what layers have learned, and '
+                            'protect it'] = False
     adaptive_svd_target_layer: Annotated[int, 'in this block; -1: in all', Range(-1), ADAPTIVE] = 0
     adaptive_svd_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj', with MLA 'query,c_proj'",
                                     ADAPTIVE] = 'c_q'
     adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': nothing is written into the "
-                                       "protected space; 'none': factors are free (MiLoRA)", ADAPTIVE,
-                                       OVERRIDABLE] = 'left'
-    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'layers in low-rank mode -> components that '
-                                  'are trained; training sets it', ADAPTIVE] = None
-    lora_rank: Annotated[int | None, 'train adapters of this rank on frozen weights; None: everything',
+                                       "protected space; 'none': factors are free (MiLoRA)",
+                                       ADAPTIVE, OVERRIDABLE] = 'left'
+    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'layers in low-rank mode -> trained '
+                                  'components; training sets it', ADAPTIVE] = None
+    lora_rank: Annotated[int | None, 'train adapters of this rank on frozen weights; None: all',
                          Range(1)] = None
     lora_alpha: Annotated[float | None, 'adapters count alpha / rank times; None: once',
                           Range(above=0), LORA] = None
     lora_dropout: Annotated[float, "dropout of adapter inputs; of c_v in svd_scope='weight' none",
                             Range(0, below=1), LORA, OVERRIDABLE] = 0.0
-    lora_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj', with MLA 'query' for "
-                            'the first three', LORA] = 'c_q,c_v'
+    lora_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj', with MLA 'query' "
+                            'for the first three', LORA] = 'c_q,c_v'
     lora_init: Annotated[Literal[INITS], "'lora': zero; 'pissa', 'milora': the largest or smallest "
                          'singular components of the weights', LORA] = 'lora'
 
@@ -192,9 +194,9 @@ class QKVProjection(nn.Linear):
 
 
 class LatentProjection(nn.Module):
-    """The same for MLA: keys and values of all heads come from one latent c = W_a x of d numbers per
-    token (DeepSeek-V2, arXiv:2405.04434, equations 9 to 11; nothing is rotary, because positions are
-    learned)."""
+    """The same for MLA: keys and values of all heads come from one latent c = W_a x of d numbers
+    per token (DeepSeek-V2, arXiv:2405.04434, equations 9 to 11; nothing is rotary, because
+    positions are learned)."""
 
     def __init__(self, config):
         super().__init__()
@@ -355,11 +357,11 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """GPT-2's initialization: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections
-        that write to the residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)), one
-        factor for each of its 2 n_layer additions. Draws in nanoGPT's order: equal seeds, equal
+        that write to the residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)),
+        one factor for each of its 2 n_layer additions. Draws in nanoGPT's order: equal seeds, equal
         weights. In a product that is the second factor's; the first (MLA's W_a, A of a
-        LowRankLinear) has orthogonal rows with entries of 1 / sqrt(rank). So the product has it, too,
-        and moves with its second factor as far as a single weight would."""
+        LowRankLinear) has orthogonal rows with entries of 1 / sqrt(rank). So the product has it,
+        too, and moves with its second factor as far as a single weight would."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -379,10 +381,11 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.
 
-        With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits of
-        the last position (B, 1, vocab_size) and None. With a cache (`new_cache`), idx follows the
-        tokens in it and joins them: a prompt first, then one token at a time, without gradients.
-        Raises ValueError for more than block_size tokens and for what does not fit the cache.
+        With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits
+        of the last position (B, 1, vocab_size) and None. With a cache (`new_cache`), idx follows
+        the tokens in it and joins them: a prompt first, then one token at a time, without
+        gradients. Raises ValueError for more than block_size tokens and for what does not fit the
+        cache.
         """
         if cache and torch.is_grad_enabled():                       # its rows are written in place
             with torch.no_grad():
@@ -405,8 +408,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
                  seed=None):
         """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens)."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, top_p,
-                                            seed)), dim=1)
+        options = temperature, top_k, use_cache, top_p, seed
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *options)), dim=1)
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
                seed=None):
@@ -420,8 +423,8 @@ class GPT(nn.Module):
                       use_cache=use_cache and not noncausal and not self.training)
 
     def new_cache(self, batch, tokens):
-        """A cache for `tokens` tokens of `batch` sequences: a list of the layers'. Raises ValueError
-        for more than block_size tokens and for 'sequence' scope that truncates."""
+        """A cache for `tokens` tokens of `batch` sequences: a list of the layers'. Raises
+        ValueError for more than block_size tokens and for 'sequence' scope that truncates."""
         if not 1 <= tokens <= self.config.block_size:
             raise ValueError(f'cannot cache {tokens} tokens: valid are 1 to '
                              f'block_size={self.config.block_size}')
@@ -437,13 +440,14 @@ class GPT(nn.Module):
         return batch * self.config.n_layer * layer.nbytes
 
     def flops_per_token(self, tokens, decode=False):
-        """Floating-point operations of the forward pass per token: the mean over a prompt of `tokens`
-        tokens, or decode: of the token after as many. Matrices and attention; not the SVD."""
+        """Floating-point operations of the forward pass per token: the mean over a prompt of
+        `tokens` tokens, or decode: of the token after as many. Matrices and attention; not the
+        SVD."""
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
         head, pairs = self.lm_head.weight.numel(), tokens * (tokens + 1) // 2   # of query and key
-        if decode:                                                  # absorbed: heads meet the latent
+        if decode:                                                 # absorbed: heads meet the latent
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
             return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
         once = last - projection + head + 2 * c.n_embd * tokens     # only the last position goes on
@@ -472,7 +476,8 @@ class GPT(nn.Module):
         checkpoint.crop_block_size(self, block_size)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the kernel."""
+        """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the
+        kernel."""
         optimizer = adamw(self, weight_decay, learning_rate, betas, device_type)
         return self.update_bases_after_steps_of(optimizer)
 
@@ -498,8 +503,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, saved, **overrides):
-        """The model of a checkpoint dict, this repo's or nanoGPT's, with OVERRIDABLE fields changed.
-        Raises ValueError where they do not fit."""
+        """The model of a checkpoint dict, this repo's or nanoGPT's, with OVERRIDABLE fields
+        changed. Raises ValueError where they do not fit."""
         return checkpoint.build_model(cls, GPTConfig, saved, overrides)
 
     @classmethod
@@ -511,4 +516,5 @@ class GPT(nn.Module):
 
 
 OVERRIDABLE_FIELDS = marked(GPTConfig, OVERRIDABLE)
-ADAPTER_DEFAULTS = {f.name: f.default for f in fields(GPTConfig) if f.name.startswith(('adaptive', 'lora'))}
+ADAPTER_DEFAULTS = {f.name: f.default for f in fields(GPTConfig)
+                    if f.name.startswith(('adaptive', 'lora'))}

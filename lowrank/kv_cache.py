@@ -31,18 +31,11 @@ class DenseValues:
     def nbytes(self):
         return self.data.nbytes
 
-    @property
-    def batch(self):
-        return len(self.data)
-
     def append(self, x):
         """Add rows x (..., m, n). Raises ValueError where there is no room for them."""
         _check_capacity(self.length, x.shape[-2], self.data.shape[-2])
         self.data[..., self.length:self.length + x.shape[-2], :] = x
         self.length += x.shape[-2]
-
-    def clear(self):
-        self.length = 0
 
     def all(self):
         """-> (..., T, n)."""
@@ -130,11 +123,6 @@ class BlockCausalValues:
         with torch.autocast(rows.device.type, enabled=False):       # it would round MPS's float32
             self.gram += rows.mT @ rows
 
-    def clear(self):
-        self.dense.clear()
-        self.coordinates.clear()
-        self.gram.zero_()
-
     def all(self):
         """-> (..., T, n)."""
         parts = self.coordinates.all().split(span_lengths(self.starts, self.length)[1:], dim=-2)
@@ -184,9 +172,6 @@ class LatentValues:
         """w_v: U_v (nh, hs, d); bias: b (nh, 1, hs) or None."""
         self.w_v, self.bias = w_v, bias
 
-    def clear(self):
-        pass
-
     def all(self, c):
         """c (B, T, d) -> (B, nh, T, hs)."""
         v = expand(self.w_v, c)
@@ -216,9 +201,6 @@ class BlockCausalLatentValues(LatentValues):
         self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
         self.bases = torch.empty(len(self.starts), B, nh, hs, rank, dtype=dtype, device=device)
         self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
-
-    def clear(self):
-        self.made = 0
 
     def all(self, c):
         self._make_bases(c)
@@ -263,16 +245,8 @@ class KeyValueCache:
         return self.stored.length
 
     @property
-    def batch(self):
-        return self.stored.batch
-
-    @property
     def nbytes(self):
         return self.stored.nbytes + self.values.nbytes
-
-    def clear(self):
-        self.stored.clear()
-        self.values.clear()
 
     @torch.compiler.disable                                         # shapes change with every token
     def attend(self, q, k, v):
@@ -309,19 +283,15 @@ class LatentCache(KeyValueCache):
             k, v = expand(self.w_k, c), self.values.all(c)          # (B, nh, T, hs)
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
         c = self.stored.all()                                       # (B, T, d)
-        return self.values.weighted_sum(F.softmax(absorbed_scores(q, self.w_k, c), dim=-1), c)
+        # (nh, B, hs) x (nh, hs, d): heads meet the latents
+        q = (q * q.size(-1) ** -0.5).squeeze(2).transpose(0, 1) @ self.w_k
+        scores = q.transpose(0, 1) @ c.mT                           # (B, nh, d) x (B, d, T)
+        return self.values.weighted_sum(F.softmax(scores, dim=-1), c)
 
 
 def expand(weight, c):
     """Keys or values of latents: weight (nh, hs, d), c (B, T, d) -> (B, nh, T, hs)."""
     return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
-
-
-def absorbed_scores(q, w_k, c):
-    """q (B, nh, 1, hs) against the keys of latents c (B, T, d), which are not made -> (B, nh,
-    T)."""
-    q = (q * q.size(-1) ** -0.5).squeeze(2).transpose(0, 1) @ w_k   # (nh, B, hs) x (nh, hs, d)
-    return q.transpose(0, 1) @ c.mT                                 # (B, nh, d) x (B, d, T)
 
 
 def validate_positions(cache, idx, block_size):
@@ -336,6 +306,7 @@ def validate_positions(cache, idx, block_size):
                          f'block_size={block_size}')
     if start and T > 1:
         raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
-    if cache and len(idx) not in (1, cache[0].batch):
-        raise ValueError(f'cannot add {len(idx)} sequences to a cache of {cache[0].batch}')
+    if cache and len(idx) not in (1, len(cache[0].stored.data)):
+        raise ValueError(f'cannot add {len(idx)} sequences to a cache of '
+                         f'{len(cache[0].stored.data)}')
     return start

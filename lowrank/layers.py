@@ -16,19 +16,42 @@ INITS = ('lora', 'pissa', 'milora')
 FLOOR = 1e-4
 
 
-class LowRankLinear(nn.Module):
+class FactoredLinear(nn.Module):
+    """What layers with factors A (r, n) and B (m, r), nn.Linear both, have in common."""
+
+    def add_factors(self, in_features, out_features, rank, bias):
+        """Raises ValueError for a rank outside 1..min(m, n)."""
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f'rank={rank}: must be 1 to {min(in_features, out_features)} for a '
+                             f'layer of {out_features} x {in_features}')
+        self.A = nn.Linear(in_features, rank, bias=False)
+        self.B = nn.Linear(rank, out_features, bias=bias)
+
+    @property
+    def rank(self):
+        return self.A.out_features
+
+    @torch.no_grad()
+    def set_factors(self, b, a):
+        self.A.weight.copy_(a.to(self.A.weight.dtype))             # dtype first: MPS has no float64
+        self.B.weight.copy_(b.to(self.B.weight.dtype))
+
+    @torch.no_grad()
+    def product(self):
+        """B A (m, n), multiplied in float64 on the CPU."""
+        return self.B.weight.cpu().double() @ self.A.weight.cpu().double()
+
+
+class LowRankLinear(FactoredLinear):
     """y = B (A x) + b: a linear layer whose weight (m, n) has rank r at most.
 
-    r (m + n) parameters instead of m n, and as many multiplications per row of x. A (r, n) and
-    B (m, r) are linear layers; B has the bias.
+    r (m + n) parameters instead of m n, and as many multiplications per row of x. B has the bias.
     """
 
     def __init__(self, in_features, out_features, rank, bias=True):
         """Raises ValueError for a rank outside 1..min(m, n)."""
         super().__init__()
-        _check_rank(rank, out_features, in_features)
-        self.A = nn.Linear(in_features, rank, bias=False)
-        self.B = nn.Linear(rank, out_features, bias=bias)
+        self.add_factors(in_features, out_features, rank, bias)
 
     def forward(self, x):                                         # (..., n) -> (..., r) -> (..., m)
         return self.B(self.A(x))
@@ -48,17 +71,14 @@ class LowRankLinear(nn.Module):
         """b (m, r), a (r, n), with the bias, dtype, device and requires_grad of the layer
         `like`."""
         layer = cls(a.size(1), len(b), len(a), like.bias is not None).to(like.weight)
-        layer.A.weight.copy_(a.to(like.weight.dtype))              # dtype first: MPS has no float64
-        layer.B.weight.copy_(b.to(like.weight.dtype))
+        layer.set_factors(b, a)
         if like.bias is not None:
             layer.bias.copy_(like.bias)
         return layer.requires_grad_(like.weight.requires_grad)
 
-    @torch.no_grad()
     def merge(self):
         """The dense layer with the weight B A, multiplied in float64."""
-        product = self.B.weight.cpu().double() @ self.A.weight.cpu().double()       # (m, n)
-        return linear_from_tensors(product, self.bias, self.A.weight)
+        return linear_from_tensors(self.product(), self.bias, self.A.weight)
 
     @property
     def weight(self):
@@ -69,12 +89,8 @@ class LowRankLinear(nn.Module):
     def bias(self):
         return self.B.bias
 
-    @property
-    def rank(self):
-        return self.A.out_features
 
-
-class LoRALinear(nn.Module):
+class LoRALinear(FactoredLinear):
     """y = W x + b + s B A dropout(x), s = alpha / r: x (..., n) -> y (..., m).
 
     W (m, n) and b (m) of the linear layer `base` are frozen; A (r, n) and B (m, r) are trained.
@@ -87,11 +103,10 @@ class LoRALinear(nn.Module):
         """With values that are to be loaded. dropout: share of x that the adapter does not see in
         training. Raises ValueError for a rank outside 1..min(m, n)."""
         super().__init__()
-        _check_rank(rank, out_features, in_features)
         self.base = nn.Linear(in_features, out_features, bias).requires_grad_(False)
-        self.alpha, self.dropout = alpha, nn.Dropout(dropout)
-        self.A = nn.Linear(in_features, rank, bias=False)           # Kaiming-uniform, as LoRA's own
-        self.B = nn.Linear(rank, out_features, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.add_factors(in_features, out_features, rank, bias=False)
+        self.scale = alpha / rank
         nn.init.zeros_(self.B.weight)
 
     def forward(self, x):                                           # (..., n) -> (..., m)
@@ -105,14 +120,6 @@ class LoRALinear(nn.Module):
     @property
     def bias(self):
         return self.base.bias
-
-    @property
-    def rank(self):
-        return self.A.out_features
-
-    @property
-    def scale(self):
-        return self.alpha / self.rank
 
     @classmethod
     @torch.no_grad()
@@ -131,21 +138,15 @@ class LoRALinear(nn.Module):
             whole = linear.weight.cpu().double()                    # W_0 (m, n)
             components = slice(rank) if init == 'pissa' else slice(-rank, None)
             b, a = svd_factors(whole, components, layer.scale)
-            layer.A.weight.copy_(a.to(linear.weight.dtype))        # dtype first: MPS has no float64
-            layer.B.weight.copy_(b.to(linear.weight.dtype))
-            rest = whole - layer.delta_weight()                     # of the rounded A and B
+            layer.set_factors(b, a)
+            rest = whole - layer.scale * layer.product()            # of the rounded A and B
             layer.base.weight.copy_(rest.to(linear.weight.dtype))
         return layer
 
     @torch.no_grad()
-    def delta_weight(self):
-        """s B A (m, n), in float64 on the CPU."""
-        return self.scale * (self.B.weight.cpu().double() @ self.A.weight.cpu().double())
-
-    @torch.no_grad()
     def merge(self):
         """The dense layer with the weight W + s B A, added in float64."""
-        weight = self.base.weight.cpu().double() + self.delta_weight()
+        weight = self.base.weight.cpu().double() + self.scale * self.product()
         return linear_from_tensors(weight, self.bias, self.base.weight)
 
 
@@ -223,8 +224,3 @@ def linear_from_tensors(weight, bias, like):
     if bias is not None:
         layer.bias.copy_(bias)
     return layer.requires_grad_(like.requires_grad)
-
-
-def _check_rank(rank, m, n):
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f'rank={rank}: must be 1 to {min(m, n)} for a layer of {m} x {n}')

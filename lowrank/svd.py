@@ -194,63 +194,41 @@ def _project(x, rank, method, spans, basis_grad, start=None, **options):
     if start is not None and start.dim() > 2:                       # one for each matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
     with _full_precision(x):
-        if method == 'randomized':
-            y, gram = _ProjectRowsRandomized.apply(flat, rank, spans, basis_grad, start, options)
-            return y.view(x.shape).to(x.dtype), gram.view(*x.shape[:-2], *gram.shape[-2:])
-        y = _ProjectRows.apply(flat, rank, method, spans, basis_grad)
-        return y.view(x.shape).to(x.dtype), None
+        options['start'] = start
+        y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad, options)
+        gram = None if gram is None else gram.view(*x.shape[:-2], *gram.shape[-2:])
+        return y.view(x.shape).to(x.dtype), gram
 
 
 class _ProjectRows(torch.autograd.Function):
     """y[a:b] = x[a:b] P_s for each span (s, a, b), P_s the projector of the prefix x[:s].
 
     x (N, T, n). Rows outside all spans pass unchanged. One span (T, 0, T) is the plain truncated
-    SVD. The backward pass is the formula at the top of this file, summed over spans and written
-    with the symmetric F, F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i, else 0:
-    Z + Z^T = W [F o (W^T (M + M^T) W)] W^T.
+    SVD. Returns y, and with 'randomized' G of the longest prefix (N, n, n), which has no gradient.
+
+    The backward pass is a formula at the top of this file, summed over spans. The exact one is
+    written with the symmetric F, F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i,
+    else 0: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T.
     """
 
     @staticmethod
-    def forward(ctx, x, rank, method, spans, basis_grad):
-        eigenvalues, w = _exact_spectrum(x, method, [s for s, _, _ in spans])
-        w = w.to(x.dtype).to(x.device)                              # (spans, N, n, n), ascending
-        projectors = w[..., -rank:] @ w[..., -rank:].mT             # (spans, N, n, n)
-        ctx.save_for_backward(projectors, *((x, eigenvalues, w) if basis_grad else ()))
+    def forward(ctx, x, rank, method, spans, basis_grad, options):
+        stops, basis, gram = [s for s, _, _ in spans], (), None
+        if method == 'randomized':
+            grams = _prefix_grams(x, stops)                         # (spans, N, n, n)
+            q, inverse, before = _iterate(grams, rank, **options)
+            projectors, gram = (q @ q.mT).to(x.dtype), grams[-1]
+            if basis_grad and ctx.needs_input_grad[0]:
+                basis = x, (q @ (inverse.mT @ before.mT)).to(x.dtype)
+            ctx.mark_non_differentiable(gram)
+        else:
+            eigenvalues, w = _exact_spectrum(x, method, stops)
+            w = w.to(x.dtype).to(x.device)                          # (spans, N, n, n), ascending
+            projectors = w[..., -rank:] @ w[..., -rank:].mT
+            basis = (x, eigenvalues, w) if basis_grad else ()
+        ctx.save_for_backward(projectors, *basis)
         ctx.rank, ctx.spans = rank, spans
-        return _apply_projectors(x, projectors, spans)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        projectors, *basis = ctx.saved_tensors
-        with _full_precision(dy):
-            dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
-            if basis:
-                x, eigenvalues, w = basis
-                f = _divided_differences(eigenvalues, ctx.rank, x)
-                m = _symmetric_cross_product(x, dy, ctx.spans)
-                _add_to_prefixes(dx, x, w @ (f * (w.mT @ m @ w)) @ w.mT, ctx.spans)
-        return dx, None, None, None, None
-
-
-class _ProjectRowsRandomized(torch.autograd.Function):
-    """The same for 'randomized', P_s = Q Q^T, with its one-step gradient.
-
-    Returns y (N, T, n), and G of the longest prefix (N, n, n), which has no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x, rank, spans, basis_grad, start, options):
-        grams = _prefix_grams(x, [s for s, _, _ in spans])          # (spans, N, n, n)
-        q, inverse, before = _iterate(grams, rank, **options, start=start)
-        projectors = (q @ q.mT).to(x.dtype)                         # (spans, N, n, n)
-        f = ()
-        if basis_grad and ctx.needs_input_grad[0]:
-            f = x, (q @ (inverse.mT @ before.mT)).to(x.dtype)
-        ctx.save_for_backward(projectors, *f)
-        ctx.spans, last = spans, grams[-1]
-        ctx.mark_non_differentiable(last)
-        return _apply_projectors(x, projectors, spans), last
+        return _apply_projectors(x, projectors, spans), gram
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -259,10 +237,17 @@ class _ProjectRowsRandomized(torch.autograd.Function):
         with _full_precision(dy):
             dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
             if basis:
-                x, f = basis
-                z = _symmetric_cross_product(x, dy, ctx.spans) @ f
-                z = z - projectors @ z                              # (I - P) (M + M^T) F
-                _add_to_prefixes(dx, x, z + z.mT, ctx.spans)
+                x, *basis = basis
+                m = _symmetric_cross_product(x, dy, ctx.spans)      # M + M^T (spans, N, n, n)
+                if len(basis) == 1:
+                    z = m @ basis[0]
+                    z = z - projectors @ z                          # (I - P) (M + M^T) F
+                    z = z + z.mT
+                else:
+                    eigenvalues, w = basis
+                    f = _divided_differences(eigenvalues, ctx.rank, x)
+                    z = w @ (f * (w.mT @ m @ w)) @ w.mT
+                _add_to_prefixes(dx, x, z, ctx.spans)
         return dx, None, None, None, None, None
 
 
