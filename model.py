@@ -5,11 +5,14 @@ token (multi-head latent attention, MLA), and whose layers can be low-rank or ad
 
 Where V is truncated: `CausalSelfAttention.apply_svd_to_v` ('sequence' and 'causal' scope: V itself)
 and `value_weight` ('weight' scope: the projection that makes V), both by the layer's `head_svd`
-module. Full rank changes nothing. The SVD makes training slower, never faster: docs/SVD.md.
+module. A cache keeps k coordinates per row instead of V in 'weight' scope, and in 'causal' scope
+after the first rows; 'sequence' scope has no cache. Full rank changes nothing. The SVD makes
+training slower, never faster: docs/SVD.md.
 
 Where MLA happens: `LatentProjection` in place of `QKVProjection`. A cache keeps d numbers per token
-instead of 2C; training and prompts expand them, single tokens absorb the weights instead
-(lowrank/kv_cache.py); the two agree up to rounding: docs/MLA.md.
+and layer instead of 2C. Training and prompts expand them to keys and values; for single tokens U_k
+is absorbed into the query and U_v applied after attention (lowrank/kv_cache.py). The two agree up
+to rounding: docs/MLA.md.
 
 Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank,
 d latent size.
@@ -26,7 +29,7 @@ from torch.nn import functional as F
 
 from lowrank.adapters import AdapterTargets, add_adapters, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
-from lowrank.head_svd import SCOPES, head_svd, why_off
+from lowrank.head_svd import SCOPES, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
 from lowrank.layers import INITS, LowRankLinear, SplitProjection, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
@@ -34,7 +37,7 @@ from lowrank.subspace_iteration import WarmStartBasis, get_bases, set_bases, upd
 from lowrank.svd import METHODS, low_rank_approximation
 from runtime import checkpoint, pretrained
 from runtime.config import OVERRIDABLE, Needs, Range, marked, validate
-from runtime.draw import stream
+from runtime.draw import stream as sample_stream
 from runtime.optim import adamw
 from runtime.processes import mean_over_processes
 
@@ -68,14 +71,16 @@ class GPTConfig(AdapterTargets):
                           "faster; 'randomized': faster still, residual 1 to 4% above the best",
                           *SVD] = 'gram'
     svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; "
-                         "'causal': by earlier rows; 'weight': the value projection",
-                         *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal': rows before the first basis", Range(1), *CAUSAL] = 32
-    svd_basis_grad: Annotated[bool, "whether gradients reach the basis; False: in 'sequence' scope "
-                              'nothing rewards hiding the future in it', *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': products with V^T V before the last, from a "
-                               'cold start', Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond rank + 4",
+                         "'causal': rows projected on a basis of earlier rows; 'weight': the value "
+                         'projection', *SVD] = 'sequence'
+    svd_block: Annotated[int, "'causal': rows left whole before the first basis; the next basis is "
+                         'due when rows have doubled', Range(1), *CAUSAL] = 32
+    svd_basis_grad: Annotated[bool, 'False: the basis is a constant in the backward pass; in '
+                              "'sequence' scope training then cannot learn to leak later tokens "
+                              'through it', *SVD] = True
+    svd_power_iters: Annotated[int, "'randomized': products with V^T V of a cold start, besides "
+                               'the last one', Range(0), *RANDOMIZED] = 2
+    svd_oversample: Annotated[int, "'randomized': columns of a cold start on top of rank + 4",
                               Range(0), *RANDOMIZED] = 0
     use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents'] = False
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
@@ -177,8 +182,9 @@ class QKVProjection(nn.Linear):
         return self.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))
 
     def project_for_cache(self, x, cache):
-        """x (B, T, C) -> q, k, v (B, nh, T, hs) for cache.attend; instead of v its coordinates
-        (B, nh, T, k) where the cache has a `down_proj`."""
+        """x (B, T, C) -> q, k, v (B, nh, T, hs) for cache.attend. In 'weight' scope, where W_v = A
+        B, the cache's `down_proj` is B: k numbers B x replace v, and A and the bias are applied
+        after attention."""
         down_proj, C = cache.values.down_proj, x.size(2)
         if down_proj is None:
             return self(x)
@@ -187,7 +193,8 @@ class QKVProjection(nn.Linear):
         return split_heads(self.n_head, q, k, F.linear(x, down_proj))
 
     def new_cache(self, shape, svd, **kind):
-        """shape (B, nh, N, hs); svd: a module of head_svd.py; kind: dtype and device."""
+        """The cache of a layer for N tokens, with values as the SVD leaves them. shape (B, nh, N,
+        hs); svd: a module of lowrank/head_svd.py; kind: dtype and device."""
         bias = None if self.bias is None else self.bias.chunk(3)[2]
         values = svd.new_values(shape, self.value_weight(), bias, **kind)
         return KeyValueCache(DenseValues(shape, **kind), values)
@@ -222,7 +229,7 @@ class LatentProjection(nn.Module):
         return *split_heads(self.n_head, self.query(x)), self.kv_down(x)
 
     def new_cache(self, shape, svd, **kind):
-        """As `QKVProjection.new_cache`; what is cached is the latent, whatever the SVD."""
+        """As `QKVProjection.new_cache`, of latents (and bases in 'causal' scope)."""
         (B, _, N, _), w_k = shape, self.k_up.weight.unflatten(0, (self.n_head, -1))
         values = svd.new_latent_values(shape, self.value_weight(), self.v_up.bias, **kind)
         return LatentCache(DenseValues((B, N, w_k.size(2)), **kind), w_k, values)
@@ -236,7 +243,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.dropout, self.svd_rank = config.dropout, config.svd_rank
-        self.head_svd = head_svd(
+        self.head_svd = build_head_svd(
             config.svd_scope if config.svd_truncates else None, config.svd_block, heads=self.n_head,
             head_size=self.head_size, rank=config.svd_rank, method=config.svd_method,
             basis_grad=config.svd_basis_grad, power_iters=config.svd_power_iters,
@@ -253,7 +260,7 @@ class CausalSelfAttention(nn.Module):
                 q, k, v, dropout_p=self.dropout * self.training, is_causal=not only_last)
         else:
             y = cache.attend(q, *kv)
-        y = y.transpose(1, 2).flatten(2)                            # (B, nh, T, hs) -> (B, T, C)
+        y = y.transpose(1, 2).flatten(2)                            # -> (B, T or 1, C)
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):
@@ -270,13 +277,14 @@ class CausalSelfAttention(nn.Module):
         return self.head_svd(v)
 
     def _standard_svd_reconstruction(self, v, rank=None):
-        """U_k S_k V_k^T by torch.linalg.svd, rank None: svd_rank: (B, nh, T, hs) -> the same."""
+        """The reference, whatever svd_method is: U_k S_k V_k^T by torch.linalg.svd, (B, nh, T, hs)
+        -> the same. rank: svd_rank by default."""
         return low_rank_approximation(v, rank or self.svd_rank, 'standard')
 
     @torch.no_grad()
     def value_statistics(self, x):
         """x (B, T, C) -> energy that the SVD keeps of V, and the effective rank of V before it, per
-        head: {'energy_kept': (nh), 'effective_rank': (nh)}."""
+        head, averaged over the batch: {'energy_kept': (nh), 'effective_rank': (nh)}."""
         v, truncated = self.c_attn(x)[2], self.apply_svd_to_v(self.project(x)[2])
         return {'energy_kept': energy_kept(v, truncated).mean(0),
                 'effective_rank': effective_rank(v).mean(0)}
@@ -284,7 +292,7 @@ class CausalSelfAttention(nn.Module):
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
         """A cache for `tokens` tokens of `batch` sequences, in the dtype that keys and values have.
-        device None: the weights'. Raises ValueError in 'sequence' scope."""
+        device None: the weights'. Raises ValueError in 'sequence' scope that truncates."""
         weight = next(self.parameters())
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind) and dtype != torch.float64:      # which it leaves alone
@@ -359,9 +367,9 @@ class GPT(nn.Module):
         """GPT-2's initialization: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections
         that write to the residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)),
         one factor for each of its 2 n_layer additions. Draws in nanoGPT's order: equal seeds, equal
-        weights. In a product that is the second factor's; the first (MLA's W_a, A of a
-        LowRankLinear) has orthogonal rows with entries of 1 / sqrt(rank). So the product has it,
-        too, and moves with its second factor as far as a single weight would."""
+        weights. In a product of two factors (MLA, LowRankLinear) the second has this deviation and
+        the first orthogonal rows with entries of about 1 / sqrt(rank), so the product has it, too,
+        and moves with its second factor as far as a single weight would."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -413,13 +421,13 @@ class GPT(nn.Module):
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
                seed=None):
-        """The next tokens of idx (B, T), each (B, 1), as they are sampled: `runtime.draw.stream`.
+        """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.draw.stream`.
         'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
         noncausal = self.config.is_noncausal
         if use_cache and noncausal:
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no "
                           'cache is used and the prefix is recomputed for each', stacklevel=2)
-        return stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
+        return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
                       use_cache=use_cache and not noncausal and not self.training)
 
     def new_cache(self, batch, tokens):
@@ -431,8 +439,8 @@ class GPT(nn.Module):
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
     def kv_cache_bytes(self, batch, tokens):
-        """Bytes of the cache for `tokens` tokens (block_size at most) of `batch` sequences; 0 in
-        'sequence' scope, which has none. Weights that it refers to do not count."""
+        """Bytes of the cache for `tokens` tokens (block_size at most) of `batch` sequences; 0 where
+        'sequence' scope truncates: it has none. Weights that it refers to do not count."""
         if self.config.is_noncausal:
             return 0
         tokens = min(tokens, self.config.block_size)
@@ -447,7 +455,7 @@ class GPT(nn.Module):
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
         head, pairs = self.lm_head.weight.numel(), tokens * (tokens + 1) // 2   # of query and key
-        if decode:                                                 # absorbed: heads meet the latent
+        if decode:                                                 # each head attends over latents
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
             return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
         once = last - projection + head + 2 * c.n_embd * tokens     # only the last position goes on
@@ -482,8 +490,9 @@ class GPT(nn.Module):
         return self.update_bases_after_steps_of(optimizer)
 
     def update_bases_after_steps_of(self, optimizer):
-        """After each step, 'randomized' starts from V of that step. Under an optimizer without this
-        hook every forward pass starts from the same random basis. Returns the optimizer."""
+        """The basis that 'randomized' starts from moves after each of its steps, to that of the V
+        of the step's forward passes. Under an optimizer without this hook it stays random, or as
+        loaded. Returns the optimizer."""
         bases = self.warm_starts()
         if bases:
             optimizer.register_step_post_hook(lambda *_: update_bases(bases, mean_over_processes))

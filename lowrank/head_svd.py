@@ -1,6 +1,6 @@
 """What attention does to each head's V: nothing, or a truncated SVD in one of three scopes.
 
-A model builds one of these modules per layer, with `head_svd`. Each has
+A model builds one of these modules per layer, with `build_head_svd`. Each has
     forward(v)                      V (B, nh, T, hs) -> the V that attention sums
     truncate_weight(w_v)            W_v (nh, hs, C), or U_v (nh, hs, d) of MLA -> the same
     new_values, new_latent_values   the form in which a cache keeps such values (kv_cache.py)
@@ -121,7 +121,7 @@ class WeightSVD(NoSVD):
 SCOPES = ('sequence', 'causal', 'weight')
 
 
-def head_svd(scope, block, **options):
+def build_head_svd(scope, block, **options):
     """The module of a scope, or of None."""
     if scope is None:
         return NoSVD()
