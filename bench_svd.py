@@ -153,7 +153,7 @@ def decomposed(cfg, scope, source):
 
 def new_basis(cfg, device):
     return WarmStartBasis(cfg.n_head, cfg.n_embd // cfg.n_head, cfg.svd_rank, cfg.svd_power_iters,
-                          cfg.svd_oversample).to(device)
+                          cfg.svd_oversample).to(device).eval()
 
 
 @torch.no_grad()

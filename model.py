@@ -33,7 +33,8 @@ from lowrank.head_svd import SCOPES, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
 from lowrank.layers import INITS, LowRankLinear, SplitProjection, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
-from lowrank.subspace_iteration import WarmStartBasis, get_bases, set_bases, update_bases
+from lowrank.subspace_iteration import (WarmStartBasis, clear_grams, get_bases, set_bases,
+                                        update_bases)
 from lowrank.svd import METHODS, low_rank_approximation
 from runtime import checkpoint, pretrained
 from runtime.config import OVERRIDABLE, Needs, Range, marked, validate
@@ -494,8 +495,17 @@ class GPT(nn.Module):
         of the step's forward passes. Under an optimizer without this hook it stays random, or as
         loaded. Returns the optimizer."""
         bases = self.warm_starts()
+
+        def hook(optimizer, *_):
+            found_inf = getattr(optimizer, 'found_inf', None)      # a GradScaler's, of a fused step
+            if found_inf is not None and found_inf.item():
+                clear_grams(bases)
+            else:
+                update_bases(bases, mean_over_processes)
         if bases:
-            optimizer.register_step_post_hook(lambda *_: update_bases(bases, mean_over_processes))
+            optimizer.register_step_post_hook(hook)
+        for basis in bases:
+            basis.followed = True
         return optimizer
 
     def warm_starts(self):

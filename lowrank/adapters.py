@@ -50,12 +50,14 @@ class AdapterTargets:
         """Raise ValueError where the options name layers or ranks that the model does not have."""
         for option, less in (('layer_ranks', 0), ('adaptive_svd_ranks', 1)):
             for name, rank in (getattr(self, option) or {}).items():
-                most = min(self.layer_shapes.get(name, (less,))) - less  # 0: there is no such layer
-                if not 1 <= rank <= most:
+                shape = self.layer_shapes.get(name)
+                if shape is None:
                     close = difflib.get_close_matches(name, self.layer_shapes, 1, 0)[0]
-                    fault = f'must be 1 to {most}' if most else (
-                        f'no such layer (nearest: {close!r})')
-                    raise ValueError(f'{option}={{{name!r}: {rank}}}: {fault}')
+                    raise ValueError(f'{option}={{{name!r}: {rank}}}: no such layer (nearest: '
+                                     f'{close!r})')
+                if not 1 <= rank <= min(shape) - less:
+                    raise ValueError(f'{option}={{{name!r}: {rank}}}: must be 1 to '
+                                     f'{min(shape) - less}')
         if self.adaptive_svd and self.has_lora:
             raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd '
                              '(nearest: --lora_rank=None)')

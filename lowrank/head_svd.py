@@ -60,15 +60,22 @@ class SequenceSVD(NoSVD):
             return self.approximate(v, basis_grad=self.basis_grad, **self.options)
         options = self.options | self.warm_start.start()
         v, gram = self.approximate(v, basis_grad=self.basis_grad, **options, return_gram=True)
-        if gram is not None and self.training and torch.is_grad_enabled():
+        if gram is not None and self.warm_start.in_training() and torch.is_grad_enabled():
             self.warm_start.accumulate_gram(gram)                   # of a training step
         return v
 
     def new_values(self, shape, w_v, bias, **kind):
-        raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one and "
-                         'cannot be cached')
+        self._check_cached(shape)
+        return super().new_values(shape, w_v, bias, **kind)
 
-    new_latent_values = new_values
+    def new_latent_values(self, shape, w_v, bias, **kind):
+        self._check_cached(shape)
+        return super().new_latent_values(shape, w_v, bias, **kind)
+
+    def _check_cached(self, shape):
+        if shape[2] > self.options['rank']:                         # fewer tokens are not truncated
+            raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
+                             'and cannot be cached')
 
 
 class CausalSVD(SequenceSVD):

@@ -37,6 +37,9 @@ class DenseValues:
         self.data[..., self.length:self.length + x.shape[-2], :] = x
         self.length += x.shape[-2]
 
+    def clear(self):
+        self.length = 0
+
     def all(self):
         """-> (..., T, n)."""
         return self.data[..., :self.length, :]
@@ -123,6 +126,11 @@ class BlockCausalValues:
         with torch.autocast(rows.device.type, enabled=False):       # it would round MPS's float32
             self.gram += rows.mT @ rows
 
+    def clear(self):
+        self.dense.clear()
+        self.coordinates.clear()
+        self.gram.zero_()
+
     def all(self):
         """-> (..., T, n)."""
         parts = self.coordinates.all().split(span_lengths(self.starts, self.length)[1:], dim=-2)
@@ -172,6 +180,9 @@ class LatentValues:
         """w_v: U_v (nh, hs, d); bias: b (nh, 1, hs) or None."""
         self.w_v, self.bias = w_v, bias
 
+    def clear(self):
+        pass
+
     def all(self, c):
         """c (B, T, d) -> (B, nh, T, hs)."""
         v = expand(self.w_v, c)
@@ -201,6 +212,9 @@ class BlockCausalLatentValues(LatentValues):
         self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
         self.bases = torch.empty(len(self.starts), B, nh, hs, rank, dtype=dtype, device=device)
         self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
+
+    def clear(self):
+        self.made = 0
 
     def all(self, c):
         self._make_bases(c)
@@ -247,6 +261,10 @@ class KeyValueCache:
     @property
     def nbytes(self):
         return self.stored.nbytes + self.values.nbytes
+
+    def clear(self):
+        self.stored.clear()
+        self.values.clear()
 
     @torch.compiler.disable                                         # shapes change with every token
     def attend(self, q, k, v):

@@ -56,15 +56,17 @@ class WarmStartBasis(nn.Module):
     """Where the iterations for one layer's matrices start.
 
     Cold: from a Gaussian guess. Warm, after the first training step: from the leading subspace of
-    the sum of that step's matrices, one basis per head. It has no parameters and no entries in the
-    state dict; `get_bases` and `set_bases` are what a checkpoint stores.
+    the sum of that step's matrices, one basis per head. In training mode it is cold, and collects
+    nothing, unless `followed` says that an optimizer's hook calls `update_bases`. It has no
+    parameters and no entries in the state dict; `get_bases` and `set_bases` are what a checkpoint
+    stores.
     """
 
     def __init__(self, heads, n, rank, power_iters, oversample, warm_power_iters=0):
         """power_iters, oversample: of a cold start; warm_power_iters: of a warm one."""
         super().__init__()
         self.rank, self.power_iters, self.warm_power_iters = rank, power_iters, warm_power_iters
-        self.warm = self.has_gram = False
+        self.warm = self.has_gram = self.followed = False
         gaussian = gaussian_start(n, rank, oversample).to(torch.get_default_dtype())
         for name, value in (('gaussian', gaussian),                             # (n, l)
                             ('basis', gaussian[:, :rank].repeat(heads, 1, 1)),  # (nh, n, k)
@@ -73,9 +75,12 @@ class WarmStartBasis(nn.Module):
 
     def start(self):
         """Options of a randomized SVD: its start and the number of products before the last."""
-        if self.warm:
+        if self.warm and (self.followed or not self.training):
             return dict(start=self.basis, power_iters=self.warm_power_iters)
         return dict(start=self.gaussian, power_iters=self.power_iters)
+
+    def in_training(self):
+        return self.training and self.followed
 
     def accumulate_gram(self, gram):
         """Add the matrices G (B, nh, n, n) of one micro-batch of a training step."""

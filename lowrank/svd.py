@@ -336,7 +336,8 @@ def _decompose(f, a, **options):
 
 def _check_finite(a):
     if a.device.type == 'cpu' and not torch.compiler.is_compiling() and not a.sum().isfinite():
-        raise torch.linalg.LinAlgError('the input of the SVD has non-finite values (NaN or inf)')
+        raise torch.linalg.LinAlgError('the input of the SVD has non-finite values (NaN or inf), '
+                                       'or squares beyond float32')
 
 
 def _stack(tensors):

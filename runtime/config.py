@@ -112,20 +112,22 @@ def validate(cfg):
         if not ok:
             raise ValueError(f'{key}={shown(value)}: must be {describe(hint)}{nearest(value, hint)}')
         setattr(cfg, key, converted)
-        for bounds in get_args(hint)[2:]:
-            if isinstance(bounds, Range) and bounds.fault(value):
-                raise ValueError(f'{key}={value}: {bounds.fault(value)}')
+        for fault in (bounds.fault(converted) for bounds in get_args(hint)[2:] if isinstance(bounds, Range)):
+            if fault:
+                raise ValueError(f'{key}={value}: {fault}')
 
 
-def has_effect(cfg, key):
-    """Whether an option of a configuration does anything beside its others."""
-    return all(getattr(cfg, name) == value for needs in get_args(hints_of(type(cfg))[key])[2:]
+def has_effect(cfg, key, cls=None):
+    """Whether an option of a configuration, of cls if cfg is not, does anything beside its others."""
+    return all(getattr(cfg, name) == value for needs in get_args(hints_of(cls or type(cfg))[key])[2:]
                if isinstance(needs, Needs) for name, value in needs.conditions.items())
 
 
 def unused_options(options, cfg):
-    """The fields that `options` set to something else than `cfg`'s default and that change nothing beside cfg's."""
-    return [f.name for f in fields(cfg) if getattr(options, f.name) != f.default and not has_effect(cfg, f.name)]
+    """The fields of `options` that are not at their default and change nothing for a model of configuration cfg."""
+    both = types.SimpleNamespace(**vars(options) | {key: getattr(cfg, key) for key in dir(cfg) if key[0] != '_'})
+    return [f.name for f in fields(options) if getattr(options, f.name) != f.default
+            and not has_effect(both, f.name, type(options))]
 
 
 def check_all(cls, values, where):

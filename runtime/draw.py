@@ -68,7 +68,9 @@ def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
     ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
     for n in range(T, T + max_new_tokens):                          # n tokens so far
         window = ids[:1 if one_prompt and n == T else B, max(0, n - block_size):n]
-        cache = cache if n <= block_size else None                  # beyond, all positions shift
+        if cache and n > block_size:                                # all positions shift
+            for layer in cache:
+                layer.clear()
         new = window[:, cache[0].length:] if cache else window
         logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                                # (B, vocab)
         ids[:, n:n + 1] = token = draw(logits, *options, generator)

@@ -75,7 +75,7 @@ class Run:
         try:
             if self.adaptive is not None and 'adaptive_svd' in saved:
                 self.adaptive.load_state_dict(saved['adaptive_svd'])
-        except ValueError as e:
+        except (ValueError, TypeError, AttributeError) as e:
             raise UserError(f'{path}: its adaptive_svd does not fit: {e}') from None
         try:
             if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:     # as exported

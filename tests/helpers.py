@@ -219,8 +219,8 @@ def counted(f):
 def optimizer_of(model, kind):
     betas = (.9, .95)
     if kind == 'muon':
-        optimizer = MuonAdamW(gpt_groups(model, .1), 1e-2, betas, 'cpu', torch.float32)
-        return model.update_bases_after_steps_of(optimizer)
+        return model.update_bases_after_steps_of(
+            MuonAdamW(gpt_groups(model, .1), 1e-2, betas, 'cpu', torch.float32))
     return model.configure_optimizers(.1, 1e-2, betas, 'cpu')
 
 

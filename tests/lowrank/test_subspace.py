@@ -131,8 +131,9 @@ def randomized(scope, rank=2, **overrides):
 
 def take_step(model, seed=0):
     """As train.py does, but for the weights."""
+    optimizer = model.configure_optimizers(0, 0., (.9, .95), 'cpu')
     model.train()(tokens(seed=seed), tokens(seed=-seed))[1].backward()
-    model.configure_optimizers(0, 0., (.9, .95), 'cpu').step()
+    optimizer.step()
     return model
 
 
@@ -155,7 +156,7 @@ def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none
     """It is cold until every head has something. It stays where it was after a step that was not completed,
     that noted nothing or what is not finite. A head whose values were zero comes back. What it follows is the
     average over processes."""
-    own, x = WarmStartBasis(2, 16, 4, 5, oversample=1), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16, 16)
+    own, x = WarmStartBasis(2, 16, 4, 5, oversample=1).eval(), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16, 16)
     gram, other = (x @ x.mT).float(), (x.mT @ x).float()
 
     def moved(*grams, completed=True, **options):
@@ -179,6 +180,21 @@ def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none
     for _ in range(3):
         moved(gram, gram, mean=lambda sums: both.expand_as(sums))
     torch.testing.assert_close(span(own.basis), span(leading_eigenvectors(both, 4)), rtol=0, atol=5e-3)
+
+
+@each_scope
+def test_only_completed_steps_of_its_optimizer_move_the_basis(scope):
+    """Not a step that a GradScaler skips, here for a scale that overflows, and no step of another optimizer,
+    under which a basis that was loaded is not used in training either."""
+    model, cold = (randomized(scope, dtype=torch.float32).train() for _ in range(2))
+    optimizer, scaler = model.configure_optimizers(0, 0., (.9, .95), 'cpu'), torch.amp.GradScaler('cpu', 2. ** 127)
+    scaler.scale(1e4 * model(tokens(), tokens())[1]).backward()
+    scaler.step(optimizer)
+    assert model.svd_basis is None
+    cold.svd_basis = take_step(model).svd_basis
+    before, (_, loss) = cold.svd_basis, cold(tokens(), tokens())
+    torch.optim.SGD(cold.parameters(), 0.).step()
+    assert torch.equal(cold.svd_basis, before) and loss != cold.eval()(tokens(), tokens())[1]
 
 
 @each_scope

@@ -128,11 +128,13 @@ def test_randomized_starts_from_the_same_basis_with_a_cache(latents):
     model, idx = make(1, n_embd=32, block_size=64, **svd('causal', 5, 'randomized'), **latents), tokens(2, 64)
     cold = model(idx, idx)
     assert max(error(model, idx, prompt) for prompt in (1, 20)) <= 1e-9
+    optimizer = model.configure_optimizers(0, 0.0, (0.9, 0.95), 'cpu')
     model.train()(idx, idx)[1].backward()
-    model.configure_optimizers(0, 0.0, (0.9, 0.95), 'cpu').step()
+    optimizer.step()
     model.eval()
-    assert not torch.equal(model(idx, idx)[0], cold[0])
-    assert max(error(model, idx, prompt) for prompt in (1, 4, 20, 63)) <= 1e-9
+    assert not torch.equal(model(idx, idx)[0], cold[0]) and max(
+        error(model, idx, prompt) for prompt in (1, 4, 20, 63)
+    ) <= 1e-9
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -491,3 +493,11 @@ def test_logits_and_values_that_are_not_finite_raise(options, use_cache):
         torch.linalg.LinAlgError, match='transformer.h.1' if 'causal' in str(options) else 'non-finite'
     ):
         model.generate(tokens(columns=6), 5, use_cache=use_cache)
+
+
+@pytest.mark.parametrize('latents', [{}, mla(3)], ids=['dense', 'MLA'])
+def test_a_context_cropped_to_the_rank_is_not_truncated_and_cached(latents):
+    model = make(**svd('sequence', 3, 'gram'), **latents)
+    model.crop_block_size(3)
+    texts = [model.generate(tokens(1, 1), 5, top_k=1, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*texts) and model.kv_cache_bytes(1, 3) > 0
