@@ -5,14 +5,15 @@ token (multi-head latent attention, MLA), and whose layers can be low-rank or ad
 
 Where V is truncated: `CausalSelfAttention.apply_svd_to_v` ('sequence' and 'causal' scope: V itself)
 and `value_weight` ('weight' scope: the projection that makes V), both by the layer's `head_svd`
-module. A cache keeps k coordinates per row instead of V in 'weight' scope, and in 'causal' scope
-after the first rows; 'sequence' scope has no cache. Full rank changes nothing. The SVD makes
-training slower, never faster: docs/SVD.md.
+module. Without MLA, a cache keeps K whole and, per token and head, k coordinates instead of the hs
+numbers of V: in 'weight' scope for all tokens, in 'causal' scope for those after the first
+svd_block. Where 'sequence' scope truncates there is no cache. Full rank changes nothing. The SVD
+makes training slower, never faster: docs/SVD.md has the figures.
 
-Where MLA happens: `LatentProjection` in place of `QKVProjection`. A cache keeps d numbers per token
-and layer instead of 2C. Training and prompts expand them to keys and values; for single tokens U_k
-is absorbed into the query and U_v applied after attention (lowrank/kv_cache.py). The two agree up
-to rounding: docs/MLA.md.
+Where MLA happens: `LatentProjection` in place of `QKVProjection`. Keys are U_k c and values U_v c
+of a latent c, and a cache keeps the d numbers of c per token and layer instead of 2C. Training and
+prompts compute both; a single token attends to the latents, with U_k multiplied into its query and
+U_v applied to the result (lowrank/kv_cache.py). The two ways agree up to rounding: docs/MLA.md.
 
 Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank,
 d latent size.
@@ -74,8 +75,9 @@ class GPTConfig(AdapterTargets):
     svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; "
                          "'causal': rows projected on a basis of earlier rows; 'weight': the value "
                          'projection', *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal': rows left whole before the first basis; the next basis is "
-                         'due when rows have doubled', Range(1), *CAUSAL] = 32
+    svd_block: Annotated[int, "'causal': the first rows, which stay whole; a new basis is made of "
+                         'all earlier rows whenever their number has doubled', Range(1),
+                         *CAUSAL] = 32
     svd_basis_grad: Annotated[bool, 'False: the basis is a constant in the backward pass; in '
                               "'sequence' scope training then cannot learn to leak later tokens "
                               'through it', *SVD] = True
@@ -491,9 +493,9 @@ class GPT(nn.Module):
         return self.update_bases_after_steps_of(optimizer)
 
     def update_bases_after_steps_of(self, optimizer):
-        """The basis that 'randomized' starts from moves after each of its steps, to that of the V
-        of the step's forward passes. Under an optimizer without this hook it stays random, or as
-        loaded. Returns the optimizer."""
+        """After each step of the optimizer, update the basis that 'randomized' starts from, by the
+        V of that step's forward passes; a skipped step leaves it as it is. Under an optimizer
+        without this hook every forward pass of training starts cold. Returns the optimizer."""
         bases = self.warm_starts()
 
         def hook(optimizer, *_):
