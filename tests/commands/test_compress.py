@@ -191,6 +191,7 @@ def test_factors_are_compressed_again_and_become_latents(trained, shrink):
     assert fewer['params'][0] == report['params'][1] > fewer['params'][1]
 
 
+@pytest.mark.slow
 def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, refused):
     trained(*NO_BIAS)
     shrink('--rank=3', '--modules=mlp')
