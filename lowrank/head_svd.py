@@ -81,7 +81,7 @@ class SequenceSVD(NoSVD):
 class CausalSVD(SequenceSVD):
     """Rows of V projected on bases of earlier rows, in doubling blocks."""
 
-    warm_power_iters = 1   # one basis for all prefixes is a poorer guess: 1.026 with 1, 1.04 with 0
+    warm_power_iters = 1            # one basis for all prefixes is a poorer guess: docs/RESULTS.md
 
     def __init__(self, *args, block, **options):
         super().__init__(*args, **options)

@@ -101,9 +101,8 @@ def update_bases(bases, mean=None):
         sums = sums if mean is None else mean(sums)
         wide = sums if sums.device.type == 'mps' else sums.double()
         first, old = bases[0], torch.stack([basis.basis for basis in bases])    # (bases, nh, n, k)
-        start, iterations = first.start().values()
-        start = old if first.warm else start                        # of all layers
-        new, _, _ = leading_subspace(wide, first.rank, start.to(wide), iterations)
+        start = old if first.warm else first.gaussian               # of all layers
+        new, _, _ = leading_subspace(wide, first.rank, start.to(wide), first.start()['power_iters'])
         n, rank = new.shape[-2:]
         finite = new.isfinite().all(-1).all(-1)                     # (bases, nh)
         # bool() waits for the device, but only while the bases are cold
