@@ -32,7 +32,8 @@ from lowrank.adapters import AdapterTargets, add_adapters, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
 from lowrank.head_svd import SCOPES, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
-from lowrank.layers import INITS, LowRankLinear, SplitProjection, split_heads
+from lowrank.layers import (INITS, LowRankLinear, SplitProjection, bias_per_head,
+                            split_heads)
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import (WarmStartBasis, clear_grams, get_bases, set_bases,
                                         update_bases)
@@ -180,27 +181,15 @@ class QKVProjection(nn.Linear):
             weight = torch.cat((*weight.chunk(3)[:2], w_v.flatten(0, 1)))
         return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
 
+    project_for_cache = forward
+
     def value_weight(self):
         """W_v, which makes V of x, per head: (nh, hs, C)."""
         return self.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))
 
-    def project_for_cache(self, x, cache):
-        """x (B, T, C) -> q, k, v (B, nh, T, hs) for cache.attend. In 'weight' scope, where W_v = A
-        B, the cache's `down_proj` is B: k numbers B x replace v, and A and the bias are applied
-        after attention."""
-        down_proj, C = cache.values.down_proj, x.size(2)
-        if down_proj is None:
-            return self(x)
-        bias = None if self.bias is None else self.bias[:2 * C]
-        q, k = F.linear(x, self.weight[:2 * C], bias).split(C, dim=2)
-        return split_heads(self.n_head, q, k, F.linear(x, down_proj))
-
-    def new_cache(self, shape, svd, **kind):
-        """The cache of a layer for N tokens, with values as the SVD leaves them. shape (B, nh, N,
-        hs); svd: a module of lowrank/head_svd.py; kind: dtype and device."""
-        bias = None if self.bias is None else self.bias.chunk(3)[2]
-        values = svd.new_values(shape, self.value_weight(), bias, **kind)
-        return KeyValueCache(DenseValues(shape, **kind), values)
+    def value_bias(self):
+        """(nh, 1, hs), or None."""
+        return bias_per_head(self.n_head, None if self.bias is None else self.bias.chunk(3)[2])
 
 
 class LatentProjection(nn.Module):
@@ -227,15 +216,13 @@ class LatentProjection(nn.Module):
         """U_v, which makes V of latents, per head: (nh, hs, d)."""
         return self.v_up.weight.unflatten(0, (self.n_head, -1))
 
-    def project_for_cache(self, x, cache):
-        """x (B, T, C) -> q (B, nh, T, hs) and latents (B, T, d), for cache.attend."""
-        return *split_heads(self.n_head, self.query(x)), self.kv_down(x)
+    def value_bias(self):
+        """(nh, 1, hs), or None."""
+        return bias_per_head(self.n_head, self.v_up.bias)
 
-    def new_cache(self, shape, svd, **kind):
-        """As `QKVProjection.new_cache`, of latents (and bases in 'causal' scope)."""
-        (B, _, N, _), w_k = shape, self.k_up.weight.unflatten(0, (self.n_head, -1))
-        values = svd.new_latent_values(shape, self.value_weight(), self.v_up.bias, **kind)
-        return LatentCache(DenseValues((B, N, w_k.size(2)), **kind), w_k, values)
+    def project_for_cache(self, x):
+        """x (B, T, C) -> q (B, nh, T, hs) and latents (B, T, d), for `LatentCache.attend`."""
+        return *split_heads(self.n_head, self.query(x)), self.kv_down(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -255,7 +242,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C); only_last: of the last position, (B, 1, C). With a cache, x
         follows the tokens in it and joins them: a whole prompt first, then one token at a time."""
-        q, *kv = self.project(x) if cache is None else self.c_attn.project_for_cache(x, cache)
+        q, *kv = self.project(x) if cache is None else self.c_attn.project_for_cache(x)
         q = q[:, :, -1:] if only_last else q                        # (B, nh, T or 1, hs)
         if cache is None:
             k, v = kv[0], self.apply_svd_to_v(kv[1])                # (B, nh, T, hs)
@@ -295,14 +282,19 @@ class CausalSelfAttention(nn.Module):
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
         """A cache for `tokens` tokens of `batch` sequences, in the dtype that keys and values have.
-        device None: the weights'. Raises ValueError in 'sequence' scope that truncates."""
+        device None: the weights'."""
         weight = next(self.parameters())
-        kind, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:      # which it leaves alone
-            dtype = torch.get_autocast_dtype(kind)
-        shape = (batch, self.n_head, tokens, self.head_size)
-        return self.c_attn.new_cache(shape, self.head_svd, dtype=dtype,
-                                     device=device or weight.device)
+        place, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(place) and dtype != torch.float64:     # which it leaves alone
+            dtype = torch.get_autocast_dtype(place)
+        kind = dict(dtype=dtype, device=device or weight.device)
+        shape, w_v = (batch, self.n_head, tokens, self.head_size), self.c_attn.value_weight()
+        if isinstance(self.c_attn, LatentProjection):
+            values = self.head_svd.new_latent_values(shape, w_v, self.c_attn.value_bias(), **kind)
+            w_k = self.c_attn.k_up.weight.unflatten(0, (self.n_head, -1))       # (nh, hs, d)
+            return LatentCache(DenseValues((batch, tokens, w_k.size(2)), **kind), w_k, values)
+        values = self.head_svd.new_values(shape, w_v, self.c_attn.value_bias(), **kind)
+        return KeyValueCache(DenseValues(shape, **kind), values)
 
 
 class MLP(nn.Module):
@@ -439,6 +431,9 @@ class GPT(nn.Module):
         if not 1 <= tokens <= self.config.block_size:
             raise ValueError(f'cannot cache {tokens} tokens: valid are 1 to '
                              f'block_size={self.config.block_size}')
+        if self.config.is_noncausal:
+            raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
+                             'and cannot be cached')
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
     def kv_cache_bytes(self, batch, tokens):

@@ -49,7 +49,7 @@ import numpy as np
 import torch
 
 from lowrank.adapters import adaptive_layers
-from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, left_basis, to_factors, to_float64, to_full
+from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, thin_svd, to_factors, to_full
 from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL, compute_gradient_alignment,
                                   lift, normalized_alignment, random_baseline)
 from model import GPT, GPTConfig
@@ -199,13 +199,14 @@ class RandomlyProtected(AdaptiveSVDLinear):
         normal = torch.randn(m, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self.directions = torch.linalg.qr(normal).Q                 # (m, m): of the leading k, whatever k becomes
 
-    def switch_to_lowrank(self, r, basis=None):
+    def switch_to_lowrank(self, r, usv=None):
         """W = Q Q^T W + B A, of which B A are the r components of the rest."""
-        W = to_float64(self.weight)                                       # (m, n)
+        W = self.merged_weight()                                    # (m, n)
         Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
-        U, S, _ = torch.linalg.svd(W - Q @ (Q.mT @ W))
-        # the first k values, which are not Q's, are not used, except that the largest one is the scale
-        super().switch_to_lowrank(r, (torch.cat((Q, U[:, :r]), 1), torch.cat((S[:1].expand(Q.size(1)), S[:r]))))
+        U, S, Vh = torch.linalg.svd(W - Q @ (Q.mT @ W))
+        # the first k values and columns of V, which are not Q's, are not used, except that the largest one is the scale
+        super().switch_to_lowrank(r, (torch.cat((Q, U[:, :r]), 1), torch.cat((S[:1].expand(Q.size(1)), S[:r])),
+                                      torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
 
 
 class Planned(AdaptiveSVD):
@@ -220,7 +221,7 @@ class Planned(AdaptiveSVD):
         for name, layer in self.layers.items():
             r = self.plan(name, self.count)
             if r:
-                to_factors(layer, r, left_basis(layer.weight), swap_params)
+                to_factors(layer, r, None, swap_params)
             elif layer.r is not None:
                 to_full(layer, swap_params)
             layer.track_weight_grad(False)
@@ -261,9 +262,9 @@ def prepare(saved, arm, seed, plan):
     k = FIRST_PRINCIPAL if arm.share is None else round(arm.share * width)
     if arm.control == 'detector':
         control = AdaptiveSVD(layers, INTERVAL)
-        bases = {name: left_basis(layer.weight) for name, layer in layers.items()}
+        bases = {name: thin_svd(layer.weight) for name, layer in layers.items()}
         control.load_state_dict({name: dict(U=U.float(), S=S.float(), r=None, patience=0, calm=0)
-                                 for name, (U, S) in bases.items()})
+                                 for name, (U, S, _) in bases.items()})
         return model, control
     return model, Planned(layers, INTERVAL, plan if arm.control == 'replay' else lambda name, count: width - k)
 
@@ -366,7 +367,7 @@ def gradients(model, texts, names, seed):
     """'A' (fresh: its validation split), 'B' -> principal alignments (spaces, layers, batches), norms (layers,
     batches)."""
     layers = [model.get_layer(name) for name in names]
-    bases, order = [left_basis(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
+    bases, order = [thin_svd(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
     found = {}
     for text, split in (('A', 'val'), ('B', 'train')):
         principal = torch.zeros(len(SPACES), len(layers), GRADIENTS, dtype=torch.float64)
@@ -374,7 +375,7 @@ def gradients(model, texts, names, seed):
         for batch in range(GRADIENTS):
             model.zero_grad()
             model(*texts.draw(text, split, order))[1].backward()
-            for i, (layer, (U, S)) in enumerate(zip(layers, bases)):
+            for i, (layer, (U, S, _)) in enumerate(zip(layers, bases)):
                 norms[i, batch] = layer.weight.grad.norm()
                 for j, k in enumerate(SPACES):
                     principal[j, i, batch] = compute_gradient_alignment(layer.weight.grad, U, S, len(S) - k)[0]

@@ -12,6 +12,7 @@ import torch
 
 from lowrank.adaptive_layer import AdaptiveSVDLinear
 from lowrank.layers import LoRALinear, svd_factors
+from lowrank.spectrum import to_float64
 
 
 class AdapterTargets:
@@ -146,8 +147,8 @@ def to_standard_lora(layer, original):
     not repeat to the bit. Raises ValueError for a W_0 from which more than rounding is left, and
     torch.linalg.LinAlgError for one that is not finite.
     """
-    w, whole = layer.base.weight, original.cpu().double()
-    removed = whole - w.cpu().double()                              # (m, n)
+    w, whole = layer.base.weight, to_float64(original)
+    removed = whole - to_float64(w)                              # (m, n)
     if not removed.any():
         return layer.A.weight.clone(), layer.B.weight.clone()
     b_0, a_0 = svd_factors(removed, slice(layer.rank), layer.scale)
@@ -156,8 +157,8 @@ def to_standard_lora(layer, original):
     if not rest <= 2 * max(torch.finfo(w.dtype).eps, torch.finfo(torch.float32).eps):
         raise ValueError(f'original: is not what the layer was made of, {rest:.1e} of it is left '
                          f'beyond the {layer.rank} components that the layer has taken out')
-    a = torch.cat((layer.A.weight.cpu().double(), -a_0))
-    b = torch.cat((layer.B.weight.cpu().double(), b_0), dim=1)
+    a = torch.cat((to_float64(layer.A.weight), -a_0))
+    b = torch.cat((to_float64(layer.B.weight), b_0), dim=1)
     if len(a) > min(w.shape):                                       # more than this shape needs
         b, a = svd_factors(layer.scale * b @ a, slice(None), layer.scale)
     return a.to(w), b.to(w)

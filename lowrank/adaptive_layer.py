@@ -5,12 +5,12 @@ Letters: weight W (m, n) = U S V^T, g = min(m, n), r trained minor components, k
 """
 
 import torch
-import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.adaptive_svd import (FIRST_PRINCIPAL, WATCHED_PART, compute_gradient_alignment,
+from lowrank.adaptive_svd import (FIRST_PRINCIPAL, compute_gradient_alignment,
                                   should_use_lowrank_training)
-from lowrank.layers import empty_linear, linear_from_tensors
+from lowrank.layers import FactoredLinear, empty_linear, linear_from_tensors
+from lowrank.spectrum import to_float64
 from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
@@ -19,7 +19,7 @@ PATIENCE = 3                # analyses in a row that propose a smaller r, before
 STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode, before it ends
 
 
-class AdaptiveSVDLinear(nn.Module):
+class AdaptiveSVDLinear(FactoredLinear):
     """y = W x + b in one of two modes.
 
     full: W is trained, as in nn.Linear.
@@ -42,11 +42,15 @@ class AdaptiveSVDLinear(nn.Module):
         self.register_buffer('protected', None)
 
     def allocate_factors(self, r):
-        """Low-rank mode with factors of zeros, for values that are loaded later. Raises ValueError
-        for an r outside 1..g - 1."""
-        self._check(r)
-        (m, n), new = self.base.weight.shape, self.base.weight.new_zeros
-        self._set_factors(new(m, r), new(r, n), new(m, min(m, n) - r))
+        """Low-rank mode, for values that are set later. Parameters keep their identity, which an
+        optimizer may know, where r stays. Raises ValueError for an r outside 1..g - 1."""
+        like, (m, n) = self.base.weight, self.base.weight.shape
+        if not 1 <= r < min(m, n):
+            raise ValueError(f'r={r}: must be 1 to {min(m, n) - 1} for a layer of {m} x {n}')
+        if self.r != r:
+            self.A, self.B = empty_linear(n, r, False, like), empty_linear(r, m, False, like)
+            self.protected = like.new_zeros(m, min(m, n) - r)
+        like.requires_grad_(False)
 
     def forward(self, x):
         """x (..., n) -> (..., m). W_p + B A is computed where x has many rows: from m n / (m + n)
@@ -81,25 +85,23 @@ class AdaptiveSVDLinear(nn.Module):
         self.base.weight.requires_grad_(on or self.A is None)
 
     @torch.no_grad()
-    def switch_to_lowrank(self, r, basis=None):
+    def switch_to_lowrank(self, r, usv=None):
         """From here on train the r minor components; in low-rank mode, decompose what W is now.
 
-        basis: `left_basis` of W, computed here if None. Where `base.weight.grad` has dL/dW, A and B
-        get theirs and it is dropped. Raises ValueError for an r outside 1..g - 1.
+        usv: `thin_svd` of W, computed here if None. Where `base.weight.grad` has dL/dW, A and B get
+        theirs and it is dropped. Raises ValueError for an r outside 1..g - 1.
         """
-        self._check(r)
-        W = to_float32(self.weight)                                 # (m, n)
-        U, S = left_basis(W) if basis is None else basis
-        B, A = minor_factors(W, U.to(W), S.to(W), len(S) - r)       # (m, r), (r, n)
-        like = self.base.weight
-        self._set_factors(B.to(like), A.to(like), U[:, :len(S) - r].to(like))
-        product = to_float64(self.B.weight) @ to_float64(self.A.weight)     # of the rounded factors
-        like.copy_((W - product).to(like.dtype))
+        W, like = self.merged_weight(), self.base.weight
+        U, S, V = usv or thin_svd(self.weight)
+        k = len(S) - r
+        self.allocate_factors(r)
+        self.set_factors(*balanced_factors(U[:, k:], S[k:], V[:, k:].mT, FLOOR * S[0]))
+        self.protected.copy_(U[:, :k])
+        like.copy_((W - self.product()).to(like.dtype))             # of the rounded factors
         if like.grad is not None:
             self.B.weight.grad = like.grad @ self.A.weight.mT
             self.A.weight.grad = self.B.weight.mT @ like.grad
             like.grad = None
-        like.requires_grad_(False)
 
     @torch.no_grad()
     def switch_to_full(self):
@@ -116,71 +118,26 @@ class AdaptiveSVDLinear(nn.Module):
             self.B.weight -= self.protected @ (self.protected.mT @ self.B.weight)   # (m, k) (k, r)
 
     def merged_weight(self):
-        """W (m, n), added in float64."""
+        """W (m, n), added in float64 on the CPU."""
         W = to_float64(self.base.weight)
-        return W if self.A is None else W + to_float64(self.B.weight) @ to_float64(self.A.weight)
+        return W if self.A is None else W + self.product()
 
     def merge(self):
         """The dense layer with the weight W."""
         return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
 
-    @torch.no_grad()
-    def _set_factors(self, B, A, protected):
-        """Parameters keep their identity, which an optimizer may know, where r stays."""
-        if self.r != len(A):
-            like = self.base.weight
-            self.A, self.B = (empty_linear(n, m, False, like) for m, n in (A.shape, B.shape))
-        self.A.weight.copy_(A)
-        self.B.weight.copy_(B)
-        self.protected = protected.contiguous()                     # as loaded: equal bits
-        self.base.weight.requires_grad_(False)
-
-    def _check(self, r):
-        m, n = self.base.weight.shape
-        if not 1 <= r < min(m, n):
-            raise ValueError(f'r={r}: must be 1 to {min(m, n) - 1} for a layer of {m} x {n}')
-
 
 def to_float32(tensor):
-    """Detached copy in at least float32; on the CPU for MPS, which lacks linear algebra."""
-    tensor = (tensor.cpu() if tensor.device.type == 'mps' else tensor).detach()
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """Detached copy in at least float32 on the CPU."""
+    tensor = tensor.detach().cpu()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def to_float64(tensor):
-    return to_float32(tensor).double()
-
-
-def left_basis(weight):
-    """U (m, g) and singular values S (g), descending, of a weight (m, n), in at least float32.
-
-    For m <= n U is that of eigh(W W^T), which takes half the time of an SVD, and S is |W^T u|:
-    directions with sigma below sqrt(eps) sigma_1 (3e-4 in float32) are mixed with each other.
-    """
-    W = to_float32(weight)
-    if W.size(0) > W.size(1):
-        U, S, _ = torch.linalg.svd(W, full_matrices=False)
-        return U, S
-    unit = W.abs().max() or 1
-    W = W / unit
-    _, U = torch.linalg.eigh(W @ W.mT)
-    S, order = (W.mT @ U).norm(dim=0).sort(descending=True)
-    return U[:, order], S * unit
-
-
-def right_basis(W, U, S):
-    """V (n, g) of W = U S V^T, or its leading columns for those of U and S. Where S is too small to
-    tell: any orthonormal vectors that complete the others."""
-    known = int((S > torch.finfo(S.dtype).eps ** 0.5 * S[:1]).sum())
-    V = W.mT @ U[:, :known] / S[:known]                             # (n, known)
-    if known == len(S):
-        return V
-    return torch.cat((V, torch.linalg.qr(V, mode='complete')[0][:, known:len(S)]), dim=1)
-
-
-def minor_factors(W, U, S, k):
-    """B (m, r) and A (r, n) whose product is W without its first k components."""
-    return balanced_factors(U[:, k:], S[k:], right_basis(W, U, S)[:, k:].mT, FLOOR * S[0])
+def thin_svd(weight):
+    """U (m, g), S (g) descending and V (n, g) of a weight (m, n), in at least float32 on the
+    CPU."""
+    U, S, Vh = torch.linalg.svd(to_float32(weight), full_matrices=False)
+    return U, S, Vh.mT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,8 +201,8 @@ class AdaptiveSVD:
         before = {name: layer.r for name, layer in self.layers.items()}
         for layer in self.layers.values():
             layer.track_weight_grad(False)                        # not while parameters are swapped
-        for (name, layer), (_, basis) in zip(self.layers.items(), results):
-            self._act(name, basis, swap_params)
+        for (name, layer), (_, usv) in zip(self.layers.items(), results):
+            self._act(name, usv, swap_params)
             layer.base.weight.grad = layer.base.weight.grad if layer.r is None else None
         self._weights = {name: to_float32(layer.weight).clone()
                          for name, layer in self.layers.items()}
@@ -282,29 +239,25 @@ class AdaptiveSVD:
                 for key, value in found.items() if key != 'r_analyzed' and value is not None}
 
     def _analysis(self, name, step):
-        """-> what `should_use_lowrank_training` says of a layer, as a dict, and W's left basis."""
+        """-> what `should_use_lowrank_training` says of a layer, as a dict, and W's SVD."""
         layer, memory = self.layers[name], self.memory[name]
         W = to_float32(layer.weight)                                # (m, n)
         r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)
-        k = min(W.shape) - r                                        # columns of V that matter
-        U, S = left_basis(W)
-        if needs_float64(S, k):
-            W = to_float64(W)
-            U, S = left_basis(W)
+        usv = thin_svd(W)
         decision, r_next, found = should_use_lowrank_training(
-            W, U, S, right_basis(W, U[:, :k], S[:k]), None, memory['U'], memory['S'], None,
-            layer.base.weight.grad, r, step, in_lowrank_mode=layer.r is not None)
-        return found | dict(decision=decision, r_next=r_next, r_analyzed=r), (U, S)
+            W, *usv, None, memory['U'], memory['S'], None, layer.base.weight.grad, r, step,
+            in_lowrank_mode=layer.r is not None)
+        return found | dict(decision=decision, r_next=r_next, r_analyzed=r), usv
 
-    def _act(self, name, basis, swap_params):
+    def _act(self, name, usv, swap_params):
         """Switch a layer, or not, and note its mode, r and the action."""
         layer, memory, found = self.layers[name], self.memory[name], self.diagnostics[name]
         action = 'initial' if memory['S'] is None else 'none'
-        memory['U'], memory['S'] = (t.float().cpu() for t in basis)
+        memory['U'], memory['S'] = (t.float().cpu() for t in usv[:2])
         decision, r_next = found.pop('decision'), found.pop('r_next')
         if layer.r is None and decision:
             memory['patience'] = memory['calm'] = 0
-            to_factors(layer, found['r_analyzed'], basis, swap_params)
+            to_factors(layer, found['r_analyzed'], usv, swap_params)
             action = 'lowrank'
         elif layer.r is not None:
             informative = found['lift'] is not None                 # a zero gradient says nothing
@@ -316,30 +269,21 @@ class AdaptiveSVD:
             else:
                 r = r_next if memory['patience'] >= PATIENCE else layer.r
                 memory['patience'] %= PATIENCE
-                to_factors(layer, r, basis, swap_params)
+                to_factors(layer, r, usv, swap_params)
                 action = 'refactored'
         memory['r'] = layer.r or memory['r']                 # where low-rank mode would begin again
         mode = 'full' if layer.r is None else 'lowrank'
         found |= dict(mode=mode, r=layer.r or len(memory['S']), action=action)
 
 
-def needs_float64(S, k):
-    """Whether float32, whose eigh knows sigma^2 to 1e-7 of the largest, is too coarse for singular
-    values S (g): to separate the first k directions from the next, or for the smallest, which
-    decide on r."""
-    energies = (S / S[0]).square()
-    smallest = energies[-max(1, len(S) // WATCHED_PART)]
-    return bool(energies[k - 1] - energies[k] < 1e-5 or smallest < 1e-4)
-
-
 # --------------------------------------------------------------------------------------------------
 # optimizer states: per parameter a dict of momenta, means of squares ('exp_avg_sq') and 'step'
 
-def to_factors(layer, r, basis, swap_params):
+def to_factors(layer, r, usv, swap_params):
     """`switch_to_lowrank` with the optimizer's state; between factors by way of that of W."""
     old = layer.factor_params() or [layer.base.weight]
     before = [p.detach().clone() for p in layer.factor_params()]     # A, B
-    layer.switch_to_lowrank(r, basis)
+    layer.switch_to_lowrank(r, usv)
     new = layer.factor_params()
 
     def convert(states):

@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from lowrank.spectrum import rank_for_energy
+from lowrank.spectrum import rank_for_energy, to_float64
 
 WARMUP_STEPS = 10           # before them W is mostly its initialization, with nothing to protect
 FIRST_PRINCIPAL = 10    # k at first: little is protected until training has settled what to protect
@@ -61,7 +61,7 @@ def compute_subspace_angle(U1, U2, k):
 def compute_singular_value_concentration(S, percentile=ENERGY):
     """How few of the singular values S (g) have `percentile` of the sum of their squares:
     (rank / g, rank); (0.0, 0) where all are zero. Raises ValueError unless 0 < percentile <= 1."""
-    S = _to_float64('S', S)
+    S = to_float64(S, 'S')
     rank = rank_for_energy(S, percentile).item() if S.any() else 0
     return rank / max(len(S), 1), rank
 
@@ -73,7 +73,7 @@ def compute_reconstruction_error(W, U, S, V, r):
     W (m, n), U (m, >= k), S (g), V (n, >= k) -> (float, bool); 0 for W = 0. Low-rank mode drops
     nothing, so this is no damage: it says how much of W is protected.
     """
-    W, S = _to_float64('W', W), _to_float64('S', S)
+    W, S = to_float64(W, 'W'), to_float64(S, 'S')
     k = _principal_count(S, r)
     principal = _leading('U', U, k) * S[:k] @ _leading('V', V, k).mT    # (m, k) x (k, n)
     error = math.sqrt(_energy_share(W - principal, W))
@@ -88,10 +88,10 @@ def compute_gradient_alignment(grad_W, U, S, r):
     (0.0, 0.0) for a gradient that is None, zero or not finite. Compare with `random_baseline`. An
     optimizer's step has another alignment than its gradient and may be passed instead.
     """
-    principal_space = _leading('U', U, _principal_count(_to_float64('S', S), r))    # (m, k)
-    if grad_W is None or not is_finite(grad_W) or not grad_W.any():
+    principal_space = _leading('U', U, _principal_count(to_float64(S, 'S'), r))    # (m, k)
+    if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
         return 0.0, 0.0
-    gradient = grad_W.detach().cpu().double()                       # (m, n)
+    gradient = to_float64(grad_W)                       # (m, n)
     share = _energy_share(principal_space.mT @ gradient, gradient)
     principal = min(share, 1.0)                                    # float32 columns may be too long
     return principal, 1 - principal
@@ -124,7 +124,7 @@ def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
     a vector relative to what it was; otherwise it shrinks, in each call: patience is the caller's.
     Raises ValueError where S is empty or S_prev has another length.
     """
-    S, g = _to_float64('S', S), len(S)
+    S, g = to_float64(S, 'S'), len(S)
     if g == 0 or S_prev is not None and len(S_prev) != g:
         before = S_prev if S_prev is None else len(S_prev)
         raise ValueError(f'{g} singular values in S, before it {before}; valid: as many as before, '
@@ -133,7 +133,7 @@ def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
         r, why = g - FIRST_PRINCIPAL, f'Initial r: protects {FIRST_PRINCIPAL} components'
     else:
         watched = max(min(r_current, g // WATCHED_PART), 1)
-        before = _to_float64('S_prev', S_prev)[-watched:]
+        before = to_float64(S_prev, 'S_prev')[-watched:]
         change = math.sqrt(_energy_share(S[-watched:] - before, before))
         if change > STABLE_CHANGE:
             r, why = r_current, f'minor singular values changing by {change:.1%}'
@@ -181,7 +181,7 @@ def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad
     if first:
         return decided(None, 'initial_svd_computation', r_next)
 
-    S = _to_float64('S', S)
+    S = to_float64(S, 'S')
     k = _principal_count(S, r_current)
     principal, minor = compute_gradient_alignment(grad_W, U, S, r_current)
     c, informative = random_baseline(k, len(U)), principal + minor > 0
@@ -204,24 +204,11 @@ def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad
     return decided(None, 'continue_current_mode', r_next)
 
 
-def _to_float64(name, x):
-    """x in float64 on the CPU. Raises ValueError for NaN and inf."""
-    x = x.detach().cpu()
-    if not is_finite(x):
-        raise ValueError(f'{name} must be finite, got NaN or inf')
-    return x.double()
-
-
-def is_finite(x):
-    """Whether all of x is finite; takes a third of the time of x.isfinite().all()."""
-    return x.numel() == 0 or all(math.isfinite(bound) for bound in x.detach().aminmax())
-
-
 def _leading(name, basis, k):
     """The k leading columns, in float64. Raises ValueError where there are fewer."""
     if not 0 <= k <= basis.size(1):
         raise ValueError(f'{name} has {basis.size(1)} columns, too few for k = {k}')
-    return _to_float64(name, basis[:, :k])
+    return to_float64(basis[:, :k], name)
 
 
 def _principal_count(S, r):

@@ -22,6 +22,8 @@ itself, whatever the statistics.
 
 import torch
 
+from lowrank.spectrum import to_float64
+
 RIDGE = 1e-6                # of the mean of a diagonal; 1e-2 gives the same losses to 1e-4 nats
 
 
@@ -39,8 +41,8 @@ class Factorization:
     """
 
     def __init__(self, weight, near=None, far=None, ridge=RIDGE):
-        self.weight = _to_float64('weight', weight)
-        near, far = (_to_float64('inputs or gradients', t) for t in (near, far))
+        self.weight = to_float64(weight, 'weight')
+        near, far = (None if t is None else to_float64(t, 'inputs or gradients') for t in (near, far))
         self.tall, self.size = weight.size(0) >= weight.size(1), min(weight.shape)
         self.root, self.inverse, near_level = psd_sqrt(near, self.size, ridge)
         gram = self.weight.mT @ self.weight if self.tall else self.weight @ self.weight.mT  # (s, s)
@@ -65,13 +67,6 @@ class Factorization:
         if self.tall:
             return balance(self.weight @ up, down, rank)            # (m, r), (r, n)
         return balance(down.mT, up.mT @ self.weight, rank)
-
-
-def _to_float64(name, tensor):
-    """The tensor, or None, in float64 on the CPU. Raises ValueError for non-finite entries."""
-    if tensor is not None and not tensor.isfinite().all():
-        raise ValueError(f'{name}: not finite')
-    return None if tensor is None else tensor.detach().cpu().double()
 
 
 def psd_sqrt(statistic, size, ridge):
@@ -107,7 +102,7 @@ def ridge_refit(before, inputs, cross, ridge=RIDGE):
     Least squares with a ridge that holds M at P = before (k, n) in directions without data. inputs:
     E[x^ x^^T] (n, n); cross: E[u x^^T] (k, n); float64. Raises ValueError for non-finite values.
     """
-    inputs, cross = _to_float64('inputs', inputs), _to_float64('inputs', cross)
+    inputs, cross = to_float64(inputs, 'inputs'), to_float64(cross, 'inputs')
     _, inverse, level = psd_sqrt(inputs, len(inputs), ridge)
     if not level > 0:
         return before

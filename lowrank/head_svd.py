@@ -17,7 +17,7 @@ from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalValues, DenseV
                               FactoredValues, LatentValues)
 from lowrank.subspace_iteration import WarmStartBasis
 from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
-                         low_rank_approximation, low_rank_factors)
+                         low_rank_approximation, truncated_svd)
 
 
 class NoSVD(nn.Module):
@@ -32,12 +32,13 @@ class NoSVD(nn.Module):
         return w_v
 
     def new_values(self, shape, w_v, bias, **kind):
-        """A cache of values (B, nh, N, hs); kind: its dtype and device. bias (nh hs) or None."""
+        """A cache of values (B, nh, N, hs) that W_v (nh, hs, C) and bias (nh, 1, hs) or None make;
+        kind: its dtype and device."""
         return DenseValues(shape, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
         """The same where latents are cached: w_v is U_v (nh, hs, d)."""
-        return LatentValues(w_v, per_head(bias, shape))
+        return LatentValues(self.truncate_weight(w_v), bias)
 
 
 class SequenceSVD(NoSVD):
@@ -64,19 +65,6 @@ class SequenceSVD(NoSVD):
             self.warm_start.accumulate_gram(gram)                   # of a training step
         return v
 
-    def new_values(self, shape, w_v, bias, **kind):
-        self._check_cached(shape)
-        return super().new_values(shape, w_v, bias, **kind)
-
-    def new_latent_values(self, shape, w_v, bias, **kind):
-        self._check_cached(shape)
-        return super().new_latent_values(shape, w_v, bias, **kind)
-
-    def _check_cached(self, shape):
-        if shape[2] > self.options['rank']:                         # fewer tokens are not truncated
-            raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
-                             'and cannot be cached')
-
 
 class CausalSVD(SequenceSVD):
     """Rows of V projected on bases of earlier rows, in doubling blocks."""
@@ -99,8 +87,8 @@ class CausalSVD(SequenceSVD):
         return BlockCausalValues(shape, self.options['rank'], self.block, self.eigensolver, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
-        return BlockCausalLatentValues(w_v, per_head(bias, shape), shape, self.options['rank'],
-                                       self.block, self.eigensolver, **kind)
+        return BlockCausalLatentValues(w_v, bias, shape, self.options['rank'], self.block,
+                                       self.eigensolver, **kind)
 
 
 class WeightSVD(NoSVD):
@@ -114,15 +102,12 @@ class WeightSVD(NoSVD):
         self.basis_grad, self.options = basis_grad, options
 
     def truncate_weight(self, w_v):
-        return low_rank_approximation(w_v, basis_grad=self.basis_grad, **self.options)
+        return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
-        a, b = low_rank_factors(w_v, **self.options)                # (nh, hs, k), (nh, k, C)
-        return FactoredValues(shape, a, b, per_head(bias, shape), **kind)
-
-    def new_latent_values(self, shape, w_v, bias, **kind):
-        a, b = low_rank_factors(w_v, **self.options)
-        return LatentValues(a @ b, per_head(bias, shape))
+        """V - b has the basis that the rank-k approximation of W_v projects on."""
+        _, _, vh = truncated_svd(w_v.mT, **self.options)            # (nh, k, hs)
+        return FactoredValues(shape, vh.mT, bias, **kind)
 
 
 SCOPES = ('sequence', 'causal', 'weight')
@@ -135,11 +120,6 @@ def build_head_svd(scope, block, **options):
     if scope == 'causal':
         return CausalSVD(block=block, **options)
     return (SequenceSVD if scope == 'sequence' else WeightSVD)(**options)
-
-
-def per_head(bias, shape):
-    """bias (nh hs) or None, shape (B, nh, N, hs) -> (nh, 1, hs) or None."""
-    return None if bias is None else bias.view(shape[1], 1, shape[3])
 
 
 def why_off(use_svd, rank, scope, block, rows, columns, weight_rows):

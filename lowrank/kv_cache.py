@@ -21,8 +21,6 @@ from lowrank.svd import causal_starts
 class DenseValues:
     """Rows as they are: N n numbers."""
 
-    down_proj = None                # (nh k, C), where coordinates are cached: what makes them of x
-
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
         self.data, self.length = torch.empty(shape, dtype=dtype, device=device), 0
@@ -37,38 +35,37 @@ class DenseValues:
         self.data[..., self.length:self.length + x.shape[-2], :] = x
         self.length += x.shape[-2]
 
-    def clear(self):
-        self.length = 0
-
     def all(self):
         """-> (..., T, n)."""
         return self.data[..., :self.length, :]
 
     def weighted_sum(self, weights):
         """weights (..., 1, T) -> (..., 1, n)."""
-        return weights @ self.all()
+        return weights @ self.data[..., :self.length, :]
 
 
 class FactoredValues(DenseValues):
-    """Rows A c + b whose coordinates c are appended: N k numbers.
+    """Rows as coordinates: row v is kept as c = W^T (v - b) and read as W c + b. N k numbers.
 
     A sum is taken of coordinates and expanded once, so its weights must add up to 1.
     """
 
-    def __init__(self, shape, a, b, bias, dtype, device):
-        """shape (B, nh, N, hs). a (nh, hs, k), b (nh, k, C): factors of W_v; bias (nh, 1, hs) or
-        None."""
-        super().__init__((*shape[:3], a.size(2)), dtype, device)
-        self.a, self.bias, self.down_proj = a, bias, b.flatten(0, 1)
+    def __init__(self, shape, basis, bias, dtype, device):
+        """shape (..., N, n); basis: W (..., n, k), orthonormal; bias: b (..., 1, n) or None."""
+        super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
+        self.basis, self.bias = basis.to(dtype), bias
+
+    def append(self, x):
+        super().append((x if self.bias is None else x - self.bias) @ self.basis)
 
     def all(self):
         return self._expand(super().all())
 
     def weighted_sum(self, weights):
-        return self._expand(weights @ super().all())                # (..., 1, k) -> (..., 1, hs)
+        return self._expand(super().weighted_sum(weights))          # (..., 1, k) -> (..., 1, n)
 
     def _expand(self, coordinates):
-        rows = coordinates @ self.a.mT
+        rows = coordinates @ self.basis.mT
         return rows if self.bias is None else rows + self.bias
 
 
@@ -81,80 +78,47 @@ class BlockCausalValues:
     in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4).
     """
 
-    down_proj = None
-
     def __init__(self, shape, rank, block, eigensolver, dtype, device):
         """shape (..., N, n). eigensolver: G (..., n, n) -> its leading eigenvectors (..., n, k)."""
         *batch, self.capacity, n = shape
-        self.starts = causal_starts(self.capacity, rank, block)
-        self.rank, self.eigensolver = rank, eigensolver
-        first, kind = min((self.capacity, *self.starts)), dict(dtype=dtype, device=device)
-        self.dense = DenseValues((*batch, first, n), **kind)
-        self.coordinates = DenseValues((*batch, self.capacity - first, rank), **kind)
-        self.bases = torch.empty(*batch, len(self.starts) * rank, n, **kind)    # W_k^T of each span
-        side = n if self.starts else 0
+        starts, kind = causal_starts(self.capacity, rank, block), dict(dtype=dtype, device=device)
+        edges, self.length, self.eigensolver = [*starts, self.capacity], 0, eigensolver
+        self.spans = [DenseValues((*batch, edges[0], n), **kind)]
+        for a, b in zip(edges, edges[1:]):
+            basis = torch.empty(*batch, n, rank, **kind)
+            self.spans.append(FactoredValues((*batch, b - a, n), basis, None, **kind))
+        side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
-        parts = self.dense, self.coordinates, self.bases, self.gram
+        parts = *self.spans, *(span.basis for span in self.spans[1:]), self.gram
         self.nbytes = sum(part.nbytes for part in parts)
-
-    @property
-    def length(self):
-        return self.dense.length + self.coordinates.length
 
     def append(self, x):
         """Add rows x (..., m, n). Raises ValueError where there is no room for them, and
         torch.linalg.LinAlgError where a basis would come from non-finite rows."""
         _check_capacity(self.length, x.shape[-2], self.capacity)
         while x.shape[-2]:
-            span = sum(start <= self.length for start in self.starts)
-            room = [*self.starts, self.capacity][span] - self.length
+            span = next(s for s in self.spans if s.length < s.data.shape[-2])
+            room = span.data.shape[-2] - span.length
             rows, x = x[..., :room, :], x[..., room:, :]
-            if span == 0:
-                self.dense.append(rows)
-            else:
-                basis = self.bases[..., (span - 1) * self.rank:span * self.rank, :]
-                if self.length == self.starts[span - 1]:
-                    basis.copy_(self.eigensolver(self.gram).mT)
-                self.coordinates.append(rows.to(basis.dtype) @ basis.mT)            # (..., m, k)
-            if span < len(self.starts):                             # a later basis depends on them
-                self._add_to_gram(rows.to(self.gram.dtype))
-
-    def _add_to_gram(self, rows):
-        if rows.shape[-2] == 1:                                # several times faster than a product
-            self.gram.addcmul_(rows.mT, rows)
-            return
-        with torch.autocast(rows.device.type, enabled=False):       # it would round MPS's float32
-            self.gram += rows.mT @ rows
-
-    def clear(self):
-        self.dense.clear()
-        self.coordinates.clear()
-        self.gram.zero_()
+            if span is not self.spans[0] and span.length == 0:
+                span.basis.copy_(self.eigensolver(self.gram))
+            span.append(rows.to(span.data.dtype))
+            self.length += rows.shape[-2]
+            if span is not self.spans[-1]:                          # a later basis depends on them
+                rows = rows.to(self.gram.dtype)
+                with torch.autocast(rows.device.type, enabled=False):   # it would round float32
+                    self.gram += rows.mT * rows if rows.shape[-2] == 1 else rows.mT @ rows
 
     def all(self):
         """-> (..., T, n)."""
-        parts = self.coordinates.all().split(span_lengths(self.starts, self.length)[1:], dim=-2)
-        bases = self.bases.split(self.rank, dim=-2)
-        expanded = (part @ basis for part, basis in zip(parts, bases))
-        return torch.cat([self.dense.all(), *expanded], dim=-2)
+        return torch.cat([span.all() for span in self.spans], dim=-2)
 
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> (..., 1, n): summed as coordinates per span, then expanded
-        once."""
-        first, *lengths = span_lengths(self.starts, self.length)
-        total = weights[..., :first] @ self.dense.all()
-        if not lengths:
-            return total
-        weights = weights[..., first:].split(lengths, dim=-1)
-        parts = self.coordinates.all().split(lengths, dim=-2)
-        sums = torch.cat([w @ part for w, part in zip(weights, parts)], dim=-1)  # (..., 1, spans k)
-        return total + sums @ self.bases[..., :sums.shape[-1], :]
-
-
-def span_lengths(starts, tokens):
-    """Rows of each span among the first `tokens`; the first span has no basis."""
-    edges = [0, *(start for start in starts if start < tokens), tokens]
-    return [stop - start for start, stop in zip(edges, edges[1:])]
+        """weights (..., 1, T) -> (..., 1, n)."""
+        spans = [span for span in self.spans if span.length]
+        parts = weights.split([span.length for span in spans], dim=-1)
+        first, *others = (span.weighted_sum(part) for span, part in zip(spans, parts))
+        return sum(others, first)
 
 
 def gram_dtype(dtype, device):
@@ -180,22 +144,17 @@ class LatentValues:
         """w_v: U_v (nh, hs, d); bias: b (nh, 1, hs) or None."""
         self.w_v, self.bias = w_v, bias
 
-    def clear(self):
-        pass
-
     def all(self, c):
         """c (B, T, d) -> (B, nh, T, hs)."""
         v = expand(self.w_v, c)
         return v if self.bias is None else v + self.bias
 
     def weighted_sum(self, weights, c):
-        """weights (B, nh, T) that add up to 1, c (B, T, d) -> (B, nh, 1, hs)."""
-        y = self._up(weights @ c)                                   # (B, nh, T) x (B, T, d)
-        return (y if self.bias is None else y + self.bias).transpose(0, 1).unsqueeze(2)
-
-    def _up(self, sums):
-        """Sums of latents (B, nh, d) -> (nh, B, hs)."""
-        return sums.transpose(0, 1) @ self.w_v.mT                   # (nh, B, d) x (nh, d, hs)
+        """weights (B, nh, T), c (B, T, d) -> (B, nh, 1, hs)."""
+        y = (weights @ c).transpose(0, 1) @ self.w_v.mT             # (nh, B, d) x (nh, d, hs)
+        if self.bias is not None:
+            y = y + weights.sum(-1).T.unsqueeze(-1) * self.bias     # (nh, B, 1) x (nh, 1, hs)
+        return y.transpose(0, 1).unsqueeze(2)
 
 
 class BlockCausalLatentValues(LatentValues):
@@ -213,35 +172,32 @@ class BlockCausalLatentValues(LatentValues):
         self.bases = torch.empty(len(self.starts), B, nh, hs, rank, dtype=dtype, device=device)
         self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
 
-    def clear(self):
-        self.made = 0
-
     def all(self, c):
-        self._make_bases(c)
-        bases = self.bases[:, :len(c)]                          # a batch of one: those of the first
-        first, *parts = super().all(c).split(span_lengths(self.starts, c.size(1)), dim=2)
-        return torch.cat([first, *(part @ w @ w.mT for part, w in zip(parts, bases))], dim=2)
+        rows, bases = super().all(c), self._bases(c)
+        edges = zip(self.starts, [*self.starts[1:], rows.size(2)])
+        for (a, b), w in zip(edges, bases):                         # a batch of one: of the first
+            rows[:, :, a:b] = rows[:, :, a:b] @ w[:len(c)] @ w[:len(c)].mT
+        return rows
 
     def weighted_sum(self, weights, c):
         """Each span's sum is taken of latents, expanded, then projected."""
-        self._make_bases(c)
-        lengths, total = span_lengths(self.starts, c.size(1)), 0
-        for i, (w, part) in enumerate(zip(weights.split(lengths, dim=2), c.split(lengths, dim=1))):
-            y = self._up(w @ part)                                  # (nh, B, hs)
-            if self.bias is not None:
-                y = y + w.sum(-1).T.unsqueeze(-1) * self.bias       # (nh, B, 1) x (nh, 1, hs)
-            y = y.transpose(0, 1).unsqueeze(2)                      # (B, nh, 1, hs)
-            total = total + (y if i == 0 else y @ self.bases[i - 1] @ self.bases[i - 1].mT)
+        starts, total = [start for start in self.starts if start < c.size(1)], 0
+        edges = [0, *starts, c.size(1)]
+        for a, b, w in zip(edges, edges[1:], [None, *self._bases(c)]):
+            y = super().weighted_sum(weights[..., a:b], c[:, a:b])  # (B, nh, 1, hs)
+            total = total + (y if w is None else y @ w @ w.mT)
         return total
 
-    def _make_bases(self, c):
-        """The bases of all spans that begin within c (B, T, d), from V^T V."""
-        for start in (start for start in self.starts[self.made:] if start < c.size(1)):
+    def _bases(self, c):
+        """W_k of each span that begins within c (B, T, d), from V^T V of the rows before it."""
+        starts = [start for start in self.starts if start < c.size(1)]
+        for start in starts[self.made:]:
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
                 v = v.to(gram_dtype(v.dtype, v.device))
                 self.bases[self.made] = self.eigensolver(v.mT @ v)
             self.made += 1
+        return self.bases[:self.made]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,15 +218,10 @@ class KeyValueCache:
     def nbytes(self):
         return self.stored.nbytes + self.values.nbytes
 
-    def clear(self):
-        self.stored.clear()
-        self.values.clear()
-
     @torch.compiler.disable                                         # shapes change with every token
     def attend(self, q, k, v):
         """Add k and v of new tokens; attend from the last tokens, those of q (B, nh, .., hs) ->
-        like q. v may be coordinates (`down_proj`). A batch of one joins every sequence of the
-        cache."""
+        like q. A batch of one joins every sequence of the cache."""
         self.stored.append(k)
         self.values.append(v)
         if k.size(2) == self.length:                                # a prompt: as in training

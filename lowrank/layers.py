@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.kv_cache import DenseValues, KeyValueCache
+from lowrank.spectrum import to_float64
 from lowrank.svd import balanced_factors, truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
@@ -39,7 +39,7 @@ class FactoredLinear(nn.Module):
     @torch.no_grad()
     def product(self):
         """B A (m, n), multiplied in float64 on the CPU."""
-        return self.B.weight.cpu().double() @ self.A.weight.cpu().double()
+        return to_float64(self.B.weight) @ to_float64(self.A.weight)
 
 
 class LowRankLinear(FactoredLinear):
@@ -62,7 +62,7 @@ class LowRankLinear(FactoredLinear):
         """The layer whose B A is the best rank-r approximation of an nn.Linear's weight (Eckart and
         Young): A = sqrt(S) V^T, B = U sqrt(S), with the same bias. Raises ValueError for a rank
         outside 1..min(m, n)."""
-        u, s, vh = truncated_svd(linear.weight.cpu().double(), rank, 'standard')
+        u, s, vh = truncated_svd(to_float64(linear.weight), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
     @classmethod
@@ -135,7 +135,7 @@ class LoRALinear(FactoredLinear):
         if linear.bias is not None:
             layer.base.bias.copy_(linear.bias)
         if init != 'lora':
-            whole = linear.weight.cpu().double()                    # W_0 (m, n)
+            whole = to_float64(linear.weight)                    # W_0 (m, n)
             components = slice(rank) if init == 'pissa' else slice(-rank, None)
             b, a = svd_factors(whole, components, layer.scale)
             layer.set_factors(b, a)
@@ -146,7 +146,7 @@ class LoRALinear(FactoredLinear):
     @torch.no_grad()
     def merge(self):
         """The dense layer with the weight W + s B A, added in float64."""
-        weight = self.base.weight.cpu().double() + self.scale * self.product()
+        weight = to_float64(self.base.weight) + self.scale * self.product()
         return linear_from_tensors(weight, self.bias, self.base.weight)
 
 
@@ -187,25 +187,25 @@ class SplitProjection(nn.Module):
         v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
+    project_for_cache = forward
+
     def value_weight(self):
         """As `QKVProjection.value_weight`."""
         return self.c_v.weight.unflatten(0, (self.n_head, -1))
 
-    def project_for_cache(self, x, cache):
-        """As `QKVProjection.project_for_cache`."""
-        down_proj = cache.values.down_proj
-        v = self.c_v(x) if down_proj is None else F.linear(x, down_proj)         # (B, T, C or nh k)
-        return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
-
-    def new_cache(self, shape, svd, **kind):
-        """As `QKVProjection.new_cache`."""
-        values = svd.new_values(shape, self.value_weight(), self.c_v.bias, **kind)
-        return KeyValueCache(DenseValues(shape, **kind), values)
+    def value_bias(self):
+        """As `QKVProjection.value_bias`."""
+        return bias_per_head(self.n_head, self.c_v.bias)
 
 
 def split_heads(n_head, *tensors):
     """Each (B, T, nh n) -> (B, nh, T, n)."""
     return tuple(t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in tensors)
+
+
+def bias_per_head(n_head, bias):
+    """bias (nh hs) or None -> (nh, 1, hs) or None."""
+    return None if bias is None else bias.view(n_head, 1, -1)
 
 
 def empty_linear(in_features, out_features, bias, like):

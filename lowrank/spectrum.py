@@ -4,15 +4,21 @@ rank."""
 import torch
 
 
+def to_float64(x, name=None):
+    """Detached copy of x in float64 on the CPU (MPS has none). With a name, non-finite values raise
+    ValueError."""
+    if name and not x.isfinite().all():
+        raise ValueError(f'{name} must be finite, got NaN or inf')
+    return x.detach().cpu().double()
+
+
 def energy(s):
     """Cumulative share of the squared Frobenius norm.
 
     s (..., n): singular values, descending -> float64 (..., n) rising to 1, on the CPU. All-zero s
     gives ones: nothing is lost at any rank. Raises ValueError for NaN and inf.
     """
-    s = s.detach().cpu().double()                                   # MPS has no float64
-    if not s.isfinite().all():
-        raise ValueError('singular values must be finite, got NaN or inf')
+    s = to_float64(s, 'singular values')
     cumulative, tiny = s.square().cumsum(-1), torch.finfo(s.dtype).tiny
     total = cumulative[..., -1:]
     return torch.where(total > 0, cumulative / total.clamp_min(tiny), 1.0)
@@ -36,7 +42,7 @@ def energy_kept(x, y):
 
     x, y (..., m, n) -> float64 (...) on the CPU; 1 where x is zero.
     """
-    x, y = x.detach().cpu().double(), y.detach().cpu().double()
+    x, y = to_float64(x), to_float64(y)
     total = x.square().sum((-2, -1))
     return 1 - (x - y).square().sum((-2, -1)) / total.clamp_min(torch.finfo(x.dtype).tiny)
 
@@ -47,7 +53,7 @@ def effective_rank(x):
     x (..., m, n) -> float64 (...) on the CPU: 1 for a matrix of rank one or zero, min(m, n) where
     all singular values are equal, NaN where x is not finite.
     """
-    x = x.detach().cpu().double()
+    x = to_float64(x)
     finite = x.isfinite().all(-1).all(-1)                           # (...)
     x = torch.where(finite[..., None, None], x, 0)
     squares = torch.linalg.eigvalsh(x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT)

@@ -74,29 +74,6 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
         return tuple(part.to(x.dtype).to(x.device) for part in parts)
 
 
-def low_rank_factors(x, rank, method='gram', *, power_iters=2, oversample=0):
-    """A (..., m, k) and B (..., k, n) whose product is the rank-k approximation of x (..., m, n).
-
-    If m < n, A has orthonormal columns, the leading left singular vectors, and B = A^T x;
-    otherwise B has orthonormal rows, the right ones, and A = x B^T. A B is what
-    `low_rank_approximation` returns, with the same precision and errors, and a ValueError for
-    rank > min(m, n). With 'randomized' some of the orthonormal vectors are short where x has a
-    lower rank.
-    """
-    _check(x, rank, method, x.shape[-2:])
-    if x.shape[-2] < x.shape[-1]:
-        a, b = low_rank_factors(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
-        return b.mT, a.mT
-    x_f, stops = x.detach().to(_working_dtype(x)).contiguous(), (x.shape[-2],)
-    with _full_precision(x):
-        if method == 'randomized':
-            w, _, _ = _iterate(_prefix_grams(x_f, stops)[0], rank, power_iters, oversample, None)
-        else:
-            w = _exact_spectrum(x_f, method, stops)[1][0][..., -rank:]
-        w = w.to(x_f)
-        return (x_f @ w).to(x.dtype), w.mT.to(x.dtype)
-
-
 def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0, start=None):
     """Orthonormal W_k (..., n, k) that spans the eigenvectors of the k largest eigenvalues.
 
@@ -146,13 +123,11 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     """
     _check(x, rank, method)
     m, n = x.shape[-2:]
-    if rank is None or rank >= min(m, n):
-        return (x, None) if return_gram else x
     options = dict(power_iters=power_iters, oversample=oversample)
-    if m < n and start is None and not return_gram:                # keep G the small one of the two
+    spans = () if rank is None or rank >= min(m, n) else ((m, 0, m),)
+    if spans and m < n and start is None and not return_gram:      # keep G the small one of the two
         return low_rank_approximation(x.mT, rank, method, basis_grad, **options).mT
-    y, gram = _project(x, rank, method, ((m, 0, m),), basis_grad, start=start, **options)
-    return (y, gram) if return_gram else y
+    return _project(x, rank, method, spans, basis_grad, return_gram, start=start, **options)
 
 
 def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=True, *,
@@ -170,34 +145,32 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
         raise ValueError(f'block must be at least 1 row, got {block}')
     rows, n = x.shape[-2:]
     starts = [] if rank is None or rank >= n else causal_starts(rows, rank, block)
-    if not starts:
-        return (x, None) if return_gram else x
     spans = tuple((s, s, min(2 * s, rows)) for s in starts)
-    y, gram = _project(x, rank, method, spans, basis_grad, power_iters=power_iters,
-                       oversample=oversample, start=start)
-    return (y, gram) if return_gram else y
+    return _project(x, rank, method, spans, basis_grad, return_gram, power_iters=power_iters,
+                    oversample=oversample, start=start)
 
 
 def causal_starts(rows, rank, block):
     """First rows of the spans [s, 2s) of `causal_low_rank_approximation`, ascending."""
-    starts, start = [], block
-    while start < rows:
-        if start > rank:
-            starts.append(start)
-        start *= 2
-    return starts
+    doubled = (block << i for i in range(rows.bit_length()))
+    return [start for start in doubled if rank < start < rows]
 
 
-def _project(x, rank, method, spans, basis_grad, start=None, **options):
-    """-> X with the rows of each span (s, a, b) projected, and the last G or None."""
-    flat = x.to(_working_dtype(x)).reshape(-1, *x.shape[-2:]).contiguous()      # (N, T, n)
+def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
+    """X with the rows of each span (s, a, b) projected; X itself without spans."""
+    if not spans:
+        return (x, None) if return_gram else x
+    flat = x.to(torch.promote_types(x.dtype, torch.float32))        # none in half precision
+    flat = flat.reshape(-1, *x.shape[-2:]).contiguous()             # (N, T, n)
     if start is not None and start.dim() > 2:                       # one for each matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
     with _full_precision(x):
         options['start'] = start
         y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad, options)
-        gram = None if gram is None else gram.view(*x.shape[:-2], *gram.shape[-2:])
-        return y.view(x.shape).to(x.dtype), gram
+        y = y.view(x.shape).to(x.dtype)
+    if not return_gram:
+        return y
+    return y, None if gram is None else gram.view(*x.shape[:-2], *gram.shape[-2:])
 
 
 class _ProjectRows(torch.autograd.Function):
@@ -238,7 +211,8 @@ class _ProjectRows(torch.autograd.Function):
             dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
             if basis:
                 x, *basis = basis
-                m = _symmetric_cross_product(x, dy, ctx.spans)      # M + M^T (spans, N, n, n)
+                m = _stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in ctx.spans])
+                m = m + m.mT                                        # M + M^T (spans, N, n, n)
                 if len(basis) == 1:
                     z = m @ basis[0]
                     z = z - projectors @ z                          # (I - P) (M + M^T) F
@@ -247,7 +221,8 @@ class _ProjectRows(torch.autograd.Function):
                     eigenvalues, w = basis
                     f = _divided_differences(eigenvalues, ctx.rank, x)
                     z = w @ (f * (w.mT @ m @ w)) @ w.mT
-                _add_to_prefixes(dx, x, z, ctx.spans)
+                for (s, _, _), z_s in zip(ctx.spans, z):
+                    dx[:, :s].baddbmm_(x[:, :s], z_s)
         return dx, None, None, None, None, None
 
 
@@ -260,18 +235,6 @@ def _apply_projectors(x, projectors, spans):
     for (_, a, b), p in zip(spans, projectors):
         y[:, a:b] = torch.bmm(x[:, a:b], p)
     return y
-
-
-def _symmetric_cross_product(x, dy, spans):
-    """M + M^T (spans, N, n, n), where M = x[a:b]^T dy[a:b] for each span; x and dy (N, T, n)."""
-    m = _stack([torch.bmm(x[:, a:b].mT, dy[:, a:b]) for _, a, b in spans])
-    return m + m.mT
-
-
-def _add_to_prefixes(dx, x, z, spans):
-    """dx[:s] += x[:s] Z for each span, in place: dx and x (N, T, n), Z (spans, N, n, n)."""
-    for (s, _, _), z_s in zip(spans, z):
-        dx[:, :s].baddbmm_(x[:, :s], z_s)
 
 
 def _divided_differences(eigenvalues, rank, x):
@@ -351,10 +314,6 @@ def _to_float64(x):
 
 def _lacks_float64(device):
     return device.type == 'mps'
-
-
-def _working_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32     # none in half precision
 
 
 def _full_precision(x):

@@ -68,9 +68,7 @@ def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
     ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
     for n in range(T, T + max_new_tokens):                          # n tokens so far
         window = ids[:1 if one_prompt and n == T else B, max(0, n - block_size):n]
-        if cache and n > block_size:                                # all positions shift
-            for layer in cache:
-                layer.clear()
+        cache = cache if n <= block_size else None                  # all positions shift
         new = window[:, cache[0].length:] if cache else window
         logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                                # (B, vocab)
         ids[:, n:n + 1] = token = draw(logits, *options, generator)

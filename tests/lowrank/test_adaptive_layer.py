@@ -9,8 +9,8 @@ from torch import nn
 
 from helpers import normal, optimizer_of, with_singular_values
 from lowrank.adapters import adaptive_layers
-from lowrank.adaptive_layer import (AdaptiveSVD, AdaptiveSVDLinear, left_basis, minor_factors, state_of_factors,
-                                    state_of_weight, to_factors, to_full)
+from lowrank.adaptive_layer import (AdaptiveSVD, AdaptiveSVDLinear, state_of_factors, state_of_weight, thin_svd,
+                                    to_factors, to_full)
 from model import GPT, GPTConfig
 from runtime.optim import exchange
 
@@ -219,9 +219,9 @@ def test_momenta_follow_the_chain_rule(optimizer, r):
 
 
 def factors(shape, r, kind='random', dtype=torch.float64):
-    W = weight(kind, shape)
-    B, A = minor_factors(W, *left_basis(W), min(shape) - r)
-    return A.to(dtype), B.to(dtype)
+    layer = make_layer(weight(kind, shape), dtype=dtype)
+    layer.switch_to_lowrank(r)
+    return [p.detach() for p in layer.factor_params()]
 
 
 @pytest.mark.parametrize('shape', [(24, 24), (16, 40), (40, 16), (12, 11)])
@@ -290,7 +290,7 @@ class Watched:
         self.control, self.step = AdaptiveSVD({'c_q': self.layer}, 20), 0
 
     def gradient(self, kind):
-        U, r = left_basis(self.layer.weight)[0], self.layer.r or max(1, min(self.layer.weight.shape) - 10)
+        U, r = thin_svd(self.layer.weight)[0], self.layer.r or max(1, min(self.layer.weight.shape) - 10)
         columns = U.split((U.size(1) - r, r), dim=1)[kind == 'calm']
         return columns @ normal(columns.size(1), self.layer.base.in_features, seed=self.step).float()
 

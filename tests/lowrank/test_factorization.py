@@ -99,9 +99,9 @@ def test_units_do_not_matter(M, N):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ((torch.full((12, 8), torch.inf),), 'weight: not finite'),
-    ((torch.ones(12, 8), torch.full((8, 8), torch.nan)), 'inputs or gradients: not finite'),
-    ((torch.ones(12, 8), None, torch.full((8, 8), torch.nan)), 'inputs or gradients: not finite')])
+    ((torch.full((12, 8), torch.inf),), 'weight must be finite'),
+    ((torch.ones(12, 8), torch.full((8, 8), torch.nan)), 'inputs or gradients must be finite'),
+    ((torch.ones(12, 8), None, torch.full((8, 8), torch.nan)), 'inputs or gradients must be finite')])
 def test_what_is_not_finite_and_rank_0_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f'^{message}'):
         Factorization(*arguments).factors(0)

@@ -10,7 +10,7 @@ from helpers import (assert_close, checkpoint_of, make, normal, same, tokens, va
                      with_singular_values)
 from lowrank.subspace_iteration import WarmStartBasis, clear_grams, gaussian_start, get_bases, update_bases
 from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors, low_rank_approximation,
-                         low_rank_factors, truncated_svd)
+                         truncated_svd)
 from model import GPT, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -84,7 +84,7 @@ def test_truncated_svd_is_orthonormal_and_descending():
 
 @pytest.mark.parametrize('x', [normal(16, 16) @ normal(16, 16).mT, normal(40, 16), normal(16, 40)],
                          ids=['square', 'tall', 'wide'])
-@pytest.mark.parametrize('f', [whole, causal, truncated_svd, low_rank_factors, leading_eigenvectors])
+@pytest.mark.parametrize('f', [whole, causal, truncated_svd, leading_eigenvectors])
 def test_the_default_is_two_iterations_and_four_columns_more_than_the_rank(f, x):
     gram = x @ x.mT if f is leading_eigenvectors else x
     for options, equal in (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers import assert_close, causal_truth, normal, value_and_gradient, whole_truth, with_singular_values
 from lowrank.spectrum import effective_rank, energy, energy_kept, rank_for_energy
 from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation, leading_eigenvectors,
-                         low_rank_approximation, low_rank_factors, truncated_svd)
+                         low_rank_approximation, truncated_svd)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 EPS = torch.finfo(torch.float32).eps
@@ -183,7 +183,7 @@ def test_what_is_not_finite_raises(method, float64_here, dtype, value):
     for shape in ((2, 20, 6), (2, 20, 2), (2, 5, 6)):
         x = normal(*shape).to(dtype)
         x[1, 3, 1] = value
-        for f in (truncated_svd, leading_eigenvectors, whole, causal, low_rank_factors):
+        for f in (truncated_svd, leading_eigenvectors, whole, causal):
             with pytest.raises(torch.linalg.LinAlgError, match='non-finite'):
                 f(x.mT @ x if f is leading_eigenvectors else x, 1, method)
 
@@ -282,13 +282,12 @@ FULL, RANDOMIZED = torch.zeros(8, 4), dict(method='randomized')
 
 
 @pytest.mark.parametrize('f, x, rank, options, words', [
-    *((f, *fault) for f in (whole, causal, truncated_svd, low_rank_factors) for fault in (
+    *((f, *fault) for f in (whole, causal, truncated_svd) for fault in (
         (FULL, 0, {}, 'rank.*(at least 1|0: must be 1)'),
         (FULL, 2, dict(method='qr'), "'qr'.*standard, gram, randomized"),
         (FULL[0], 2, {}, r'two dimensions.*\(4,\)'))),
     (truncated_svd, FULL, 5, {}, 'rank=5.* 1 to 4 for 8 x 4'),
     (truncated_svd, FULL, None, {}, 'rank=None.* 1 to 4'),
-    (low_rank_factors, FULL.mT, 5, {}, 'rank=5.* 4 x 8'),
     (causal, FULL, 2, dict(block=0), 'block .*at least 1.* 0'),
     (whole, FULL, 2, RANDOMIZED | dict(power_iters=-1), 'power_iters.*at least 0.* -1'),
     (whole, FULL, 2, RANDOMIZED | dict(oversample=-1), 'oversample.*at least 0.* -1'),

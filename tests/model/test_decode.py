@@ -237,9 +237,10 @@ def test_a_cache_that_cannot_be(options, size, hint):
 # bytes
 
 
-def bytes_held(cache):
-    """Bytes of all storages that a cache refers to, found by walking it, apart from weights."""
-    weights, storages = ('a', 'bias', 'down_proj', 'w_k', 'w_v'), {}
+def bytes_held(cache, scope):
+    """Bytes of all storages that a cache refers to, found by walking it, apart from weights: in 'weight' scope the
+    basis is one."""
+    weights, storages = ('bias', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
 
     def walk(x):
         if isinstance(x, torch.Tensor):
@@ -304,10 +305,10 @@ def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
         expected = 2 * B * bytes_by_formula(scope, latent, T, head_size, rank, block, each)  # 2 layers
         with torch.autocast('cpu', torch.bfloat16, enabled=cast), torch.no_grad():
             cache, idx = model.new_cache(B, T), tokens(B, T)
-            assert model.kv_cache_bytes(B, T) == expected == bytes_held(cache)
+            assert model.kv_cache_bytes(B, T) == expected == bytes_held(cache, scope)
             for t in range(T):
                 model(idx[:, t : t + 1], cache=cache)
-            assert bytes_held(cache) == expected
+            assert bytes_held(cache, scope) == expected
 
 
 def test_bytes_are_counted_without_being_allocated():
