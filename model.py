@@ -21,22 +21,21 @@ d latent size.
 
 import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.adapters import AdapterTargets, add_adapters, inject_adapters
+from lowrank.adapters import AdapterTargets, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
 from lowrank.head_svd import SCOPES, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
 from lowrank.layers import (INITS, LowRankLinear, SplitProjection, bias_per_head,
                             split_heads)
 from lowrank.spectrum import effective_rank, energy_kept
-from lowrank.subspace_iteration import (WarmStartBasis, clear_grams, get_bases, set_bases,
-                                        update_bases)
+from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
 from lowrank.svd import METHODS, low_rank_approximation
 from runtime import checkpoint, pretrained
 from runtime.config import OVERRIDABLE, Needs, Range, marked, validate
@@ -234,9 +233,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.dropout, self.svd_rank = config.dropout, config.svd_rank
         self.head_svd = build_head_svd(
-            config.svd_scope if config.svd_truncates else None, config.svd_block, heads=self.n_head,
-            head_size=self.head_size, rank=config.svd_rank, method=config.svd_method,
-            basis_grad=config.svd_basis_grad, power_iters=config.svd_power_iters,
+            config.svd_scope if config.svd_truncates else None, heads=self.n_head,
+            head_size=self.head_size, block=config.svd_block, basis_grad=config.svd_basis_grad,
+            rank=config.svd_rank, method=config.svd_method, power_iters=config.svd_power_iters,
             oversample=config.svd_oversample)
 
     def forward(self, x, cache=None, only_last=False):
@@ -355,8 +354,12 @@ class GPT(nn.Module):
         self.transformer.set_submodule(name, layer)
 
     def add_adapters(self, **options):
-        """Add adaptive SVD or LoRA to trained weights: options of GPTConfig. Raises ValueError."""
-        add_adapters(self, **options)
+        """Add adaptive SVD or LoRA to trained weights where the options ask for one and the model
+        has neither. Raises ValueError for options that do not fit."""
+        wanted = options.get('adaptive_svd') or options.get('lora_rank') is not None
+        if wanted and not (self.config.adaptive_svd or self.config.has_lora):
+            self.config = replace(self.config, **options | dict(adaptive_svd_ranks=None))
+            inject_adapters(self, from_trained=True)
 
     def init_weights(self):
         """GPT-2's initialization: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections
@@ -488,21 +491,9 @@ class GPT(nn.Module):
         return self.update_bases_after_steps_of(optimizer)
 
     def update_bases_after_steps_of(self, optimizer):
-        """After each step of the optimizer, update the basis that 'randomized' starts from, by the
-        V of that step's forward passes; a skipped step leaves it as it is. Under an optimizer
-        without this hook every forward pass of training starts cold. Returns the optimizer."""
-        bases = self.warm_starts()
-
-        def hook(optimizer, *_):
-            found_inf = getattr(optimizer, 'found_inf', None)      # a GradScaler's, of a fused step
-            if found_inf is not None and found_inf.item():
-                clear_grams(bases)
-            else:
-                update_bases(bases, mean_over_processes)
-        if bases:
-            optimizer.register_step_post_hook(hook)
-        for basis in bases:
-            basis.followed = True
+        """Register the hook that moves the basis that 'randomized' starts from. Under an optimizer
+        without it every forward pass of training starts cold. Returns the optimizer."""
+        follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
     def warm_starts(self):

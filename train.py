@@ -40,7 +40,7 @@ from runtime.dataset import Dataset, locate, name_of
 from runtime.draw import sample
 from runtime.evaluation import Evaluation
 from runtime.files import FULL, begin_from, check_writable, in_words, is_shared, unused
-from runtime.optim import build_optimizer, exchange
+from runtime.optim import build_optimizer, swap_params
 from runtime.processes import LostProcess, Processes
 from runtime.run import Run, TrainingStopped, append_json, make_folder
 from runtime.schedule import get_lr, schedule_length, warmup_iters
@@ -369,7 +369,7 @@ def analyse(run):
     """The analysis of adaptive layers in this step, from its gradients -> whether layers have other parameters now."""
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0  # still on what the optimizer does not have
     changed = run.adaptive.analyze(
-        run.iter_num + 1, swap_params=lambda *args: exchange(run.optimizer, run.model, *args),
+        run.iter_num + 1, swap_params=lambda old: swap_params(run.optimizer, run.model, old),
         mean=lambda grad: run.processes.mean(grad / scale), on_main=run.processes.first)
     run.cfg.adaptive_svd_ranks = lowrank_ranks(run.model)
     run.model.config = replace(run.model.config, adaptive_svd_ranks=run.cfg.adaptive_svd_ranks)

@@ -49,7 +49,7 @@ import numpy as np
 import torch
 
 from lowrank.adapters import adaptive_layers
-from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, thin_svd, to_factors, to_full
+from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, switch, thin_svd
 from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL, compute_gradient_alignment,
                                   lift, normalized_alignment, random_baseline)
 from model import GPT, GPTConfig
@@ -58,7 +58,7 @@ from runtime import config as configuration
 from runtime import plots
 from runtime.config import PATH, Range, UserError
 from runtime.dataset import Dataset, locate
-from runtime.optim import exchange
+from runtime.optim import swap_params
 from runtime.files import check_writable
 from runtime.record import Record, read
 from runtime.run import make_folder
@@ -221,9 +221,9 @@ class Planned(AdaptiveSVD):
         for name, layer in self.layers.items():
             r = self.plan(name, self.count)
             if r:
-                to_factors(layer, r, None, swap_params)
+                switch(layer, r, swap_params)
             elif layer.r is not None:
-                to_full(layer, swap_params)
+                switch(layer, None, swap_params)
             layer.track_weight_grad(False)
             if layer.r is not None:
                 layer.base.weight.grad = None
@@ -282,7 +282,7 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
     """Train on B -> the curve, [step, loss on A, loss on B] every INTERVAL steps, and of each adaptive layer its r
     after each analysis, 0 in full mode. at_once: the first one is before the first step."""
     optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
-    swap, order = partial(exchange, optimizer, model), torch.Generator().manual_seed(10 ** 6 + seed)
+    swap, order = partial(swap_params, optimizer, model), torch.Generator().manual_seed(10 ** 6 + seed)
     fixed = {text: texts.fixed(text) for text in 'AB'}
     curve, ranks = [[0, *losses(model, fixed)]], {name: [] for name in (control.layers if control else ())}
     model.train()

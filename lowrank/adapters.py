@@ -6,7 +6,6 @@ get_layer(name) and set_layer(name, layer) for the names that `config.layer_shap
 """
 
 import difflib
-from dataclasses import replace
 
 import torch
 
@@ -88,18 +87,8 @@ def inject_adapters(model, from_trained=False):
         linear = model.get_layer(name)
         options = c.lora_rank, c.lora_alpha or c.lora_rank, c.lora_dropout
         layer = (LoRALinear.from_linear(linear, *options, c.lora_init) if from_trained else
-                 LoRALinear(linear.in_features, linear.out_features, *options, bias=c.bias))
-        model.set_layer(name, layer.to(linear.weight))
-
-
-def add_adapters(model, **options):
-    """`inject_adapters` into a trained model, where the options ask for adaptive
-    SVD or LoRA and it has neither. Raises ValueError for options that do not fit the model."""
-    c = model.config
-    wanted = options.get('adaptive_svd') or options.get('lora_rank') is not None
-    if wanted and not (c.adaptive_svd or c.has_lora):
-        model.config = replace(c, **options | dict(adaptive_svd_ranks=None))
-        inject_adapters(model, from_trained=True)
+                 LoRALinear(linear, *options))
+        model.set_layer(name, layer)
 
 
 def adaptive_layers(model):

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from lowrank.adaptive_svd import (FIRST_PRINCIPAL, compute_gradient_alignment,
                                   should_use_lowrank_training)
-from lowrank.layers import FactoredLinear, empty_linear, linear_from_tensors
-from lowrank.spectrum import to_float64
+from lowrank.layers import AdaptedLinear, empty_linear
 from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
@@ -19,7 +18,7 @@ PATIENCE = 3                # analyses in a row that propose a smaller r, before
 STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode, before it ends
 
 
-class AdaptiveSVDLinear(FactoredLinear):
+class AdaptiveSVDLinear(AdaptedLinear):
     """y = W x + b in one of two modes.
 
     full: W is trained, as in nn.Linear.
@@ -65,16 +64,6 @@ class AdaptiveSVDLinear(FactoredLinear):
         """The number of trained components, None in full mode."""
         return None if self.A is None else self.A.out_features
 
-    @property
-    def weight(self):
-        """W (m, n), in low-rank mode recomputed on each access."""
-        W = self.base.weight
-        return W if self.A is None else W + self.B.weight @ self.A.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
     def factor_params(self):
         """The factors, whose weight decay is halved: both shrink the product."""
         return [] if self.A is None else [self.A.weight, self.B.weight]
@@ -117,15 +106,6 @@ class AdaptiveSVDLinear(FactoredLinear):
         if self.A is not None and self.protection == 'left':
             self.B.weight -= self.protected @ (self.protected.mT @ self.B.weight)   # (m, k) (k, r)
 
-    def merged_weight(self):
-        """W (m, n), added in float64 on the CPU."""
-        W = to_float64(self.base.weight)
-        return W if self.A is None else W + self.product()
-
-    def merge(self):
-        """The dense layer with the weight W."""
-        return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
-
 
 def to_float32(tensor):
     """Detached copy in at least float32 on the CPU."""
@@ -138,6 +118,18 @@ def thin_svd(weight):
     CPU."""
     U, S, Vh = torch.linalg.svd(to_float32(weight), full_matrices=False)
     return U, S, Vh.mT
+
+
+def switch(layer, r, swap_params, usv=None):
+    """Low-rank mode with r, also from another r, or full mode for r None. The optimizer has the new
+    parameters from here on, without a state: carrying momenta from one to the other changes no loss
+    (docs/ADAPTIVE.md)."""
+    old = layer.factor_params() or [layer.base.weight]
+    if r is None:
+        layer.switch_to_full()
+    else:
+        layer.switch_to_lowrank(r, usv)
+    swap_params(old)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,10 +176,10 @@ class AdaptiveSVD:
     def analyze(self, step, swap_params, mean=None, on_main=None):
         """Decide and switch, from the gradients of this step, before the optimizer's.
 
-        swap_params(old, new, convert) gives the optimizer the parameters `new` in place of `old`
-        (two lists), with convert(states of old) -> states of new. Over several processes: mean
-        averages a tensor, on_main returns the main process's result of a function. Returns whether
-        any layer has other parameters now. `report` and `metrics` say what was found and done.
+        swap_params(old): the optimizer forgets these parameters and has the layers' new ones. Over
+        several processes: mean averages a tensor, on_main returns the main process's result of a
+        function. Returns whether any layer has other parameters now. `report` and `metrics` say
+        what was found and done.
         """
         for layer in self.layers.values():
             weight = layer.base.weight
@@ -257,87 +249,20 @@ class AdaptiveSVD:
         decision, r_next = found.pop('decision'), found.pop('r_next')
         if layer.r is None and decision:
             memory['patience'] = memory['calm'] = 0
-            to_factors(layer, found['r_analyzed'], usv, swap_params)
+            switch(layer, found['r_analyzed'], swap_params, usv)
             action = 'lowrank'
         elif layer.r is not None:
             informative = found['lift'] is not None                 # a zero gradient says nothing
             memory['calm'] = 0 if decision else memory['calm'] + informative
             memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
             if memory['calm'] >= STABLE_ANALYSES:
-                to_full(layer, swap_params)
+                switch(layer, None, swap_params)
                 action = 'full'
             else:
                 r = r_next if memory['patience'] >= PATIENCE else layer.r
                 memory['patience'] %= PATIENCE
-                to_factors(layer, r, usv, swap_params)
+                switch(layer, r, swap_params, usv)
                 action = 'refactored'
         memory['r'] = layer.r or memory['r']                 # where low-rank mode would begin again
         mode = 'full' if layer.r is None else 'lowrank'
         found |= dict(mode=mode, r=layer.r or len(memory['S']), action=action)
-
-
-# --------------------------------------------------------------------------------------------------
-# optimizer states: per parameter a dict of momenta, means of squares ('exp_avg_sq') and 'step'
-
-def to_factors(layer, r, usv, swap_params):
-    """`switch_to_lowrank` with the optimizer's state; between factors by way of that of W."""
-    old = layer.factor_params() or [layer.base.weight]
-    before = [p.detach().clone() for p in layer.factor_params()]     # A, B
-    layer.switch_to_lowrank(r, usv)
-    new = layer.factor_params()
-
-    def convert(states):
-        of_weight = state_of_weight(*states, *before) if before else states[0]
-        return state_of_factors(of_weight, *(p.detach() for p in new))
-    swap_params(old, new, convert)
-
-
-def to_full(layer, swap_params):
-    """`switch_to_full` with the optimizer's state."""
-    (A, B), grad = layer.factor_params(), layer.base.weight.grad
-    layer.switch_to_full()
-    layer.base.weight.grad = grad
-    swap_params([A, B], [layer.base.weight],
-                lambda states: [state_of_weight(*states, A.detach(), B.detach())])
-
-
-def state_of_factors(state, A, B):
-    """The states of A (r, n) and B (m, r) from that of W (m, n). As W = W_p + B A, dL/dB = G A^T
-    and dL/dA = B^T G, also for means of gradients G; for those of squares as if G's entries were
-    independent."""
-    of_A, of_B = {}, {}
-    for key, t in state.items():
-        if t.dim() == 0:
-            of_A[key], of_B[key] = t.clone(), t.clone()
-        else:
-            a, b = (A.square(), B.square()) if key == 'exp_avg_sq' else (A, B)
-            of_A[key], of_B[key] = b.mT @ t, t @ a.mT
-    return [of_A, of_B]
-
-
-def state_of_weight(of_A, of_B, A, B):
-    """The state of W from those of A and B: the smallest G with dL/dB = G A^T and dL/dA = B^T G; of
-    squares only sums of rows and columns are known (as in Adafactor, arXiv:1804.04235)."""
-    A, B, tiny, state = to_float32(A), to_float32(B), torch.finfo(torch.float64).tiny, {}
-    for key, like in of_B.items():
-        b, a = to_float32(like), to_float32(of_A[key])              # (m, r) and (r, n), or numbers
-        if b.dim() == 0:
-            state[key] = like.clone()
-            continue
-        if key == 'exp_avg_sq':                                     # squares of squares: float64
-            rows = to_float64(b).sum(1) / to_float64(A).square().sum()
-            columns = to_float64(a).sum(0) / to_float64(B).square().sum().clamp_min(tiny)
-            state[key] = torch.outer(rows, columns) / rows.mean().clamp_min(tiny)
-        else:
-            from_A = B @ solve_gram(B.mT, a)                        # (m, n)
-            rest = b.mT - A @ from_A.mT                             # what that lacks of b
-            state[key] = from_A + solve_gram(A, rest).mT @ A
-        state[key] = state[key].to(like)
-    return state
-
-
-def solve_gram(A, right):
-    """(A A^T)^-1 right, with a ridge well above the rounding of A A^T."""
-    gram, limits = A @ A.mT, torch.finfo(A.dtype)
-    gram.diagonal().add_(limits.eps ** 0.5 * gram.diagonal().mean() + limits.tiny)
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram)) @ right

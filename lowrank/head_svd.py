@@ -47,11 +47,12 @@ class SequenceSVD(NoSVD):
     approximate = staticmethod(low_rank_approximation)
     warm_power_iters = 0          # residual 1.005 of the best on V of the main job's model, trained
 
-    def __init__(self, heads, head_size, rank, method, basis_grad, power_iters, oversample):
+    def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
+        """block: of 'causal' alone; the last four: of lowrank/svd.py."""
         super().__init__()
         self.options = dict(rank=rank, method=method, power_iters=power_iters,
                             oversample=oversample)
-        self.basis_grad, self.warm_start = basis_grad, None
+        self.block, self.basis_grad, self.warm_start = block, basis_grad, None
         if method == 'randomized':
             self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample,
                                              self.warm_power_iters)
@@ -70,10 +71,6 @@ class CausalSVD(SequenceSVD):
     """Rows of V projected on bases of earlier rows, in doubling blocks."""
 
     warm_power_iters = 1            # one basis for all prefixes is a poorer guess: docs/RESULTS.md
-
-    def __init__(self, *args, block, **options):
-        super().__init__(*args, **options)
-        self.block = block
 
     def approximate(self, v, **options):
         return causal_low_rank_approximation(v, block=self.block, **options)
@@ -97,7 +94,7 @@ class WeightSVD(NoSVD):
 
     truncates_weight = True
 
-    def __init__(self, heads, head_size, basis_grad, **options):
+    def __init__(self, heads, head_size, block, basis_grad, **options):
         super().__init__()
         self.basis_grad, self.options = basis_grad, options
 
@@ -110,16 +107,13 @@ class WeightSVD(NoSVD):
         return FactoredValues(shape, vh.mT, bias, **kind)
 
 
-SCOPES = ('sequence', 'causal', 'weight')
+MODULES = dict(sequence=SequenceSVD, causal=CausalSVD, weight=WeightSVD)
+SCOPES = tuple(MODULES)
 
 
-def build_head_svd(scope, block, **options):
+def build_head_svd(scope, **options):
     """The module of a scope, or of None."""
-    if scope is None:
-        return NoSVD()
-    if scope == 'causal':
-        return CausalSVD(block=block, **options)
-    return (SequenceSVD if scope == 'sequence' else WeightSVD)(**options)
+    return NoSVD() if scope is None else MODULES[scope](**options)
 
 
 def why_off(use_svd, rank, scope, block, rows, columns, weight_rows):

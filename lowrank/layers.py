@@ -3,6 +3,8 @@
 Letters: m outputs, n inputs, r rank.
 """
 
+import copy
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -90,7 +92,33 @@ class LowRankLinear(FactoredLinear):
         return self.B.bias
 
 
-class LoRALinear(FactoredLinear):
+class AdaptedLinear(FactoredLinear):
+    """What layers have in common that add a product to a linear layer `base`: W + s B A, with the
+    bias of `base`. A None: there is no product."""
+
+    scale = 1.0                                                     # s
+
+    @property
+    def weight(self):
+        """W + s B A (m, n), recomputed on each access."""
+        W = self.base.weight
+        return W if self.A is None else W + self.scale * self.B.weight @ self.A.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def merged_weight(self):
+        """W + s B A (m, n), added in float64 on the CPU."""
+        W = to_float64(self.base.weight)
+        return W if self.A is None else W + self.scale * self.product()
+
+    def merge(self):
+        """The dense layer with that weight."""
+        return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
+
+
+class LoRALinear(AdaptedLinear):
     """y = W x + b + s B A dropout(x), s = alpha / r: x (..., n) -> y (..., m).
 
     W (m, n) and b (m) of the linear layer `base` are frozen; A (r, n) and B (m, r) are trained.
@@ -99,55 +127,34 @@ class LoRALinear(FactoredLinear):
     smallest singular components of the weight W_0 and freeze the rest, W = W_0 - s B_0 A_0.
     """
 
-    def __init__(self, in_features, out_features, rank, alpha, dropout=0.0, bias=True):
-        """With values that are to be loaded. dropout: share of x that the adapter does not see in
-        training. Raises ValueError for a rank outside 1..min(m, n)."""
+    def __init__(self, linear, rank, alpha, dropout=0.0):
+        """From an nn.Linear, which is frozen. dropout: share of x that the adapter does not see in
+        training. A is drawn from torch's global generator. Raises ValueError for a rank outside
+        1..min(m, n)."""
         super().__init__()
-        self.base = nn.Linear(in_features, out_features, bias).requires_grad_(False)
-        self.dropout = nn.Dropout(dropout)
-        self.add_factors(in_features, out_features, rank, bias=False)
-        self.scale = alpha / rank
+        self.add_factors(linear.in_features, linear.out_features, rank, bias=False)
         nn.init.zeros_(self.B.weight)
+        self.base, self.dropout, self.scale = linear, nn.Dropout(dropout), alpha / rank
+        self.to(linear.weight).train(linear.training)
+        linear.requires_grad_(False)
 
     def forward(self, x):                                           # (..., n) -> (..., m)
         return self.base(x) + self.B(self.scale * self.A(self.dropout(x)))
 
-    @property
-    def weight(self):
-        """W + s B A (m, n), recomputed on each access."""
-        return self.base.weight + self.scale * self.B.weight @ self.A.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear, rank, alpha, dropout=0.0, init='lora'):
-        """The layer that computes what an nn.Linear does until it is trained, with its device,
-        dtype, bias and mode. init: 'lora' draws A from torch's global generator; 'pissa' and
-        'milora' take an SVD in float64 on the CPU. Raises ValueError as the constructor, and
-        torch.linalg.LinAlgError for an SVD of non-finite weights."""
-        m, n = linear.weight.shape
-        layer = cls(n, m, rank, alpha, dropout, linear.bias is not None)
-        layer = layer.to(linear.weight).train(linear.training)
-        layer.base.weight.copy_(linear.weight)
-        if linear.bias is not None:
-            layer.base.bias.copy_(linear.bias)
+        """The layer that computes what an nn.Linear does until it is trained, from a copy of it.
+        init: 'pissa' and 'milora' take an SVD in float64 on the CPU. Raises ValueError as the
+        constructor, and torch.linalg.LinAlgError for an SVD of non-finite weights."""
+        layer = cls(copy.deepcopy(linear), rank, alpha, dropout)
         if init != 'lora':
-            whole = to_float64(linear.weight)                    # W_0 (m, n)
+            whole = to_float64(linear.weight)                       # W_0 (m, n)
             components = slice(rank) if init == 'pissa' else slice(-rank, None)
-            b, a = svd_factors(whole, components, layer.scale)
-            layer.set_factors(b, a)
+            layer.set_factors(*svd_factors(whole, components, layer.scale))
             rest = whole - layer.scale * layer.product()            # of the rounded A and B
             layer.base.weight.copy_(rest.to(linear.weight.dtype))
         return layer
-
-    @torch.no_grad()
-    def merge(self):
-        """The dense layer with the weight W + s B A, added in float64."""
-        weight = to_float64(self.base.weight) + self.scale * self.product()
-        return linear_from_tensors(weight, self.bias, self.base.weight)
 
 
 def svd_factors(matrix, components, scale):

@@ -88,6 +88,21 @@ class WarmStartBasis(nn.Module):
         self.has_gram = True
 
 
+def follow_optimizer(bases, optimizer, mean=None):
+    """After each step of the optimizer, update the bases by the matrices of that step's forward
+    passes; a step that a GradScaler skips leaves them as they are. mean: as in `update_bases`."""
+    def hook(optimizer, *_):
+        found_inf = getattr(optimizer, 'found_inf', None)          # a GradScaler's, of a fused step
+        if found_inf is not None and found_inf.item():
+            clear_grams(bases)
+        else:
+            update_bases(bases, mean)
+    if bases:
+        optimizer.register_step_post_hook(hook)
+    for basis in bases:
+        basis.followed = True
+
+
 @torch.no_grad()
 def update_bases(bases, mean=None):
     """Move each WarmStartBasis of a list, all of one shape, to the leading subspace of its sums.

@@ -146,14 +146,12 @@ class MuonAdamW:
         self.optimizers[1].load_state_dict(state['adamw'])
 
 
-def exchange(optimizer, model, old, new, convert):
-    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters `new`, a list, in the place of `old`:
-    convert(states of old), which are dicts of tensors, empty before the first step, -> states of new. The model has
-    them already."""
+def swap_params(optimizer, model, old):
+    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters that its model has now: without a state for
+    those in the list `old`, which are others or have other values now, and for new ones."""
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
-        if any(p is old[0] for group in part.param_groups for p in group['params']):
-            states = [part.state.pop(p, {}) for p in old]
-            part.state.update({p: state for p, state in zip(new, convert(states)) if state})
+        for p in old:
+            part.state.pop(p, None)
     muon = isinstance(optimizer, MuonAdamW)
     now = gpt_groups(model, 0.0).values() if muon else adamw_groups(model, 0.0)
     for group, own in zip(optimizer.param_groups, now):

@@ -56,7 +56,8 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
     assert saved['model_args']['adaptive_svd_ranks'] == saved['config']['adaptive_svd_ranks'] == ranks
     assert len(losses) == 26 and losses[-1] < losses[0]
     assert max(b - a for a, b in zip(losses, losses[1:])) < .2     # no switch disturbs training
-    assert {float(state['step']) for state in saved['optimizer']['state'].values()} == {26}
+    # factors that are analysed at each step have a new state each time
+    assert {float(state['step']) for state in saved['optimizer']['state'].values()} == {1, 26}
 
 
 @pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .02, 9)])
