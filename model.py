@@ -63,8 +63,7 @@ class GPTConfig(AdapterTargets):
     n_layer: Annotated[int, 'number of transformer blocks', Range(1)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
     n_embd: Annotated[int, 'width of the model; a multiple of n_head', Range(1)] = 768
-    dropout: Annotated[float, 'dropout probability: 0 for pretraining, 0.1 or more for fine-tuning',
-                       Range(0, below=1), OVERRIDABLE] = 0.0
+    dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is a bit better and faster'] = True
     gelu: Annotated[Literal['exact', 'tanh'], "'exact': nanoGPT's; 'tanh': OpenAI's"] = 'exact'
     use_svd: Annotated[bool, 'truncate V in attention to rank svd_rank', OVERRIDABLE] = False
@@ -73,35 +72,30 @@ class GPTConfig(AdapterTargets):
                           "faster; 'randomized': faster still, residual 1 to 4% above the best",
                           *SVD] = 'gram'
     svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; "
-                         "'causal': rows projected on a basis of earlier rows; 'weight': the value "
-                         'projection', *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal': the first rows, which stay whole; a new basis is made of "
-                         'all earlier rows whenever their number has doubled', Range(1),
-                         *CAUSAL] = 32
-    svd_basis_grad: Annotated[bool, 'False: the basis is a constant in the backward pass; in '
-                              "'sequence' scope training then cannot learn to leak later tokens "
-                              'through it', *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': products with V^T V of a cold start, besides "
-                               'the last one', Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a cold start on top of rank + 4",
+                         "'causal': rows, on a basis of earlier rows; 'weight': the projection "
+                         'that makes V', *SVD] = 'sequence'
+    svd_block: Annotated[int, "'causal': the first rows, which stay whole; a new basis comes from "
+                         'all earlier rows when their number has doubled', Range(1), *CAUSAL] = 32
+    svd_basis_grad: Annotated[bool, 'False: the basis is a constant in the backward pass, so that '
+                              "'sequence' does not learn to leak later tokens", *SVD] = True
+    svd_power_iters: Annotated[int, "'randomized': products with V^T V of a cold start before the "
+                               'last one', Range(0), *RANDOMIZED] = 2
+    svd_oversample: Annotated[int, "'randomized': columns of a cold start above rank + 4",
                               Range(0), *RANDOMIZED] = 0
     use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents'] = False
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
                               Range(1), Needs(use_mla=True)] = None
     layer_ranks: Annotated[dict[str, int] | None, 'low-rank layers -> their rank, such as '
                            "{'h.0.mlp.c_fc': 64}; compress.py makes them"] = None
-    adaptive_svd: Annotated[bool, 'detect gradients that attack what layers have learned, and '
-                            'protect it'] = False
+    adaptive_svd: Annotated[bool, 'protect what was learned where gradients attack it'] = False
     adaptive_svd_target_layer: Annotated[int, 'in this block; -1: in all', Range(-1), ADAPTIVE] = 0
     adaptive_svd_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj', with MLA 'query,c_proj'",
                                     ADAPTIVE] = 'c_q'
-    adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': nothing is written into the "
-                                       "protected space; 'none': factors are free (MiLoRA)",
-                                       ADAPTIVE, OVERRIDABLE] = 'left'
+    adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': the protected space is not "
+                                       "written to; 'none': MiLoRA", ADAPTIVE, OVERRIDABLE] = 'left'
     adaptive_svd_ranks: Annotated[dict[str, int] | None, 'layers in low-rank mode -> trained '
                                   'components; training sets it', ADAPTIVE] = None
-    lora_rank: Annotated[int | None, 'train adapters of this rank on frozen weights; None: all',
-                         Range(1)] = None
+    lora_rank: Annotated[int | None, 'of adapters of frozen weights; None: none', Range(1)] = None
     lora_alpha: Annotated[float | None, 'adapters count alpha / rank times; None: once',
                           Range(above=0), LORA] = None
     lora_dropout: Annotated[float, "dropout of adapter inputs; of c_v in svd_scope='weight' none",

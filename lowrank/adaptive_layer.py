@@ -173,7 +173,7 @@ class AdaptiveSVD:
             layer.track_weight_grad(True)
 
     @torch.no_grad()
-    def analyze(self, step, swap_params, mean=None, on_main=None):
+    def analyze(self, step, swap_params, mean=lambda tensor: tensor, on_main=lambda f: f()):
         """Decide and switch, from the gradients of this step, before the optimizer's.
 
         swap_params(old): the optimizer forgets these parameters and has the layers' new ones. Over
@@ -183,22 +183,17 @@ class AdaptiveSVD:
         """
         for layer in self.layers.values():
             weight = layer.base.weight
-            if mean is not None and layer.r is not None and weight.grad is not None:
-                weight.grad = mean(weight.grad)                     # in full mode it is one already
-
-        def analyses():
-            return [self._analysis(name, step) for name in self.layers]
-        results = on_main(analyses) if on_main else analyses()
-        self.diagnostics = {name: result[0] for name, result in zip(self.layers, results)}
-        before = {name: layer.r for name, layer in self.layers.items()}
+            if layer.r is not None and weight.grad is not None:     # in full mode it is a mean
+                weight.grad = mean(weight.grad)
+        results = on_main(lambda: [self._analysis(name, step) for name in self.layers])
+        self.diagnostics = {name: found for name, (found, _) in zip(self.layers, results)}
         for layer in self.layers.values():
             layer.track_weight_grad(False)                        # not while parameters are swapped
-        for (name, layer), (_, usv) in zip(self.layers.items(), results):
-            self._act(name, usv, swap_params)
-            layer.base.weight.grad = layer.base.weight.grad if layer.r is None else None
+        changed = [self._act(name, usv, swap_params)
+                   for name, (_, usv) in zip(self.layers, results)]
         self._weights = {name: to_float32(layer.weight).clone()
                          for name, layer in self.layers.items()}
-        return any(layer.r != before[name] for name, layer in self.layers.items())
+        return any(changed)
 
     @torch.no_grad()
     def project_factors(self):
@@ -242,8 +237,9 @@ class AdaptiveSVD:
         return found | dict(decision=decision, r_next=r_next, r_analyzed=r), usv
 
     def _act(self, name, usv, swap_params):
-        """Switch a layer, or not, and note its mode, r and the action."""
+        """Switch a layer, or not, and note its mode, r and the action -> whether r is another."""
         layer, memory, found = self.layers[name], self.memory[name], self.diagnostics[name]
+        before = layer.r
         action = 'initial' if memory['S'] is None else 'none'
         memory['U'], memory['S'] = (t.float().cpu() for t in usv[:2])
         decision, r_next = found.pop('decision'), found.pop('r_next')
@@ -266,3 +262,4 @@ class AdaptiveSVD:
         memory['r'] = layer.r or memory['r']                 # where low-rank mode would begin again
         mode = 'full' if layer.r is None else 'lowrank'
         found |= dict(mode=mode, r=layer.r or len(memory['S']), action=action)
+        return layer.r != before

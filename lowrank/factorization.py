@@ -42,7 +42,8 @@ class Factorization:
 
     def __init__(self, weight, near=None, far=None, ridge=RIDGE):
         self.weight = to_float64(weight, 'weight')
-        near, far = (None if t is None else to_float64(t, 'inputs or gradients') for t in (near, far))
+        near, far = (None if t is None else to_float64(t, 'inputs or gradients')
+                     for t in (near, far))
         self.tall, self.size = weight.size(0) >= weight.size(1), min(weight.shape)
         self.root, self.inverse, near_level = psd_sqrt(near, self.size, ridge)
         gram = self.weight.mT @ self.weight if self.tall else self.weight @ self.weight.mT  # (s, s)

@@ -35,6 +35,7 @@ that float32 inputs may have is in docs/SVD.md.
 from itertools import accumulate
 
 import torch
+from torch.nn import functional as F
 
 from lowrank.spectrum import energy, rank_for_energy                # noqa: F401  (importable here)
 from lowrank.subspace_iteration import gaussian_start, leading_subspace
@@ -260,14 +261,11 @@ def _exact_spectrum(x, method, stops):
         grams = _prefix_grams(x if _lacks_float64(x.device) else x.double(), stops)
         eigenvalues, w = _decompose(torch.linalg.eigh, _to_float64(grams))
         return eigenvalues.clamp_min(0), w
-    wide, spectra = _to_float64(x), []
-    for stop in stops:
-        rows = wide[..., :stop, :]
-        if stop < x.shape[-1]:                     # zero rows keep the row space; Vh becomes (n, n)
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, x.shape[-1] - stop))
-        _, s, vh = _decompose(torch.linalg.svd, rows, full_matrices=False)   # (..., n), (..., n, n)
-        spectra.append((s.square().flip(-1), vh.mT.flip(-1)))
-    return tuple(torch.stack(parts) for parts in zip(*spectra))
+    n, wide = x.shape[-1], _to_float64(x)
+    rows = (wide[..., :stop, :] for stop in stops)                  # zero rows keep the row space
+    padded = (F.pad(x_s, (0, 0, 0, max(0, n - x_s.shape[-2]))) for x_s in rows)     # Vh is (n, n)
+    _, s, vh = zip(*(_decompose(torch.linalg.svd, x_s, full_matrices=False) for x_s in padded))
+    return torch.stack(s).square().flip(-1), torch.stack(vh).mT.flip(-1)
 
 
 def _prefix_grams(x, stops):
@@ -282,9 +280,8 @@ def _iterate(grams, rank, power_iters, oversample, start):
     if power_iters < 0 or oversample < 0:
         raise ValueError('power_iters and oversample must be at least 0, got '
                          f'{power_iters} and {oversample}')
-    if start is None:
-        start = gaussian_start(grams.shape[-1], rank, oversample)
-    elif start.shape[-1] < rank:
+    start = gaussian_start(grams.shape[-1], rank, oversample) if start is None else start
+    if start.shape[-1] < rank:
         raise ValueError(f'start has {start.shape[-1]} columns, too few for rank {rank}')
     _check_finite(grams)
     wide = grams if _lacks_float64(grams.device) else grams.double()
