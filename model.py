@@ -174,7 +174,9 @@ class QKVProjection(nn.Linear):
             weight = torch.cat((*weight.chunk(3)[:2], w_v.flatten(0, 1)))
         return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
 
-    project_for_cache = forward
+    def project_for_cache(self, x):
+        """x (B, T, C) -> q, k, v as from `forward`, for `KeyValueCache.attend`."""
+        return self(x)
 
     def value_weight(self):
         """W_v, which makes V of x, per head: (nh, hs, C)."""

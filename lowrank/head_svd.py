@@ -17,7 +17,7 @@ from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalValues, DenseV
                               FactoredValues, LatentValues)
 from lowrank.subspace_iteration import WarmStartBasis
 from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
-                         low_rank_approximation, truncated_svd)
+                         leading_right_vectors, low_rank_approximation)
 
 
 class NoSVD(nn.Module):
@@ -102,9 +102,9 @@ class WeightSVD(NoSVD):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
-        """V - b has the basis that the rank-k approximation of W_v projects on."""
-        _, _, vh = truncated_svd(w_v.mT, **self.options)            # (nh, k, hs)
-        return FactoredValues(shape, vh.mT, bias, **kind)
+        """V - b has the basis that `truncate_weight` projects W_v on."""
+        basis = leading_right_vectors(w_v.mT, **self.options)       # (nh, hs, k)
+        return FactoredValues(shape, basis, bias, **kind)
 
 
 MODULES = dict(sequence=SequenceSVD, causal=CausalSVD, weight=WeightSVD)

@@ -194,7 +194,9 @@ class SplitProjection(nn.Module):
         v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
-    project_for_cache = forward
+    def project_for_cache(self, x):
+        """As `QKVProjection.project_for_cache`."""
+        return self(x)
 
     def value_weight(self):
         """As `QKVProjection.value_weight`."""

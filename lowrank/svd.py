@@ -75,6 +75,18 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
         return tuple(part.to(x.dtype).to(x.device) for part in parts)
 
 
+def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
+    """W_k (..., n, k) such that x W_k W_k^T is what `low_rank_approximation` returns for x (..., m,
+    n) with m >= n, with its precision. Not differentiable. Raises as `truncated_svd`."""
+    _check(x, rank, method, x.shape[-2:])
+    rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    with _full_precision(x):
+        if method == 'randomized':
+            gram = _prefix_grams(rows, (x.shape[-2],))[0]
+            return _iterate(gram, rank, power_iters, oversample, None)[0].to(x)
+        return _exact_spectrum(rows, method, (x.shape[-2],))[1][0][..., -rank:].to(x)
+
+
 def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0, start=None):
     """Orthonormal W_k (..., n, k) that spans the eigenvectors of the k largest eigenvalues.
 
