@@ -277,7 +277,7 @@ def _exact_spectrum(x, method, stops):
     rows = (wide[..., :stop, :] for stop in stops)                  # zero rows keep the row space
     padded = (F.pad(x_s, (0, 0, 0, max(0, n - x_s.shape[-2]))) for x_s in rows)     # Vh is (n, n)
     _, s, vh = zip(*(_decompose(torch.linalg.svd, x_s, full_matrices=False) for x_s in padded))
-    return torch.stack(s).square().flip(-1), torch.stack(vh).mT.flip(-1)
+    return torch.stack(s).square().flip(-1), torch.stack([w.mT.flip(-1) for w in vh])
 
 
 def _prefix_grams(x, stops):
