@@ -5,15 +5,20 @@ token (multi-head latent attention, MLA), and whose layers can be low-rank or ad
 
 Where V is truncated: `CausalSelfAttention.apply_svd_to_v` ('sequence' and 'causal' scope: V itself)
 and `value_weight` ('weight' scope: the projection that makes V), both by the layer's `head_svd`
-module. Without MLA, a cache keeps K whole and, per token and head, k coordinates instead of the hs
-numbers of V: in 'weight' scope for all tokens, in 'causal' scope for those after the first
-svd_block. Where 'sequence' scope truncates there is no cache. Full rank changes nothing. The SVD
-makes training slower, never faster: docs/SVD.md has the figures.
+module, which also makes the part of a cache that holds V. Per token and head a cache keeps
+
+    no SVD       hs numbers of K, hs of V
+    'sequence'   no cache: each new token changes V of all earlier ones
+    'causal'     hs of K; hs of V for the first svd_block tokens, then k, and a basis per block
+    'weight'     hs of K, k of V
+
+Full rank changes nothing. The SVD makes training slower, never faster (docs/SVD.md).
 
 Where MLA happens: `LatentProjection` in place of `QKVProjection`. Keys are U_k c and values U_v c
-of a latent c, and a cache keeps the d numbers of c per token and layer instead of 2C. Training and
-prompts compute both; a single token attends to the latents, with U_k multiplied into its query and
-U_v applied to the result (lowrank/kv_cache.py). The two ways agree up to rounding: docs/MLA.md.
+of a latent c, and a cache keeps the d numbers of c per token and layer instead of 2C, with the
+bases of 'causal' scope. Training and prompts compute both; a single token attends to the latents,
+with U_k multiplied into its query and U_v applied to the result (lowrank/kv_cache.py). The two ways
+agree up to rounding: docs/MLA.md.
 
 Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank,
 d latent size.
@@ -74,13 +79,14 @@ class GPTConfig(AdapterTargets):
     svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; "
                          "'causal': rows, on a basis of earlier rows; 'weight': the projection "
                          'that makes V', *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal': the first rows, which stay whole; a new basis comes from "
-                         'all earlier rows when their number has doubled', Range(1), *CAUSAL] = 32
+    svd_block: Annotated[int, "'causal': so many first rows stay whole; later a new basis comes "
+                         'from all earlier rows whenever their number has doubled', Range(1),
+                         *CAUSAL] = 32
     svd_basis_grad: Annotated[bool, 'False: the basis is a constant in the backward pass, so that '
                               "'sequence' does not learn to leak later tokens", *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': products with V^T V of a cold start before the "
-                               'last one', Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a cold start above rank + 4",
+    svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start, without the "
+                               'last product', Range(0), *RANDOMIZED] = 2
+    svd_oversample: Annotated[int, "'randomized': columns of a cold start, more than rank + 4",
                               Range(0), *RANDOMIZED] = 0
     use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents'] = False
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
@@ -140,9 +146,9 @@ class GPTConfig(AdapterTargets):
     @property
     def svd_off(self):
         """'off' and why the SVD changes nothing; '' where it truncates."""
-        rows = self.latent_dim if self.use_mla else self.n_embd     # of W_v, transposed
+        inputs = self.latent_dim if self.use_mla else self.n_embd   # of W_v
         return why_off(self.use_svd, self.svd_rank, self.svd_scope, self.svd_block, self.block_size,
-                       self.n_embd // self.n_head, rows)
+                       self.n_embd // self.n_head, inputs)
 
     @property
     def svd_truncates(self):
@@ -446,8 +452,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, tokens, decode=False):
         """Floating-point operations of the forward pass per token: the mean over a prompt of
-        `tokens` tokens, or decode: of the token after as many. Matrices and attention; not the
-        SVD."""
+        `tokens` tokens; decode: of one new token after `tokens` cached ones. Matrices and
+        attention; not the SVD."""
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
@@ -487,8 +493,9 @@ class GPT(nn.Module):
         return self.update_bases_after_steps_of(optimizer)
 
     def update_bases_after_steps_of(self, optimizer):
-        """Register the hook that moves the basis that 'randomized' starts from. Under an optimizer
-        without it every forward pass of training starts cold. Returns the optimizer."""
+        """Register the hook that makes 'randomized' start warm: after each step from the basis of
+        that step's V. Without it every forward pass of training starts cold, from random columns.
+        Returns the optimizer."""
         follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
