@@ -101,7 +101,7 @@ class GPTConfig(AdapterTargets):
                                        "written to; 'none': MiLoRA", ADAPTIVE, OVERRIDABLE] = 'left'
     adaptive_svd_ranks: Annotated[dict[str, int] | None, 'layers in low-rank mode -> trained '
                                   'components; training sets it', ADAPTIVE] = None
-    lora_rank: Annotated[int | None, 'of adapters of frozen weights; None: none', Range(1)] = None
+    lora_rank: Annotated[int | None, 'rank of adapters on frozen weights', Range(1)] = None
     lora_alpha: Annotated[float | None, 'adapters count alpha / rank times; None: once',
                           Range(above=0), LORA] = None
     lora_dropout: Annotated[float, "dropout of adapter inputs; of c_v in svd_scope='weight' none",

@@ -137,7 +137,7 @@ def to_standard_lora(layer, original):
     torch.linalg.LinAlgError for one that is not finite.
     """
     w, whole = layer.base.weight, to_float64(original)
-    removed = whole - to_float64(w)                              # (m, n)
+    removed = whole - to_float64(w)                                 # (m, n)
     if not removed.any():
         return layer.A.weight.clone(), layer.B.weight.clone()
     b_0, a_0 = svd_factors(removed, slice(layer.rank), layer.scale)

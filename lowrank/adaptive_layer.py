@@ -108,7 +108,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
 
 
 def to_float32(tensor):
-    """Detached copy in at least float32 on the CPU."""
+    """In at least float32 on the CPU, detached; may share memory."""
     tensor = tensor.detach().cpu()
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -122,8 +122,8 @@ def thin_svd(weight):
 
 def switch(layer, r, swap_params, usv=None):
     """Low-rank mode with r, also from another r, or full mode for r None. The optimizer has the new
-    parameters from here on, without a state: carrying momenta from one to the other changes no loss
-    (docs/ADAPTIVE.md)."""
+    parameters from here on, without a state: carrying momenta from one to the other changed no loss
+    with an analysis every 20 steps (docs/ADAPTIVE.md)."""
     old = layer.factor_params() or [layer.base.weight]
     if r is None:
         layer.switch_to_full()
@@ -226,7 +226,8 @@ class AdaptiveSVD:
                 for key, value in found.items() if key != 'r_analyzed' and value is not None}
 
     def _analysis(self, name, step):
-        """-> what `should_use_lowrank_training` says of a layer, as a dict, and W's SVD."""
+        """-> what `should_use_lowrank_training` says of a layer, as a dict, and W's SVD: U, S
+        and, where the layer gets factors, V."""
         layer, memory = self.layers[name], self.memory[name]
         W = to_float32(layer.weight)                                # (m, n)
         r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)
@@ -234,7 +235,8 @@ class AdaptiveSVD:
         decision, r_next, found = should_use_lowrank_training(
             W, *usv, None, memory['U'], memory['S'], None, layer.base.weight.grad, r, step,
             in_lowrank_mode=layer.r is not None)
-        return found | dict(decision=decision, r_next=r_next, r_analyzed=r), usv
+        found |= dict(decision=decision, r_next=r_next, r_analyzed=r)
+        return found, usv if decision or layer.r is not None else usv[:2]   # V: for factors
 
     def _act(self, name, usv, swap_params):
         """Switch a layer, or not, and note its mode, r and the action -> whether r is another."""

@@ -91,7 +91,7 @@ def compute_gradient_alignment(grad_W, U, S, r):
     principal_space = _leading('U', U, _principal_count(to_float64(S, 'S'), r))    # (m, k)
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
         return 0.0, 0.0
-    gradient = to_float64(grad_W)                       # (m, n)
+    gradient = to_float64(grad_W)                                   # (m, n)
     share = _energy_share(principal_space.mT @ gradient, gradient)
     principal = min(share, 1.0)                                    # float32 columns may be too long
     return principal, 1 - principal

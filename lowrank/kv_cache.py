@@ -41,13 +41,13 @@ class DenseValues:
 
     def weighted_sum(self, weights):
         """weights (..., 1, T) -> (..., 1, n)."""
-        return weights @ self.data[..., :self.length, :]
+        return weights @ self.data[..., :self.length, :]            # not all(), which expands
 
 
 class FactoredValues(DenseValues):
     """Rows as coordinates: row v is kept as c = W^T (v - b) and read as W c + b. N k numbers.
 
-    A sum is taken of coordinates and expanded once, so its weights must add up to 1.
+    A sum is taken of coordinates and expanded once, so with a bias its weights must add up to 1.
     """
 
     def __init__(self, shape, basis, bias, dtype, device):

@@ -5,8 +5,8 @@ import torch
 
 
 def to_float64(x, name=None):
-    """Detached copy of x in float64 on the CPU (MPS has none). With a name, non-finite values raise
-    ValueError."""
+    """x in float64 on the CPU (MPS has none), detached; may share memory. With a name, non-finite
+    values raise ValueError."""
     if name and not x.isfinite().all():
         raise ValueError(f'{name} must be finite, got NaN or inf')
     return x.detach().cpu().double()

@@ -63,7 +63,7 @@ def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     one_prompt = B > 1 and idx.stride(0) == 0 and not model.training                            # dropout differs by row
     cache = None
-    if use_cache and max_new_tokens > 1:
+    if use_cache and max_new_tokens > 1 and T <= block_size:
         cache = model.new_cache(B, min(T + max_new_tokens - 1, block_size))                     # the last stays out
     ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
     for n in range(T, T + max_new_tokens):                          # n tokens so far

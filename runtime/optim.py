@@ -147,8 +147,8 @@ class MuonAdamW:
 
 
 def swap_params(optimizer, model, old):
-    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters that its model has now: without a state for
-    those in the list `old`, which are others or have other values now, and for new ones."""
+    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters that its model has now. Those in the list
+    `old`, which were replaced or have other values now, lose their state; new ones begin with none, or momenta of 0."""
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
         for p in old:
             part.state.pop(p, None)
@@ -156,6 +156,9 @@ def swap_params(optimizer, model, old):
     now = gpt_groups(model, 0.0).values() if muon else adamw_groups(model, 0.0)
     for group, own in zip(optimizer.param_groups, now):
         group['params'] = own['params']
+    if muon:                        # a GradScaler may skip this step: a checkpoint then needs every parameter's state
+        for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):
+            optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))
 
 
 def restore_optimizer(optimizer, saved, steps, cropped):

@@ -190,7 +190,7 @@ def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
         grouped = [p for group in opt.param_groups for p in group['params']]
         assert len(grouped) == len(trainable) and {*grouped} == {*trainable}
         new = {layers[i].base.weight, *layers[i].factor_params()} & {*trainable}
-        assert {*states(opt)} == {*trainable} - new
+        assert {*states(opt)} == {*trainable} - (new if optimizer == 'adamw' else set())
         ours = [p.grad.clone() for p in trainable]
         backward(step)
         torch.testing.assert_close(ours, [p.grad for p in trainable], rtol=1e-6, atol=1e-10)
