@@ -37,8 +37,7 @@ from lowrank.adapters import AdapterTargets, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
 from lowrank.head_svd import SCOPES, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
-from lowrank.layers import (INITS, LowRankLinear, SplitProjection, bias_per_head,
-                            split_heads)
+from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
 from lowrank.svd import METHODS, low_rank_approximation
@@ -101,7 +100,8 @@ class GPTConfig(AdapterTargets):
                                        "written to; 'none': MiLoRA", ADAPTIVE, OVERRIDABLE] = 'left'
     adaptive_svd_ranks: Annotated[dict[str, int] | None, 'layers in low-rank mode -> trained '
                                   'components; training sets it', ADAPTIVE] = None
-    lora_rank: Annotated[int | None, 'rank of adapters on frozen weights', Range(1)] = None
+    lora_rank: Annotated[int | None, 'rank of adapters on frozen weights; None: none',
+                         Range(1)] = None
     lora_alpha: Annotated[float | None, 'adapters count alpha / rank times; None: once',
                           Range(above=0), LORA] = None
     lora_dropout: Annotated[float, "dropout of adapter inputs; of c_v in svd_scope='weight' none",

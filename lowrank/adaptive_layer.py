@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lowrank.adaptive_svd import (FIRST_PRINCIPAL, compute_gradient_alignment,
                                   should_use_lowrank_training)
-from lowrank.layers import AdaptedLinear, empty_linear
+from lowrank.layers import AdaptedLinear, FactoredLinear, empty_linear
 from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
@@ -59,10 +59,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
             return self.base(x) + self.B(self.A(x))
         return F.linear(x, self.weight, self.bias)
 
-    @property
-    def r(self):
-        """The number of trained components, None in full mode."""
-        return None if self.A is None else self.A.out_features
+    r = FactoredLinear.rank                                         # None in full mode
 
     def factor_params(self):
         """The factors, whose weight decay is halved: both shrink the product."""

@@ -95,6 +95,7 @@ class WeightSVD(NoSVD):
     truncates_weight = True
 
     def __init__(self, heads, head_size, block, basis_grad, **options):
+        """The first three matter to the other scopes alone."""
         super().__init__()
         self.basis_grad, self.options = basis_grad, options
 

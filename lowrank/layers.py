@@ -31,7 +31,8 @@ class FactoredLinear(nn.Module):
 
     @property
     def rank(self):
-        return self.A.out_features
+        """r, or None where there are no factors."""
+        return None if self.A is None else self.A.out_features
 
     @torch.no_grad()
     def set_factors(self, b, a):
