@@ -180,9 +180,14 @@ class QKVProjection(nn.Linear):
             weight = torch.cat((*weight.chunk(3)[:2], w_v.flatten(0, 1)))
         return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
 
-    def project_for_cache(self, x):
-        """x (B, T, C) -> q, k, v as from `forward`, for `KeyValueCache.attend`."""
-        return self(x)
+    def project_for_cache(self, x, down_proj):
+        """x (B, T, C) -> q, k, v for `KeyValueCache.attend`. In 'weight' scope down_proj (nh k, C)
+        makes V's coordinates, which replace v, for k / hs of the cost."""
+        if down_proj is None:
+            return self(x)
+        C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]
+        q, k = F.linear(x, self.weight[:2 * C], bias).split(C, dim=2)
+        return split_heads(self.n_head, q, k, F.linear(x, down_proj))
 
     def value_weight(self):
         """W_v, which makes V of x, per head: (nh, hs, C)."""
@@ -221,7 +226,7 @@ class LatentProjection(nn.Module):
         """(nh, 1, hs), or None."""
         return bias_per_head(self.n_head, self.v_up.bias)
 
-    def project_for_cache(self, x):
+    def project_for_cache(self, x, down_proj):
         """x (B, T, C) -> q (B, nh, T, hs) and latents (B, T, d), for `LatentCache.attend`."""
         return *split_heads(self.n_head, self.query(x)), self.kv_down(x)
 
@@ -243,7 +248,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C); only_last: of the last position, (B, 1, C). With a cache, x
         follows the tokens in it and joins them: a whole prompt first, then one token at a time."""
-        q, *kv = self.project(x) if cache is None else self.c_attn.project_for_cache(x)
+        q, *kv = self.project(x) if cache is None else (
+            self.c_attn.project_for_cache(x, cache.values.down_proj))
         q = q[:, :, -1:] if only_last else q                        # (B, nh, T or 1, hs)
         if cache is None:
             k, v = kv[0], self.apply_svd_to_v(kv[1])                # (B, nh, T, hs)

@@ -103,9 +103,10 @@ class WeightSVD(NoSVD):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
-        """V - b has the basis that `truncate_weight` projects W_v on."""
+        """V - b is W W^T W_v x, with the basis W that `truncate_weight` projects W_v on."""
         basis = leading_right_vectors(w_v.mT, **self.options)       # (nh, hs, k)
-        return FactoredValues(shape, basis, bias, **kind)
+        down_proj = (basis.mT @ w_v).flatten(0, 1)                  # (nh k, C)
+        return FactoredValues(shape, basis, bias, down_proj, **kind)
 
 
 MODULES = dict(sequence=SequenceSVD, causal=CausalSVD, weight=WeightSVD)

@@ -21,6 +21,8 @@ from lowrank.svd import causal_starts
 class DenseValues:
     """Rows as they are: N n numbers."""
 
+    down_proj = None                # (nh k, C), where coordinates are cached: what makes them of x
+
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
         self.data, self.length = torch.empty(shape, dtype=dtype, device=device), 0
@@ -45,18 +47,16 @@ class DenseValues:
 
 
 class FactoredValues(DenseValues):
-    """Rows as coordinates: row v is kept as c = W^T (v - b) and read as W c + b. N k numbers.
+    """Rows W c + b, whose coordinates c are appended: N k numbers.
 
     A sum is taken of coordinates and expanded once, so with a bias its weights must add up to 1.
     """
 
-    def __init__(self, shape, basis, bias, dtype, device):
-        """shape (..., N, n); basis: W (..., n, k), orthonormal; bias: b (..., 1, n) or None."""
+    def __init__(self, shape, basis, bias, down_proj, dtype, device):
+        """shape (..., N, n); basis: W (..., n, k); bias: b (..., 1, n) or None; down_proj (nh k, C)
+        or None."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
-        self.basis, self.bias = basis.to(dtype), bias
-
-    def append(self, x):
-        super().append((x if self.bias is None else x - self.bias) @ self.basis)
+        self.basis, self.bias, self.down_proj = basis.to(dtype), bias, down_proj
 
     def all(self):
         return self._expand(super().all())
@@ -78,19 +78,20 @@ class BlockCausalValues:
     in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4).
     """
 
+    down_proj = None
+
     def __init__(self, shape, rank, block, eigensolver, dtype, device):
         """shape (..., N, n). eigensolver: G (..., n, n) -> its leading eigenvectors (..., n, k)."""
         *batch, self.capacity, n = shape
         starts, kind = causal_starts(self.capacity, rank, block), dict(dtype=dtype, device=device)
         edges, self.length, self.eigensolver = [*starts, self.capacity], 0, eigensolver
+        self.bases = torch.empty(*batch, n, len(starts) * rank, **kind)     # W_k of each span
         self.spans = [DenseValues((*batch, edges[0], n), **kind)]
-        for a, b in zip(edges, edges[1:]):
-            basis = torch.empty(*batch, n, rank, **kind)
-            self.spans.append(FactoredValues((*batch, b - a, n), basis, None, **kind))
+        for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)):
+            self.spans.append(FactoredValues((*batch, b - a, n), basis, None, None, **kind))
         side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
-        parts = *self.spans, *(span.basis for span in self.spans[1:]), self.gram
-        self.nbytes = sum(part.nbytes for part in parts)
+        self.nbytes = sum(part.nbytes for part in (*self.spans, self.bases, self.gram))
 
     def append(self, x):
         """Add rows x (..., m, n). Raises ValueError where there is no room for them, and
@@ -100,9 +101,12 @@ class BlockCausalValues:
             span = next(s for s in self.spans if s.length < s.data.shape[-2])
             room = span.data.shape[-2] - span.length
             rows, x = x[..., :room, :], x[..., room:, :]
-            if span is not self.spans[0] and span.length == 0:
-                span.basis.copy_(self.eigensolver(self.gram))
-            span.append(rows.to(span.data.dtype))
+            if span is self.spans[0]:
+                span.append(rows)
+            else:
+                if span.length == 0:
+                    span.basis.copy_(self.eigensolver(self.gram))
+                span.append(rows.to(span.basis.dtype) @ span.basis)             # (..., m, k)
             self.length += rows.shape[-2]
             if span is not self.spans[-1]:                          # a later basis depends on them
                 rows = rows.to(self.gram.dtype)
@@ -114,11 +118,15 @@ class BlockCausalValues:
         return torch.cat([span.all() for span in self.spans], dim=-2)
 
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> (..., 1, n)."""
-        spans = [span for span in self.spans if span.length]
-        parts = weights.split([span.length for span in spans], dim=-1)
-        first, *others = (span.weighted_sum(part) for span, part in zip(spans, parts))
-        return sum(others, first)
+        """weights (..., 1, T) -> (..., 1, n): summed as coordinates per span, then expanded
+        once."""
+        parts = weights.split([span.length for span in self.spans if span.length], dim=-1)
+        first, *sums = (part @ span.data[..., :span.length, :]
+                        for part, span in zip(parts, self.spans))
+        if not sums:
+            return first
+        sums = torch.cat(sums, dim=-1)                              # (..., 1, spans k)
+        return first + sums @ self.bases[..., :sums.shape[-1]].mT
 
 
 def gram_dtype(dtype, device):
@@ -138,7 +146,7 @@ def _check_capacity(length, more, capacity):
 class LatentValues:
     """Values U_v c + b of latents c; nothing is kept for them."""
 
-    nbytes = 0
+    nbytes, down_proj = 0, None
 
     def __init__(self, w_v, bias):
         """w_v: U_v (nh, hs, d); bias: b (nh, 1, hs) or None."""
@@ -221,7 +229,8 @@ class KeyValueCache:
     @torch.compiler.disable                                         # shapes change with every token
     def attend(self, q, k, v):
         """Add k and v of new tokens; attend from the last tokens, those of q (B, nh, .., hs) ->
-        like q. A batch of one joins every sequence of the cache."""
+        like q. v may be coordinates (`down_proj`). A batch of one joins every sequence of the
+        cache."""
         self.stored.append(k)
         self.values.append(v)
         if k.size(2) == self.length:                                # a prompt: as in training

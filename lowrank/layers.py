@@ -195,9 +195,11 @@ class SplitProjection(nn.Module):
         v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
-    def project_for_cache(self, x):
+    def project_for_cache(self, x, down_proj):
         """As `QKVProjection.project_for_cache`."""
-        return self(x)
+        if down_proj is None:
+            return self(x)
+        return split_heads(self.n_head, self.c_q(x), self.c_k(x), F.linear(x, down_proj))
 
     def value_weight(self):
         """As `QKVProjection.value_weight`."""

@@ -35,13 +35,13 @@ def assert_sums(kept, bar=1e-12):
                                atol=bar * rows.abs().max().item())
 
 
-W, BIAS = torch.linalg.qr(normal(2, 4, 3, seed=1)).Q, normal(2, 1, 4, seed=2)
+W, BIAS = normal(2, 6, 4, seed=1), normal(2, 1, 6, seed=2)
 
 
 @pytest.mark.parametrize('make, truth, nbytes', [
     (DenseValues, lambda x: x, 8 * 2 * 7 * 4),
-    (partial(FactoredValues, basis=W, bias=None), lambda x: x @ W @ W.mT, 8 * 2 * 7 * 3),
-    (partial(FactoredValues, basis=W, bias=BIAS), lambda x: (x - BIAS) @ W @ W.mT + BIAS, 8 * 2 * 7 * 3),
+    (partial(FactoredValues, basis=W, bias=None, down_proj=None), lambda x: x @ W.mT, 8 * 2 * 7 * 4),
+    (partial(FactoredValues, basis=W, bias=BIAS, down_proj=None), lambda x: x @ W.mT + BIAS, 8 * 2 * 7 * 4),
     # 3 rows as they are, 4 as coordinates, bases for rows [3, 6) and [6, 7), G
     (partial(BlockCausalValues, rank=2, block=3, eigensolver=partial(leading_eigenvectors, rank=2)),
      lambda x: causal_truth(x, 2, 3), 8 * 2 * (3 * 4 + 4 * 2 + 2 * 2 * 4 + 4 * 4)),

@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be(options, size, hint):
 def bytes_held(cache, scope):
     """Bytes of all storages that a cache refers to, found by walking it, apart from weights: in 'weight' scope the
     basis is one."""
-    weights, storages = ('bias', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
+    weights, storages = ('bias', 'down_proj', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
 
     def walk(x):
         if isinstance(x, torch.Tensor):
