@@ -158,11 +158,9 @@ class LatentValues:
         return v if self.bias is None else v + self.bias
 
     def weighted_sum(self, weights, c):
-        """weights (B, nh, T), c (B, T, d) -> (B, nh, 1, hs)."""
+        """weights (B, nh, T) that add up to 1, c (B, T, d) -> (B, nh, 1, hs)."""
         y = (weights @ c).transpose(0, 1) @ self.w_v.mT             # (nh, B, d) x (nh, d, hs)
-        if self.bias is not None:
-            y = y + weights.sum(-1).T.unsqueeze(-1) * self.bias     # (nh, B, 1) x (nh, 1, hs)
-        return y.transpose(0, 1).unsqueeze(2)
+        return (y if self.bias is None else y + self.bias).transpose(0, 1).unsqueeze(2)
 
 
 class BlockCausalLatentValues(LatentValues):
@@ -192,7 +190,10 @@ class BlockCausalLatentValues(LatentValues):
         starts, total = [start for start in self.starts if start < c.size(1)], 0
         edges = [0, *starts, c.size(1)]
         for a, b, w in zip(edges, edges[1:], [None, *self._bases(c)]):
-            y = super().weighted_sum(weights[..., a:b], c[:, a:b])  # (B, nh, 1, hs)
+            part = weights[..., a:b]                                # (B, nh, b - a)
+            y = super().weighted_sum(part, c[:, a:b])               # (B, nh, 1, hs)
+            if self.bias is not None:                # a part of the weights adds up to less
+                y = y + (part.sum(-1)[..., None, None] - 1) * self.bias
             total = total + (y if w is None else y @ w @ w.mT)
         return total
 

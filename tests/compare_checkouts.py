@@ -36,7 +36,7 @@ BEFORE = 'd773c8a'                  # the last commit before the redesign
 # words of configurations whose bits a later commit changed knowingly -> that commit: one product from a warm start; sums
 # over a cache in another order, LoRA's random numbers, momenta and decompositions of adaptive layers
 MOVED = {'sequence randomized': 'f503e89', **dict.fromkeys(('causal', 'weight'), 'b2a212d'),
-         **dict.fromkeys(('mla muon', 'lora', 'adaptive'), 'f7eeaf6')}
+         **dict.fromkeys(('lora', 'adaptive'), 'f7eeaf6')}
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
 # changed knowingly since BEFORE, and how
