@@ -13,7 +13,7 @@ measure what every SVD method costs and how good it is.
 A step is forward, backward, clipping and the optimizer, on random tokens of the data set's vocabulary. Decoding is
 greedy, batch_size prompts of random tokens at a time; its prefill is timed apart. What is compared takes turns, in
 alternating order, so that a drifting machine slows all. --svd measures on V of OUT_DIR/ckpt.pt, if a run of the
-configuration's shape is there, and on synthetic spectra; bench_svd.py says what each figure is. The last line is
+configuration's shape is there, and on synthetic spectra; svd_benchmark.py says what each figure is. The last line is
 JSON.
 """
 
@@ -22,25 +22,25 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import command                                            # before torch: says what is not installed
+from runtime import cli                                            # before torch: says what is not installed
 
 import torch
 
-import bench_svd
+from tools import svd_benchmark
 from model import ADAPTER_DEFAULTS, GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained
+from runtime import huggingface
 from runtime.config import PATH, SWITCH, Range, UserError
-from runtime.dataset import LARGE, Dataset, locate
-from runtime.timing import generation, paired, quartiles, take_turns, timed
-from steps import model_config, new_model, random_tokens, step_of, train_step
-from train import RUN_LOCAL_FIELDS, TrainConfig
+from runtime.data import LARGE, Dataset, locate
+from tools.timing import generation, paired_benchmark, quartiles, interleave, time_it
+from tools.step_benchmark import model_config, new_model, random_tokens, step_of
+from train import RUN_LOCAL_FIELDS, TrainConfig, new_state, train_step
 
 
 DENSE = dict(use_svd=False, use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)     # what all is compared with
@@ -123,7 +123,7 @@ class BenchConfig(TrainConfig):
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
-    return command.run('bench.py', BenchConfig, __doc__, bench, argv, load_config)
+    return cli.run('bench.py', BenchConfig, __doc__, bench, argv, load_config)
 
 
 def load_config(argv):
@@ -131,13 +131,13 @@ def load_config(argv):
     Only shapes are taken from there: times do not depend on weights."""
     values, set_by = configuration.parse(BenchConfig, argv)
     where, theirs = values['init_from'], {}
-    if where == 'resume' or pretrained.is_run(where):
+    if where == 'resume' or huggingface.is_run(where):
         saved = ckpt.load(Path(values['out_dir'] if where == 'resume' else where) / 'ckpt.pt')
         theirs = {k: v for k, v in saved.get('config', {}).items() if k not in RUN_LOCAL_FIELDS} | saved['model_args']
     elif where != 'scratch':
         theirs = asdict(GPT.from_pretrained(where).config)
     if values['lora_adapter'] is not None:
-        theirs |= pretrained.read_adapter(values['lora_adapter'])[0]
+        theirs |= huggingface.read_adapter(values['lora_adapter'])[0]
     values, set_by = configuration.parse(BenchConfig, argv, configuration.check_all(BenchConfig, theirs, where))
     return configuration.build(BenchConfig, values, set_by, otherwise=where if theirs else 'default')
 
@@ -149,7 +149,7 @@ def bench(cfg):
         cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(
             locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
     if cfg.svd:
-        return bench_svd.run(cfg, device, step_of)
+        return svd_benchmark.run(cfg, device, step_of)
     return (bench_decoding if cfg.decode else bench_steps)(cfg, device)
 
 
@@ -211,7 +211,7 @@ def bench_decoding(cfg, device):
         generator = torch.Generator().manual_seed(cfg.seed)
         prompt = torch.randint(cfg.vocab_size, (cfg.batch_size, length), generator=generator).to(device)
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
-            rounds = take_turns(decoding_runs(cfg, models, peer, prompt, device), cfg.pairs)
+            rounds = interleave(decoding_runs(cfg, models, peer, prompt, device), cfg.pairs)
             for name, times in rounds.items():
                 costs = decoding_costs(models.get(name), cfg.batch_size, length, cfg.tokens)
                 results.append({'context': length} | decoding_row(name, times, rounds['no SVD'], cfg.batch_size, costs))
@@ -256,12 +256,12 @@ def decoding_runs(cfg, models, peer, prompt, device):
         return generation(model, prompt, 1 + few if model.config.is_noncausal else cfg.tokens, device)
 
     def forwards():
-        return 0.0, timed(lambda: [models['no SVD'](prompt[:, :1]) for _ in range(cfg.tokens)], device) / cfg.tokens
+        return 0.0, time_it(lambda: [models['no SVD'](prompt[:, :1]) for _ in range(cfg.tokens)], device) / cfg.tokens
 
     runs = {name: lambda model=model: continues(model) for name, model in models.items()}
     runs['bare one-token forward'] = forwards
     if peer:
-        runs['peer'] = lambda: (0.0, timed(lambda: peer.generate(prompt, few, top_k=1), device) / few)
+        runs['peer'] = lambda: (0.0, time_it(lambda: peer.generate(prompt, few, top_k=1), device) / few)
     return runs
 
 
@@ -304,12 +304,15 @@ def peer_step(cfg, device):
     model = peer_model(cfg, device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2),
                                            torch.device(device).type)
-    return train_step(cfg, device, model, optimizer, *random_tokens(cfg, device))
+    state = replace(new_state(cfg, new_model(cfg, device, **DENSE), device), model=model, replica=model,
+                    optimizer=optimizer)
+    batches = [random_tokens(cfg, device)]
+    return lambda: train_step(state, batches)
 
 
 def compare(name, a, b, pairs, device, b_name):
     """`paired`, and a line about it."""
-    row = paired(a, b, pairs, device)
+    row = paired_benchmark(a, b, pairs, device)
     low, high = row['ratio_quartiles']
     print(f'{name:32} {row["a_ms"]:8.1f} ms   {b_name} {row["b_ms"]:8.1f} ms   ratio {row["ratio"]:.3f} (quartiles '
           f'{low:.3f} to {high:.3f})')

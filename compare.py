@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 from collections import namedtuple
@@ -32,22 +31,21 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
-from runtime.output import unfailing_output                             # before torch: says what is not installed
+from runtime import cli                                                 # before torch: says what is not installed
 
 import torch
 
-import compare_report as report
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained, sweep
+from runtime import huggingface, tracking
 from runtime.config import PATH, SWITCH, Range, UserError
-from runtime.dataset import Dataset, locate
-from runtime.files import remove_leftovers, unused, write_atomically
-from runtime.run import append_json
-from runtime.stopping import Stop
-from runtime.timing import paired, timed
-from runtime.tracking import Tracking
-from steps import run_seconds, step_of
+from runtime.data import Dataset, locate
+from runtime.files import locked_folder, remove_leftovers, unused, write_atomically
+from runtime.tracking import Tracking, append_json
+from tools import sweep
+from tools import sweep_report as report
+from tools.step_benchmark import run_seconds, step_of
+from tools.timing import paired_benchmark, time_it
 from train import TrainConfig, build_model
 
 TIMED_SECONDS = 6                   # of pairs of steps, each combination; at least MIN_PAIRS
@@ -72,34 +70,17 @@ class CompareConfig(TrainConfig):
 OWN = [f.name for f in fields(CompareConfig) if f.name not in TrainConfig.__dataclass_fields__]
 
 
-@unfailing_output()
 def main(argv=None):
     """-> exit code: 0 done, 1 a run failed, 2 wrong input, 130 / 143 stopped; one line each on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(CompareConfig, __doc__.strip()))
-        return 0
-    with Stop(under_torchrun=False):
-        try:
-            if all(arg.partition('=')[0] == '--sweep' for arg in argv):
-                cfg, _ = configuration.load(CompareConfig, argv)
-                report.show(Path(cfg.sweep), print)
-                return 0
-            return compare(argv)
-        except UserError as e:
-            code, words = e.code, str(e)
-        except (OSError, torch.OutOfMemoryError) as e:
-            code, words = 1, configuration.one_line(e)
-        except KeyboardInterrupt as e:
-            number = getattr(e, 'signal', signal.SIGINT)
-            code, words = 128 + number, (f'stopped by {signal.Signals(number).name}; what was trained is kept, and the '
-                                         'same command goes on')
-        print(f'compare.py: {words}', file=sys.stderr)
-        return code
+    return cli.run('compare.py', CompareConfig, __doc__, compare, argv, load=lambda argv: argv,
+                   again='what was trained is kept, and the same command goes on')
 
 
 def compare(argv):
     """Plan, check, run, time, show. -> exit code."""
+    if all(arg.partition('=')[0] == '--sweep' for arg in argv):     # of what is there
+        report.show(Path(configuration.load(CompareConfig, argv)[0].sweep), print)
+        return 0
     cfg, lists, set_by, plain = read(argv)
     folder, seeds = sweep.check_folder(cfg.sweep), lists.pop('seed', None) or range(cfg.seed, cfg.seed + cfg.seeds)
     arms = plan(cfg, lists, set_by, plain, print)
@@ -113,10 +94,10 @@ def compare(argv):
     runs = [(arm, job_of(arm, seed, folder, group_of(cfg))) for seed in record['seeds'] for arm in arms]
     if cfg.dry_run:
         return list_runs(runs, data, folder, device)
-    with sweep.alone(folder, 'sweep', print) as inherit:
+    with locked_folder(folder, 'sweep'):
         remove_leftovers(folder)
         write_atomically(folder / 'sweep.json', json.dumps(record, indent=1).encode())
-        failed = train_all([job for _, job in runs], cfg, folder, device, inherit)
+        failed = train_all([job for _, job in runs], cfg, folder, device)
         if len(failed) < len(runs):
             measure(arms, runs, record, folder, device)
             figures = report.show(folder, print)
@@ -253,9 +234,9 @@ def examine(arm, set_by, device):
     as train.py does. The arm's cfg then has what the model decided, the vocabulary for one."""
     cfg = arm.cfg
     data = Dataset(locate(cfg.dataset, cfg.tokenizer))
-    pretrained.check_tokenizer(cfg, set_by, None, data, lambda words: None)
+    huggingface.check_tokenizer(cfg, set_by, None, data, lambda words: None)
     try:
-        model = build_model(cfg, set_by, None, data, device, lambda words: None)
+        model = build_model(cfg, set_by, None, data, lambda words: None)
     except ValueError as e:
         raise UserError(str(e)) from None
     c = model.config
@@ -296,7 +277,7 @@ def job_of(arm, seed, folder, group):
                      [script, '--init_from=resume', *here])
 
 
-def train_all(jobs, cfg, folder, device, inherit):
+def train_all(jobs, cfg, folder, device):
     """Run what is not finished -> names of those that failed."""
     done = [job for job in jobs if sweep.result(job.folder, job.steps)]
     started = {job.name for job in jobs if sweep.has_checkpoint(job.folder)} - {job.name for job in done}
@@ -313,7 +294,7 @@ def train_all(jobs, cfg, folder, device, inherit):
                                             'resumed': job.name in started, 'jobs': cfg.jobs})
         words = f'{job.name}: {report.losses(final)}, {seconds:.0f} s' if final and not code else sweep.why(job, code)
         print(f'[{count}/{len(jobs)}] {words}', flush=True)
-    return sweep.run_all(jobs, cfg.jobs, ended, sweep.gpus(cfg.device, device, cfg.jobs, print), inherit)
+    return sweep.run_all(jobs, cfg.jobs, ended, sweep.gpus(cfg.device, device, cfg.jobs, print))
 
 
 def measure(arms, runs, record, folder, device):
@@ -330,9 +311,9 @@ def measure(arms, runs, record, folder, device):
         print(f'timing steps of {arm.name} against {baseline}', flush=True)
         own, other = (step_of(one.cfg, device) for one in (arm, by_name[baseline]))
         own(), other()                                              # what only the first one does
-        pairs = int(TIMED_SECONDS / (timed(own, device) + timed(other, device)))
+        pairs = int(TIMED_SECONDS / (time_it(own, device) + time_it(other, device)))
         pairs = min(max(pairs, MIN_PAIRS), MAX_PAIRS)
-        times, more = paired(own, other, pairs, device), micro_steps(arm.cfg) / micro_steps(by_name[baseline].cfg)
+        times, more = paired_benchmark(own, other, pairs, device), micro_steps(arm.cfg) / micro_steps(by_name[baseline].cfg)
         known[arm.name] = times | {
             'ratio': more * times['ratio'], 'ratio_quartiles': [more * ratio for ratio in times['ratio_quartiles']],
             'baseline': baseline, 'pairs': pairs, 'device': device, 'threads': torch.get_num_threads()}
@@ -345,13 +326,13 @@ def micro_steps(cfg):
 
 def list_runs(runs, data, folder, device):
     """Print the runs (arm, job), what they have come to, and the time that is left. -> exit code 0."""
-    ended, left, seconds, sources = sweep.json_lines(folder / 'runs.jsonl'), 0.0, {}, set()
+    ended, left, seconds, sources = tracking.read_json_lines(folder / 'runs.jsonl'), 0.0, {}, set()
     for arm, job in runs:
         share, state = 1.0, 'to do'
         if sweep.result(job.folder, job.steps):
             share, state = 0.0, 'done'
         elif sweep.has_checkpoint(job.folder):
-            step = max((row['iter'] for row in sweep.rows(job.folder)), default=0)
+            step = max((row['iter'] for row in tracking.read_metrics(job.folder)), default=0)
             share, state = 1 - step / max(1, job.steps), f'to resume, after step {step} or before'
         if share and arm.name not in seconds:
             names = [one.name for other, one in runs if other is arm]

@@ -21,33 +21,32 @@ import os
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from runtime import command                                             # before torch: says what is not installed
+from runtime import cli                                             # before torch: says what is not installed
 
 import torch
 from torch.nn import functional as F
 
-import compress_layers as layers
-import compress_spectrum as spectrum
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained, progress
+from runtime import huggingface, tracking
 from runtime.config import PATH, SWITCH, Range, UserError, one_line
-from runtime.dataset import GPT2_META, Dataset, locate, name_of
-from runtime.draw import sample
+from runtime.data import GPT2_META, Dataset, locate, name_of
+from runtime.generation import sample
 from runtime.evaluation import Evaluation
-from runtime.files import new_folder, unwritable, write_atomically
-from runtime.optim import build_optimizer
-from runtime.run import lock, move_aside
-from runtime.schedule import get_lr
-from runtime.timing import generation, quartiles, take_turns
-from train import TrainConfig
+from runtime.files import archive_run, check_save_dir, locked_folder, named, new_folder, unwritable, write_atomically
+from runtime.optimizer import get_lr
+from tools import model_compression as layers
+from tools import spectrum_report as spectrum
+from tools.timing import generation, quartiles, interleave
+from train import TrainConfig, new_state, train_step
 
 KEEP = 0.6                          # where nothing else is asked for
 LEARNING_RATE = 1e-3                # of fine-tuning
@@ -89,7 +88,7 @@ class CompressConfig:
     device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
 
     def __post_init__(self):
-        pretrained.check_name(self.init_from, ('resume',))
+        huggingface.check_name(self.init_from, ('resume',))
         configuration.validate(self)
         for name in ('keep', 'energy'):
             share = getattr(self, name)
@@ -134,38 +133,35 @@ class CompressConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr, nothing written), 130 / 143 stopped."""
-    return command.run('compress.py', CompressConfig, __doc__, lambda cfg: print(compress(cfg)), argv)
+    return cli.run('compress.py', CompressConfig, __doc__, lambda cfg: print(compress(cfg)), argv)
 
 
 def compress(cfg):
     """Writes save_dir whole or not at all -> what it cost and saved, in words."""
     path = ckpt.find(cfg.out_dir) if cfg.init_from == 'resume' else Path(cfg.init_from)
-    source = command.named(path.parent if cfg.init_from == 'resume' else path)
+    source = named(path.parent if cfg.init_from == 'resume' else path)
     kind = 'spectrum' if cfg.spectrum else cfg.to
     save_dir = Path(f'{source}-{kind}' if cfg.save_dir is None else cfg.save_dir)
-    command.check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
-    held, replaced = None, cfg.overwrite and os.path.isdir(save_dir)
+    check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
+    replaced = cfg.overwrite and os.path.isdir(save_dir)
     try:
-        held = lock(save_dir, 'save_dir') if replaced else None     # now, not when the work is done
-        saved, model = load_model(cfg, path)
-        if cfg.spectrum:
-            return look(model, cfg.module_names(), save_dir, path)
-        data = find_data(cfg, saved, model)
-        new, report = convert(cfg, model, data, saved)
-        words = describe(report | dict(path=str(path), save_dir=str(save_dir)))
-        save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), report, save_dir, replaced)
-        return words
+        with locked_folder(save_dir, 'save_dir') if replaced else nullcontext():                # before the work
+            saved, model = load_model(cfg, path)
+            if cfg.spectrum:
+                return look(model, cfg.module_names(), save_dir, path)
+            data = find_data(cfg, saved, model)
+            new, report = convert(cfg, model, data, saved)
+            words = describe(report | dict(path=str(path), save_dir=str(save_dir)))
+            save(checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1]), report, save_dir, replaced)
+            return words
     except OSError as e:
         raise unwritable(e.filename or path, e) from None
     except (ValueError, FloatingPointError, torch.linalg.LinAlgError) as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def look(model, modules, save_dir, path):
-    """The table of compress_spectrum.py, whose files go to save_dir."""
+    """The table of spectrum_report.py, whose files go to save_dir."""
     weights = layers.weights_of(model, modules)
     with new_folder(save_dir) as folder:
         table = spectrum.write(weights, folder, f'Weights of {path}')
@@ -257,29 +253,29 @@ def finetune(model, teacher, data, cfg, device):
     """Train all parameters in place for cfg.max_iters steps on random windows of the training split: cross-entropy plus
     the Kullback-Leibler divergence of its predictions from the teacher's (distillation, arXiv:1503.02531, temperature
     1); teacher None: cross-entropy alone. Raises FloatingPointError where the loss is not finite."""
-    optimizer, order = build_optimizer(cfg, model.requires_grad_(True), device), torch.Generator().manual_seed(cfg.seed)
+    state = new_state(cfg, model.requires_grad_(True), device)
     model.train()
     if teacher is not None:
         teacher.eval()                                              # an evaluation leaves it in training mode
     torch.manual_seed(cfg.seed)                                     # of dropout
-    for step in progress.brief(range(cfg.max_iters), desc='fine-tune', unit='step'):
-        x, y = data.batch('train', cfg.batch_size, cfg.block_size, order, device)
+
+    def loss_of(model, x, y):
         logits, loss = model(x, y)                                  # (B, T, vocab)
-        if teacher is not None:
-            with torch.no_grad():
-                target = F.log_softmax(teacher(x, y)[0], dim=-1)
-            divergence = F.kl_div(F.log_softmax(logits, dim=-1), target, reduction='none', log_target=True).sum(-1)
-            loss = loss + divergence.mean()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f'fine-tuning, step {step + 1}: the loss is {loss.item()} (nearest: a smaller '
-                                     f'--learning_rate than {cfg.learning_rate})')
-        loss.backward()
-        if cfg.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        for group in optimizer.param_groups:
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            target = F.log_softmax(teacher(x, y)[0], dim=-1)
+        divergence = F.kl_div(F.log_softmax(logits, dim=-1), target, reduction='none', log_target=True).sum(-1)
+        return loss + divergence.mean()
+
+    for step in tracking.brief_bar(range(cfg.max_iters), desc='fine-tune', unit='step'):
+        for group in state.optimizer.param_groups:
             group['lr'] = get_lr(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        try:
+            train_step(state, [data.batch('train', cfg.batch_size, cfg.block_size, state.data_rng, device)], loss_of)
+        except FloatingPointError as e:
+            raise FloatingPointError(f'fine-tuning, step {step + 1}: {e} (nearest: a smaller --learning_rate than '
+                                     f'{cfg.learning_rate})') from None
     model.eval().requires_grad_(False)
 
 
@@ -295,7 +291,7 @@ def speeds(models, data, device, seed):
         data.tokens('val')) > T else torch.zeros(1, max(1, T - tokens), dtype=torch.int64, device=device)
     runs = {i: lambda m=m: generation(m, prompt, tokens, device) for i, m in enumerate(models)}
     with torch.no_grad():
-        rounds = take_turns(runs, ROUNDS)
+        rounds = interleave(runs, ROUNDS)
     result = {'prompt': prompt.size(1), 'tokens': tokens, 'rounds': ROUNDS}
     for i, (name, per_call) in enumerate((('prefill', prompt.size(1)), ('decode', 1))):
         before, after = ([per_call / times[i] for times in rounds[m]] for m in (0, 1))
@@ -382,7 +378,7 @@ def save(checkpoint, report, save_dir, overwrite):
             ckpt.save(checkpoint, folder / 'ckpt.pt')
             write_atomically(folder / 'compress.json', (json.dumps(report, indent=1) + '\n').encode())
             if overwrite:
-                move_aside(save_dir, print)
+                archive_run(save_dir, print)
     except OSError as e:
         raise unwritable(f'save_dir={str(save_dir)!r}: cannot be written', e) from None
 
@@ -402,10 +398,10 @@ def find_data(cfg, saved, model):
     c, name = model.config, cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
     if not name:
         raise UserError(f'{saved["path"]}: does not say what it was trained on (nearest: --dataset=my.txt)')
-    meta = saved.get('tokenizer', {}) if saved else pretrained.read_tokenizer(cfg.init_from) or {}
+    meta = saved.get('tokenizer', {}) if saved else huggingface.read_tokenizer(cfg.init_from) or {}
     tokenizer = meta.get('tokenizer', 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2')
     data = Dataset(locate(name, tokenizer))
-    pretrained.check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)
+    huggingface.check_tokenizer(SimpleNamespace(dataset=name, init_from=cfg.init_from), {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
         raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model {c.vocab_size}')
     for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.is_noncausal else 2)):

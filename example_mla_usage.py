@@ -11,7 +11,7 @@ import math
 import time
 from pathlib import Path
 
-from runtime.output import unfailing_output                             # before torch: says what is not installed
+from runtime.cli import unfailing_output                             # before torch: says what is not installed
 
 import torch
 

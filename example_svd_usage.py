@@ -9,7 +9,7 @@ sees the future; 5 a small model trained on this repo's model.py, then run at se
 
 from pathlib import Path
 
-from runtime.output import unfailing_output                             # before torch: says what is not installed
+from runtime.cli import unfailing_output                             # before torch: says what is not installed
 
 import torch
 import torch.nn as nn

@@ -19,20 +19,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import command                                             # before torch: says what is not installed
+from runtime import cli                                             # before torch: says what is not installed
 
 import torch
 
-from compress_layers import without_adapters
 from lowrank.adapters import standard_lora
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from model import GPT, GPTConfig, QKVProjection
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
-from runtime import download, pretrained
+from runtime import download, huggingface
 from runtime.config import PATH, UserError
-from runtime.files import new_folder, unwritable, write_atomically
-from runtime.optim import restore_optimizer
+from runtime.files import check_save_dir, named, new_folder, unwritable, write_atomically
+from runtime.optimizer import restore_optimizer
+from tools.model_compression import without_adapters
 from train import TrainConfig
 
 NANOGPT_SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
@@ -62,15 +62,15 @@ class ExportConfig:
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written), 130 / 143 stopped."""
-    return command.run('export.py', ExportConfig, __doc__, lambda cfg: print(export(cfg)), argv)
+    return cli.run('export.py', ExportConfig, __doc__, lambda cfg: print(export(cfg)), argv)
 
 
 def export(cfg):
     """Writes save_dir whole or not at all -> what was written, in words."""
     path = ckpt.find(cfg.out_dir)
-    run = command.named(path.parent)
+    run = named(path.parent)
     save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
-    command.check_save_dir(save_dir, run, cfg.to, overwrite=None)
+    check_save_dir(save_dir, run, cfg.to, overwrite=None)
     try:
         saved = ckpt.load(path)
         model = GPT.from_checkpoint(saved)
@@ -142,7 +142,7 @@ def dense_projection(attn):
 
 def to_gpt2(model, saved, meta, remarks):
     """-> function that fills a folder; remarks are added. Raises ValueError."""
-    config, state = pretrained.to_gpt2(asdict(model.config), plain_state_dict(model))
+    config, state = huggingface.to_gpt2(asdict(model.config), plain_state_dict(model))
     remarks.append('left out: the optimizer state')
     if meta and meta['tokenizer'] == 'gpt2':
         config |= dict(bos_token_id=meta['vocab_size'] - 1, eos_token_id=meta['vocab_size'] - 1)    # <|endoftext|>
@@ -151,15 +151,15 @@ def to_gpt2(model, saved, meta, remarks):
         except UserError as e:
             meta = None
             remarks.append(f'left out: the tokenizer, which is that of gpt2 on the hub ({e})')
-    return lambda folder: pretrained.write(folder, config, state, meta)
+    return lambda folder: huggingface.write(folder, config, state, meta)
 
 
 def to_safetensors(model, saved, meta, remarks):
     """-> function that fills a folder; remarks are added."""
-    config, state = pretrained.to_own(asdict(model.config), model.state_dict())
+    config, state = huggingface.to_own(asdict(model.config), model.state_dict())
     remarks.append('left out: the optimizer state' + ('' if model.svd_basis is None else ', and the basis from which '
                                                       "'randomized' starts"))
-    return lambda folder: pretrained.write(folder, config, state, meta)
+    return lambda folder: huggingface.write(folder, config, state, meta)
 
 
 def to_lora(model, saved, meta, remarks):
@@ -174,10 +174,10 @@ def to_lora(model, saved, meta, remarks):
         base = GPT.from_pretrained(saved['base'])
         remarks.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {saved["base"]}')
     options, tensors = standard_lora(model, base)
-    notes = dict(base_sha256=pretrained.base_sha256(base or model))
+    notes = dict(base_sha256=huggingface.base_sha256(base or model))
     if saved['base'] not in ('resume', None):
         notes['base'] = saved['base']
-    return lambda folder: pretrained.write(folder, dict(model_type=pretrained.ADAPTER, adapter=options), tensors, None,
+    return lambda folder: huggingface.write(folder, dict(model_type=huggingface.ADAPTER, adapter=options), tensors, None,
                                            **notes)
 
 

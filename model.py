@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.adapters import AdapterTargets, inject_adapters
+from lowrank.adapters import AdapterTargets, factor_params, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
 from lowrank.head_svd import SCOPES, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
@@ -41,11 +41,11 @@ from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head,
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
 from lowrank.svd import METHODS, low_rank_approximation
-from runtime import checkpoint, pretrained
-from runtime.config import OVERRIDABLE, Needs, Range, marked, validate
-from runtime.draw import stream as sample_stream
-from runtime.optim import adamw
-from runtime.processes import mean_over_processes
+from runtime import checkpoint, huggingface
+from runtime.config import (OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate)
+from runtime.distributed import mean_over_processes
+from runtime.generation import stream as sample_stream
+from runtime.optimizer import adamw
 
 SVD = Needs(use_svd=True), OVERRIDABLE
 CAUSAL = Needs(use_svd=True, svd_scope='causal'), OVERRIDABLE
@@ -427,7 +427,7 @@ class GPT(nn.Module):
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
                seed=None):
-        """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.draw.stream`.
+        """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.generation.stream`.
         'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
         noncausal = self.config.is_noncausal
         if use_cache and noncausal:
@@ -489,13 +489,35 @@ class GPT(nn.Module):
         return sum(p.numel() for block in self.transformer.h for p in block.attn.parameters())
 
     def crop_block_size(self, block_size):
-        """Shorten the context in place by dropping late positions."""
-        checkpoint.crop_block_size(self, block_size)
+        """Shorten the context in place, such as GPT-2's of 1024, by dropping late positions."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f'block_size={block_size}: can only be cropped to '
+                             f'1..{self.config.block_size}')
+        self.config.block_size, wpe = block_size, self.transformer.wpe.weight
+        self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
+                                                            freeze=not wpe.requires_grad)
+
+    def param_groups(self, weight_decay):
+        """Trainable parameters for an optimizer, each in one group: matrices of blocks ('hidden')
+        and embeddings decay, vectors (biases, LayerNorm) do not, adapter factors ('halved', if the
+        model has such layers) decay by half as much. Returns name -> group."""
+        halved = factor_params(self)
+        decays = dict(hidden=weight_decay, halved=weight_decay / 2, embedding=weight_decay,
+                      vector=0.0)
+        if halved is None:
+            del decays['halved']
+        groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()}
+        for name, p in self.named_parameters():                     # tied weights appear once
+            if p.requires_grad:
+                kind = 'vector' if p.dim() < 2 else 'halved' if p in (halved or ()) else (
+                    'hidden' if name.startswith('transformer.h.') else 'embedding')
+                groups[kind]['params'].append(p)
+        return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the
         kernel."""
-        optimizer = adamw(self, weight_decay, learning_rate, betas, device_type)
+        optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
         return self.update_bases_after_steps_of(optimizer)
 
     def update_bases_after_steps_of(self, optimizer):
@@ -517,18 +539,52 @@ class GPT(nn.Module):
     def svd_basis(self, bases):
         set_bases(self.warm_starts(), bases)
 
+    def extra_state(self):
+        """What a checkpoint holds beside the weights: {'svd_basis': tensor} or {}."""
+        return {} if self.svd_basis is None else {'svd_basis': self.svd_basis}
+
+    @torch.no_grad()
+    def named_series(self, idx):
+        """Numbers to plot over training, of a batch idx (B, T) and per head, such as
+        {'svd/block0.head1/energy_kept': 0.9}."""
+        row = {}
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)]
+        for i, block in enumerate(self.transformer.h):
+            for name, heads in block.attn.value_statistics(block.ln_1(x)).items():
+                row |= {f'svd/block{i}.head{head}/{name}': value
+                        for head, value in enumerate(heads.tolist())}
+            x = block(x)
+        return row
+
     @classmethod
     def from_checkpoint(cls, saved, **overrides):
-        """The model of a checkpoint dict, this repo's or nanoGPT's, with OVERRIDABLE fields
-        changed. Raises ValueError where they do not fit."""
-        return checkpoint.build_model(cls, GPTConfig, saved, overrides)
+        """The model of a checkpoint dict, this repo's or nanoGPT's, of which `model_args`, `model`
+        and extra state are used, with OVERRIDABLE fields changed. Raises ValueError where they do
+        not fit."""
+        args, known = saved['model_args'], GPTConfig.__dataclass_fields__
+        unknown = sorted(map(str, args.keys() - known.keys()))
+        if unknown:
+            raise ValueError('its model_args have fields that this model does not know: '
+                             f'{", ".join(unknown)}')
+        args = check_all(GPTConfig, args, saved.get('path', 'model_args'))
+        model = cls(GPTConfig(**args | overrides))
+        checkpoint.load_weights(model, saved['model'])
+        model.svd_basis = saved.get('svd_basis')
+        return model
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """A model by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or of a folder: a run's,
         export.py's, or in Hugging Face's GPT-2 format. override_args: OVERRIDABLE fields. Raises
         ValueError for other names and fields, and for what cannot be read or used."""
-        return pretrained.build_model(cls, GPTConfig, name_or_folder, override_args or {})
+        for key in override_args or {}:
+            if key not in OVERRIDABLE_FIELDS:
+                raise ValueError(f'{key}: the shape of {name_or_folder} is fixed')
+        saved = huggingface.read(name_or_folder)
+        try:
+            return cls.from_checkpoint(saved, **override_args or {})
+        except ValueError as e:
+            raise UserError(f'init_from={name_or_folder!r}: {e}') from None
 
 
 OVERRIDABLE_FIELDS = marked(GPTConfig, OVERRIDABLE)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import command                                            # before torch: says what is not installed
+from runtime import cli                                            # before torch: says what is not installed
 
 import torch
 
@@ -23,10 +23,10 @@ from model import GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained
+from runtime import huggingface
 from runtime.config import PATH, Range, UserError
-from runtime.dataset import GPT2_META, Tokenizer
-from runtime.draw import check_draw
+from runtime.data import GPT2_META, Tokenizer
+from runtime.generation import validate_sampling
 
 
 END = '\n---------------\n'
@@ -56,14 +56,14 @@ class SampleConfig:
     svd_block: Annotated[int | None, "'causal' scope: rows before the first basis"] = None
 
     def __post_init__(self):
-        pretrained.check_name(self.init_from, ('resume',))
+        huggingface.check_name(self.init_from, ('resume',))
         configuration.validate(self)
-        check_draw(self.temperature, self.top_k, self.top_p)
+        validate_sampling(self.temperature, self.top_k, self.top_p)
 
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
-    return command.run('sample.py', SampleConfig, __doc__, show, argv, partial(configuration.load, SampleConfig))
+    return cli.run('sample.py', SampleConfig, __doc__, show, argv, partial(configuration.load, SampleConfig))
 
 
 def show(loaded):
@@ -96,8 +96,6 @@ def samples(cfg, set_by):
     if not ids:
         raise UserError('start: a prompt needs at least one character (nearest: leave it out for a line break)')
     context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
-    with context:                                                   # halves may be cached
-        check_memory(cfg, model, len(ids), device)
     prompt = torch.tensor(ids, device=device).expand(cfg.num_samples, -1)                       # (num_samples, T)
     columns = []                                                    # of token ids, num_samples each
 
@@ -128,16 +126,6 @@ def prompt_text(start):
         raise UserError(f'start={start}: not a readable UTF-8 text file ({type(e).__name__})') from None
 
 
-def check_memory(cfg, model, prompt_tokens, device):
-    """Refuse what cannot fit: ids, logits, probabilities and the cache against all there is."""
-    here = devices.memory_bytes(device)
-    need = 8 * cfg.num_samples * (cfg.max_new_tokens + model.config.vocab_size)
-    need += model.kv_cache_bytes(cfg.num_samples, prompt_tokens + cfg.max_new_tokens)
-    if here and need > here:
-        raise UserError(f'num_samples={cfg.num_samples}, max_new_tokens={cfg.max_new_tokens}: need {need // 10 ** 9:,} '
-                        f'GB or more, and {device} has {here // 10 ** 9:,} GB; make one of them smaller')
-
-
 def load_model(cfg, svd):
     """The model, its SVD options replaced by those given in `svd`, and the tokenizer's meta; says which model it is."""
     path = saved = None
@@ -150,14 +138,14 @@ def load_model(cfg, svd):
             best = float(saved.get('best_val_loss', float('nan')))
             words = f'{path}: {saved["iter_num"]} steps, validation loss {best:.4f}'
         else:
-            model, meta = GPT.from_pretrained(cfg.init_from, svd), pretrained.read_tokenizer(cfg.init_from)
+            model, meta = GPT.from_pretrained(cfg.init_from, svd), huggingface.read_tokenizer(cfg.init_from)
             ids = (meta or GPT2_META)['vocab_size']                 # without one it is taken for OpenAI's
             if ids > model.config.vocab_size:
                 raise UserError(f'init_from={cfg.init_from!r}: ' + ('has no tokenizer.json' if meta is None else (
                     f'its tokenizer has {ids} token ids, its model {model.config.vocab_size}')))
             meta, words = meta or GPT2_META, cfg.init_from
         if cfg.lora_adapter is not None:
-            pretrained.load_adapter(model, cfg.lora_adapter, str(path.parent) if path else cfg.init_from)
+            huggingface.load_adapter(model, cfg.lora_adapter, str(path.parent) if path else cfg.init_from)
             words += f', with {cfg.lora_adapter}'
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(f'{path}: {e}' if saved else str(e)) from None

@@ -12,39 +12,40 @@ Option names and defaults are nanoGPT's. OUT_DIR gets ckpt.pt, config.py (resolv
 and metrics.jsonl. Ctrl-C and SIGTERM save after the step at hand; what is promised beyond that: docs/RELIABILITY.md.
 """
 
+import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from runtime.output import unfailing_output                             # before torch: says what is not installed
+from runtime import cli                                                 # before torch: says what is not installed
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.adapters import adaptive_layers, lowrank_ranks
-from lowrank.adaptive_layer import AdaptiveSVD
+from lowrank.adaptive_layer import CURVES, AdaptiveSVD
 from lowrank.subspace_iteration import clear_grams
 from model import ADAPTER_DEFAULTS, GPT, OVERRIDABLE_FIELDS, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
-from runtime import pretrained, progress
-from runtime.config import PATH, Needs, Range, UserError, one_line
-from runtime.dataset import Dataset, locate, name_of
-from runtime.draw import sample
+from runtime import huggingface, plots, tracking
+from runtime.config import PATH, Failure, Needs, Range, UserError, one_line
+from runtime.data import Dataset, locate, name_of
+from runtime.distributed import Processes, broadcast_result, gather, mean_over_processes
 from runtime.evaluation import Evaluation
-from runtime.files import FULL, begin_from, check_writable, in_words, is_shared, unused
-from runtime.optim import build_optimizer, swap_params
-from runtime.processes import LostProcess, Processes
-from runtime.run import Run, TrainingStopped, append_json, make_folder
-from runtime.schedule import get_lr, schedule_length, warmup_iters
-from runtime.stopping import Interrupted, Stop
+from runtime.files import (archive_run, begin_from, check_writable, format_error, is_shared, locked_folder, make_folder,
+                           remove_leftovers, unused, unwritable, write_atomically)
+from runtime.generation import sample
+from runtime.nan_check import first_nonfinite_layer
+from runtime.optimizer import build_optimizer, get_lr, restore_optimizer, schedule_length, swap_params, warmup_iters
 
 
 @dataclass
@@ -104,7 +105,7 @@ class TrainConfig(GPTConfig):
             self.check_layers()
         if self.lr_decay_iters is None:                                 # a number in the checkpoint: a resume keeps it
             self.lr_decay_iters = self.max_iters
-        pretrained.check_name(self.init_from, ('scratch', 'resume'))
+        huggingface.check_name(self.init_from, ('scratch', 'resume'))
         if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
             raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
                              '--init_from=FOLDER, of these)')
@@ -122,32 +123,295 @@ class TrainConfig(GPTConfig):
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 RUN_LOCAL_FIELDS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')     # not a checkpoint's
+HEAD = '# this run, resolved; can be given to train.py again\n'       # tells a run's config.py from a user's own
 
 
-@unfailing_output()
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input, 1 training failed, 130 / 143 after Ctrl-C / SIGTERM; one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(configuration.help_text(TrainConfig, __doc__.strip()))
-        return 0
-    with Stop(under_torchrun='RANK' in os.environ) as stop:
-        try:
-            cfg, set_by, saved = load_config(argv)
-            with Processes(cfg) as processes:
-                train(cfg, set_by, saved, processes, stop)
-            return 0
-        except UserError as e:
-            code, words = e.code, str(e)
-        except (TrainingStopped, LostProcess, torch.linalg.LinAlgError, torch.OutOfMemoryError, OSError) as e:
-            code, words = 1, f'training stopped: {in_words(e)}'
-        except KeyboardInterrupt as e:
-            number = getattr(e, 'signal', signal.SIGINT)
-            code, words = 128 + number, f'stopped by {signal.Signals(number).name}'
-        who = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
-        print(f'train.py: {who}{words}', file=sys.stderr)
-        return code
+    return cli.run('train.py', TrainConfig, __doc__, train, argv, load_config)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a run
+
+def train(loaded):
+    """One run from start to end: set up, loop, final evaluation, sample."""
+    cfg, set_by, saved = loaded
+    with Processes(cfg) as processes, ExitStack() as stack:
+        device, say = processes.device, processes.print
+        out, dtype = Path(cfg.out_dir), devices.pick_dtype(cfg.dtype, device)
+        # TF32 keeps 10 bits, too few for a projection that claims float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
+        torch.manual_seed(cfg.seed + processes.rank)
+        if not cfg.eval_only:
+            processes.main_process_first(lambda: processes.is_main and check_writable(
+                out / 'config.py', f'out_dir={cfg.out_dir!r}'))
+        data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
+        huggingface.check_tokenizer(cfg, set_by, saved, data, say)
+        cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']  # the text may go
+        model = build_model(cfg, set_by, saved, data, say).to(device)
+        describe(cfg, model, data, dtype, processes)
+        evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype), cfg.is_noncausal)
+        if cfg.eval_only:
+            return evaluate_only(cfg, evaluation, out, processes)
+
+        state = new_state(cfg, model, device, processes.distributed)
+        if saved:
+            restore(state, saved, processes)
+            saved.clear()                                               # the caller still holds it: free the memory
+        log = stack.enter_context(open_out_dir(state, out, dtype, say)) if processes.is_main else None
+        try:
+            with cli.signals.deferred(), tracking.bar(total=cfg.max_iters, initial=state.iter_num, desc='train',
+                                                      unit='step', disable=not processes.is_main) as bar:
+                loop(state, data, evaluation, out, log, processes, bar)
+            if processes.is_main:
+                row = evaluation.final()
+                log({'iter': state.iter_num, **row})
+                say(evaluation.describe_final(row))
+                say('sample:\n' + sample(model, data, device, state.context) + '\n')
+        except (OSError, FloatingPointError, torch.linalg.LinAlgError) as e:
+            kept = 'no checkpoint had been saved' if state.saved_at is None else (
+                f'the checkpoint of step {state.saved_at} is kept')
+            raise Failure(f'training stopped after step {state.iter_num}: {format_error(e)}'
+                          + f'; {kept}' * processes.is_main) from None
+        finally:
+            if processes.is_main:
+                draw_curves(out, say)
+
+
+def loop(state, data, evaluation, out, log, processes, bar):
+    """Steps until max_iters or a signal. log(row): on process 0."""
+    cfg = state.cfg
+    micro_steps = cfg.gradient_accumulation_steps // processes.world_size
+    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    peak = devices.peak_flops(state.device, devices.pick_dtype(cfg.dtype, state.device))
+    timed_steps, clock = 0, time.perf_counter()
+    while True:
+        lr = get_lr(state.iter_num, cfg)
+        for group in state.optimizer.param_groups:
+            group['lr'] = lr
+
+        is_last = state.iter_num >= cfg.max_iters
+        if state.iter_num % cfg.eval_interval == 0 or is_last:
+            started = time.perf_counter()
+            evaluate_and_save(state, data, evaluation, out, log, processes)
+            clock += time.perf_counter() - started                      # evaluation is not training time
+        received = processes.all_reduce_max(cli.signals.received or signal.SIGTERM * processes.parent_exited())
+        if received:                                                    # all stop at the same step
+            save_interrupted(state, data, out, processes)
+            raise cli.Interrupted(received)
+        if is_last:
+            break
+
+        batches = [next_batch(state, data, processes) for _ in range(micro_steps)]
+        try:
+            loss = train_step(state, batches)
+        except (FloatingPointError, torch.linalg.LinAlgError) as e:
+            raise bad_layer(state, batches, e) from None
+
+        timed_steps += 1
+        bar.update()
+        if not processes.is_main:
+            continue
+        if state.adaptive and state.adaptive.is_analysis_step(state.iter_num):
+            processes.print('\n'.join(state.adaptive.report(state.iter_num)))
+            log({'iter': state.iter_num, **state.adaptive.metrics()})
+        if state.iter_num % cfg.log_interval == 0:
+            seconds = (time.perf_counter() - clock) / timed_steps
+            row = {'iter': state.iter_num, 'loss': loss, 'lr': lr, 'step_ms': seconds * 1e3,
+                   'tokens_per_s': tokens_per_iter / seconds}
+            if peak:
+                row['mfu'] = state.model.estimate_mfu(cfg.batch_size * micro_steps, seconds, peak)
+            log(row)
+            bar.set_postfix_str(f'loss {loss:.4f}, {row["tokens_per_s"]:,.0f} tokens/s'
+                                + (f', mfu {row["mfu"]:.1%}' if peak else ''), refresh=False)
+            timed_steps, clock = 0, time.perf_counter()
+
+
+def next_batch(state, data, processes):
+    """x, y (B, T) of this process. All processes draw the windows of all, in the order of a single process."""
+    cfg = state.cfg
+    starts = data.sample_offsets('train', processes.world_size * cfg.batch_size, cfg.block_size, state.data_rng)
+    own = starts.view(processes.world_size, cfg.batch_size)[processes.rank].tolist()
+    return data.windows(data.tokens('train'), own, cfg.block_size, 'train', state.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a training step
+
+@dataclass
+class TrainState:
+    """A run in progress. A checkpoint holds the states of model, optimizer, scaler, adaptive and data_rng, and the
+    numbers."""
+    cfg: TrainConfig
+    model: GPT
+    optimizer: Any
+    device: str
+    context: Any                            # autocast
+    scaler: torch.amp.GradScaler
+    data_rng: torch.Generator               # of training batches, and of nothing else
+    distributed: bool = False
+    adaptive: AdaptiveSVD | None = None
+    replica: Any = None                     # the model as a step calls it: compiled, one of the processes' replicas
+    iter_num: int = 0
+    best_val_loss: float = 1e9
+    saved_at: int | None = None             # step of the last checkpoint
+
+
+def new_state(cfg, model, device, distributed=False):
+    """The state of a run before its first step."""
+    dtype = devices.pick_dtype(cfg.dtype, device)
+    adaptive = AdaptiveSVD(adaptive_layers(model), cfg.adaptive_svd_interval) if cfg.adaptive_svd else None
+    state = TrainState(cfg, model, build_optimizer(cfg, model, device), device, devices.autocast(device, dtype),
+                       torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and device.startswith('cuda')),
+                       torch.Generator().manual_seed(cfg.seed), distributed, adaptive)
+    state.replica = replicate(state)
+    return state
+
+
+def replicate(state):
+    """The model as a step calls it, to be made again when the model has other parameters."""
+    replica = state.model
+    if state.cfg.compile is True or state.cfg.compile == 'auto' and 'cuda' in state.device:
+        torch.compiler.reset()                                          # else the limit of recompilations comes near
+        replica = torch.compile(replica, fullgraph=True)
+    if state.distributed:
+        own = [name for name, _ in replica.named_buffers()]             # sums of V of the process's own batches
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
+        replica = DistributedDataParallel(replica, device_ids=[state.device] if 'cuda' in state.device else None)
+    return replica
+
+
+def language_model_loss(model, x, y):
+    return model(x, y)[1]
+
+
+def train_step(state, batches, loss_of=language_model_loss):
+    """Forward and backward over micro-batches, clip, one optimizer step -> the mean loss, over all processes.
+
+    batches: [(x, y), ...], (B, T) each; loss_of(model, x, y) -> loss. Raises FloatingPointError or
+    torch.linalg.LinAlgError, before the optimizer changes anything, for a loss or gradient that is not finite.
+    """
+    model, optimizer, scaler, adaptive = state.model, state.optimizer, state.scaler, state.adaptive
+    analyze = adaptive is not None and adaptive.is_analysis_step(state.iter_num + 1)
+    if analyze:
+        adaptive.track_weight_grads()
+    loss_sum = 0.0
+    for i, (x, y) in enumerate(batches):
+        waits = state.distributed and i + 1 < len(batches)              # gradients travel once per step
+        with state.replica.no_sync() if waits else nullcontext():
+            with state.context:
+                loss = loss_of(state.replica, x, y) / len(batches)
+            scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+
+    scaler.unscale_(optimizer)
+    loss = mean_over_processes(loss_sum)
+    if analyze and loss.isfinite():
+        analyze_gradients(state)
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    loss, norm_value = torch.stack((loss, norm)).tolist()               # waits for the device
+    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: an overflow at first is no fault
+    if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
+        raise FloatingPointError(f'the loss is {loss}, the gradient norm {norm_value}')
+    if state.cfg.grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(params, state.cfg.grad_clip, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    if adaptive is not None:
+        adaptive.project_factors()
+    if not math.isfinite(norm_value):                                   # float16: the scaler made no step
+        clear_grams(model.warm_starts())
+    optimizer.zero_grad(set_to_none=True)
+    state.iter_num += 1
+    return loss
+
+
+def analyze_gradients(state):
+    """Let the adaptive layers choose their modes from this step's gradients; some may have other parameters then."""
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0      # still in what the optimizer lacks
+    changed = state.adaptive.analyze(
+        state.iter_num + 1, swap_params=lambda old: swap_params(state.optimizer, state.model, old),
+        mean=lambda grad: mean_over_processes(grad / scale), on_main=broadcast_result)
+    state.cfg.adaptive_svd_ranks = lowrank_ranks(state.model)
+    state.model.config = replace(state.model.config, adaptive_svd_ranks=state.cfg.adaptive_svd_ranks)
+    if changed:
+        state.replica = replicate(state)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation and checkpoints
+
+def evaluate_and_save(state, data, evaluation, out, log, processes):
+    """Evaluate on process 0; all processes give their random states. A signal ends the evaluation: after a resume it is
+    made again."""
+    random_states = gather(ckpt.random_state(state.data_rng, state.device))
+    if not processes.is_main:
+        return
+    try:
+        row = evaluation.interim(cli.signals.raise_if_received)
+    except cli.Interrupted:
+        return
+    except torch.linalg.LinAlgError:                                    # SVD of what is not finite
+        row = {'train/loss': math.nan, 'val/loss': math.nan}
+    if not math.isfinite(row['train/loss'] + row['val/loss']):
+        batch = data.batch('val', state.cfg.batch_size, state.cfg.block_size, torch.Generator(), state.device)
+        raise bad_layer(state, [batch], f'at evaluation the loss is {row["val/loss"]}')
+    log({'iter': state.iter_num, **row})
+    processes.print(f'step {state.iter_num}: {evaluation.describe(row)}')
+    improved = row['val/loss'] <= state.best_val_loss                   # equal: the same evaluation after a resume
+    state.best_val_loss = min(row['val/loss'], state.best_val_loss)
+    if state.iter_num > 0:
+        save(state, data, out / ('ckpt.pt' if improved or state.cfg.always_save_checkpoint else 'last.pt'),
+             random_states)
+
+
+def save_interrupted(state, data, out, processes):
+    """Save the state as it is: in ckpt.pt, unless that is to stay the best one."""
+    random_states = gather(ckpt.random_state(state.data_rng, state.device))
+    if processes.is_main:
+        is_best = state.cfg.always_save_checkpoint or not (out / 'ckpt.pt').exists()
+        path = out / ('ckpt.pt' if is_best else 'last.pt')
+        save(state, data, path, random_states)
+        processes.print(f'interrupted after step {state.iter_num}, saved to {path}; to go on: {resume_options(out)}')
+
+
+def save(state, data, path, random_states):
+    """Write a checkpoint. ckpt.pt is newer than any last.pt, which then goes. Raises OSError, FloatingPointError."""
+    adaptive = {} if state.adaptive is None else {'adaptive_svd': state.adaptive.state_dict()}
+    ckpt.save({'model': state.model.state_dict(), 'optimizer': state.optimizer.state_dict(), 'iter_num': state.iter_num,
+               'model_args': asdict(state.model.config), 'best_val_loss': state.best_val_loss,
+               'config': asdict(state.cfg), 'tokenizer': data.meta, 'random': random_states,
+               'scaler': state.scaler.state_dict(), **adaptive, **state.model.extra_state()}, path)
+    state.saved_at = state.iter_num
+    if path.name == 'ckpt.pt':
+        path.with_name('last.pt').unlink(missing_ok=True)
+
+
+def bad_layer(state, batches, error):
+    """The FloatingPointError to raise for an error: with the first layer whose numbers are not finite."""
+    words = one_line(error) if isinstance(error, Exception) else error
+    layer = first_nonfinite_layer(state.model, batches, state.context)
+    return FloatingPointError(f'{words}; first bad layer: {layer or "none, it did not happen again"}')
+
+
+def evaluate_only(cfg, evaluation, out, processes):
+    """--eval_only: the final evaluation, which also goes to OUT_DIR/eval.jsonl."""
+    if not processes.is_main:
+        return
+    row = evaluation.final()
+    processes.print(evaluation.describe_final(row))
+    if not math.isfinite(row['val/loss']):
+        raise Failure(f'the loss is {row["val/loss"]}')
+    try:
+        tracking.append_json(make_folder(out) / 'eval.jsonl', {'config': asdict(cfg), **row})
+    except (UserError, PermissionError) as e:                           # the folder may be someone else's
+        processes.print(f'not written: {format_error(e)}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resume, and OUT_DIR
 
 def load_config(argv):
     """argv -> configuration, the keys the user set -> where, and the checkpoint if one is resumed, else None. A
@@ -156,11 +420,11 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    later = path.with_name('last.pt')                                   # where ckpt.pt is to stay the best
-    if values['eval_only'] or not os.path.exists(later):
+    last = path.with_name('last.pt')                                    # where ckpt.pt is to stay the best
+    if values['eval_only'] or not os.path.exists(last):
         saved = ckpt.load(path)
     else:
-        saved = max((ckpt.load(p) for p in (later, path) if p.exists()), key=lambda saved: saved['iter_num'])
+        saved = max((ckpt.load(p) for p in (last, path) if p.exists()), key=lambda saved: saved['iter_num'])
     path = saved['path']
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
@@ -171,212 +435,94 @@ def load_config(argv):
     return configuration.build(TrainConfig, values, set_by, otherwise=path), set_by, saved
 
 
-def train(cfg, set_by, saved, processes, stop):
-    """One run from start to end: model, optimizer, loop, final evaluation, sample."""
-    device, say = processes.device, processes.print
-    dtype = devices.pick_dtype(cfg.dtype, device)
-    context = devices.autocast(device, dtype)
-    # TF32 keeps 10 bits, too few for a projection that claims float32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
-    torch.manual_seed(cfg.seed + processes.rank)
+def resume_options(out):
+    """Options with which a run goes on, as a shell takes them."""
+    return shlex.join(['--init_from=resume', f'--out_dir={out}'])
 
-    if not cfg.eval_only:
-        processes.in_turn(lambda: processes.is_main and check_writable(f'{cfg.out_dir}/config.py',
-                                                                       f'out_dir={cfg.out_dir!r}'))
-    data = Dataset(processes.in_turn(lambda: locate(cfg.dataset, cfg.tokenizer)))
-    pretrained.check_tokenizer(cfg, set_by, saved, data, say)
-    cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']      # the text may go
+
+def restore(state, saved, processes):
+    """Go on where the checkpoint stood. Raises UserError where it does not fit."""
+    cfg, path, states, optimizer = state.cfg, saved['path'], saved.get('random'), saved.get('optimizer')
+    if states is None:
+        processes.print(f'{path} has no random state: the order of the data starts anew')
+    elif len(states) != processes.world_size:
+        raise UserError(f'{path}: its run has {len(states)} processes, and here are {processes.world_size}: the data '
+                        f'would come in another order (nearest: torchrun --nproc_per_node={len(states)} train.py '
+                        f'{resume_options(cfg.out_dir)})')
+    theirs = 'muon' if 'muon' in (optimizer or {}) else 'adamw'
+    if optimizer and theirs != cfg.optimizer and optimizer.get('state') != {}:
+        raise UserError(f'{path}: its optimizer state does not fit optimizer={cfg.optimizer}: it is of {theirs!r} '
+                        f'(nearest: --optimizer={theirs}, or from its weights: {begin_from(cfg.out_dir, cfg.dataset)})')
     try:
-        model = build_model(cfg, set_by, saved, data, device, say)
-    except ValueError as e:
-        raise e if isinstance(e, UserError) else UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
-    model.to(device)
-    describe(cfg, model, data, device, dtype, processes)
-    evaluate = Evaluation(cfg, model, data, device, context, sees_future=cfg.is_noncausal)
-    if cfg.eval_only:
-        if processes.is_main:
-            result = evaluate.final()
-            say(evaluate.describe_final(result))
-            if not math.isfinite(result['val/loss']):
-                raise TrainingStopped(f'the loss is {result["val/loss"]}')
-            try:
-                append_json(make_folder(cfg.out_dir) / 'eval.jsonl', {'config': asdict(cfg), **result})
-            except (UserError, OSError) as e:                           # the folder may be someone else's
-                if getattr(e, 'errno', None) in FULL:
-                    raise
-                say(f'not written: {in_words(e)}')
-        return
-
-    adaptive = AdaptiveSVD(adaptive_layers(model), cfg.adaptive_svd_interval) if cfg.adaptive_svd else None
-    with Run(cfg, model, build_optimizer(cfg, model, device), data, dtype, processes, adaptive) as run:
-        if saved:
-            run.restore(saved)
-            saved.clear()                                               # main() still holds it: free the memory
-        if processes.is_main:
-            run.open_files()
-        with stop.noted(), progress.bar(total=cfg.max_iters, initial=run.iter_num, desc='train', unit='step',
-                                        disable=not processes.is_main) as bar:
-            loop(run, evaluate, stop, bar)
-        if processes.is_main:
-            result = evaluate.final()
-            run.log({'iter': run.iter_num, **result})
-            say(evaluate.describe_final(result))
-            say('sample:\n' + sample(model, data, device, context) + '\n')
+        if state.adaptive is not None and 'adaptive_svd' in saved:
+            state.adaptive.load_state_dict(saved['adaptive_svd'])
+        if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:     # as exported
+            processes.print(f'{path} has no optimizer state: the optimizer starts anew')
+        else:
+            restore_optimizer(state.optimizer, optimizer, saved['iter_num'], cropped=state.model.transformer.wpe.weight)
+        if states:
+            ckpt.set_random_state(states[processes.rank], state.data_rng, state.device)
+        if state.scaler.is_enabled() and saved.get('scaler'):
+            state.scaler.load_state_dict(saved['scaler'])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f'{path}: cannot be resumed: {one_line(e)[:200]}') from None
+    state.iter_num = state.saved_at = saved['iter_num']
+    state.best_val_loss = float(saved['best_val_loss'])
 
 
-def replicate(run):
-    """The model as training calls it: compiled, one of the processes' replicas. Anew when it has other parameters."""
-    cfg, replica, device = run.cfg, run.model, run.processes.device
-    if cfg.compile is True or cfg.compile == 'auto' and 'cuda' in device:
-        torch.compiler.reset()                                          # else the limit of recompilations comes near
-        replica = torch.compile(replica, fullgraph=True)
-    if run.processes.distributed:
-        ids = [device] if 'cuda' in device else None
-        own = [name for name, _ in replica.named_buffers()]             # sums of V of the process's own batches
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
-        replica = DistributedDataParallel(replica, device_ids=ids)
-    return replica
-
-
-def loop(run, evaluate, stop, bar):
-    """Steps until max_iters or until a signal asks to stop: learning rate, evaluation and checkpoint, step, log."""
-    cfg, processes = run.cfg, run.processes
-    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    peak = devices.peak_flops(processes.device, run.dtype)
-    replica, timed_steps, clock = replicate(run), 0, time.perf_counter()
-    while True:
-        lr = get_lr(run.iter_num, cfg)
-        for group in run.optimizer.param_groups:
-            group['lr'] = lr
-
-        last, due = run.iter_num >= cfg.max_iters, run.iter_num % cfg.eval_interval == 0
-        if due or last:
-            started = time.perf_counter()
-            evaluate_and_save(run, evaluate, due, stop)
-            clock += time.perf_counter() - started                      # evaluation is not training time
-        signal_here = stop.signal or (signal.SIGTERM if processes.orphaned() else 0)
-        number = processes.largest(signal_here)                         # all stop at the same step
-        if number:
-            save_interrupted(run)
-            raise Interrupted(number)
-        if last:
-            break
-
-        loss, changed = step(run, replica)
-        replica = replicate(run) if changed else replica
-        timed_steps += 1
-        bar.update()
-        if run.iter_num % cfg.log_interval == 0 and processes.is_main:
-            seconds = (time.perf_counter() - clock) / timed_steps
-            row = {'iter': run.iter_num, 'loss': loss, 'lr': lr, 'step_ms': seconds * 1e3,
-                   'tokens_per_s': tokens_per_iter / seconds}
-            if peak:
-                micro_steps = cfg.gradient_accumulation_steps // processes.world_size
-                row['mfu'] = run.model.estimate_mfu(cfg.batch_size * micro_steps, seconds, peak)
-            run.log(row)
-            bar.set_postfix_str(f'loss {loss:.4f}, {row["tokens_per_s"]:,.0f} tokens/s'
-                                + (f', mfu {row["mfu"]:.1%}' if peak else ''), refresh=False)
-            timed_steps, clock = 0, time.perf_counter()
-
-
-def evaluate_and_save(run, evaluate, due, stop):
-    """All processes come here, for their random states; process 0 does the work. A signal ends the evaluation: after a
-    resume it is made again. due: whether the step is on the grid of eval_interval, or only the last."""
-    cfg, random = run.cfg, run.random_states()
-    if not run.processes.is_main:
-        return
-    try:
-        result = evaluate.interim(stop.raise_if_noted)
-    except Interrupted:
-        return
-    except torch.linalg.LinAlgError:                                    # SVD of what is not finite
-        result = {'train/loss': math.nan, 'val/loss': math.nan}
-    if not math.isfinite(result['train/loss'] + result['val/loss']):
-        batch = run.data.batch('val', cfg.batch_size, cfg.block_size, torch.Generator(), run.processes.device)
-        raise run.stopped(f'step {run.iter_num}: at evaluation the loss is {result["val/loss"]}', [batch])
-    run.log({'iter': run.iter_num, **result})
-    run.processes.print(f'step {run.iter_num}: {evaluate.describe(result)}')
-    improved, best = result['val/loss'] < run.best_interim_loss, min(result['val/loss'], run.best_interim_loss)
-    if due:
-        run.best_interim_loss = best
-    if run.iter_num > 0 and (improved or cfg.always_save_checkpoint):
-        run.save('ckpt.pt', random, best)
-
-
-def save_interrupted(run):
-    """The state as it is: in ckpt.pt, unless that is to stay the best one."""
-    random = run.random_states()
-    if run.processes.is_main:
-        keep = (run.out / 'ckpt.pt').exists() and not run.cfg.always_save_checkpoint
-        name = 'last.pt' if keep else 'ckpt.pt'
-        run.save(name, random, min(run.best_interim_loss, run.best_at_end))
-        run.processes.print(f'interrupted after step {run.iter_num}, saved to {run.out / name}; to go on: {run.resume}')
-
-
-def step(run, replica):
-    """One optimizer step -> the loss, the mean over all micro-batches of all processes, and whether layers have other
-    parameters now. Raises TrainingStopped, before the optimizer touches anything, where the loss or the gradient is not
-    finite."""
-    cfg, model, processes, scaler = run.cfg, run.model, run.processes, run.scaler
-    micro_steps, batches = cfg.gradient_accumulation_steps // processes.world_size, []
-    loss_sum, adaptive = torch.zeros((), device=processes.device), run.adaptive
-    analysed = adaptive is not None and adaptive.is_analysis_step(run.iter_num + 1)
-    if analysed:
-        adaptive.track_weight_grads()
-    for micro_step in range(micro_steps):
-        # all processes draw the windows of all, in the order in which a single process would take them
-        starts = run.data.draw('train', processes.world_size * cfg.batch_size, cfg.block_size, run.order)
-        own = starts.view(processes.world_size, cfg.batch_size)[processes.rank].tolist()
-        x, y = run.data.windows(run.data.tokens('train'), own, cfg.block_size, 'train', processes.device)
-        batches.append((x, y))
-        alone = processes.distributed and micro_step < micro_steps - 1
+@contextmanager
+def open_out_dir(state, out, dtype, say):
+    """Within the block OUT_DIR is this run's: locked, another run in it archived, its files written -> log(row), which
+    appends a row of numbers to metrics.jsonl and to wandb. Raises UserError."""
+    cfg = state.cfg
+    with locked_folder(out):
         try:
-            with replica.no_sync() if alone else nullcontext():         # gradients travel once a step
-                with run.context:
-                    _, loss = replica(x, y)
-                    loss = loss / micro_steps
-                scaler.scale(loss).backward()
-        except torch.linalg.LinAlgError as e:
-            raise run.stopped(f'step {run.iter_num + 1}: {one_line(e)}', batches) from None
-        loss_sum += loss.detach()
+            if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
+                raise UserError(f"out_dir='{out}': its config.py is no run's (nearest: {unused(out)})")
+            if state.saved_at is None:
+                archive_run(out, say)
+            else:
+                tracking.truncate_metrics(out, state.iter_num)
+            remove_leftovers(out)
+            environment = devices.environment(state.device, dtype)
+            write_atomically(out / 'config.py', configuration.dump(cfg, HEAD).encode())
+            write_atomically(out / 'environment.json', json.dumps(environment, indent=1).encode())
+        except OSError as e:
+            raise unwritable(f'out_dir={cfg.out_dir!r}: cannot be written', e) from None
+        tags = [tag.strip() for tag in (cfg.wandb_tags or '').split(',') if tag.strip()]
+        tracker = tracking.Tracking(out, say, project=cfg.wandb_project, name=cfg.wandb_run_name, tags=tags or None,
+                                    group=cfg.wandb_group, config=asdict(cfg)) if cfg.wandb_log else None
 
-    scaler.unscale_(run.optimizer)
-    loss = processes.mean(loss_sum)
-    changed = analysed and bool(loss.isfinite()) and analyse(run)       # of NaN there is no analysis
-    params = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    loss, norm_value = torch.stack((loss, norm)).tolist()   # waits for the device
-    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: an overflow at first is no fault
-    if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
-        raise run.stopped(f'step {run.iter_num + 1}: the loss is {loss}, the gradient norm {norm_value}', batches)
-    if cfg.grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
-    scaler.step(run.optimizer)
-    scaler.update()
-    if adaptive is not None:
-        adaptive.project_factors()
-    if not math.isfinite(norm_value):                                   # float16: the scaler made no step
-        clear_grams(model.warm_starts())
-    run.optimizer.zero_grad(set_to_none=True)
-    run.iter_num += 1
-    if analysed and processes.is_main:
-        processes.print('\n'.join(adaptive.report(run.iter_num)))
-        run.log({'iter': run.iter_num, **adaptive.metrics()})
-    return loss, changed
-
-
-def analyse(run):
-    """The analysis of adaptive layers in this step, from its gradients -> whether layers have other parameters now."""
-    scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0  # still on what the optimizer does not have
-    changed = run.adaptive.analyze(
-        run.iter_num + 1, swap_params=lambda old: swap_params(run.optimizer, run.model, old),
-        mean=lambda grad: run.processes.mean(grad / scale), on_main=run.processes.first)
-    run.cfg.adaptive_svd_ranks = lowrank_ranks(run.model)
-    run.model.config = replace(run.model.config, adaptive_svd_ranks=run.cfg.adaptive_svd_ranks)
-    return changed
+        def log(row):
+            if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
+                raise FloatingPointError('a loss is not finite')
+            tracking.append_json(out / 'metrics.jsonl', row)
+            if tracker:
+                tracker.log(row)
+        code = 1
+        try:
+            yield log
+            code = 0
+        except cli.Interrupted as e:
+            code = 128 + e.signal
+            raise
+        finally:
+            if tracker:
+                tracker.finish(code)
 
 
-def build_model(cfg, set_by, saved, data, device, say):
+def draw_curves(out, say):
+    """OUT_DIR/curves.png, from metrics.jsonl. No run fails for a picture."""
+    try:
+        plots.training_curves(out, CURVES)
+    except UserError as e:
+        say(f'curves.png is not drawn: {e}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+def build_model(cfg, set_by, saved, data, say):
     """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
     the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
     free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
@@ -384,7 +530,6 @@ def build_model(cfg, set_by, saved, data, device, say):
         if cfg.vocab_size is None:
             cfg.vocab_size = data.padded_vocab_size
         data.check_length(cfg.block_size)
-        devices.check_memory(cfg, device)
         if cfg.lora_rank is not None:
             raise UserError(f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=FOLDER)')
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}))
@@ -393,7 +538,7 @@ def build_model(cfg, set_by, saved, data, device, say):
     else:                                                               # a folder may say what its SVD is
         model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in free if k in set_by or k == 'dropout'})
         if cfg.lora_adapter is not None:
-            pretrained.load_adapter(model, cfg.lora_adapter, cfg.init_from, say)
+            huggingface.load_adapter(model, cfg.lora_adapter, cfg.init_from, say)
     if cfg.init_from != 'resume':
         model.add_adapters(**{k: getattr(cfg, k) for k in ADAPTER_DEFAULTS})
     shape, unused = asdict(model.config), configuration.unused_options(cfg, model.config)
@@ -405,7 +550,7 @@ def build_model(cfg, set_by, saved, data, device, say):
             if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):       # it would train all
                 run = Path(cfg.out_dir if saved else cfg.init_from)
                 adapted = model.config.adaptive_svd or model.config.has_lora
-                near = pretrained.merge_command(run) if adapted else begin_from(run, cfg.dataset)
+                near = huggingface.merge_command(run) if adapted else begin_from(run, cfg.dataset)
                 raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed'
                                 + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
             say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={shape[key]}')
@@ -417,17 +562,15 @@ def build_model(cfg, set_by, saved, data, device, say):
         raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
                         f'(nearest: {data.vocab_size if cfg.init_from == "scratch" else "its own data set"})')
     data.check_length(cfg.block_size)
-    if cfg.init_from != 'scratch':
-        devices.check_memory(cfg, device)
     return model
 
 
-def describe(cfg, model, data, device, dtype, processes):
+def describe(cfg, model, data, dtype, processes):
     """What is about to happen, in a few lines."""
     say, c = processes.print, model.config
     factored = f', {len(c.layer_ranks)} layers of two factors' if c.layer_ranks else ''
     say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary '
-        f'{c.vocab_size}: {model.get_num_params():,} parameters{factored}; {device}, {dtype}, seed {cfg.seed}')
+        f'{c.vocab_size}: {model.get_num_params():,} parameters{factored}; {processes.device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')

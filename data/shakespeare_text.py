@@ -11,9 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-from runtime import command, download
+from runtime import cli, download
 from runtime.config import UserError
-from runtime.dataset import preparing, write_dataset
+from runtime.data import preparing, write_dataset
 from runtime.files import FULL, write_atomically
 
 HERE = Path(__file__).resolve().parent
@@ -32,10 +32,10 @@ def prepare(tokenizer, folder, argv=None):
     """The command line of both prepare.py: text -> data set. Returns the exit code: 0, 1 no network or a full disk, 2
     wrong input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f'python data/{folder.name}/prepare.py', allow_abbrev=False)
-    parser.add_argument('--input', metavar='FILE', type=command.path,
+    parser.add_argument('--input', metavar='FILE', type=cli.path,
                         help='a UTF-8 text (default: input.txt here, else a download)')
-    parser.add_argument('--out_dir', metavar='DIR', type=command.path, default=folder, help='default: this folder')
-    return command.parse(parser, argv, lambda args: write(args, tokenizer, folder), 'starts anew')
+    parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=folder, help='default: this folder')
+    return cli.parse(parser, argv, lambda args: write(args, tokenizer, folder), 'starts anew')
 
 
 def write(args, tokenizer, folder):

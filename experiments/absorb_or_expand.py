@@ -18,7 +18,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                       # run from anywhere
 
-from runtime import command                                            # before torch: says what is not installed
+from runtime import cli                                            # before torch: says what is not installed
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +27,7 @@ from lowrank.kv_cache import expand
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import Range
-from runtime.timing import quartiles, time_in_turn
+from tools.timing import quartiles, time_interleaved
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Config:
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
-    return command.run('absorb_or_expand.py', Config, __doc__, measure, argv)
+    return cli.run('absorb_or_expand.py', Config, __doc__, measure, argv)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def measure(cfg):
             c = torch.randn(cfg.batch_size, cfg.cached, d, device=device)
             w_k, w_v = (torch.randn(nh, hs, d, device=device) / d ** 0.5 for _ in range(2))
             assert torch.allclose(expanded(q, w_k, w_v, c), absorbed(q, w_k, w_v, c), atol=1e-3)
-            times = time_in_turn({f.__name__: partial(f, q, w_k, w_v, c) for f in (expanded, absorbed)}, cfg.rounds,
+            times = time_interleaved({f.__name__: partial(f, q, w_k, w_v, c) for f in (expanded, absorbed)}, cfg.rounds,
                                  device)
             low, ratio, high = quartiles([a / e for a, e in zip(times['absorbed'], times['expanded'])])
             ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}

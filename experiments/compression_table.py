@@ -37,23 +37,24 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import command                                            # before torch: says what is not installed
+from runtime import cli                                            # before torch: says what is not installed
 
 import torch
 from torch import nn
 
 import compress
-import compress_layers as layers
+from tools import model_compression as layers
 import train
 from lowrank.factorization import Factorization
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
-from runtime import plots, sweep
+from runtime import plots
+from tools import sweep
 from runtime.config import PATH, Range, UserError
-from runtime.dataset import Dataset, locate
+from runtime.data import Dataset, locate
 from runtime.files import check_writable
-from runtime.record import Record, read
+from tools.result_cache import Record, read
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'compression.png'
@@ -461,7 +462,7 @@ def draw(axis, rows, name):
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input or a training that failed, 130 / 143 stopped."""
-    return command.run('compression_table.py', TableConfig, __doc__, experiment, argv)
+    return cli.run('compression_table.py', TableConfig, __doc__, experiment, argv)
 
 
 def experiment(cfg):

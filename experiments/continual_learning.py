@@ -43,7 +43,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import command                                            # before torch: says what is not installed
+from runtime import cli                                            # before torch: says what is not installed
 
 import numpy as np
 import torch
@@ -57,11 +57,10 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
 from runtime.config import PATH, Range, UserError
-from runtime.dataset import Dataset, locate
-from runtime.optim import swap_params
-from runtime.files import check_writable
-from runtime.record import Record, read
-from runtime.run import make_folder
+from runtime.data import Dataset, locate
+from runtime.optimizer import swap_params
+from runtime.files import check_writable, make_folder
+from tools.result_cache import Record, read
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'
@@ -659,7 +658,7 @@ def draw_layers(axis, rows):
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input, 130 / 143 stopped."""
-    return command.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
+    return cli.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
 
 
 def experiment(cfg):

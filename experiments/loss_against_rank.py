@@ -26,7 +26,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import command                                            # before torch: says what is not installed
+from runtime import cli                                            # before torch: says what is not installed
 
 import torch
 from torch import nn
@@ -35,11 +35,12 @@ import model
 import train
 from lowrank.head_svd import NoSVD
 from runtime import config as configuration
-from runtime import plots, sweep
+from runtime import plots
+from tools import sweep
 from runtime.config import PATH, Range, UserError
-from runtime.dataset import locate
+from runtime.data import locate
 from runtime.files import check_writable, write_atomically
-from runtime.record import read
+from tools.result_cache import read
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'loss_against_rank.png'
@@ -222,7 +223,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])
-    return command.run('loss_against_rank.py', SweepConfig, __doc__, experiment, argv)
+    return cli.run('loss_against_rank.py', SweepConfig, __doc__, experiment, argv)
 
 
 def experiment(cfg):

@@ -151,3 +151,10 @@ def to_standard_lora(layer, original):
     if len(a) > min(w.shape):                                       # more than this shape needs
         b, a = svd_factors(layer.scale * b @ a, slice(None), layer.scale)
     return a.to(w), b.to(w)
+
+
+def factor_params(model):
+    """The parameters of all modules with a method `factor_params`, in order, as the keys of a dict;
+    None if there is no such module. They may have none now and some later."""
+    modules = [module for module in model.modules() if hasattr(module, 'factor_params')]
+    return dict.fromkeys(p for module in modules for p in module.factor_params()) if modules else None

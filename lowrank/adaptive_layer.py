@@ -7,12 +7,18 @@ Letters: weight W (m, n) = U S V^T, g = min(m, n), r trained minor components, k
 import torch
 from torch.nn import functional as F
 
-from lowrank.adaptive_svd import (FIRST_PRINCIPAL, compute_gradient_alignment,
-                                  should_use_lowrank_training)
+from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL,
+                                  compute_gradient_alignment, should_use_lowrank_training)
 from lowrank.layers import AdaptedLinear, FactoredLinear, empty_linear
 from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
+# panels of a figure of a run: label -> names of metrics, guide lines
+CURVES = {'gradient in the\nprincipal space': (['principal_alignment', 'chance'],
+                                               {'danger': DANGER_ALIGNMENT}),
+          'gradient in the\nminor space': (['minor_alignment'], {}),
+          'beyond chance': (['excess'], {'chance': 0.0, 'danger': DANGER_EXCESS}),
+          'mode': (['mode'], {}), 'trained\ncomponents r': (['r'], {})}
 FLOOR = 1e-3           # of sigma_1: rows of A are no shorter than its root, so no direction is dead
 PATIENCE = 3                # analyses in a row that propose a smaller r, before r becomes smaller
 STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode, before it ends

@@ -140,7 +140,11 @@ def get_bases(bases):
 
 
 def set_bases(bases, saved):
-    """The inverse of `get_bases`. None, and bases of another shape, make a cold start."""
+    """The inverse of `get_bases`. None, and bases of another shape, make a cold start. Raises
+    ValueError for what is not finite numbers."""
+    if saved is not None and not (torch.is_tensor(saved) and saved.is_floating_point()
+                                  and saved.isfinite().all()):
+        raise ValueError('its svd_basis is not of finite floating-point numbers')
     fits = saved is not None and bases and saved.shape == (len(bases), *bases[0].basis.shape)
     for i, basis in enumerate(bases):
         basis.basis.copy_(saved[i] if fits else basis.gaussian[:, :basis.rank])

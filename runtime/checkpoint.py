@@ -8,26 +8,24 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import UserError, check_all
-from runtime.dataset import DATA_ROOTS, check_meta, read_meta
-from runtime.files import replacing
-from runtime.finite import first_bad_tensor
+from runtime.config import UserError
+from runtime.data import DATA_ROOTS, check_meta, read_meta
+from runtime.files import atomic_open
+from runtime.nan_check import first_nonfinite_tensor
 
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
 NUMBER = (int, float, torch.Tensor)                                 # nanoGPT's best_val_loss is a tensor
-OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list, best_val_loss=NUMBER,
-                interim_best_val_loss=NUMBER, svd_basis=torch.Tensor, adaptive_svd=dict)
+OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list, best_val_loss=NUMBER)
 
 
 def save(checkpoint, path):
     """A crash or an error while saving leaves the old checkpoint. Raises OSError where the disk does not take it, and
     FloatingPointError, before anything is written, for weights or an optimizer state that are not finite."""
-    for key in ('model', 'optimizer', 'svd_basis'):
-        bad = first_bad_tensor(checkpoint.get(key), key)
-        if bad:
-            raise FloatingPointError(f'{bad} is not finite')
+    bad = first_nonfinite_tensor({key: value for key, value in checkpoint.items() if key != 'random'}, '')
+    if bad:
+        raise FloatingPointError(f'{bad.removeprefix(".")} is not finite')
     try:
-        with replacing(path) as f:
+        with atomic_open(path) as f:
             torch.save(checkpoint, f)
     except RuntimeError as e:                                       # torch's own complaint hides the disk's
         raise e.__context__ if isinstance(e.__context__, OSError) else e from None
@@ -35,19 +33,13 @@ def save(checkpoint, path):
 
 def load(path):
     """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed (weights_only). Raises
-    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed, 'path' and
-    'stamp' of the file are added."""
+    UserError, one line, for a missing, damaged or foreign file. torch.compile's name prefix is removed, the file's
+    'path' is added."""
     path = Path(path)
     checkpoint = _read(path)
     _check(checkpoint, path)
     checkpoint['model'] = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()}
-    return checkpoint | {'path': str(path), 'stamp': stamp(path)}
-
-
-def stamp(path):
-    """What tells a file from another that was written in its place."""
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return checkpoint | {'path': str(path)}
 
 
 def _read(path):
@@ -83,60 +75,19 @@ def _check(checkpoint, path):
     for name, value in checkpoint['model'].items():
         if type(name) is not str or not torch.is_tensor(value) or not value.is_floating_point():
             raise UserError(f'{path}: its weight {name} is no floating-point tensor')
-    basis = checkpoint.get('svd_basis')
-    if basis is not None and not (basis.is_floating_point() and basis.isfinite().all()):
-        raise UserError(f'{path}: its svd_basis is not of finite floating-point numbers')
-    bad = first_bad_tensor(checkpoint['model'], 'model')
+    bad = first_nonfinite_tensor(checkpoint['model'], 'model')
     if bad:
         raise UserError(f'{path}: its weight {bad.removeprefix("model.")} is not finite')
 
 
-def fitting_weights(saved, fields):
-    """A checkpoint's model_args and state dict. Raises ValueError where they do not fit each other, or have other than
-    the `fields` of a model's configuration."""
-    args = saved['model_args']
-    unknown = sorted(map(str, set(args) - set(fields)))
-    if unknown:
-        raise ValueError(f'its model_args have fields that this model does not know: {", ".join(unknown)}')
-    missing = [name for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if name not in args]
-    if missing:
-        raise ValueError(f'its model_args lack {", ".join(missing)}')
+def load_weights(model, state):
+    """Load a state dict into a model. Raises ValueError, one line, where it does not fit."""
     # before it used flash attention, nanoGPT stored its causal mask
-    state = {name: w for name, w in saved['model'].items() if not name.endswith('.attn.bias')}
-    # model_args can name any size: nothing is built before the weights that are there agree
-    sizes = {'transformer.wte.weight': (args['vocab_size'], args['n_embd']),
-             'lm_head.weight': (args['vocab_size'], args['n_embd']),
-             'transformer.wpe.weight': (args['block_size'], args['n_embd'])}
-    wrong = [name for name, shape in sizes.items() if name not in state or state[name].shape != shape]
-    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
-    if wrong or layers != args['n_layer']:
-        raise ValueError(f'its weights do not fit its model_args: {", ".join(wrong) or f"{layers} layers"}')
-    if not torch.equal(state['transformer.wte.weight'], state['lm_head.weight']):
-        raise ValueError('its weights transformer.wte and lm_head differ, which are one tensor')
-    return args, state
-
-
-def build_model(model_class, config_class, saved, overrides):
-    """The model of a checkpoint dict, of which `model_args`, `model` and, if there, `svd_basis` are used; overrides:
-    fields of its configuration. Raises ValueError where they do not fit each other."""
-    check_all(config_class, saved['model_args'], saved.get('path', 'model_args'))
-    args, state = fitting_weights(saved, config_class.__dataclass_fields__)
-    model = model_class(config_class(**{**args, **overrides}))
+    state = {name: w for name, w in state.items() if not name.endswith('.attn.bias')}
     try:
         model.load_state_dict(state)
     except RuntimeError as e:                                       # over many lines
         raise ValueError(f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
-    model.svd_basis = saved.get('svd_basis')
-    return model
-
-
-def crop_block_size(model, block_size):
-    """Shorten a GPT's context in place, for example GPT-2's of 1024, by dropping late positions."""
-    if not 1 <= block_size <= model.config.block_size:
-        raise ValueError(f'block_size={block_size}: can only be cropped to 1..{model.config.block_size}')
-    model.config.block_size, wpe = block_size, model.transformer.wpe.weight
-    model.transformer.wpe = torch.nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
-                                                               freeze=not wpe.requires_grad)
 
 
 def _is_finite(value):

@@ -59,6 +59,12 @@ class UserError(ValueError):
         super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
+class Failure(UserError):
+    """A command cannot go on, through no fault of its input: a full disk, a lost process, numbers that are not
+    finite."""
+    code = 1
+
+
 def load(cls, argv):
     """argv -> an instance of dataclass `cls`, and a dict of the keys the user set -> where."""
     values, set_by = parse(cls, argv)
@@ -108,9 +114,9 @@ def validate(cfg):
     for a value of another type or out of its range."""
     for key, hint in hints_of(type(cfg)).items():
         value = getattr(cfg, key)
-        ok, converted = matches(value, hint)
+        ok, converted = coerce(value, hint)
         if not ok:
-            raise ValueError(f'{key}={shown(value)}: must be {describe(hint)}{nearest(value, hint)}')
+            raise ValueError(f'{key}={safe_repr(value)}: must be {describe(hint)}{nearest(value, hint)}')
         setattr(cfg, key, converted)
         for fault in (bounds.fault(converted) for bounds in get_args(hint)[2:] if isinstance(bounds, Range)):
             if fault:
@@ -154,12 +160,12 @@ def parse_option(arg, hints):
             value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         value = text
-    if not isinstance(value, str) and not matches(value, hints[key])[0] and matches(text, hints[key])[0]:
+    if not isinstance(value, str) and not coerce(value, hints[key])[0] and coerce(text, hints[key])[0]:
         value = text                                                # --out_dir=123 names a folder
     return key, check(key, value, hints[key], 'the command line')
 
 
-def meant_instead(word, hints):
+def suggest_option(word, hints):
     """Where a word is no config file: what it may have been meant for."""
     key, equals, value = word.partition('=')
     if key.replace('-', '_') in hints:
@@ -180,7 +186,7 @@ def run_config_file(path, values, hints):
             warnings.simplefilter('ignore')                         # about a string's backslashes, say: not errors
             tree = ast.parse(source, filename=path)
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f'{path}: no such config file{meant_instead(path, hints)}') from None
+        raise UserError(f'{path}: no such config file{suggest_option(path, hints)}') from None
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
     except (OSError, ValueError, RecursionError, MemoryError) as e:
@@ -210,14 +216,14 @@ def run_config_file(path, values, hints):
 
 def check(key, value, hint, where):
     """The value in the hint's type, or UserError."""
-    ok, converted = matches(value, hint)
+    ok, converted = coerce(value, hint)
     if ok:
         is_path = PATH in get_args(hint)[2:] and isinstance(converted, str)
         return os.path.expanduser(converted) if is_path else converted
-    raise UserError(f'{key}={shown(value)}: must be {describe(hint)}{nearest(value, hint)} [{where}]')
+    raise UserError(f'{key}={safe_repr(value)}: must be {describe(hint)}{nearest(value, hint)} [{where}]')
 
 
-def shown(value):
+def safe_repr(value):
     """repr on one line, if it has one: that of 10 ** 5000 is a ValueError, and a config file can make anything."""
     try:
         return ' '.join(repr(value).split(chr(10)))
@@ -225,21 +231,21 @@ def shown(value):
         return f'<{type(value).__name__}>'
 
 
-def matches(value, hint):
+def coerce(value, hint):
     """(True, the value as the hint's type) or (False, None). A whole number passes for a float, True never for 1."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) in (types.UnionType, Union):
-        return next((m for m in (matches(value, h) for h in get_args(hint)) if m[0]), (False, None))
+        return next((m for m in (coerce(value, h) for h in get_args(hint)) if m[0]), (False, None))
     if get_origin(hint) is Literal:
         return any(type(value) is type(a) and value == a for a in get_args(hint)), value
     if hint is type(None):
         return value is None, None
     if get_origin(hint) is dict:
-        if not isinstance(value, dict) or not all(matches(v, h)[0] for item in value.items()
+        if not isinstance(value, dict) or not all(coerce(v, h)[0] for item in value.items()
                                                   for v, h in zip(item, get_args(hint))):
             return False, None
-        return True, {k: matches(v, get_args(hint)[1])[1] for k, v in value.items()}
+        return True, {k: coerce(v, get_args(hint)[1])[1] for k, v in value.items()}
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool, value
     try:

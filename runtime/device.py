@@ -62,32 +62,6 @@ def peak_flops(device, dtype):
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
-def memory_bytes(device):
-    """All memory of the device, or None where that is unknown."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')     # MPS shares the machine's
-    except (AttributeError, ValueError, OSError):                           # Windows
-        return None
-
-
-def check_memory(cfg, device):
-    """Refuse, before anything is built, what cannot fit: a lower bound of what training needs against all there is."""
-    here, tokens = memory_bytes(device), cfg.batch_size * cfg.block_size
-    parameters = cfg.n_layer * 10 * cfg.n_embd ** 2 + (cfg.vocab_size + cfg.block_size) * cfg.n_embd
-    if cfg.eval_only:                                                   # weights, logits
-        need = 4 * parameters + 2 * tokens * cfg.vocab_size
-    else:                                                               # with gradients, a moment, activations; int64
-        need = 12 * parameters + 2 * tokens * (cfg.vocab_size + 5 * cfg.n_layer * cfg.n_embd)
-        need += 8 * cfg.gradient_accumulation_steps * tokens
-    if here and need > here:
-        raise UserError(f'n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}, batch_size='
-                        f'{cfg.batch_size}, block_size={cfg.block_size}, gradient_accumulation_steps='
-                        f'{cfg.gradient_accumulation_steps}: need {need // 10 ** 9:,} GB or more, and {device} has '
-                        f'{here // 10 ** 9:,} GB; make one of them smaller')
-
-
 def synchronize(device):
     """Wait for queued work, before reading a clock."""
     kind = torch.device(device).type

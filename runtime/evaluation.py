@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 # tokens whose prefix-only loss is measured: at an evaluation on the way, at the last
 GAP_POSITIONS, FINAL_GAP_POSITIONS = 128, 1024
-STATISTICS_WINDOWS = 4              # V of which is looked at
+SERIES_WINDOWS = 4                  # of which the model's own numbers are recorded
 
 
 @torch.no_grad()
@@ -78,29 +78,6 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
             'gap_se': gap.std().item() / math.sqrt(len(gap)), 'positions': len(gap) * group}
 
 
-@torch.no_grad()
-def value_statistics(model, data, batch_size, block_size, device, context, seed):
-    """What each attention's `value_statistics` says of a batch of validation windows, mean over the batch -> row like
-    {'svd/block0.head1/energy_kept': share, ...}."""
-    row = {}
-
-    def look(block, attention, x):
-        for name, heads in attention.value_statistics(x).items():
-            row.update({f'svd/block{block}.head{head}/{name}': value for head, value in enumerate(heads.tolist())})
-
-    hooks = [block.attn.register_forward_pre_hook(lambda attention, inputs, i=i: look(i, attention, inputs[0]))
-             for i, block in enumerate(model.transformer.h)]
-    model.eval()
-    try:
-        with context:
-            model(data.batch('val', batch_size, block_size, torch.Generator().manual_seed(seed), device)[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train()
-    return row
-
-
 class Evaluation:
     """Losses of the model as it stands; the prefix-only loss too where the parallel one sees the future. The sampled
     prefix-only loss of a few hundred tokens is noisy, the gap to the parallel loss of the same tokens is not: the
@@ -116,8 +93,13 @@ class Evaluation:
         losses = estimate_loss(self.model, self.data, c.eval_iters, c.batch_size, c.block_size, self.device,
                                self.context, c.seed, poll)
         row = self._with_gap({'train/loss': losses['train'], 'val/loss': losses['val']}, GAP_POSITIONS, poll)
-        return row | value_statistics(self.model, self.data, min(c.batch_size, STATISTICS_WINDOWS), c.block_size,
-                                      self.device, self.context, c.seed)
+        windows = self.data.batch('val', min(c.batch_size, SERIES_WINDOWS), c.block_size,
+                                  torch.Generator().manual_seed(c.seed), self.device)[0]
+        self.model.eval()
+        with self.context:
+            row |= self.model.named_series(windows)
+        self.model.train()
+        return row
 
     def final(self):
         """-> the same over the whole validation split, which is deterministic."""

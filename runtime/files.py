@@ -10,24 +10,21 @@ from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 
-from runtime.config import UserError, one_line
+from filelock import FileLock, Timeout
+
+from runtime.config import Failure, UserError, one_line
 
 FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
 ROOM = '; make room there, then the same command again'
 
 
-class DiskFull(UserError):
-    """No fault of the user's input: exit code 1."""
-    code = 1
-
-
 def unwritable(where, error):
-    """The exception, DiskFull or UserError, to raise for an OSError; where: option or file, as text."""
+    """The exception, Failure or UserError, to raise for an OSError; where: option or file, as text."""
     words = f'{where}: {error.strerror or one_line(error)}'
-    return DiskFull(words + ROOM) if error.errno in FULL else UserError(words)
+    return Failure(words + ROOM) if error.errno in FULL else UserError(words)
 
 
-def in_words(error):
+def format_error(error):
     """An exception on one line; of a full disk also what to do."""
     return one_line(error) + (ROOM if isinstance(error, OSError) and error.errno in FULL else '')
 
@@ -45,7 +42,7 @@ def is_shared(path):
 
 
 @contextmanager
-def naming(path):
+def with_path(path):
     """A block whose OSErrors name the file, as those of open() do and those of write() do not."""
     try:
         yield
@@ -55,13 +52,13 @@ def naming(path):
 
 
 @contextmanager
-def replacing(path):
+def atomic_open(path):
     """A binary file to write that takes `path`'s place when the block ends: temporary file in the same folder, flush to
     disk, rename. A crash or an error leaves what was there before. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')    # another process may write the same file
     try:
-        with naming(path), open(temporary, 'wb') as f:
+        with with_path(path), open(temporary, 'wb') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -82,14 +79,14 @@ def _flush_folder(path):
 
 
 def write_atomically(path, content):
-    """bytes -> file, by `replacing`."""
-    with replacing(path) as f:
+    """bytes -> file, by `atomic_open`."""
+    with atomic_open(path) as f:
         f.write(content)
 
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill by `replacing`, which becomes `path` when the block ends: hidden folder beside it, rename. A
+    """A folder to fill by `atomic_open`, which becomes `path` when the block ends: hidden folder beside it, rename. A
     crash leaves no `path`, an error nothing at all. What a crash leaves stays: beside `path` are the user's own files.
     Raises OSError, also where `path` is more than an empty folder."""
     path = Path(os.path.realpath(path))
@@ -121,7 +118,7 @@ def begin_from(run, dataset):
 
 
 def check_writable(path, where):
-    """Before work whose result goes there: raise UserError or DiskFull, which begin with `where`, unless a file can be
+    """Before work whose result goes there: raise UserError or Failure, which begin with `where`, unless a file can be
     written at `path`, its folders made. It is tried, and leaves nothing: access rights say nothing of a full disk."""
     path = Path(os.path.realpath(path))
     try:
@@ -135,7 +132,7 @@ def check_writable(path, where):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files of processes that were killed while `replacing`; not those of living ones."""
+    """Delete the temporary files of processes that were killed while `atomic_open`; not those of living ones."""
     for path in Path(folder).glob('*.tmp'):
         number = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
         if number and not _is_alive(int(number[1])):
@@ -152,3 +149,95 @@ def _is_alive(process):
         return True                                                 # somebody else's
     except (ProcessLookupError, OverflowError):
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# folders of a run
+
+@contextmanager
+def locked(file, busy):
+    """Hold the lock FILE within the block; its folder is made if need be. The lock is the system's and ends with the
+    process. While another process has it, busy() is called: it raises, or returns to wait. Where there are no locks, as
+    on some network disks, or where nothing can be written, the block runs without one."""
+    lock = FileLock(file)
+    with suppress(OSError, NotImplementedError):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            busy()
+            lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):                                 # on Windows
+                Path(file).unlink()
+        lock.release()
+
+
+def locked_folder(folder, option='out_dir', wait=False):
+    """`locked` for the folder of a run, or of a sweep. Raises UserError, which names the option, if another process has
+    it, unless it is to wait."""
+    def busy():
+        if wait:
+            print(f'{folder}: waiting until the run there has saved', flush=True)
+            return
+        raise UserError(f"{option}='{folder}': a run is going on there; wait (nearest: {unused(folder)})")
+    return locked(lock_file(make_folder(folder, option)), busy)
+
+
+def lock_file(folder):
+    """.NAME.lock beside the folder, which may be moved while it is locked."""
+    real = Path(os.path.realpath(folder))
+    return real.with_name(f'.{real.name}.lock')
+
+
+def make_folder(path, option='out_dir'):
+    """The folder as a Path, made if need be; a link's target too. Raises UserError, which names the option."""
+    try:
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'{option}={str(path)!r}: cannot be made: {e.strerror}') from None
+    return Path(path)
+
+
+def archive_run(out, say):
+    """Move a run that is in the folder to OUT_DIR.1, .2, ... as a whole. Of a symbolic link the target moves, and an
+    empty folder takes its place. Raises OSError."""
+    if not any((out / name).exists() for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')):
+        return
+    real = Path(os.path.realpath(out))
+    archive = next(p for p in (Path(f'{real}.{n}') for n in count(1)) if not p.exists())
+    real.rename(archive)
+    real.mkdir()
+    say(f'{out} holds a run: moved to {archive if out.is_symlink() else out.with_name(archive.name)}')
+
+
+def named(folder):
+    """The folder under a name of its own: '.' and 'out/..' have none that another name can be made from."""
+    return folder if folder.name not in ('', '..') else Path(os.path.realpath(folder))
+
+
+def check_save_dir(save_dir, source, kind, overwrite=False):
+    """Raise UserError for a folder that must not be made or replaced: one that exists, unless it is empty or, with
+    overwrite, a run; the working directory; one that holds `source`; one that cannot be written.
+
+    kind: suffix of the name to suggest. overwrite None: the command has no such option.
+    """
+    real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, source))
+    where = f'save_dir={str(save_dir)!r}'
+    try:
+        if is_shared(real):
+            raise UserError(f'{where}: must be another folder than this one or home (nearest: '
+                            f'{unused(save_dir / kind)})')
+        if real in (own, *own.parents):
+            raise UserError(f"{where}: has the model itself in it (nearest: {unused(f'{source}-{kind}')})")
+        free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
+        a_run = overwrite is not None and (save_dir / 'ckpt.pt').exists()
+    except OSError as e:
+        raise UserError(f'{where}: cannot be used: {e.strerror}') from None
+    if not free and not (overwrite and a_run):
+        raise UserError(f"{where}: is there already, and no empty folder (nearest: {unused(save_dir)}"
+                        + (', or --overwrite=True, which moves it aside)' if a_run else ')'))
+    check_writable(real.with_name(f'.{real.name}'), where)          # new_folder's name for it, while it is filled

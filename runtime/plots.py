@@ -5,9 +5,11 @@ import math
 import textwrap
 from collections import namedtuple
 from contextlib import nullcontext
+from pathlib import Path
 
 from runtime.config import UserError
-from runtime.files import check_writable, replacing, unwritable
+from runtime.files import atomic_open, check_writable, unwritable
+from runtime.tracking import read_metrics
 
 Point = namedtuple('Point', 'x y label kind')       # kind: points of one look the same
 # where a label may stand beside its point: offset in points, alignments
@@ -172,6 +174,51 @@ def charts(path, panels, y_label, caption, bands=False):
     save(figure, path)
 
 
+def training_curves(folder, series):
+    """Write FOLDER/curves.png from FOLDER/metrics.jsonl: losses, learning rate, and the named series of the model that
+    the run has, a line per layer.
+
+    series: label of a panel -> (keys, guides), such as {'rank': (['r'], {'full': 32})}: it shows what the rows call
+    '.../LAYER/r', with dashed guide lines. Numbers, or words as 'on', which make stairs. Nothing is drawn of a run that
+    has no losses yet. Raises UserError where the file cannot be written or matplotlib is missing.
+    """
+    require_matplotlib('curves.png')
+    from matplotlib.ticker import MaxNLocator
+    rows = read_metrics(folder)
+    losses = {'training': 'loss', 'train split': 'train/loss', 'validation': 'val/loss', 'prefix-only': 'val/prefix_loss'}
+    panels = {'loss, nats per token': ({label: _points(rows, key) for label, key in losses.items()}, {}),
+              'learning rate': ({'': _points(rows, 'lr')}, {})}
+    for label, (keys, guides) in series.items():
+        names = sorted({key for row in rows for key in row if key.rpartition('/')[2] in keys})
+        panels[label] = {name.split('/', 1)[1]: _points(rows, name) for name in names}, guides
+    panels = {label: panel for label, panel in panels.items() if any(panel[0].values())}
+    if not panels:
+        return
+    figure, axes = page(len(panels), 1, (8.3, 0.6 + 1.9 * len(panels)), sharex=True)
+    for ax, (label, (lines, guides)) in zip(axes[:, 0], panels.items()):
+        lines = {name: points for name, points in lines.items() if points}
+        for colour, (name, points) in zip(shades(len(lines)), lines.items()):
+            x, y = zip(*points)
+            steps = 'steps-post' if isinstance(y[0], (str, int)) else 'default'
+            ax.plot(x, y, color=colour, label=name, lw=1, marker='.' if len(x) < 50 else None, drawstyle=steps)
+        for name, y in guides.items():
+            ax.axhline(y, color='0.35', ls='--', lw=0.8)
+            ax.annotate(name, (1, y), (3, 0), xycoords=ax.get_yaxis_transform(), textcoords='offset points',
+                        va='center', fontsize=7, color='0.35')
+        ax.set_ylabel(label, fontsize=9)
+        ax.grid(True, color='0.9')
+        if 1 < len(lines) < 9:
+            ax.legend(fontsize=7, frameon=False)
+    axes[-1, 0].set_xlabel('step')
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, Path(folder) / 'curves.png')
+
+
+def _points(rows, key):
+    """(step, value) of the rows that have this key, without the final evaluation."""
+    return [(row['iter'], row[key]) for row in rows if key in row and not row.get('final')]
+
+
 def shades(count):
     """Colours in an order, dark to light, without the last tenth, a yellow that white paper swallows."""
     from matplotlib import colormaps
@@ -215,7 +262,7 @@ def page(rows, columns, size, **options):
 def save(figure, path):
     """Write a PNG, path may be a binary file, too. Raises UserError where the file cannot be written."""
     try:
-        with nullcontext(path) if hasattr(path, 'write') else replacing(path) as file:
+        with nullcontext(path) if hasattr(path, 'write') else atomic_open(path) as file:
             figure.savefig(file, format='png')
     except OSError as e:
         raise unwritable(f'{path}: cannot be written', e) from None

@@ -1,30 +1,84 @@
-"""Weights & Biases beside metrics.jsonl. Absent, without a key or a network, broken or hanging: a line says so, and
-training goes on. WANDB_MODE=offline keeps all on this machine, for `wandb sync` later."""
+"""What a run reports: metrics.jsonl, progress bars, Weights & Biases.
 
+wandb never stops a run: if it is absent, without a key or a network, or broken, a line says so, and training goes on.
+WANDB_MODE=offline keeps all on this machine, for `wandb sync` later.
+"""
+
+import json
 import os
 import re
 import sys
 import uuid
 from pathlib import Path
 
+from tqdm import tqdm
+
 from runtime.config import one_line
-from runtime.files import write_atomically
-from runtime.waiting import within
+from runtime.files import with_path, write_atomically
 
-# wandb's own limits in seconds, unless the environment says otherwise; what does not keep them gets GRACE more
-LIMITS = dict(WANDB_INIT_TIMEOUT=60, WANDB_FINISH_TIMEOUT=300)
-GRACE = 15
+# wandb's own limits in seconds, unless the environment has others
+WANDB_LIMITS = dict(WANDB_INIT_TIMEOUT='60', WANDB_LOGIN_TIMEOUT='30', WANDB_FINISH_TIMEOUT='300')
 
+
+def bar(**options):
+    """tqdm's bar on stderr, rarely drawn in a pipe or a file."""
+    return tqdm(mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
+
+
+def brief_bar(work=None, **options):
+    """tqdm's bar on a terminal, gone when the work is done; nothing in a pipe or a file."""
+    return tqdm(work, leave=False, disable=None, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+def append_json(path, row):
+    """Append one line of JSON to a file. Raises OSError."""
+    with with_path(path), open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(row, allow_nan=False) + '\n')
+
+
+def read_json_lines(path):
+    """The objects in a file of JSON Lines, [] without one; a line that a crash left unfinished is left out."""
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            pass
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def read_metrics(folder):
+    """The rows of a run's metrics.jsonl, each with its step 'iter'."""
+    return [row for row in read_json_lines(Path(folder) / 'metrics.jsonl') if type(row.get('iter')) is int]
+
+
+def truncate_metrics(folder, iter_num):
+    """Cut metrics.jsonl back to what the run had written when step `iter_num` was done: without later rows and without
+    evaluations at that step, which a resumed run makes again. Raises OSError."""
+    rows = [row for row in read_metrics(folder)
+            if row['iter'] < iter_num or row['iter'] == iter_num and 'val/loss' not in row]
+    write_atomically(Path(folder) / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights & Biases
 
 class Tracking:
-    """A wandb run. No method raises, but for KeyboardInterrupt while it waits."""
+    """A wandb run. No method raises."""
 
     def __init__(self, folder, say, **options):
-        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb: with the same folder it goes on in the
-        same run. say(text): where trouble is told."""
+        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb: with the same folder the same run goes
+        on. say(text): where trouble is reported."""
         self._wandb, self._run, self._say = None, None, say
-        for name, seconds in LIMITS.items():
-            os.environ.setdefault(name, str(seconds))
+        for name, seconds in WANDB_LIMITS.items():
+            os.environ.setdefault(name, seconds)
         self._attempt('start', lambda: self._start(folder, options))
 
     def _start(self, folder, options):
@@ -38,15 +92,8 @@ class Tracking:
         known = place.read_text(encoding='utf-8', errors='replace') if place.exists() else ''
         name = known if re.fullmatch('[0-9a-f]{8}', known) else uuid.uuid4().hex[:8]
         write_atomically(place, name.encode())
-        stdin = sys.stdin
-        with open(os.devnull, encoding='utf-8') as sys.stdin:           # at a terminal it would ask for a key, and wait
-            try:
-                # a resumed run may have other options
-                run = within(_limit('WANDB_INIT_TIMEOUT'), lambda: init(
-                    id=name, resume='allow', dir=str(folder), allow_val_change=True, **options))
-            finally:
-                sys.stdin = stdin
-        # 'iter' is the axis, for wandb's own step never goes back: steps that are taken again would be refused
+        run = init(id=name, resume='allow', dir=str(folder), allow_val_change=True, **options)
+        # 'iter' is the axis: wandb's own step never goes back, so steps that are taken again would be refused
         run.define_metric('iter')
         run.define_metric('*', step_metric='iter')
         self._wandb, self._run = wandb, run
@@ -56,14 +103,13 @@ class Tracking:
         self._attempt('log', lambda: self._run.log(row))
 
     def figures(self, paths):
-        """name -> PNG file."""
+        """paths: name -> PNG file."""
         self._attempt('take figures', lambda: self._run.log(
             {name: self._wandb.Image(str(path)) for name, path in paths.items()}))
 
     def finish(self, code=0):
         """code: the exit code; other than 0 the run has failed."""
-        self._attempt('finish', lambda: within(_limit('WANDB_FINISH_TIMEOUT'),
-                                               lambda: self._run.finish(exit_code=code)))
+        self._attempt('finish', lambda: self._run.finish(exit_code=code))
         self._run = None
 
     def _attempt(self, what, work):
@@ -75,10 +121,3 @@ class Tracking:
             self._run = None
             words = one_line(e)[:200] if isinstance(e, ImportError) else f'{type(e).__name__}: {one_line(e)[:200]}'
             self._say(f'wandb does not {what} ({words}); metrics.jsonl has everything')
-
-
-def _limit(name):
-    try:
-        return float(os.environ[name]) + GRACE
-    except ValueError:
-        return LIMITS[name] + GRACE

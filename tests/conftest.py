@@ -16,9 +16,10 @@ import torch
 import train
 from helpers import TEXT, TINY
 from lowrank import svd
-from runtime import download, sweep
+from runtime import download
+from tools import sweep
 from runtime.config import UserError
-from runtime.dataset import write_dataset
+from runtime.data import write_dataset
 from runtime.device import pick_device
 
 

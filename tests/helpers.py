@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
-from runtime.optim import MuonAdamW, gpt_groups
+from runtime.optimizer import MuonAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -220,7 +220,7 @@ def optimizer_of(model, kind):
     betas = (.9, .95)
     if kind == 'muon':
         return model.update_bases_after_steps_of(
-            MuonAdamW(gpt_groups(model, .1), 1e-2, betas, 'cpu', torch.float32))
+            MuonAdamW(model.param_groups(.1), 1e-2, betas, 'cpu', torch.float32))
     return model.configure_optimizers(.1, 1e-2, betas, 'cpu')
 
 

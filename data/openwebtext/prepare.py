@@ -20,15 +20,15 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from runtime import command                                            # before numpy: says what is not installed
+from runtime import cli                                            # before numpy: says what is not installed
 
 import numpy as np
 from tqdm import tqdm
 
-from runtime import download, progress
+from runtime import download, tracking
 from runtime.config import UserError, one_line
-from runtime.dataset import END, GPT2_META, UNFINISHED, WITH_END, preparing
-from runtime.files import remove_leftovers, replacing, write_atomically
+from runtime.data import END, GPT2_META, UNFINISHED, WITH_END, preparing
+from runtime.files import remove_leftovers, atomic_open, write_atomically
 
 # Fixed revisions, in parquet: a changed file between two runs of one preparation would go unnoticed.
 SOURCES = {
@@ -48,8 +48,8 @@ def main(argv=None):
     where.add_argument('--files', metavar='GLOB', type=os.path.expanduser,
                        help='local .parquet (column "text") or .txt (one document each)')
     parser.add_argument('--max_tokens', metavar='N', type=int, help='stop after N training tokens')
-    parser.add_argument('--out_dir', metavar='DIR', type=command.path, default=FOLDER, help='default: this folder')
-    return command.parse(parser, argv, alone, 'goes on')
+    parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=FOLDER, help='default: this folder')
+    return cli.parse(parser, argv, alone, 'goes on')
 
 
 def alone(args):
@@ -87,7 +87,7 @@ def prepare(args):
         shards.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'--out_dir={args.out_dir}: {e.strerror}') from None
-    with progress.bar(total=args.max_tokens, initial=done['train_tokens'], unit=' tokens', unit_scale=True) as bar:
+    with tracking.bar(total=args.max_tokens, initial=done['train_tokens'], unit=' tokens', unit_scale=True) as bar:
         for done in write_shards(documents, done, shards, encoding):
             write_atomically(progress_file, json.dumps(done).encode())
             bar.update(done['train_tokens'] - bar.n)
@@ -213,7 +213,7 @@ def is_validation(number):
 
 def concatenate(parts, path):
     """Files -> one file."""
-    with replacing(path) as out:
+    with atomic_open(path) as out:
         for part in parts:
             with open(part, 'rb') as f:
                 shutil.copyfileobj(f, out)

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 from helpers import TEXT, assert_same_run
 from runtime import checkpoint as ckpt
-from runtime.dataset import write_dataset
+from runtime.data import write_dataset
 
 OPTIONS = ('--dataset=mine --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 '
            '--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 '

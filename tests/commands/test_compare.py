@@ -22,8 +22,8 @@ import compare
 import train
 from helpers import ROOT, TEXT, TINY, interrupt, rows
 from runtime import config as configuration
-from runtime import sweep
-from runtime.dataset import write_dataset
+from tools import sweep
+from runtime.data import write_dataset
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = [*TINY, '--use_svd=True']

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import compress
-import compress_layers as layers
+from tools import model_compression as layers
 import export
 import sample
 import train
 from helpers import TEXT, change, checkpoint, equal, folder_bytes, rows, slow
 from model import GPT, GPTConfig
-from runtime.dataset import Dataset, write_dataset
+from runtime.data import Dataset, write_dataset
 from runtime.run import lock
 
 pytestmark = pytest.mark.usefixtures('one_thread')

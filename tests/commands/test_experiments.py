@@ -10,8 +10,8 @@ import torch
 
 from helpers import ROOT, TEXT, rows, whole_truth
 from model import GPT, GPTConfig
-from runtime.dataset import write_dataset
-from runtime.record import Record
+from runtime.data import write_dataset
+from tools.result_cache import Record
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
 

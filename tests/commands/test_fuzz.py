@@ -20,7 +20,7 @@ import train
 from helpers import TEXT, TINY
 from runtime import config as configuration
 from runtime import download
-from runtime.dataset import locate, write_dataset
+from runtime.data import locate, write_dataset
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error::SyntaxWarning')]
 QUICK = [*TINY, '--max_iters=2', '--eval_interval=1', '--out_dir=out']

@@ -14,12 +14,12 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py')
 # every part of the house may import itself, and:
 ARROWS = {'lowrank': '', 'runtime': '', 'data': 'runtime', 'config': '',
           'model': 'lowrank runtime', 'steps': 'model runtime',
-          'bench_svd': 'model lowrank runtime', 'compare_report': 'runtime',
-          'compress_spectrum': 'lowrank runtime',
+          'svd_benchmark': 'model lowrank runtime', 'compare_report': 'runtime',
+          'spectrum_report': 'lowrank runtime',
           'compress_layers': 'model lowrank runtime'}
 COMMAND = 'model lowrank runtime data train'
-BEHIND = {'bench': 'bench_svd steps', 'compare': 'compare_report steps', 'export': 'compress_layers',
-          'compress': 'compress_layers compress_spectrum'}
+BEHIND = {'bench': 'svd_benchmark steps', 'compare': 'compare_report steps', 'export': 'compress_layers',
+          'compress': 'compress_layers spectrum_report'}
 OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft',
             'huggingface_hub',
             'scipy', 'sklearn']
@@ -76,7 +76,7 @@ assert state() == before
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
     """torch 2.8.1, which lacks Muon, or no torch, or neither of two others."""
     commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()
-                and file != 'runtime/child.py']
+                and file != 'tools/child.py']
     assert {'train.py', 'sample.py', 'bench.py', 'compare.py', 'data/shakespeare/prepare.py'} <= {*commands}
     (tmp_path / 'old' / 'torch-2.8.1.dist-info').mkdir(parents=True)
     (tmp_path / 'old' / 'torch-2.8.1.dist-info' / 'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')

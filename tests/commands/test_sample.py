@@ -16,7 +16,7 @@ import export
 import sample
 from helpers import TINY, checkpoint
 from model import GPT, METHODS, SCOPES
-from runtime.dataset import Tokenizer
+from runtime.data import Tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SHORT = ('--device=cpu', '--num_samples=2', '--max_new_tokens=30')

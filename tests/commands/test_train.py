@@ -20,9 +20,9 @@ from model import GPT, SCOPES, GPTConfig
 from runtime import device as devices
 from runtime import tracking
 from runtime.config import UserError
-from runtime.dataset import Dataset, locate, name_of, write_dataset
+from runtime.data import Dataset, locate, name_of, write_dataset
 from runtime.evaluation import Evaluation, prefix_gap
-from runtime.optim import Muon
+from runtime.optimizer import Muon
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = ('--use_svd=True', '--svd_rank=2')                            # of 8

@@ -11,7 +11,7 @@ from helpers import normal, optimizer_of, with_singular_values
 from lowrank.adapters import adaptive_layers
 from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, switch, thin_svd
 from model import GPT, GPTConfig
-from runtime.optim import swap_params
+from runtime.optimizer import swap_params
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 each_optimizer = pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

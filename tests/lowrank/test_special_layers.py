@@ -17,7 +17,7 @@ import train
 from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, slow, untimed
 from lowrank.layers import LoRALinear
 from model import ADAPTER_DEFAULTS, GPT, TARGETS, GPTConfig
-from runtime.dataset import Dataset
+from runtime.data import Dataset
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 BASE = ['--n_layer=2', '--bias=True']

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-import compress_spectrum
+from tools import spectrum_report
 from helpers import normal
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 def written(weights, folder):
     """-> the table's rows, name -> cells, and the CSV's, as dicts."""
-    table = compress_spectrum.write(weights, folder, 'title').splitlines()
+    table = spectrum_report.write(weights, folder, 'title').splitlines()
     with open(folder / 'spectrum.csv', newline='') as f:
         lines = list(csv.DictReader(f))
     return {cells[0]: cells[1:] for cells in map(str.split, table[3:])}, lines      # 'm x n' is three cells
@@ -65,6 +65,6 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path):
 def test_the_table_of_a_large_model_stays_within_the_width():
     """GPT-2 XL with latents: the widest names and numbers there are here."""
     sigma = torch.linspace(12, 1e-9, 1600, dtype=torch.float64)
-    spectra = [compress_spectrum.Spectrum(f'h.{i}.attn.c_attn.kv_down', 6400, 1600, sigma, None)
+    spectra = [spectrum_report.Spectrum(f'h.{i}.attn.c_attn.kv_down', 6400, 1600, sigma, None)
                for i in range(240)]
-    assert max(map(len, compress_spectrum.table(spectra).splitlines())) <= 120
+    assert max(map(len, spectrum_report.table(spectra).splitlines())) <= 120

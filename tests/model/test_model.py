@@ -25,7 +25,6 @@ from helpers import (
 )
 from lowrank.svd import EXACT_METHODS, METHODS
 from model import GPT, SCOPES, GPTConfig
-from runtime.optim import gpt_groups
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -304,16 +303,16 @@ def test_optim_groups_hold_every_parameter_once(options, hidden):
     names = {id(p): name for name, p in model.named_parameters()}
     own = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
     assert sorted(names[id(p)] for group in own for p in group['params']) == sorted(names.values())
-    groups = {kind: [names[id(p)] for p in group['params']] for kind, group in gpt_groups(model, 0.1).items()}
+    groups = {kind: [names[id(p)] for p in group['params']] for kind, group in model.param_groups(0.1).items()}
     assert sorted(sum(groups.values(), [])) == sorted(names.values())
     assert groups['embedding'] == ['transformer.wte.weight', 'transformer.wpe.weight']
     assert all(name.startswith('transformer.h.') and name.endswith('weight') for name in groups['hidden'])
     assert len(groups['hidden']) == hidden and all(
         'ln_' in name or name.endswith('bias') for name in groups['vector']
     )
-    assert [group['weight_decay'] for group in gpt_groups(model, 0.1).values()] == [0.1, 0.1, 0]
+    assert [group['weight_decay'] for group in model.param_groups(0.1).values()] == [0.1, 0.1, 0]
     model.transformer.wpe.requires_grad_(False)
-    assert [names[id(p)] for p in gpt_groups(model, 0.1)['embedding']['params']] == ['transformer.wte.weight']
+    assert [names[id(p)] for p in model.param_groups(0.1)['embedding']['params']] == ['transformer.wte.weight']
 
 
 def test_configure_optimizers_groups_in_the_order_of_nanogpt():

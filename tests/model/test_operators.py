@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.svd import EXACT_METHODS, METHODS, truncated_svd
 from model import GPT, SCOPES, GPTConfig
-from runtime.optim import MuonAdamW, gpt_groups
+from runtime.optimizer import MuonAdamW
 
 # Muon's matrix norm, by a route that only fake tensors take
 pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated')
@@ -184,7 +184,7 @@ def train_and_generate(device, **options):
     tokens, betas = torch.zeros(2, 16, dtype=torch.long, device=device), (0.9, 0.95)
     optimizers = [model.configure_optimizers(0.1, 1e-3, betas, device.type)]
     optimizers += [
-        MuonAdamW(gpt_groups(model, 0.1), 1e-3, betas, device.type, dtype)
+        MuonAdamW(model.param_groups(0.1), 1e-3, betas, device.type, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         if not options
     ]

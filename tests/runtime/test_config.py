@@ -205,7 +205,7 @@ def test_a_tilde_is_the_home_folder_in_paths_alone(config, monkeypatch):
     monkeypatch.setenv('HOME', '/home/me')
     hints = get_type_hints(config, include_extras=True)
     paths = {'out_dir', 'save_dir', 'dataset', 'init_from', 'lora_adapter', 'base', 'sweep', 'peer', 'plot'}
-    for key in (key for key, hint in hints.items() if configuration.matches('~/a b', hint)[0]):
+    for key in (key for key, hint in hints.items() if configuration.coerce('~/a b', hint)[0]):
         value = configuration.parse_option(f'--{key}=~/a b', hints)[1]
         assert value == ('/home/me/a b' if key in paths else '~/a b')
 

@@ -18,9 +18,8 @@ from data.openwebtext import prepare as openwebtext
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
 from helpers import ROOT, folder_bytes
-from runtime import dataset
 from runtime.config import UserError
-from runtime.dataset import Dataset, Tokenizer, read_meta, write_dataset
+from runtime.data import Dataset, locate, Tokenizer, read_meta, write_dataset
 
 EOT = 50256
 PLAY = r'''# The Play
@@ -183,7 +182,7 @@ def test_a_data_set_is_prepared_once_while_others_wait(name, script, words, tmp_
         file.write_text('to be or not to be\n' * 20_000)
 
     def found(_):
-        return dataset.locate(name if script else str(text), 'char', (tmp_path / 'data', text / 'data'))
+        return locate(name if script else str(text), 'char', (tmp_path / 'data', text / 'data'))
     with ThreadPoolExecutor() as pool:
         folder, = set(pool.map(found, range(3)))
     assert Dataset(folder).folder == found(0) == folder and folder.parent == tmp_path / 'data'

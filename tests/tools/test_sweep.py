@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from helpers import ROOT, rows
-from runtime import sweep
+from runtime import tracking
+from tools import sweep
 from runtime.config import UserError
-from runtime.stopping import Interrupted, Stop
+from runtime.cli import Interrupted, Stop
 
 SCRIPT = '''
 import beside
@@ -85,7 +86,7 @@ def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what
     (one.folder / saved).touch()
     (one.folder / 'metrics.jsonl').write_text(json.dumps({'iter': 1, 'loss': 1}) + '\n{"iter"')
     sweep.log_of(one).write_text('earlier\n')
-    assert sweep.rows(one.folder) == [{'iter': 1, 'loss': 1}] and run([one])[1] == [('one', 0)]
+    assert tracking.read_metrics(one.folder) == [{'iter': 1, 'loss': 1}] and run([one])[1] == [('one', 0)]
     assert len((one.folder / 'metrics.jsonl').read_text().splitlines()) == steps
     assert sweep.log_of(one).read_text().startswith('earlier') == (saved == 'last.pt')
 
@@ -125,8 +126,8 @@ def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_
     one, folder, told = job('a', 'waits'), tmp_path / 'sweep', []
     code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
             'from pathlib import Path, PosixPath\n'
-            'from runtime import sweep\n'
-            'from runtime.sweep import Job\n'
+            'from tools import sweep\n'
+            'from tools.sweep import Job\n'
             f'with sweep.alone({str(folder)!r}, "sweep", print) as inherit:\n'
             f'    sweep.run_all([{one!r}], 1, print, inherit=inherit)\n')
     with subprocess.Popen([sys.executable, '-c', code]) as parent:

@@ -3,10 +3,10 @@
 import torch
 from torch.nn import functional as F
 
-from runtime.dataset import Tokenizer
+from runtime.data import Tokenizer
 
 
-def check_draw(temperature, top_k, top_p):
+def validate_sampling(temperature, top_k, top_p):
     """Raise ValueError, its message starting with the option's name, for what `draw` cannot take."""
     if not 0 <= temperature < float('inf'):
         raise ValueError(f'temperature={temperature}: must be at least 0, which takes the likeliest (nearest: 0)')
@@ -16,7 +16,7 @@ def check_draw(temperature, top_k, top_p):
         raise ValueError(f'top_p={top_p}: must be above 0 and at most 1 (nearest: {1.0 if top_p > 1 else 0.01})')
 
 
-def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Token ids (B, 1) drawn from softmax(logits / temperature), logits (B, vocab); temperature 0: the likeliest.
     Only the top_k likeliest can come, and of these only as many as are needed for a probability of top_p together
     (nucleus sampling, arXiv:1904.09751). Raises FloatingPointError where logits are not finite."""
@@ -50,7 +50,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     One prompt that is expanded to B rows (`Tensor.expand`) is computed once. seed: of a generator of its own; None:
     torch's global one. Raises ValueError for options that cannot be, FloatingPointError for logits that are not finite.
     """
-    check_draw(temperature, top_k, top_p)
+    validate_sampling(temperature, top_k, top_p)
     if max_new_tokens < 0:
         raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0')
     return _tokens(model, idx, max_new_tokens, (temperature, top_k, top_p), seed, use_cache)
@@ -71,7 +71,7 @@ def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
         cache = cache if n <= block_size else None                  # all positions shift
         new = window[:, cache[0].length:] if cache else window
         logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                                # (B, vocab)
-        ids[:, n:n + 1] = token = draw(logits, *options, generator)
+        ids[:, n:n + 1] = token = sample_token(logits, *options, generator)
         yield token
 
 

@@ -1,15 +1,15 @@
 """Models of a configuration, and whole training steps of them on random tokens, to be timed: forward, backward,
 clipping and the optimizer."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
 from model import GPT, GPTConfig
-from runtime import device as devices
 from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
-from runtime.optim import build_optimizer, new_optimizer
-from runtime.timing import quartiles, timed
+from runtime.optimizer import new_optimizer
+from tools.timing import quartiles, time_it
+from train import new_state, train_step
 
 
 def model_config(cfg, **changes):
@@ -27,23 +27,11 @@ def step_of(cfg, device, warm=True, **changes):
     """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration. warm:
     whether 'randomized' starts from the step before."""
     model = new_model(cfg, device, **changes)
-    optimizer = (build_optimizer if warm else new_optimizer)(cfg, model, device)
-    return train_step(cfg, device, model, optimizer, *random_tokens(cfg, device))
-
-
-def train_step(cfg, device, model, optimizer, x, y):
-    """-> a function that runs one training step."""
-    context = devices.autocast(device, devices.pick_dtype(cfg.dtype, device))
-
-    def step():
-        with context:
-            _, loss = model(x, y)
-        loss.backward()
-        if cfg.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
+    state = new_state(replace(cfg, compile=False, **changes), model, device)
+    if not warm:
+        state.optimizer = new_optimizer(cfg, model, device)
+    batches = [random_tokens(cfg, device)]
+    return lambda: train_step(state, batches)
 
 
 def random_tokens(cfg, device):
@@ -58,7 +46,7 @@ def run_seconds(cfg, data, device):
     step: it has no backward pass."""
     step = step_of(cfg, device)
     step()
-    _, seconds, _ = quartiles([timed(step, device) for _ in range(5)])
+    _, seconds, _ = quartiles([time_it(step, device) for _ in range(5)])
     looks = cfg.max_iters // cfg.eval_interval + 1
     windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
     if cfg.is_noncausal:                                         # whole, and again up to a random place: half

@@ -16,8 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from runtime import checkpoint, download
-from runtime.config import OVERRIDABLE, UserError, marked, one_line, shown
-from runtime.dataset import END, GPT2_META
+from runtime.config import UserError, one_line, safe_repr
+from runtime.data import END, GPT2_META
 from runtime.files import write_atomically
 
 MODELS = {'gpt2': dict(n_layer=12, n_head=12, n_embd=768),                  # 124M parameters
@@ -69,38 +69,26 @@ def check_name(name, others=()):
 # ----------------------------------------------------------------------------------------------------------------------
 # reading
 
-def build_model(model_class, config_class, name, overrides):
-    """The model of a name or folder; overrides: OVERRIDABLE fields of its configuration. Raises UserError."""
-    for key in (key for key in overrides if key not in marked(config_class, OVERRIDABLE)):
-        raise ValueError(f'{key}={overrides[key]}: the shape of {name} is fixed' if key in
-                         config_class.__dataclass_fields__ else f'{key}: no such field')
-    args, state, basis = read(name)
-    saved = dict(model_args=args, model=state, path=name, svd_basis=basis)
-    try:
-        return checkpoint.build_model(model_class, config_class, saved, overrides)
-    except ValueError as e:
-        raise e if isinstance(e, UserError) else UserError(f'init_from={name!r}: {e}') from None
-
-
 def read(name):
-    """-> model_args, state dict (float32), both with nanoGPT's names, and a run's svd_basis or None. A folder,
-    else the Hugging Face cache, else the hub. Of Hugging Face's format every size is checked before a weight is read.
-    Raises UserError."""
+    """A model by name or folder, as a checkpoint dict: model_args and state dict (float32), both with nanoGPT's names,
+    and what else a run's checkpoint has. A name is looked up in the Hugging Face cache, then on the hub. Of Hugging
+    Face's format every size is checked before a weight is read. Raises UserError."""
     check_name(name)
     if is_run(name):
-        saved = checkpoint.load(Path(name) / 'ckpt.pt')
-        return saved['model_args'], saved['model'], saved.get('svd_basis')
+        return checkpoint.load(Path(name) / 'ckpt.pt') | {'path': name}
     try:
         if is_folder(name):
             config = _read_json(Path(name) / 'config.json')
             if config.get('model_type') == OWN:
-                return *_read_own(config, Path(name) / WEIGHTS), None
+                args, state = _read_own(config, Path(name) / WEIGHTS)
+                return dict(model_args=args, model=state, path=name)
             config = DEFAULTS | config
             files = _files(Path(name))
         else:
             config, files = DEFAULTS | dict(resid_pdrop=0.0) | MODELS[name], [_from_hub(name)]
         _check_config(config)
-        return *_from_gpt2(config, _read_weights(files, config)), None
+        args, state = _from_gpt2(config, _read_weights(files, config))
+        return dict(model_args=args, model=state, path=name)
     except ImportError as e:
         raise UserError(f'init_from={name!r}: needs a package: pip install {e.name.partition(".")[0]}') from None
     except ValueError as e:
@@ -245,21 +233,21 @@ def _check_config(config):
     """Raise ValueError for what is not OpenAI's GPT-2, but for its sizes."""
     for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'n_positions'):
         if type(config[key]) is not int or config[key] < 1:
-            raise ValueError(f'its config.json has {key}={shown(config[key])[:40]}: must be a whole number from 1')
+            raise ValueError(f'its config.json has {key}={safe_repr(config[key])[:40]}: must be a whole number from 1')
     if config['n_embd'] % config['n_head']:
-        raise ValueError(f'its config.json has n_head={shown(config["n_head"])[:40]}, of which '
-                         f'n_embd={shown(config["n_embd"])[:40]} is no multiple')
+        raise ValueError(f'its config.json has n_head={safe_repr(config["n_head"])[:40]}, of which '
+                         f'n_embd={safe_repr(config["n_embd"])[:40]} is no multiple')
     for key, value in ONLY.items():
         if config.get(key, value) != value:
-            raise ValueError(f'its config.json has {key}={shown(config[key])[:40]}: only {value} can be had')
+            raise ValueError(f'its config.json has {key}={safe_repr(config[key])[:40]}: only {value} can be had')
     if config['n_inner'] not in (None, 4 * config['n_embd']):
-        raise ValueError(f'its config.json has n_inner={shown(config["n_inner"])[:40]}: only None, which is 4 n_embd, '
+        raise ValueError(f'its config.json has n_inner={safe_repr(config["n_inner"])[:40]}: only None, which is 4 n_embd, '
                          'can be had')
     if config['activation_function'] not in ACTIVATIONS:
-        raise ValueError(f'its config.json has activation_function={shown(config["activation_function"])[:40]}: only '
+        raise ValueError(f'its config.json has activation_function={safe_repr(config["activation_function"])[:40]}: only '
                          f'{", ".join(ACTIVATIONS)} can be had')
     if type(config['resid_pdrop']) not in (int, float) or not 0 <= config['resid_pdrop'] < 1:
-        raise ValueError(f'its config.json has resid_pdrop={shown(config["resid_pdrop"])[:40]}: must be at least 0 and '
+        raise ValueError(f'its config.json has resid_pdrop={safe_repr(config["resid_pdrop"])[:40]}: must be at least 0 and '
                          'below 1')
 
 
@@ -292,7 +280,7 @@ def _read_weights(files, config):
                     found[name] = f, stored
         layers = len({name.split('.')[1] for name in found if name.startswith('h.')})
         if layers != config['n_layer']:                             # before a name is made for each of 10 ** 9
-            raise ValueError(f'n_layer={shown(config["n_layer"])[:40]} in config.json, and {layers} layers in the '
+            raise ValueError(f'n_layer={safe_repr(config["n_layer"])[:40]} in config.json, and {layers} layers in the '
                              'file')
         shapes = _shapes(config)
         if 'lm_head.weight' in found or config['tie_word_embeddings'] is False:

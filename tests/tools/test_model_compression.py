@@ -10,11 +10,11 @@ from itertools import product
 import pytest
 import torch
 
-import compress_layers as layers
+from tools import model_compression as layers
 from helpers import TEXT, equal, normal, svd, whole_truth
 from lowrank.factorization import RIDGE
 from model import GPT, GPTConfig
-from runtime.dataset import Dataset, write_dataset
+from runtime.data import Dataset, write_dataset
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

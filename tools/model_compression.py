@@ -16,7 +16,7 @@ from lowrank.factorization import (Factorization, allocate_ranks, beneficial_ran
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.spectrum import rank_for_energy
 from model import ADAPTER_DEFAULTS, GPT, QKVProjection
-from runtime import progress
+from runtime import tracking
 
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
@@ -166,7 +166,7 @@ def batches(data, tokens, block_size, seed, device):
     """Random windows of the training split, `tokens` tokens or all there are -> list of x, y (B, T)."""
     split = data.tokens('train')
     count = math.ceil(min(tokens, len(split)) / block_size)
-    starts = data.draw('train', count, block_size, torch.Generator().manual_seed(seed))
+    starts = data.sample_offsets('train', count, block_size, torch.Generator().manual_seed(seed))
     return [data.windows(split, part.tolist(), block_size, 'train', device)
             for part in starts.split(max(1, BATCH_TOKENS // block_size))]
 
@@ -191,7 +191,7 @@ def calibrate(model, modules, statistics, windows, gradients):
     hooks = [module.register_forward_hook(lambda *args, name=name: look(*args, name))
              for name, module in modules.items()]
     try:
-        for x, y in progress.brief(windows, desc='calibrate', unit='batch'):
+        for x, y in tracking.brief_bar(windows, desc='calibrate', unit='batch'):
             for attention in (nullcontext(), sdpa_kernel(SDPBackend.MATH)):
                 with attention, torch.set_grad_enabled(gradients):
                     loss = model(x, y)[1] * y.numel()
@@ -236,7 +236,7 @@ def low_rank(model, method, choose, modules, windows):
         statistics = {name: Statistics(layer.weight, layer.bias is not None) for name, layer in layers.items()}
         calibrate(model, layers, statistics, windows, gradients=in_turn)
     energies, factorizations = {}, {}
-    for name, layer in progress.brief(layers.items(), desc='decompose', unit='layer'):
+    for name, layer in tracking.brief_bar(layers.items(), desc='decompose', unit='layer'):
         with naming(name):
             found = statistics[name].factorization() if measured else Factorization(layer.weight)
         found.energies[known.get(name, found.size):] = 0            # rounding
@@ -274,7 +274,7 @@ def replace_in_turn(model, dense, statistics, ranks, windows):
     """`put` layer after layer, each made for the inputs it gets now that those before it are replaced, to give what the
     dense model's layer gives for its own (`Shift`). windows of `batches` run through both models side by side, a block
     at a time. statistics, ranks: name -> `Statistics` of the dense model, rank."""
-    bar = progress.brief(total=len(ranks), desc='replace', unit='layer')
+    bar = tracking.brief_bar(total=len(ranks), desc='replace', unit='layer')
     model.eval(), dense.eval()
     now = [input_of(model, model.transformer.h[0], x) for x, _ in windows]                      # (B, T, C) each
     before = list(now)
@@ -398,7 +398,7 @@ def to_mla(model, latent_dim, windows):
         calibrate(model, {i: attn.c_attn for i, attn in attentions.items()}, statistics, windows, gradients=True)
     state = model.state_dict()
     new = GPT(config).to(state['lm_head.weight'])
-    for i, attn in progress.brief(attentions.items(), desc='convert', unit='layer'):
+    for i, attn in tracking.brief_bar(attentions.items(), desc='convert', unit='layer'):
         prefix = f'transformer.h.{i}.attn.c_attn.'
         with naming(f'h.{i}.attn.c_attn'):
             parts = latent_projection(attn, latent_dim, statistics[i])

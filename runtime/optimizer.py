@@ -1,61 +1,69 @@
-"""Muon for the hidden matrices, AdamW for everything else, behind one optimizer's interface."""
+"""The optimizer and its learning rate: AdamW as in nanoGPT, or Muon for the hidden matrices and AdamW for the rest.
+
+A model hands over its parameters by `param_groups(weight_decay)`: name -> parameter group, where 'hidden' (matrices of
+blocks) and 'embedding' decay, 'vector' (biases, LayerNorm) does not, and 'halved', if there is one, decays by half as
+much: factors that both shrink their product. Every trainable parameter is in exactly one.
+"""
+
+import math
 
 import torch
 
 from runtime import device as devices
 from runtime.config import one_line
 
+NANOGPT_LENGTH = 600000             # nanoGPT's lr_decay_iters by default, in its checkpoints and older ones
+
+
+def schedule_length(cfg):
+    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps its schedule."""
+    return cfg.max_iters if cfg.lr_decay_iters == NANOGPT_LENGTH else cfg.lr_decay_iters
+
+
+def warmup_iters(cfg):
+    """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
+    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(cfg) else schedule_length(cfg) // 10
+
+
+def get_lr(it, cfg):
+    """Learning rate of step `it`: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after it."""
+    warmup = warmup_iters(cfg)
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if it < warmup:
+        return cfg.learning_rate * (it + 1) / (warmup + 1)
+    if it >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    ratio = (it - warmup) / (cfg.lr_decay_iters - warmup)               # 0 to 1
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (cfg.learning_rate - cfg.min_lr)
+
 
 def build_optimizer(cfg, model, device):
-    """The optimizer of a GPT that cfg names, whose steps the model follows (`GPT.update_bases_after_steps_of`)."""
+    """The optimizer of a model that cfg names, with the model's own hook after each step
+    (`GPT.update_bases_after_steps_of`)."""
     return model.update_bases_after_steps_of(new_optimizer(cfg, model, device))
 
 
 def new_optimizer(cfg, model, device):
     """The same without the model's hook."""
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
+    groups = model.param_groups(cfg.weight_decay)
     if cfg.optimizer == 'muon':
         dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
-        return MuonAdamW(gpt_groups(model, cfg.weight_decay), cfg.learning_rate, betas, device_type, dtype)
-    return adamw(model, cfg.weight_decay, cfg.learning_rate, betas, device_type)
+        return MuonAdamW(groups, cfg.learning_rate, betas, device_type, dtype)
+    return adamw(groups, cfg.learning_rate, betas, device_type)
 
 
-def gpt_groups(model, weight_decay):
-    """A GPT's parameters in groups for Muon: 'hidden' (matrices of blocks) and 'embedding' (wte, wpe) decay, 'vector'
-    (biases, LayerNorm) does not, 'halved' by half as much (`factor_params`). Every trainable parameter is in exactly
-    one. -> dict name -> group."""
-    halved = factor_params(model)
-    decays = dict(hidden=weight_decay, halved=weight_decay / 2, embedding=weight_decay, vector=0.0)
-    if halved is None:
-        del decays['halved']
-    groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()}
-    for name, p in model.named_parameters():                        # tied weights appear once
-        if p.requires_grad:
-            kind = 'vector' if p.dim() < 2 else 'halved' if p in (halved or ()) else (
-                'hidden' if name.startswith('transformer.h.') else 'embedding')
-            groups[kind]['params'].append(p)
-    return groups
+def adamw_groups(groups):
+    """What decays, what does not, and what decays by half -> list of groups. The first two are nanoGPT's, in its order,
+    so that optimizer states move between the two repos."""
+    decay = groups['hidden'] | {'params': groups['embedding']['params'] + groups['hidden']['params']}
+    return [decay, groups['vector'], *([groups['halved']] if 'halved' in groups else [])]
 
 
-def adamw_groups(model, weight_decay):
-    """For AdamW: what has two dimensions and decays, and what does not, each in the model's order: nanoGPT's, so that
-    optimizer states move between the two repos. A third group decays by half as much (`factor_params`). -> list."""
-    halved = factor_params(model)
-    params = [p for p in model.parameters() if p.requires_grad and p not in (halved or ())]
-    groups = [{'params': [p for p in params if (p.dim() >= 2) == decays], 'weight_decay': weight_decay * decays}
-              for decays in (True, False)]
-    return groups if halved is None else [*groups, {'params': [*halved], 'weight_decay': weight_decay / 2}]
-
-
-def factor_params(model):
-    """The parameters of all modules with a method `factor_params`, in order, as the keys of a dict; None: the model has
-    no such module. They may have none now and some later."""
-    modules = [module for module in model.modules() if hasattr(module, 'factor_params')]
-    return dict.fromkeys(p for module in modules for p in module.factor_params()) if modules else None
-
-
-def adamw(model, weight_decay, learning_rate, betas, device_type):
-    return torch.optim.AdamW(adamw_groups(model, weight_decay), lr=learning_rate, betas=betas,
+def adamw(groups, learning_rate, betas, device_type):
+    """groups: of a model's `param_groups`."""
+    return torch.optim.AdamW(adamw_groups(groups), lr=learning_rate, betas=betas,
                              fused=device_type in ('cpu', 'cuda', 'mps'))
 
 
@@ -109,7 +117,7 @@ class Muon(torch.optim.Muon):
 class MuonAdamW:
     """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as train.py uses them.
 
-    groups: dict name -> parameter group, as `gpt_groups` makes it; 'hidden' and 'halved' go to Muon.
+    groups: of a model's `param_groups`; 'hidden' and 'halved' go to Muon.
     """
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):
@@ -147,14 +155,13 @@ class MuonAdamW:
 
 
 def swap_params(optimizer, model, old):
-    """Let a GPT's optimizer, of `adamw` or MuonAdamW, have the parameters that its model has now. Those in the list
-    `old`, which were replaced or have other values now, lose their state; new ones begin with none, or momenta of 0."""
+    """Let an optimizer have the parameters that its model has now. Those in the list `old`, which were replaced or have
+    other values now, lose their state; new ones begin with none, or with momenta of 0."""
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
         for p in old:
             part.state.pop(p, None)
-    muon = isinstance(optimizer, MuonAdamW)
-    now = gpt_groups(model, 0.0).values() if muon else adamw_groups(model, 0.0)
-    for group, own in zip(optimizer.param_groups, now):
+    muon, groups = isinstance(optimizer, MuonAdamW), model.param_groups(0.0)
+    for group, own in zip(optimizer.param_groups, groups.values() if muon else adamw_groups(groups)):
         group['params'] = own['params']
     if muon:                        # a GradScaler may skip this step: a checkpoint then needs every parameter's state
         for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):

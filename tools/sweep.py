@@ -1,48 +1,31 @@
 """Many runs of a script, each in a process and a folder of its own, some at a time: what is finished is not repeated,
 what was interrupted goes on, and no run outlives the process that started it."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from runtime.config import UserError
-from runtime.files import check_writable, is_shared, unused
-from runtime.run import lock
+from runtime.distributed import STOP_WITH_PARENT
+from runtime.files import check_writable, is_shared, locked_folder, unused
+from runtime.tracking import read_metrics
 
-CHILD = Path(__file__).with_name('child.py')
 POLL = 0.05                         # seconds between looks at the processes
 
 # argv: script and options of a start from scratch; resume: of one from the folder's checkpoint, None: never
 Job = namedtuple('Job', 'name folder steps argv resume')
 
 
-def json_lines(path):
-    """The objects in a file of JSON, line by line, [] without one; a line that a crash left unfinished is left out."""
-    found = []
-    with suppress(OSError):
-        for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict)]
-
-
-def rows(folder):
-    """The rows of a run's metrics.jsonl."""
-    return [row for row in json_lines(Path(folder) / 'metrics.jsonl') if type(row.get('iter')) is int]
-
-
 def result(folder, steps):
     """The final row of a run that is finished after as many steps, or None."""
     losses = ('val/loss', 'val/prefix_loss')
-    return next((row for row in rows(folder) if row.get('final') and row['iter'] == steps and 'val/loss' in row and all(
+    return next((row for row in read_metrics(folder) if row.get('final') and row['iter'] == steps and 'val/loss' in row and all(
         type(row.get(name, 0.0)) is float for name in losses)), None)
 
 
@@ -96,48 +79,47 @@ def gpus(asked, device, at_once, say):
     return lambda slot: {} if visible == [None] else {'CUDA_VISIBLE_DEVICES': visible[slot % len(visible)]}
 
 
-def run_all(jobs, at_once, ended, environment=lambda slot: {}, inherit=None):
+def run_all(jobs, at_once, ended, environment=lambda slot: {}):
     """Run what is not finished -> the names of jobs that failed. ended(job, code, seconds): called after each.
-    environment(slot): variables of the process in a slot, 0 to at_once - 1. inherit: a descriptor that stays open as
-    long as any of the processes lives. An exception, Interrupted too, stops them all first: they save; the next one
-    kills them."""
+    environment(slot): variables of the process in a slot, 0 to at_once - 1. An exception, such as Interrupted, stops
+    them all first: they save; the next one kills them."""
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
     running, failed = {}, []                                        # slot -> job, process, start
     try:
         while waiting or running:
             for slot in [slot for slot in range(at_once) if slot not in running][:len(waiting)]:
                 job = waiting.pop(0)
-                running[slot] = job, _start(job, shared_threads(at_once) | environment(slot), inherit), time.monotonic()
-            for slot, (job, process, start) in list(running.items()):
+                running[slot] = job, start(job, shared_threads(at_once) | environment(slot)), time.monotonic()
+            for slot, (job, process, begun) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    process.stdin.close()
                     if process.returncode or result(job.folder, job.steps) is None:
                         failed.append(job.name)
-                    ended(job, process.returncode, time.monotonic() - start)
+                    ended(job, process.returncode, time.monotonic() - begun)
             time.sleep(POLL)
     finally:
-        _stop([process for _, process, _ in running.values()])
+        stop([process for _, process, _ in running.values()])
     return failed
 
 
-def _start(job, environment, inherit):
+def start(job, environment):
+    """-> the process of a job, which stops when this one ends."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
-    saved = has_checkpoint(job.folder)
-    resumed = saved and job.resume is not None
-    if not saved:                                                   # a beginning that nothing can go on from
-        (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
+    with locked_folder(job.folder, wait=True):                      # a run that a killed sweep left is about to save
+        saved = has_checkpoint(job.folder)
+        resumed = saved and job.resume is not None
+        if not saved:                                               # a beginning that nothing can go on from
+            (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
     with open(log_of(job), 'ab' if resumed else 'wb') as log:
-        return subprocess.Popen([sys.executable, str(CHILD), *(job.resume if resumed else job.argv)],
-                                stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | environment,
-                                pass_fds=() if inherit is None else (inherit,))
+        return subprocess.Popen([sys.executable, *(job.resume if resumed else job.argv)], stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=log, env=os.environ | {STOP_WITH_PARENT: '1'} | environment)
 
 
-def _stop(processes):
-    """Close the pipes that they watch, and wait; kill them if that is interrupted."""
+def stop(processes):
+    """Ask them to save and end, and wait; kill them if that is interrupted."""
     try:
         for process in processes:
-            process.stdin.close()
+            process.terminate()
         for process in processes:
             process.wait()
     except BaseException:
@@ -152,25 +134,3 @@ def why(job, code):
     how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
     anew = f'; without {job.folder} it starts anew' if has_checkpoint(job.folder) else ''
     return f'{job.name}: failed, {how}: {last_line(job)} (all of it: {log_of(job)}{anew})'
-
-
-@contextmanager
-def alone(folder, option, say):
-    """Keep other sweeps out of the folder: a second one is refused. -> the descriptor to `inherit`, or None: runs that
-    a killed sweep left are waited for, which save and end by themselves."""
-    own, left, told = lock(folder, option), None, False
-    try:
-        while True:
-            try:
-                left = lock(Path(folder) / 'runs', option)
-                break
-            except UserError:
-                if not told:
-                    say(f'{folder}: waiting until the runs of a sweep that was killed have saved')
-                told = True
-                time.sleep(POLL)
-        yield left
-    finally:
-        for descriptor in (own, left):
-            if descriptor is not None:
-                os.close(descriptor)

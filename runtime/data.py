@@ -13,16 +13,15 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from runtime import download
 from runtime.config import UserError, did_you_mean, one_line
-from runtime.files import FULL, remove_leftovers, unwritable, write_atomically
+from runtime.files import FULL, lock_file, locked, remove_leftovers, unwritable, write_atomically
 
 END = '<|endoftext|>'
 WITH_END = f'{{}}: {END} in the text becomes ordinary tokens, not 50256 as in a prompt'
@@ -193,13 +192,13 @@ class Dataset:
             raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} tokens (nearest: '
                             + (f'{n - 1})' if n > 1 else 'a longer text)'))
 
-    def draw(self, split, count, block_size, generator):
+    def sample_offsets(self, split, count, block_size, generator):
         """Where `count` random windows start: int64 (count)."""
         return torch.randint(len(self.tokens(split)) - block_size, (count,), generator=generator)
 
     def batch(self, split, batch_size, block_size, generator, device):
         """Random windows: x (B, T) token ids, y (B, T) the ids that follow; int64, on `device`."""
-        starts = self.draw(split, batch_size, block_size, generator)
+        starts = self.sample_offsets(split, batch_size, block_size, generator)
         return self.windows(self.tokens(split), starts.tolist(), block_size, split, device)
 
     def windows(self, tokens, starts, block_size, split, device):
@@ -228,29 +227,12 @@ def is_prepared(folder):
         return True
 
 
-@contextmanager
 def preparing(folder):
-    """A block that prepares a folder while other processes wait. The lock is the system's, on .NAME.lock beside the
-    folder, and ends with the process. Without one where none can be had: on some network disks, or where nobody may
-    write."""
-    real = Path(os.path.realpath(folder))
-    file = real.with_name(f'.{real.name}.lock')
-    lock = FileLock(file)
-    with suppress(OSError, NotImplementedError):
-        if os.environ.get(HELD) != str(real):
-            real.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                print(f'{folder}: waiting until another process has prepared it', flush=True)
-                lock.acquire()
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            with suppress(OSError):                                 # on Windows
-                file.unlink()                                       # whoever waits looks whether all is there
-        lock.release()
+    """Context manager: a block that prepares a folder while other processes wait."""
+    if os.environ.get(HELD) == os.path.realpath(folder):
+        return nullcontext()
+    return locked(lock_file(folder), lambda: print(f'{folder}: waiting until another process has prepared it',
+                                                   flush=True))
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):

@@ -15,7 +15,7 @@ from runtime import device as devices
 LEAST_SECONDS = 5e-3                # shorter work is repeated until it takes as long: reading the clock takes time, too
 
 
-def timed(f, device, repeats=1):
+def time_it(f, device, repeats=1):
     """Seconds that f() takes, all its work on the device included; mean of `repeats` calls."""
     devices.synchronize(device)
     start = time.perf_counter()
@@ -25,7 +25,7 @@ def timed(f, device, repeats=1):
     return (time.perf_counter() - start) / repeats
 
 
-def take_turns(runs, rounds, warmup=1):
+def interleave(runs, rounds, warmup=1):
     """Call the functions of a dict in turn, `rounds` times after the warm-up, every other round backwards, so that a
     drifting machine slows all -> name -> list of results."""
     results = {name: [] for name in runs}
@@ -37,13 +37,13 @@ def take_turns(runs, rounds, warmup=1):
     return results
 
 
-def time_in_turn(functions, rounds, device):
+def time_interleaved(functions, rounds, device):
     """Name -> function of a few microseconds or more; -> name -> list of seconds, one a round, taken in turn."""
     repeats = {}
     for name, f in functions.items():
         f()                                                         # what only the first call does
-        repeats[name] = max(1, math.ceil(LEAST_SECONDS / max(timed(f, device), 1e-6)))
-    return take_turns({name: lambda name=name, f=f: timed(f, device, repeats[name]) for name, f in functions.items()},
+        repeats[name] = max(1, math.ceil(LEAST_SECONDS / max(time_it(f, device), 1e-6)))
+    return interleave({name: lambda name=name, f=f: time_it(f, device, repeats[name]) for name, f in functions.items()},
                       rounds)
 
 
@@ -52,9 +52,9 @@ def quartiles(values):
     return statistics.quantiles(values, n=4, method='inclusive')
 
 
-def paired(a, b, pairs, device):
+def paired_benchmark(a, b, pairs, device):
     """Time a and b in turn -> {'a_ms', 'b_ms': medians, 'ratio': median of a / b a pair, 'ratio_quartiles'}."""
-    rounds = take_turns({'a': lambda: timed(a, device), 'b': lambda: timed(b, device)}, pairs, warmup=3)
+    rounds = interleave({'a': lambda: time_it(a, device), 'b': lambda: time_it(b, device)}, pairs, warmup=3)
     low, ratio, high = quartiles([ta / tb for ta, tb in zip(rounds['a'], rounds['b'])])
     a_ms, b_ms = (1e3 * statistics.median(rounds[side]) for side in 'ab')
     return {'a_ms': a_ms, 'b_ms': b_ms, 'ratio': ratio, 'ratio_quartiles': [low, high]}
@@ -90,4 +90,4 @@ def generation(model, prompt, tokens, device):
     """Continue prompt (B, T) by the likeliest tokens -> seconds for the prompt and the first one, seconds for each of
     the other tokens - 1."""
     stream = model.stream(prompt, tokens, temperature=0, use_cache=not model.config.is_noncausal)
-    return timed(lambda: next(stream), device), timed(lambda: [*stream], device) / (tokens - 1)
+    return time_it(lambda: next(stream), device), time_it(lambda: [*stream], device) / (tokens - 1)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import bench
-import bench_svd
+from tools import svd_benchmark
 from helpers import TEXT, TINY, change, checkpoint
 from runtime import config as configuration
-from runtime import timing
+from tools import timing
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 TINY_SVD = [*TINY, '--svd', '--pairs=2', '--svd_rank=3', '--svd_block=4', '--vocab_size=17']
@@ -64,12 +64,12 @@ def test_every_method_and_scope_is_measured(call, trained):
 def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
     """And never by those that are measured; in 'weight' scope the gradient is that at the cut W_v."""
     trained(*RUN, '--svd_scope=weight')
-    (source,), words = bench_svd.trained_sources(settings(), 'cpu')
+    (source,), words = svd_benchmark.trained_sources(settings(), 'cpu')
     assert words.endswith('8 batches of training windows') and source.warm.warm and not source.cold.warm
-    w = bench_svd.GPT.from_checkpoint(checkpoint()).transformer.h[0].attn.c_attn.value_weight()
+    w = svd_benchmark.GPT.from_checkpoint(checkpoint()).transformer.h[0].attn.c_attn.value_weight()
     assert torch.equal(source.w, w) and source.dw.abs().max() > 0
     np.fromfile('data/toy/val.bin', np.uint16)[::-1].tofile('data/toy/val.bin')
-    (other,), _ = bench_svd.trained_sources(settings(), 'cpu')
+    (other,), _ = svd_benchmark.trained_sources(settings(), 'cpu')
     assert torch.equal(source.warm.basis, other.warm.basis) and not torch.equal(source.v, other.v)
 
 
@@ -77,9 +77,9 @@ def test_the_captured_gradients_are_those_of_the_loss(trained):
     """Moving the cut V along its gradient changes the loss as that says, and nothing of the pass is left
     behind."""
     trained(*RUN)
-    model = bench_svd.GPT.from_checkpoint(checkpoint()).double().eval()
+    model = svd_benchmark.GPT.from_checkpoint(checkpoint()).double().eval()
     x, y = (torch.randint(17, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2))
-    ((v, dv, w, dw),), attn = bench_svd.capture(model, x, y), model.transformer.h[0].attn
+    ((v, dv, w, dw),), attn = svd_benchmark.capture(model, x, y), model.transformer.h[0].attn
     assert v.shape == dv.shape == (2, 2, 16, 8) and w.shape == dw.shape == (2, 8, 16)
     assert not {'apply_svd_to_v', 'project'} & vars(attn).keys()
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, o
     trained(*RUN)
     saved = checkpoint()
     change(config=saved['config'] | dict(dataset=dataset), tokenizer=saved['tokenizer'] | dict(chars=chars))
-    found, line = bench_svd.trained_sources(settings(*options.split()), 'cpu')
+    found, line = svd_benchmark.trained_sources(settings(*options.split()), 'cpu')
     assert len(found) == ('windows' in words) and words in line
 
 

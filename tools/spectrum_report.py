@@ -15,7 +15,7 @@ from collections import namedtuple
 import torch
 
 from lowrank.spectrum import energy, rank_for_energy
-from runtime import plots, progress
+from runtime import plots, tracking
 from runtime.files import write_atomically
 
 FRACTIONS = (0.90, 0.95)            # of the energy, to keep
@@ -31,7 +31,7 @@ def write(weights, folder, title):
     finite, UserError without matplotlib, and OSError."""
     plots.require_matplotlib('--spectrum')
     spectra = [spectrum(name, weight) for name, weight in
-               progress.brief(weights.items(), desc='spectra', unit='weight')]
+               tracking.brief_bar(weights.items(), desc='spectra', unit='weight')]
     write_atomically(folder / 'spectrum.csv', as_csv(spectra).encode())
     write_atomically(folder / 'spectrum.png', figure(spectra, title))
     return table(spectra)

@@ -1,4 +1,4 @@
-"""One process, or those that torchrun started: who is who, and the little they tell each other besides gradients."""
+"""One process, or those that torchrun started: their ranks, and what they exchange besides gradients."""
 
 import math
 import os
@@ -10,11 +10,12 @@ from torch import distributed
 from tqdm import tqdm
 
 from runtime import device as devices
-from runtime.config import UserError, one_line
+from runtime.config import Failure, UserError, one_line
 
 # the others wait while process 0 evaluates; a killed process is noticed at once, by its closed connection
 PATIENCE = timedelta(hours=2)
-LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # words of torch's errors when one is gone
+LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # words of torch's errors when a process is gone
+STOP_WITH_PARENT = 'STOP_WITH_PARENT'                               # environment: set for the runs of a sweep
 
 
 def mean_over_processes(value):
@@ -26,22 +27,35 @@ def mean_over_processes(value):
     return total / distributed.get_world_size()
 
 
-class LostProcess(Exception):
-    """Another process of the job is gone, or does not answer."""
+def gather(value):
+    """Every process's `value`, in order, as a list."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast_result(work):
+    """The result of work() on process 0, on all processes."""
+    is_main = int(os.environ.get('RANK', 0)) == 0
+    return gather(work() if is_main else None)[0]
 
 
 class Processes:
-    """rank, world_size, is_main, device. A context manager: joins the group, and leaves it at the end."""
+    """rank, world_size, is_main, device of this process. A context manager: joins the group, and leaves it at the end.
+    Raises UserError for an environment or a configuration that does not fit."""
 
     def __init__(self, cfg):
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
-        if self.distributed:
-            self._check_environment()
-        alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+        if self.distributed and not all(os.environ.get(name, '').isdecimal() for name in ('RANK', 'WORLD_SIZE',
+                                                                                          'LOCAL_RANK', 'MASTER_PORT')):
+            raise UserError(f'RANK={os.environ["RANK"]}, WORLD_SIZE={os.environ["WORLD_SIZE"]}: are set, as for one of '
+                            'several processes, which torchrun starts (nearest: unset RANK)')
         self.rank, self.world_size, self.local_rank = (
-            int(os.environ[name]) if self.distributed else value for name, value in alone.items())
-        self.parent = os.getppid()
-        self.is_main = self.rank == 0
+            int(os.environ[name]) if self.distributed else alone
+            for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+        self.is_main, self.parent = self.rank == 0, os.getppid()
         self.device = devices.pick_device(cfg.device)
         self.on_cuda = self.device.startswith('cuda')
         if cfg.gradient_accumulation_steps % self.world_size:
@@ -53,14 +67,6 @@ class Processes:
             raise UserError(f'{here} processes on this machine need a GPU each, and it has {torch.cuda.device_count()} '
                             f'(nearest: --nproc_per_node={torch.cuda.device_count()})')
         self.backend = cfg.backend if self.on_cuda else 'gloo'      # of the gradients
-
-    @staticmethod
-    def _check_environment():
-        for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'):
-            if name == 'MASTER_ADDR' and os.environ.get(name) or os.environ.get(name, '').isdecimal():
-                continue
-            raise UserError(f'{name}={os.environ.get(name, "")}: RANK and WORLD_SIZE are set, as for one of several '
-                            'processes, which torchrun starts (nearest: unset RANK)')
 
     def __enter__(self):
         if self.distributed:
@@ -77,9 +83,9 @@ class Processes:
         if kind is None:                                            # after an error another process may never come
             distributed.destroy_process_group()
         elif issubclass(kind, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            raise LostProcess(f'no contact with another process ({one_line(error)[:120]})') from None
+            raise Failure(f'no contact with another process ({one_line(error)[:120]})') from None
 
-    def in_turn(self, work):
+    def main_process_first(self, work):
         """work() on process 0, then on the first of every other machine, then on the rest, who find it done. A
         UserError of one of them is raised on all."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
@@ -90,39 +96,23 @@ class Processes:
                     result = work()
                 except UserError as e:
                     fault = e
-            for fault in self.gather(fault):                        # all wait here for those whose turn it is
+            for fault in gather(fault):                             # all wait here for those whose turn it is
                 if fault is not None:
                     raise fault
         return result
 
-    def orphaned(self):
-        """Whether torchrun is gone: nobody would end this process with the others."""
-        return 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != self.parent
+    def parent_exited(self):
+        """Whether torchrun, or the sweep that started this run, is gone: nobody else would end this process."""
+        watched = 'TORCHELASTIC_RUN_ID' in os.environ or STOP_WITH_PARENT in os.environ
+        return watched and os.getppid() != self.parent
 
-    def gather(self, value):
-        """Every process's `value`, in order, as a list."""
-        if not self.distributed:
-            return [value]
-        values = [None] * self.world_size
-        distributed.all_gather_object(values, value)
-        return values
-
-    def first(self, work):
-        """work() of process 0, on all of them."""
-        return self.gather(work() if self.is_main else None)[0]
-
-    def largest(self, number):
+    def all_reduce_max(self, number):
         """The largest of the processes' whole numbers, on all of them."""
-        return self._reduce(torch.tensor(number), distributed.ReduceOp.MAX).item() if self.distributed else number
-
-    def mean(self, value):
-        """The mean of the processes' tensors, on all of them."""
-        return mean_over_processes(value)
-
-    @staticmethod
-    def _reduce(tensor, op):
-        distributed.all_reduce(tensor, op)
-        return tensor
+        if not self.distributed:
+            return number
+        tensor = torch.tensor(number)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return tensor.item()
 
     def print(self, text):
         if self.is_main:

@@ -7,7 +7,7 @@ import time
 from runtime import device as devices
 from runtime.config import UserError
 from runtime.files import check_writable
-from runtime.run import append_json
+from runtime.tracking import append_json
 
 
 def read(path):

@@ -7,7 +7,8 @@ import math
 import statistics
 from pathlib import Path
 
-from runtime import plots, sweep
+from runtime import plots, tracking
+from tools import sweep
 from runtime.config import UserError
 from runtime.files import write_atomically
 
@@ -345,7 +346,7 @@ def curve(folder, row, label, look):
     """Mean over seeds of the evaluations after the first step; None: there are no two."""
     at = {}
     for seed in row['seeds']:
-        for one in sweep.rows(folder / 'runs' / run_name(row['name'], seed)):
+        for one in tracking.read_metrics(folder / 'runs' / run_name(row['name'], seed)):
             if 'val/loss' in one and 'final' not in one and one['iter']:
                 at.setdefault(one['iter'], []).append(one.get('val/prefix_loss', one['val/loss']))
     x = sorted(step for step, values in at.items() if len(values) == len(row['seeds']))

@@ -3,7 +3,7 @@
 import torch
 
 
-def first_bad_layer(model, batches, context):
+def first_nonfinite_layer(model, batches, context):
     """What to name when the loss or a gradient is not finite: the first parameter that is not; else the first module
     whose output is not, in a forward pass over `batches` [(x, y), ...]; else the first parameter, as the backward pass
     goes, whose gradient is not; else None. Restores what it hooks; dropout draws anew."""
@@ -51,9 +51,9 @@ def _first_bad_output(model, batches, context):
     return bad[0] if bad else None
 
 
-def first_bad_tensor(tree, path):
+def first_nonfinite_tensor(tree, path):
     """The path of the first tensor in nested dicts and lists that has a non-finite number, or None."""
     if torch.is_tensor(tree):
         return path if tree.is_floating_point() and not tree.isfinite().all() else None
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return next(filter(None, (first_bad_tensor(value, f'{path}.{key}') for key, value in items)), None)
+    return next(filter(None, (first_nonfinite_tensor(value, f'{path}.{key}') for key, value in items)), None)

@@ -36,8 +36,8 @@ from runtime import config as configuration
 from runtime import device as devices
 from runtime import plots
 from runtime.config import UserError, one_line
-from runtime.dataset import Dataset, locate
-from runtime.timing import paired, peak_bytes, quartiles, time_in_turn
+from runtime.data import Dataset, locate
+from tools.timing import paired_benchmark, peak_bytes, quartiles, time_interleaved
 
 KINDS = {'standard': ('standard', False), 'gram': ('gram', False), 'randomized cold': ('randomized', False),
          'randomized warm': ('randomized', True)}                   # name -> svd_method, from a running basis
@@ -56,7 +56,6 @@ def run(cfg, device, step_of):
     a function that runs one training step of that model. -> exit code 0. Raises UserError."""
     if cfg.plot:
         plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot_path())
-    _check_memory(cfg, device)
     torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
     print(header(cfg, device), flush=True)
     trained, why = trained_sources(cfg, device)
@@ -95,14 +94,6 @@ def header(cfg, device):
             f'svd_block {cfg.svd_block}\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
             f'{dtype} in and out, seed {cfg.seed}, {cfg.pairs} rounds, svd_basis_grad {cfg.svd_basis_grad}, '
             f"'randomized': {cfg.svd_power_iters} iterations cold, oversample {cfg.svd_oversample}")
-
-
-def _check_memory(cfg, device):
-    """Refuse, before anything is made, what cannot fit: the synthetic V and gradients, and one SVD in float64."""
-    here, need = devices.memory_bytes(device), cfg.batch_size * cfg.block_size * cfg.n_embd * (5 * 2 * 4 + 3 * 8)
-    if here and need > here:
-        raise UserError(f'batch_size={cfg.batch_size}, block_size={cfg.block_size}, n_embd={cfg.n_embd}: need '
-                        f'{need // 10 ** 9:,} GB or more, and {device} has {here // 10 ** 9:,} GB; make one smaller')
 
 
 def cases_of(cfg):
@@ -334,7 +325,7 @@ def timings(cfg, device, cases, source):
     rows = {key: {'scope': key.scope, 'method': key.kind} if key in cases else {'reference': key}
             for key in quantities['forward']}
     for quantity, functions in quantities.items():
-        seconds = time_in_turn(functions, cfg.pairs, device)
+        seconds = time_interleaved(functions, cfg.pairs, device)
         for key, own in seconds.items():
             low, middle, high = quartiles([1e3 * t for t in own])
             rows[key] |= {f'{quantity}_ms': middle, f'{quantity}_quartiles_ms': [low, high],
@@ -393,14 +384,14 @@ def whole_steps(cfg, device, cases, step_of, rows):
         method, is_warm = KINDS[case.kind]
         # 'weight' scope has no warm start
         step = step_of(cfg, device, warm=is_warm, use_svd=True, svd_method=method, svd_scope=case.scope)
-        row['step'] = paired(step, baseline, cfg.pairs, device)
+        row['step'] = paired_benchmark(step, baseline, cfg.pairs, device)
 
 
 def least_seconds(cfg, device):
     """Of one training step: its products, at the speed of a large product on this device."""
     n = 1024
     a = torch.randn(n, n, device=device, dtype=getattr(torch, devices.pick_dtype(cfg.dtype, device)))
-    speed = 2 * n ** 3 / min(time_in_turn({'product': lambda: a @ a}, 3, device)['product'])        # FLOPs a second
+    speed = 2 * n ** 3 / min(time_interleaved({'product': lambda: a @ a}, 3, device)['product'])        # FLOPs a second
     weights = 12 * cfg.n_layer * cfg.n_embd ** 2 + cfg.vocab_size * cfg.n_embd
     attention = 2 * cfg.n_layer * cfg.n_embd * cfg.block_size
     return 6 * cfg.batch_size * cfg.block_size * (weights + attention) / speed

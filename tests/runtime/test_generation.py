@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from runtime.draw import check_draw, draw
+from runtime.generation import sample_token, validate_sampling
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 P = torch.tensor([.2, .3, .1, .4])                                  # in order: 3, 1, 0, 2
@@ -17,7 +17,7 @@ OPTIONS = [dict(temperature=0), dict(top_k=1), dict(temperature=1e-300), {}, dic
 def drawn(logits, count=1000, **options):
     """How often each id comes in `count` draws from a row of logits: (vocab)."""
     generator = torch.Generator(logits.device).manual_seed(0)
-    ids = draw(logits.expand(count, -1), generator=generator, **options)
+    ids = sample_token(logits.expand(count, -1), generator=generator, **options)
     assert ids.shape == (count, 1) and ids.dtype == torch.int64
     return torch.bincount(ids[:, 0].cpu(), minlength=len(logits))
 
@@ -72,8 +72,8 @@ def test_rows_are_drawn_each_from_its_own_logits_which_stay_as_they_are(device):
     rows = [[0., 9, 0], [9, 0, 0], [0, 0, 9]]
     logits = torch.tensor(rows, device=device)
     for options in (dict(temperature=0), dict(temperature=.01), dict(top_k=1), dict(top_p=.5)):
-        assert draw(logits, **options).tolist() == [[1], [0], [2]] and logits.tolist() == rows
-    assert draw(torch.tensor([[-3.], [1e30]], device=device)).tolist() == [[0], [0]]
+        assert sample_token(logits, **options).tolist() == [[1], [0], [2]] and logits.tolist() == rows
+    assert sample_token(torch.tensor([[-3.], [1e30]], device=device)).tolist() == [[0], [0]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_logits_that_are_not_finite_are_refused(value, dtype):
     logits[1, 2] = value
     for options in OPTIONS:
         with pytest.raises(FloatingPointError):
-            draw(logits, **options)
+            sample_token(logits, **options)
 
 
 @pytest.mark.parametrize('name, value, nearest', [
@@ -129,5 +129,5 @@ def test_logits_that_are_not_finite_are_refused(value, dtype):
 def test_options_that_cannot_be_are_refused_with_the_nearest(name, value, nearest):
     right = dict(temperature=1e300, top_k=None, top_p=None)
     with pytest.raises(ValueError, match=f'^{name}={value}: .*nearest: {nearest}\\)$'):
-        check_draw(**right | {name: value})
-    check_draw(**right | {name: nearest})
+        validate_sampling(**right | {name: value})
+    validate_sampling(**right | {name: nearest})

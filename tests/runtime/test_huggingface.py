@@ -21,8 +21,8 @@ import sample
 import train
 from helpers import checkpoint, checkpoint_of, equal, folder_bytes, slow
 from model import GPT, METHODS, GPTConfig
-from runtime import download, pretrained
-from runtime.dataset import GPT2_META, Tokenizer
+from runtime import download, huggingface
+from runtime.data import GPT2_META, Tokenizer
 
 pytestmark = [pytest.mark.usefixtures('one_thread', 'hub'), pytest.mark.filterwarnings('ignore')]
 SMALL = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
@@ -61,8 +61,8 @@ def char_meta(chars):
 def write(folder, model, meta=None):
     """The model in Hugging Face's format -> the folder, as text."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config, weights = pretrained.to_gpt2(asdict(model.config), export.plain_state_dict(model))
-    pretrained.write(Path(folder), config, weights, meta)
+    config, weights = huggingface.to_gpt2(asdict(model.config), export.plain_state_dict(model))
+    huggingface.write(Path(folder), config, weights, meta)
     return str(folder)
 
 
@@ -137,25 +137,25 @@ def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
 
 def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good, monkeypatch):
     sizes = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
-    monkeypatch.setitem(pretrained.MODELS, 'gpt2', sizes)           # else as large as it is
+    monkeypatch.setitem(huggingface.MODELS, 'gpt2', sizes)           # else as large as it is
     model, commit = make(gelu='tanh'), '0123456789' * 4
     write(hub / 'snapshots' / commit, model)
     (hub / 'refs').mkdir()
     (hub / 'refs' / 'main').write_text(commit)
     read = GPT.from_pretrained('gpt2', dict(dropout=.1))
     assert read.config == GPTConfig(**SMALL, gelu='tanh', dropout=.1)
-    assert equal(read.state_dict(), model.state_dict()) and pretrained.read_tokenizer('gpt2') == GPT2_META
+    assert equal(read.state_dict(), model.state_dict()) and huggingface.read_tokenizer('gpt2') == GPT2_META
     good.rename('gpt2')
     assert GPT.from_pretrained('gpt2').config == GPTConfig(**SMALL)
-    assert pretrained.read_tokenizer('gpt2') == char_meta(CHARS)
+    assert huggingface.read_tokenizer('gpt2') == char_meta(CHARS)
 
 
 @pytest.mark.parametrize('name, parameters', [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168),
                                               ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)])
 def test_the_four_sizes_are_the_published_ones(name, parameters):
-    sizes = pretrained.DEFAULTS | pretrained.MODELS[name]
+    sizes = huggingface.DEFAULTS | huggingface.MODELS[name]
     with torch.device('meta'):
-        model = GPT(GPTConfig(**{ours: sizes[theirs] for ours, theirs in pretrained.FIELDS.items()},
+        model = GPT(GPTConfig(**{ours: sizes[theirs] for ours, theirs in huggingface.FIELDS.items()},
                               bias=True))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sizes['n_embd'] == 64 * sizes['n_head']
@@ -327,14 +327,14 @@ TEXTS = ['Hello  world', '  \n\n\t x', "it's I'll we've can't 'S", 'naïve café
     st.sampled_from(HARD) | st.characters(exclude_categories=['Cs']), min_size=1, max_size=40))
 def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(hf, tmp_path_factory, data, chars):
     meta, folder = char_meta(sorted(chars)), tmp_path_factory.mktemp('chars')
-    pretrained.write(folder, dict(model_type='gpt2', n_positions=16), {}, meta)
+    huggingface.write(folder, dict(model_type='gpt2', n_positions=16), {}, meta)
     theirs, ours = hf.AutoTokenizer.from_pretrained(folder), Tokenizer(meta)
-    texts = data.draw(st.lists(st.text(meta['chars']), min_size=3, max_size=3))
+    texts = data.sample_offsets(st.lists(st.text(meta['chars']), min_size=3, max_size=3))
     for text in [*texts, ''.join(meta['chars'])]:
         ids = ours.encode(text)
         assert theirs.encode(text) == ids and theirs.decode(ids) == text == ours.decode(ids)
     theirs.save_pretrained(folder)
-    assert pretrained.read_tokenizer(str(folder)) == meta
+    assert huggingface.read_tokenizer(str(folder)) == meta
 
 
 def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, bad, monkeypatch):
