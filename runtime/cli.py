@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -42,7 +43,12 @@ def parse(parser, argv, action, again=''):
     def refuse(message):                                            # in place of usage text and exit
         raise UserError(f'{message}; --help lists the options')
     parser.error = refuse
-    return guard('prepare.py', lambda: action(parser.parse_args(argv)), again)
+    return guard(parser.prog, lambda: action(parser.parse_args(argv)), again)
+
+
+def path(text):
+    """The type of a path for an ArgumentParser."""
+    return Path(os.path.expanduser(text))
 
 
 def guard(script, work, again=''):
