@@ -41,7 +41,7 @@ from runtime.config import PATH, Failure, Needs, Range, UserError, one_line
 from runtime.data import Dataset, locate, name_of
 from runtime.distributed import Processes, broadcast_result, gather, mean_over_processes
 from runtime.evaluation import Evaluation
-from runtime.files import (archive_run, begin_from, check_writable, format_error, is_shared, locked_folder, make_folder,
+from runtime.files import (FULL, archive_run, begin_from, check_writable, format_error, is_shared, locked_folder, make_folder,
                            remove_leftovers, unused, unwritable, write_atomically)
 from runtime.generation import sample
 from runtime.nan_check import first_nonfinite_layer
@@ -149,7 +149,10 @@ def train(loaded):
         data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
         huggingface.check_tokenizer(cfg, set_by, saved, data, say)
         cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']  # the text may go
-        model = build_model(cfg, set_by, saved, data, say).to(device)
+        try:
+            model = build_model(cfg, set_by, saved, data, say).to(device)
+        except ValueError as e:
+            raise e if isinstance(e, UserError) else UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
         describe(cfg, model, data, dtype, processes)
         evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype), cfg.is_noncausal)
         if cfg.eval_only:
@@ -168,15 +171,22 @@ def train(loaded):
                 row = evaluation.final()
                 log({'iter': state.iter_num, **row})
                 say(evaluation.describe_final(row))
+                draw_curves(out, say)
                 say('sample:\n' + sample(model, data, device, state.context) + '\n')
         except (OSError, FloatingPointError, torch.linalg.LinAlgError) as e:
-            kept = 'no checkpoint had been saved' if state.saved_at is None else (
-                f'the checkpoint of step {state.saved_at} is kept')
-            raise Failure(f'training stopped after step {state.iter_num}: {format_error(e)}'
-                          + f'; {kept}' * processes.is_main) from None
-        finally:
-            if processes.is_main:
-                draw_curves(out, say)
+            raise stopped(state, e, processes) from None
+
+
+def stopped(state, error, processes):
+    """The Failure to raise for an error that ends training: where it happened, what is kept, and what to do."""
+    words = f'training stopped after step {state.iter_num}: {one_line(error)}'
+    if processes.is_main:                                               # which knows what is saved
+        words += '; no checkpoint had been saved' if state.saved_at is None else (
+            f'; the checkpoint of step {state.saved_at} is kept')
+    if isinstance(error, OSError) and error.errno in FULL:
+        again = 'start again' if state.saved_at is None else f'{resume_options(state.cfg.out_dir)} goes on'
+        words += f'; make room there, then {again}'
+    return Failure(words)
 
 
 def loop(state, data, evaluation, out, log, processes, bar):
@@ -375,6 +385,7 @@ def save_interrupted(state, data, out, processes):
         path = out / ('ckpt.pt' if is_best else 'last.pt')
         save(state, data, path, random_states)
         processes.print(f'interrupted after step {state.iter_num}, saved to {path}; to go on: {resume_options(out)}')
+        draw_curves(out, processes.print)
 
 
 def save(state, data, path, random_states):
@@ -406,7 +417,9 @@ def evaluate_only(cfg, evaluation, out, processes):
         raise Failure(f'the loss is {row["val/loss"]}')
     try:
         tracking.append_json(make_folder(out) / 'eval.jsonl', {'config': asdict(cfg), **row})
-    except (UserError, PermissionError) as e:                           # the folder may be someone else's
+    except (UserError, OSError) as e:                                   # the folder may be someone else's
+        if getattr(e, 'errno', None) in FULL:
+            raise
         processes.print(f'not written: {format_error(e)}')
 
 
@@ -482,7 +495,8 @@ def open_out_dir(state, out, dtype, say):
             if state.saved_at is None:
                 archive_run(out, say)
             else:
-                tracking.truncate_metrics(out, state.iter_num)
+                again = state.iter_num % cfg.eval_interval == 0 or state.iter_num >= cfg.max_iters
+                tracking.truncate_metrics(out, state.iter_num, again)
             remove_leftovers(out)
             environment = devices.environment(state.device, dtype)
             write_atomically(out / 'config.py', configuration.dump(cfg, HEAD).encode())

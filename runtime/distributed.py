@@ -48,10 +48,10 @@ class Processes:
 
     def __init__(self, cfg):
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
-        if self.distributed and not all(os.environ.get(name, '').isdecimal() for name in ('RANK', 'WORLD_SIZE',
-                                                                                          'LOCAL_RANK', 'MASTER_PORT')):
-            raise UserError(f'RANK={os.environ["RANK"]}, WORLD_SIZE={os.environ["WORLD_SIZE"]}: are set, as for one of '
-                            'several processes, which torchrun starts (nearest: unset RANK)')
+        missing = [name for name in ('LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+        if self.distributed and missing:
+            raise UserError(f'{missing[0]}=: RANK and WORLD_SIZE are set, as for one of several processes, which '
+                            'torchrun starts (nearest: unset RANK)')
         self.rank, self.world_size, self.local_rank = (
             int(os.environ[name]) if self.distributed else alone
             for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))

@@ -59,11 +59,11 @@ def read_metrics(folder):
     return [row for row in read_json_lines(Path(folder) / 'metrics.jsonl') if type(row.get('iter')) is int]
 
 
-def truncate_metrics(folder, iter_num):
-    """Cut metrics.jsonl back to what the run had written when step `iter_num` was done: without later rows and without
-    evaluations at that step, which a resumed run makes again. Raises OSError."""
-    rows = [row for row in read_metrics(folder)
-            if row['iter'] < iter_num or row['iter'] == iter_num and 'val/loss' not in row]
+def truncate_metrics(folder, iter_num, again):
+    """Cut metrics.jsonl back to what the run had written when step `iter_num` was done: without later rows, final
+    evaluations, and, if the resumed run makes it `again`, the evaluation at that step. Raises OSError."""
+    rows = [row for row in read_metrics(folder) if row['iter'] < iter_num
+            or row['iter'] == iter_num and 'final' not in row and not (again and 'val/loss' in row)]
     write_atomically(Path(folder) / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
 
 

@@ -105,8 +105,9 @@ def refused(call):
 @pytest.fixture
 def fit(call, monkeypatch):
     """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace TINY's. The closing
-    sample is left out: it takes longer than the training."""
+    sample and the picture are left out: they take longer than the training."""
     monkeypatch.setattr(train, 'sample', lambda *args: '')
+    monkeypatch.setattr(train, 'draw_curves', lambda *args: None)
 
     def fit(*options):
         result = call(train.main, *TINY, *options)

@@ -73,7 +73,7 @@ def test_a_cut_is_refused_and_a_flipped_bit_too_unless_it_changes_nothing(good, 
         check('out/ckpt.pt: ', RESUME, SAMPLE)
         PATH.write_bytes(content[:place] + bytes([content[place] ^ 1 << n % 8]) + content[place + 1:])
         try:
-            harmless.append(same(ckpt.load(PATH), good | {'path': str(PATH), 'stamp': ckpt.stamp(PATH)}))
+            harmless.append(same(ckpt.load(PATH), good | {'path': str(PATH)}))
         except UserError:
             check('out/ckpt.pt: ', RESUME, SAMPLE)
     assert all(harmless) and len(harmless) < n / 2
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(good, check, spoil):
 HUGE = [10 ** n for n in (9, 18, 300)]
 NUMBERS = [None, 'x', torch.ones(3), {1}, NAN, torch.tensor(-INFINITY), True, 1j]
 SPOILT = {f'model_args/{key}': [REMOVED, None, 'two', 1.5, True, 0, -1, torch.tensor(2), 3,
-                                *HUGE[key == 'n_head':]]
+                                *HUGE * (key == 'n_head')]
           for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
 SPOILT |= {f'model/{name}.weight': [
     REMOVED, None, lambda w: w.long(), lambda w: w * NAN, lambda w: w / 0, lambda w: torch.cat((w, w)),
@@ -134,15 +134,15 @@ SPOILT |= {
     **{key: [None, 'x', torch.ones(3), {1}] for key in ('config', 'optimizer', 'scaler', 'random')},
     'tokenizer': [None, 'x', torch.ones(3), {1}, {'tokenizer': 'char', 'dtype': 'uint16', 'vocab_size': 18,
                                                   'chars': [*'abcdefghijklmnopqr']}],
-    'best_val_loss': NUMBERS, 'interim_best_val_loss': NUMBERS, 'adaptive_svd': [None, [1]],
-    'svd_basis': [None, [1.], torch.ones(3, dtype=torch.int64), torch.tensor([1., NAN])],
+    'best_val_loss': NUMBERS,
+    'svd_basis': [[1.], torch.ones(3, dtype=torch.int64), torch.tensor([1., NAN])],
     'model_args/n_moe': [8], 'model_args/5': [8], 'model_args/bias': [True, 'yes', 1, None],
     'model_args/dropout': [1., -.1, NAN, 'x', None], 'model_args/use_svd': ['yes', None, 1],
     'model_args/svd_rank': [0, 'x', .5], 'model_args/svd_block': [0, None],
     'model_args/gelu': ['none', None, True],
     'model_args/svd_method': ['qr', None], 'model_args/svd_scope': ['rows', 2],
     'model/extra': [torch.ones(2)],
-    'model/lm_head.weight': [*SPOILT['model/lm_head.weight'], lambda w: w + 1],
+    'model/lm_head.weight': [*SPOILT['model/lm_head.weight']],
     'tokenizer/tokenizer': [REMOVED, 'word', None, ['char'], 'gpt2'],
     'tokenizer/dtype': [REMOVED, 'int8', None],
     'tokenizer/vocab_size': [REMOVED, 16, '17', 17., True, *HUGE],
@@ -162,7 +162,7 @@ SPOILT_FOR_TRAINING = {
     **{f'random/0/{key}': [REMOVED, None, 'x', torch.ones(5056),
                            *(torch.zeros(n, dtype=torch.uint8) for n in (0, 9, 5056))]
        for key in ('torch', 'batches')},
-    'config/batch_size': [0, 'x', None, 10 ** 12], 'config/learning_rate': [-1., 'x', NAN],
+    'config/batch_size': [0, 'x', None], 'config/learning_rate': [-1., 'x', NAN],
     'config/beta1': [1., 'x'],
     'config/seed': [-1, 2 ** 63, 1.5], 'config/optimizer': ['sgd', 'muon'], 'config/grad_clip': [[1.]],
     'config/dataset': ['nowhere', 3, '\0', '\ud800'], 'config/always_save_checkpoint': ['x'],

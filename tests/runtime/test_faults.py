@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import io
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ from data.shakespeare_char import prepare as shakespeare_char
 from helpers import ROOT, TEXT, TINY, before_forward, checkpoint, rows
 from model import METHODS, SCOPES
 from runtime import plots
-from runtime.files import DiskFull
+from runtime.config import Failure
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 needs_full = pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is full by nature: Linux')
@@ -79,20 +78,18 @@ def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named
         result = call(train.main, *TWO_LAYERS, *options)
     line = result.err.splitlines()[-1]
     assert result.code == 1 and 'Traceback' not in result.err and line.startswith('train.py: ')
-    assert 'step 5: ' in line and bad in line and 'the checkpoint of step 4 is kept' in line
+    assert 'after step 4: ' in line and bad in line and 'the checkpoint of step 4 is kept' in line
     torch.testing.assert_close(seen[0].state_dict(), seen[1], rtol=0, atol=0, equal_nan=True)
     assert checkpoint()['iter_num'] == rows()[-1]['iter'] == 4
     assert all(p.isfinite().all() for p in checkpoint()['model'].values())
 
 
-@pytest.mark.parametrize('forward, bad', [(1, 'transformer.ln_f.weight (the parameter)'),
-                                          (5, 'model.transformer.ln_f.weight is not finite')])
-def test_weights_that_no_step_has_found_spoilt_are_not_saved(call, forward, bad):
-    """At step 4, whose own loss was fine: by the losses of its evaluation, after these by the checkpoint."""
-    forwards = itertools.count(1)
+def test_weights_that_no_step_has_found_spoilt_are_not_saved(call):
+    """At step 4, whose own loss was fine, by the losses of its evaluation."""
+    bad = 'transformer.ln_f.weight (the parameter)'
 
     def spoil(model):
-        if not model.training and Path('out/ckpt.pt').exists() and next(forwards) == forward:
+        if not model.training and Path('out/ckpt.pt').exists():
             poison('transformer.ln_f.weight')(model)
     with before_forward(spoil):
         result = call(train.main, *TWO_LAYERS)
@@ -162,7 +159,7 @@ def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, 
 def test_a_figure_that_does_not_fit_leaves_the_old_one():
     Path('figure.png').write_bytes(b'old')
     full_disk(temporary('figure.png'))
-    with pytest.raises(DiskFull, match='figure.png: .*make room there'):
+    with pytest.raises(Failure, match='figure.png: .*make room there'):
         plots.save(Figure(), 'figure.png')
     assert Path('figure.png').read_bytes() == b'old' and not list(Path('.').rglob('*.tmp'))
 
@@ -188,17 +185,8 @@ def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, 
 # ------------------------------------------------------------------------------------------------------------
 # pipes and networks
 
-@pytest.mark.parametrize('terminal, lines', [(False, 2), (True, 1)])
-def test_bars_are_lines_in_a_pipe_and_drawn_over_themselves_on_a_terminal(monkeypatch, terminal, lines):
-    monkeypatch.setattr(sys, 'stderr', io.StringIO())
-    sys.stderr.isatty = lambda: terminal
-    assert train.main(TINY) == 0
-    err = sys.stderr.getvalue()
-    assert ('\r' in err) == terminal and len(err.split('\n')) == lines + 1 and 'train: 100%|' in err
-
-
 @needs_full
-@pytest.mark.parametrize('module', ['train', 'sample', 'bench', 'compress', 'export', 'plot_adaptive'])
+@pytest.mark.parametrize('module', ['train', 'sample', 'bench', 'compress', 'export'])
 def test_nobody_has_to_listen(module):
     """A disk that is full: no traceback, and the same exit code."""
     main = importlib.import_module(module).main
