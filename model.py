@@ -548,12 +548,18 @@ class GPT(nn.Module):
         """Numbers to plot over training, of a batch idx (B, T) and per head, such as
         {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)]
-        for i, block in enumerate(self.transformer.h):
-            for name, heads in block.attn.value_statistics(block.ln_1(x)).items():
-                row |= {f'svd/block{i}.head{head}/{name}': value
-                        for head, value in enumerate(heads.tolist())}
-            x = block(x)
+
+        def record(i, attention, x):
+            for name, heads in attention.value_statistics(x).items():
+                row.update({f'svd/block{i}.head{head}/{name}': value
+                            for head, value in enumerate(heads.tolist())})
+
+        hooks = [block.attn.register_forward_pre_hook(lambda attn, inputs, i=i:
+                                                      record(i, attn, inputs[0]))
+                 for i, block in enumerate(self.transformer.h)]
+        self(idx)
+        for hook in hooks:
+            hook.remove()
         return row
 
     @classmethod

@@ -40,7 +40,8 @@ MOVED = {'sequence randomized': 'f503e89', **dict.fromkeys(('causal', 'weight'),
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
 # changed knowingly since BEFORE, and how
-CHANGED = {'energy_kept': 'last digits: no scaling by the largest element', 'effective_rank': 'the same'}
+CHANGED = {'energy_kept': 'last digits: no scaling by the largest element', 'effective_rank': 'the same',
+           'interim_best_val_loss': 'gone: best_val_loss counts every evaluation'}
 BASE = ('--dataset=toy --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=20 '
         '--lr_decay_iters=20 --gradient_accumulation_steps=2 --learning_rate=1e-2 --eval_interval=10 --eval_iters=2')
 SVD = '--use_svd=True --svd_rank=4 --svd_block=8'
@@ -82,7 +83,7 @@ def commands(name, options):
     if '--init_from=base' in train:
         lines.insert(0, ('train', [*BASE.split(), '--out_dir=base']))
     if 'resumed' in name:
-        lines[-1:] = [('train', [*train, '--max_iters=13']),
+        lines[-1:] = [('train', [*train, '--max_iters=10']),
                       ('train', ['--init_from=resume', '--out_dir=run', '--device=cpu', '--max_iters=20'])]
     if 'exported' in name:
         lines.append(('export', ['--out_dir=run', f'--to={name.split()[-1]}', '--save_dir=other']))
