@@ -158,15 +158,15 @@ def train(loaded):
         if cfg.eval_only:
             return evaluate_only(cfg, evaluation, out, processes)
 
-        state = new_state(cfg, model, device, processes.distributed)
+        state = new_state(cfg, model, device, data, processes.distributed)
         if saved:
             restore(state, saved, processes)
             saved.clear()                                               # the caller still holds it: free the memory
-        log = stack.enter_context(open_out_dir(state, out, dtype, say)) if processes.is_main else None
+        log = stack.enter_context(open_out_dir(state, dtype, say)) if processes.is_main else None
         try:
             with cli.signals.deferred(), tracking.bar(total=cfg.max_iters, initial=state.iter_num, desc='train',
                                                       unit='step', disable=not processes.is_main) as bar:
-                loop(state, data, evaluation, out, log, processes, bar)
+                loop(state, evaluation, log, processes, bar)
             if processes.is_main:
                 row = evaluation.final()
                 log({'iter': state.iter_num, **row})
@@ -189,7 +189,7 @@ def stopped(state, error, processes):
     return Failure(words)
 
 
-def loop(state, data, evaluation, out, log, processes, bar):
+def loop(state, evaluation, log, processes, bar):
     """Steps until max_iters or a signal. log(row): on process 0."""
     cfg = state.cfg
     micro_steps = cfg.gradient_accumulation_steps // processes.world_size
@@ -204,16 +204,16 @@ def loop(state, data, evaluation, out, log, processes, bar):
         is_last = state.iter_num >= cfg.max_iters
         if state.iter_num % cfg.eval_interval == 0 or is_last:
             started = time.perf_counter()
-            evaluate_and_save(state, data, evaluation, out, log, processes)
+            evaluate_and_save(state, evaluation, log, processes)
             clock += time.perf_counter() - started                      # evaluation is not training time
         received = processes.all_reduce_max(cli.signals.received or signal.SIGTERM * processes.parent_exited())
         if received:                                                    # all stop at the same step
-            save_interrupted(state, data, out, processes)
+            save_interrupted(state, processes)
             raise cli.Interrupted(received)
         if is_last:
             break
 
-        batches = [next_batch(state, data, processes) for _ in range(micro_steps)]
+        batches = [next_batch(state, processes) for _ in range(micro_steps)]
         try:
             loss = train_step(state, batches)
         except (FloatingPointError, torch.linalg.LinAlgError) as e:
@@ -238,9 +238,9 @@ def loop(state, data, evaluation, out, log, processes, bar):
             timed_steps, clock = 0, time.perf_counter()
 
 
-def next_batch(state, data, processes):
+def next_batch(state, processes):
     """x, y (B, T) of this process. All processes draw the windows of all, in the order of a single process."""
-    cfg = state.cfg
+    cfg, data = state.cfg, state.data
     starts = data.sample_offsets('train', processes.world_size * cfg.batch_size, cfg.block_size, state.data_rng)
     own = starts.view(processes.world_size, cfg.batch_size)[processes.rank].tolist()
     return data.windows(data.tokens('train'), own, cfg.block_size, 'train', state.device)
@@ -259,6 +259,7 @@ class TrainState:
     device: str
     context: Any                            # autocast
     scaler: torch.amp.GradScaler
+    data: Dataset | None                    # None: the caller makes batches
     data_rng: torch.Generator               # of training batches, and of nothing else
     distributed: bool = False
     adaptive: AdaptiveSVD | None = None
@@ -268,13 +269,13 @@ class TrainState:
     saved_at: int | None = None             # step of the last checkpoint
 
 
-def new_state(cfg, model, device, distributed=False):
+def new_state(cfg, model, device, data=None, distributed=False):
     """The state of a run before its first step."""
     dtype = devices.pick_dtype(cfg.dtype, device)
     adaptive = AdaptiveSVD(adaptive_layers(model), cfg.adaptive_svd_interval) if cfg.adaptive_svd else None
     state = TrainState(cfg, model, build_optimizer(cfg, model, device), device, devices.autocast(device, dtype),
                        torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and device.startswith('cuda')),
-                       torch.Generator().manual_seed(cfg.seed), distributed, adaptive)
+                       data, torch.Generator().manual_seed(cfg.seed), distributed, adaptive)
     state.replica = replicate(state)
     return state
 
@@ -353,7 +354,7 @@ def analyze_gradients(state):
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation and checkpoints
 
-def evaluate_and_save(state, data, evaluation, out, log, processes):
+def evaluate_and_save(state, evaluation, log, processes):
     """Evaluate on process 0; all processes give their random states. A signal ends the evaluation: after a resume it is
     made again."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
@@ -366,37 +367,39 @@ def evaluate_and_save(state, data, evaluation, out, log, processes):
     except torch.linalg.LinAlgError:                                    # SVD of what is not finite
         row = {'train/loss': math.nan, 'val/loss': math.nan}
     if not math.isfinite(row['train/loss'] + row['val/loss']):
-        batch = data.batch('val', state.cfg.batch_size, state.cfg.block_size, torch.Generator(), state.device)
+        batch = state.data.batch('val', state.cfg.batch_size, state.cfg.block_size, torch.Generator(), state.device)
         raise bad_layer(state, [batch], f'at evaluation the loss is {row["val/loss"]}')
     log({'iter': state.iter_num, **row})
     processes.print(f'step {state.iter_num}: {evaluation.describe(row)}')
     improved = row['val/loss'] <= state.best_val_loss                   # equal: the same evaluation after a resume
     state.best_val_loss = min(row['val/loss'], state.best_val_loss)
     if state.iter_num > 0:
-        save(state, data, out / ('ckpt.pt' if improved or state.cfg.always_save_checkpoint else 'last.pt'),
-             random_states)
+        save(state, 'ckpt.pt' if improved or state.cfg.always_save_checkpoint else 'last.pt', random_states)
 
 
-def save_interrupted(state, data, out, processes):
+def save_interrupted(state, processes):
     """Save the state as it is: in ckpt.pt, unless that is to stay the best one."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if processes.is_main:
-        is_best = state.cfg.always_save_checkpoint or not (out / 'ckpt.pt').exists()
-        path = out / ('ckpt.pt' if is_best else 'last.pt')
-        save(state, data, path, random_states)
-        processes.print(f'interrupted after step {state.iter_num}, saved to {path}; to go on: {resume_options(out)}')
+        out = Path(state.cfg.out_dir)
+        keeps_best = (out / 'ckpt.pt').exists() and not state.cfg.always_save_checkpoint
+        name = 'last.pt' if keeps_best else 'ckpt.pt'
+        save(state, name, random_states)
+        processes.print(f'interrupted after step {state.iter_num}, saved to {out / name}; to go on: '
+                        f'{resume_options(out)}')
         draw_curves(out, processes.print)
 
 
-def save(state, data, path, random_states):
-    """Write a checkpoint. ckpt.pt is newer than any last.pt, which then goes. Raises OSError, FloatingPointError."""
+def save(state, name, random_states):
+    """Write OUT_DIR/name. ckpt.pt is newer than any last.pt, which then goes. Raises OSError, FloatingPointError."""
+    path = Path(state.cfg.out_dir) / name
     adaptive = {} if state.adaptive is None else {'adaptive_svd': state.adaptive.state_dict()}
     ckpt.save({'model': state.model.state_dict(), 'optimizer': state.optimizer.state_dict(), 'iter_num': state.iter_num,
                'model_args': asdict(state.model.config), 'best_val_loss': state.best_val_loss,
-               'config': asdict(state.cfg), 'tokenizer': data.meta, 'random': random_states,
+               'config': asdict(state.cfg), 'tokenizer': state.data.meta, 'random': random_states,
                'scaler': state.scaler.state_dict(), **adaptive, **state.model.extra_state()}, path)
     state.saved_at = state.iter_num
-    if path.name == 'ckpt.pt':
+    if name == 'ckpt.pt':
         path.with_name('last.pt').unlink(missing_ok=True)
 
 
@@ -484,10 +487,10 @@ def restore(state, saved, processes):
 
 
 @contextmanager
-def open_out_dir(state, out, dtype, say):
+def open_out_dir(state, dtype, say):
     """Within the block OUT_DIR is this run's: locked, another run in it archived, its files written -> log(row), which
     appends a row of numbers to metrics.jsonl and to wandb. Raises UserError."""
-    cfg = state.cfg
+    cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
             if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
