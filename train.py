@@ -41,7 +41,7 @@ from runtime.config import PATH, Failure, Needs, Range, UserError, one_line
 from runtime.data import Dataset, locate, name_of
 from runtime.distributed import Processes, broadcast_result, gather, mean_over_processes
 from runtime.evaluation import Evaluation
-from runtime.files import (FULL, archive_run, begin_from, check_writable, format_error, is_shared, locked_folder, make_folder,
+from runtime.files import (FULL, archive_run, begin_from, check_writable, is_shared, locked_folder, make_folder,
                            remove_leftovers, unused, unwritable, write_atomically)
 from runtime.generation import sample
 from runtime.nan_check import first_nonfinite_layer
@@ -418,12 +418,7 @@ def evaluate_only(cfg, evaluation, out, processes):
     processes.print(evaluation.describe_final(row))
     if not math.isfinite(row['val/loss']):
         raise Failure(f'the loss is {row["val/loss"]}')
-    try:
-        tracking.append_json(make_folder(out) / 'eval.jsonl', {'config': asdict(cfg), **row})
-    except (UserError, OSError) as e:                                   # the folder may be someone else's
-        if getattr(e, 'errno', None) in FULL:
-            raise
-        processes.print(f'not written: {format_error(e)}')
+    tracking.append_json(make_folder(out) / 'eval.jsonl', {'config': asdict(cfg), **row})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

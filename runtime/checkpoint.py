@@ -1,7 +1,6 @@
 """Checkpoints: a plain dict of tensors, numbers, strings and containers, written whole or not at all."""
 
 import math
-import os
 import shlex
 import zipfile
 from pathlib import Path
@@ -44,22 +43,18 @@ def load(path):
 
 def _read(path):
     """Whatever torch finds in the file."""
-    if not os.path.isfile(path):                                    # Path.is_file raises for names that are too long
-        raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}')
     try:
-        path.open('rb').close()                                     # is_zipfile says no to what it may not read
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is None:                              # checksums: torch skips them
+                return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}') from None
     except OSError as e:
         raise UserError(f'{path}: cannot be read: {e.strerror}') from None
-    try:
-        whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()     # checksums: torch skips them
-    except Exception:                                               # a damaged directory: BadZipFile and others
-        whole = False
-    if not whole:
-        raise UserError(f'{path}: damaged, or not a PyTorch file')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                                          # torch raises half a dozen kinds
-        raise UserError(f'{path}: not loadable with weights_only=True ({type(e).__name__})') from None
+    except Exception as e:                                          # torch and zipfile raise a dozen kinds
+        raise UserError(f'{path}: damaged, or no PyTorch file that loads with weights_only=True '
+                        f'({type(e).__name__})') from None
+    raise UserError(f'{path}: damaged')
 
 
 def _check(checkpoint, path):

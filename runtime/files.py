@@ -86,27 +86,18 @@ def write_atomically(path, content):
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill by `atomic_open`, which becomes `path` when the block ends: hidden folder beside it, rename. A
-    crash leaves no `path`, an error nothing at all. What a crash leaves stays: beside `path` are the user's own files.
-    Raises OSError, also where `path` is more than an empty folder."""
+    """A folder to fill by `atomic_open`, which becomes `path` when the block ends: hidden folder beside it, rename.
+    After an error or a crash there is no `path`. Raises OSError, also where `path` is more than an empty folder."""
     path = Path(os.path.realpath(path))
-    made = [folder for folder in path.parents if not folder.exists()]
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary.mkdir(parents=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        try:
-            yield temporary
-            if path.exists():
-                path.rmdir()                                        # Windows renames over no folder
-            os.rename(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        yield temporary
+        if path.exists():
+            path.rmdir()                                            # Windows renames over no folder
+        os.rename(temporary, path)
     except BaseException:
-        with suppress(OSError):                                     # somebody else's file is in it
-            for folder in made:
-                folder.rmdir()
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush_folder(path.parent)
 
@@ -132,23 +123,11 @@ def check_writable(path, where):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files of processes that were killed while `atomic_open`; not those of living ones."""
+    """Delete the temporary files of `atomic_open` that other processes left in a folder, which this one has locked."""
     for path in Path(folder).glob('*.tmp'):
-        number = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
-        if number and not _is_alive(int(number[1])):
+        process = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
+        if process and int(process[1]) != os.getpid():
             path.unlink(missing_ok=True)
-
-
-def _is_alive(process):
-    if os.name != 'posix':
-        return True                                                 # asking would end it there
-    try:
-        os.kill(process, 0)
-        return True
-    except PermissionError:
-        return True                                                 # somebody else's
-    except (ProcessLookupError, OverflowError):
-        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

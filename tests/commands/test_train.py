@@ -275,7 +275,7 @@ def test_eval_only_prints_the_loss_that_it_cannot_write(trained, call):
     trained()
     Path('out/eval.jsonl').mkdir()
     result = call(train.main, *RESUME, '--eval_only=True', '--device=cpu')
-    assert result.code == 0 and 'val loss' in result.out and 'out/eval.jsonl' in result.out
+    assert result.code == 1 and 'val loss' in result.out and 'out/eval.jsonl' in result.err
 
 
 # ------------------------------------------------------------------------------------------------------------

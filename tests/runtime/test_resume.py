@@ -79,18 +79,16 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
 
 
 def test_what_a_killed_run_left_behind_goes(trained, call):
-    """Metrics of steps after the last checkpoint, the half line that was being written, and temporary files,
-    but not those of a living process."""
+    """Metrics of steps after the last checkpoint, the half line that was being written, and temporary files."""
     trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     os.truncate('out/metrics.jsonl', Path('out/metrics.jsonl').stat().st_size - 7)
     with open('out/metrics.jsonl', 'a') as f:
         f.write('\n{"iter": 7, "loss": 1.0}\n[8]\n{"iter": 9, "lo')
-    kept = {f'ckpt.pt.{os.getppid()}.tmp', 'mine.tmp'}
-    for name in (*kept, f'ckpt.pt.{2 ** 30}.tmp'):                  # no system has so many processes
+    for name in ('mine.tmp', 'ckpt.pt.12345.tmp'):
         Path('out', name).touch()
     resume(call, f'--max_iters={STEPS}')
     assert_same_run('out', 'whole')
-    assert {p.name for p in Path('out').glob('*.tmp')} == kept
+    assert [p.name for p in Path('out').glob('*.tmp')] == ['mine.tmp']
 
 
 def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained, call):
