@@ -41,7 +41,7 @@ from runtime.config import PATH, Failure, Needs, Range, UserError, one_line
 from runtime.data import Dataset, locate, name_of
 from runtime.distributed import Processes, broadcast_result, gather, mean_over_processes
 from runtime.evaluation import Evaluation
-from runtime.files import (FULL, archive_run, begin_from, check_writable, is_shared, locked_folder, make_folder,
+from runtime.files import (FULL, archive_run, check_writable, is_shared, locked_folder, make_folder,
                            remove_leftovers, unused, unwritable, write_atomically)
 from runtime.generation import sample
 from runtime.nan_check import first_nonfinite_layer
@@ -449,6 +449,12 @@ def load_config(argv):
 def resume_options(out):
     """Options with which a run goes on, as a shell takes them."""
     return shlex.join(['--init_from=resume', f'--out_dir={out}'])
+
+
+def begin_from(run, dataset):
+    """The options with which train.py begins another run from the weights of `run`, as a shell takes them."""
+    settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
+    return shlex.join([settings, f'--init_from={run}', '--lora_adapter=None']) + f' --out_dir={unused(run)}'
 
 
 def restore(state, saved, processes):

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shlex
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -100,12 +99,6 @@ def new_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush_folder(path.parent)
-
-
-def begin_from(run, dataset):
-    """The options with which train.py begins another run from the weights of `run`, as a shell takes them."""
-    settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
-    return shlex.join([settings, f'--init_from={run}', '--lora_adapter=None']) + f' --out_dir={unused(run)}'
 
 
 def check_writable(path, where):

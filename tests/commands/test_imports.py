@@ -1,52 +1,67 @@
-"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, commands on everything.
+"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, then train.py, tools/ and the doors.
 Importing needs the few required packages and does no work; what is missing or too old is one line."""
 
 import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 from helpers import ROOT
 
-PACKAGES = ('lowrank', 'runtime', 'data', 'config')
+PACKAGES = ('lowrank', 'runtime', 'tools', 'data', 'config', 'experiments')
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py'), *(
     path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))))
-# every part of the house may import itself, and:
-ARROWS = {'lowrank': '', 'runtime': '', 'data': 'runtime', 'config': '',
-          'model': 'lowrank runtime', 'steps': 'model runtime',
-          'svd_benchmark': 'model lowrank runtime', 'compare_report': 'runtime',
-          'spectrum_report': 'lowrank runtime',
-          'compress_layers': 'model lowrank runtime'}
-COMMAND = 'model lowrank runtime data train'
-BEHIND = {'bench': 'svd_benchmark steps', 'compare': 'compare_report steps', 'export': 'compress_layers',
-          'compress': 'compress_layers spectrum_report'}
+DOORS = ['sample', 'compress', 'compare', 'export', 'bench', 'example_svd_usage', 'example_mla_usage']
+# a part may import itself, and what is left of it here; experiments take the doors, too
+LAYERS = ['lowrank', 'runtime', 'data', 'model', 'train', 'tools']
+LEAVES = {'lowrank': [], 'runtime': [], 'config': [], 'data': ['runtime'], 'model': ['lowrank', 'runtime']}
+# the words of this model: what runtime/ must not know. huggingface.py knows GPT-2's format
+OWN_WORDS = r'(?i)svd_|_svd|latent|lora|adaptive|transformer\.[hw]|\bmla|low_?rank'
 OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft',
             'huggingface_hub',
             'scipy', 'sklearn']
 
 
 def imports(file):
-    """The parts of the repository, and other packages, that a file imports, in functions too."""
+    """The modules that a file imports, in functions too."""
     nodes = [node for node in ast.walk(ast.parse((ROOT / file).read_text()))
              if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {part(getattr(node, 'module', alias.name)) for node in nodes for alias in node.names}
+    return {name for node in nodes for alias in node.names for name in (
+        [node.module, f'{node.module}.{alias.name}'] if isinstance(node, ast.ImportFrom) else [alias.name])}
+
+
+def module(file):
+    return file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
 
 
 def part(name):
-    """The part of the house that a module or a file belongs to: 'lowrank/svd.py' and 'lowrank.svd' ->
-    'lowrank'."""
+    """The part of the house of a file or module: 'lowrank/svd.py' and 'lowrank.svd' -> 'lowrank'."""
     return re.split(r'[./]', name)[0]
 
 
-def test_imports_go_one_way():
-    parts = {part(file) for file in FILES}
+def test_the_root_has_nine_doors():
+    assert sorted(file for file in FILES if '/' not in file) == sorted(
+        f'{name}.py' for name in [*DOORS, 'model', 'train'])
+
+
+def test_imports_go_one_way_and_in_no_circle():
+    parts, graph = {part(file) for file in FILES}, {}
     for file in FILES:
         own = part(file)
-        allowed = f'{own} {ARROWS.get(own, f"{COMMAND} {BEHIND.get(own)}")}'.split()
-        assert imports(file) & {*parts, 'tests'} <= {*allowed}, file
-    assert {'model.py', 'train.py', 'lowrank/svd.py', 'runtime/config.py',
-            'data/shakespeare/prepare.py'} <= {*FILES}
-    assert 'lowrank' in imports('model.py') and 'model' in imports('train.py')              # they are found
+        above = LAYERS[:LAYERS.index(own)] if own in LAYERS else LAYERS + DOORS * (own == 'experiments')
+        allowed = {own, *LEAVES.get(own, above)}
+        assert {part(name) for name in imports(file)} & {*parts, 'tests'} <= allowed, file
+        graph[module(file)] = imports(file) & {module(other) for other in FILES if other != file}
+    assert len([*TopologicalSorter(graph).static_order()]) == len(FILES)                        # raises CycleError
+    assert {'lowrank.head_svd', 'runtime.config'} <= graph['model'] and 'model' in graph['train']    # they are found
+
+
+def test_runtime_names_nothing_of_this_model():
+    for file in FILES:
+        if part(file) == 'runtime' and file != 'runtime/huggingface.py':
+            code = ast.unparse(ast.parse((ROOT / file).read_text())).replace('config/train_svd_test.py', '')
+            assert not re.findall(OWN_WORDS, code), file
 
 
 def python(code, folder, path=''):
@@ -57,8 +72,7 @@ def python(code, folder, path=''):
 
 def test_every_module_is_imported_without_optional_packages_and_does_no_work(tmp_path):
     """It prints nothing, writes no file, draws no number and sets no signal handler or number of threads."""
-    modules = [file.removesuffix('.py').removesuffix('/__init__').replace('/', '.') for file in FILES
-               if not file.startswith('config/')]
+    modules = [module(file) for file in FILES if not file.startswith('config/')]
     done = python(f'''
 import importlib, signal, sys, torch
 def state():
@@ -75,8 +89,7 @@ assert state() == before
 
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
     """torch 2.8.1, which lacks Muon, or no torch, or neither of two others."""
-    commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()
-                and file != 'tools/child.py']
+    commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()]
     assert {'train.py', 'sample.py', 'bench.py', 'compare.py', 'data/shakespeare/prepare.py'} <= {*commands}
     (tmp_path / 'old' / 'torch-2.8.1.dist-info').mkdir(parents=True)
     (tmp_path / 'old' / 'torch-2.8.1.dist-info' / 'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')
