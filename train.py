@@ -109,16 +109,13 @@ class TrainConfig(GPTConfig):
         if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
             raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
                              '--init_from=FOLDER, of these)')
-        out = Path(os.path.realpath(self.out_dir))                      # Path.resolve raises for links in a circle
-        if not self.out_dir or is_shared(out):
+        out = os.path.realpath(self.out_dir)
+        if not self.out_dir or is_shared(Path(out)):
             raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
-        try:
-            if any(any(out.glob(place + name)) for name in ('train.bin', 'prepare.py') for place in ('', '*/')):
-                raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder, or holds one (nearest: 'out')")
-            if out.exists() and not out.is_dir():
-                raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {unused(Path(self.out_dir))})')
-        except OSError as e:
-            raise ValueError(f'out_dir={self.out_dir[:40]!r}: {e.strerror}') from None
+        if os.path.exists(f'{out}/train.bin') or os.path.exists(f'{out}/prepare.py'):
+            raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder (nearest: 'out')")
+        if os.path.isfile(out):
+            raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {unused(Path(self.out_dir))})')
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
@@ -541,15 +538,14 @@ def draw_curves(out, say):
 # the model
 
 def build_model(cfg, set_by, saved, data, say):
-    """The model of init_from. Its shape is fixed by a checkpoint or GPT-2: options that contradict it are an error on
-    the command line and a remark in a config file (nanoGPT's files carry the shape when they resume)."""
+    """The model of init_from; cfg then says what it is. Raises ValueError for options that do not fit it."""
     free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:
             cfg.vocab_size = data.padded_vocab_size
-        data.check_length(cfg.block_size)
         if cfg.lora_rank is not None:
             raise UserError(f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=FOLDER)')
+        data.check_length(cfg.block_size)
         model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
@@ -559,28 +555,35 @@ def build_model(cfg, set_by, saved, data, say):
             huggingface.load_adapter(model, cfg.lora_adapter, cfg.init_from, say)
     if cfg.init_from != 'resume':
         model.add_adapters(**{k: getattr(cfg, k) for k in ADAPTER_DEFAULTS})
-    shape, unused = asdict(model.config), configuration.unused_options(cfg, model.config)
-    if unused:
-        say(f'no effect here: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in unused)}')
-    for key in sorted(set(MODEL_KEYS) - set(free) - set(unused)):
-        cropped = key == 'block_size' and cfg.block_size < shape[key]
-        if key in set_by and getattr(cfg, key) != shape[key] and not cropped:
-            if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):       # it would train all
-                run = Path(cfg.out_dir if saved else cfg.init_from)
-                adapted = model.config.adaptive_svd or model.config.has_lora
-                near = huggingface.merge_command(run) if adapted else begin_from(run, cfg.dataset)
-                raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={shape[key]}, which is fixed'
-                                + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
-            say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={shape[key]}')
-    if cfg.block_size < shape['block_size']:
+    check_fixed_options(cfg, set_by, saved, model.config, say)
+    if cfg.block_size < model.config.block_size:
         model.crop_block_size(cfg.block_size)
-    for key in MODEL_KEYS:                                              # from here on cfg says what is
+    for key in MODEL_KEYS:
         setattr(cfg, key, getattr(model.config, key))
     if data.vocab_size > cfg.vocab_size:
         raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
                         f'(nearest: {data.vocab_size if cfg.init_from == "scratch" else "its own data set"})')
     data.check_length(cfg.block_size)
     return model
+
+
+def check_fixed_options(cfg, set_by, saved, fixed, say):
+    """The shape of a model is fixed by its checkpoint or folder: another one is an error on the command line and a
+    remark in a config file (nanoGPT's files carry the shape when they resume). Options without effect are a remark."""
+    unused = configuration.unused_options(cfg, fixed)
+    if unused:
+        say(f'no effect here: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in unused)}')
+    for key in sorted(set_by.keys() & {*MODEL_KEYS} - {*OVERRIDABLE_FIELDS} - {*unused}):
+        cropped = key == 'block_size' and cfg.block_size < fixed.block_size
+        if getattr(cfg, key) == getattr(fixed, key) or cropped:
+            continue
+        if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):           # it would train all
+            run = Path(cfg.out_dir if saved else cfg.init_from)
+            adapted = fixed.adaptive_svd or fixed.has_lora
+            near = huggingface.merge_command(run) if adapted else begin_from(run, cfg.dataset)
+            raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={getattr(fixed, key)}, which is fixed'
+                            + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
+        say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={getattr(fixed, key)}')
 
 
 def describe(cfg, model, data, dtype, processes):
