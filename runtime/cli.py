@@ -61,7 +61,7 @@ def guard(script, work, again=''):
             code, words = e.code, str(e)
         except (OSError, RuntimeError) as e:
             foreseen = isinstance(e, (OSError, torch.linalg.LinAlgError, torch.OutOfMemoryError))
-            if not foreseen and 'not enough memory' not in str(e):      # the CPU's allocator
+            if not foreseen and 'DefaultCPUAllocator' not in str(e):    # no memory
                 raise
             code, words = 1, format_error(e)
         except KeyboardInterrupt as e:
