@@ -11,9 +11,9 @@ checkout's model.py. Or time decoding. Or measure what each SVD method costs and
     python bench.py --help
 
 A step is forward, backward, clipping and the optimizer, on random tokens of the data set's
-vocabulary. Decoding is greedy, from batch_size prompts of random tokens; the prefill is timed apart.
-Everything compared is interleaved, so that a drifting machine slows all alike. --svd measures on V
-of OUT_DIR/ckpt.pt, if there is a run of this shape, and on synthetic spectra;
+vocabulary. Decoding is greedy, from batch_size prompts of random tokens; the prefill is timed
+apart. Everything compared is interleaved, so that a drifting machine slows all alike. --svd
+measures on V of OUT_DIR/ckpt.pt, if there is a run of this shape, and on synthetic spectra;
 tools/svd_benchmark.py explains its columns. The last line is JSON.
 """
 
@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # isort: skip  (before torch: says what is not installed)
+
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -38,10 +39,10 @@ from train import RUN_LOCAL_FIELDS, TrainConfig
 class BenchConfig(TrainConfig):
     """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
-    contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths of "
-                        'block_size'] = None
-    tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing is '
-                      'cached; None: 32, at most half of block_size', Range(2)] = None
+    contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths "
+                        'of block_size'] = None
+    tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing '
+                      'is cached; None: 32, at most half of block_size', Range(2)] = None
     svd: Annotated[bool, 'cost and quality of each SVD method', SWITCH] = False
     plot: Annotated[bool | str, '--svd: a figure of error against time, as --plot=FILE.png or in '
                     'bench-svd.png', SWITCH, PATH] = False
@@ -69,15 +70,14 @@ class BenchConfig(TrainConfig):
                              f'1 to {full - 1})')
         if self.decode:
             self.lengths()
-        path = Path(self.plot_path())
+        if self.plot is True:
+            self.plot = 'bench-svd.png'
+        path = Path(self.plot or '.')
         if self.plot and (path.suffix.lower() != '.png' or not path.parent.is_dir()):
-            raise ValueError(f'plot={self.plot!r}: must be the name of a PNG in a folder that exists '
-                             f"(nearest: '{path.stem}.png')")
+            raise ValueError(f'plot={self.plot!r}: must be a PNG in a folder that exists (nearest: '
+                             f"'{path.stem}.png')")
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
             raise ValueError(f'peer={self.peer!r}: has no model.py')
-
-    def plot_path(self):
-        return self.plot if isinstance(self.plot, str) else 'bench-svd.png'
 
     def lengths(self):
         """`contexts` as a list of int."""
@@ -85,12 +85,12 @@ class BenchConfig(TrainConfig):
         if most < 1:
             raise ValueError(f'tokens={self.tokens}: leave no room for a prompt in block_size='
                              f'{self.block_size} (nearest: {self.block_size - 1})')
-        if self.contexts is None:       # far from where 'causal' scope decomposes, for once per span
+        if self.contexts is None:       # within spans of 'causal' scope, whose edges are slower
             return [max(1, min(most, self.block_size * part // 16)) for part in (3, 6, 14)]
         lengths = [int(word) if word.isdecimal() else 0 for word in self.contexts.split(',')]
         if not all(1 <= length <= most for length in lengths):
-            raise ValueError(f"contexts={self.contexts!r}: must be whole numbers, like '16,128', of "
-                             f'at most block_size - tokens = {most}')
+            raise ValueError(f"contexts={self.contexts!r}: must be whole numbers, like '16,128', "
+                             f'of at most block_size - tokens = {most}')
         return lengths
 
 

@@ -24,7 +24,7 @@ Curve = namedtuple('Curve', 'label x y look spread across notes', defaults=(None
 Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))
 
 Line = namedtuple('Line', 'x y name')
-Panel = namedtuple('Panel', 'lines level upright')          # level, upright: guide lines, label -> y or x
+Panel = namedtuple('Panel', 'lines level upright')  # level, upright: guide lines, label -> y or x
 PanelRow = namedtuple('PanelRow', 'y_label y_scale panels')         # panels: title -> Panel
 
 LOSSES = {'training': 'loss', 'train split': 'train/loss', 'validation': 'val/loss',
@@ -154,7 +154,8 @@ def line_panels(path, rows, x_label, line_label, title=None):
     size = 3.1 + 2.3 * max(3, len(titles)), 0.9 + (2.7 if len(rows) < 3 else 1.7) * len(rows)
     figure, axes = page(len(rows), len(titles), size, grid=True, sharex=True, sharey='row')
     for row, own in zip(rows, axes):
-        names = list(dict.fromkeys(line.name for panel in row.panels.values() for line in panel.lines))
+        names = list(dict.fromkeys(line.name for panel in row.panels.values()
+                                   for line in panel.lines))
         shown = names[::math.ceil(len(names) / LEGEND_LINES)]
         colours = dict(zip(names, COLOURS if len(names) <= len(COLOURS) else shades(len(names))))
         handles = {}

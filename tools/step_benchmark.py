@@ -113,28 +113,26 @@ def variants(cfg):
 
 def truncating_scopes(cfg):
     """The scopes in which cfg.svd_rank changes anything; prints which it does not."""
-    scopes = []
-    for scope in SCOPES if cfg.svd_rank is not None else ():
-        off = model_config(cfg, use_svd=True, svd_scope=scope).svd_off
-        if off:
-            print(f'{scope!r} is left out: SVD on V {off}')
-        else:
-            scopes.append(scope)
-    return scopes
+    if cfg.svd_rank is None:
+        return []
+    off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
+    for scope in filter(off.get, SCOPES):
+        print(f'{scope!r} is left out: SVD on V {off[scope]}')
+    return [scope for scope in SCOPES if not off[scope]]
 
 
 def header(cfg, device):
     """All that shapes the times: sizes, model options that are not at their defaults, machine."""
     c, dtype = model_config(cfg), devices.pick_dtype(cfg.dtype, device)
-    options = [f'{f.name}={getattr(c, f.name)!r}' for f in fields(c)
-               if getattr(c, f.name) != f.default and f.name not in SIZES]
+    options = ''.join(f'{f.name}={getattr(c, f.name)!r}, ' for f in fields(c)
+                      if getattr(c, f.name) != f.default and f.name not in SIZES)
     on_cpu = torch.device(device).type == 'cpu'
     machine = torch.backends.cpu.get_cpu_capability() if on_cpu else (
         devices.environment(device, dtype)['device_name'])
-    return ', '.join([
-        f'{c.n_layer} layers', f'{c.n_head} heads', f'{c.n_embd} wide', f'vocabulary {c.vocab_size}',
-        f'context {c.block_size}', f'batch {cfg.batch_size}', *options, cfg.optimizer, dtype,
-        f'{device} ({machine})', f'{torch.get_num_threads()} threads', f'torch {torch.__version__}'])
+    return (f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, '
+            f'context {c.block_size}, batch {cfg.batch_size}, {options}'
+            f'{cfg.optimizer}, {dtype}, {device} ({machine}), {torch.get_num_threads()} threads, '
+            f'torch {torch.__version__}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,7 +198,7 @@ def decoding(cfg, device):
     rows = []
     for length in cfg.lengths():
         print_line(f'after {length} tokens', ('tokens/s', 'of no SVD', 'quartiles', '', 'prefill s',
-                                             'cache bytes', 'prefill FLOPs', 'decode FLOPs'))
+                                             'cache bytes', 'prefill FLOP', 'decode FLOP'))
         prompt = random_tokens(cfg, device)[0][:, :length]
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
             rounds = interleave({name: partial(run, prompt) for name, run in runs.items()},

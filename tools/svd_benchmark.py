@@ -25,7 +25,7 @@ import json
 import statistics
 from collections import namedtuple
 from functools import partial
-from itertools import repeat
+from itertools import groupby, repeat
 from pathlib import Path
 
 import torch
@@ -69,9 +69,9 @@ Source = namedtuple('Source', 'name v dv w dw basis')
 def run(cfg, device):
     """Measure, print the tables, and everything as one line of JSON last. Raises UserError."""
     if cfg.plot:
-        plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot_path())
-    torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
-    print(f'{header(cfg, device)}; {cfg.pairs} rounds')
+        plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot)
+    words = f'{header(cfg, device)}; seed {cfg.seed}, {cfg.pairs} rounds'
+    print(words)
     trained, remark = trained_sources(cfg, device)
     print(remark, flush=True)
     synthetic = [synthetic_source(cfg, name, device) for name in SPECTRA]
@@ -79,24 +79,26 @@ def run(cfg, device):
     cases = [Case(scope, method) for scope in truncating_scopes(cfg) for method in METHODS
              if (scope, method) != ('weight', 'randomized warm')]
     print(f'timing a layer, {len(cases)} cases, on {timed_on.name}', flush=True)
-    methods, references = timings(cfg, device, cases, timed_on)
-    for row, step in zip(methods, whole_steps(cfg, device, cases)):
+    costs, quality = timings(cfg, device, cases, timed_on), []
+    for row, step in zip(costs, whole_steps(cfg, device, cases)):
         row['step'] = step
-    print_costs(methods + references)
-    quality, compared = [], []
+    print_costs(costs)
+    torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
     for source in (*trained, *synthetic):
-        own, others = source_quality(cfg, cases, source)
-        print_quality(source.name, own + others)
-        quality += own
-        compared += others
+        rows = source_quality(cfg, cases, source)
+        print_quality(source.name, rows)
+        quality += rows
     result = {'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
               'seed': cfg.seed, 'rounds': cfg.pairs, 'shape': shape_of(cfg),
               'trained': remark if trained else None, 'timed_on': timed_on.name,
-              'methods': methods, 'references': references, 'quality': quality,
-              'reference_residuals': compared}
+              'methods': costs[:len(cases)], 'references': costs[len(cases):],
+              'quality': [row for row in quality if 'method' in row],
+              'reference_residuals': [row for row in quality if 'reference' in row]}
     if cfg.plot:
-        draw(cfg, result, [source.name for source in trained] or [timed_on.name])
-        print(f'figure: {cfg.plot_path()}')
+        name = 'trained' if trained else timed_on.name
+        draw(cfg.plot, costs, [row for row in quality if row['source'].startswith(name)],
+             f'V of {name}; {words}')
+        print(f'figure: {cfg.plot}')
     print(json.dumps(result))
 
 
@@ -266,7 +268,7 @@ REFERENCES = {'torch.linalg.svd': svd_k, 'torch.svd_lowrank': svd_lowrank_k}
 
 
 def timings(cfg, device, cases, source):
-    """-> rows of the cases, and of the references, with times and ratios (`add_times`)."""
+    """-> a row per case, then one per reference, with times and ratios (`add_times`)."""
     dtype = getattr(torch, devices.pick_dtype(cfg.dtype, device))
     source = converted(source, lambda x: x.to(dtype))
     forward = {name: partial(f, source.v, cfg.svd_rank) for name, f in REFERENCES.items()}
@@ -281,7 +283,7 @@ def timings(cfg, device, cases, source):
     add_times(rows, 'fwd_bwd', time_interleaved(both, cfg.pairs, device))
     for case in cases:
         rows[case]['peak_bytes'] = peak_bytes(both[case], device)
-    return [rows[case] for case in cases], [rows[name] for name in REFERENCES]
+    return list(rows.values())
 
 
 def add_times(rows, quantity, seconds):
@@ -297,22 +299,21 @@ def add_times(rows, quantity, seconds):
 
 
 def whole_steps(cfg, device, cases):
-    """-> per case what `paired_benchmark` says of a training step against one without SVD, or None,
-    with a line of output that says why."""
-    why, steps = '--steps=False', []
-    if cfg.steps:
-        baseline = step_of(cfg, device, use_svd=False)
-        seconds = time_it(baseline, device) * 2 * len(cases) * cfg.pairs
-        why = f'they would take about {seconds / 60:.0f} minutes (--steps=True times them)'
-    if not cfg.steps or cfg.steps == 'auto' and seconds > STEPS_SECONDS:
-        print(f'whole training steps are left out: {why}')
+    """-> per case what `paired_benchmark` says of a training step against one without SVD; None
+    if --steps leaves them out."""
+    if not cfg.steps:
+        return [None] * len(cases)
+    baseline = step_of(cfg, device, use_svd=False)
+    seconds = time_it(baseline, device) * 2 * len(cases) * cfg.pairs
+    if cfg.steps == 'auto' and seconds > STEPS_SECONDS:
+        print(f'whole training steps are left out: they would take about {seconds / 60:.0f} '
+              'minutes (--steps=True times them)')
         return [None] * len(cases)
     print(f'timing whole training steps, {cfg.n_layer} layers', flush=True)
-    for case in cases:
-        step = step_of(cfg, device, warm=case.method == 'randomized warm', use_svd=True,
-                       svd_method=case.method.split()[0], svd_scope=case.scope)
-        steps.append(paired_benchmark(step, baseline, cfg.pairs, device))
-    return steps
+    return [paired_benchmark(step_of(cfg, device, warm=case.method == 'randomized warm',
+                                     use_svd=True, svd_method=case.method.split()[0],
+                                     svd_scope=case.scope), baseline, cfg.pairs, device)
+            for case in cases]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,27 +321,24 @@ def whole_steps(cfg, device, cases):
 
 def source_quality(cfg, cases, source):
     """-> a row per case, the residual over the best and the cosine of the gradients over the
-    matrices of a source, and a row per reference, the residual alone."""
-    source, k = converted(source, torch.Tensor.float), cfg.svd_rank
-    exact_source, rows = converted(source, lambda x: x.cpu().double()), []
-    for scope in dict.fromkeys(case.scope for case in cases):
-        batches = decomposed(cfg, scope, source)
-        best = [smallest_residual(x, k) for x in batches]
-        if scope == 'sequence':
-            compared = [{'source': source.name, 'reference': name,
-                         **residuals(partial(f, rank=k), batches, best)}
-                        for name, f in REFERENCES.items()]
+    matrices of a source, then a row per reference, the residual alone."""
+    source, k, rows = converted(source, torch.Tensor.float), cfg.svd_rank, []
+    exact_source = converted(source, lambda x: x.cpu().double())
+    whole = [(source.v, *smallest_residual(source.v, k))]
+    for scope, own in groupby(cases, lambda case: case.scope):
+        best = [(x, *smallest_residual(x, k)) for x in decomposed(cfg, scope, source)]
         exact = {grad: gradient(*truncation(cfg, Case(scope, 'standard'), exact_source, grad))
                  for grad in (True, False)}
-        for case in (case for case in cases if case.scope == scope):
+        for case in own:
             row = {'source': source.name, **case._asdict(),
-                   **residuals(solver(cfg, case, source), batches, best)}
+                   **residuals(solver(cfg, case, source), best)}
             for name, grad in (('full', True), ('constant', False)):
                 cosines = cosine(gradient(*truncation(cfg, case, source, grad)), exact[grad])
                 row |= {f'cosine_{name}_mean': cosines.mean().item(),
                         f'cosine_{name}_min': cosines.min().item()}
             rows.append(row)
-    return rows, compared
+    return rows + [{'source': source.name, 'reference': name,
+                    **residuals(partial(f, rank=k), whole)} for name, f in REFERENCES.items()]
 
 
 def solver(cfg, case, source):
@@ -359,14 +357,12 @@ def smallest_residual(x, rank):
 
 
 @torch.no_grad()
-def residuals(f, batches, best):
-    """What f leaves of matrices x (..., m, n), over the best: 1 where it is the best, or where
-    neither leaves anything."""
-    ratios = []
-    for x, (least, floor) in zip(batches, best):
-        residual = torch.linalg.matrix_norm(x.cpu().double() - f(x).cpu().double())
-        ratios.append((residual.maximum(floor) / least.maximum(floor)).flatten())
-    ratios = torch.cat(ratios)
+def residuals(f, best):
+    """What f leaves of matrices over the best: 1 where it is the best, or where neither leaves
+    anything. best: (x, *smallest_residual(x)) per batch x (..., m, n)."""
+    ratios = torch.cat([(torch.linalg.matrix_norm(x.cpu().double() - f(x).cpu().double())
+                         .maximum(floor) / least.maximum(floor)).flatten()
+                        for x, least, floor in best])
     return {'matrices': ratios.numel(), 'residual_mean': ratios.mean().item(),
             'residual_worst': ratios.max().item()}
 
@@ -381,8 +377,9 @@ def cosine(a, b):
 # output
 
 def print_costs(rows):
-    print('cost per layer: medians, ratios to gram in the same round; whole steps: ratio to no SVD')
-    print_line('', ('forward ms', 'ratio', 'fwd+bwd ms', 'ratio', 'peak bytes', 'step ms', 'ratio'))
+    print('cost per layer, medians: time over that of gram in the same round, step over no SVD')
+    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes', 'step ms',
+                    'over no SVD'))
     for row in rows:
         step = row.get('step') or {}
         print_line(label(row), (*map(row.get, COST_KEYS), step.get('a_ms'), step.get('ratio')))
@@ -403,25 +400,19 @@ def label(row):
     return f'{row.get("method") or row["reference"]}, {row.get("scope", "sequence")}'
 
 
-def draw(cfg, result, names):
-    """The figure: residual over the best, minus 1, mean over the matrices of the sources `names`,
-    against the time of the forward pass; a panel per scope."""
+def draw(path, costs, quality, caption):
+    """The figure: residual over the best, minus 1, mean over rows of `quality`, against the time of
+    the forward pass; a panel per scope."""
     residual, panels = {}, {}
-    for row in result['quality'] + result['reference_residuals']:
-        if row['source'] in names:
-            residual.setdefault(label(row), []).append(row['residual_mean'] - 1)
+    for row in quality:
+        residual.setdefault(label(row), []).append(row['residual_mean'] - 1)
     looks = dict(zip((*METHODS, *REFERENCES), zip(plots.COLOURS, plots.MARKERS, repeat(''))))
-    for row in result['methods'] + result['references']:
+    for row in costs:
         method, scope = label(row).split(', ')
+        best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
         y = max(ROUNDING, statistics.fmean(residual[label(row)]))
-        curves = panels.setdefault(scope, [plots.Curve('the best, to rounding', None, [ROUNDING],
-                                                       plots.LEVEL)])
-        curves.append(plots.Curve(method, [row['forward_ms']], [y], looks[method]))
+        panels.setdefault(scope, [best]).append(
+            plots.Curve(method, [row['forward_ms']], [y], looks[method]))
     charts = [plots.Chart(f'{scope!r} scope', 'forward pass, ms per layer', curves, log=True)
               for scope, curves in panels.items()]
-    B, nh, T, hs, k = result['shape'].values()
-    source = f'trained, {len(names)} layers' if result['trained'] else f'synthetic, {names[0]}'
-    plots.charts(cfg.plot_path(), charts, 'residual / best residual - 1',
-                 f'V {B} x {nh} x {T} x {hs} ({source}), rank {k}; {result["device"]}, '
-                 f'{result["threads"]} threads; seed {cfg.seed}; {cfg.pairs} rounds',
-                 y_scale='log', sharex=True)
+    plots.charts(path, charts, 'residual / best residual - 1', caption, y_scale='log', sharex=True)

@@ -2,13 +2,10 @@
 of a table."""
 
 import itertools
-import json
 import math
 import os
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -82,15 +79,12 @@ def peak_bytes(f, device):
     if kind != 'cpu':
         return None
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # else it reports on stderr
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         f()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f'{folder}/trace.json')
-        trace = json.loads(Path(folder, 'trace.json').read_text(encoding='utf-8'))
-    events = [event for event in trace['traceEvents'] if event.get('name') == '[memory]']
-    events.sort(key=lambda event: event['ts'])
-    return max(itertools.accumulate(event['args']['Bytes'] for event in events), default=0)
+    changes = sorted((event.start_ns(), event.nbytes())
+                     for event in profile.kineto_results.events() if event.name() == '[memory]')
+    return max(itertools.accumulate(size for _, size in changes), default=0)
+
 
 
 def generation(model, prompt, tokens, device):
