@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import cli  # isort: skip  (before torch: says what is not installed)
+from runtime import cli             # before torch: says what is not installed
 
 from model import GPT
 from runtime import checkpoint as ckpt

@@ -1,6 +1,5 @@
 """Figures. matplotlib is imported where it is used, because nothing else needs it."""
 
-import importlib
 import math
 import textwrap
 from collections import namedtuple
@@ -35,7 +34,7 @@ LEGEND_LINES = 8                    # of a row of `line_panels`
 def require_matplotlib(option, *paths):
     """Raises UserError without matplotlib, and as `check_writable` for `paths`, the figures."""
     try:
-        importlib.import_module('matplotlib')
+        import matplotlib  # noqa: F401
     except ImportError:
         raise UserError(f'{option}: needs a package: pip install matplotlib') from None
     for path in paths:

@@ -16,14 +16,8 @@ from runtime import device as devices
 from runtime.config import UserError
 from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
 from runtime.optimizer import new_optimizer
-from tools.timing import (
-    generation,
-    interleave,
-    paired_benchmark,
-    print_line,
-    quartiles,
-    time_it,
-)
+from tools.timing import (generation, interleave, paired_benchmark, print_line, quartiles,
+                          time_it)
 from train import new_state, train_step
 
 DENSE = dict(use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)   # beside use_svd=False: baseline

@@ -41,14 +41,8 @@ from runtime import plots
 from runtime.config import UserError
 from runtime.data import Dataset, locate
 from tools.step_benchmark import header, step_of, truncating_scopes
-from tools.timing import (
-    paired_benchmark,
-    peak_bytes,
-    print_line,
-    quartiles,
-    time_interleaved,
-    time_it,
-)
+from tools.timing import (paired_benchmark, peak_bytes, print_line, quartiles, time_interleaved,
+                          time_it)
 
 METHODS = ('standard', 'gram', 'randomized cold', 'randomized warm')
 WARM_STEPS = 8                      # draws of other V that make a running basis if none was saved
@@ -59,7 +53,8 @@ SPECTRA = {'Gaussian': lambda i, rank: torch.ones_like(i), '1/i': lambda i, rank
            'low rank + noise': lambda i, rank: torch.where(i <= rank, 1.0, 0.1)}
 
 COST_KEYS = ('forward_ms', 'forward_over_gram', 'fwd_bwd_ms', 'fwd_bwd_over_gram', 'peak_bytes')
-COSINE_KEYS = ('cosine_full_mean', 'cosine_full_min', 'cosine_constant_mean', 'cosine_constant_min')
+COSINE_KEYS = ('cosine_full_mean', 'cosine_full_min',
+               'cosine_constant_mean', 'cosine_constant_min')
 
 Case = namedtuple('Case', 'scope method')
 # v, dv (B, nh, T, hs) and w, dw (nh, hs, C): matrices and upstream gradients; basis (nh, hs, k)
@@ -95,9 +90,9 @@ def run(cfg, device):
               'quality': [row for row in quality if 'method' in row],
               'reference_residuals': [row for row in quality if 'reference' in row]}
     if cfg.plot:
-        name = 'trained' if trained else timed_on.name
-        draw(cfg.plot, costs, [row for row in quality if row['source'].startswith(name)],
-             f'V of {name}; {words}')
+        names = [source.name for source in trained] or [timed_on.name]
+        draw(cfg.plot, costs, [row for row in quality if row['source'] in names],
+             f'V of {" to ".join([names[0], *names[1:][-1:]])}; {words}')
         print(f'figure: {cfg.plot}')
     print(json.dumps(result))
 
@@ -268,34 +263,29 @@ REFERENCES = {'torch.linalg.svd': svd_k, 'torch.svd_lowrank': svd_lowrank_k}
 
 
 def timings(cfg, device, cases, source):
-    """-> a row per case, then one per reference, with times and ratios (`add_times`)."""
+    """-> a row per case, then one per reference: times, their ratio to 'gram' in each round, and
+    peak memory."""
     dtype = getattr(torch, devices.pick_dtype(cfg.dtype, device))
     source = converted(source, lambda x: x.to(dtype))
-    forward = {name: partial(f, source.v, cfg.svd_rank) for name, f in REFERENCES.items()}
-    both = {}
+    references = {name: partial(f, source.v, cfg.svd_rank) for name, f in REFERENCES.items()}
+    rows = {case: case._asdict() for case in cases}
+    rows |= {name: {'reference': name} for name in references}
+    forward, both = {}, {}
     for case in cases:
         f, x, dy = truncation(cfg, case, source, cfg.svd_basis_grad)
-        forward[case], both[case] = partial(f, x), partial(gradient, f, x, dy)
-    rows = {case: case._asdict() for case in cases}
-    rows |= {name: {'reference': name} for name in REFERENCES}
-    with torch.no_grad():
-        add_times(rows, 'forward', time_interleaved(forward, cfg.pairs, device))
-    add_times(rows, 'fwd_bwd', time_interleaved(both, cfg.pairs, device))
-    for case in cases:
+        forward[case] = torch.no_grad()(partial(f, x))
+        both[case] = partial(gradient, f, x, dy)
         rows[case]['peak_bytes'] = peak_bytes(both[case], device)
+    for quantity, functions in (('forward', forward | references), ('fwd_bwd', both)):
+        seconds = time_interleaved(functions, cfg.pairs, device)
+        for key, own in seconds.items():
+            gram = seconds[Case(rows[key].get('scope', 'sequence'), 'gram')]
+            low, ms, high = quartiles([1e3 * t for t in own])
+            rows[key] |= {f'{quantity}_ms': ms, f'{quantity}_quartiles_ms': [low, high]}
+            low, ratio, high = quartiles([a / b for a, b in zip(own, gram)])
+            rows[key] |= {f'{quantity}_over_gram': ratio,
+                          f'{quantity}_over_gram_quartiles': [low, high]}
     return list(rows.values())
-
-
-def add_times(rows, quantity, seconds):
-    """Add medians and quartiles to rows, of milliseconds and of the ratio to 'gram' in each round.
-    seconds: key of a row -> list, one per round."""
-    for key, own in seconds.items():
-        gram = seconds[Case(rows[key].get('scope', 'sequence'), 'gram')]
-        for name, values in (('ms', [1e3 * t for t in own]),
-                             ('over_gram', [a / b for a, b in zip(own, gram)])):
-            low, median, high = quartiles(values)
-            quarts = 'quartiles_ms' if name == 'ms' else 'over_gram_quartiles'
-            rows[key] |= {f'{quantity}_{name}': median, f'{quantity}_{quarts}': [low, high]}
 
 
 def whole_steps(cfg, device, cases):
@@ -383,8 +373,8 @@ def print_costs(rows):
     for row in rows:
         step = row.get('step') or {}
         print_line(label(row), (*map(row.get, COST_KEYS), step.get('a_ms'), step.get('ratio')))
-    print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the exact '
-          'one, with the\nbasis differentiated (full) and without (constant); mean and worst matrix')
+    print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the '
+          'exact one,\nwith the basis differentiated (full) and without (constant); mean and worst')
 
 
 def print_quality(name, rows):
