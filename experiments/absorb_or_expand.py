@@ -3,7 +3,7 @@ Multi-head latent attention can be computed in two ways: keys and values expande
 or the up-projections absorbed into queries and outputs. Which is faster for m new tokens after T
 cached ones? One layer, paired:
 
-    python experiments/absorb_or_expand.py                       # GPT-2's shape, docs/MLA.md's table
+    python experiments/absorb_or_expand.py                      # GPT-2's shape, docs/MLA.md's table
     python experiments/absorb_or_expand.py --n_embd=128 --n_head=4 --latents=16,32,64 --cached=256
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                       # run from anywhere
 
-from runtime import cli                                            # before torch: says what is not installed
+from runtime import cli             # before torch: says what is not installed
 
 import torch
 from torch.nn import functional as F
@@ -46,8 +46,9 @@ class Config:
     def __post_init__(self):
         configuration.validate(self)
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: '
-                             f'{max(1, round(self.n_embd / self.n_head)) * self.n_head})')
+            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} '
+                             f'(nearest: {near})')
         for name in ('latents', 'queries'):
             self.numbers(name)
 
@@ -67,7 +68,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def measure(cfg):
-    """Print, per latent and number of queries, time absorbed over time expanded; then all as JSON."""
+    """Print times per latent and number of queries, then the same as one line of JSON."""
     device, nh, hs = devices.pick_device(cfg.device), cfg.n_head, cfg.n_embd // cfg.n_head
     print(f'{nh} heads of {hs}, {cfg.cached} cached tokens, batch {cfg.batch_size}, {device}, '
           f'{torch.get_num_threads()} threads, {cfg.rounds} rounds')
