@@ -1,24 +1,25 @@
 """
-Multi-head latent attention computes the same in two ways: keys and values expanded from the latents, or the up-
-projections absorbed into queries and outputs. Which is faster for m new tokens after T cached ones? One layer, paired:
+Multi-head latent attention can be computed in two ways: keys and values expanded from the latents,
+or the up-projections absorbed into queries and outputs. Which is faster for m new tokens after T
+cached ones? One layer, paired:
 
-    python experiments/absorb_or_expand.py                       # GPT-2's shape, docs/MLA.md's table
+    python experiments/absorb_or_expand.py                      # GPT-2's shape, docs/MLA.md's table
     python experiments/absorb_or_expand.py --n_embd=128 --n_head=4 --latents=16,32,64 --cached=256
 """
 
 import json
-import re
 import statistics
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                       # run from anywhere
 
-from runtime import cli                                            # before torch: says what is not installed
+from runtime import cli             # before torch: says what is not installed
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from lowrank.kv_cache import expand
 from runtime import config as configuration
 from runtime import device as devices
 from runtime.config import Range
-from tools.timing import quartiles, time_interleaved
+from tools.timing import print_line, quartiles, time_interleaved
 
 
 @dataclass
@@ -45,16 +46,19 @@ class Config:
     def __post_init__(self):
         configuration.validate(self)
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} (nearest: '
-                             f'{max(1, round(self.n_embd / self.n_head)) * self.n_head})')
+            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} '
+                             f'(nearest: {near})')
         for name in ('latents', 'queries'):
             self.numbers(name)
 
     def numbers(self, name):
-        words = getattr(self, name).split(',')
-        if not all(re.fullmatch('[1-9][0-9]{0,6}', word) for word in words):
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be whole numbers, like '16,128'")
-        return [int(word) for word in words]
+        """The option `name` as a list of int."""
+        words = getattr(self, name)
+        numbers = [int(word) if word.isdecimal() else 0 for word in words.split(',')]
+        if not all(numbers):
+            raise ValueError(f"{name}={words!r}: must be positive whole numbers, like '16,128'")
+        return numbers
 
 
 def main(argv=None):
@@ -64,26 +68,26 @@ def main(argv=None):
 
 @torch.no_grad()
 def measure(cfg):
-    """Print a line for each latent and number of queries: time absorbed over time expanded; then all as JSON."""
+    """Print times per latent and number of queries, then the same as one line of JSON."""
     device, nh, hs = devices.pick_device(cfg.device), cfg.n_head, cfg.n_embd // cfg.n_head
     print(f'{nh} heads of {hs}, {cfg.cached} cached tokens, batch {cfg.batch_size}, {device}, '
           f'{torch.get_num_threads()} threads, {cfg.rounds} rounds')
+    print_line('', ('expanded ms', 'absorbed ms', 'ratio', 'quartiles', ''))
     rows = []
-    for d in cfg.numbers('latents'):
-        for m in cfg.numbers('queries'):
-            torch.manual_seed(cfg.seed)
-            q = torch.randn(cfg.batch_size, nh, m, hs, device=device)
-            c = torch.randn(cfg.batch_size, cfg.cached, d, device=device)
-            w_k, w_v = (torch.randn(nh, hs, d, device=device) / d ** 0.5 for _ in range(2))
-            assert torch.allclose(expanded(q, w_k, w_v, c), absorbed(q, w_k, w_v, c), atol=1e-3)
-            times = time_interleaved({f.__name__: partial(f, q, w_k, w_v, c) for f in (expanded, absorbed)}, cfg.rounds,
-                                 device)
-            low, ratio, high = quartiles([a / e for a, e in zip(times['absorbed'], times['expanded'])])
-            ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
-            print(f'latent {d:4}, {m:4} queries: expanded {ms["expanded"]:8.2f} ms, absorbed {ms["absorbed"]:8.2f} ms, '
-                  f'ratio {ratio:.2f} ({low:.2f} to {high:.2f})', flush=True)
-            rows.append({'latent': d, 'queries': m, 'ratio': ratio, 'quartiles': [low, high]} | ms)
-    print(json.dumps({'device': device, 'torch': torch.__version__, 'rounds': cfg.rounds, 'results': rows}))
+    for d, m in product(cfg.numbers('latents'), cfg.numbers('queries')):
+        torch.manual_seed(cfg.seed)
+        q = torch.randn(cfg.batch_size, nh, m, hs, device=device)
+        c = torch.randn(cfg.batch_size, cfg.cached, d, device=device)
+        w_k, w_v = (torch.randn(nh, hs, d, device=device) / d ** 0.5 for _ in range(2))
+        assert torch.allclose(expanded(q, w_k, w_v, c), absorbed(q, w_k, w_v, c), atol=1e-3)
+        times = time_interleaved({f.__name__: partial(f, q, w_k, w_v, c)
+                                  for f in (expanded, absorbed)}, cfg.rounds, device)
+        low, ratio, high = quartiles([a / e for a, e in zip(times['absorbed'], times['expanded'])])
+        ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+        print_line(f'latent {d}, {m} queries', (*ms.values(), ratio, low, high))
+        rows.append({'latent': d, 'queries': m, 'ratio': ratio, 'quartiles': [low, high]} | ms)
+    print(json.dumps({'device': device, 'torch': torch.__version__, 'rounds': cfg.rounds,
+                      'results': rows}))
 
 
 def expanded(q, w_k, w_v, c):
@@ -92,7 +96,7 @@ def expanded(q, w_k, w_v, c):
 
 
 def absorbed(q, w_k, w_v, c):
-    """The same; every head attends to the latents themselves."""
+    """The same result as `expanded`, with every head attending to the latents themselves."""
     q = (q * q.size(-1) ** -0.5 @ w_k).flatten(1, 2)                # (B, nh, m, d) -> (B, nh m, d)
     sums = F.softmax(q @ c.mT, dim=-1) @ c                          # (B, nh m, T) x (B, T, d)
     return sums.unflatten(1, (w_k.size(0), -1)) @ w_v.mT            # (B, nh, m, d) x (nh, d, hs)

@@ -1,16 +1,31 @@
-"""Models of a configuration, and whole training steps of them on random tokens, to be timed: forward, backward,
-clipping and the optimizer."""
+"""Times of whole training steps and of decoding: models of a configuration, against the same model
+without SVD, MLA, low-rank layers and adapters, or against another checkout's model.py."""
 
+import importlib.util
+import json
+import statistics
+import sys
 from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import ADAPTER_DEFAULTS, GPT, METHODS, SCOPES, GPTConfig
+from runtime import device as devices
+from runtime.config import UserError
 from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
 from runtime.optimizer import new_optimizer
-from tools.timing import quartiles, time_it
+from tools.timing import (generation, interleave, paired_benchmark, print_line, quartiles,
+                          time_it)
 from train import new_state, train_step
 
+DENSE = dict(use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)   # beside use_svd=False: baseline
+SIZES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')
+
+
+# --------------------------------------------------------------------------------------------------
+# models and steps of a configuration
 
 def model_config(cfg, **changes):
     """The GPTConfig of a configuration, with these changes."""
@@ -18,37 +33,194 @@ def model_config(cfg, **changes):
 
 
 def new_model(cfg, device, **changes):
-    """The model of a configuration, with these changes, its weights drawn from cfg.seed."""
+    """The model of a configuration, with these changes and weights drawn from cfg.seed."""
     torch.manual_seed(cfg.seed)
     return GPT(model_config(cfg, **changes)).to(device)
-
-
-def step_of(cfg, device, warm=True, **changes):
-    """-> a function that runs one training step of a new model, on random tokens. changes: of the configuration. warm:
-    whether 'randomized' starts from the step before."""
-    model = new_model(cfg, device, **changes)
-    state = new_state(replace(cfg, compile=False, **changes), model, device)
-    if not warm:
-        state.optimizer = new_optimizer(cfg, model, device)
-    batches = [random_tokens(cfg, device)]
-    return lambda: train_step(state, batches)
 
 
 def random_tokens(cfg, device):
     """x, y (B, T)."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    return [torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator).to(device)
-            for _ in range(2)]
+    shape = cfg.batch_size, cfg.block_size
+    return [torch.randint(cfg.vocab_size, shape, generator=generator).to(device) for _ in range(2)]
+
+
+def step_of(cfg, device, warm=True, peer=None, **changes):
+    """-> a function that runs one training step of a new model on random tokens.
+
+    changes: of the configuration. warm: whether 'randomized' starts from the step before. peer: a
+    model to train instead, with nanoGPT's configure_optimizers.
+    """
+    model = new_model(cfg, device, **changes)
+    state = new_state(replace(cfg, compile=False, **changes), model, device)
+    if not warm:
+        state.optimizer = new_optimizer(cfg, model, device)
+    if peer is not None:
+        state.model = state.replica = peer
+        state.optimizer = peer.configure_optimizers(
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), torch.device(device).type)
+    return partial(train_step, state, [random_tokens(cfg, device)])
+
+
+def peer_model(cfg, device):
+    """The GPT in PEER/model.py, which has nanoGPT's constructor."""
+    spec = importlib.util.spec_from_file_location('peer_model', Path(cfg.peer) / 'model.py')
+    peer = importlib.util.module_from_spec(spec)
+    sys.modules['peer_model'] = peer                                # dataclasses look it up
+    spec.loader.exec_module(peer)
+    keys = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    return peer.GPT(peer.GPTConfig(**{key: getattr(cfg, key) for key in keys})).to(device)
 
 
 def run_seconds(cfg, data, device):
-    """Seconds that a run of train.py will take, from five of its steps. A batch of an evaluation counts a third of a
-    step: it has no backward pass."""
+    """Seconds that a run of train.py will take, from five of its steps. A batch of an evaluation
+    counts as a third of a step: it has no backward pass."""
     step = step_of(cfg, device)
     step()
     _, seconds, _ = quartiles([time_it(step, device) for _ in range(5)])
-    looks = cfg.max_iters // cfg.eval_interval + 1
-    windows = looks * 2 * cfg.eval_iters * cfg.batch_size + len(data.tokens('val')) / cfg.block_size
-    if cfg.is_noncausal:                                         # whole, and again up to a random place: half
-        windows += 1.5 * (looks * GAP_POSITIONS + FINAL_GAP_POSITIONS)
-    return seconds * (cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3)
+    evaluations = cfg.max_iters // cfg.eval_interval + 1
+    windows = evaluations * 2 * cfg.eval_iters * cfg.batch_size
+    windows += len(data.tokens('val')) / cfg.block_size
+    if cfg.is_noncausal:            # whole windows, and again up to a random place: half of them
+        windows += 1.5 * (evaluations * GAP_POSITIONS + FINAL_GAP_POSITIONS)
+    steps = cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3
+    return seconds * steps
+
+
+# --------------------------------------------------------------------------------------------------
+# what is compared
+
+def variants(cfg):
+    """Name -> changes of the configuration: '' the baseline, and what cfg has beyond it except for
+    the SVD, one thing after another, such as 'MLA' and 'MLA, low-rank'."""
+    adapted = cfg.adaptive_svd or cfg.lora_rank is not None
+    found, names, changes = {'': DENSE}, [], DENSE
+    for name, present, keys in (
+            ('MLA', cfg.use_mla, ['use_mla']), ('low-rank', cfg.layer_ranks, ['layer_ranks']),
+            ('adaptive SVD' if cfg.adaptive_svd else 'LoRA', adapted, ADAPTER_DEFAULTS)):
+        changes = {key: value for key, value in changes.items() if key not in keys}
+        if present:
+            names.append(name)
+            found[', '.join(names)] = changes
+    return found
+
+
+def truncating_scopes(cfg):
+    """The scopes in which cfg.svd_rank changes anything; prints which it does not."""
+    if cfg.svd_rank is None:
+        return []
+    off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
+    for scope in filter(off.get, SCOPES):
+        print(f'{scope!r} is left out: SVD on V {off[scope]}')
+    return [scope for scope in SCOPES if not off[scope]]
+
+
+def header(cfg, device):
+    """All that shapes the times: sizes, model options that are not at their defaults, machine."""
+    c, dtype = model_config(cfg), devices.pick_dtype(cfg.dtype, device)
+    options = ''.join(f'{f.name}={getattr(c, f.name)!r}, ' for f in fields(c)
+                      if getattr(c, f.name) != f.default and f.name not in SIZES)
+    on_cpu = torch.device(device).type == 'cpu'
+    machine = torch.backends.cpu.get_cpu_capability() if on_cpu else (
+        devices.environment(device, dtype)['device_name'])
+    return (f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, '
+            f'context {c.block_size}, batch {cfg.batch_size}, {options}'
+            f'{cfg.optimizer}, {dtype}, {device} ({machine}), {torch.get_num_threads()} threads, '
+            f'torch {torch.__version__}')
+
+
+# --------------------------------------------------------------------------------------------------
+# training steps
+
+def steps(cfg, device):
+    """Print step times and ratios, then the same as one line of JSON."""
+    (_, *others), results = variants(cfg).items(), {}
+    changes = {name: dict(use_svd=False, **kind) for name, kind in others}
+    own = [name for name, _ in others[-1:]]                         # the SVD with all else of cfg
+    for scope in truncating_scopes(cfg):
+        for method in METHODS:
+            changes[', '.join([method, scope, *own])] = dict(use_svd=True, svd_method=method,
+                                                             svd_scope=scope)
+    if not changes and not cfg.peer:
+        raise UserError(f'svd_rank={cfg.svd_rank}: an ordinary model has nothing to be compared '
+                        f'with (nearest: --svd_rank={max(1, cfg.n_embd // cfg.n_head // 2)})')
+    words = header(cfg, device)
+    print(f'{words}; {cfg.pairs} pairs')
+
+    print_line('', ('ms', 'baseline ms', 'ratio', 'quartiles', ''))
+
+    def compare(name, a, b):
+        results[name] = row = paired_benchmark(a, b, cfg.pairs, device)
+        print_line(name, (row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']))
+
+    baseline = step_of(cfg, device, use_svd=False, **DENSE)
+    for name, change in changes.items():                            # one at a time: memory
+        compare(name, step_of(cfg, device, **change), baseline)
+    if cfg.peer:
+        cfg.optimizer = 'adamw'                                     # the peer has no other
+        baseline = step_of(cfg, device, use_svd=False, **DENSE)
+        peer = step_of(cfg, device, peer=peer_model(cfg, device), use_svd=False, **DENSE)
+        print('this repo without SVD, with AdamW, over')
+        compare('peer', baseline, peer)
+    print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__,
+                      'pairs': cfg.pairs, 'seed': cfg.seed, 'results': results}))
+
+
+# --------------------------------------------------------------------------------------------------
+# decoding
+
+@torch.no_grad()
+def decoding(cfg, device):
+    """Print tokens/s and cache bytes at several context lengths, then the same as JSON."""
+    words, models, scopes = header(cfg, device), {}, truncating_scopes(cfg)
+    for kind, changes in variants(cfg).items():
+        models[kind or 'no SVD'] = new_model(cfg, device, use_svd=False, **changes).eval()
+        for scope in scopes:
+            models[f'{kind} {scope!r}'.strip()] = new_model(cfg, device, use_svd=True,
+                                                            svd_scope=scope, **changes).eval()
+    few = max(1, cfg.tokens // 16)                                  # recomputing the prefix is slow
+    runs = {name: partial(generation, model, device=device,
+                          tokens=1 + few if model.config.is_noncausal else cfg.tokens)
+            for name, model in models.items()}                      # seconds: prefill, per token
+    runs['bare one-token forward'] = lambda prompt: (0.0, time_it(
+        lambda: models['no SVD'](prompt[:, :1]), device, cfg.tokens))
+    if cfg.peer:
+        peer = peer_model(cfg, device).eval()
+        runs['peer'] = lambda prompt: (
+            0.0, time_it(lambda: peer.generate(prompt, few, top_k=1), device) / few)
+    print(f'{words}; {cfg.tokens} tokens ({few} where nothing is cached), {cfg.pairs} rounds')
+    rows = []
+    for length in cfg.lengths():
+        print_line(f'after {length} tokens', ('tokens/s', 'of no SVD', 'quartiles', '', 'prefill s',
+                                             'cache bytes', 'prefill FLOP', 'decode FLOP'))
+        prompt = random_tokens(cfg, device)[0][:, :length]
+        with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
+            rounds = interleave({name: partial(run, prompt) for name, run in runs.items()},
+                                cfg.pairs)
+            for name, times in rounds.items():
+                low, ratio, high = quartiles([
+                    base / own for (_, own), (_, base) in zip(times, rounds['no SVD'])])
+                prefill, per_token = (statistics.median(column) for column in zip(*times))
+                row = {'tokens_per_s': cfg.batch_size / per_token, 'rate_over_no_svd': ratio,
+                       'quartiles': [low, high], 'prefill_s': prefill,
+                       **costs(models.get(name), cfg.batch_size, length, cfg.tokens)}
+                rows.append({'context': length, 'name': name, **row})
+                rate, ratio, between, *others = row.values()
+                print_line(name, (rate, ratio, *between, *others))
+    print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__,
+                      'rounds': cfg.pairs, 'seed': cfg.seed, 'batch': cfg.batch_size,
+                      'tokens': cfg.tokens, 'tokens_uncached': few, 'results': rows}))
+
+
+def costs(model, batch, length, tokens):
+    """What a model says of itself, per token, for a prompt of `length` and for the last of `tokens`
+    tokens after it; nothing if the model is None."""
+    if model is None:
+        return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))
+    before = length + tokens - 2
+    flops = model.flops_per_token(before, decode=True)
+    if model.config.is_noncausal:                                   # the prefix again, per token
+        flops = model.flops_per_token(before + 1) * (before + 1)
+    return {'cache_bytes': model.kv_cache_bytes(batch, before + 1),
+            'prefill_flops': model.flops_per_token(length), 'decode_flops': flops}
+
