@@ -109,11 +109,13 @@ def write_dataset(folder, text, tokenizer, source):
     meta |= dict(train_tokens=len(train), val_tokens=len(val))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    (folder / 'train.bin').unlink(missing_ok=True)
-    write_atomically(folder / 'val.bin', val.tobytes())
-    write_atomically(folder / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode())
-    write_atomically(folder / 'train.bin', train.tobytes())
+    with preparing(folder / 'train.bin'):
+        remove_leftovers(folder)
+        (folder / 'train.bin').unlink(missing_ok=True)
+        write_atomically(folder / 'val.bin', val.tobytes())
+        content = json.dumps(meta, indent=1, ensure_ascii=False)
+        write_atomically(folder / 'meta.json', content.encode())
+        write_atomically(folder / 'train.bin', train.tobytes())
     return meta
 
 
@@ -144,10 +146,10 @@ def read_meta(folder):
 def check_meta(meta, where, remedy=''):
     """Return the meta dict. Raises UserError, `where` first and `remedy` last, if it is damaged."""
     try:
-        chars = meta.get('chars', [])
+        size, chars = meta['vocab_size'], meta.get('chars', [])
         sizes = dict(char=len(set(chars)), gpt2=GPT2_META['vocab_size'])
-        fits = (sizes[meta['tokenizer']] == meta['vocab_size'] and list(''.join(chars)) == chars
-                and meta['dtype'] in ('uint16', 'uint32'))
+        fits = (type(size) is int and size == sizes[meta['tokenizer']]
+                and list(''.join(chars)) == chars and meta['dtype'] in ('uint16', 'uint32'))
     except (AttributeError, KeyError, TypeError):
         fits = False
     if not fits:
@@ -233,10 +235,10 @@ def is_prepared(folder):
     return all(os.path.exists(folder / f'{split}.bin') for split in ('train', 'val'))
 
 
-def preparing(folder):
-    """Context manager: a block that prepares a folder while other processes wait."""
-    return locked(lock_file(folder), lambda: print(
-        f'{folder}: waiting until another process has prepared it', flush=True))
+def preparing(path):
+    """Context manager: a block that makes a file or a folder while other processes wait."""
+    return locked(lock_file(path), lambda: print(
+        f'{path}: waiting until another process has made it', flush=True))
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):
