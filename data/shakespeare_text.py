@@ -95,7 +95,7 @@ def speeches(markdown):
     text = re.sub(' ?— ?', '--', text).replace('"', "'")           # as Tiny Shakespeare has them
     for part in HEADING.split(SPLIT_NAME.sub(r'**\1 ', text)):
         pieces = SPEAKER.split(part)                                # before them, name, speech, ...
-        for name, speech in zip(pieces[1::2], pieces[2::2]):
+        for name, speech in zip(pieces[1::2], pieces[2::2], strict=True):
             paragraphs = [DIRECTION.sub('', paragraph) for paragraph in re.split(r'\n\s*\n', speech)
                           if not re.match(r'\s*\d+\. ', paragraph)]     # a procession's order
             lines = [' '.join(line.split()) for line in '\n'.join(paragraphs).split('\n')]

