@@ -1,19 +1,21 @@
-"""Shakespeare, one token for each character: python data/shakespeare_char/prepare.py [--input FILE] [--out_dir DIR]
+"""Shakespeare, one token for each character:
 
-Writes train.bin, val.bin (the last tenth of the text) and meta.json; data/shakespeare_text.py finds the text.
+    python data/shakespeare_char/prepare.py [--input FILE] [--out_dir DIR]
+
+Writes train.bin, val.bin (the last tenth of the text) and meta.json; data/shakespeare_text.py finds
+the text.
 """
 
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.shakespeare_text import prepare
 
 
 def main(argv=None):
-    return prepare('char', FOLDER, argv)
+    return prepare('shakespeare_char', 'char', argv)
 
 
 if __name__ == '__main__':
