@@ -51,10 +51,10 @@ def test_cached_logits_are_the_uncached_ones(
 ):
     """Whatever the room that is left. 'randomized' is left out for latents, since one below the rank leaves
     it with columns that are only rounding."""
-    width, T = n_head * head_size, data.sample_offsets(st.integers(1, block_size))
-    prompt, room = data.sample_offsets(st.integers(1, T)), data.sample_offsets(st.integers(T, block_size))
-    latent = mla(data.sample_offsets(st.integers(1, width))) if latents and method != 'randomized' else {}
-    cut = svd(scope, data.sample_offsets(st.integers(1, head_size + 1)), method, svd_block=svd_block) if scope else {}
+    width, T = n_head * head_size, data.draw(st.integers(1, block_size))
+    prompt, room = data.draw(st.integers(1, T)), data.draw(st.integers(T, block_size))
+    latent = mla(data.draw(st.integers(1, width))) if latents and method != 'randomized' else {}
+    cut = svd(scope, data.draw(st.integers(1, head_size + 1)), method, svd_block=svd_block) if scope else {}
     model = make(seed, n_embd=width, n_head=n_head, bias=bias, block_size=block_size, **cut, **latent)
     idx = tokens(rows, T, seed)
     idx[:, :prompt] = idx[:1, :prompt] if one_prompt else idx[:, :prompt]
