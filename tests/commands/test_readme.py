@@ -16,7 +16,7 @@ from train import TrainConfig
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
          for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': 'TrainConfig', 'sample.py': 'SampleConfig', 'bench.py': 'BenchConfig',
-           'export.py': 'ExportConfig', 'compress.py': 'CompressConfig', 'plot_adaptive.py': 'PlotConfig',
+           'export.py': 'ExportConfig', 'compress.py': 'CompressConfig',
            'compare.py': 'CompareConfig'}
 COMMANDS = sorted({match for text in TEXTS.values() for match in re.findall(
     rf'python ((?:{"|".join(CLASSES)})(?: +(?:--[\w=.,/-]+|config/\w+\.py))*)', text)})
