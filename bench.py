@@ -20,7 +20,7 @@ tools/svd_benchmark.py explains its columns. The last line is JSON.
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from runtime import cli             # before torch: says what is not installed
 
@@ -46,8 +46,6 @@ class BenchConfig(TrainConfig):
     svd: Annotated[bool, 'cost and quality of each SVD method', SWITCH] = False
     plot: Annotated[bool | str, '--svd: a figure of error against time, as --plot=FILE.png or in '
                     'bench-svd.png', SWITCH, PATH] = False
-    steps: Annotated[bool | Literal['auto'], "--svd: time whole training steps, too; 'auto': if "
-                     'they take at most 10 minutes'] = 'auto'
     pairs: Annotated[int, 'timed pairs per comparison, or rounds', Range(2)] = 30
     peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against',
                     PATH] = None
@@ -59,7 +57,6 @@ class BenchConfig(TrainConfig):
             self.tokens = max(2, min(32, self.block_size // 2))
         for name, default, fits, why in (
                 ('plot', False, self.svd, 'only with --svd'),
-                ('steps', 'auto', self.svd, 'only with --svd'),
                 ('decode', False, not self.svd, 'not together with --svd'),
                 ('peer', None, not self.svd, 'not together with --svd')):
             if getattr(self, name) != default and not fits:

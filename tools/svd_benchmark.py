@@ -8,7 +8,6 @@ running basis, as every training step but the first does ('weight' scope has non
     fwd+bwd     the same with gradients, svd_basis_grad as configured
     peak        bytes that fwd+bwd holds at once, including its result and gradient, excluding V and
                 its upstream gradient
-    step        a whole training step over one without SVD, interleaved pairs
     residual    Frobenius norm of what is cut off, over that of the best approximation (Eckart and
                 Young 1936), per matrix; in 'causal' scope of the prefixes that the bases come from
     cosine      of the gradient to that of 'standard' in float64, per matrix: 'full' with the basis
@@ -40,13 +39,11 @@ from runtime import device as devices
 from runtime import plots
 from runtime.config import UserError
 from runtime.data import Dataset, locate
-from tools.step_benchmark import header, step_of, truncating_scopes
-from tools.timing import (paired_benchmark, peak_bytes, print_line, quartiles, time_interleaved,
-                          time_it)
+from tools.step_benchmark import header, truncating_scopes
+from tools.timing import peak_bytes, print_line, quartiles, time_interleaved
 
 METHODS = ('standard', 'gram', 'randomized cold', 'randomized warm')
 WARM_STEPS = 8                      # draws of other V that make a running basis if none was saved
-STEPS_SECONDS = 600                 # --steps=auto leaves out whole steps that take longer in all
 ROUNDING = 1e-6                     # in float32: of a residual, as a part of its matrix
 SPECTRA = {'Gaussian': lambda i, rank: torch.ones_like(i), '1/i': lambda i, rank: 1 / i,
            '1/i^2': lambda i, rank: 1 / i ** 2, '0.9^i': lambda i, rank: 0.9 ** i,
@@ -75,8 +72,6 @@ def run(cfg, device):
              if (scope, method) != ('weight', 'randomized warm')]
     print(f'timing a layer, {len(cases)} cases, on {timed_on.name}', flush=True)
     costs, quality = timings(cfg, device, cases, timed_on), []
-    for row, step in zip(costs, whole_steps(cfg, device, cases)):
-        row['step'] = step
     print_costs(costs)
     torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
     for source in (*trained, *synthetic):
@@ -288,24 +283,6 @@ def timings(cfg, device, cases, source):
     return list(rows.values())
 
 
-def whole_steps(cfg, device, cases):
-    """-> per case what `paired_benchmark` says of a training step against one without SVD; None
-    if --steps leaves them out."""
-    if not cfg.steps:
-        return [None] * len(cases)
-    baseline = step_of(cfg, device, use_svd=False)
-    seconds = time_it(baseline, device) * 2 * len(cases) * cfg.pairs
-    if cfg.steps == 'auto' and seconds > STEPS_SECONDS:
-        print(f'whole training steps are left out: they would take about {seconds / 60:.0f} '
-              'minutes (--steps=True times them)')
-        return [None] * len(cases)
-    print(f'timing whole training steps, {cfg.n_layer} layers', flush=True)
-    return [paired_benchmark(step_of(cfg, device, warm=case.method == 'randomized warm',
-                                     use_svd=True, svd_method=case.method.split()[0],
-                                     svd_scope=case.scope), baseline, cfg.pairs, device)
-            for case in cases]
-
-
 # --------------------------------------------------------------------------------------------------
 # quality, in float32 against float64 on the CPU, because some devices have no float64
 
@@ -367,12 +344,10 @@ def cosine(a, b):
 # output
 
 def print_costs(rows):
-    print('cost per layer, medians: time over that of gram in the same round, step over no SVD')
-    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes', 'step ms',
-                    'over no SVD'))
+    print('cost per layer, medians: time over that of gram in the same round')
+    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes'))
     for row in rows:
-        step = row.get('step') or {}
-        print_line(label(row), (*map(row.get, COST_KEYS), step.get('a_ms'), step.get('ratio')))
+        print_line(label(row), map(row.get, COST_KEYS))
     print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the '
           'exact one,\nwith the basis differentiated (full) and without (constant); mean and worst')
 

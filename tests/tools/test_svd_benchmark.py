@@ -43,7 +43,7 @@ def test_every_method_and_scope_is_measured(call, trained):
     best; the exact methods are as good."""
     trained('--use_svd=True', '--svd_rank=3', '--svd_block=4', '--n_layer=2', '--dropout=0.1',
             '--svd_method=randomized', '--svd_scope=causal')
-    lines, found = measured(call, '--steps=False', '--batch_size=3', '--plot=figure.png')
+    lines, found = measured(call, '--batch_size=3', '--plot=figure.png')
     for words in ('out/ckpt.pt, 4 steps', '3 validation windows of toy;', 'its own svd_basis'):
         assert words in found['trained']
     assert found['timed_on'] == 'trained, layer 1' and lines[-1] == 'figure: figure.png'
@@ -119,7 +119,7 @@ def test_the_peak_counts_what_is_held_at_once():
     ('--block_size=3', 'svd_rank=3: |1 to 2'),
     ('--svd=False --plot', 'plot=True: |--svd'), ('--plot', 'pip install matplotlib'),
     ('--plot=figure.pdf', "nearest: 'figure.png'"), ('--plot=nowhere/figure.png', 'nowhere'),
-    ('--steps=True --svd=False', 'steps=True: |--svd'), ('--decode', 'decode=True: |--svd'),
+    ('--decode', 'decode=True: |--svd'),
     ('--pairs=1', 'nearest: 2')])
 def test_wrong_input_is_one_line(here, refused, monkeypatch, options, words):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
