@@ -228,18 +228,19 @@ def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, wor
 
 
 def test_what_changes_nothing_in_a_folder_is_read(good):
-    config, state = json.loads((good / 'config.json').read_text()), load_file(good / 'model.safetensors')
+    config = json.loads((good / 'config.json').read_text())
+    state = {name: w.clone() for name, w in load_file(good / 'model.safetensors').items()}
     (good / 'config.json').write_text(json.dumps(config | dict(
         n_inner=32, reorder_and_upcast_attn=True, attn_pdrop=.5, activation_function='gelu_pytorch_tanh',
         summary_type='mean')))
     assert GPT.from_pretrained('good').config == make(gelu='tanh').config
-    # a head that is equal, names without a prefix, and the buffers of OpenAI's files
-    state = {name.removeprefix('transformer.'): w for name, w in state.items()} | {
-        'lm_head.weight': state[W].clone(), 'h.0.attn.bias': torch.ones(1, 1, 16, 16),
-        'h.0.attn.masked_bias': -torch.ones(1)}
-    (good / 'config.json').write_text(json.dumps(config | dict(tie_word_embeddings=False)))
-    (good / 'model.safetensors').write_bytes(save(state))
-    assert equal(GPT.from_pretrained('good').state_dict(), make().state_dict())
+    # a head that is equal; names without a prefix and the buffers of OpenAI's files
+    openai = {name.removeprefix('transformer.'): w for name, w in state.items()} | {
+        'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.0.attn.masked_bias': -torch.ones(1)}
+    for tied, weights in ((False, state | {'lm_head.weight': state[W].clone()}), (True, openai)):
+        (good / 'config.json').write_text(json.dumps(config | dict(tie_word_embeddings=tied)))
+        (good / 'model.safetensors').write_bytes(save(weights))
+        assert equal(GPT.from_pretrained('good').state_dict(), make().state_dict())
 
 
 W = 'transformer.wte.weight'
