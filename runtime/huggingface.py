@@ -28,9 +28,8 @@ WEIGHTS = 'model.safetensors'
 OWN, ADAPTER = 'lowrank-gpt', 'lowrank-gpt-adapter'                 # model_type of the repo's own
 # nanoGPT's names of the sizes and Hugging Face's, and the weights that its Conv1D has transposed
 FIELDS = dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', vocab_size='vocab_size',
-              block_size='n_positions', dropout='resid_pdrop')
+              block_size='n_positions')
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-MASKS = ('.attn.bias', '.attn.masked_bias')                         # buffers in older files
 # field of a GPT2Config -> the values that this GPT can represent; the last two gelus are the same
 SUPPORTED = dict(model_type=['gpt2'], layer_norm_epsilon=[1e-5], scale_attn_weights=[True],
                  scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False],
@@ -104,8 +103,6 @@ def read(name):
             state['lm_head.weight'] = state['transformer.wte.weight']
         else:
             args, state = _read_gpt2(name if config else f'openai-community/{name}')
-        if not config:
-            args['dropout'] = 0.0                                   # nanoGPT's, not the file's 0.1
         return dict(model_args=args, model=state, path=name)
 
 
@@ -137,16 +134,18 @@ def _read_gpt2(source):
         source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True)
     for kind, found in report.items():
-        wrong = sorted(name for name in found if not str(name).endswith(MASKS))
+        wrong = sorted(name for name in found                       # older files hold masks
+                       if not str(name).endswith(('.attn.bias', '.attn.masked_bias')))
         if wrong:
             raise ValueError(f'its weights have {kind.replace("_", " ")}: {wrong}')
     state = {name: w.t() if name.endswith(CONV1D) else w for name, w in model.state_dict().items()}
     if not state['lm_head.weight'].equal(state['transformer.wte.weight']):
         raise ValueError('lm_head.weight and wte.weight differ, which are one tensor here')
-    args = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()}
-    args['gelu'] = 'exact' if config.activation_function == 'gelu' else 'tanh'
     biases = [name for name in state if name.endswith('.bias')]
-    args['bias'] = getattr(config, 'bias', True) or any(state[name].any() for name in biases)
+    args = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()} | dict(
+        gelu='exact' if config.activation_function == 'gelu' else 'tanh',
+        bias=getattr(config, 'bias', True) or any(state[name].any() for name in biases),
+        dropout=config.resid_pdrop if is_folder(source) else 0.0)   # by name nanoGPT's, not 0.1
     return args, {name: w for name, w in state.items() if args['bias'] or name not in biases}
 
 
@@ -180,12 +179,12 @@ def load_adapter(model, folder, base, say=print):
             raise ValueError(f'{where}: {name} is {there.get(name, "not in it")}, must be '
                              f'{here.get(name, "left out")}')
         weights[name].copy_(tensors[name])
-    made_on = notes.get('base', base)
     if 'base_sha256' not in notes:
         say(f'{where}: does not say which weights it was made on')
     elif notes['base_sha256'] != base_sha256(model):
-        near = '' if made_on == base else f' (nearest: {shlex.quote(f"--init_from={made_on}")})'
-        raise ValueError(f'{where}: was made on other weights, of {made_on}, than {base} has{near}')
+        made_on = notes.get('base', 'another model')
+        raise ValueError(f'{where}: was made on the weights of {made_on}, and {base} has others '
+                         f'(nearest: {shlex.quote(f"--init_from={made_on}")})')
 
 
 def merge_command(run):
@@ -230,9 +229,9 @@ def _meta_of(model):
         return dict(GPT2_META)
     if 'merges' in model or any(len(token) != 1 for token in tokens):
         raise ValueError("its tokenizer is neither one of single characters nor GPT-2's BPE")
-    size = len(tokens)
-    return check_meta(dict(tokenizer='char', vocab_size=size, chars=tokens,
-                           dtype='uint16' if size <= 2 ** 16 else 'uint32'), 'tokenizer.json')
+    return check_meta(dict(tokenizer='char', vocab_size=len(tokens), chars=tokens,
+                           dtype='uint16' if len(tokens) <= 2 ** 16 else 'uint32'),
+                      'tokenizer.json')
 
 
 def check_tokenizer(cfg, set_by, saved, data, say):
@@ -277,19 +276,19 @@ def write_gpt2(folder, args, state, end=None):
     weights = {name: w.t() if name.endswith(CONV1D) else w for name, w in state.items()}
     if not args['bias']:
         weights |= {name.removesuffix('weight') + 'bias': w.new_zeros(w.shape[-1])
-                    for name, w in weights.items() if name.startswith(('transformer.h', 'transformer.ln'))}
+                    for name, w in weights.items()
+                    if name.startswith(('transformer.h', 'transformer.ln'))}
     config = _transformers().GPT2Config(
-        **{theirs: args[ours] for ours, theirs in FIELDS.items()}, embd_pdrop=args['dropout'],
-        attn_pdrop=args['dropout'], activation_function='gelu' if args['gelu'] == 'exact' else
-        'gelu_new', bias=args['bias'], bos_token_id=end, eos_token_id=end,
-        architectures=['GPT2LMHeadModel'])
+        **{theirs: args[ours] for ours, theirs in FIELDS.items()}, bias=args['bias'],
+        **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), args['dropout']),
+        activation_function='gelu' if args['gelu'] == 'exact' else 'gelu_new',
+        bos_token_id=end, eos_token_id=end, architectures=['GPT2LMHeadModel'])
     write(folder, config.to_diff_dict(), weights)
 
 
 def write_tokenizer(folder, meta, length):
-    """A data set's meta as the tokenizer of a GPT2LMHeadModel; length: of a text, in tokens, at
-    most. Raises UserError where GPT-2's BPE cannot be loaded."""
-    _transformers()                                                 # which brings tokenizers
+    """A data set's meta as the tokenizer beside what `write_gpt2` writes; length: the most tokens
+    of a text. Raises UserError if GPT-2's BPE cannot be loaded."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
     if meta['tokenizer'] == 'char':

@@ -3,9 +3,9 @@ The formats that export.py writes. Each function fills an empty folder with a ru
 
     to_gpt2(folder, model, saved, meta, lines)          and likewise the others in FORMATS
 
-model: the GPT of the run, which is used up; saved: its checkpoint; meta: of its tokenizer, or None;
-lines: for the user, appended to. They raise ValueError for what a format cannot represent, UserError
-for a missing package, and OSError.
+model: the GPT of the run, which is used up; saved: its checkpoint, with 'base', the weights that
+its adapters began with; meta: of its tokenizer, or None; lines: for the user, appended to. They
+raise ValueError for what a format cannot represent, UserError for a missing package, and OSError.
 """
 
 import pickle
@@ -61,8 +61,8 @@ def dense_projection(attn):
         return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
     b = c_attn.query.bias
     w_kv = torch.cat((c_attn.k_up.weight, w_v)) @ c_attn.kv_down.weight
-    bias = None if b is None else torch.cat((b, torch.zeros_like(b), c_attn.v_up.bias))
-    return torch.cat((c_attn.query.weight, w_kv)), bias
+    return torch.cat((c_attn.query.weight, w_kv)), None if b is None else torch.cat(
+        (b, torch.zeros_like(b), c_attn.v_up.bias))
 
 
 def changes(c, to):
@@ -112,7 +112,8 @@ def to_safetensors(folder, model, saved, meta, lines):
 
 def to_lora(folder, model, saved, meta, lines):
     """For --lora_adapter here: the adapters alone, as plain LoRA."""
-    c, base, original = model.config, saved['base'], None
+    c, original = model.config, None
+    base = None if saved['base'] == 'resume' else saved['base']
     if c.lora_rank is None:
         raise ValueError('has no LoRA (nearest: --to=safetensors)')
     if c.lora_init != 'lora':
@@ -120,11 +121,12 @@ def to_lora(folder, model, saved, meta, lines):
             raise ValueError(f'lora_init={c.lora_init!r}: needs the weights it began with, which a '
                              'resumed run does not name (nearest: --base=FOLDER)')
         original = GPT.from_pretrained(base)
-        lines.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of {base}')
+        lines.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of '
+                     f'{base}')
     options, tensors = standard_lora(model, original)
-    notes = dict(base_sha256=huggingface.base_sha256(original or model))
-    config = dict(model_type=huggingface.ADAPTER, adapter=options)
-    huggingface.write(folder, config, tensors, **notes | (dict(base=base) if base else {}))
+    notes = dict(base=base) if base else {}
+    huggingface.write(folder, dict(model_type=huggingface.ADAPTER, adapter=options), tensors,
+                      base_sha256=huggingface.base_sha256(original or model), **notes)
 
 
 def to_dense(folder, model, saved, meta, lines):
@@ -133,9 +135,9 @@ def to_dense(folder, model, saved, meta, lines):
     args = asdict(model.config)
     kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis')
             if key in saved}
-    made = dict(model=model.state_dict(), optimizer=new_adamw(model, saved), model_args=args,
-                config=saved.get('config', {}) | args)
-    ckpt.save(kept | made, folder / 'ckpt.pt')
+    ckpt.save(kept | dict(
+        model=model.state_dict(), optimizer=new_adamw(model, saved), model_args=args,
+        config=saved.get('config', {}) | args), folder / 'ckpt.pt')
     lines.append('left out: the optimizer state')
 
 
@@ -153,10 +155,11 @@ def to_nanogpt(folder, model, saved, meta, lines):
     args, old = {key: getattr(c, key) for key in NANOGPT_SHAPE}, saved.get('config', {})
     dataset = Path(str(old.get('dataset', ''))).name.removesuffix('.txt') or 'DATASET'
     config = {key: value for key, value in (old | args).items() if key in NANOGPT_CONFIG}
-    made = dict(model=weights, optimizer=optimizer, model_args=args, iter_num=saved['iter_num'],
-                best_val_loss=float(saved.get('best_val_loss', 1e9)),
-                config=config | dict(dataset=dataset))
-    ckpt.save(made | (dict(tokenizer=meta) if meta else {}), folder / 'ckpt.pt')    # for this repo
+    kept = dict(tokenizer=meta) if meta else {}                     # nanoGPT does not look at it
+    ckpt.save(kept | dict(
+        model=weights, optimizer=optimizer, model_args=args, iter_num=saved['iter_num'],
+        best_val_loss=float(saved.get('best_val_loss', 1e9)),
+        config=config | dict(dataset=dataset)), folder / 'ckpt.pt')
     if meta and meta['tokenizer'] == 'char':
         ids = {char: i for i, char in enumerate(meta['chars'])}
         content = dict(vocab_size=len(ids), itos=dict(enumerate(ids)), stoi=ids)

@@ -439,6 +439,6 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing(trained, call, monkeypatch, to, fl
     trained()
     before = folder_bytes('.')
     monkeypatch.setattr(os, 'fsync', mock.Mock(side_effect=[None] * flushes + [error]))
-    result = call(export.main, f'--to={to}', '--save_dir=a/b/c')
+    result = call(export.main, f'--to={to}', '--save_dir=new')
     assert (result.code, result.out, len(result.err.splitlines())) == (code, '', 1)
     assert folder_bytes('.') == before and {p.name for p in Path().iterdir()} == {'data', 'out'}
