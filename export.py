@@ -67,8 +67,8 @@ def export(cfg):
         meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
         if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
             meta = None
-            lines.append('left out: the tokenizer, which is not in the checkpoint; put the meta.pkl '
-                         'of its data set into data/DATASET')
+            lines.append('left out: the tokenizer, which is not in the checkpoint; put the '
+                         'meta.pkl of its data set into data/DATASET')
         saved['base'] = cfg.base or saved.get('config', {}).get('init_from')
         with new_folder(save_dir) as folder:
             fill(folder, model, saved, meta, lines)

@@ -104,8 +104,8 @@ def to_gpt2(folder, model, saved, meta, lines):
 
 def to_safetensors(folder, model, saved, meta, lines):
     """For --init_from here: any model as it is."""
-    config = dict(model_type=huggingface.OWN, model_args=asdict(model.config), tokenizer=meta)
-    huggingface.write(folder, config, model.state_dict())
+    huggingface.write(folder, dict(model_type=huggingface.OWN, model_args=asdict(model.config),
+                                   tokenizer=meta), model.state_dict())
     lines.append('left out: the optimizer state' + (
         '' if model.svd_basis is None else ", and the basis from which 'randomized' starts"))
 
