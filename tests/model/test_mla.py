@@ -165,7 +165,8 @@ def test_multiplied_out_it_is_a_plain_model(options):
         model, idx = make(dtype=dtype, **options), tokens()
         expected = model(idx, idx)[0]
         plain = plain_model(model).eval()
-        assert not plain.config.use_mla and not plain.config.use_svd and not plain.config.layer_ranks
+        c = plain.config
+        assert not (c.use_mla or c.use_svd or c.layer_ranks)
         assert (plain(idx, idx)[0] - expected).abs().max() <= 1e4 * torch.finfo(
             dtype
         ).eps * expected.abs().max()

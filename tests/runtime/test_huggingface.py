@@ -37,8 +37,8 @@ def hub(tmp_path, monkeypatch, hf):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    monkeypatch.setattr(hf.utils.hub, '_is_offline_mode', True, raising=False)              # of transformers 4
-    monkeypatch.setattr(hf.utils.hub, 'TRANSFORMERS_CACHE', str(tmp_path / 'hub'), raising=False)
+    for name, value in (('_is_offline_mode', True), ('TRANSFORMERS_CACHE', str(tmp_path / 'hub'))):
+        monkeypatch.setattr(hf.utils.hub, name, value, raising=False)           # transformers 4
     return tmp_path / 'hub' / 'models--openai-community--gpt2'
 
 
@@ -145,7 +145,8 @@ def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good):
     for overrides, dropout in (({}, 0), (dict(dropout=.1), .1)):    # as in nanoGPT
         read = GPT.from_pretrained('gpt2', overrides)
         assert read.config == GPTConfig(**SMALL, gelu='tanh', dropout=dropout)
-        assert equal(read.state_dict(), model.state_dict()) and huggingface.read_tokenizer('gpt2') == GPT2_META
+        assert equal(read.state_dict(), model.state_dict())
+    assert huggingface.read_tokenizer('gpt2') == GPT2_META
     good.rename('gpt2')
     assert GPT.from_pretrained('gpt2').config == GPTConfig(**SMALL)
     assert huggingface.read_tokenizer('gpt2') == char_meta(CHARS)
@@ -204,10 +205,11 @@ def test_weights_cut_off_anywhere_or_with_a_flipped_bit_in_the_header_are_refuse
 
 
 DAMAGED = [b'', b'null', b'hello', b'{"n_layer": 2', b'\xff\xfe{}']
-CHANGED = dict(n_layer=[1, 3, '2', None], n_head=[3, 0], n_embd=[12, None], vocab_size=[12], n_positions=[8],
-               n_inner=[31], layer_norm_epsilon=[1e-6], scale_attn_weights=[False],
-               scale_attn_by_inverse_layer_idx=[True], add_cross_attention=[True], model_type=['llama', None],
-               tie_word_embeddings=[False], activation_function=['relu', None], resid_pdrop=[1, -.1, '0.1'])
+CHANGED = dict(n_layer=[1, 3, '2', None], n_head=[3, 0], n_embd=[12, None], vocab_size=[12],
+               n_positions=[8], n_inner=[31], layer_norm_epsilon=[1e-6], scale_attn_weights=[False],
+               scale_attn_by_inverse_layer_idx=[True], add_cross_attention=[True],
+               model_type=['llama', None], tie_word_embeddings=[False],
+               activation_function=['relu', None], resid_pdrop=[1, -.1, '0.1'])
 NAMED = ('n_inner', 'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx',
          'add_cross_attention', 'activation_function')
 
@@ -217,8 +219,8 @@ NAMED = ('n_inner', 'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_i
     *(('config.json', [{key: value} for value in values], key if key in NAMED else '')
       for key, values in CHANGED.items()),
     ('tokenizer.json', [dict(model=model) for model in (
-        None, dict(vocab=[['a', 0.1]]), dict(vocab={}), dict(vocab={'ab': 0}), dict(vocab={'a': 0}, merges=[]))],
-     '')])
+        None, dict(vocab=[['a', 0.1]]), dict(vocab={}), dict(vocab={'ab': 0}),
+        dict(vocab={'a': 0}, merges=[]))], '')])
 def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, words):
     before = json.loads((good / name).read_text())
     for change in changes:
@@ -251,7 +253,8 @@ SPOILS = {
     'lacks a layer': (lambda s: [s.pop(k) for k in list(s) if '.h.1.' in k], 'h.1.attn'),
     'strange name': (lambda s: s.update(h=s[W] + 1), "['h']"),
     'short': (lambda s: s.update({W: s[W][:9].clone()}), 'wte.weight'),
-    'not transposed': (lambda s: s.update({C_ATTN: s[C_ATTN].t().contiguous()}), 'h.1.attn.c_attn.weight'),
+    'not transposed': (lambda s: s.update({C_ATTN: s[C_ATTN].t().contiguous()}),
+                       'h.1.attn.c_attn.weight'),
     'scalar': (lambda s: s.update({W: torch.tensor(1.)}), 'wte.weight')}
 
 
@@ -264,7 +267,8 @@ def test_weights_that_do_not_fit_are_refused(good, bad, spoil, words):
 
 
 def test_missing_and_foreign_files_are_refused(hf, good, bad):
-    config = hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, tie_word_embeddings=False)
+    config = hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16,
+                           tie_word_embeddings=False)
     hf.GPT2LMHeadModel(config).save_pretrained('good')
     bad('lm_head.weight')
     weights = good / 'model.safetensors'
