@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import export
 import train
 from helpers import MLA_RANKS, RANKS, TINY, error, make, mla, svd, tokens
 from lowrank.layers import LowRankLinear, SplitProjection
 from model import GPT, GPTConfig, QKVProjection
+from tools.export_formats import plain_model
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -102,7 +102,7 @@ def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options
         make(layer_ranks=ranks, **options | dict(use_svd=False)),
     )
     dense = GPT(replace(model.config, layer_ranks=None, use_mla=False)).double()
-    dense.load_state_dict(export.plain_state_dict(whole))
+    dense.load_state_dict(plain_model(whole).state_dict())
     torch.testing.assert_close(model(idx, idx)[0], dense(idx, idx)[0], rtol=0, atol=1e-9)
     if options['svd_scope'] == 'causal':
         assert all(error(model, idx, prompt) <= 1e-9 for prompt in (1, 5, 16))

@@ -1,8 +1,6 @@
 """Multi-head latent attention: parameters, training, runs, export and config files. Its logits are in
 test_model.py, its cache in test_decode.py."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from helpers import MLA_RANKS, RANKS, SMALL, checkpoint, make, mla, optimizer_of
 from lowrank.svd import METHODS
 from model import GPT, SCOPES, GPTConfig
 from runtime import checkpoint as ckpt
+from tools.export_formats import plain_model
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 RUN = ['--use_mla=True', '--mla_latent_dim=5', '--bias=True']
@@ -164,11 +163,10 @@ def test_multiplied_out_it_is_a_plain_model(options):
     """Latents, layers of two factors and the SVD of 'weight' scope become dense weights."""
     for dtype in (torch.float64, torch.float32):
         model, idx = make(dtype=dtype, **options), tokens()
-        plain = GPT(
-            GPTConfig(**asdict(model.config) | dict(use_mla=False, use_svd=False, layer_ranks=None))
-        ).to(dtype)
-        plain.load_state_dict(export.plain_state_dict(model))
         expected = model(idx, idx)[0]
+        plain = plain_model(model).eval()
+        c = plain.config
+        assert not (c.use_mla or c.use_svd or c.layer_ranks)
         assert (plain(idx, idx)[0] - expected).abs().max() <= 1e4 * torch.finfo(
             dtype
         ).eps * expected.abs().max()

@@ -1,0 +1,172 @@
+"""
+The formats that export.py writes. Each function fills an empty folder with a run:
+
+    to_gpt2(folder, model, saved, meta, lines)          and likewise the others in FORMATS
+
+model: the GPT of the run, which is used up; saved: its checkpoint, with 'base', the weights that
+its adapters began with; meta: of its tokenizer, or None; lines: for the user, appended to. They
+raise ValueError for what a format cannot represent, UserError for a missing package, and OSError.
+"""
+
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from lowrank.adapters import standard_lora
+from lowrank.layers import linear_from_tensors
+from model import GPT, LatentProjection
+from runtime import checkpoint as ckpt
+from runtime import huggingface
+from runtime.config import UserError
+from runtime.files import write_atomically
+from tools.model_compression import dense_layers, without_adapters
+
+NANOGPT_SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+NANOGPT_CONFIG = (
+    'out_dir', 'eval_interval', 'log_interval', 'eval_iters', 'eval_only', 'always_save_checkpoint',
+    'init_from', 'wandb_log', 'wandb_project', 'wandb_run_name', 'dataset',
+    'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd',
+    'dropout', 'bias', 'learning_rate', 'max_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
+    'decay_lr', 'warmup_iters', 'lr_decay_iters', 'min_lr', 'backend', 'device', 'dtype', 'compile')
+
+
+# ------------------------------------------------------------------------------------------------
+# models and optimizers
+
+@torch.no_grad()
+def plain_model(model):
+    """nanoGPT's model that does what a model does, which is used up: the SVD of 'weight' scope,
+    latents, low-rank layers and adapters become part of the weights. Raises ValueError for scopes
+    that truncate V itself, which no weights do."""
+    c = model.config
+    if c.svd_truncates and c.svd_scope != 'weight':
+        raise ValueError(f"svd_scope={c.svd_scope!r}: truncates V itself to rank {c.svd_rank}, "
+                         "which no weights do (nearest: 'weight' when it is trained, or "
+                         '--to=safetensors)')
+    dense_layers(model, c.layer_ranks or ())
+    model = without_adapters(model)                                 # c_attn is one layer again
+    for block in model.transformer.h:
+        block.attn.c_attn = linear_from_tensors(*dense_projection(block.attn), model.lm_head.weight)
+    plain = GPT(replace(model.config, use_svd=False, use_mla=False)).to(model.lm_head.weight)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def dense_projection(attn):
+    """Weight (3C, C) and bias (3C), or None, of nanoGPT's c_attn that does what this one does."""
+    c_attn, w_v = attn.c_attn, attn.value_weight().flatten(0, 1)
+    if not isinstance(c_attn, LatentProjection):
+        return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
+    b = c_attn.query.bias
+    w_kv = torch.cat((c_attn.k_up.weight, w_v)) @ c_attn.kv_down.weight
+    return torch.cat((c_attn.query.weight, w_kv)), None if b is None else torch.cat(
+        (b, torch.zeros_like(b), c_attn.v_up.bias))
+
+
+def changes(c, to):
+    """What becomes part of the weights of a model with configuration c -> lines for the user."""
+    plain, adapted = to in ('gpt2', 'nanogpt'), len(c.adaptive_layers + c.lora_layers)
+    return [line for applies, line in (
+        (plain and c.svd_truncates, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of '
+                                    f'{c.n_embd // c.n_head}'),
+        (plain and c.use_mla, f'multiplied out: latents of {c.latent_dim}; keys and values are '
+                              'cached in full there'),
+        (plain and c.layer_ranks, f'multiplied out: {len(c.layer_ranks or ())} layers of two '
+                                  'factors; the weights are as many as before compression'),
+        (adapted and (plain or to == 'dense'), 'merged into the weights: adaptive SVD or LoRA of '
+                                               f'{adapted} layers')) if applies]
+
+
+def new_adamw(model, saved):
+    """The state dict of the run's AdamW before the first step of a model."""
+    c = dict(weight_decay=1e-1, learning_rate=6e-4, beta1=0.9, beta2=0.95) | saved.get('config', {})
+    return model.configure_optimizers(c['weight_decay'], c['learning_rate'],
+                                      (c['beta1'], c['beta2']), 'cpu').state_dict()
+
+
+# ------------------------------------------------------------------------------------------------
+# formats
+
+def to_gpt2(folder, model, saved, meta, lines):
+    """For transformers."""
+    plain, bpe = plain_model(model), meta and meta['tokenizer'] == 'gpt2'
+    huggingface.write_gpt2(folder, asdict(plain.config), plain.state_dict(),
+                           end=meta['vocab_size'] - 1 if bpe else None)
+    lines.append('left out: the optimizer state')
+    try:
+        if meta:
+            huggingface.write_tokenizer(folder, meta, plain.config.block_size)
+    except UserError as e:                                          # no tiktoken, or no network
+        lines.append(f'left out: the tokenizer, which is that of gpt2 on the hub ({e})')
+
+
+def to_safetensors(folder, model, saved, meta, lines):
+    """For --init_from here: any model as it is."""
+    huggingface.write(folder, dict(model_type=huggingface.OWN, model_args=asdict(model.config),
+                                   tokenizer=meta), model.state_dict())
+    lines.append('left out: the optimizer state' + (
+        '' if model.svd_basis is None else ", and the basis from which 'randomized' starts"))
+
+
+def to_lora(folder, model, saved, meta, lines):
+    """For --lora_adapter here: the adapters alone, as plain LoRA."""
+    c, original = model.config, None
+    base = None if saved['base'] == 'resume' else saved['base']
+    if c.lora_rank is None:
+        raise ValueError('has no LoRA (nearest: --to=safetensors)')
+    if c.lora_init != 'lora':
+        if base is None:
+            raise ValueError(f'lora_init={c.lora_init!r}: needs the weights it began with, which a '
+                             'resumed run does not name (nearest: --base=FOLDER)')
+        original = GPT.from_pretrained(base)
+        lines.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of '
+                     f'{base}')
+    options, tensors = standard_lora(model, original)
+    notes = dict(base=base) if base else {}
+    huggingface.write(folder, dict(model_type=huggingface.ADAPTER, adapter=options), tensors,
+                      base_sha256=huggingface.base_sha256(original or model), **notes)
+
+
+def to_dense(folder, model, saved, meta, lines):
+    """For all commands here: a checkpoint without adapters."""
+    model = without_adapters(model)
+    args = asdict(model.config)
+    kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis')
+            if key in saved}
+    ckpt.save(kept | dict(
+        model=model.state_dict(), optimizer=new_adamw(model, saved), model_args=args,
+        config=saved.get('config', {}) | args), folder / 'ckpt.pt')
+    lines.append('left out: the optimizer state')
+
+
+def to_nanogpt(folder, model, saved, meta, lines):
+    """For nanoGPT: ckpt.pt, and the meta.pkl of a data set of characters."""
+    c = model.config
+    if c.gelu != 'exact':
+        raise ValueError(f"gelu={c.gelu!r}: nanoGPT has only 'exact' (nearest: --to=gpt2)")
+    plain, optimizer = plain_model(model), saved.get('optimizer', {})
+    weights = plain.state_dict()
+    if c.svd_truncates or weights.keys() != saved['model'].keys() or 'state' not in optimizer:
+        optimizer = new_adamw(plain, saved)
+        lines.append("left out: the optimizer state, which is Muon's or of other weights; nanoGPT "
+                     'starts its AdamW again')
+    args, old = {key: getattr(c, key) for key in NANOGPT_SHAPE}, saved.get('config', {})
+    dataset = Path(str(old.get('dataset', ''))).name.removesuffix('.txt') or 'DATASET'
+    config = {key: value for key, value in (old | args).items() if key in NANOGPT_CONFIG}
+    kept = dict(tokenizer=meta) if meta else {}                     # nanoGPT does not look at it
+    ckpt.save(kept | dict(
+        model=weights, optimizer=optimizer, model_args=args, iter_num=saved['iter_num'],
+        best_val_loss=float(saved.get('best_val_loss', 1e9)),
+        config=config | dict(dataset=dataset)), folder / 'ckpt.pt')
+    if meta and meta['tokenizer'] == 'char':
+        ids = {char: i for i, char in enumerate(meta['chars'])}
+        content = dict(vocab_size=len(ids), itos=dict(enumerate(ids)), stoi=ids)
+        write_atomically(folder / 'meta.pkl', pickle.dumps(content))
+        lines.append(f'nanoGPT looks for meta.pkl as data/{dataset}/meta.pkl: put it there')
+
+
+FORMATS = dict(gpt2=(to_gpt2, 'transformers'), nanogpt=(to_nanogpt, 'nanoGPT'),
+               safetensors=(to_safetensors, '--init_from here'),
+               dense=(to_dense, 'all scripts here'), lora=(to_lora, '--lora_adapter'))
