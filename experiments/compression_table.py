@@ -262,7 +262,7 @@ def trained(cfg, name, kind, seed, *options):
     steps = configuration.parse(train.TrainConfig, argv)[0]['max_iters']
     failures = []
     job = sweep.Job(folder.name, folder, steps, [str(ROOT / 'train.py'), *argv], None)
-    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(sweep.why(job, code))):
+    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(sweep.failure(job, code))):
         raise UserError(failures[0])
     return ckpt.load(folder / 'ckpt.pt')
 

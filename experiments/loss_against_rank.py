@@ -115,7 +115,7 @@ def runs(cfg):
 
 
 def jobs(cfg):
-    """Those of runtime/sweep.py. What was interrupted begins again: the checkpoint there may be of other `steps`."""
+    """Jobs for sweep.run_all. What was interrupted begins again: the checkpoint there may be of other `steps`."""
     for name, row, options in runs(cfg):
         folder = Path(cfg.out_dir) / name
         argv = [str(ROOT / 'config' / 'train_svd_test.py'), f'--dataset={cfg.dataset}', f'--out_dir={folder}', *options,
@@ -127,7 +127,7 @@ def jobs(cfg):
 def ended(job, code, seconds):
     """One line about a run."""
     final = sweep.result(job.folder, job.steps)
-    print(sweep.why(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}', flush=True)
+    print(sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}', flush=True)
 
 
 def train_here(arm, argv):
