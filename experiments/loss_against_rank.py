@@ -40,7 +40,7 @@ from tools import sweep
 from runtime.config import PATH, Range, UserError
 from runtime.data import locate
 from runtime.files import check_writable, write_atomically
-from tools.result_cache import read
+from runtime.tracking import read_json_lines
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'loss_against_rank.png'
@@ -237,7 +237,7 @@ def experiment(cfg):
             return 1
         rows = collect(cfg)
     else:
-        rows = read(RECORD)
+        rows = read_json_lines(RECORD)
     print(table(rows))
     plot(rows)
     print(f'figure: {FIGURE}')

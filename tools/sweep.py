@@ -5,7 +5,6 @@ resumed, and no run outlives the process that started it by more than a step and
 folder of a sweep holds sweep.json (what is compared), timing.json (step times), and runs/.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -14,9 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, namedtuple
-from dataclasses import fields
-from datetime import timedelta
+from collections import namedtuple
 from itertools import count, product
 from pathlib import Path
 
@@ -35,8 +32,6 @@ from train import TrainConfig, build_model
 
 POLL = 0.05                         # seconds between looks at the processes
 PAIRS = 20                          # of steps, per variant
-LOSSES = ('val/loss', 'val/prefix_loss')
-SWEEP_KEYS = ('lists', 'seeds', 'arms')                 # of sweep.json; arms: the variants
 
 # A combination of options, trained once per seed. options: those that tell it from the others; cfg: of
 # the first seed; argv: of train.py, without seed and folder; data and costs: of `dry_build`
@@ -64,14 +59,14 @@ def expand_grid(cls, values, lists, set_by, argv):
     for key, group in same.items():
         first, cfg = group[0]
         # an option without effect is named where all agree on it; if that leaves none, all are named
-        effective = effective_config(cfg)
+        effective = json.loads(key)
         shown = {name: value for name, value in first.items() if name in effective
                  or all(options[name] == value for options, _ in group)} or first
         name = label(shown)[:140] or 'run'
-        if name in variants:
-            name += '-' + hashlib.sha256(key.encode()).hexdigest()[:8]
-        lists_argv = [f'--{option}={value!r}' for option, value in first.items()]
-        variants[name] = Variant(name, shown, cfg, argv + lists_argv)
+        if name in variants:                            # alike in letters of a file's name
+            name += f'-{len(variants)}'
+        variants[name] = Variant(name, shown, cfg, [*argv, *(
+            f'--{option}={value!r}' for option, value in first.items())])
         for options, _ in group[1:]:
             print(f'{label(options)} is the same run as {label(first)}')
     return list(variants.values())
@@ -91,7 +86,7 @@ def run_name(variant, seed):
 def effective_config(cfg):
     """The options that a run's result depends on -> value. Left out: those without effect beside the
     others."""
-    known = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
+    known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
     is_new = cfg.init_from == 'scratch'
     idle = {'out_dir', 'seed', 'backend'} | {key for key in known if key.startswith('wandb_')}
     # other weights may have an SVD or MLA that cfg does not know of
@@ -180,11 +175,11 @@ def read_json(path, keys=()):
 
 def load(folder):
     """What `describe` made, from sweep.json. Raises UserError."""
-    record = read_json(folder / 'sweep.json', SWEEP_KEYS)
-    if not record:
+    path = folder / 'sweep.json'
+    if not path.exists():
         raise UserError(f'sweep={str(folder)!r}: holds no sweep (nearest: python compare.py '
                         'config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3)')
-    return record
+    return read_json(path, ('lists', 'seeds', 'arms'))
 
 
 def check_same_sweep(folder, record):
@@ -193,8 +188,8 @@ def check_same_sweep(folder, record):
         return {f'seed {seed}': 'a run' for seed in sweep['seeds']} | {
             f'{name}: {key}': value for name, arm in sweep['arms'].items()
             for key, value in {**arm['config'], 'text': arm.get('text')}.items()}
-    there = read_json(folder / 'sweep.json', SWEEP_KEYS)
-    old, new = flat(there or record), flat(record)
+    old = flat(load(folder) if (folder / 'sweep.json').exists() else record)
+    new = flat(record)
     for key, value in old.items():
         if key not in new or new[key] != value:
             raise UserError(f'sweep={str(folder)!r}: holds another sweep: {key}: {value!r} there, '
@@ -227,11 +222,16 @@ def log_of(job):
     return Path(f'{job.folder}.log')
 
 
+def losses(final):
+    """The losses of a final row, for a line of output."""
+    return ', '.join(f'{key} {final[key]:.4f}' for key in ('val/loss', 'val/prefix_loss') if key in final)
+
+
 def failure(job, code):
     """What to say of a run that failed."""
     how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
-    printed = log_of(job).read_text(encoding='utf-8', errors='replace').strip() or 'no output'
-    last = re.split(r'[\r\n]', printed)[-1].strip()
+    printed = log_of(job).read_text(encoding='utf-8', errors='replace')
+    last = (re.findall(r'[^\r\n]*\S', printed) or ['no output'])[-1].strip()
     restart = f'; without {job.folder} it starts again' * has_checkpoint(job.folder)
     return f'{job.name}: failed, {how}: {last} (all of it: {log_of(job)}{restart})'
 
@@ -254,34 +254,30 @@ def gpu_environments(device):
 
 def train_all(jobs, at_once, device):
     """Run what is not finished and print a line per run -> names of the jobs that failed."""
-    states, gpus = Counter(map(state, jobs)), gpu_environments(device)
-    print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {states["done"]} done, '
-          f'{states["to resume"]} to resume, {states["to do"]} to do; {at_once} at a time, '
+    states, gpus = [state(job) for job in jobs], gpu_environments(device)
+    counts = [f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do')]
+    print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {", ".join(counts)}; {at_once} at a time, '
           f'{thread_limits(at_once)["OMP_NUM_THREADS"]} threads each', flush=True)
     if device != 'cpu' and at_once > len(gpus):
         print(f'jobs={at_once}: they share the memory of GPUs, of which there are {len(gpus)}')
-    numbers = count(states['done'] + 1)
+    numbers = count(states.count('done') + 1)
 
     def ended(job, code, seconds):
         final = result(job.folder, job.steps)
-        if code or not final:
-            text = failure(job, code)
-        else:
-            losses = [f'{name} {final[name]:.4f}' for name in LOSSES if name in final]
-            text = f'{job.name}: {", ".join(losses)}, {seconds:.0f} s'
+        text = f'{job.name}: {losses(final)}, {seconds:.0f} s' if final else failure(job, code)
         print(f'[{next(numbers)}/{len(jobs)}] {text}', flush=True)
     return run_all(jobs, at_once, ended, gpus)
 
 
 def run_all(jobs, at_once, ended, environments=({},)):
-    """Run what is not finished -> the names of the jobs that failed.
+    """Run what is not finished -> the names of the jobs that have no result of their last step then.
 
     ended(job, code, seconds) is called after each; environments: variables of the processes, in turn.
     After an exception, such as Interrupted, the runs are told to stop, and save; another one ends the
     wait for them.
     """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
-    running, failed = {}, []                            # slot -> job, process, start
+    running = {}                                        # slot -> job, process, start
     try:
         while waiting or running:
             free = [slot for slot in range(at_once) if slot not in running]
@@ -291,8 +287,6 @@ def run_all(jobs, at_once, ended, environments=({},)):
             for slot, (job, process, begun) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    if process.returncode or result(job.folder, job.steps) is None:
-                        failed.append(job.name)
                     ended(job, process.returncode, time.monotonic() - begun)
             time.sleep(POLL)
     finally:
@@ -300,7 +294,7 @@ def run_all(jobs, at_once, ended, environments=({},)):
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
-    return failed
+    return [job.name for job in jobs if result(job.folder, job.steps) is None]
 
 
 def start(job, environment):
@@ -348,7 +342,7 @@ def measure(runs, folder, device):
 
 def list_runs(runs, device):
     """Print the state of each run (Variant, Job), and the time that is left, from steps timed now."""
-    seconds, left = {}, timedelta()
+    seconds, left = {}, 0.0
     for variant, job in runs:
         text, share = state(job), 1.0
         if text == 'to resume':
@@ -357,9 +351,8 @@ def list_runs(runs, device):
         if text != 'done':
             if variant.name not in seconds:
                 seconds[variant.name] = run_seconds(variant.cfg, variant.data, device)
-            needed = timedelta(seconds=round(share * seconds[variant.name]))
-            left += needed
-            text += f', about {needed}'
+            left += share * seconds[variant.name]
+            text += f', about {share * seconds[variant.name] / 60:.1f} min'
         print(f'{job.name}: {text}')
-    print(f'{len(runs)} runs, about {left} left, one run after the other, from steps timed here with '
-          f'{torch.get_num_threads()} threads')
+    print(f'{len(runs)} runs, about {left / 60:.1f} min left, one run after the other, from steps timed '
+          f'here with {torch.get_num_threads()} threads')

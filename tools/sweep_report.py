@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 from collections import namedtuple
+from itertools import accumulate
 
 from runtime import plots
 from runtime.config import UserError
@@ -75,28 +76,33 @@ def mean_and_error(values):
 
 def table(rows, record):
     """Markdown, columns as wide as their cells, and below what they mean."""
-    columns = {key: [row['options'].get(key, '') for row in rows] for key in record['lists']
+    columns = {key: [str(row['options'].get(key, '')) for row in rows] for key in record['lists']
                if any(key in row['options'] for row in rows)}
     if any(len(row['seeds']) < len(record['seeds']) for row in rows):
-        columns['seeds'] = [len(row['seeds']) for row in rows]
-    for head, kind in (('parallel loss', 'parallel'), ('prefix-only loss', 'prefix_only')):
-        columns[head] = [cell('{:.4f}', row[f'{kind}_mean']) + cell(' +- {:.4f}', row[f'{kind}_se'])
-                         for row in rows]
-    columns['step time / baseline'] = [
-        cell('{:.3f}', row['step_ratio'])
-        + cell(' ({:.3f} to {:.3f})', row['step_ratio_low'], row['step_ratio_high']) for row in rows]
-    columns['cache bytes'] = [cell('{:,}', row['cache_bytes']) or 'none' for row in rows]
-    columns['parameters'] = [cell('{:,}', row['parameters']) for row in rows]
+        columns['seeds'] = [str(len(row['seeds'])) for row in rows]
+    columns |= {
+        'parallel loss': [format_loss(row, 'parallel') for row in rows],
+        'prefix-only loss': [format_loss(row, 'prefix_only') for row in rows],
+        'step time / baseline': [
+            fill('{:.3f}', row['step_ratio'])
+            + fill(' ({:.3f} to {:.3f})', row['step_ratio_low'], row['step_ratio_high'])
+            for row in rows],
+        'cache bytes': [fill('{:,}', row['cache_bytes']) or 'none' for row in rows],
+        'parameters': [f'{row["parameters"]:,}' for row in rows]}
     padded = []
     for head, cells in columns.items():
-        width = max(len(str(one)) for one in (head, *cells))
-        padded.append([str(one).ljust(width) for one in (head, '-' * width, *cells)])
+        width = max(map(len, (head, *cells)))
+        padded.append([cell.ljust(width) for cell in (head, '-' * width, *cells)])
     lines = ['| ' + ' | '.join(line) + ' |' for line in zip(*padded)]
     return '\n'.join([*lines, '', *notes(rows, record)])
 
 
-def cell(pattern, *values):
-    """The values in str.format's pattern; '' if there are none."""
+def format_loss(row, kind):
+    return fill('{:.4f}', row[f'{kind}_mean']) + fill(' +- {:.4f}', row[f'{kind}_se'])
+
+
+def fill(pattern, *values):
+    """The values in str.format's pattern; '' if one is None."""
     return '' if None in values else pattern.format(*values)
 
 
@@ -233,7 +239,8 @@ def progress_charts(axis, folder):
             progress(folder, row, f'{axis.key}={row["options"][axis.key]}',
                      (colours[places.index(place) % len(colours)], None, '-'))
             for place, row in group.items()]
-        charts.append(plots.Chart(label, 'step', [one for one in curves if len(one.x) > 1]))
+        title = label if len(axis.groups) > 1 else ''
+        charts.append(plots.Chart(title, 'step', [one for one in curves if len(one.x) > 1]))
     if not any(chart.curves for chart in charts):
         return [], 'no two evaluations after the first step'
     return charts, 'Validation loss on the way, random batches, prefix-only where that differs'
@@ -254,7 +261,8 @@ def progress(folder, row, label, look):
 def pareto_charts(axis):
     """Loss against costs in memory and time -> Charts, caption; or none, and why."""
     series = [(row['name'], [row], ('0.25', '*', None)) for row in axis.baselines] + [
-        (label, group.values(), group_look(i, None)) for i, (label, group) in enumerate(axis.groups.items())]
+        (label, group.values(), group_look(i, None))
+        for i, (label, group) in enumerate(axis.groups.items())]
     charts = []
     for title, cost, unit in (('cache of a whole context, kB', 'cache_bytes', 1000),
                               ('step time / baseline', 'step_ratio', 1)):
@@ -264,11 +272,14 @@ def pareto_charts(axis):
             x = [row[cost] / unit for row in rows]
             spread = [(row['step_ratio_low'] or 1, row['step_ratio_high'] or 1) for row in rows]
             notes = [str(row['options'].get(axis.key, '')) for row in rows]
-            curves.append(curve(label, x, rows, look, across=spread if cost == 'step_ratio' else None, notes=notes))
-            points += zip(x, curves[-1].y)
-        if len({x for x, _ in points}) > 1:
-            curves.insert(0, plots.Curve('lowest loss up to that cost', *pareto_front(points), ('0.6', None, '-')))
-            charts.append(plots.Chart('', title, [one for one in curves if one.x], max(points)[0] >= 4 * min(points)[0]))
+            points += [(cost, row['prefix_only_mean']) for cost, row in zip(x, rows)]
+            if rows:
+                curves.append(curve(label, x, rows, look, notes=notes,
+                                    across=spread if cost == 'step_ratio' else None))
+        costs = {x for x, _ in points}
+        if len(costs) > 1:
+            front = plots.Curve('lowest loss up to that cost', *pareto_front(points), ('0.6', None, '-'))
+            charts.append(plots.Chart('', title, [front, *curves], max(costs) >= 4 * min(costs)))
     if not charts:
         return [], 'fewer than two different costs are known'
     return charts, (f'Prefix-only validation loss against cost, {axis.key} beside the points; time: '
@@ -277,9 +288,7 @@ def pareto_charts(axis):
 
 def pareto_front(points):
     """The stairs below which there is no point -> x, y of their corners."""
-    x, y = [], []
-    for cost, loss in sorted(points):
-        if not y or loss < y[-1]:
-            x += [cost, cost]
-            y += [y[-1] if y else loss, loss]
-    return x + [max(points)[0]], y + [y[-1]]
+    costs, losses = zip(*sorted(points))
+    lowest = accumulate(losses, min)
+    return ([cost for cost in costs for _ in range(2)][1:],
+            [loss for loss in lowest for _ in range(2)][:-1])

@@ -2,18 +2,21 @@
 process outlives the one that started it. The runs are those of a script of a few lines."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ROOT, rows
+import train
+from helpers import ROOT, TINY, rows
 from runtime import tracking
 from runtime.cli import Interrupted, signals
-from runtime.config import UserError
+from runtime.distributed import STOP_WITH_PARENT
 from runtime.files import locked_folder
 from tools import sweep
 
@@ -119,23 +122,29 @@ def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
 
 
 @pytest.mark.slow
-def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_path):
-    """The run takes half a second to save after its parent is gone: the next one has to wait."""
-    one, folder, told = job('a', 'waits'), tmp_path / 'sweep', []
+def test_after_sigkill_a_run_saves_and_ends_and_the_next_sweep_waits_for_it(here):
+    """train.py's own run: it has no end but that of the process which started it."""
+    folder = here / 'out'
+    argv = [str(ROOT / 'train.py'), *TINY, '--max_iters=1000000', '--eval_interval=1000000']
+    one = sweep.Job('out', folder, 1000000, argv, None)
     code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
-            'from pathlib import Path, PosixPath\n'
+            'from pathlib import PosixPath\n'
             'from tools import sweep\n'
             'from tools.sweep import Job\n'
-            f'with sweep.alone({str(folder)!r}, "sweep", print) as inherit:\n'
-            f'    sweep.run_all([{one!r}], 1, print, inherit=inherit)\n')
+            f'sweep.run_all([{one!r}], 1, print)\n')
     with subprocess.Popen([sys.executable, '-c', code]) as parent:
         try:
-            while not (one.folder / 'ready').exists():
+            while len(tracking.read_metrics(folder)) < 5:
                 assert parent.poll() is None
                 time.sleep(.02)
-            with pytest.raises(UserError, match='sweep'), sweep.alone(folder, 'sweep', print):
-                pass
         finally:
             parent.kill()
-    with sweep.alone(folder, 'sweep', told.append):
-        assert (one.folder / 'ckpt.pt').read_text() == 'saved' and len(told) == 1
+    with locked_folder(folder, wait=True):
+        assert (folder / 'ckpt.pt').exists()
+    assert 'interrupted after step' in sweep.log_of(one).read_text()
+
+
+def test_a_run_that_starts_after_the_end_of_its_sweep_ends_at_once(call, here, monkeypatch):
+    monkeypatch.setenv(STOP_WITH_PARENT, str(os.getpid()))
+    found = call(train.main, *TINY)
+    assert (found.code, Path('out').exists()) == (1, False) and 'sweep' in found.err
