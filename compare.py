@@ -3,8 +3,8 @@ Train one config at several values of any options and seeds, and compare: a tabl
 
     python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3
     python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3 --dry_run
-    python compare.py --sweep=out-compare           # table and figures of what is there, no training
-    python compare.py --help                        # every option with default and meaning
+    python compare.py --sweep=out-compare       # table and figures of what is there, no training
+    python compare.py --help                    # every option with default and meaning
 
 Every option of train.py takes a list with commas, and every combination is trained with every seed.
 A comma within a value stands in quotes or brackets, as in --lora_targets="'c_q,c_v'" or
@@ -32,8 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from runtime import cli                                 # before torch: says what is not installed
-
+from runtime import cli  # before torch: says what is not installed
 from runtime import config as configuration
 from runtime.config import PATH, SWITCH, Range, UserError
 from runtime.device import pick_device
@@ -50,7 +49,8 @@ class CompareConfig(TrainConfig):
     seeds: Annotated[int, "runs of each combination: of the config's seed, and the ones after it",
                      Range(1)] = 1
     jobs: Annotated[int, 'runs at a time', Range(1)] = 1
-    dry_run: Annotated[bool, 'list the runs and the time they need, and train nothing', SWITCH] = False
+    dry_run: Annotated[bool, 'list the runs and the time they need, and train nothing',
+                       SWITCH] = False
 
 
 OWN = ('sweep', 'seeds', 'jobs', 'dry_run')
@@ -76,10 +76,12 @@ def compare(argv):
     folder, device = sweep.check_folder(cfg.sweep), pick_device(cfg.device)
     seeds = lists.pop('seed', None) or list(range(cfg.seed, cfg.seed + cfg.seeds))
     variants = sweep.expand_grid(CompareConfig, values, lists, set_by, train_argv)
-    variants = [sweep.dry_build(variant, set_by) for variant in variants]       # before hours are spent
+    # before hours are spent
+    variants = [sweep.dry_build(variant, set_by) for variant in variants]
     record = sweep.describe(variants, lists, seeds)
     sweep.check_same_sweep(folder, record)
-    runs = [(variant, sweep.job_of(variant, seed, folder)) for seed in seeds for variant in variants]
+    runs = [(variant, sweep.job_of(variant, seed, folder))
+            for seed in seeds for variant in variants]
     if cfg.dry_run:
         sweep.list_runs(runs, device)
         return 0
@@ -99,8 +101,8 @@ def compare(argv):
 
 
 def split_list(text):
-    """The values of a list, as texts: 'None,8' -> ['None', '8']. Python's literals, or words of which
-    those with a comma stand in single quotes."""
+    """The values of a list, as texts: 'None,8' -> ['None', '8']. They are Python's literals, or
+    words of which those with a comma stand in single quotes."""
     try:
         return [repr(value) for value in ast.literal_eval(f'[{text}]')]
     except (ValueError, SyntaxError):
@@ -108,8 +110,8 @@ def split_list(text):
 
 
 def read_lists(argv):
-    """Command line -> values of all options, of a list the first; option -> list; option -> who set it;
-    the arguments for train.py, without the lists. Raises UserError."""
+    """Command line -> values of all options, of a list the first; option -> list; option -> who set
+    it; the arguments for train.py, without the lists. Raises UserError."""
     hints, lists, single, train_argv = configuration.hints_of(CompareConfig), {}, [], []
     for arg in argv:
         word, _, text = arg.partition('=')
@@ -132,22 +134,27 @@ def check_options(cfg, lists, set_by):
     by_hand = [key for key, place in set_by.items() if place == 'the command line']
     in_file = [key for key in OWN if key in set_by and key not in by_hand]
     refused = [
-        ('RANK' in os.environ, 'RANK is set, as for one of several processes, and compare.py starts its '
-         'own (nearest: unset RANK, or --jobs=N)'),
-        (in_file, f'{in_file}: of the command line only, train.py has no such options (nearest: '
-         + ' '.join(f'--{key}={getattr(cfg, key)}' for key in in_file) + ')'),
-        (set(set_by) <= set(OWN), f'{", ".join(by_hand)}: of what? Needs a config file or options of '
-         'train.py (nearest: config/train_svd_test.py)'),
-        ('out_dir' in by_hand, 'out_dir: every run has a folder of its own (nearest: --sweep=FOLDER)'),
-        ('wandb_run_name' in by_hand, 'wandb_run_name: every run has a name of its own (nearest: '
-         '--wandb_group=NAME)'),
-        ('resume' in (cfg.init_from, *lists.get('init_from', ())), "init_from='resume': a sweep resumes "
-         'its runs by itself (nearest: the same command again, or --init_from=FOLDER to start all runs '
-         'from a model)'),
-        (True in (cfg.eval_only, *lists.get('eval_only', ())), 'eval_only=True: compare.py compares '
-         'training (nearest: python train.py --eval_only=True --init_from=resume --out_dir=FOLDER)'),
-        ('seed' in lists and 'seeds' in set_by, f'seeds={cfg.seeds}: not together with a list in --seed '
-         '(nearest: leave one of them out)')]
+        ('RANK' in os.environ,
+         'RANK is set, as for one of several processes, and compare.py starts its own (nearest: '
+         'unset RANK, or --jobs=N)'),
+        (in_file,
+         f'{", ".join(in_file)}: in a config file, which train.py reads, too (nearest: '
+         f'{" ".join(f"--{key}={getattr(cfg, key)}" for key in in_file)})'),
+        (set(set_by) <= set(OWN),
+         f'{", ".join(by_hand)}: of what? Needs a config file or options of train.py (nearest: '
+         'config/train_svd_test.py)'),
+        ('out_dir' in by_hand,
+         'out_dir: every run has a folder of its own (nearest: --sweep=FOLDER)'),
+        ('wandb_run_name' in by_hand,
+         'wandb_run_name: every run has a name of its own (nearest: --wandb_group=NAME)'),
+        ('resume' in (cfg.init_from, *lists.get('init_from', ())),
+         "init_from='resume': a sweep resumes its runs by itself (nearest: the same command again, "
+         'or --init_from=FOLDER to start all runs from a model)'),
+        (True in (cfg.eval_only, *lists.get('eval_only', ())),
+         'eval_only=True: compare.py compares training (nearest: python train.py --eval_only=True '
+         '--init_from=resume --out_dir=FOLDER)'),
+        ('seed' in lists and 'seeds' in set_by,
+         f'seeds={cfg.seeds}: not together with a list in --seed (nearest: leave one of them out)')]
     for wrong, message in refused:
         if wrong:
             raise UserError(message)

@@ -23,8 +23,8 @@ class Record:
         for row in self.rows:
             other = [f'{k}={row[k]}' for k in settings if row[k] != settings[k]]
             if other:
-                raise UserError(f'{path}: was made with {", ".join(other)}, not {settings}; move it '
-                                'away to begin another')
+                raise UserError(f'{path}: was made with {", ".join(other)}, not {settings}; move '
+                                'it away to begin another')
         here = devices.environment('cpu', 'float32')
         self.machine = {'python': platform.python_version(), 'torch': here['torch'],
                         'cpus': here['cpus'], 'threads': here['threads'],
@@ -32,7 +32,8 @@ class Record:
 
     def find(self, **key):
         """The row with this key, or None."""
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+        return next((row for row in self.rows
+                     if all(row.get(k) == v for k, v in key.items())), None)
 
     def make(self, result, **key):
         """The row with this key. If there is none, result() makes its other fields."""

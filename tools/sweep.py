@@ -1,8 +1,9 @@
 """Sweeps: which runs a grid of options makes, how they are trained, and what their steps take.
 
-A run is a process and a folder of its own. What is finished is not repeated, what was interrupted is
-resumed, and no run outlives the process that started it by more than a step and a checkpoint. The
-folder of a sweep holds sweep.json (what is compared), timing.json (step times), and runs/.
+A run is a process and a folder of its own. What is finished is not repeated, what was interrupted
+is resumed, and no run outlives the process that started it by more than a step (or an evaluation)
+and a checkpoint. The folder of a sweep holds sweep.json (what is compared), timing.json (step
+times) and runs/.
 """
 
 import json
@@ -33,10 +34,10 @@ from train import TrainConfig, build_model
 POLL = 0.05                         # seconds between looks at the processes
 PAIRS = 20                          # of steps, per variant
 
-# A combination of options, trained once per seed. options: those that tell it from the others; cfg: of
-# the first seed; argv: of train.py, without seed and folder; data and costs: of `dry_build`
+# A combination of options, trained once per seed. options: those that tell it from the others; cfg:
+# of the first seed; argv: of train.py, without seed and folder; data and costs: of `dry_build`
 Variant = namedtuple('Variant', 'name options cfg argv data costs', defaults=(None, None))
-# A run. argv: script and options of a start; resume: of one from the folder's checkpoint, None: never
+# A run. argv: script and options of a start; resume: those of a start from its checkpoint, or None
 Job = namedtuple('Job', 'name folder steps argv resume')
 
 
@@ -46,8 +47,8 @@ Job = namedtuple('Job', 'name folder steps argv resume')
 def expand_grid(cls, values, lists, set_by, argv):
     """Every combination of the lists, those that are the same run once -> list of Variants.
 
-    cls: TrainConfig, or a class that extends it; values: of all its options; lists: option -> values;
-    set_by: option -> who set it; argv: of train.py, without the lists. Raises UserError.
+    cls: TrainConfig, or a class that extends it; values: of all its options; lists: option ->
+    values; set_by: option -> who set it; argv: of train.py, without the lists. Raises UserError.
     """
     same = {}                                           # effective options -> the combinations
     for combination in product(*lists.values()):
@@ -58,7 +59,7 @@ def expand_grid(cls, values, lists, set_by, argv):
     variants = {}
     for key, group in same.items():
         first, cfg = group[0]
-        # an option without effect is named where all agree on it; if that leaves none, all are named
+        # an option without effect is named if all agree on it; if that leaves none, all are named
         effective = json.loads(key)
         shown = {name: value for name, value in first.items() if name in effective
                  or all(options[name] == value for options, _ in group)} or first
@@ -84,8 +85,8 @@ def run_name(variant, seed):
 
 
 def effective_config(cfg):
-    """The options that a run's result depends on -> value. Left out: those without effect beside the
-    others."""
+    """The options that a run's result depends on -> value, without those that have no effect beside
+    the others."""
     known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
     is_new = cfg.init_from == 'scratch'
     idle = {'out_dir', 'seed', 'backend'} | {key for key in known if key.startswith('wandb_')}
@@ -101,8 +102,8 @@ def effective_config(cfg):
 
 
 def find_baseline(variant, variants):
-    """The ordinary model that shares most options with the variant. The first variant if all models are
-    ordinary, or none."""
+    """The ordinary model that shares most options with the variant. The first variant if all models
+    are ordinary, or none."""
     ordinary = [v for v in variants if not (
         v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.layer_ranks or v.cfg.adaptive_svd
         or v.cfg.lora_rank is not None)]
@@ -113,8 +114,9 @@ def find_baseline(variant, variants):
 
 
 def dry_build(variant, set_by):
-    """Prepare the data set and build the model as train.py does -> the Variant with data and costs. The
-    model's decisions go to its cfg, the vocabulary for one. Raises UserError as train.py does."""
+    """Prepare the data set and build the model as train.py does -> the Variant with data and costs.
+    The model's decisions go to its cfg, the vocabulary for one. Raises UserError as train.py does.
+    """
     cfg, data = variant.cfg, Dataset(locate(variant.cfg.dataset, variant.cfg.tokenizer))
     huggingface.check_tokenizer(cfg, set_by, None, data, lambda text: None)
     model = build_model(cfg, set_by, None, data, lambda text: None)
@@ -168,8 +170,8 @@ def read_json(path, keys=()):
     except ValueError:
         found = None
     if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise UserError(f'{path}: damaged: not what compare.py writes (nearest: delete it, then the '
-                        'same command again)')
+        raise UserError(f'{path}: damaged: not what compare.py writes (nearest: delete it, then '
+                        'the same command again)')
     return found
 
 
@@ -224,7 +226,8 @@ def log_of(job):
 
 def losses(final):
     """The losses of a final row, for a line of output."""
-    return ', '.join(f'{key} {final[key]:.4f}' for key in ('val/loss', 'val/prefix_loss') if key in final)
+    return ', '.join(f'{key} {final[key]:.4f}' for key in ('val/loss', 'val/prefix_loss')
+                     if key in final)
 
 
 def failure(job, code):
@@ -270,11 +273,11 @@ def train_all(jobs, at_once, device):
 
 
 def run_all(jobs, at_once, ended, environments=({},)):
-    """Run what is not finished -> the names of the jobs that have no result of their last step then.
+    """Run what is not finished -> the names of the jobs that failed: they have no final row.
 
-    ended(job, code, seconds) is called after each; environments: variables of the processes, in turn.
-    After an exception, such as Interrupted, the runs are told to stop, and save; another one ends the
-    wait for them.
+    ended(job, code, seconds) is called after each; environments: variables of the processes, in
+    turn. After an exception, such as Interrupted, the runs are told to stop, and save; another one
+    ends the wait for them.
     """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
     running = {}                                        # slot -> job, process, start
@@ -300,14 +303,14 @@ def run_all(jobs, at_once, ended, environments=({},)):
 def start(job, environment):
     """-> the process of a job, which stops when this process has ended."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
-    with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be about to save
-        is_resumed = state(job) == 'to resume'
-        if not has_checkpoint(job.folder):              # a beginning that no run can go on from
+    with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
+        saved = has_checkpoint(job.folder)
+        if not saved:                                   # a beginning that no run can go on from
             (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
-    with open(log_of(job), 'ab' if is_resumed else 'wb') as log:
+    argv, mode = (job.resume, 'ab') if saved and job.resume else (job.argv, 'wb')
+    with open(log_of(job), mode) as log:
         return subprocess.Popen(
-            [sys.executable, *(job.resume if is_resumed else job.argv)], stdin=subprocess.DEVNULL,
-            stdout=log, stderr=log,
+            [sys.executable, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             env=os.environ | {STOP_WITH_PARENT: str(os.getpid())} | environment)
 
 
@@ -317,15 +320,14 @@ def start(job, environment):
 def measure(runs, folder, device):
     """Time the step of each variant that has a finished run against its baseline's, and write it to
     timing.json if it is not there. runs: (Variant, Job) each."""
-    times, variants = read_json(folder / 'timing.json'), {variant.name: variant for variant, _ in runs}
+    times = read_json(folder / 'timing.json')
+    variants = {variant.name: variant for variant, _ in runs}
     finished = {variant.name for variant, job in runs if state(job) == 'done'}
     for name, variant in variants.items():
         baseline = find_baseline(variant, list(variants.values()))
         known = times.get(name, {}).get('baseline') == baseline.name
-        if variant is baseline or known or not {name, baseline.name} <= finished:
-            continue
-        if variant.cfg.adaptive_svd:                    # its costs are in some of the steps only
-            print(f'{name}: steps not timed, those with an analysis take longer', flush=True)
+        is_adaptive = variant.cfg.adaptive_svd          # its costs are in some of the steps only
+        if variant is baseline or known or is_adaptive or not {name, baseline.name} <= finished:
             continue
         print(f'timing steps of {name} against {baseline.name}', flush=True)
         found = paired_benchmark(step_of(variant.cfg, device), step_of(baseline.cfg, device), PAIRS,
@@ -341,7 +343,7 @@ def measure(runs, folder, device):
 
 
 def list_runs(runs, device):
-    """Print the state of each run (Variant, Job), and the time that is left, from steps timed now."""
+    """Print the state of each run (Variant, Job) and the time left, from steps timed now."""
     seconds, left = {}, 0.0
     for variant, job in runs:
         text, share = state(job), 1.0
@@ -354,5 +356,5 @@ def list_runs(runs, device):
             left += share * seconds[variant.name]
             text += f', about {share * seconds[variant.name] / 60:.1f} min'
         print(f'{job.name}: {text}')
-    print(f'{len(runs)} runs, about {left / 60:.1f} min left, one run after the other, from steps timed '
-          f'here with {torch.get_num_threads()} threads')
+    print(f'{len(runs)} runs, about {left / 60:.1f} min left, one run after the other, from steps '
+          f'timed here with {torch.get_num_threads()} threads')

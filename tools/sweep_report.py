@@ -14,14 +14,14 @@ from runtime.tracking import read_metrics
 from tools import sweep
 
 # key: the option along the horizontal axis; is_numeric: whether it has numbers, else words; groups:
-# label of the other options -> place along the axis -> row; baselines: rows that have no place there,
-# as models without SVD have no rank
+# label of the other options -> place along the axis -> row; baselines: rows that have no place
+# there, as models without SVD have no rank
 Axis = namedtuple('Axis', 'key is_numeric groups baselines')
 
 
 def show(folder):
-    """Print the table of a sweep, write results.md, .csv and .json, and draw the figures -> name of a
-    figure -> its file. Raises UserError."""
+    """Print the table of a sweep, write results.md, .csv and .json, and draw the figures -> name of
+    a figure -> its file. Raises UserError."""
     record = sweep.load(folder)
     rows = collect(folder, record)
     if not any(row['seeds'] for row in rows):
@@ -61,7 +61,8 @@ def collect(folder, record):
             row[f'{kind}_mean'], row[f'{kind}_se'] = mean_and_error(row[kind])
         time = times.get(name, {})
         if time.get('baseline') != arm['baseline']:     # not timed, or before the sweep grew
-            time = {'ratio': 1.0 if name == arm['baseline'] else None, 'ratio_quartiles': [None, None]}
+            time = {'ratio': 1.0 if name == arm['baseline'] else None,
+                    'ratio_quartiles': [None, None]}
         row['step_ratio'] = time['ratio']
         row['step_ratio_low'], row['step_ratio_high'] = time['ratio_quartiles']
         rows.append(row)
@@ -112,10 +113,11 @@ def notes(rows, record):
     chances = ', '.join(dict.fromkeys(f'{row["chance"]:.2f}' for row in rows))
     sizes = ' or '.join({str(arm['config']['block_size']): None for arm in record['arms'].values()})
     return [
-        f'Losses: validation, nats per token, {over_seeds(record)}; chance: {chances}. Prefix-only is '
-        'what generation gets.',
-        f'Baseline: {baselines}. Step time: median of pairs of steps of a micro-batch, taken in turn '
-        'after the runs, times the micro-batches of a step; quartiles in brackets.',
+        f'Losses: validation, nats per token, {over_seeds(record)}; chance: {chances}. Prefix-only '
+        'is what generation gets.',
+        f'Baseline: {baselines}. Step time: median of pairs of steps of a micro-batch, taken in '
+        'turn after the runs, times the micro-batches of a step; quartiles in brackets; not of '
+        'adaptive SVD, whose steps differ.',
         f"Cache: float32, of one sequence of {sizes} tokens; none: 'sequence' scope cannot cache."]
 
 
@@ -130,8 +132,8 @@ def csv_text(rows, record):
     file = io.StringIO()
     writer = csv.DictWriter(file, [
         'name', *record['lists'], 'seeds', 'parallel_mean', 'parallel_se', 'prefix_only_mean',
-        'prefix_only_se', 'step_ratio', 'step_ratio_low', 'step_ratio_high', 'baseline', 'cache_bytes',
-        'parameters'], extrasaction='ignore', lineterminator='\n')
+        'prefix_only_se', 'step_ratio', 'step_ratio_low', 'step_ratio_high', 'baseline',
+        'cache_bytes', 'parameters'], extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
     for row in rows:
         options = {key: str(value) for key, value in row['options'].items()}
@@ -166,8 +168,8 @@ def draw(folder, record, rows):
 def arrange(record, rows):
     """Where each row is in the figures -> Axis.
 
-    Along the horizontal axis is svd_rank if it varies, else the first option that has several numbers,
-    else the first that varies, its values in the order of the list.
+    Along the horizontal axis is svd_rank if it varies, else the first option that has several
+    numbers, else the first that varies, its values in the order of the list.
     """
     def is_number(value):
         return type(value) in (int, float)
@@ -255,7 +257,8 @@ def progress(folder, row, label, look):
                      if 'val/loss' in one and 'final' not in one and one['iter']})
     steps = sorted(set.intersection(*map(set, runs)))
     points = [mean_and_error([run[step] for run in runs]) for step in steps]
-    return plots.Curve(label, steps, [mean for mean, _ in points], look, [error for _, error in points])
+    return plots.Curve(label, steps, [mean for mean, _ in points], look,
+                       [error for _, error in points])
 
 
 def pareto_charts(axis):
@@ -278,12 +281,13 @@ def pareto_charts(axis):
                                     across=spread if cost == 'step_ratio' else None))
         costs = {x for x, _ in points}
         if len(costs) > 1:
-            front = plots.Curve('lowest loss up to that cost', *pareto_front(points), ('0.6', None, '-'))
+            front = plots.Curve('lowest loss up to that cost', *pareto_front(points),
+                                ('0.6', None, '-'))
             charts.append(plots.Chart('', title, [front, *curves], max(costs) >= 4 * min(costs)))
     if not charts:
         return [], 'fewer than two different costs are known'
-    return charts, (f'Prefix-only validation loss against cost, {axis.key} beside the points; time: '
-                    'quartiles')
+    return charts, (f'Prefix-only validation loss against cost, {axis.key} beside the points; '
+                    'time: quartiles')
 
 
 def pareto_front(points):
