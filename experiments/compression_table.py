@@ -54,7 +54,8 @@ from tools import sweep
 from runtime.config import PATH, Range, UserError
 from runtime.data import Dataset, locate
 from runtime.files import check_writable
-from tools.result_cache import Record, read
+from runtime.tracking import read_json_lines
+from tools.result_cache import Record
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'compression.png'
@@ -262,7 +263,7 @@ def trained(cfg, name, kind, seed, *options):
     steps = configuration.parse(train.TrainConfig, argv)[0]['max_iters']
     failures = []
     job = sweep.Job(folder.name, folder, steps, [str(ROOT / 'train.py'), *argv], None)
-    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(sweep.why(job, code))):
+    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(sweep.failure(job, code))):
         raise UserError(failures[0])
     return ckpt.load(folder / 'ckpt.pt')
 
@@ -476,7 +477,7 @@ def experiment(cfg):
         record = Results(RECORD, describe)
         for name in cfg.models.split(','):
             make(cfg, record, name, data)
-    rows = read(RECORD)
+    rows = read_json_lines(RECORD)
     names = [name for name in MODELS if any(row['model'] == name for row in rows)]
     print('\n\n'.join(filter(None, (form(rows, name) for form in (table, control_table) for name in names))))
     plot(rows, names)

@@ -60,7 +60,8 @@ from runtime.config import PATH, Range, UserError
 from runtime.data import Dataset, locate
 from runtime.optimizer import swap_params
 from runtime.files import check_writable, make_folder
-from tools.result_cache import Record, read
+from runtime.tracking import read_json_lines
+from tools.result_cache import Record
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'
@@ -673,7 +674,7 @@ def experiment(cfg):
         record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp)
         for seed in map(int, cfg.seeds.split(',')):
             make(cfg, record, texts, seed)
-    rows = read(RECORD)
+    rows = read_json_lines(RECORD)
     print('\n\n'.join(filter(None, (*(table(rows, setting) for setting in SETTINGS), switch_table(rows),
                                     detector_table(rows)))))
     plot(rows)

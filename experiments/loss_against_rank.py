@@ -40,7 +40,7 @@ from tools import sweep
 from runtime.config import PATH, Range, UserError
 from runtime.data import locate
 from runtime.files import check_writable, write_atomically
-from tools.result_cache import read
+from runtime.tracking import read_json_lines
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'loss_against_rank.png'
@@ -115,7 +115,7 @@ def runs(cfg):
 
 
 def jobs(cfg):
-    """Those of runtime/sweep.py. What was interrupted begins again: the checkpoint there may be of other `steps`."""
+    """Jobs for sweep.run_all. What was interrupted begins again: the checkpoint there may be of other `steps`."""
     for name, row, options in runs(cfg):
         folder = Path(cfg.out_dir) / name
         argv = [str(ROOT / 'config' / 'train_svd_test.py'), f'--dataset={cfg.dataset}', f'--out_dir={folder}', *options,
@@ -127,7 +127,7 @@ def jobs(cfg):
 def ended(job, code, seconds):
     """One line about a run."""
     final = sweep.result(job.folder, job.steps)
-    print(sweep.why(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}', flush=True)
+    print(sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}', flush=True)
 
 
 def train_here(arm, argv):
@@ -237,7 +237,7 @@ def experiment(cfg):
             return 1
         rows = collect(cfg)
     else:
-        rows = read(RECORD)
+        rows = read_json_lines(RECORD)
     print(table(rows))
     plot(rows)
     print(f'figure: {FIGURE}')

@@ -15,7 +15,7 @@ from runtime.config import Failure, UserError, one_line
 # the others wait while process 0 evaluates; a killed process is noticed at once, by its closed connection
 PATIENCE = timedelta(hours=2)
 LOST = ('connection', 'gloo', 'nccl', 'timed out')                  # words of torch's errors when a process is gone
-STOP_WITH_PARENT = 'STOP_WITH_PARENT'                               # environment: set for the runs of a sweep
+STOP_WITH_PARENT = 'STOP_WITH_PARENT'           # environment: the process whose end stops a run of a sweep
 
 
 def mean_over_processes(value):
@@ -55,7 +55,10 @@ class Processes:
         self.rank, self.world_size, self.local_rank = (
             int(os.environ[name]) if self.distributed else alone
             for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-        self.is_main, self.parent = self.rank == 0, os.getppid()
+        self.is_main = self.rank == 0
+        self.parent = int(os.environ.get(STOP_WITH_PARENT, os.getppid()))
+        if self.parent_exited():                                    # while torch was imported
+            raise Failure('the sweep that started this run is gone')
         self.device = devices.pick_device(cfg.device)
         self.on_cuda = self.device.startswith('cuda')
         if cfg.gradient_accumulation_steps % self.world_size:

@@ -175,14 +175,14 @@ def in_process(monkeypatch):
     monkeypatch.setattr(train, 'sample', lambda *args: '')
     names = []
 
-    def start(job, environment, inherit):
+    def start(job, environment):
         names.append(job.name)
         sweep.log_of(job).parent.mkdir(parents=True, exist_ok=True)
         sweep.log_of(job).write_text('its last line')
         with redirect_stdout(io.StringIO()):
             code = train.main((job.resume if sweep.has_checkpoint(job.folder) else job.argv)[1:])
-        return SimpleNamespace(returncode=code, stdin=io.StringIO(), poll=lambda: code, wait=lambda: code)
-    monkeypatch.setattr(sweep, '_start', start)
+        return SimpleNamespace(returncode=code, poll=lambda: code)
+    monkeypatch.setattr(sweep, 'start', start)
     return names
 
 

@@ -1,136 +1,360 @@
-"""Many runs of a script, each in a process and a folder of its own, some at a time: what is finished is not repeated,
-what was interrupted goes on, and no run outlives the process that started it."""
+"""Sweeps: which runs a grid of options makes, how they are trained, and what their steps take.
 
+A run is a process and a folder of its own. What is finished is not repeated, what was interrupted
+is resumed, and no run outlives the process that started it by more than a step (or an evaluation)
+and a checkpoint. The folder of a sweep holds sweep.json (what is compared), timing.json (step
+times) and runs/.
+"""
+
+import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from itertools import count, product
 from pathlib import Path
 
 import torch
 
-from runtime.config import UserError
+from runtime import config as configuration
+from runtime import huggingface
+from runtime.config import ROOT, UserError
+from runtime.data import Dataset, locate
 from runtime.distributed import STOP_WITH_PARENT
-from runtime.files import check_writable, is_shared, locked_folder, unused
+from runtime.files import check_writable, is_shared, locked_folder, unused, write_atomically
 from runtime.tracking import read_metrics
+from tools.step_benchmark import run_seconds, step_of
+from tools.timing import paired_benchmark
+from train import TrainConfig, build_model
 
 POLL = 0.05                         # seconds between looks at the processes
+PAIRS = 20                          # of steps, per variant
 
-# argv: script and options of a start from scratch; resume: of one from the folder's checkpoint, None: never
+# A combination of options, trained once per seed. options: those that tell it from the others; cfg:
+# of the first seed; argv: of train.py, without seed and folder; data and costs: of `dry_build`
+Variant = namedtuple('Variant', 'name options cfg argv data costs', defaults=(None, None))
+# A run. argv: script and options of a start; resume: those of a start from its checkpoint, or None
 Job = namedtuple('Job', 'name folder steps argv resume')
 
 
-def result(folder, steps):
-    """The final row of a run that is finished after as many steps, or None."""
-    losses = ('val/loss', 'val/prefix_loss')
-    return next((row for row in read_metrics(folder) if row.get('final') and row['iter'] == steps and 'val/loss' in row and all(
-        type(row.get(name, 0.0)) is float for name in losses)), None)
+# --------------------------------------------------------------------------------------------------
+# which runs
+
+def expand_grid(cls, values, lists, set_by, argv):
+    """Every combination of the lists, those that are the same run once -> list of Variants.
+
+    cls: TrainConfig, or a class that extends it; values: of all its options; lists: option ->
+    values; set_by: option -> who set it; argv: of train.py, without the lists. Raises UserError.
+    """
+    same = {}                                           # effective options -> the combinations
+    for combination in product(*lists.values()):
+        options = dict(zip(lists, combination))
+        cfg = configuration.build(cls, values | options, set_by)
+        key = json.dumps(effective_config(cfg), sort_keys=True)
+        same.setdefault(key, []).append((options, cfg))
+    variants = {}
+    for key, group in same.items():
+        first, cfg = group[0]
+        # an option without effect is named if all agree on it; if that leaves none, all are named
+        effective = json.loads(key)
+        shown = {name: value for name, value in first.items() if name in effective
+                 or all(options[name] == value for options, _ in group)} or first
+        name = label(shown)[:140] or 'run'
+        if name in variants:                            # alike in letters of a file's name
+            name += f'-{len(variants)}'
+        variants[name] = Variant(name, shown, cfg, [*argv, *(
+            f'--{option}={value!r}' for option, value in first.items())])
+        for options, _ in group[1:]:
+            print(f'{label(options)} is the same run as {label(first)}')
+    return list(variants.values())
 
 
-def has_checkpoint(folder):
-    return any((Path(folder) / name).exists() for name in ('ckpt.pt', 'last.pt'))
+def label(options):
+    """Options as a part of a file's name."""
+    return ','.join(key + '=' + re.sub(r'[^\w.+-]', '_', str(value))[-60:]
+                    for key, value in options.items())
 
 
-def log_of(job):
-    """Beside the folder, which train.py may move aside while it writes there."""
-    return Path(f'{job.folder}.log')
+def run_name(variant, seed):
+    """The folder of a run; variant: its name."""
+    return f'{variant},seed={seed}'
 
 
-def last_line(job):
-    lines = log_of(job).read_text(encoding='utf-8', errors='replace').split('\n')
-    return next((line.rpartition('\r')[2].strip() for line in reversed(lines) if line.strip()), 'no output')
+def effective_config(cfg):
+    """The options that a run's result depends on -> value, without those that have no effect beside
+    the others."""
+    known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
+    is_new = cfg.init_from == 'scratch'
+    idle = {'out_dir', 'seed', 'backend'} | {key for key in known if key.startswith('wandb_')}
+    # other weights may have an SVD or MLA that cfg does not know of
+    idle |= {key for key in known if not configuration.has_effect(cfg, key)
+             and (is_new or not key.startswith(('svd_', 'mla_')))}
+    if is_new and not cfg.svd_truncates:
+        idle |= {key for key in known if key.startswith(('use_svd', 'svd_'))}
+    if not Path(cfg.dataset).is_file():
+        idle.add('tokenizer')
+    return {key: value for key, value in known.items() if key not in idle} | (
+        {'mla_latent_dim': cfg.latent_dim} if cfg.use_mla else {})
 
 
-def shared_threads(at_once):
-    """Environment of each of several processes that share this one's threads out."""
-    share = str(max(1, torch.get_num_threads() // at_once))
-    return dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS'),
-                         share)
+def find_baseline(variant, variants):
+    """The ordinary model that shares most options with the variant. The first variant if all models
+    are ordinary, or none."""
+    ordinary = [v for v in variants if not (
+        v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.layer_ranks or v.cfg.adaptive_svd
+        or v.cfg.lora_rank is not None)]
+    if len(ordinary) in (0, len(variants)):
+        return variants[0]
+    return max(ordinary, key=lambda other: sum(other.options.get(key) == value
+                                               for key, value in variant.options.items()))
 
+
+def dry_build(variant, set_by):
+    """Prepare the data set and build the model as train.py does -> the Variant with data and costs.
+    The model's decisions go to its cfg, the vocabulary for one. Raises UserError as train.py does.
+    """
+    cfg, data = variant.cfg, Dataset(locate(variant.cfg.dataset, variant.cfg.tokenizer))
+    huggingface.check_tokenizer(cfg, set_by, None, data, lambda text: None)
+    model = build_model(cfg, set_by, None, data, lambda text: None)
+    return variant._replace(data=data, costs={
+        'parameters': model.get_num_params(), 'chance': math.log(data.vocab_size),
+        'cache_bytes': None if cfg.is_noncausal else model.kv_cache_bytes(1, cfg.block_size),
+        'text': data.meta.get('sha256') or [len(data.tokens(split)) for split in ('train', 'val')]})
+
+
+def describe(variants, lists, seeds):
+    """What sweep.json holds."""
+    return {'lists': lists, 'seeds': seeds, 'arms': {variant.name: {
+        'options': variant.options, 'baseline': find_baseline(variant, variants).name,
+        **variant.costs, 'config': effective_config(variant.cfg)} for variant in variants}}
+
+
+def job_of(variant, seed, folder):
+    """The Job that trains a variant with this seed in the folder of a sweep."""
+    name, cfg, script = run_name(variant.name, seed), variant.cfg, str(ROOT / 'train.py')
+    out = folder / 'runs' / name
+    here = [f'--out_dir={str(out)!r}', f'--device={cfg.device!r}']
+    wandb = [f'--wandb_run_name={name!r}', f'--wandb_group={cfg.wandb_group or folder.name!r}']
+    return Job(name, out, cfg.max_iters, [script, *variant.argv, f'--seed={seed}', *here, *wandb],
+               [script, '--init_from=resume', *here])
+
+
+# --------------------------------------------------------------------------------------------------
+# the folder of a sweep
 
 def check_folder(name):
-    """The folder of a sweep, whose mark is a sweep.json in it. Raises UserError where something else is."""
-    folder, real = Path(name), Path(os.path.realpath(name))
-    if not name or is_shared(real):
-        raise UserError(f"sweep={name!r}: must be a folder for one sweep (nearest: {unused('out-compare')})")
+    """The folder as a Path. Raises UserError if it holds something other than a sweep."""
+    folder = Path(name)
+    if not name or is_shared(Path(os.path.realpath(name))):
+        raise UserError(f"sweep={name!r}: must be a folder for one sweep "
+                        f"(nearest: {unused('out-compare')})")
     check_writable(folder / 'sweep.json', f'sweep={name!r}')
-    try:
-        # not what a sweep leaves that is killed at its start
-        other = real.exists() and [p.name for p in real.iterdir() if p.suffix != '.tmp' and not (
-            p.name == 'runs' and p.is_dir() and not any(p.iterdir()))]
-        if other and not (real / 'sweep.json').exists():
-            raise UserError(f"sweep={name!r}: holds something else: {min(other)} (nearest: {unused(folder)})")
-    except OSError as e:
-        raise UserError(f"sweep={name!r}: cannot be used: {e.strerror} (nearest: {unused(folder)})") from None
+    # a sweep that is killed at its start leaves a temporary file
+    others = [path.name for path in folder.glob('[!.]*') if path.suffix != '.tmp']
+    if others and 'sweep.json' not in others:
+        raise UserError(f"sweep={name!r}: holds something else: {min(others)} "
+                        f"(nearest: {unused(folder)})")
     return folder
 
 
-def gpus(asked, device, at_once, say):
-    """For run_all's `environment`: on CUDA the GPUs one after the other, unless the option `asked` names one. device:
-    what it comes to here."""
-    visible = [None]
-    if asked in ('auto', 'cuda') and device == 'cuda':
-        named = os.environ.get('CUDA_VISIBLE_DEVICES')
-        visible = named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
-    if device != 'cpu' and at_once > len(visible):
-        say(f'jobs={at_once}: share {len(visible)} GPU{"s" * (len(visible) > 1)}, the memory, too')
-    return lambda slot: {} if visible == [None] else {'CUDA_VISIBLE_DEVICES': visible[slot % len(visible)]}
+def read_json(path, keys=()):
+    """A JSON object that has these keys; {} if there is no such file. Raises UserError."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise UserError(f'{path}: damaged: not what compare.py writes (nearest: delete it, then '
+                        'the same command again)')
+    return found
 
 
-def run_all(jobs, at_once, ended, environment=lambda slot: {}):
-    """Run what is not finished -> the names of jobs that failed. ended(job, code, seconds): called after each.
-    environment(slot): variables of the process in a slot, 0 to at_once - 1. An exception, such as Interrupted, stops
-    them all first: they save; the next one kills them."""
+def load(folder):
+    """What `describe` made, from sweep.json. Raises UserError."""
+    path = folder / 'sweep.json'
+    if not path.exists():
+        raise UserError(f'sweep={str(folder)!r}: holds no sweep (nearest: python compare.py '
+                        'config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3)')
+    return read_json(path, ('lists', 'seeds', 'arms'))
+
+
+def check_same_sweep(folder, record):
+    """Raise UserError if the folder holds a sweep that is no part of this one."""
+    def flat(sweep):
+        return {f'seed {seed}': 'a run' for seed in sweep['seeds']} | {
+            f'{name}: {key}': value for name, arm in sweep['arms'].items()
+            for key, value in {**arm['config'], 'text': arm.get('text')}.items()}
+    old = flat(load(folder) if (folder / 'sweep.json').exists() else record)
+    new = flat(record)
+    for key, value in old.items():
+        if key not in new or new[key] != value:
+            raise UserError(f'sweep={str(folder)!r}: holds another sweep: {key}: {value!r} there, '
+                            f'{new.get(key, "nothing")!r} here (nearest: {unused(folder)})')
+
+
+# --------------------------------------------------------------------------------------------------
+# running
+
+def result(folder, steps):
+    """The final row of a run that has finished after as many steps, or None."""
+    return next((row for row in read_metrics(folder)
+                 if row.get('final') and row['iter'] == steps and 'val/loss' in row), None)
+
+
+def has_checkpoint(folder):
+    """Whether a run can go on from what is in its folder."""
+    return any((Path(folder) / name).exists() for name in ('ckpt.pt', 'last.pt'))
+
+
+def state(job):
+    """'done', 'to resume' or 'to do'."""
+    if result(job.folder, job.steps):
+        return 'done'
+    return 'to resume' if has_checkpoint(job.folder) and job.resume else 'to do'
+
+
+def log_of(job):
+    """What the process prints. It is beside the folder, which train.py may move."""
+    return Path(f'{job.folder}.log')
+
+
+def losses(final):
+    """The losses of a final row, for a line of output."""
+    return ', '.join(f'{key} {final[key]:.4f}' for key in ('val/loss', 'val/prefix_loss')
+                     if key in final)
+
+
+def failure(job, code):
+    """What to say of a run that failed."""
+    how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
+    printed = log_of(job).read_text(encoding='utf-8', errors='replace')
+    last = (re.findall(r'[^\r\n]*\S', printed) or ['no output'])[-1].strip()
+    restart = f'; without {job.folder} it starts again' * has_checkpoint(job.folder)
+    return f'{job.name}: failed, {how}: {last} (all of it: {log_of(job)}{restart})'
+
+
+def thread_limits(at_once):
+    """Environment of each of several processes that share this one's threads."""
+    names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS')
+    return dict.fromkeys(names, str(max(1, torch.get_num_threads() // at_once)))
+
+
+def gpu_environments(device):
+    """Environments of processes, to be taken in turn. On 'cuda' each has one GPU; a device with a
+    number, 'cuda:1', is for all."""
+    if device != 'cuda':
+        return [{}]
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    gpus = named.split(',') if named else map(str, range(torch.cuda.device_count()))
+    return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus]
+
+
+def train_all(jobs, at_once, device):
+    """Run what is not finished and print a line per run -> names of the jobs that failed."""
+    states, gpus = [state(job) for job in jobs], gpu_environments(device)
+    counts = [f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do')]
+    print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {", ".join(counts)}; {at_once} at a time, '
+          f'{thread_limits(at_once)["OMP_NUM_THREADS"]} threads each', flush=True)
+    if device != 'cpu' and at_once > len(gpus):
+        print(f'jobs={at_once}: they share the memory of GPUs, of which there are {len(gpus)}')
+    numbers = count(states.count('done') + 1)
+
+    def ended(job, code, seconds):
+        final = result(job.folder, job.steps)
+        text = f'{job.name}: {losses(final)}, {seconds:.0f} s' if final else failure(job, code)
+        print(f'[{next(numbers)}/{len(jobs)}] {text}', flush=True)
+    return run_all(jobs, at_once, ended, gpus)
+
+
+def run_all(jobs, at_once, ended, environments=({},)):
+    """Run what is not finished -> the names of the jobs that failed: they have no final row.
+
+    ended(job, code, seconds) is called after each; environments: variables of the processes, in
+    turn. After an exception, such as Interrupted, the runs are told to stop, and save; another one
+    ends the wait for them.
+    """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
-    running, failed = {}, []                                        # slot -> job, process, start
+    running = {}                                        # slot -> job, process, start
     try:
         while waiting or running:
-            for slot in [slot for slot in range(at_once) if slot not in running][:len(waiting)]:
-                job = waiting.pop(0)
-                running[slot] = job, start(job, shared_threads(at_once) | environment(slot)), time.monotonic()
+            free = [slot for slot in range(at_once) if slot not in running]
+            for slot in free[:len(waiting)]:
+                job, own = waiting.pop(0), environments[slot % len(environments)]
+                running[slot] = job, start(job, thread_limits(at_once) | own), time.monotonic()
             for slot, (job, process, begun) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    if process.returncode or result(job.folder, job.steps) is None:
-                        failed.append(job.name)
                     ended(job, process.returncode, time.monotonic() - begun)
             time.sleep(POLL)
     finally:
-        stop([process for _, process, _ in running.values()])
-    return failed
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+    return [job.name for job in jobs if result(job.folder, job.steps) is None]
 
 
 def start(job, environment):
-    """-> the process of a job, which stops when this one ends."""
+    """-> the process of a job, which stops when this process has ended."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
-    with locked_folder(job.folder, wait=True):                      # a run that a killed sweep left is about to save
+    with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
         saved = has_checkpoint(job.folder)
-        resumed = saved and job.resume is not None
-        if not saved:                                               # a beginning that nothing can go on from
+        if not saved:                                   # a beginning that no run can go on from
             (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
-    with open(log_of(job), 'ab' if resumed else 'wb') as log:
-        return subprocess.Popen([sys.executable, *(job.resume if resumed else job.argv)], stdin=subprocess.DEVNULL,
-                                stdout=log, stderr=log, env=os.environ | {STOP_WITH_PARENT: '1'} | environment)
+    argv, mode = (job.resume, 'ab') if saved and job.resume else (job.argv, 'wb')
+    with open(log_of(job), mode) as log:
+        return subprocess.Popen(
+            [sys.executable, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | {STOP_WITH_PARENT: str(os.getpid())} | environment)
 
 
-def stop(processes):
-    """Ask them to save and end, and wait; kill them if that is interrupted."""
-    try:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-    except BaseException:
-        for process in processes:
-            process.kill()
-            process.wait()
-        raise
+# --------------------------------------------------------------------------------------------------
+# times
+
+def measure(runs, folder, device):
+    """Time the step of each variant that has a finished run against its baseline's, and write it to
+    timing.json if it is not there. runs: (Variant, Job) each."""
+    times = read_json(folder / 'timing.json')
+    variants = {variant.name: variant for variant, _ in runs}
+    finished = {variant.name for variant, job in runs if state(job) == 'done'}
+    for name, variant in variants.items():
+        baseline = find_baseline(variant, list(variants.values()))
+        known = times.get(name, {}).get('baseline') == baseline.name
+        is_adaptive = variant.cfg.adaptive_svd          # its costs are in some of the steps only
+        if variant is baseline or known or is_adaptive or not {name, baseline.name} <= finished:
+            continue
+        print(f'timing steps of {name} against {baseline.name}', flush=True)
+        found = paired_benchmark(step_of(variant.cfg, device), step_of(baseline.cfg, device), PAIRS,
+                                 device)
+        micro_batches = (variant.cfg.gradient_accumulation_steps
+                         / baseline.cfg.gradient_accumulation_steps)
+        times[name] = found | {
+            'ratio': micro_batches * found['ratio'],
+            'ratio_quartiles': [micro_batches * ratio for ratio in found['ratio_quartiles']],
+            'baseline': baseline.name, 'pairs': PAIRS, 'device': device,
+            'threads': torch.get_num_threads()}
+        write_atomically(folder / 'timing.json', json.dumps(times, indent=1).encode())
 
 
-def why(job, code):
-    """A failure in words."""
-    how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
-    anew = f'; without {job.folder} it starts anew' if has_checkpoint(job.folder) else ''
-    return f'{job.name}: failed, {how}: {last_line(job)} (all of it: {log_of(job)}{anew})'
+def list_runs(runs, device):
+    """Print the state of each run (Variant, Job) and the time left, from steps timed now."""
+    seconds, left = {}, 0.0
+    for variant, job in runs:
+        text, share = state(job), 1.0
+        if text == 'to resume':
+            step = max((row['iter'] for row in read_metrics(job.folder)), default=0)
+            text, share = f'{text}, after step {step} or before', 1 - step / max(1, job.steps)
+        if text != 'done':
+            if variant.name not in seconds:
+                seconds[variant.name] = run_seconds(variant.cfg, variant.data, device)
+            left += share * seconds[variant.name]
+            text += f', about {share * seconds[variant.name] / 60:.1f} min'
+        print(f'{job.name}: {text}')
+    print(f'{len(runs)} runs, about {left / 60:.1f} min left, one run after the other, from steps '
+          f'timed here with {torch.get_num_threads()} threads')

@@ -11,6 +11,7 @@ import pytest
 import compare
 from helpers import ROOT, TEXT
 from runtime import config as configuration
+from tools import sweep
 from train import TrainConfig
 
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
@@ -40,7 +41,8 @@ def test_commands_are_valid(tmp_path, monkeypatch):
         argv = [arg for arg in argv if arg not in ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')]
         # its options take lists
         if script == 'compare.py' and any(not arg.startswith('--sweep=') for arg in argv):
-            assert compare.plan(*compare.read(argv), print)
+            values, lists, set_by, rest = compare.read_lists(argv)
+            assert sweep.expand_grid(compare.CompareConfig, values, lists, set_by, rest)
         else:
             assert configuration.load(getattr(module_of(script), CLASSES[script]), argv)
     assert len(COMMANDS) > 8 and 'train.py config/train_svd_test.py' in COMMANDS            # they are found
@@ -72,7 +74,7 @@ ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', 'tests/', 'exper
 def test_the_commands_of_the_readme_run(here, call, monkeypatch):
     """In its order, each on the runs that those before it left, with a model that takes no time: exit code
     0."""
-    monkeypatch.setattr(compare, 'TIMED_SECONDS', 0.1)
+    monkeypatch.setattr(sweep, 'PAIRS', 2)
     monkeypatch.setattr(importlib.import_module('example_mla_usage'), 'STEPS', 2)
     shutil.copytree(ROOT / 'config', 'config')
     Path('my.txt').write_text(TEXT * 4)

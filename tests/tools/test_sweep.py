@@ -1,4 +1,4 @@
-"""runtime/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named, and no
+"""tools/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named, and no
 process outlives the one that started it. The runs are those of a script of a few lines."""
 
 import json
@@ -10,11 +10,13 @@ import time
 import pytest
 import torch
 
-from helpers import ROOT, rows
+import train
+from helpers import ROOT, TINY, rows
 from runtime import tracking
+from runtime.cli import Interrupted, signals
+from runtime.distributed import STOP_WITH_PARENT
+from runtime.files import locked_folder
 from tools import sweep
-from runtime.config import UserError
-from runtime.cli import Interrupted, Stop
 
 SCRIPT = '''
 import beside
@@ -72,8 +74,8 @@ def test_what_is_finished_is_not_repeated_and_a_failed_run_is_named(job):
     """A run that ends without the result of its last step has failed, too."""
     jobs = [job('a'), job('b', 'fails'), job('c', 'dies'), job('d')._replace(steps=6)]
     assert run(jobs) == (['b', 'c', 'd'], [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)])
-    assert sweep.why(jobs[1], 3).startswith('b: failed, exit code 3: the reason (')
-    assert 'SIGKILL' in sweep.why(jobs[2], -signal.SIGKILL)
+    assert sweep.failure(jobs[1], 3).startswith('b: failed, exit code 3: the reason (')
+    assert 'SIGKILL' in sweep.failure(jobs[2], -signal.SIGKILL)
     assert [name for name, _ in run(jobs)[1]] == ['b', 'c', 'd'] and len(rows(jobs[0].folder)) == 1
 
 
@@ -94,26 +96,23 @@ def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what
 def test_threads_and_slots_are_shared_out(job, one_thread):
     torch.set_num_threads(7)
     jobs = [job(name) for name in 'abc']
-    assert run(jobs, 3, environment=lambda slot: {'SLOT': f'slot{slot}'})[0] == []
+    assert run(jobs, 3, environments=[{'SLOT': f'slot{i}'} for i in range(3)])[0] == []
     assert sorted(sweep.log_of(one).read_text() for one in jobs) == [f'starts ends 2 slot{i}\n'
                                                                      for i in range(3)]
 
 
-@pytest.mark.parametrize('asked, device, named, at_once, slots, said', [
-    ('auto', 'cpu', '', 4, [None, None], ''), ('auto', 'mps', '', 2, [None, None], '1 GPU,'),
-    ('auto', 'cuda', '', 3, ['0', '1', '0'], '2 GPUs,'), ('cuda', 'cuda', '5,7', 2, ['5', '7'], ''),
-    ('cuda:1', 'cuda:1', '', 2, [None, None], '1 GPU,')])
-def test_gpus_are_given_out_in_turn(asked, device, named, at_once, slots, said, monkeypatch, capsys):
+@pytest.mark.parametrize('device, named, gpus', [
+    ('cpu', '', [None]), ('mps', '', [None]), ('cuda', '', ['0', '1']), ('cuda', '5,7', ['5', '7']),
+    ('cuda:1', '', [None])])
+def test_gpus_are_given_out_in_turn(device, named, gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
-    environment = sweep.gpus(asked, device, at_once, print)
-    assert [environment(i).get('CUDA_VISIBLE_DEVICES') for i in range(len(slots))] == slots
-    assert said in capsys.readouterr().out
+    assert [one.get('CUDA_VISIBLE_DEVICES') for one in sweep.gpu_environments(device)] == gpus
 
 
 def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
     jobs = [job('a', 'waits'), job('b', 'stops its parent'), job('c')]
-    with Stop(under_torchrun=False), pytest.raises(Interrupted) as stopped:
+    with signals, pytest.raises(Interrupted) as stopped:
         run(jobs, 2)
     assert stopped.value.signal == signal.SIGTERM
     assert all((one.folder / 'ckpt.pt').exists() for one in jobs[:2]) and not jobs[2].folder.exists()
@@ -121,23 +120,27 @@ def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
 
 
 @pytest.mark.slow
-def test_after_sigkill_the_runs_save_and_the_next_sweep_waits_for_them(job, tmp_path):
-    """The run takes half a second to save after its parent is gone: the next one has to wait."""
-    one, folder, told = job('a', 'waits'), tmp_path / 'sweep', []
+def test_after_sigkill_a_run_saves_and_ends_and_the_next_sweep_waits_for_it(here):
+    """train.py's own run: it has no end but that of the process which started it."""
+    folder, endless = here / 'out', ['--max_iters=1000000', '--eval_interval=1000000']
+    one = sweep.Job('out', folder, 1000000, [str(ROOT / 'train.py'), *TINY, *endless], None)
     code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
-            'from pathlib import Path, PosixPath\n'
+            'from pathlib import PosixPath\n'
             'from tools import sweep\n'
             'from tools.sweep import Job\n'
-            f'with sweep.alone({str(folder)!r}, "sweep", print) as inherit:\n'
-            f'    sweep.run_all([{one!r}], 1, print, inherit=inherit)\n')
+            f'sweep.run_all([{one!r}], 1, print)\n')
     with subprocess.Popen([sys.executable, '-c', code]) as parent:
         try:
-            while not (one.folder / 'ready').exists():
+            while len(tracking.read_metrics(folder)) < 5:
                 assert parent.poll() is None
                 time.sleep(.02)
-            with pytest.raises(UserError, match='sweep'), sweep.alone(folder, 'sweep', print):
-                pass
         finally:
             parent.kill()
-    with sweep.alone(folder, 'sweep', told.append):
-        assert (one.folder / 'ckpt.pt').read_text() == 'saved' and len(told) == 1
+    with locked_folder(folder, wait=True):
+        assert (folder / 'ckpt.pt').exists()
+
+
+def test_a_run_that_starts_after_the_end_of_its_sweep_ends_at_once(call, here, monkeypatch):
+    monkeypatch.setenv(STOP_WITH_PARENT, '0')            # no process has this id
+    found = call(train.main, *TINY)
+    assert (found.code, (here / 'out').exists()) == (1, False) and 'sweep' in found.err
