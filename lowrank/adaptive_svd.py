@@ -11,8 +11,8 @@ analyses.
 Letters: m outputs, n inputs, r minor components, k = g - r principal ones; r above g counts as g.
 U (m, g) and V (n, g), not V^T, have orthonormal columns in the order of S (g), descending; their k
 leading columns are enough. Everything is computed in float64 on the CPU and returned as Python
-numbers. NaN and inf in a weight or its SVD raise ValueError, as do fewer than k columns; a gradient
-with NaN or inf counts as no information.
+numbers. NaN and inf in a weight or its SVD raise ValueError; a gradient with NaN or inf counts as
+no information.
 """
 
 import math
@@ -46,11 +46,11 @@ def compute_subspace_angle(U1, U2, k):
     By cosines above pi/4 (Bjoerck and Golub 1973), by sines below it (Knyazev and Argentati 2002),
     where the cosine is flat: acos in float32 finds 1e-3 between a space and itself.
     """
-    first, second = _leading('U1', U1, k), _leading('U2', U2, k)
+    first, second = to_float64(U1[:, :k], 'U1'), to_float64(U2[:, :k], 'U2')    # (m, k)
     if k == 0:
         return 0.0
     # float32 columns are orthonormal to 3e-6, which would count as an angle; Q has the same span
-    first, second = torch.linalg.qr(first).Q, torch.linalg.qr(second).Q         # (m, k)
+    first, second = torch.linalg.qr(first).Q, torch.linalg.qr(second).Q
     shared = first.mT @ second                                      # (k, k)
     sine = torch.linalg.matrix_norm(second - first @ shared, 2).item()
     if sine < math.sqrt(0.5):
@@ -74,8 +74,9 @@ def compute_reconstruction_error(W, U, S, V, r):
     nothing, so this is no damage: it says how much of W is protected.
     """
     W, S = to_float64(W, 'W'), to_float64(S, 'S')
-    k = _principal_count(S, r)
-    principal = _leading('U', U, k) * S[:k] @ _leading('V', V, k).mT    # (m, k) x (k, n)
+    k = max(len(S) - r, 0)
+    U, V = to_float64(U[:, :k], 'U'), to_float64(V[:, :k], 'V')
+    principal = U * S[:k] @ V.mT                                    # (m, k) x (k, n)
     error = math.sqrt(_energy_share(W - principal, W))
     return error, error < SAFE_ERROR
 
@@ -88,7 +89,7 @@ def compute_gradient_alignment(grad_W, U, S, r):
     (0.0, 0.0) for a gradient that is None, zero or not finite. Compare with `random_baseline`. An
     optimizer's step has another alignment than its gradient and may be passed instead.
     """
-    principal_space = _leading('U', U, _principal_count(to_float64(S, 'S'), r))    # (m, k)
+    principal_space = to_float64(U[:, :max(len(S) - r, 0)], 'U')    # (m, k)
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
         return 0.0, 0.0
     gradient = to_float64(grad_W)                                   # (m, n)
@@ -122,13 +123,8 @@ def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
     with min(r_min, g - 1) <= r <= g - 1. The first r is g - FIRST_PRINCIPAL. Later r stays while
     the smallest min(r, g // 4) singular values, at least one, change by more than STABLE_CHANGE, as
     a vector relative to what it was; otherwise it shrinks, in each call: patience is the caller's.
-    Raises ValueError where S is empty or S_prev has another length.
     """
     S, g = to_float64(S, 'S'), len(S)
-    if g == 0 or S_prev is not None and len(S_prev) != g:
-        before = S_prev if S_prev is None else len(S_prev)
-        raise ValueError(f'{g} singular values in S, before it {before}; valid: as many as before, '
-                         'at least 1')
     if S_prev is None:
         r, why = g - FIRST_PRINCIPAL, f'Initial r: protects {FIRST_PRINCIPAL} components'
     else:
@@ -182,7 +178,7 @@ def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad
         return decided(None, 'initial_svd_computation', r_next)
 
     S = to_float64(S, 'S')
-    k = _principal_count(S, r_current)
+    k = max(len(S) - r_current, 0)
     principal, minor = compute_gradient_alignment(grad_W, U, S, r_current)
     c, informative = random_baseline(k, len(U)), principal + minor > 0
     angle = compute_subspace_angle(U_prev, U, k)
@@ -202,18 +198,6 @@ def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad
     if not safe and not in_lowrank_mode:
         return decided(False, 'reconstruction_unsafe', r_next)
     return decided(None, 'continue_current_mode', r_next)
-
-
-def _leading(name, basis, k):
-    """The k leading columns, in float64. Raises ValueError where there are fewer."""
-    if not 0 <= k <= basis.size(1):
-        raise ValueError(f'{name} has {basis.size(1)} columns, too few for k = {k}')
-    return to_float64(basis[:, :k], name)
-
-
-def _principal_count(S, r):
-    """k = g - r, at least 0. A negative r asks for too many columns, which `_leading` refuses."""
-    return max(len(S) - r, 0)
 
 
 def _energy_share(part, whole):

@@ -41,29 +41,36 @@ class NoSVD(nn.Module):
         return LatentValues(self.truncate_weight(w_v), bias)
 
 
-class SequenceSVD(NoSVD):
+class HeadSVD(NoSVD):
+    """What the scopes share: the options and, where 'randomized' has one, the warm start."""
+
+    warm_power_iters: int | None = None     # of a warm start; None: every forward pass starts cold
+
+    def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
+        """block: rows before the first basis of 'causal'; what follows: as in lowrank/svd.py."""
+        super().__init__()
+        self.block, self.basis_grad, self.warm_start = block, basis_grad, None
+        self.options = dict(rank=rank, method=method, power_iters=power_iters,
+                            oversample=oversample)
+        if method == 'randomized' and self.warm_power_iters is not None:
+            self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample,
+                                             self.warm_power_iters)
+
+
+class SequenceSVD(HeadSVD):
     """The best rank-k approximation of V (T x hs) as a whole."""
 
     approximate = staticmethod(low_rank_approximation)
     warm_power_iters = 0          # residual 1.005 of the best on V of the main job's model, trained
-
-    def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
-        """block: of 'causal' alone; the last four: of lowrank/svd.py."""
-        super().__init__()
-        self.options = dict(rank=rank, method=method, power_iters=power_iters,
-                            oversample=oversample)
-        self.block, self.basis_grad, self.warm_start = block, basis_grad, None
-        if method == 'randomized':
-            self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample,
-                                             self.warm_power_iters)
 
     def forward(self, v):
         if self.warm_start is None:
             return self.approximate(v, basis_grad=self.basis_grad, **self.options)
         options = self.options | self.warm_start.start()
         v, gram = self.approximate(v, basis_grad=self.basis_grad, **options, return_gram=True)
-        if gram is not None and self.warm_start.in_training() and torch.is_grad_enabled():
-            self.warm_start.accumulate_gram(gram)                   # of a training step
+        is_step = self.training and self.warm_start.followed and torch.is_grad_enabled()
+        if is_step and gram is not None:
+            self.warm_start.accumulate_gram(gram)
         return v
 
 
@@ -88,16 +95,11 @@ class CausalSVD(SequenceSVD):
                                        self.eigensolver, **kind)
 
 
-class WeightSVD(NoSVD):
+class WeightSVD(HeadSVD):
     """The projection that makes V, truncated per head. 'randomized' starts cold: one small
     problem."""
 
     truncates_weight = True
-
-    def __init__(self, heads, head_size, block, basis_grad, **options):
-        """The first three matter to the other scopes alone."""
-        super().__init__()
-        self.basis_grad, self.options = basis_grad, options
 
     def truncate_weight(self, w_v):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT

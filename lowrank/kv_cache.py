@@ -25,17 +25,18 @@ class DenseValues:
 
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
-        self.data, self.length = torch.empty(shape, dtype=dtype, device=device), 0
+        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.capacity, self.length = shape[-2], 0
 
     @property
     def nbytes(self):
         return self.data.nbytes
 
     def append(self, x):
-        """Add rows x (..., m, n). Raises ValueError where there is no room for them."""
-        _check_capacity(self.length, x.shape[-2], self.data.shape[-2])
-        self.data[..., self.length:self.length + x.shape[-2], :] = x
-        self.length += x.shape[-2]
+        """Add rows x (..., m, n), at most N in all."""
+        end = self.length + x.shape[-2]
+        self.data[..., self.length:end, :] = x
+        self.length = end
 
     def all(self):
         """-> (..., T, n)."""
@@ -82,9 +83,9 @@ class BlockCausalValues:
 
     def __init__(self, shape, rank, block, eigensolver, dtype, device):
         """shape (..., N, n). eigensolver: G (..., n, n) -> its leading eigenvectors (..., n, k)."""
-        *batch, self.capacity, n = shape
-        starts, kind = causal_starts(self.capacity, rank, block), dict(dtype=dtype, device=device)
-        edges, self.length, self.eigensolver = [*starts, self.capacity], 0, eigensolver
+        *batch, capacity, n = shape
+        starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
+        edges, self.eigensolver = [*starts, capacity], eigensolver
         self.bases = torch.empty(*batch, n, len(starts) * rank, **kind)     # W_k of each span
         self.spans = [DenseValues((*batch, edges[0], n), **kind)]
         for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)):
@@ -94,12 +95,11 @@ class BlockCausalValues:
         self.nbytes = sum(part.nbytes for part in (*self.spans, self.bases, self.gram))
 
     def append(self, x):
-        """Add rows x (..., m, n). Raises ValueError where there is no room for them, and
-        torch.linalg.LinAlgError where a basis would come from non-finite rows."""
-        _check_capacity(self.length, x.shape[-2], self.capacity)
+        """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError where a basis
+        would come from non-finite rows."""
         while x.shape[-2]:
-            span = next(s for s in self.spans if s.length < s.data.shape[-2])
-            room = span.data.shape[-2] - span.length
+            span = next(s for s in self.spans if s.length < s.capacity)
+            room = span.capacity - span.length
             rows, x = x[..., :room, :], x[..., room:, :]
             if span is self.spans[0]:
                 span.append(rows)
@@ -107,7 +107,6 @@ class BlockCausalValues:
                 if span.length == 0:
                     span.basis.copy_(self.eigensolver(self.gram))
                 span.append(rows.to(span.basis.dtype) @ span.basis)             # (..., m, k)
-            self.length += rows.shape[-2]
             if span is not self.spans[-1]:                          # a later basis depends on them
                 rows = rows.to(self.gram.dtype)
                 with torch.autocast(rows.device.type, enabled=False):   # it would round float32
@@ -133,11 +132,6 @@ def gram_dtype(dtype, device):
     """Of a Gram matrix of rows: float64; float32 for half precision and on MPS without float64."""
     wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
     return torch.float64 if wide else torch.float32
-
-
-def _check_capacity(length, more, capacity):
-    if length + more > capacity:
-        raise ValueError(f'no room for {more} more rows: {length} of {capacity} are taken')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,9 +181,9 @@ class BlockCausalLatentValues(LatentValues):
 
     def weighted_sum(self, weights, c):
         """Each span's sum is taken of latents, expanded, then projected."""
-        starts, total = [start for start in self.starts if start < c.size(1)], 0
-        edges = [0, *starts, c.size(1)]
-        for a, b, w in zip(edges, edges[1:], [None, *self._bases(c)]):
+        bases, total = self._bases(c), 0
+        edges = [0, *self.starts[:len(bases)], c.size(1)]
+        for a, b, w in zip(edges, edges[1:], [None, *bases]):
             part = weights[..., a:b]                                # (B, nh, b - a)
             y = super().weighted_sum(part, c[:, a:b])               # (B, nh, 1, hs)
             if self.bias is not None:                # a part of the weights adds up to less
@@ -199,8 +193,7 @@ class BlockCausalLatentValues(LatentValues):
 
     def _bases(self, c):
         """W_k of each span that begins within c (B, T, d), from V^T V of the rows before it."""
-        starts = [start for start in self.starts if start < c.size(1)]
-        for start in starts[self.made:]:
+        for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
                 v = v.to(gram_dtype(v.dtype, v.device))
@@ -276,16 +269,14 @@ def expand(weight, c):
 def validate_positions(cache, idx, block_size):
     """The number of tokens in the layers' caches (0 without): the position where idx (B, T) begins.
 
-    Raises ValueError where idx does not fit: a prompt comes first, then one token at a time,
-    block_size in all.
+    Raises ValueError where idx does not fit: a prompt comes first, then one token at a time, in all
+    at most block_size and what the cache has room for.
     """
     T, start = idx.size(1), cache[0].length if cache else 0
-    if not 1 <= T <= block_size - start:
-        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to '
+    most = min(block_size, cache[0].stored.capacity) if cache else block_size
+    if not 1 <= T <= most - start:
+        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to {most}, with '
                          f'block_size={block_size}')
     if start and T > 1:
         raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
-    if cache and len(idx) not in (1, len(cache[0].stored.data)):
-        raise ValueError(f'cannot add {len(idx)} sequences to a cache of '
-                         f'{len(cache[0].stored.data)}')
     return start

@@ -79,9 +79,6 @@ class WarmStartBasis(nn.Module):
             return dict(start=self.basis, power_iters=self.warm_power_iters)
         return dict(start=self.gaussian, power_iters=self.power_iters)
 
-    def in_training(self):
-        return self.training and self.followed
-
     def accumulate_gram(self, gram):
         """Add the matrices G (B, nh, n, n) of one micro-batch of a training step."""
         self.gram_sum += gram.sum(0)
@@ -140,12 +137,8 @@ def get_bases(bases):
 
 
 def set_bases(bases, saved):
-    """The inverse of `get_bases`. None, and bases of another shape, make a cold start. Raises
-    ValueError for what is not finite numbers."""
-    if saved is not None and not (torch.is_tensor(saved) and saved.is_floating_point()
-                                  and saved.isfinite().all()):
-        raise ValueError('its svd_basis is not of finite floating-point numbers')
-    fits = saved is not None and bases and saved.shape == (len(bases), *bases[0].basis.shape)
+    """The inverse of `get_bases`. None, and bases of another shape, make a cold start."""
+    fits = torch.is_tensor(saved) and bases and saved.shape == (len(bases), *bases[0].basis.shape)
     for i, basis in enumerate(bases):
         basis.basis.copy_(saved[i] if fits else basis.gaussian[:, :basis.rank])
         basis.warm = bool(fits)

@@ -54,10 +54,11 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
     U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. Computed in
     float64 (on the CPU where the device has none). For spectra and for factoring weights; where a
     gradient is needed use `low_rank_approximation`. With 'randomized', rows of Vh are short where
-    sigma_k is below 1e-3 sigma_1. Raises ValueError for a rank outside 1..min(m, n) and an unknown
-    method, and torch.linalg.LinAlgError for non-finite values.
+    sigma_k is below 1e-3 sigma_1. rank None, or above min(m, n), gives min(m, n) triplets. Raises
+    ValueError for rank < 1 and an unknown method, and torch.linalg.LinAlgError for non-finite
+    values.
     """
-    _check(x, rank, method, x.shape[-2:])
+    _check(rank, method)
     if x.shape[-2] < x.shape[-1]:
         u, s, vh = truncated_svd(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
         return vh.mT, s, u.mT
@@ -77,8 +78,8 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
 
 def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
     """W_k (..., n, k) such that x W_k W_k^T is what `low_rank_approximation` returns for x (..., m,
-    n) with m >= n, with its precision. Not differentiable. Raises as `truncated_svd`."""
-    _check(x, rank, method, x.shape[-2:])
+    n) with m >= n, with its precision. Not differentiable. Raises torch.linalg.LinAlgError for
+    non-finite values."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     with _full_precision(x):
         if method == 'randomized':
@@ -134,7 +135,7 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     torch.linalg.LinAlgError where a matrix to decompose has non-finite values. On CUDA a check
     would have to wait for the device; under torch.compile there is none either.
     """
-    _check(x, rank, method)
+    _check(rank, method)
     m, n = x.shape[-2:]
     options = dict(power_iters=power_iters, oversample=oversample)
     spans = () if rank is None or rank >= min(m, n) else ((m, 0, m),)
@@ -153,9 +154,7 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
     itself; T does not enter this rule, because appending a row must not change an earlier one.
     The rest is as in `low_rank_approximation`; G is that of all rows that a basis comes from.
     """
-    _check(x, rank, method)
-    if block < 1:
-        raise ValueError(f'block must be at least 1 row, got {block}')
+    _check(rank, method)
     rows, n = x.shape[-2:]
     starts = [] if rank is None or rank >= n else causal_starts(rows, rank, block)
     spans = tuple((s, s, min(2 * s, rows)) for s in starts)
@@ -289,12 +288,7 @@ def _prefix_grams(x, stops):
 
 def _iterate(grams, rank, power_iters, oversample, start):
     """`leading_subspace` of grams (..., n, n), in float64 where the device has it."""
-    if power_iters < 0 or oversample < 0:
-        raise ValueError('power_iters and oversample must be at least 0, got '
-                         f'{power_iters} and {oversample}')
     start = gaussian_start(grams.shape[-1], rank, oversample) if start is None else start
-    if start.shape[-1] < rank:
-        raise ValueError(f'start has {start.shape[-1]} columns, too few for rank {rank}')
     _check_finite(grams)
     wide = grams if _lacks_float64(grams.device) else grams.double()
     return leading_subspace(wide, rank, start.to(wide.dtype).to(wide.device), power_iters)
@@ -329,13 +323,8 @@ def _full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _check(x, rank, method, shape=None):
-    """shape: (m, n) where the rank must be given and at most min(m, n)."""
+def _check(rank, method):
     if method not in METHODS:
         raise ValueError(f'unknown SVD method {method!r}; valid: {", ".join(METHODS)}')
-    if x.dim() < 2:
-        raise ValueError(f'a matrix needs two dimensions, got shape {tuple(x.shape)}')
-    if shape and not (rank and 1 <= rank <= min(shape)):
-        raise ValueError(f'rank={rank}: must be 1 to {min(shape)} for {shape[0]} x {shape[1]}')
     if rank is not None and rank < 1:
-        raise ValueError(f'rank must be at least 1, got {rank}')
+        raise ValueError(f'rank={rank}: must be at least 1')
