@@ -48,16 +48,16 @@ class AdapterTargets:
 
     def check_layers(self):
         """Raise ValueError where the options name layers or ranks that the model does not have."""
+        shapes = self.layer_shapes
         for option, less in (('layer_ranks', 0), ('adaptive_svd_ranks', 1)):
             for name, rank in (getattr(self, option) or {}).items():
-                shape = self.layer_shapes.get(name)
-                if shape is None:
-                    close = difflib.get_close_matches(name, self.layer_shapes, 1, 0)[0]
+                if name not in shapes:
+                    close = difflib.get_close_matches(name, shapes, 1, 0)[0]
                     raise ValueError(f'{option}={{{name!r}: {rank}}}: no such layer (nearest: '
                                      f'{close!r})')
-                if not 1 <= rank <= min(shape) - less:
-                    raise ValueError(f'{option}={{{name!r}: {rank}}}: must be 1 to '
-                                     f'{min(shape) - less}')
+                most = min(shapes[name]) - less
+                if not 1 <= rank <= most:
+                    raise ValueError(f'{option}={{{name!r}: {rank}}}: must be 1 to {most}')
         if self.adaptive_svd and self.has_lora:
             raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd '
                              '(nearest: --lora_rank=None)')
@@ -67,7 +67,7 @@ class AdapterTargets:
         for name in (*self.adaptive_layers, *self.lora_layers):
             if name in (self.layer_ranks or {}):
                 raise ValueError(f'layer_ranks={{{name!r}: ..}}: low-rank layers cannot be adapted')
-            most = min(self.layer_shapes[name])
+            most = min(shapes[name])
             if self.has_lora and self.lora_rank > most:
                 raise ValueError(f'lora_rank={self.lora_rank}: must be 1 to {most} for {name}')
 
@@ -84,11 +84,9 @@ def inject_adapters(model, from_trained=False):
     if c.has_lora:
         model.requires_grad_(False)
     for name in c.lora_layers:
-        linear = model.get_layer(name)
-        options = c.lora_rank, c.lora_alpha or c.lora_rank, c.lora_dropout
-        layer = (LoRALinear.from_linear(linear, *options, c.lora_init) if from_trained else
-                 LoRALinear(linear, *options))
-        model.set_layer(name, layer)
+        model.set_layer(name, LoRALinear(
+            model.get_layer(name), c.lora_rank, c.lora_alpha or c.lora_rank, c.lora_dropout,
+            c.lora_init if from_trained else 'lora'))
 
 
 def adaptive_layers(model):
@@ -151,10 +149,3 @@ def to_standard_lora(layer, original):
     if len(a) > min(w.shape):                                       # more than this shape needs
         b, a = svd_factors(layer.scale * b @ a, slice(None), layer.scale)
     return a.to(w), b.to(w)
-
-
-def factor_params(model):
-    """The parameters of all modules with a method `factor_params`, in order, as the keys of a dict;
-    None if there is no such module. They may have none now and some later."""
-    modules = [module for module in model.modules() if hasattr(module, 'factor_params')]
-    return dict.fromkeys(p for module in modules for p in module.factor_params()) if modules else None
