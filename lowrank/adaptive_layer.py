@@ -116,8 +116,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
 
 def to_float32(tensor):
     """In at least float32 on the CPU, detached; may share memory."""
-    tensor = tensor.detach().cpu()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def thin_svd(weight):
@@ -214,8 +213,8 @@ class AdaptiveSVD:
                 for key, value in found.items() if value is not None}
 
     def _analysis(self, name, step):
-        """-> what `should_use_lowrank_training` says of a layer, for which r, and W's SVD: U, S and,
-        where the layer gets factors, V."""
+        """-> what `should_use_lowrank_training` says of a layer, for which r, and W's SVD: U, S
+        and, where the layer gets factors, V."""
         layer, memory = self.layers[name], self.memory[name]
         W = to_float32(layer.weight)                                # (m, n)
         r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)

@@ -26,11 +26,7 @@ class DenseValues:
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
         self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.capacity, self.length = shape[-2], 0
-
-    @property
-    def nbytes(self):
-        return self.data.nbytes
+        self.nbytes, self.capacity, self.length = self.data.nbytes, shape[-2], 0
 
     def append(self, x):
         """Add rows x (..., m, n), at most N in all."""
@@ -173,17 +169,15 @@ class BlockCausalLatentValues(LatentValues):
         self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
 
     def all(self, c):
-        rows, bases = super().all(c), self._bases(c)
-        edges = zip(self.starts, [*self.starts[1:], rows.size(2)])
-        for (a, b), w in zip(edges, bases):                         # a batch of one: of the first
+        rows = super().all(c)
+        for a, b, w in self._spans(c)[1:]:                          # a batch of one: of the first
             rows[:, :, a:b] = rows[:, :, a:b] @ w[:len(c)] @ w[:len(c)].mT
         return rows
 
     def weighted_sum(self, weights, c):
         """Each span's sum is taken of latents, expanded, then projected."""
-        bases, total = self._bases(c), 0
-        edges = [0, *self.starts[:len(bases)], c.size(1)]
-        for a, b, w in zip(edges, edges[1:], [None, *bases]):
+        total = 0
+        for a, b, w in self._spans(c):
             part = weights[..., a:b]                                # (B, nh, b - a)
             y = super().weighted_sum(part, c[:, a:b])               # (B, nh, 1, hs)
             if self.bias is not None:                # a part of the weights adds up to less
@@ -191,15 +185,17 @@ class BlockCausalLatentValues(LatentValues):
             total = total + (y if w is None else y @ w @ w.mT)
         return total
 
-    def _bases(self, c):
-        """W_k of each span that begins within c (B, T, d), from V^T V of the rows before it."""
+    def _spans(self, c):
+        """(first row, last row + 1, W_k) of each span within c (B, T, d), W_k from V^T V of the
+        rows before it; None for the first span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
                 v = v.to(gram_dtype(v.dtype, v.device))
                 self.bases[self.made] = self.eigensolver(v.mT @ v)
             self.made += 1
-        return self.bases[:self.made]
+        edges = [0, *self.starts[:self.made], c.size(1)]
+        return list(zip(edges, edges[1:], [None, *self.bases[:self.made]]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,14 +207,11 @@ class KeyValueCache:
     def __init__(self, keys, values):
         """keys: DenseValues of shape (B, nh, N, hs); values: one of the classes above."""
         self.stored, self.values = keys, values
+        self.nbytes = keys.nbytes + values.nbytes
 
     @property
     def length(self):
         return self.stored.length
-
-    @property
-    def nbytes(self):
-        return self.stored.nbytes + self.values.nbytes
 
     @torch.compiler.disable                                         # shapes change with every token
     def attend(self, q, k, v):

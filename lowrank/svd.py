@@ -62,7 +62,7 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
     if x.shape[-2] < x.shape[-1]:
         u, s, vh = truncated_svd(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
         return vh.mT, s, u.mT
-    with _full_precision(x):
+    with torch.autocast(x.device.type, enabled=False):
         wide = _to_float64(x)
         if method == 'standard':
             u, s, vh = _decompose(torch.linalg.svd, wide, full_matrices=False)
@@ -81,10 +81,9 @@ def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0
     n) with m >= n, with its precision. Not differentiable. Raises torch.linalg.LinAlgError for
     non-finite values."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    with _full_precision(x):
+    with torch.autocast(x.device.type, enabled=False):
         if method == 'randomized':
-            gram = _prefix_grams(rows, (x.shape[-2],))[0]
-            return _iterate(gram, rank, power_iters, oversample, None)[0].to(x)
+            return _iterate(rows.mT @ rows, rank, power_iters, oversample, None)[0].to(x)
         return _exact_spectrum(rows, method, (x.shape[-2],))[1][0][..., -rank:].to(x)
 
 
@@ -172,12 +171,12 @@ def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
     """X with the rows of each span (s, a, b) projected; X itself without spans."""
     if not spans:
         return (x, None) if return_gram else x
-    flat = x.to(torch.promote_types(x.dtype, torch.float32))        # none in half precision
-    flat = flat.reshape(-1, *x.shape[-2:]).contiguous()             # (N, T, n)
+    wide = torch.promote_types(x.dtype, torch.float32)              # not in half precision
+    flat = x.to(wide).reshape(-1, *x.shape[-2:]).contiguous()       # (N, T, n)
     if start is not None and start.dim() > 2:                       # one for each matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
-    with _full_precision(x):
-        options['start'] = start
+    with torch.autocast(x.device.type, enabled=False):
+        options = dict(start=start, **options)
         y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad, options)
         y = y.view(x.shape).to(x.dtype)
     if not return_gram:
@@ -219,7 +218,7 @@ class _ProjectRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
         projectors, *basis = ctx.saved_tensors
-        with _full_precision(dy):
+        with torch.autocast(dy.device.type, enabled=False):
             dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
             if basis:
                 x, *basis = basis
@@ -317,10 +316,6 @@ def _to_float64(x):
 
 def _lacks_float64(device):
     return device.type == 'mps'
-
-
-def _full_precision(x):
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _check(rank, method):
