@@ -33,16 +33,16 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.adapters import AdapterTargets, factor_params, inject_adapters
+from lowrank.adapters import AdapterTargets, adaptive_layers, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
-from lowrank.head_svd import SCOPES, build_head_svd, why_off
+from lowrank.head_svd import SCOPES, WeightSVD, build_head_svd
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
 from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
-from lowrank.svd import METHODS, low_rank_approximation
+from lowrank.svd import METHODS, causal_starts, low_rank_approximation
 from runtime import checkpoint, huggingface
-from runtime.config import (OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate)
+from runtime.config import OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate
 from runtime.distributed import mean_over_processes
 from runtime.generation import stream as sample_stream
 from runtime.optimizer import adamw
@@ -146,9 +146,18 @@ class GPTConfig(AdapterTargets):
     @property
     def svd_off(self):
         """'off' and why the SVD changes nothing; '' where it truncates."""
+        rank, rows = self.svd_rank, self.block_size
+        if not self.use_svd or rank is None:
+            return 'off' + f' (use_svd={self.use_svd}, svd_rank={rank})' * (
+                self.use_svd or rank is not None)
         inputs = self.latent_dim if self.use_mla else self.n_embd   # of W_v
-        return why_off(self.use_svd, self.svd_rank, self.svd_scope, self.svd_block, self.block_size,
-                       self.n_embd // self.n_head, inputs)
+        full = min(inputs if self.svd_scope == 'weight' else rows, self.n_embd // self.n_head)
+        if rank >= full:
+            return f'off (svd_rank={rank}: full rank is {full})'
+        if self.svd_scope == 'causal' and not causal_starts(rows, rank, self.svd_block):
+            return (f"off (svd_scope='causal' with svd_block={self.svd_block}: no basis of rank "
+                    f'{rank} is due in block_size={rows} tokens)')
+        return ''
 
     @property
     def svd_truncates(self):
@@ -262,7 +271,7 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x):
         """x (B, T, C) -> q, k, v (B, nh, T, hs); V by the truncated weight in 'weight' scope."""
-        return self.c_attn(x, self.value_weight() if self.head_svd.truncates_weight else None)
+        return self.c_attn(x, self.value_weight() if isinstance(self.head_svd, WeightSVD) else None)
 
     def value_weight(self):
         """W_v (nh, hs, C), or U_v (nh, hs, d) of MLA; truncated to rank k in 'weight' scope."""
@@ -384,8 +393,7 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             for module in (block.attn, block.mlp):
                 last = getattr(module.c_proj, 'B', module.c_proj)
-                std = 0.02 / math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(last.weight, mean=0.0, std=std)
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
             for module in block.modules():
                 if isinstance(module, (LowRankLinear, LatentProjection)):
                     first = module.A if isinstance(module, LowRankLinear) else module.kv_down
@@ -409,10 +417,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for i, block in enumerate(self.transformer.h):              # x (B, T, C)
             only_last = targets is None and i == self.config.n_layer - 1
-            try:
-                x = block(x, cache and cache[i], only_last)
-            except torch.linalg.LinAlgError as e:                   # its V is not finite
-                raise torch.linalg.LinAlgError(f'transformer.h.{i}.attn: {e}') from None
+            x = block(x, cache and cache[i], only_last)
         logits = self.lm_head(self.transformer.ln_f(x))             # (B, T or 1, vocab_size)
         if targets is None:
             return logits, None
@@ -438,10 +443,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch, tokens):
         """A cache for `tokens` tokens of `batch` sequences: a list of the layers'. Raises
-        ValueError for more than block_size tokens and for 'sequence' scope that truncates."""
-        if not 1 <= tokens <= self.config.block_size:
-            raise ValueError(f'cannot cache {tokens} tokens: valid are 1 to '
-                             f'block_size={self.config.block_size}')
+        ValueError for 'sequence' scope that truncates."""
         if self.config.is_noncausal:
             raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
                              'and cannot be cached')
@@ -452,9 +454,8 @@ class GPT(nn.Module):
         'sequence' scope truncates: it has none. Weights that it refers to do not count."""
         if self.config.is_noncausal:
             return 0
-        tokens = min(tokens, self.config.block_size)
-        layer = self.transformer.h[0].attn.new_cache(1, tokens, 'meta')
-        return batch * self.config.n_layer * layer.nbytes
+        attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
+        return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
 
     def flops_per_token(self, tokens, decode=False):
         """Floating-point operations of the forward pass per token: the mean over a prompt of
@@ -463,12 +464,12 @@ class GPT(nn.Module):
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
-        head, pairs = self.lm_head.weight.numel(), tokens * (tokens + 1) // 2   # of query and key
+        head = self.lm_head.weight.numel()
         if decode:                                                 # each head attends over latents
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
             return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
         once = last - projection + head + 2 * c.n_embd * tokens     # only the last position goes on
-        attention = 2 * c.n_embd * pairs / tokens * len(blocks)
+        attention = c.n_embd * (tokens + 1) * len(blocks)           # (T + 1) / 2 keys per query
         return 2 * (sum(blocks) + attention + projection + once / tokens)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
@@ -490,9 +491,7 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the context in place, such as GPT-2's of 1024, by dropping late positions."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size={block_size}: can only be cropped to '
-                             f'1..{self.config.block_size}')
+        assert 1 <= block_size <= self.config.block_size
         self.config.block_size, wpe = block_size, self.transformer.wpe.weight
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
                                                             freeze=not wpe.requires_grad)
@@ -501,15 +500,15 @@ class GPT(nn.Module):
         """Trainable parameters for an optimizer, each in one group: matrices of blocks ('hidden')
         and embeddings decay, vectors (biases, LayerNorm) do not, adapter factors ('halved', if the
         model has such layers) decay by half as much. Returns name -> group."""
-        halved = factor_params(self)
-        decays = dict(hidden=weight_decay, halved=weight_decay / 2, embedding=weight_decay,
-                      vector=0.0)
-        if halved is None:
-            del decays['halved']
-        groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()}
+        adaptive = adaptive_layers(self).values()
+        factors = {p for layer in adaptive for p in layer.factor_params()}
+        decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
+                  'vector': 0.0}
+        groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()
+                  if name != 'halved' or adaptive}
         for name, p in self.named_parameters():                     # tied weights appear once
             if p.requires_grad:
-                kind = 'vector' if p.dim() < 2 else 'halved' if p in (halved or ()) else (
+                kind = 'vector' if p.dim() < 2 else 'halved' if p in factors else (
                     'hidden' if name.startswith('transformer.h.') else 'embedding')
                 groups[kind]['params'].append(p)
         return groups
@@ -567,12 +566,11 @@ class GPT(nn.Module):
         """The model of a checkpoint dict, this repo's or nanoGPT's, of which `model_args`, `model`
         and extra state are used, with OVERRIDABLE fields changed. Raises ValueError where they do
         not fit."""
-        args, known = saved['model_args'], GPTConfig.__dataclass_fields__
-        unknown = sorted(map(str, args.keys() - known.keys()))
+        unknown = saved['model_args'].keys() - GPTConfig.__dataclass_fields__.keys()
         if unknown:
             raise ValueError('its model_args have fields that this model does not know: '
-                             f'{", ".join(unknown)}')
-        args = check_all(GPTConfig, args, saved.get('path', 'model_args'))
+                             f'{", ".join(sorted(map(str, unknown)))}')
+        args = check_all(GPTConfig, saved['model_args'], saved.get('path', 'model_args'))
         model = cls(GPTConfig(**args | overrides))
         checkpoint.load_weights(model, saved['model'])
         model.svd_basis = saved.get('svd_basis')

@@ -29,8 +29,8 @@ class AdapterTargets:
     @property
     def adaptive_layers(self):
         """Names of the layers with adaptive SVD."""
-        first = self.adaptive_svd_target_layer
-        blocks = range(self.n_layer) if first < 0 else (first,)
+        block = self.adaptive_svd_target_layer
+        blocks = range(self.n_layer) if block < 0 else (block,)
         return self._named('adaptive_svd_targets', blocks, 'attn.') if self.adaptive_svd else []
 
     @property

@@ -93,8 +93,8 @@ def compute_gradient_alignment(grad_W, U, S, r):
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
         return 0.0, 0.0
     gradient = to_float64(grad_W)                                   # (m, n)
-    share = _energy_share(principal_space.mT @ gradient, gradient)
-    principal = min(share, 1.0)                                    # float32 columns may be too long
+    # 1 at most: float32 columns may be too long
+    principal = min(_energy_share(principal_space.mT @ gradient, gradient), 1.0)
     return principal, 1 - principal
 
 

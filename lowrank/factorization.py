@@ -57,8 +57,7 @@ class Factorization:
     def factors(self, rank):
         """U (m, r) and A (r, n) with U^T U = A A^T, for a rank r of at most s."""
         if rank >= self.size:                                       # W itself, whatever was seen
-            identity = torch.eye(self.weight.size(1), dtype=self.weight.dtype)
-            return balance(self.weight, identity, rank)
+            return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
         leading = self.vectors[:, :rank]                            # (s, r)
         down, up = leading.mT @ self.inverse, self.root @ leading   # (r, s), (s, r)
         if self.tall:

@@ -16,14 +16,12 @@ from torch import nn
 from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalValues, DenseValues,
                               FactoredValues, LatentValues)
 from lowrank.subspace_iteration import WarmStartBasis
-from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
-                         leading_right_vectors, low_rank_approximation)
+from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors, leading_right_vectors,
+                         low_rank_approximation)
 
 
 class NoSVD(nn.Module):
     """V as it is."""
-
-    truncates_weight = False
 
     def forward(self, v):
         return v
@@ -64,13 +62,13 @@ class SequenceSVD(HeadSVD):
     warm_power_iters = 0          # residual 1.005 of the best on V of the main job's model, trained
 
     def forward(self, v):
-        if self.warm_start is None:
+        warm = self.warm_start
+        if warm is None:
             return self.approximate(v, basis_grad=self.basis_grad, **self.options)
-        options = self.options | self.warm_start.start()
-        v, gram = self.approximate(v, basis_grad=self.basis_grad, **options, return_gram=True)
-        is_step = self.training and self.warm_start.followed and torch.is_grad_enabled()
-        if is_step and gram is not None:
-            self.warm_start.accumulate_gram(gram)
+        v, gram = self.approximate(v, basis_grad=self.basis_grad, return_gram=True,
+                                   **self.options | warm.start())
+        if gram is not None and self.training and warm.followed and torch.is_grad_enabled():
+            warm.accumulate_gram(gram)
         return v
 
 
@@ -99,8 +97,6 @@ class WeightSVD(HeadSVD):
     """The projection that makes V, truncated per head. 'randomized' starts cold: one small
     problem."""
 
-    truncates_weight = True
-
     def truncate_weight(self, w_v):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
@@ -120,15 +116,3 @@ def build_head_svd(scope, **options):
     return NoSVD() if scope is None else MODULES[scope](**options)
 
 
-def why_off(use_svd, rank, scope, block, rows, columns, weight_rows):
-    """'off' and why an SVD of matrices (rows, columns), in 'weight' scope (weight_rows, columns),
-    changes nothing; '' where it truncates."""
-    if not use_svd or rank is None:
-        return 'off' + f' (use_svd={use_svd}, svd_rank={rank})' * (use_svd or rank is not None)
-    full = min(weight_rows if scope == 'weight' else rows, columns)
-    if rank >= full:
-        return f'off (svd_rank={rank}: full rank is {full})'
-    if scope == 'causal' and not causal_starts(rows, rank, block):
-        return (f"off (svd_scope='causal' with svd_block={block}: no basis of rank {rank} is due "
-                f'in block_size={rows} tokens)')
-    return ''

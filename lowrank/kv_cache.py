@@ -83,9 +83,9 @@ class BlockCausalValues:
         starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
         edges, self.eigensolver = [*starts, capacity], eigensolver
         self.bases = torch.empty(*batch, n, len(starts) * rank, **kind)     # W_k of each span
-        self.spans = [DenseValues((*batch, edges[0], n), **kind)]
-        for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)):
-            self.spans.append(FactoredValues((*batch, b - a, n), basis, None, None, **kind))
+        self.spans = [DenseValues((*batch, edges[0], n), **kind), *(
+            FactoredValues((*batch, b - a, n), basis, None, None, **kind)
+            for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)))]
         side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
         self.nbytes = sum(part.nbytes for part in (*self.spans, self.bases, self.gram))

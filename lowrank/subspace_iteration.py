@@ -85,7 +85,7 @@ class WarmStartBasis(nn.Module):
         self.has_gram = True
 
 
-def follow_optimizer(bases, optimizer, mean=None):
+def follow_optimizer(bases, optimizer, mean):
     """After each step of the optimizer, update the bases by the matrices of that step's forward
     passes; a step that a GradScaler skips leaves them as they are. mean: as in `update_bases`."""
     def hook(optimizer, *_):
@@ -101,7 +101,7 @@ def follow_optimizer(bases, optimizer, mean=None):
 
 
 @torch.no_grad()
-def update_bases(bases, mean=None):
+def update_bases(bases, mean=lambda tensor: tensor):
     """Move each WarmStartBasis of a list, all of one shape, to the leading subspace of its sums.
 
     To be called after an optimizer step. mean: averages a tensor over processes; it gets all sums
@@ -109,17 +109,16 @@ def update_bases(bases, mean=None):
     every layer has a sum that is not zero, and where a layer saw no training forward all stay.
     """
     if bases and all(basis.has_gram for basis in bases):
-        sums = torch.stack([basis.gram_sum for basis in bases])     # (bases, nh, n, n)
-        sums = sums if mean is None else mean(sums)
+        sums = mean(torch.stack([basis.gram_sum for basis in bases]))           # (bases, nh, n, n)
         wide = sums if sums.device.type == 'mps' else sums.double()
         first, old = bases[0], torch.stack([basis.basis for basis in bases])    # (bases, nh, n, k)
         start = old if first.warm else first.gaussian               # of all layers
         new, _, _ = leading_subspace(wide, first.rank, start.to(wide), first.start()['power_iters'])
-        n, rank = new.shape[-2:]
         finite = new.isfinite().all(-1).all(-1)                     # (bases, nh)
         # bool() waits for the device, but only while the bases are cold
         if first.warm or bool((finite & new.any(-1).any(-1)).all()):
-            new = (new + PERTURBATION * n ** -0.5 * first.gaussian[:, :rank]).to(old)
+            perturbation = PERTURBATION * new.size(-2) ** -0.5 * first.gaussian[:, :first.rank]
+            new = (new + perturbation).to(old)
             set_bases(bases, torch.where(finite[..., None, None], new, old))
     clear_grams(bases)
 

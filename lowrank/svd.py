@@ -72,8 +72,8 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
                                      oversample=oversample)
             u, s, vh = torch.linalg.svd(wide @ w, full_matrices=False)
             vh = vh @ w.mT                                          # (..., k, k) x (..., k, n)
-        parts = u[..., :rank], s[..., :rank], vh[..., :rank, :]
-        return tuple(part.to(x.dtype).to(x.device) for part in parts)
+        return tuple(part.to(x.dtype).to(x.device)
+                     for part in (u[..., :rank], s[..., :rank], vh[..., :rank, :]))
 
 
 def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
