@@ -35,12 +35,12 @@ from torch.nn import functional as F
 
 from lowrank.adapters import AdapterTargets, adaptive_layers, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
-from lowrank.head_svd import SCOPES, WeightSVD, build_head_svd
+from lowrank.head_svd import SCOPES, WeightSVD, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
 from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
-from lowrank.svd import METHODS, causal_starts, low_rank_approximation
+from lowrank.svd import METHODS, low_rank_approximation
 from runtime import checkpoint, huggingface
 from runtime.config import OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate
 from runtime.distributed import mean_over_processes
@@ -146,18 +146,9 @@ class GPTConfig(AdapterTargets):
     @property
     def svd_off(self):
         """'off' and why the SVD changes nothing; '' where it truncates."""
-        rank, rows = self.svd_rank, self.block_size
-        if not self.use_svd or rank is None:
-            return 'off' + f' (use_svd={self.use_svd}, svd_rank={rank})' * (
-                self.use_svd or rank is not None)
         inputs = self.latent_dim if self.use_mla else self.n_embd   # of W_v
-        full = min(inputs if self.svd_scope == 'weight' else rows, self.n_embd // self.n_head)
-        if rank >= full:
-            return f'off (svd_rank={rank}: full rank is {full})'
-        if self.svd_scope == 'causal' and not causal_starts(rows, rank, self.svd_block):
-            return (f"off (svd_scope='causal' with svd_block={self.svd_block}: no basis of rank "
-                    f'{rank} is due in block_size={rows} tokens)')
-        return ''
+        return why_off(self.use_svd, self.svd_rank, self.svd_scope, self.svd_block, self.block_size,
+                       self.n_embd // self.n_head, inputs)
 
     @property
     def svd_truncates(self):
@@ -341,7 +332,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
@@ -359,7 +350,7 @@ class GPT(nn.Module):
         self.init_weights()
         inject_adapters(self)
 
-    def get_layer(self, name):
+    def get_layer(self, name) -> nn.Module:
         """A layer of config.layer_shapes by name; a fused c_attn is split for it."""
         attn = self.transformer.h[int(name.split('.')[1])].attn
         if '.c_attn.' in name and isinstance(attn.c_attn, QKVProjection):
@@ -424,14 +415,14 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1),
                                        ignore_index=-1)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
-                 seed=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
+                 use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens)."""
-        options = temperature, top_k, use_cache, top_p, seed
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *options)), dim=1)
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache,
+                                            top_p, seed)), dim=1)
 
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
-               seed=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
+               use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.generation.stream`.
         'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
         noncausal = self.config.is_noncausal
@@ -439,17 +430,17 @@ class GPT(nn.Module):
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no "
                           'cache is used and the prefix is recomputed for each', stacklevel=2)
         return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
-                      use_cache=use_cache and not noncausal and not self.training)
+                             use_cache=use_cache and not noncausal and not self.training)
 
-    def new_cache(self, batch, tokens):
-        """A cache for `tokens` tokens of `batch` sequences: a list of the layers'. Raises
+    def new_cache(self, batch, tokens) -> list[KeyValueCache]:
+        """A cache for `tokens` tokens of `batch` sequences, one per layer. Raises
         ValueError for 'sequence' scope that truncates."""
         if self.config.is_noncausal:
             raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
                              'and cannot be cached')
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
-    def kv_cache_bytes(self, batch, tokens):
+    def kv_cache_bytes(self, batch, tokens) -> int:
         """Bytes of the cache for `tokens` tokens (block_size at most) of `batch` sequences; 0 where
         'sequence' scope truncates: it has none. Weights that it refers to do not count."""
         if self.config.is_noncausal:
@@ -457,7 +448,7 @@ class GPT(nn.Module):
         attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
         return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
 
-    def flops_per_token(self, tokens, decode=False):
+    def flops_per_token(self, tokens, decode=False) -> float:
         """Floating-point operations of the forward pass per token: the mean over a prompt of
         `tokens` tokens; decode: of one new token after `tokens` cached ones. Matrices and
         attention; not the SVD."""
@@ -496,7 +487,7 @@ class GPT(nn.Module):
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
                                                             freeze=not wpe.requires_grad)
 
-    def param_groups(self, weight_decay):
+    def param_groups(self, weight_decay) -> dict[str, dict]:
         """Trainable parameters for an optimizer, each in one group: matrices of blocks ('hidden')
         and embeddings decay, vectors (biases, LayerNorm) do not, adapter factors ('halved', if the
         model has such layers) decay by half as much. Returns name -> group."""
@@ -513,7 +504,7 @@ class GPT(nn.Module):
                 groups[kind]['params'].append(p)
         return groups
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the
         kernel."""
         optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
@@ -526,11 +517,11 @@ class GPT(nn.Module):
         follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
-    def warm_starts(self):
+    def warm_starts(self) -> list[WarmStartBasis]:
         return [module for module in self.modules() if isinstance(module, WarmStartBasis)]
 
     @property
-    def svd_basis(self):
+    def svd_basis(self) -> torch.Tensor | None:
         """Where 'randomized' starts (n_layer, nh, hs, k), kept in checkpoints; None: cold."""
         return get_bases(self.warm_starts())
 
@@ -538,12 +529,12 @@ class GPT(nn.Module):
     def svd_basis(self, bases):
         set_bases(self.warm_starts(), bases)
 
-    def extra_state(self):
+    def extra_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: {'svd_basis': tensor} or {}."""
         return {} if self.svd_basis is None else {'svd_basis': self.svd_basis}
 
     @torch.no_grad()
-    def named_series(self, idx):
+    def named_series(self, idx) -> dict[str, float]:
         """Numbers to plot over training, of a batch idx (B, T) and per head, such as
         {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
@@ -562,7 +553,7 @@ class GPT(nn.Module):
         return row
 
     @classmethod
-    def from_checkpoint(cls, saved, **overrides):
+    def from_checkpoint(cls, saved: dict, **overrides) -> 'GPT':
         """The model of a checkpoint dict, this repo's or nanoGPT's, of which `model_args`, `model`
         and extra state are used, with OVERRIDABLE fields changed. Raises ValueError where they do
         not fit."""
@@ -577,7 +568,7 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, override_args=None):
+    def from_pretrained(cls, name_or_folder, override_args: dict | None = None) -> 'GPT':
         """A model by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or of a folder: a run's,
         export.py's, or in Hugging Face's GPT-2 format. override_args: OVERRIDABLE fields. Raises
         ValueError for other names and fields, and for what cannot be read or used."""

@@ -27,14 +27,14 @@ class AdapterTargets:
         return self.lora_rank is not None
 
     @property
-    def adaptive_layers(self):
+    def adaptive_layers(self) -> list[str]:
         """Names of the layers with adaptive SVD."""
         block = self.adaptive_svd_target_layer
         blocks = range(self.n_layer) if block < 0 else (block,)
         return self._named('adaptive_svd_targets', blocks, 'attn.') if self.adaptive_svd else []
 
     @property
-    def lora_layers(self):
+    def lora_layers(self) -> list[str]:
         """Names of the layers with LoRA."""
         return self._named('lora_targets', range(self.n_layer)) if self.has_lora else []
 
@@ -89,14 +89,14 @@ def inject_adapters(model, from_trained=False):
             c.lora_init if from_trained else 'lora'))
 
 
-def adaptive_layers(model):
+def adaptive_layers(model) -> dict[str, AdaptiveSVDLinear]:
     """Name in metrics, such as 'block0.attn.c_q' -> AdaptiveSVDLinear."""
     return {'block{}.attn.{}'.format(name.split('.')[1], name.rpartition('.')[2]): layer
             for name, layer in model.transformer.named_modules()
             if isinstance(layer, AdaptiveSVDLinear)}
 
 
-def lowrank_ranks(model):
+def lowrank_ranks(model) -> dict[str, int] | None:
     """`adaptive_svd_ranks` as they are now."""
     layers = {name: model.get_layer(name) for name in model.config.adaptive_layers}
     return {name: layer.r for name, layer in layers.items() if layer.r is not None} or None
@@ -105,7 +105,7 @@ def lowrank_ranks(model):
 # --------------------------------------------------------------------------------------------------
 # adapters by themselves
 
-def standard_lora(model, base=None):
+def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
     """A model's LoRA adapters as standard ones, which fit the weights that training began with.
 
     base: a model with those weights, which PiSSA and MiLoRA need; their rank doubles. Returns the
@@ -125,7 +125,7 @@ def standard_lora(model, base=None):
 
 
 @torch.no_grad()
-def to_standard_lora(layer, original):
+def to_standard_lora(layer: LoRALinear, original):
     """A (r', n) and B (m, r') such that W_0 + s B A is what a LoRALinear is now.
 
     original: W_0 (m, n), the weight the layer was made of. The layer's own adapter fits W, not W_0:

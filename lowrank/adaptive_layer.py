@@ -71,7 +71,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
 
     r = FactoredLinear.rank                                         # None in full mode
 
-    def factor_params(self):
+    def factor_params(self) -> list[torch.nn.Parameter]:
         """The factors, whose weight decay is halved: both shrink the product."""
         return [] if self.A is None else [self.A.weight, self.B.weight]
 
@@ -81,7 +81,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
         self.base.weight.requires_grad_(on or self.A is None)
 
     @torch.no_grad()
-    def switch_to_lowrank(self, r, usv=None):
+    def switch_to_lowrank(self, r, usv: tuple | None = None):
         """From here on train the r minor components; in low-rank mode, decompose what W is now.
 
         usv: `thin_svd` of W, computed here if None. Where `base.weight.grad` has dL/dW, A and B get
@@ -126,7 +126,7 @@ def thin_svd(weight):
     return U, S, Vh.mT
 
 
-def switch(layer, r, swap_params, usv=None):
+def switch(layer, r: int | None, swap_params, usv: tuple | None = None):
     """Low-rank mode with r, also from another r, or full mode for r None. The optimizer has the new
     parameters from here on, without a state: carrying momenta from one to the other changed no loss
     with an analysis every 20 steps (docs/ADAPTIVE.md)."""
@@ -142,14 +142,14 @@ def switch(layer, r, swap_params, usv=None):
 # the controller
 
 class AdaptiveSVD:
-    """Decides the mode of layers (name -> AdaptiveSVDLinear) by an analysis every `interval` steps.
+    """Decides the mode of layers, by name, by an analysis every `interval` steps.
 
     The state for a checkpoint is a dict of tensors and numbers per layer: the last basis U and S,
     the last r, and how many analyses in a row proposed a smaller r ('patience') or saw no reason
     for low-rank mode ('calm'). `diagnostics` has what the last analysis found and did, per layer.
     """
 
-    def __init__(self, layers, interval):
+    def __init__(self, layers: dict[str, AdaptiveSVDLinear], interval):
         self.layers, self.interval = layers, interval
         self.memory = {name: dict(U=None, S=None, r=None, patience=0, calm=0) for name in layers}
         self.diagnostics, self._analyzed = {}, {}
@@ -201,7 +201,7 @@ class AdaptiveSVD:
                 update, memory['U'], memory['S'], r)
         self._analyzed = {}
 
-    def report(self, step):
+    def report(self, step) -> list[str]:
         """The last analysis as lines of text."""
         lines = [f'[{name}] {ACTIONS[found["action"]].format(**found)}'
                  for name, found in self.diagnostics.items()]

@@ -81,7 +81,7 @@ def compute_reconstruction_error(W, U, S, V, r):
     return error, error < SAFE_ERROR
 
 
-def compute_gradient_alignment(grad_W, U, S, r):
+def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[float, float]:
     """Shares of a gradient's energy inside the protected space, |U_k^T G|^2 / |G|^2, and outside
     it.
 
@@ -116,7 +116,7 @@ def normalized_alignment(principal, baseline):
     return (principal - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
-def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
+def determine_next_r(S, S_prev: torch.Tensor | None, r_current, r_min=LEAST_RANK):
     """The next r, and why as text.
 
     S, S_prev (g): the singular values now and at the last analysis (None: the first) -> (r, why)
@@ -139,8 +139,9 @@ def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
     return max(min(r, g - 1), min(r_min, g - 1)), why
 
 
-def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad_W, r_current, step,
-                                *, in_lowrank_mode=False):
+def should_use_lowrank_training(
+        W, U, S, V, W_prev, U_prev: torch.Tensor | None, S_prev: torch.Tensor | None, V_prev,
+        grad_W: torch.Tensor | None, r_current: int, step: int, *, in_lowrank_mode=False):
     """Whether W should train in low-rank mode: (True, False or None for no change; r_next;
     diagnostics). The first row that applies decides:
 

@@ -40,7 +40,8 @@ class Factorization:
     the squared singular values of R W L. Raises ValueError for non-finite values.
     """
 
-    def __init__(self, weight, near=None, far=None, ridge=RIDGE):
+    def __init__(self, weight, near: torch.Tensor | None = None, far: torch.Tensor | None = None,
+                 ridge=RIDGE):
         self.weight = to_float64(weight, 'weight')
         near, far = (None if t is None else to_float64(t, 'inputs or gradients')
                      for t in (near, far))
@@ -54,7 +55,7 @@ class Factorization:
         self.vectors = vectors.flip(1)                                          # (s, s)
         self.energies = energies.flip(0).clamp_min(0) * near_level * far_level  # (s)
 
-    def factors(self, rank):
+    def factors(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
         """U (m, r) and A (r, n) with U^T U = A A^T, for a rank r of at most s."""
         if rank >= self.size:                                       # W itself, whatever was seen
             return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
@@ -104,20 +105,20 @@ def ridge_refit(before, inputs, cross, ridge=RIDGE):
 # --------------------------------------------------------------------------------------------------
 # rank allocation
 
-def factored_size(shape, rank):
+def factored_size(shape, rank: int | None) -> int:
     """Numbers in a layer (m, n) as a product of that rank; rank None: as it is."""
     m, n = shape
     return m * n if rank is None else rank * (m + n)
 
 
-def beneficial_rank(shape, rank):
+def beneficial_rank(shape, rank) -> int | None:
     """The rank, or None where its factors are no smaller than the layer (m, n)."""
     return rank if factored_size(shape, rank) < factored_size(shape, None) else None
 
 
-def allocate_ranks(energies, shapes, budget, step=1):
-    """The ranks that lose least together, with sizes within `budget` numbers: name -> rank, or None
-    for a dense layer.
+def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, int | None]:
+    """The ranks that lose least together, with sizes within `budget` numbers, per name; None: the
+    layer stays dense.
 
     energies: name -> (s), descending, what each component is worth, in one unit for all layers;
     shapes: name -> (m, n). A layer's ranks are multiples of `step`, and the last of them leaves no

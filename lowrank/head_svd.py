@@ -16,8 +16,8 @@ from torch import nn
 from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalValues, DenseValues,
                               FactoredValues, LatentValues)
 from lowrank.subspace_iteration import WarmStartBasis
-from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors, leading_right_vectors,
-                         low_rank_approximation)
+from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
+                         leading_right_vectors, low_rank_approximation)
 
 
 class NoSVD(nn.Module):
@@ -116,3 +116,16 @@ def build_head_svd(scope, **options):
     return NoSVD() if scope is None else MODULES[scope](**options)
 
 
+def why_off(use_svd, rank, scope, block, rows, columns, weight_rows) -> str:
+    """'off' and why an SVD of matrices (rows, columns), in 'weight' scope (weight_rows, columns),
+    changes nothing; '' where it truncates."""
+    if not use_svd or rank is None:
+        return ('off' if not use_svd and rank is None else
+                f'off (use_svd={use_svd}, svd_rank={rank})')
+    full = min(weight_rows if scope == 'weight' else rows, columns)
+    if rank >= full:
+        return f'off (svd_rank={rank}: full rank is {full})'
+    if scope == 'causal' and not causal_starts(rows, rank, block):
+        return (f"off (svd_scope='causal' with svd_block={block}: no basis of rank {rank} is due "
+                f'in block_size={rows} tokens)')
+    return ''

@@ -49,7 +49,8 @@ class FactoredValues(DenseValues):
     A sum is taken of coordinates and expanded once, so with a bias its weights must add up to 1.
     """
 
-    def __init__(self, shape, basis, bias, down_proj, dtype, device):
+    def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
+                 dtype, device):
         """shape (..., N, n); basis: W (..., n, k); bias: b (..., 1, n) or None; down_proj (nh k, C)
         or None."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
@@ -204,8 +205,8 @@ class BlockCausalLatentValues(LatentValues):
 class KeyValueCache:
     """Keys and values of every head."""
 
-    def __init__(self, keys, values):
-        """keys: DenseValues of shape (B, nh, N, hs); values: one of the classes above."""
+    def __init__(self, keys: DenseValues, values):
+        """keys: of shape (B, nh, N, hs); values: of one of the first three classes above."""
         self.stored, self.values = keys, values
         self.nbytes = keys.nbytes + values.nbytes
 
@@ -235,8 +236,8 @@ class LatentCache(KeyValueCache):
     U_v sum_j a_j c_j no value.
     """
 
-    def __init__(self, latents, w_k, values):
-        """latents: DenseValues of shape (B, N, d); w_k: U_k (nh, hs, d); values: LatentValues."""
+    def __init__(self, latents: DenseValues, w_k, values: LatentValues):
+        """latents: of shape (B, N, d); w_k: U_k (nh, hs, d)."""
         super().__init__(latents, values)
         self.w_k = w_k
 
@@ -259,7 +260,7 @@ def expand(weight, c):
     return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
 
 
-def validate_positions(cache, idx, block_size):
+def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> int:
     """The number of tokens in the layers' caches (0 without): the position where idx (B, T) begins.
 
     Raises ValueError where idx does not fit: a prompt comes first, then one token at a time, in all

@@ -24,7 +24,7 @@ class FactoredLinear(nn.Module):
         self.B = nn.Linear(rank, out_features, bias=bias)
 
     @property
-    def rank(self):
+    def rank(self) -> int | None:
         """r, or None where there are no factors."""
         return None if self.A is None else self.A.out_features
 
@@ -72,7 +72,7 @@ class LowRankLinear(FactoredLinear):
             layer.bias.copy_(like.bias)
         return layer.requires_grad_(like.weight.requires_grad)
 
-    def merge(self):
+    def merge(self) -> nn.Linear:
         """The dense layer with the weight B A, multiplied in float64."""
         return linear_from_tensors(self.product(), self.bias, self.A.weight)
 
@@ -107,7 +107,7 @@ class AdaptedLinear(FactoredLinear):
         W = to_float64(self.base.weight)
         return W if self.A is None else W + self.scale * self.product()
 
-    def merge(self):
+    def merge(self) -> nn.Linear:
         """The dense layer with that weight."""
         return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
 

@@ -4,7 +4,7 @@ rank."""
 import torch
 
 
-def to_float64(x, name=None):
+def to_float64(x, name: str | None = None):
     """x in float64 on the CPU (MPS has none), detached; may share memory. With a name, non-finite
     values raise ValueError."""
     if name and not x.isfinite().all():

@@ -130,12 +130,12 @@ def clear_grams(bases):
         basis.has_gram = False
 
 
-def get_bases(bases):
-    """The bases of a list of WarmStartBasis (bases, nh, n, k), or None where they are cold."""
+def get_bases(bases: list[WarmStartBasis]) -> torch.Tensor | None:
+    """The bases as one tensor (bases, nh, n, k), or None where they are cold."""
     return torch.stack([basis.basis for basis in bases]) if bases and bases[0].warm else None
 
 
-def set_bases(bases, saved):
+def set_bases(bases: list[WarmStartBasis], saved: torch.Tensor | None):
     """The inverse of `get_bases`. None, and bases of another shape, make a cold start."""
     fits = torch.is_tensor(saved) and bases and saved.shape == (len(bases), *bases[0].basis.shape)
     for i, basis in enumerate(bases):

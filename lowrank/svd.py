@@ -47,7 +47,7 @@ METHODS = (*EXACT_METHODS, 'randomized')
 # --------------------------------------------------------------------------------------------------
 # factors, not differentiable
 
-def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
+def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversample=0):
     """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k,
     n).
 
@@ -87,7 +87,8 @@ def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0
         return _exact_spectrum(rows, method, (x.shape[-2],))[1][0][..., -rank:].to(x)
 
 
-def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0, start=None):
+def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0,
+                         start: torch.Tensor | None = None):
     """Orthonormal W_k (..., n, k) that spans the eigenvectors of the k largest eigenvalues.
 
     gram (..., n, n): symmetric and positive semidefinite. By eigh in float64, or with 'randomized'
@@ -113,8 +114,8 @@ def balanced_factors(u, s, vh, floor):
 # --------------------------------------------------------------------------------------------------
 # best rank-k approximation, differentiable
 
-def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_iters=2, oversample=0,
-                           start=None, return_gram=False):
+def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, *, power_iters=2,
+                           oversample=0, start: torch.Tensor | None = None, return_gram=False):
     """Best rank-k approximation X_k of each matrix, differentiable once: x (..., m, n) -> the same.
 
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the
@@ -143,8 +144,9 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     return _project(x, rank, method, spans, basis_grad, return_gram, start=start, **options)
 
 
-def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=True, *,
-                                  power_iters=2, oversample=0, start=None, return_gram=False):
+def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, basis_grad=True, *,
+                                  power_iters=2, oversample=0, start: torch.Tensor | None = None,
+                                  return_gram=False):
     """Rank-k projection in which no row depends on a later one: x (..., T, n) -> the same.
 
     Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the top-k right singular
@@ -161,7 +163,7 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
                     oversample=oversample, start=start)
 
 
-def causal_starts(rows, rank, block):
+def causal_starts(rows, rank, block) -> list[int]:
     """First rows of the spans [s, 2s) of `causal_low_rank_approximation`, ascending."""
     doubled = (block << i for i in range(rows.bit_length()))
     return [start for start in doubled if rank < start < rows]
