@@ -178,8 +178,8 @@ def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
     if start is not None and start.dim() > 2:                       # one for each matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
     with torch.autocast(x.device.type, enabled=False):
-        options = dict(start=start, **options)
-        y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad, options)
+        y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad,
+                                     dict(start=start, **options))
         y = y.view(x.shape).to(x.dtype)
     if not return_gram:
         return y
