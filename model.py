@@ -425,12 +425,11 @@ class GPT(nn.Module):
                use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.generation.stream`.
         'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
-        noncausal = self.config.is_noncausal
-        if use_cache and noncausal:
+        if use_cache and self.config.is_noncausal:
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no "
                           'cache is used and the prefix is recomputed for each', stacklevel=2)
         return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
-                             use_cache=use_cache and not noncausal and not self.training)
+                             use_cache and not self.config.is_noncausal and not self.training)
 
     def new_cache(self, batch, tokens) -> list[KeyValueCache]:
         """A cache for `tokens` tokens of `batch` sequences, one per layer. Raises

@@ -176,9 +176,8 @@ class SplitProjection(nn.Module):
 
     def project_for_cache(self, x, down_proj):
         """As `QKVProjection.project_for_cache`."""
-        if down_proj is None:
-            return self(x)
-        return split_heads(self.n_head, self.c_q(x), self.c_k(x), F.linear(x, down_proj))
+        v = self.c_v(x) if down_proj is None else F.linear(x, down_proj)
+        return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def value_weight(self):
         """As `QKVProjection.value_weight`."""
