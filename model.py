@@ -33,16 +33,16 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.adapters import AdapterTargets, factor_params, inject_adapters
+from lowrank.adapters import AdapterTargets, adaptive_layers, inject_adapters
 from lowrank.adaptive_layer import PROTECTIONS
-from lowrank.head_svd import SCOPES, build_head_svd, why_off
+from lowrank.head_svd import SCOPES, WeightSVD, build_head_svd, why_off
 from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
 from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
 from lowrank.svd import METHODS, low_rank_approximation
 from runtime import checkpoint, huggingface
-from runtime.config import (OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate)
+from runtime.config import OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate
 from runtime.distributed import mean_over_processes
 from runtime.generation import stream as sample_stream
 from runtime.optimizer import adamw
@@ -262,7 +262,7 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x):
         """x (B, T, C) -> q, k, v (B, nh, T, hs); V by the truncated weight in 'weight' scope."""
-        return self.c_attn(x, self.value_weight() if self.head_svd.truncates_weight else None)
+        return self.c_attn(x, self.value_weight() if isinstance(self.head_svd, WeightSVD) else None)
 
     def value_weight(self):
         """W_v (nh, hs, C), or U_v (nh, hs, d) of MLA; truncated to rank k in 'weight' scope."""
@@ -332,7 +332,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
@@ -350,7 +350,7 @@ class GPT(nn.Module):
         self.init_weights()
         inject_adapters(self)
 
-    def get_layer(self, name):
+    def get_layer(self, name) -> nn.Module:
         """A layer of config.layer_shapes by name; a fused c_attn is split for it."""
         attn = self.transformer.h[int(name.split('.')[1])].attn
         if '.c_attn.' in name and isinstance(attn.c_attn, QKVProjection):
@@ -384,8 +384,7 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             for module in (block.attn, block.mlp):
                 last = getattr(module.c_proj, 'B', module.c_proj)
-                std = 0.02 / math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(last.weight, mean=0.0, std=std)
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
             for module in block.modules():
                 if isinstance(module, (LowRankLinear, LatentProjection)):
                     first = module.A if isinstance(module, LowRankLinear) else module.kv_down
@@ -409,66 +408,58 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for i, block in enumerate(self.transformer.h):              # x (B, T, C)
             only_last = targets is None and i == self.config.n_layer - 1
-            try:
-                x = block(x, cache and cache[i], only_last)
-            except torch.linalg.LinAlgError as e:                   # its V is not finite
-                raise torch.linalg.LinAlgError(f'transformer.h.{i}.attn: {e}') from None
+            x = block(x, cache and cache[i], only_last)
         logits = self.lm_head(self.transformer.ln_f(x))             # (B, T or 1, vocab_size)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1),
                                        ignore_index=-1)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
-                 seed=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
+                 use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens)."""
-        options = temperature, top_k, use_cache, top_p, seed
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *options)), dim=1)
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache,
+                                            top_p, seed)), dim=1)
 
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, top_p=None,
-               seed=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
+               use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.generation.stream`.
         'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
-        noncausal = self.config.is_noncausal
-        if use_cache and noncausal:
+        if use_cache and self.config.is_noncausal:
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no "
                           'cache is used and the prefix is recomputed for each', stacklevel=2)
         return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
-                      use_cache=use_cache and not noncausal and not self.training)
+                             use_cache and not self.config.is_noncausal and not self.training)
 
-    def new_cache(self, batch, tokens):
-        """A cache for `tokens` tokens of `batch` sequences: a list of the layers'. Raises
-        ValueError for more than block_size tokens and for 'sequence' scope that truncates."""
-        if not 1 <= tokens <= self.config.block_size:
-            raise ValueError(f'cannot cache {tokens} tokens: valid are 1 to '
-                             f'block_size={self.config.block_size}')
+    def new_cache(self, batch, tokens) -> list[KeyValueCache]:
+        """A cache for `tokens` tokens of `batch` sequences, one per layer. Raises
+        ValueError for 'sequence' scope that truncates."""
         if self.config.is_noncausal:
             raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
                              'and cannot be cached')
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
-    def kv_cache_bytes(self, batch, tokens):
+    def kv_cache_bytes(self, batch, tokens) -> int:
         """Bytes of the cache for `tokens` tokens (block_size at most) of `batch` sequences; 0 where
         'sequence' scope truncates: it has none. Weights that it refers to do not count."""
         if self.config.is_noncausal:
             return 0
-        tokens = min(tokens, self.config.block_size)
-        layer = self.transformer.h[0].attn.new_cache(1, tokens, 'meta')
-        return batch * self.config.n_layer * layer.nbytes
+        attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
+        return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
 
-    def flops_per_token(self, tokens, decode=False):
+    def flops_per_token(self, tokens, decode=False) -> float:
         """Floating-point operations of the forward pass per token: the mean over a prompt of
         `tokens` tokens; decode: of one new token after `tokens` cached ones. Matrices and
         attention; not the SVD."""
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
-        head, pairs = self.lm_head.weight.numel(), tokens * (tokens + 1) // 2   # of query and key
+        head = self.lm_head.weight.numel()
         if decode:                                                 # each head attends over latents
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
             return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
         once = last - projection + head + 2 * c.n_embd * tokens     # only the last position goes on
-        attention = 2 * c.n_embd * pairs / tokens * len(blocks)
+        attention = c.n_embd * (tokens + 1) * len(blocks)           # (T + 1) / 2 keys per query
         return 2 * (sum(blocks) + attention + projection + once / tokens)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
@@ -490,31 +481,29 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the context in place, such as GPT-2's of 1024, by dropping late positions."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size={block_size}: can only be cropped to '
-                             f'1..{self.config.block_size}')
+        assert 1 <= block_size <= self.config.block_size
         self.config.block_size, wpe = block_size, self.transformer.wpe.weight
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
                                                             freeze=not wpe.requires_grad)
 
-    def param_groups(self, weight_decay):
+    def param_groups(self, weight_decay) -> dict[str, dict]:
         """Trainable parameters for an optimizer, each in one group: matrices of blocks ('hidden')
         and embeddings decay, vectors (biases, LayerNorm) do not, adapter factors ('halved', if the
         model has such layers) decay by half as much. Returns name -> group."""
-        halved = factor_params(self)
-        decays = dict(hidden=weight_decay, halved=weight_decay / 2, embedding=weight_decay,
-                      vector=0.0)
-        if halved is None:
-            del decays['halved']
-        groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()}
+        adaptive = adaptive_layers(self).values()
+        factors = {p for layer in adaptive for p in layer.factor_params()}
+        decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
+                  'vector': 0.0}
+        groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()
+                  if name != 'halved' or adaptive}
         for name, p in self.named_parameters():                     # tied weights appear once
             if p.requires_grad:
-                kind = 'vector' if p.dim() < 2 else 'halved' if p in (halved or ()) else (
+                kind = 'vector' if p.dim() < 2 else 'halved' if p in factors else (
                     'hidden' if name.startswith('transformer.h.') else 'embedding')
                 groups[kind]['params'].append(p)
         return groups
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the
         kernel."""
         optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
@@ -527,11 +516,11 @@ class GPT(nn.Module):
         follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
-    def warm_starts(self):
+    def warm_starts(self) -> list[WarmStartBasis]:
         return [module for module in self.modules() if isinstance(module, WarmStartBasis)]
 
     @property
-    def svd_basis(self):
+    def svd_basis(self) -> torch.Tensor | None:
         """Where 'randomized' starts (n_layer, nh, hs, k), kept in checkpoints; None: cold."""
         return get_bases(self.warm_starts())
 
@@ -539,12 +528,12 @@ class GPT(nn.Module):
     def svd_basis(self, bases):
         set_bases(self.warm_starts(), bases)
 
-    def extra_state(self):
+    def extra_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: {'svd_basis': tensor} or {}."""
         return {} if self.svd_basis is None else {'svd_basis': self.svd_basis}
 
     @torch.no_grad()
-    def named_series(self, idx):
+    def named_series(self, idx) -> dict[str, float]:
         """Numbers to plot over training, of a batch idx (B, T) and per head, such as
         {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
@@ -563,23 +552,22 @@ class GPT(nn.Module):
         return row
 
     @classmethod
-    def from_checkpoint(cls, saved, **overrides):
+    def from_checkpoint(cls, saved: dict, **overrides) -> 'GPT':
         """The model of a checkpoint dict, this repo's or nanoGPT's, of which `model_args`, `model`
         and extra state are used, with OVERRIDABLE fields changed. Raises ValueError where they do
         not fit."""
-        args, known = saved['model_args'], GPTConfig.__dataclass_fields__
-        unknown = sorted(map(str, args.keys() - known.keys()))
+        unknown = saved['model_args'].keys() - GPTConfig.__dataclass_fields__.keys()
         if unknown:
             raise ValueError('its model_args have fields that this model does not know: '
-                             f'{", ".join(unknown)}')
-        args = check_all(GPTConfig, args, saved.get('path', 'model_args'))
+                             f'{", ".join(sorted(map(str, unknown)))}')
+        args = check_all(GPTConfig, saved['model_args'], saved.get('path', 'model_args'))
         model = cls(GPTConfig(**args | overrides))
         checkpoint.load_weights(model, saved['model'])
         model.svd_basis = saved.get('svd_basis')
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, override_args=None):
+    def from_pretrained(cls, name_or_folder, override_args: dict | None = None) -> 'GPT':
         """A model by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or of a folder: a run's,
         export.py's, or in Hugging Face's GPT-2 format. override_args: OVERRIDABLE fields. Raises
         ValueError for other names and fields, and for what cannot be read or used."""

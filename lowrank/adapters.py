@@ -27,14 +27,14 @@ class AdapterTargets:
         return self.lora_rank is not None
 
     @property
-    def adaptive_layers(self):
+    def adaptive_layers(self) -> list[str]:
         """Names of the layers with adaptive SVD."""
-        first = self.adaptive_svd_target_layer
-        blocks = range(self.n_layer) if first < 0 else (first,)
+        block = self.adaptive_svd_target_layer
+        blocks = range(self.n_layer) if block < 0 else (block,)
         return self._named('adaptive_svd_targets', blocks, 'attn.') if self.adaptive_svd else []
 
     @property
-    def lora_layers(self):
+    def lora_layers(self) -> list[str]:
         """Names of the layers with LoRA."""
         return self._named('lora_targets', range(self.n_layer)) if self.has_lora else []
 
@@ -48,16 +48,16 @@ class AdapterTargets:
 
     def check_layers(self):
         """Raise ValueError where the options name layers or ranks that the model does not have."""
+        shapes = self.layer_shapes
         for option, less in (('layer_ranks', 0), ('adaptive_svd_ranks', 1)):
             for name, rank in (getattr(self, option) or {}).items():
-                shape = self.layer_shapes.get(name)
-                if shape is None:
-                    close = difflib.get_close_matches(name, self.layer_shapes, 1, 0)[0]
+                if name not in shapes:
+                    close = difflib.get_close_matches(name, shapes, 1, 0)[0]
                     raise ValueError(f'{option}={{{name!r}: {rank}}}: no such layer (nearest: '
                                      f'{close!r})')
-                if not 1 <= rank <= min(shape) - less:
-                    raise ValueError(f'{option}={{{name!r}: {rank}}}: must be 1 to '
-                                     f'{min(shape) - less}')
+                most = min(shapes[name]) - less
+                if not 1 <= rank <= most:
+                    raise ValueError(f'{option}={{{name!r}: {rank}}}: must be 1 to {most}')
         if self.adaptive_svd and self.has_lora:
             raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd '
                              '(nearest: --lora_rank=None)')
@@ -67,7 +67,7 @@ class AdapterTargets:
         for name in (*self.adaptive_layers, *self.lora_layers):
             if name in (self.layer_ranks or {}):
                 raise ValueError(f'layer_ranks={{{name!r}: ..}}: low-rank layers cannot be adapted')
-            most = min(self.layer_shapes[name])
+            most = min(shapes[name])
             if self.has_lora and self.lora_rank > most:
                 raise ValueError(f'lora_rank={self.lora_rank}: must be 1 to {most} for {name}')
 
@@ -84,21 +84,19 @@ def inject_adapters(model, from_trained=False):
     if c.has_lora:
         model.requires_grad_(False)
     for name in c.lora_layers:
-        linear = model.get_layer(name)
-        options = c.lora_rank, c.lora_alpha or c.lora_rank, c.lora_dropout
-        layer = (LoRALinear.from_linear(linear, *options, c.lora_init) if from_trained else
-                 LoRALinear(linear, *options))
-        model.set_layer(name, layer)
+        model.set_layer(name, LoRALinear(
+            model.get_layer(name), c.lora_rank, c.lora_alpha or c.lora_rank, c.lora_dropout,
+            c.lora_init if from_trained else 'lora'))
 
 
-def adaptive_layers(model):
+def adaptive_layers(model) -> dict[str, AdaptiveSVDLinear]:
     """Name in metrics, such as 'block0.attn.c_q' -> AdaptiveSVDLinear."""
     return {'block{}.attn.{}'.format(name.split('.')[1], name.rpartition('.')[2]): layer
             for name, layer in model.transformer.named_modules()
             if isinstance(layer, AdaptiveSVDLinear)}
 
 
-def lowrank_ranks(model):
+def lowrank_ranks(model) -> dict[str, int] | None:
     """`adaptive_svd_ranks` as they are now."""
     layers = {name: model.get_layer(name) for name in model.config.adaptive_layers}
     return {name: layer.r for name, layer in layers.items() if layer.r is not None} or None
@@ -107,7 +105,7 @@ def lowrank_ranks(model):
 # --------------------------------------------------------------------------------------------------
 # adapters by themselves
 
-def standard_lora(model, base=None):
+def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
     """A model's LoRA adapters as standard ones, which fit the weights that training began with.
 
     base: a model with those weights, which PiSSA and MiLoRA need; their rank doubles. Returns the
@@ -127,7 +125,7 @@ def standard_lora(model, base=None):
 
 
 @torch.no_grad()
-def to_standard_lora(layer, original):
+def to_standard_lora(layer: LoRALinear, original):
     """A (r', n) and B (m, r') such that W_0 + s B A is what a LoRALinear is now.
 
     original: W_0 (m, n), the weight the layer was made of. The layer's own adapter fits W, not W_0:
@@ -151,10 +149,3 @@ def to_standard_lora(layer, original):
     if len(a) > min(w.shape):                                       # more than this shape needs
         b, a = svd_factors(layer.scale * b @ a, slice(None), layer.scale)
     return a.to(w), b.to(w)
-
-
-def factor_params(model):
-    """The parameters of all modules with a method `factor_params`, in order, as the keys of a dict;
-    None if there is no such module. They may have none now and some later."""
-    modules = [module for module in model.modules() if hasattr(module, 'factor_params')]
-    return dict.fromkeys(p for module in modules for p in module.factor_params()) if modules else None

@@ -22,6 +22,12 @@ CURVES = {'gradient in the\nprincipal space': (['principal_alignment', 'chance']
 FLOOR = 1e-3           # of sigma_1: rows of A are no shorter than its root, so no direction is dead
 PATIENCE = 3                # analyses in a row that propose a smaller r, before r becomes smaller
 STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode, before it ends
+# what an analysis does to a layer, as text
+ACTIONS = {'initial': 'Initial SVD computed', 'none': 'full mode - {reason}',
+           'lowrank': 'SWITCHED TO LOW-RANK (r={r}) - Reason: {reason}',
+           'refactored': 'low-rank mode (r={r}) - {reason}',
+           'full': f'SWITCHED TO FULL - Reason: nothing to protect from in {STABLE_ANALYSES} '
+                   'analyses'}
 
 
 class AdaptiveSVDLinear(AdaptedLinear):
@@ -47,11 +53,9 @@ class AdaptiveSVDLinear(AdaptedLinear):
         self.register_buffer('protected', None)
 
     def allocate_factors(self, r):
-        """Low-rank mode, for values that are set later. Parameters keep their identity, which an
-        optimizer may know, where r stays. Raises ValueError for an r outside 1..g - 1."""
+        """Low-rank mode with 1 <= r < g, for values that are set later. Parameters keep their
+        identity, which an optimizer may know, where r stays."""
         like, (m, n) = self.base.weight, self.base.weight.shape
-        if not 1 <= r < min(m, n):
-            raise ValueError(f'r={r}: must be 1 to {min(m, n) - 1} for a layer of {m} x {n}')
         if self.r != r:
             self.A, self.B = empty_linear(n, r, False, like), empty_linear(r, m, False, like)
             self.protected = like.new_zeros(m, min(m, n) - r)
@@ -67,7 +71,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
 
     r = FactoredLinear.rank                                         # None in full mode
 
-    def factor_params(self):
+    def factor_params(self) -> list[torch.nn.Parameter]:
         """The factors, whose weight decay is halved: both shrink the product."""
         return [] if self.A is None else [self.A.weight, self.B.weight]
 
@@ -77,11 +81,11 @@ class AdaptiveSVDLinear(AdaptedLinear):
         self.base.weight.requires_grad_(on or self.A is None)
 
     @torch.no_grad()
-    def switch_to_lowrank(self, r, usv=None):
+    def switch_to_lowrank(self, r, usv: tuple | None = None):
         """From here on train the r minor components; in low-rank mode, decompose what W is now.
 
         usv: `thin_svd` of W, computed here if None. Where `base.weight.grad` has dL/dW, A and B get
-        theirs and it is dropped. Raises ValueError for an r outside 1..g - 1.
+        theirs and it is dropped.
         """
         W, like = self.merged_weight(), self.base.weight
         U, S, V = usv or thin_svd(self.weight)
@@ -112,8 +116,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
 
 def to_float32(tensor):
     """In at least float32 on the CPU, detached; may share memory."""
-    tensor = tensor.detach().cpu()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def thin_svd(weight):
@@ -123,7 +126,7 @@ def thin_svd(weight):
     return U, S, Vh.mT
 
 
-def switch(layer, r, swap_params, usv=None):
+def switch(layer, r: int | None, swap_params, usv: tuple | None = None):
     """Low-rank mode with r, also from another r, or full mode for r None. The optimizer has the new
     parameters from here on, without a state: carrying momenta from one to the other changed no loss
     with an analysis every 20 steps (docs/ADAPTIVE.md)."""
@@ -139,32 +142,23 @@ def switch(layer, r, swap_params, usv=None):
 # the controller
 
 class AdaptiveSVD:
-    """Decides the mode of layers (name -> AdaptiveSVDLinear) by an analysis every `interval` steps.
+    """Decides the mode of layers, by name, by an analysis every `interval` steps.
 
     The state for a checkpoint is a dict of tensors and numbers per layer: the last basis U and S,
     the last r, and how many analyses in a row proposed a smaller r ('patience') or saw no reason
-    for low-rank mode ('calm').
+    for low-rank mode ('calm'). `diagnostics` has what the last analysis found and did, per layer.
     """
 
-    def __init__(self, layers, interval):
+    def __init__(self, layers: dict[str, AdaptiveSVDLinear], interval):
         self.layers, self.interval = layers, interval
         self.memory = {name: dict(U=None, S=None, r=None, patience=0, calm=0) for name in layers}
-        self.diagnostics, self._weights = {}, {}
+        self.diagnostics, self._analyzed = {}, {}
 
     def state_dict(self):
         return {name: dict(memory) for name, memory in self.memory.items()}
 
     def load_state_dict(self, state):
-        """Raises ValueError for other layers, or what does not fit them."""
-        if set(state) != set(self.memory):
-            raise ValueError(f'it is of the layers {", ".join(sorted(map(str, state)))}')
-        for name, layer in self.layers.items():
-            saved, (m, n) = state[name], layer.base.weight.shape
-            shapes = {'U': (m, min(m, n)), 'S': (min(m, n),)}
-            if set(saved) != set(self.memory[name]) or any(
-                    saved[key] is not None and saved[key].shape != shapes[key] for key in shapes):
-                raise ValueError(f'that of {name} does not fit the layer')
-            self.memory[name] = dict(saved)
+        self.memory = {name: dict(state[name]) for name in self.layers}
 
     def is_analysis_step(self, step):
         """Whether a step, counted from 1, has an analysis."""
@@ -188,48 +182,38 @@ class AdaptiveSVD:
             weight = layer.base.weight
             if layer.r is not None and weight.grad is not None:     # in full mode it is a mean
                 weight.grad = mean(weight.grad)
-        results = on_main(lambda: [self._analysis(name, step) for name in self.layers])
-        self.diagnostics = {name: found for name, (found, _) in zip(self.layers, results)}
+        analyses = on_main(lambda: [self._analysis(name, step) for name in self.layers])
         for layer in self.layers.values():
             layer.track_weight_grad(False)                        # not while parameters are swapped
-        changed = [self._act(name, usv, swap_params)
-                   for name, (_, usv) in zip(self.layers, results)]
-        self._weights = {name: to_float32(layer.weight).clone()
-                         for name, layer in self.layers.items()}
-        return any(changed)
+        ranks = [layer.r for layer in self.layers.values()]
+        for name, analysis in zip(self.layers, analyses):
+            self._act(name, *analysis, swap_params)
+        return ranks != [layer.r for layer in self.layers.values()]
 
     @torch.no_grad()
     def project_factors(self):
         """To be called after each optimizer step."""
         for layer in self.layers.values():
             layer.project_factors()
-        for name, W in self._weights.items():               # the optimizer's step after an analysis
-            found, memory = self.diagnostics[name], self.memory[name]
-            update = to_float32(self.layers[name].weight) - W
-            found['update_alignment'], _ = compute_gradient_alignment(
-                update, memory['U'], memory['S'], found['r_analyzed'])
-        self._weights = {}
+        for name, (W, r) in self._analyzed.items():         # the optimizer's step after an analysis
+            update, memory = to_float32(self.layers[name].weight) - W, self.memory[name]
+            self.diagnostics[name]['update_alignment'], _ = compute_gradient_alignment(
+                update, memory['U'], memory['S'], r)
+        self._analyzed = {}
 
-    def report(self, step):
+    def report(self, step) -> list[str]:
         """The last analysis as lines of text."""
-        lines = [f'=== SVD Analysis at step {step} ===']
-        for name, found in self.diagnostics.items():
-            r, reason = found['r'], found['reason']
-            words = {'initial': 'Initial SVD computed', 'none': f'full mode - {reason}',
-                     'lowrank': f'SWITCHED TO LOW-RANK (r={r}) - Reason: {reason}',
-                     'refactored': f'low-rank mode (r={r}) - {reason}',
-                     'full': 'SWITCHED TO FULL - Reason: nothing to protect from in '
-                             f'{STABLE_ANALYSES} analyses'}[found['action']]
-            lines.append(f'[{name}] {words}')
-        return [*lines, '=== SVD Analysis complete ===']
+        lines = [f'[{name}] {ACTIONS[found["action"]].format(**found)}'
+                 for name, found in self.diagnostics.items()]
+        return [f'=== SVD Analysis at step {step} ===', *lines, '=== SVD Analysis complete ===']
 
     def metrics(self):
         """The last analysis for metrics.jsonl: 'svd/block0.attn.c_q/mode' -> 'full', and so on."""
         return {f'svd/{name}/{key}': value for name, found in self.diagnostics.items()
-                for key, value in found.items() if key != 'r_analyzed' and value is not None}
+                for key, value in found.items() if value is not None}
 
     def _analysis(self, name, step):
-        """-> what `should_use_lowrank_training` says of a layer, as a dict, and W's SVD: U, S
+        """-> what `should_use_lowrank_training` says of a layer, for which r, and W's SVD: U, S
         and, where the layer gets factors, V."""
         layer, memory = self.layers[name], self.memory[name]
         W = to_float32(layer.weight)                                # (m, n)
@@ -238,33 +222,27 @@ class AdaptiveSVD:
         decision, r_next, found = should_use_lowrank_training(
             W, *usv, None, memory['U'], memory['S'], None, layer.base.weight.grad, r, step,
             in_lowrank_mode=layer.r is not None)
-        found |= dict(decision=decision, r_next=r_next, r_analyzed=r)
-        return found, usv if decision or layer.r is not None else usv[:2]   # V: for factors
+        return decision, r_next, found, r, usv if decision or layer.r is not None else usv[:2]
 
-    def _act(self, name, usv, swap_params):
-        """Switch a layer, or not, and note its mode, r and the action -> whether r is another."""
-        layer, memory, found = self.layers[name], self.memory[name], self.diagnostics[name]
-        before = layer.r
+    def _act(self, name, decision, r_next, found, r, usv, swap_params):
+        """Switch a layer, or not, and note its mode, its r and the action in the diagnostics."""
+        layer, memory = self.layers[name], self.memory[name]
         action = 'initial' if memory['S'] is None else 'none'
         memory['U'], memory['S'] = (t.float().cpu() for t in usv[:2])
-        decision, r_next = found.pop('decision'), found.pop('r_next')
         if layer.r is None and decision:
             memory['patience'] = memory['calm'] = 0
-            switch(layer, found['r_analyzed'], swap_params, usv)
             action = 'lowrank'
+            switch(layer, r, swap_params, usv)
         elif layer.r is not None:
             informative = found['lift'] is not None                 # a zero gradient says nothing
             memory['calm'] = 0 if decision else memory['calm'] + informative
             memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
-            if memory['calm'] >= STABLE_ANALYSES:
-                switch(layer, None, swap_params)
-                action = 'full'
-            else:
-                r = r_next if memory['patience'] >= PATIENCE else layer.r
+            action, new_r = 'full', None
+            if memory['calm'] < STABLE_ANALYSES:
+                action, new_r = 'refactored', r_next if memory['patience'] >= PATIENCE else layer.r
                 memory['patience'] %= PATIENCE
-                switch(layer, r, swap_params, usv)
-                action = 'refactored'
+            switch(layer, new_r, swap_params, usv)
         memory['r'] = layer.r or memory['r']                 # where low-rank mode would begin again
-        mode = 'full' if layer.r is None else 'lowrank'
-        found |= dict(mode=mode, r=layer.r or len(memory['S']), action=action)
-        return layer.r != before
+        mode, r_now = ('full', len(usv[1])) if layer.r is None else ('lowrank', layer.r)
+        self.diagnostics[name] = found | dict(mode=mode, r=r_now, action=action)
+        self._analyzed[name] = to_float32(layer.weight).clone(), r

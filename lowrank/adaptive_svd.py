@@ -11,8 +11,8 @@ analyses.
 Letters: m outputs, n inputs, r minor components, k = g - r principal ones; r above g counts as g.
 U (m, g) and V (n, g), not V^T, have orthonormal columns in the order of S (g), descending; their k
 leading columns are enough. Everything is computed in float64 on the CPU and returned as Python
-numbers. NaN and inf in a weight or its SVD raise ValueError, as do fewer than k columns; a gradient
-with NaN or inf counts as no information.
+numbers. NaN and inf in a weight or its SVD raise ValueError; a gradient with NaN or inf counts as
+no information.
 """
 
 import math
@@ -46,11 +46,11 @@ def compute_subspace_angle(U1, U2, k):
     By cosines above pi/4 (Bjoerck and Golub 1973), by sines below it (Knyazev and Argentati 2002),
     where the cosine is flat: acos in float32 finds 1e-3 between a space and itself.
     """
-    first, second = _leading('U1', U1, k), _leading('U2', U2, k)
+    first, second = to_float64(U1[:, :k], 'U1'), to_float64(U2[:, :k], 'U2')    # (m, k)
     if k == 0:
         return 0.0
     # float32 columns are orthonormal to 3e-6, which would count as an angle; Q has the same span
-    first, second = torch.linalg.qr(first).Q, torch.linalg.qr(second).Q         # (m, k)
+    first, second = torch.linalg.qr(first).Q, torch.linalg.qr(second).Q
     shared = first.mT @ second                                      # (k, k)
     sine = torch.linalg.matrix_norm(second - first @ shared, 2).item()
     if sine < math.sqrt(0.5):
@@ -74,13 +74,14 @@ def compute_reconstruction_error(W, U, S, V, r):
     nothing, so this is no damage: it says how much of W is protected.
     """
     W, S = to_float64(W, 'W'), to_float64(S, 'S')
-    k = _principal_count(S, r)
-    principal = _leading('U', U, k) * S[:k] @ _leading('V', V, k).mT    # (m, k) x (k, n)
+    k = max(len(S) - r, 0)
+    U, V = to_float64(U[:, :k], 'U'), to_float64(V[:, :k], 'V')
+    principal = U * S[:k] @ V.mT                                    # (m, k) x (k, n)
     error = math.sqrt(_energy_share(W - principal, W))
     return error, error < SAFE_ERROR
 
 
-def compute_gradient_alignment(grad_W, U, S, r):
+def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[float, float]:
     """Shares of a gradient's energy inside the protected space, |U_k^T G|^2 / |G|^2, and outside
     it.
 
@@ -88,12 +89,12 @@ def compute_gradient_alignment(grad_W, U, S, r):
     (0.0, 0.0) for a gradient that is None, zero or not finite. Compare with `random_baseline`. An
     optimizer's step has another alignment than its gradient and may be passed instead.
     """
-    principal_space = _leading('U', U, _principal_count(to_float64(S, 'S'), r))    # (m, k)
+    principal_space = to_float64(U[:, :max(len(S) - r, 0)], 'U')    # (m, k)
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
         return 0.0, 0.0
     gradient = to_float64(grad_W)                                   # (m, n)
-    share = _energy_share(principal_space.mT @ gradient, gradient)
-    principal = min(share, 1.0)                                    # float32 columns may be too long
+    # 1 at most: float32 columns may be too long
+    principal = min(_energy_share(principal_space.mT @ gradient, gradient), 1.0)
     return principal, 1 - principal
 
 
@@ -115,20 +116,15 @@ def normalized_alignment(principal, baseline):
     return (principal - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
-def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
+def determine_next_r(S, S_prev: torch.Tensor | None, r_current, r_min=LEAST_RANK):
     """The next r, and why as text.
 
     S, S_prev (g): the singular values now and at the last analysis (None: the first) -> (r, why)
     with min(r_min, g - 1) <= r <= g - 1. The first r is g - FIRST_PRINCIPAL. Later r stays while
     the smallest min(r, g // 4) singular values, at least one, change by more than STABLE_CHANGE, as
     a vector relative to what it was; otherwise it shrinks, in each call: patience is the caller's.
-    Raises ValueError where S is empty or S_prev has another length.
     """
     S, g = to_float64(S, 'S'), len(S)
-    if g == 0 or S_prev is not None and len(S_prev) != g:
-        before = S_prev if S_prev is None else len(S_prev)
-        raise ValueError(f'{g} singular values in S, before it {before}; valid: as many as before, '
-                         'at least 1')
     if S_prev is None:
         r, why = g - FIRST_PRINCIPAL, f'Initial r: protects {FIRST_PRINCIPAL} components'
     else:
@@ -143,8 +139,9 @@ def determine_next_r(S, S_prev, r_current, r_min=LEAST_RANK):
     return max(min(r, g - 1), min(r_min, g - 1)), why
 
 
-def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad_W, r_current, step,
-                                *, in_lowrank_mode=False):
+def should_use_lowrank_training(
+        W, U, S, V, W_prev, U_prev: torch.Tensor | None, S_prev: torch.Tensor | None, V_prev,
+        grad_W: torch.Tensor | None, r_current: int, step: int, *, in_lowrank_mode=False):
     """Whether W should train in low-rank mode: (True, False or None for no change; r_next;
     diagnostics). The first row that applies decides:
 
@@ -182,7 +179,7 @@ def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad
         return decided(None, 'initial_svd_computation', r_next)
 
     S = to_float64(S, 'S')
-    k = _principal_count(S, r_current)
+    k = max(len(S) - r_current, 0)
     principal, minor = compute_gradient_alignment(grad_W, U, S, r_current)
     c, informative = random_baseline(k, len(U)), principal + minor > 0
     angle = compute_subspace_angle(U_prev, U, k)
@@ -202,18 +199,6 @@ def should_use_lowrank_training(W, U, S, V, W_prev, U_prev, S_prev, V_prev, grad
     if not safe and not in_lowrank_mode:
         return decided(False, 'reconstruction_unsafe', r_next)
     return decided(None, 'continue_current_mode', r_next)
-
-
-def _leading(name, basis, k):
-    """The k leading columns, in float64. Raises ValueError where there are fewer."""
-    if not 0 <= k <= basis.size(1):
-        raise ValueError(f'{name} has {basis.size(1)} columns, too few for k = {k}')
-    return to_float64(basis[:, :k], name)
-
-
-def _principal_count(S, r):
-    """k = g - r, at least 0. A negative r asks for too many columns, which `_leading` refuses."""
-    return max(len(S) - r, 0)
 
 
 def _energy_share(part, whole):

@@ -40,7 +40,8 @@ class Factorization:
     the squared singular values of R W L. Raises ValueError for non-finite values.
     """
 
-    def __init__(self, weight, near=None, far=None, ridge=RIDGE):
+    def __init__(self, weight, near: torch.Tensor | None = None, far: torch.Tensor | None = None,
+                 ridge=RIDGE):
         self.weight = to_float64(weight, 'weight')
         near, far = (None if t is None else to_float64(t, 'inputs or gradients')
                      for t in (near, far))
@@ -54,15 +55,10 @@ class Factorization:
         self.vectors = vectors.flip(1)                                          # (s, s)
         self.energies = energies.flip(0).clamp_min(0) * near_level * far_level  # (s)
 
-    def error(self, rank):
-        """tr(G (W - U A) C (W - U A)^T) at that rank: the energies that are cut off."""
-        return self.energies[rank:].sum().item()
-
-    def factors(self, rank):
-        """U (m, r) and A (r, n) with U^T U = A A^T; above rank s, zeros fill up."""
+    def factors(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (m, r) and A (r, n) with U^T U = A A^T, for a rank r of at most s."""
         if rank >= self.size:                                       # W itself, whatever was seen
-            identity = torch.eye(self.weight.size(1), dtype=self.weight.dtype)
-            return balance(self.weight, identity, rank)
+            return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
         leading = self.vectors[:, :rank]                            # (s, r)
         down, up = leading.mT @ self.inverse, self.root @ leading   # (r, s), (s, r)
         if self.tall:
@@ -85,16 +81,12 @@ def psd_sqrt(statistic, size, ridge):
 
 
 def balance(up, down, rank):
-    """Other factors of up (m, k) @ down (k, n): U (m, r) and A (r, n), zeros beyond rank k, with
-    U^T U = A A^T, so that neither loses more to float32 than the other."""
+    """The best factors of up (m, k) @ down (k, n), U (m, r) and A (r, n), that have U^T U = A A^T,
+    so that neither loses more to float32 than the other."""
     (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)          # of size k at most
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    new_up, new_down = up.new_zeros(len(up), rank), up.new_zeros(rank, down.size(1))
-    new_up[:, :kept] = q_up @ u[:, :kept] * root
-    new_down[:kept] = root[:, None] * (vh[:kept] @ q_down.mT)
-    return new_up, new_down
+    root = s[:rank].sqrt()
+    return q_up @ u[:, :rank] * root, root[:, None] * (vh[:rank] @ q_down.mT)
 
 
 def ridge_refit(before, inputs, cross, ridge=RIDGE):
@@ -113,26 +105,27 @@ def ridge_refit(before, inputs, cross, ridge=RIDGE):
 # --------------------------------------------------------------------------------------------------
 # rank allocation
 
-def factored_size(shape, rank):
+def factored_size(shape, rank: int | None) -> int:
     """Numbers in a layer (m, n) as a product of that rank; rank None: as it is."""
     m, n = shape
     return m * n if rank is None else rank * (m + n)
 
 
-def beneficial_rank(shape, rank):
+def beneficial_rank(shape, rank) -> int | None:
     """The rank, or None where its factors are no smaller than the layer (m, n)."""
     return rank if factored_size(shape, rank) < factored_size(shape, None) else None
 
 
-def allocate_ranks(energies, shapes, budget, step=1):
-    """The ranks that lose least together, with sizes within `budget` numbers: name -> rank, or None
-    for a dense layer.
+def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, int | None]:
+    """The ranks that lose least together, with sizes within `budget` numbers, per name; None: the
+    layer stays dense.
 
     energies: name -> (s), descending, what each component is worth, in one unit for all layers;
-    shapes: name -> (m, n). Each layer's error as a function of its size is reduced to its convex
-    hull, which ends without an error: at the dense layer, or at the rank above which all energies
-    are zero. Then the steepest segments are taken first. Other ranks are multiples of `step`, and
-    at least `step`. Raises ValueError where even the least do not fit.
+    shapes: name -> (m, n). A layer's ranks are multiples of `step`, and the last of them leaves no
+    error: the dense layer, or the rank above which all energies are zero. Its error is a convex
+    function of its size, but for the large step to the dense layer, so ranks just before that are
+    left out. Then the steepest steps of all layers are taken first. Raises ValueError where even
+    the least ranks do not fit.
     """
     ranks, spent, segments = {}, 0, []
     for name, shape in shapes.items():
@@ -141,9 +134,12 @@ def allocate_ranks(energies, shapes, budget, step=1):
         exact = beneficial_rank(shape, max(least, sum(error > 0 for error in lost)))
         points = [(factored_size(shape, r), lost[r], r)
                   for r in range(least, exact or len(lost), step) if beneficial_rank(shape, r)]
-        hull = convex_hull([*points, (factored_size(shape, exact), 0.0, exact)])
-        ranks[name], spent = hull[0][2], spent + hull[0][0]
-        for place, (a, b) in enumerate(zip(hull, hull[1:])):
+        last = factored_size(shape, exact), 0.0, exact
+        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], last):
+            points.pop()
+        points.append(last)
+        ranks[name], spent = points[0][2], spent + points[0][0]
+        for place, (a, b) in enumerate(zip(points, points[1:])):
             segments.append((_slope(a, b), place, name, b[0] - a[0], b[2]))
     if spent > budget:
         raise ValueError(f'{budget:,.0f} numbers are too few for the smallest ranks '
@@ -155,16 +151,6 @@ def allocate_ranks(energies, shapes, budget, step=1):
         else:
             full.add(name)
     return ranks
-
-
-def convex_hull(points):
-    """The lower convex hull of points (size, error, ...) in order of size, from first to last."""
-    hull = []
-    for point in points:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
 
 
 def _slope(a, b):

@@ -23,8 +23,6 @@ from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_e
 class NoSVD(nn.Module):
     """V as it is."""
 
-    truncates_weight = False
-
     def forward(self, v):
         return v
 
@@ -41,29 +39,36 @@ class NoSVD(nn.Module):
         return LatentValues(self.truncate_weight(w_v), bias)
 
 
-class SequenceSVD(NoSVD):
+class HeadSVD(NoSVD):
+    """What the scopes share: the options and, where 'randomized' has one, the warm start."""
+
+    warm_power_iters: int | None = None     # of a warm start; None: every forward pass starts cold
+
+    def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
+        """block: rows before the first basis of 'causal'; what follows: as in lowrank/svd.py."""
+        super().__init__()
+        self.block, self.basis_grad, self.warm_start = block, basis_grad, None
+        self.options = dict(rank=rank, method=method, power_iters=power_iters,
+                            oversample=oversample)
+        if method == 'randomized' and self.warm_power_iters is not None:
+            self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample,
+                                             self.warm_power_iters)
+
+
+class SequenceSVD(HeadSVD):
     """The best rank-k approximation of V (T x hs) as a whole."""
 
     approximate = staticmethod(low_rank_approximation)
     warm_power_iters = 0          # residual 1.005 of the best on V of the main job's model, trained
 
-    def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
-        """block: of 'causal' alone; the last four: of lowrank/svd.py."""
-        super().__init__()
-        self.options = dict(rank=rank, method=method, power_iters=power_iters,
-                            oversample=oversample)
-        self.block, self.basis_grad, self.warm_start = block, basis_grad, None
-        if method == 'randomized':
-            self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample,
-                                             self.warm_power_iters)
-
     def forward(self, v):
-        if self.warm_start is None:
+        warm = self.warm_start
+        if warm is None:
             return self.approximate(v, basis_grad=self.basis_grad, **self.options)
-        options = self.options | self.warm_start.start()
-        v, gram = self.approximate(v, basis_grad=self.basis_grad, **options, return_gram=True)
-        if gram is not None and self.warm_start.in_training() and torch.is_grad_enabled():
-            self.warm_start.accumulate_gram(gram)                   # of a training step
+        v, gram = self.approximate(v, basis_grad=self.basis_grad, return_gram=True,
+                                   **self.options | warm.start())
+        if gram is not None and self.training and warm.followed and torch.is_grad_enabled():
+            warm.accumulate_gram(gram)
         return v
 
 
@@ -88,16 +93,9 @@ class CausalSVD(SequenceSVD):
                                        self.eigensolver, **kind)
 
 
-class WeightSVD(NoSVD):
+class WeightSVD(HeadSVD):
     """The projection that makes V, truncated per head. 'randomized' starts cold: one small
     problem."""
-
-    truncates_weight = True
-
-    def __init__(self, heads, head_size, block, basis_grad, **options):
-        """The first three matter to the other scopes alone."""
-        super().__init__()
-        self.basis_grad, self.options = basis_grad, options
 
     def truncate_weight(self, w_v):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
@@ -118,11 +116,12 @@ def build_head_svd(scope, **options):
     return NoSVD() if scope is None else MODULES[scope](**options)
 
 
-def why_off(use_svd, rank, scope, block, rows, columns, weight_rows):
+def why_off(use_svd, rank, scope, block, rows, columns, weight_rows) -> str:
     """'off' and why an SVD of matrices (rows, columns), in 'weight' scope (weight_rows, columns),
     changes nothing; '' where it truncates."""
     if not use_svd or rank is None:
-        return 'off' + f' (use_svd={use_svd}, svd_rank={rank})' * (use_svd or rank is not None)
+        return ('off' if not use_svd and rank is None else
+                f'off (use_svd={use_svd}, svd_rank={rank})')
     full = min(weight_rows if scope == 'weight' else rows, columns)
     if rank >= full:
         return f'off (svd_rank={rank}: full rank is {full})'

@@ -25,17 +25,14 @@ class DenseValues:
 
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
-        self.data, self.length = torch.empty(shape, dtype=dtype, device=device), 0
-
-    @property
-    def nbytes(self):
-        return self.data.nbytes
+        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.nbytes, self.capacity, self.length = self.data.nbytes, shape[-2], 0
 
     def append(self, x):
-        """Add rows x (..., m, n). Raises ValueError where there is no room for them."""
-        _check_capacity(self.length, x.shape[-2], self.data.shape[-2])
-        self.data[..., self.length:self.length + x.shape[-2], :] = x
-        self.length += x.shape[-2]
+        """Add rows x (..., m, n), at most N in all."""
+        end = self.length + x.shape[-2]
+        self.data[..., self.length:end, :] = x
+        self.length = end
 
     def all(self):
         """-> (..., T, n)."""
@@ -52,7 +49,8 @@ class FactoredValues(DenseValues):
     A sum is taken of coordinates and expanded once, so with a bias its weights must add up to 1.
     """
 
-    def __init__(self, shape, basis, bias, down_proj, dtype, device):
+    def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
+                 dtype, device):
         """shape (..., N, n); basis: W (..., n, k); bias: b (..., 1, n) or None; down_proj (nh k, C)
         or None."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
@@ -82,24 +80,23 @@ class BlockCausalValues:
 
     def __init__(self, shape, rank, block, eigensolver, dtype, device):
         """shape (..., N, n). eigensolver: G (..., n, n) -> its leading eigenvectors (..., n, k)."""
-        *batch, self.capacity, n = shape
-        starts, kind = causal_starts(self.capacity, rank, block), dict(dtype=dtype, device=device)
-        edges, self.length, self.eigensolver = [*starts, self.capacity], 0, eigensolver
+        *batch, capacity, n = shape
+        starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
+        edges, self.eigensolver = [*starts, capacity], eigensolver
         self.bases = torch.empty(*batch, n, len(starts) * rank, **kind)     # W_k of each span
-        self.spans = [DenseValues((*batch, edges[0], n), **kind)]
-        for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)):
-            self.spans.append(FactoredValues((*batch, b - a, n), basis, None, None, **kind))
+        self.spans = [DenseValues((*batch, edges[0], n), **kind), *(
+            FactoredValues((*batch, b - a, n), basis, None, None, **kind)
+            for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)))]
         side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
         self.nbytes = sum(part.nbytes for part in (*self.spans, self.bases, self.gram))
 
     def append(self, x):
-        """Add rows x (..., m, n). Raises ValueError where there is no room for them, and
-        torch.linalg.LinAlgError where a basis would come from non-finite rows."""
-        _check_capacity(self.length, x.shape[-2], self.capacity)
+        """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError where a basis
+        would come from non-finite rows."""
         while x.shape[-2]:
-            span = next(s for s in self.spans if s.length < s.data.shape[-2])
-            room = span.data.shape[-2] - span.length
+            span = next(s for s in self.spans if s.length < s.capacity)
+            room = span.capacity - span.length
             rows, x = x[..., :room, :], x[..., room:, :]
             if span is self.spans[0]:
                 span.append(rows)
@@ -107,7 +104,6 @@ class BlockCausalValues:
                 if span.length == 0:
                     span.basis.copy_(self.eigensolver(self.gram))
                 span.append(rows.to(span.basis.dtype) @ span.basis)             # (..., m, k)
-            self.length += rows.shape[-2]
             if span is not self.spans[-1]:                          # a later basis depends on them
                 rows = rows.to(self.gram.dtype)
                 with torch.autocast(rows.device.type, enabled=False):   # it would round float32
@@ -133,11 +129,6 @@ def gram_dtype(dtype, device):
     """Of a Gram matrix of rows: float64; float32 for half precision and on MPS without float64."""
     wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
     return torch.float64 if wide else torch.float32
-
-
-def _check_capacity(length, more, capacity):
-    if length + more > capacity:
-        raise ValueError(f'no room for {more} more rows: {length} of {capacity} are taken')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,17 +170,15 @@ class BlockCausalLatentValues(LatentValues):
         self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
 
     def all(self, c):
-        rows, bases = super().all(c), self._bases(c)
-        edges = zip(self.starts, [*self.starts[1:], rows.size(2)])
-        for (a, b), w in zip(edges, bases):                         # a batch of one: of the first
+        rows = super().all(c)
+        for a, b, w in self._spans(c)[1:]:                          # a batch of one: of the first
             rows[:, :, a:b] = rows[:, :, a:b] @ w[:len(c)] @ w[:len(c)].mT
         return rows
 
     def weighted_sum(self, weights, c):
         """Each span's sum is taken of latents, expanded, then projected."""
-        starts, total = [start for start in self.starts if start < c.size(1)], 0
-        edges = [0, *starts, c.size(1)]
-        for a, b, w in zip(edges, edges[1:], [None, *self._bases(c)]):
+        total = 0
+        for a, b, w in self._spans(c):
             part = weights[..., a:b]                                # (B, nh, b - a)
             y = super().weighted_sum(part, c[:, a:b])               # (B, nh, 1, hs)
             if self.bias is not None:                # a part of the weights adds up to less
@@ -197,16 +186,17 @@ class BlockCausalLatentValues(LatentValues):
             total = total + (y if w is None else y @ w @ w.mT)
         return total
 
-    def _bases(self, c):
-        """W_k of each span that begins within c (B, T, d), from V^T V of the rows before it."""
-        starts = [start for start in self.starts if start < c.size(1)]
-        for start in starts[self.made:]:
+    def _spans(self, c):
+        """(first row, last row + 1, W_k) of each span within c (B, T, d), W_k from V^T V of the
+        rows before it; None for the first span, which has no basis."""
+        for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
                 v = v.to(gram_dtype(v.dtype, v.device))
                 self.bases[self.made] = self.eigensolver(v.mT @ v)
             self.made += 1
-        return self.bases[:self.made]
+        edges = [0, *self.starts[:self.made], c.size(1)]
+        return list(zip(edges, edges[1:], [None, *self.bases[:self.made]]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,17 +205,14 @@ class BlockCausalLatentValues(LatentValues):
 class KeyValueCache:
     """Keys and values of every head."""
 
-    def __init__(self, keys, values):
-        """keys: DenseValues of shape (B, nh, N, hs); values: one of the classes above."""
+    def __init__(self, keys: DenseValues, values):
+        """keys: of shape (B, nh, N, hs); values: of one of the first three classes above."""
         self.stored, self.values = keys, values
+        self.nbytes = keys.nbytes + values.nbytes
 
     @property
     def length(self):
         return self.stored.length
-
-    @property
-    def nbytes(self):
-        return self.stored.nbytes + self.values.nbytes
 
     @torch.compiler.disable                                         # shapes change with every token
     def attend(self, q, k, v):
@@ -249,8 +236,8 @@ class LatentCache(KeyValueCache):
     U_v sum_j a_j c_j no value.
     """
 
-    def __init__(self, latents, w_k, values):
-        """latents: DenseValues of shape (B, N, d); w_k: U_k (nh, hs, d); values: LatentValues."""
+    def __init__(self, latents: DenseValues, w_k, values: LatentValues):
+        """latents: of shape (B, N, d); w_k: U_k (nh, hs, d)."""
         super().__init__(latents, values)
         self.w_k = w_k
 
@@ -273,19 +260,17 @@ def expand(weight, c):
     return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
 
 
-def validate_positions(cache, idx, block_size):
+def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> int:
     """The number of tokens in the layers' caches (0 without): the position where idx (B, T) begins.
 
-    Raises ValueError where idx does not fit: a prompt comes first, then one token at a time,
-    block_size in all.
+    Raises ValueError where idx does not fit: a prompt comes first, then one token at a time, in all
+    at most block_size and what the cache has room for.
     """
     T, start = idx.size(1), cache[0].length if cache else 0
-    if not 1 <= T <= block_size - start:
-        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to '
+    most = min(block_size, cache[0].stored.capacity) if cache else block_size
+    if not 1 <= T <= most - start:
+        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to {most}, with '
                          f'block_size={block_size}')
     if start and T > 1:
         raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
-    if cache and len(idx) not in (1, len(cache[0].stored.data)):
-        raise ValueError(f'cannot add {len(idx)} sequences to a cache of '
-                         f'{len(cache[0].stored.data)}')
     return start

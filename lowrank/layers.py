@@ -3,8 +3,6 @@
 Letters: m outputs, n inputs, r rank.
 """
 
-import copy
-
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -22,15 +20,11 @@ class FactoredLinear(nn.Module):
     """What layers with factors A (r, n) and B (m, r), nn.Linear both, have in common."""
 
     def add_factors(self, in_features, out_features, rank, bias):
-        """Raises ValueError for a rank outside 1..min(m, n)."""
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f'rank={rank}: must be 1 to {min(in_features, out_features)} for a '
-                             f'layer of {out_features} x {in_features}')
         self.A = nn.Linear(in_features, rank, bias=False)
         self.B = nn.Linear(rank, out_features, bias=bias)
 
     @property
-    def rank(self):
+    def rank(self) -> int | None:
         """r, or None where there are no factors."""
         return None if self.A is None else self.A.out_features
 
@@ -52,7 +46,6 @@ class LowRankLinear(FactoredLinear):
     """
 
     def __init__(self, in_features, out_features, rank, bias=True):
-        """Raises ValueError for a rank outside 1..min(m, n)."""
         super().__init__()
         self.add_factors(in_features, out_features, rank, bias)
 
@@ -63,8 +56,8 @@ class LowRankLinear(FactoredLinear):
     @torch.no_grad()
     def from_linear(cls, linear, rank):
         """The layer whose B A is the best rank-r approximation of an nn.Linear's weight (Eckart and
-        Young): A = sqrt(S) V^T, B = U sqrt(S), with the same bias. Raises ValueError for a rank
-        outside 1..min(m, n)."""
+        Young): A = sqrt(S) V^T, B = U sqrt(S), with the same bias. r is at most min(m, n). Raises
+        ValueError for rank < 1."""
         u, s, vh = truncated_svd(to_float64(linear.weight), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
@@ -79,7 +72,7 @@ class LowRankLinear(FactoredLinear):
             layer.bias.copy_(like.bias)
         return layer.requires_grad_(like.weight.requires_grad)
 
-    def merge(self):
+    def merge(self) -> nn.Linear:
         """The dense layer with the weight B A, multiplied in float64."""
         return linear_from_tensors(self.product(), self.bias, self.A.weight)
 
@@ -114,7 +107,7 @@ class AdaptedLinear(FactoredLinear):
         W = to_float64(self.base.weight)
         return W if self.A is None else W + self.scale * self.product()
 
-    def merge(self):
+    def merge(self) -> nn.Linear:
         """The dense layer with that weight."""
         return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
 
@@ -128,34 +121,26 @@ class LoRALinear(AdaptedLinear):
     smallest singular components of the weight W_0 and freeze the rest, W = W_0 - s B_0 A_0.
     """
 
-    def __init__(self, linear, rank, alpha, dropout=0.0):
-        """From an nn.Linear, which is frozen. dropout: share of x that the adapter does not see in
-        training. A is drawn from torch's global generator. Raises ValueError for a rank outside
-        1..min(m, n)."""
+    def __init__(self, linear, rank, alpha, dropout=0.0, init='lora'):
+        """A layer that computes what an nn.Linear does until it is trained, and takes it over as
+        `base`. dropout: share of x that the adapter does not see in training. init: 'lora' draws A
+        from torch's global generator; 'pissa' and 'milora' take an SVD in float64 on the CPU, which
+        raises torch.linalg.LinAlgError for non-finite weights."""
         super().__init__()
         self.add_factors(linear.in_features, linear.out_features, rank, bias=False)
         nn.init.zeros_(self.B.weight)
         self.base, self.dropout, self.scale = linear, nn.Dropout(dropout), alpha / rank
         self.to(linear.weight).train(linear.training)
         linear.requires_grad_(False)
+        if init != 'lora':
+            W = to_float64(linear.weight)                           # W_0 (m, n)
+            components = slice(rank) if init == 'pissa' else slice(-rank, None)
+            self.set_factors(*svd_factors(W, components, self.scale))
+            rest = W - self.scale * self.product()                  # of the rounded A and B
+            linear.weight.copy_(rest.to(linear.weight.dtype))
 
     def forward(self, x):                                           # (..., n) -> (..., m)
         return self.base(x) + self.B(self.scale * self.A(self.dropout(x)))
-
-    @classmethod
-    @torch.no_grad()
-    def from_linear(cls, linear, rank, alpha, dropout=0.0, init='lora'):
-        """The layer that computes what an nn.Linear does until it is trained, from a copy of it.
-        init: 'pissa' and 'milora' take an SVD in float64 on the CPU. Raises ValueError as the
-        constructor, and torch.linalg.LinAlgError for an SVD of non-finite weights."""
-        layer = cls(copy.deepcopy(linear), rank, alpha, dropout)
-        if init != 'lora':
-            whole = to_float64(linear.weight)                       # W_0 (m, n)
-            components = slice(rank) if init == 'pissa' else slice(-rank, None)
-            layer.set_factors(*svd_factors(whole, components, layer.scale))
-            rest = whole - layer.scale * layer.product()            # of the rounded A and B
-            layer.base.weight.copy_(rest.to(linear.weight.dtype))
-        return layer
 
 
 def svd_factors(matrix, components, scale):
@@ -166,17 +151,9 @@ def svd_factors(matrix, components, scale):
     return b / scale ** 0.5, a / scale ** 0.5
 
 
-@torch.no_grad()
-def split(linear, parts):
-    """A linear layer (parts m, n) as layers (m, n) whose outputs, concatenated, are its own."""
-    biases = [None] * parts if linear.bias is None else linear.bias.chunk(parts)
-    return [linear_from_tensors(weight, bias, linear.weight)        # copies: a view would keep all
-            for weight, bias in zip(linear.weight.chunk(parts), biases)]
-
-
 def fuse(layers):
-    """The inverse of `split`: weight (parts m, n) and bias (parts m) or None, of layers that have a
-    `weight` and a `bias`."""
+    """Several layers (m, n) with a `weight` and a `bias` as one: weight (parts m, n) and bias
+    (parts m) or None."""
     weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
     return weight, None if biases[0] is None else torch.cat(biases)
 
@@ -187,8 +164,10 @@ class SplitProjection(nn.Module):
 
     def __init__(self, fused):
         super().__init__()
-        self.n_head = fused.n_head
-        self.c_q, self.c_k, self.c_v = split(fused, 3)
+        self.n_head, weight = fused.n_head, fused.weight
+        biases = [None] * 3 if fused.bias is None else fused.bias.chunk(3)
+        self.c_q, self.c_k, self.c_v = (                            # copies: a view would keep all
+            linear_from_tensors(w, b, weight) for w, b in zip(weight.chunk(3), biases))
 
     def forward(self, x, w_v=None):
         """As `QKVProjection.forward`."""
@@ -197,9 +176,8 @@ class SplitProjection(nn.Module):
 
     def project_for_cache(self, x, down_proj):
         """As `QKVProjection.project_for_cache`."""
-        if down_proj is None:
-            return self(x)
-        return split_heads(self.n_head, self.c_q(x), self.c_k(x), F.linear(x, down_proj))
+        v = self.c_v(x) if down_proj is None else F.linear(x, down_proj)
+        return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def value_weight(self):
         """As `QKVProjection.value_weight`."""

@@ -4,7 +4,7 @@ rank."""
 import torch
 
 
-def to_float64(x, name=None):
+def to_float64(x, name: str | None = None):
     """x in float64 on the CPU (MPS has none), detached; may share memory. With a name, non-finite
     values raise ValueError."""
     if name and not x.isfinite().all():
@@ -51,12 +51,10 @@ def effective_rank(x):
     """exp of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007).
 
     x (..., m, n) -> float64 (...) on the CPU: 1 for a matrix of rank one or zero, min(m, n) where
-    all singular values are equal, NaN where x is not finite.
+    all singular values are equal. Raises torch.linalg.LinAlgError where x is not finite.
     """
     x = to_float64(x)
-    finite = x.isfinite().all(-1).all(-1)                           # (...)
-    x = torch.where(finite[..., None, None], x, 0)
     squares = torch.linalg.eigvalsh(x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT)
     s = squares.clamp_min(0).sqrt()                                 # (..., min(m, n))
     shares = s / s.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.where(finite, torch.special.entr(shares).sum(-1).exp(), torch.nan)
+    return torch.special.entr(shares).sum(-1).exp()

@@ -79,16 +79,13 @@ class WarmStartBasis(nn.Module):
             return dict(start=self.basis, power_iters=self.warm_power_iters)
         return dict(start=self.gaussian, power_iters=self.power_iters)
 
-    def in_training(self):
-        return self.training and self.followed
-
     def accumulate_gram(self, gram):
         """Add the matrices G (B, nh, n, n) of one micro-batch of a training step."""
         self.gram_sum += gram.sum(0)
         self.has_gram = True
 
 
-def follow_optimizer(bases, optimizer, mean=None):
+def follow_optimizer(bases, optimizer, mean):
     """After each step of the optimizer, update the bases by the matrices of that step's forward
     passes; a step that a GradScaler skips leaves them as they are. mean: as in `update_bases`."""
     def hook(optimizer, *_):
@@ -104,7 +101,7 @@ def follow_optimizer(bases, optimizer, mean=None):
 
 
 @torch.no_grad()
-def update_bases(bases, mean=None):
+def update_bases(bases, mean=lambda tensor: tensor):
     """Move each WarmStartBasis of a list, all of one shape, to the leading subspace of its sums.
 
     To be called after an optimizer step. mean: averages a tensor over processes; it gets all sums
@@ -112,17 +109,16 @@ def update_bases(bases, mean=None):
     every layer has a sum that is not zero, and where a layer saw no training forward all stay.
     """
     if bases and all(basis.has_gram for basis in bases):
-        sums = torch.stack([basis.gram_sum for basis in bases])     # (bases, nh, n, n)
-        sums = sums if mean is None else mean(sums)
+        sums = mean(torch.stack([basis.gram_sum for basis in bases]))           # (bases, nh, n, n)
         wide = sums if sums.device.type == 'mps' else sums.double()
         first, old = bases[0], torch.stack([basis.basis for basis in bases])    # (bases, nh, n, k)
         start = old if first.warm else first.gaussian               # of all layers
         new, _, _ = leading_subspace(wide, first.rank, start.to(wide), first.start()['power_iters'])
-        n, rank = new.shape[-2:]
         finite = new.isfinite().all(-1).all(-1)                     # (bases, nh)
         # bool() waits for the device, but only while the bases are cold
         if first.warm or bool((finite & new.any(-1).any(-1)).all()):
-            new = (new + PERTURBATION * n ** -0.5 * first.gaussian[:, :rank]).to(old)
+            perturbation = PERTURBATION * new.size(-2) ** -0.5 * first.gaussian[:, :first.rank]
+            new = (new + perturbation).to(old)
             set_bases(bases, torch.where(finite[..., None, None], new, old))
     clear_grams(bases)
 
@@ -134,18 +130,14 @@ def clear_grams(bases):
         basis.has_gram = False
 
 
-def get_bases(bases):
-    """The bases of a list of WarmStartBasis (bases, nh, n, k), or None where they are cold."""
+def get_bases(bases: list[WarmStartBasis]) -> torch.Tensor | None:
+    """The bases as one tensor (bases, nh, n, k), or None where they are cold."""
     return torch.stack([basis.basis for basis in bases]) if bases and bases[0].warm else None
 
 
-def set_bases(bases, saved):
-    """The inverse of `get_bases`. None, and bases of another shape, make a cold start. Raises
-    ValueError for what is not finite numbers."""
-    if saved is not None and not (torch.is_tensor(saved) and saved.is_floating_point()
-                                  and saved.isfinite().all()):
-        raise ValueError('its svd_basis is not of finite floating-point numbers')
-    fits = saved is not None and bases and saved.shape == (len(bases), *bases[0].basis.shape)
+def set_bases(bases: list[WarmStartBasis], saved: torch.Tensor | None):
+    """The inverse of `get_bases`. None, and bases of another shape, make a cold start."""
+    fits = torch.is_tensor(saved) and bases and saved.shape == (len(bases), *bases[0].basis.shape)
     for i, basis in enumerate(bases):
         basis.basis.copy_(saved[i] if fits else basis.gaussian[:, :basis.rank])
         basis.warm = bool(fits)

@@ -47,21 +47,22 @@ METHODS = (*EXACT_METHODS, 'randomized')
 # --------------------------------------------------------------------------------------------------
 # factors, not differentiable
 
-def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
+def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversample=0):
     """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k,
     n).
 
     U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. Computed in
     float64 (on the CPU where the device has none). For spectra and for factoring weights; where a
     gradient is needed use `low_rank_approximation`. With 'randomized', rows of Vh are short where
-    sigma_k is below 1e-3 sigma_1. Raises ValueError for a rank outside 1..min(m, n) and an unknown
-    method, and torch.linalg.LinAlgError for non-finite values.
+    sigma_k is below 1e-3 sigma_1. rank None, or above min(m, n), gives min(m, n) triplets. Raises
+    ValueError for rank < 1 and an unknown method, and torch.linalg.LinAlgError for non-finite
+    values.
     """
-    _check(x, rank, method, x.shape[-2:])
+    _check(rank, method)
     if x.shape[-2] < x.shape[-1]:
         u, s, vh = truncated_svd(x.mT, rank, method, power_iters=power_iters, oversample=oversample)
         return vh.mT, s, u.mT
-    with _full_precision(x):
+    with torch.autocast(x.device.type, enabled=False):
         wide = _to_float64(x)
         if method == 'standard':
             u, s, vh = _decompose(torch.linalg.svd, wide, full_matrices=False)
@@ -71,23 +72,23 @@ def truncated_svd(x, rank, method='gram', *, power_iters=2, oversample=0):
                                      oversample=oversample)
             u, s, vh = torch.linalg.svd(wide @ w, full_matrices=False)
             vh = vh @ w.mT                                          # (..., k, k) x (..., k, n)
-        parts = u[..., :rank], s[..., :rank], vh[..., :rank, :]
-        return tuple(part.to(x.dtype).to(x.device) for part in parts)
+        return tuple(part.to(x.dtype).to(x.device)
+                     for part in (u[..., :rank], s[..., :rank], vh[..., :rank, :]))
 
 
 def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
     """W_k (..., n, k) such that x W_k W_k^T is what `low_rank_approximation` returns for x (..., m,
-    n) with m >= n, with its precision. Not differentiable. Raises as `truncated_svd`."""
-    _check(x, rank, method, x.shape[-2:])
+    n) with m >= n, with its precision. Not differentiable. Raises torch.linalg.LinAlgError for
+    non-finite values."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    with _full_precision(x):
+    with torch.autocast(x.device.type, enabled=False):
         if method == 'randomized':
-            gram = _prefix_grams(rows, (x.shape[-2],))[0]
-            return _iterate(gram, rank, power_iters, oversample, None)[0].to(x)
+            return _iterate(rows.mT @ rows, rank, power_iters, oversample, None)[0].to(x)
         return _exact_spectrum(rows, method, (x.shape[-2],))[1][0][..., -rank:].to(x)
 
 
-def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0, start=None):
+def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0,
+                         start: torch.Tensor | None = None):
     """Orthonormal W_k (..., n, k) that spans the eigenvectors of the k largest eigenvalues.
 
     gram (..., n, n): symmetric and positive semidefinite. By eigh in float64, or with 'randomized'
@@ -113,8 +114,8 @@ def balanced_factors(u, s, vh, floor):
 # --------------------------------------------------------------------------------------------------
 # best rank-k approximation, differentiable
 
-def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_iters=2, oversample=0,
-                           start=None, return_gram=False):
+def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, *, power_iters=2,
+                           oversample=0, start: torch.Tensor | None = None, return_gram=False):
     """Best rank-k approximation X_k of each matrix, differentiable once: x (..., m, n) -> the same.
 
     rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the
@@ -134,7 +135,7 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     torch.linalg.LinAlgError where a matrix to decompose has non-finite values. On CUDA a check
     would have to wait for the device; under torch.compile there is none either.
     """
-    _check(x, rank, method)
+    _check(rank, method)
     m, n = x.shape[-2:]
     options = dict(power_iters=power_iters, oversample=oversample)
     spans = () if rank is None or rank >= min(m, n) else ((m, 0, m),)
@@ -143,8 +144,9 @@ def low_rank_approximation(x, rank, method='gram', basis_grad=True, *, power_ite
     return _project(x, rank, method, spans, basis_grad, return_gram, start=start, **options)
 
 
-def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=True, *,
-                                  power_iters=2, oversample=0, start=None, return_gram=False):
+def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, basis_grad=True, *,
+                                  power_iters=2, oversample=0, start: torch.Tensor | None = None,
+                                  return_gram=False):
     """Rank-k projection in which no row depends on a later one: x (..., T, n) -> the same.
 
     Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the top-k right singular
@@ -153,9 +155,7 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
     itself; T does not enter this rule, because appending a row must not change an earlier one.
     The rest is as in `low_rank_approximation`; G is that of all rows that a basis comes from.
     """
-    _check(x, rank, method)
-    if block < 1:
-        raise ValueError(f'block must be at least 1 row, got {block}')
+    _check(rank, method)
     rows, n = x.shape[-2:]
     starts = [] if rank is None or rank >= n else causal_starts(rows, rank, block)
     spans = tuple((s, s, min(2 * s, rows)) for s in starts)
@@ -163,7 +163,7 @@ def causal_low_rank_approximation(x, rank, method='gram', block=32, basis_grad=T
                     oversample=oversample, start=start)
 
 
-def causal_starts(rows, rank, block):
+def causal_starts(rows, rank, block) -> list[int]:
     """First rows of the spans [s, 2s) of `causal_low_rank_approximation`, ascending."""
     doubled = (block << i for i in range(rows.bit_length()))
     return [start for start in doubled if rank < start < rows]
@@ -173,13 +173,13 @@ def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
     """X with the rows of each span (s, a, b) projected; X itself without spans."""
     if not spans:
         return (x, None) if return_gram else x
-    flat = x.to(torch.promote_types(x.dtype, torch.float32))        # none in half precision
-    flat = flat.reshape(-1, *x.shape[-2:]).contiguous()             # (N, T, n)
+    wide = torch.promote_types(x.dtype, torch.float32)              # not in half precision
+    flat = x.to(wide).reshape(-1, *x.shape[-2:]).contiguous()       # (N, T, n)
     if start is not None and start.dim() > 2:                       # one for each matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
-    with _full_precision(x):
-        options['start'] = start
-        y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad, options)
+    with torch.autocast(x.device.type, enabled=False):
+        y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad,
+                                     dict(start=start, **options))
         y = y.view(x.shape).to(x.dtype)
     if not return_gram:
         return y
@@ -220,7 +220,7 @@ class _ProjectRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
         projectors, *basis = ctx.saved_tensors
-        with _full_precision(dy):
+        with torch.autocast(dy.device.type, enabled=False):
             dx = _apply_projectors(dy.contiguous(), projectors, ctx.spans)
             if basis:
                 x, *basis = basis
@@ -289,12 +289,7 @@ def _prefix_grams(x, stops):
 
 def _iterate(grams, rank, power_iters, oversample, start):
     """`leading_subspace` of grams (..., n, n), in float64 where the device has it."""
-    if power_iters < 0 or oversample < 0:
-        raise ValueError('power_iters and oversample must be at least 0, got '
-                         f'{power_iters} and {oversample}')
     start = gaussian_start(grams.shape[-1], rank, oversample) if start is None else start
-    if start.shape[-1] < rank:
-        raise ValueError(f'start has {start.shape[-1]} columns, too few for rank {rank}')
     _check_finite(grams)
     wide = grams if _lacks_float64(grams.device) else grams.double()
     return leading_subspace(wide, rank, start.to(wide.dtype).to(wide.device), power_iters)
@@ -325,17 +320,8 @@ def _lacks_float64(device):
     return device.type == 'mps'
 
 
-def _full_precision(x):
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _check(x, rank, method, shape=None):
-    """shape: (m, n) where the rank must be given and at most min(m, n)."""
+def _check(rank, method):
     if method not in METHODS:
         raise ValueError(f'unknown SVD method {method!r}; valid: {", ".join(METHODS)}')
-    if x.dim() < 2:
-        raise ValueError(f'a matrix needs two dimensions, got shape {tuple(x.shape)}')
-    if shape and not (rank and 1 <= rank <= min(shape)):
-        raise ValueError(f'rank={rank}: must be 1 to {min(shape)} for {shape[0]} x {shape[1]}')
     if rank is not None and rank < 1:
-        raise ValueError(f'rank must be at least 1, got {rank}')
+        raise ValueError(f'rank={rank}: must be at least 1')

@@ -109,25 +109,17 @@ def test_reconstruction_errors_at_the_edges():
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
-def test_what_is_not_finite_or_too_short_is_refused_by_name(bad):
+def test_what_is_not_finite_is_refused_by_name(bad):
     S, wrong, eye, bad_eye = numbers(3, 2, 1), numbers(3, bad, 1), torch.eye(3), torch.eye(3) * bad
     for function, arguments, message in (
             (compute_reconstruction_error, (bad_eye, eye, S, eye, 1), 'W must be finite'),
             (compute_reconstruction_error, (eye, bad_eye, S, eye, 1), 'U must be finite'),
             (compute_reconstruction_error, (eye, eye, wrong, eye, 1), 'S must be finite'),
             (compute_reconstruction_error, (eye, eye, S, bad_eye, 1), 'V must be finite'),
-            (compute_reconstruction_error, (eye, eye, S, eye[:, :1], 1), 'V has 1 .*k = 2'),
             (compute_subspace_angle, (eye, bad_eye, 1), 'U2 must be finite'),
-            (compute_subspace_angle, (eye, eye[:, :2], 4), 'U1 has 3'),
-            (compute_subspace_angle, (eye, eye, -1), 'U1 has 3'),
-            (compute_subspace_angle, (eye, eye[:, :2], 3), 'U2 has 2'),
-            (compute_gradient_alignment, (eye, eye, wrong, 1), 'S must be finite'),
-            (compute_gradient_alignment, (eye, eye, S, -1), 'U has 3 .*k = 4'),
-            (compute_gradient_alignment, (eye, eye[:, :1], S, 1), 'U has 1 .*k = 2'),
+            (compute_gradient_alignment, (eye, bad_eye, S, 1), 'U must be finite'),
             (determine_next_r, (wrong, None, 1), 'S must be finite'),
             (determine_next_r, (S, wrong, 1), 'S_prev must be finite'),
-            (determine_next_r, (S, torch.ones(4), 2), '3 singular values'),
-            (determine_next_r, (S[:0], None, 2), '0 singular values'),
             (compute_singular_value_concentration, (wrong,), 'S must be finite'),
             (compute_singular_value_concentration, (S, 0), ''),
             (compute_singular_value_concentration, (S, 1.01), '')):
@@ -312,8 +304,6 @@ def test_what_is_not_needed_may_be_missing():
     given |= {name: given[name].requires_grad_() for name in given if isinstance(given[name], torch.Tensor)}
     short = {name: given[name][:, :5] for name in ('U', 'V', 'U_prev')}
     assert should_use_lowrank_training(**given | short) == should_use_lowrank_training(**given)
-    with pytest.raises(ValueError, match='4 columns.*k = 5'):       # r has decreased since it was cut
-        should_use_lowrank_training(**given | {'U_prev': given['U_prev'][:, :4]})
 
 
 @pytest.mark.parametrize('m, n', [(1, 1), (1, 7), (7, 1), (5, 8), (8, 5)])

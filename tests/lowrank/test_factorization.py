@@ -50,8 +50,8 @@ def test_the_factors_have_the_least_weighted_error_and_it_is_predicted(M, N, giv
             assert (up.shape, down.shape, up.dtype) == ((M, rank), (rank, N), torch.float64)
             assert (up.mT @ up - down @ down.mT).abs().max() < 1e-10 * up.norm() ** 2       # balanced
             least = pytest.approx(energies[rank:].sum().item(), abs=most * energies.sum().item())
-            assert error(weight, up, down, **full) == least == found.error(rank)
-        assert found.error(0) == pytest.approx(energies.sum().item(), rel=1e-3)
+            assert error(weight, up, down, **full) == least == found.energies[rank:].sum().item()
+        assert found.energies.sum().item() == pytest.approx(energies.sum().item(), rel=1e-3)
         assert found.energies.tolist() == sorted(found.energies.tolist(), reverse=True)
 
 
@@ -70,11 +70,11 @@ def test_without_statistics_it_is_the_truncated_svd(M, N):
 
 
 @each_shape
-@pytest.mark.parametrize('rank, tokens', [(8, 0), (11, 0), (8, 1), (11, 3), (8, 100), (11, 100)])
-def test_full_rank_reproduces_the_weight_whatever_was_seen(M, N, rank, tokens):
+@pytest.mark.parametrize('tokens', [0, 1, 3, 100])
+def test_full_rank_reproduces_the_weight_whatever_was_seen(M, N, tokens):
     weight = rand(M, N)
-    up, down = decomposed(weight, *(statistic(size, 5, tokens, spread=4) for size in (N, M))).factors(rank)
-    assert (up.shape, down.shape) == ((M, rank), (rank, N)) and (up @ down - weight).abs().max() < 1e-12
+    up, down = decomposed(weight, *(statistic(size, 5, tokens, spread=4) for size in (N, M))).factors(8)
+    assert (up.shape, down.shape) == ((M, 8), (8, N)) and (up @ down - weight).abs().max() < 1e-12
 
 
 @each_shape

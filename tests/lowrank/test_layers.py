@@ -5,13 +5,19 @@ import torch
 from torch import nn
 
 from helpers import cached_logits, make, same, svd, tokens
-from lowrank.layers import LowRankLinear, SplitProjection, fuse, split
+from lowrank.layers import LowRankLinear, SplitProjection, fuse
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 # (m, n)
 each_shape = pytest.mark.parametrize('shape', [(12, 7), (7, 12), (9, 9)], ids=['tall', 'wide', 'square'])
 each_dtype = pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 each_bias = pytest.mark.parametrize('bias', [True, False])
+
+
+def fused(layer):
+    """A linear layer as a projection to queries, keys and values."""
+    layer.n_head = 1
+    return layer
 
 
 def dense(shape, bias=True, dtype=torch.float64, seed=0):
@@ -45,25 +51,14 @@ def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias, device):
         assert same([layer.bias] * 3, [product.bias, product.B.bias, merged.bias]) and product.A.bias is None
 
 
-@each_shape
-@pytest.mark.parametrize('rank', [0, -1, 10])
-@pytest.mark.parametrize('make_layer, words', [
-    (lambda m, n, rank: LowRankLinear(n, m, rank), 'rank={}.* 1 to {}'),
-    (lambda m, n, rank: LowRankLinear.from_linear(dense((m, n)), rank), 'rank.*{}')],
-    ids=['new', 'from a layer'])
-def test_a_rank_that_cannot_be_is_refused(make_layer, words, shape, rank):
-    with pytest.raises(ValueError, match=words.format(rank, min(shape))):
-        make_layer(*shape, rank)
-
-
 @pytest.mark.parametrize('trained', [True, False])
 def test_no_larger_tensor_is_kept_and_all_are_of_the_layers_kind(trained):
     """Factors and parts that were cut from a larger tensor, or shared with it, would take all of it with
     them."""
     layer = dense((300, 200), dtype=torch.bfloat16).requires_grad_(trained)
-    product = LowRankLinear.from_linear(layer, 2)
+    product, parts = LowRankLinear.from_linear(layer, 2), SplitProjection(fused(layer)).children()
     for module, numbers in ((product, 2 * 500 + 300), (product.merge(), 300 * 201),
-                            *((part, 100 * 201) for part in split(layer, 3))):
+                            *((part, 100 * 201) for part in parts)):
         assert {(p.dtype, p.requires_grad) for p in module.parameters()} == {(torch.bfloat16, trained)}
         assert sum(p.untyped_storage().nbytes() for p in module.parameters()) == 2 * numbers
         assert not {p.data_ptr() for p in module.parameters()} & {p.data_ptr() for p in layer.parameters()}
@@ -74,7 +69,7 @@ def test_no_larger_tensor_is_kept_and_all_are_of_the_layers_kind(trained):
 def test_split_and_fused_again_it_is_the_same_to_the_bit(bias, dtype):
     """A part may be a product."""
     whole, x = dense((12, 5), bias, dtype), torch.randn(2, 5, dtype=dtype)
-    parts = split(whole, 3)
+    parts = [*SplitProjection(fused(whole)).children()]
     assert same(fuse(parts), (whole.weight, whole.bias))
     assert [tuple(part.weight.shape) for part in parts] == [(4, 5)] * 3
     torch.testing.assert_close(torch.cat([part(x) for part in parts], dim=1), whole(x))

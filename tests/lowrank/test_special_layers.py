@@ -1,5 +1,5 @@
 """LoRA and adaptive SVD from one command to the next: train.py --init_from=FOLDER, sample.py, export.py,
-compress.py, bench.py, plot_adaptive.py."""
+compress.py, bench.py."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import compress
 import export
-import plot_adaptive
 import sample
 import train
 from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, slow, untimed
@@ -323,48 +322,3 @@ def test_a_damaged_checkpoint_is_refused_by_all_commands(trained, refused, damag
                           (sample.main, ['--device=cpu'])):
         assert 'base' in refused(main, '--init_from=base', *options)
     assert not Path('out').exists() and not Path('base-lowrank').exists()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# plot_adaptive.py
-
-PNG = b'\x89PNG\r\n\x1a\n'
-ROW = '{"iter": 20, "svd/block0.attn.c_q/mode": "full", "svd/block0.attn.c_q/r": 3}\n'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('kind', ['adaptive', 'adaptive, MLA'])
-def test_a_figure_of_a_run(finished, done, kind):
-    """Also of a single analysis, without a loss."""
-    finished(kind)
-    before = folder_bytes('out')
-    for _ in range(2):
-        assert 'out/adaptive_svd.png' in done(plot_adaptive.main, '--out_dir=out')
-        assert Path('out/adaptive_svd.png').read_bytes().startswith(PNG)
-        assert folder_bytes('out').keys() - before.keys() == {'adaptive_svd.png'}
-        Path('out/metrics.jsonl').write_text(ROW)
-
-
-def test_no_figure_without_a_run_or_a_place_for_it(refused):
-    Path('folder/metrics.jsonl').mkdir(parents=True)
-    Path('out/adaptive_svd.png').mkdir(parents=True)
-    Path('out/metrics.jsonl').write_text(ROW)
-    for folder, words in (('out-adaptive-svd', "out_dir='out-adaptive-svd'"),
-                          ('folder', 'folder/metrics.jsonl: cannot be read'),
-                          ('out', 'out/adaptive_svd.png: cannot be written')):
-        assert words in refused(plot_adaptive.main, f'--out_dir={folder}')
-
-
-def test_no_figure_of_a_damaged_file_or_one_without_analyses(refused):
-    Path('out').mkdir()
-    for content in (b'', b'{"iter": 1, "loss": 2.5, "svd/block0.head0/energy_kept": 1.0}\n',
-                    b'\xff\xfe', b'{"iter": 1', b'nonsense\n', b'3\n', b'[]\n', b'null\n', b'"svd/x/mode"\n',
-                    b'[["svd/x/mode"]]\n', b'[' * 100_000, b'{"iter": 1, "svd/mode": "full"}\n',
-                    *(ROW.encode() + line for line in (b'{"iter": 1, "lo', b'{"loss": 1}\n',
-                                                       b'{"iter": 1, "loss": "x"}\n')),
-                    *(ROW.replace(a, b).encode() for a, b in (
-                        ('"iter": 20, ', ''), ('20', '"x"'), ('20', '{}'), ('block0', 'x'), (': 3', ': "x"'),
-                        (': 3', ': [3, 4]'), (': 3', ': null'), ('"full"', '"half"')))):
-        Path('out/metrics.jsonl').write_bytes(content)
-        assert 'out/metrics.jsonl: ' in refused(plot_adaptive.main, '--out_dir=out'), content
-        assert not Path('out/adaptive_svd.png').exists()

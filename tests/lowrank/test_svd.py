@@ -267,9 +267,9 @@ def test_energy_kept_is_what_energy_says_of_the_best_approximation(shape, rank):
 
 def test_effective_rank_is_the_exponential_of_the_entropy():
     many = [torch.outer(normal(8), normal(8, seed=1)), torch.linalg.qr(normal(8, 8))[0], 0 * normal(8, 8),
-            with_singular_values([2, 2, 2, 0, 0, 0, 0, 0], 8, 8), torch.full((8, 8), float('inf')).double()]
-    expected, s = [1, 8, 1, 3, float('nan')], torch.linalg.svdvals(normal(2, 12, 8))
-    assert effective_rank(torch.stack(many)).tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+            with_singular_values([2, 2, 2, 0, 0, 0, 0, 0], 8, 8)]
+    expected, s = [1, 8, 1, 3], torch.linalg.svdvals(normal(2, 12, 8))
+    assert effective_rank(torch.stack(many)).tolist() == pytest.approx(expected, rel=1e-5)
     for x in (1e-6 * normal(2, 12, 8).float(), normal(2, 12, 8).mT, 1e4 * normal(2, 12, 8).mT):
         torch.testing.assert_close(
             effective_rank(x), torch.distributions.Categorical(s).perplexity(), rtol=1e-5, atol=0)
@@ -278,20 +278,13 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
 # ------------------------------------------------------------------------------------------------------------
 # errors, autocast, compilation
 
-FULL, RANDOMIZED = torch.zeros(8, 4), dict(method='randomized')
+FULL = torch.zeros(8, 4)
 
 
 @pytest.mark.parametrize('f, x, rank, options, words', [
     *((f, *fault) for f in (whole, causal, truncated_svd) for fault in (
-        (FULL, 0, {}, 'rank.*(at least 1|0: must be 1)'),
-        (FULL, 2, dict(method='qr'), "'qr'.*standard, gram, randomized"),
-        (FULL[0], 2, {}, r'two dimensions.*\(4,\)'))),
-    (truncated_svd, FULL, 5, {}, 'rank=5.* 1 to 4 for 8 x 4'),
-    (truncated_svd, FULL, None, {}, 'rank=None.* 1 to 4'),
-    (causal, FULL, 2, dict(block=0), 'block .*at least 1.* 0'),
-    (whole, FULL, 2, RANDOMIZED | dict(power_iters=-1), 'power_iters.*at least 0.* -1'),
-    (whole, FULL, 2, RANDOMIZED | dict(oversample=-1), 'oversample.*at least 0.* -1'),
-    (whole, FULL, 2, RANDOMIZED | dict(start=torch.zeros(4, 1)), '1 columns.* rank 2'),
+        (FULL, 0, {}, 'rank=0: .*at least 1'),
+        (FULL, 2, dict(method='qr'), "'qr'.*standard, gram, randomized"))),
     *((rank_for_energy, FULL, fraction, {}, f'above 0 and at most 1.* {fraction}')
       for fraction in (0, -.1, 1.001, float('nan'))),
     *((rank_for_energy, torch.tensor([[3., 2], [value, 1]]), .5, {}, 'singular values .*finite')

@@ -135,7 +135,6 @@ SPOILT |= {
     'tokenizer': [None, 'x', torch.ones(3), {1}, {'tokenizer': 'char', 'dtype': 'uint16', 'vocab_size': 18,
                                                   'chars': [*'abcdefghijklmnopqr']}],
     'best_val_loss': NUMBERS,
-    'svd_basis': [[1.], torch.ones(3, dtype=torch.int64), torch.tensor([1., NAN])],
     'model_args/n_moe': [8], 'model_args/5': [8], 'model_args/bias': [True, 'yes', 1, None],
     'model_args/dropout': [1., -.1, NAN, 'x', None], 'model_args/use_svd': ['yes', None, 1],
     'model_args/svd_rank': [0, 'x', .5], 'model_args/svd_block': [0, None],
@@ -169,7 +168,7 @@ SPOILT_FOR_TRAINING = {
     'config/eval_interval': [0]}
 QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model',
          'iter_num',
-         'best_val_loss', 'svd_basis', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset',
+         'best_val_loss', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset',
          'optimizer', 'optimizer/state/0/exp_avg_sq', 'optimizer/state/1']
 CASES = [*((place, values, (RESUME, SAMPLE, EXPORT)) for place, values in SPOILT.items()),
          *((place, values, (RESUME,)) for place, values in SPOILT_FOR_TRAINING.items())]
