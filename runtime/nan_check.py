@@ -1,7 +1,5 @@
 """Where numbers stopped being finite."""
 
-from contextlib import suppress
-
 import torch
 
 
@@ -15,20 +13,24 @@ def first_nonfinite_layer(model, batches, context):
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f'{name} (the parameter)'
-    bad = []
+    bad, entered, names = [], [], {
+        module: name for name, module in model.named_modules() if name}
 
-    def check(name):
-        def hook(module, args, output):
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not all(t.isfinite().all() for t in tensors if t is not None):
-                bad.append(f'{name} (its output)')
-        return hook
+    def check(module, args, output):
+        tensors = output if isinstance(output, tuple) else (output,)
+        if not all(t.isfinite().all() for t in tensors if torch.is_tensor(t)):
+            bad.append(f'{names[module]} (its output)')
 
-    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
-    with torch.no_grad(), suppress(torch.linalg.LinAlgError):       # a decomposition refused what is not finite
-        for x, y in batches:
-            with context:
+    hooks = []
+    for module in names:
+        hooks.append(module.register_forward_pre_hook(lambda module, args: entered.append(names[module])))
+        hooks.append(module.register_forward_hook(check))
+    try:
+        with torch.no_grad(), context:
+            for x, y in batches:
                 model(x, y)
+    except torch.linalg.LinAlgError:
+        bad.append(f'{entered[-1]} (its decomposition)')
     for hook in hooks:
         hook.remove()
     bad += [f'{name} (its gradient)' for name, p in reversed(list(model.named_parameters()))
