@@ -2,5 +2,4 @@
 # what a rank costs: add --use_svd=True --svd_rank=16 --svd_scope=weight
 batch_size = 8
 eval_only = True
-wandb_log = False
 init_from = 'gpt2-xl'

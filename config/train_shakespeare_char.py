@@ -6,7 +6,6 @@ eval_iters = 200
 log_interval = 10               # not every step
 always_save_checkpoint = False  # it overfits: keep the checkpoint of the best validation loss
 
-wandb_log = False
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 
