@@ -1,127 +1,100 @@
-"""
-Behind `python compress.py --spectrum`: the singular values of every weight of a model's blocks, and what cutting them
-off would save.
+"""Singular values of the weights of a model's blocks, and what cutting them off would save.
 
-A layer W (m, n) of rank r is B (m, r) times A (r, n): r (m + n) parameters instead of m n, fewer below the break-even
-rank m n / (m + n) alone. Energy is the sum of the squared singular values. The numerical rank counts those above
-max(m, n) eps(float32) sigma_1: below that they are what rounding the weights to float32 leaves. A weight of zeros has
-numerical rank 0 and keeps all of its energy, which is none, at rank 1, as there is no layer of rank 0.
+A weight W (m, n) as a product of rank r, B (m, r) times A (r, n), has r (m + n) parameters instead
+of m n: fewer only below the break-even rank m n / (m + n). Energy is the sum of the squared
+singular values. The numerical rank is the number of singular values above
+max(m, n) eps(float32) sigma_1: rounding the weight to float32 leaves smaller ones. A weight of
+zeros has numerical rank 0; it keeps all of its energy at rank 1, the smallest rank of a layer.
 """
 
-import csv
-import io
 from collections import namedtuple
 
 import torch
 
-from lowrank.spectrum import energy, rank_for_energy
+from lowrank.spectrum import energy, rank_for_energy, to_float64
 from runtime import plots, tracking
 from runtime.files import write_atomically
+from tools.tables import format_table
 
 FRACTIONS = (0.90, 0.95)            # of the energy, to keep
-WIDTH = 120                         # of the table, at most
+NOTES = '''\
+sigma: the largest singular value; rank: number of singular values that are more than rounding
+90%, 95%: the smallest rank that keeps so much energy; even: the largest rank that saves parameters
+dense, at 90%, at 95%: parameters as it is, and as factors of these ranks'''
 
-Spectrum = namedtuple('Spectrum', 'name m n sigma energy')          # sigma descending, energy cumulative: (min(m, n))
+# sigma (s): singular values, descending; energy (s): cumulative share; s = min(m, n)
+Spectrum = namedtuple('Spectrum', 'name m n sigma energy rank')
 
 
-def write(weights, folder, title):
-    """Write folder/spectrum.csv and folder/spectrum.png -> the table, as text.
+def report_spectrum(weights, folder, title):
+    """Write folder/spectrum.csv and folder/spectrum.png; return the table as text.
 
-    weights: 'h.<block>.<kind>' -> (m, n), the figure has a column a kind. Raises ValueError for a weight that is not
-    finite, UserError without matplotlib, and OSError."""
+    weights: 'h.<block>.<kind>' -> (m, n). The figure has one column per kind. Raises ValueError for
+    a weight that is not finite, UserError without matplotlib, and OSError.
+    """
     plots.require_matplotlib('--spectrum')
     spectra = [spectrum(name, weight) for name, weight in
                tracking.brief_bar(weights.items(), desc='spectra', unit='weight')]
-    write_atomically(folder / 'spectrum.csv', as_csv(spectra).encode())
-    write_atomically(folder / 'spectrum.png', figure(spectra, title))
+    write_atomically(folder / 'spectrum.csv', csv_text(spectra).encode())
+    plot(folder / 'spectrum.png', spectra, title)
     return table(spectra)
 
 
 def spectrum(name, weight):
-    """weight (m, n) -> Spectrum, in float64 on the CPU."""
-    weight = weight.detach().cpu().double()                         # MPS has no float64
-    if not weight.isfinite().all():
-        raise ValueError(f'{name}: has non-finite values (NaN or inf)')
-    sigma = torch.linalg.svdvals(weight)
-    return Spectrum(name, *weight.shape, sigma, energy(sigma))
+    """The Spectrum of a weight (m, n), in float64 on the CPU."""
+    sigma, (m, n) = torch.linalg.svdvals(to_float64(weight, name)), weight.shape
+    rank = int((sigma > max(m, n) * torch.finfo(torch.float32).eps * sigma[0]).sum())
+    return Spectrum(name, m, n, sigma, energy(sigma), rank)
 
 
-def numerical_rank(s):
-    return int((s.sigma > max(s.m, s.n) * torch.finfo(torch.float32).eps * s.sigma[0]).sum())
+def csv_text(spectra):
+    """One line per singular value. Index 1 is the largest, so that cumulative_energy is what this
+    rank keeps."""
+    lines = [f'{s.name},{s.m},{s.n},{i},{value!r},{kept!r}' for s in spectra
+             for i, (value, kept) in enumerate(zip(s.sigma.tolist(), s.energy.tolist()), 1)]
+    return '\n'.join(['name,m,n,index,singular_value,cumulative_energy', *lines, ''])
 
-
-def break_even(s):
-    """The largest rank r with r (m + n) < m n; 0: there is none."""
-    return (s.m * s.n - 1) // (s.m + s.n)
-
-
-def as_csv(spectra):
-    """A line a singular value; index 1 is the largest, so that cumulative_energy is what that rank keeps."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['name', 'm', 'n', 'index', 'singular_value', 'cumulative_energy'])
-    for s in spectra:
-        for i, (value, kept) in enumerate(zip(s.sigma.tolist(), s.energy.tolist()), 1):
-            writer.writerow([s.name, s.m, s.n, i, repr(value), repr(kept)])
-    return text.getvalue()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# table
 
 def table(spectra):
-    """A row a weight, and one of totals, in which a layer that would not save stays dense."""
+    """One row per weight and one of totals, for which a weight stays dense if factors save
+    nothing."""
     percents = [f'{fraction:.0%}' for fraction in FRACTIONS]
-    header = ['weight', 'shape', 'sigma', 'rank', *percents, 'even', 'dense']
-    header += [cell for percent in percents for cell in (f'at {percent}', 'saves')]
-    rows, dense, factored = [], 0, [0] * len(FRACTIONS)
+    rows = [['weight', 'shape', 'sigma', 'rank', *percents, 'even', 'dense',
+             *(cell for percent in percents for cell in (f'at {percent}', 'saves'))]]
+    dense, factored = 0, [0] * len(FRACTIONS)
     for s in spectra:
-        ranks, own = [int(rank_for_energy(s.sigma, fraction)) for fraction in FRACTIONS], s.m * s.n
-        row = [s.name, f'{s.m} x {s.n}', f'{s.sigma[0].item():#.3g}', str(numerical_rank(s)), *map(str, ranks),
-               str(break_even(s)), f'{own:,}']
-        for i, rank in enumerate(ranks):
-            row += saving(own, rank * (s.m + s.n))
-            factored[i] += min(own, rank * (s.m + s.n))
-        rows.append(row)
+        ranks, own = [int(rank_for_energy(s.sigma, f)) for f in FRACTIONS], s.m * s.n
+        sizes = [rank * (s.m + s.n) for rank in ranks]
+        rows.append([s.name, f'{s.m} x {s.n}', f'{s.sigma[0].item():#.3g}', str(s.rank),
+                     *map(str, ranks), str((own - 1) // (s.m + s.n)), f'{own:,}',
+                     *savings(own, sizes)])
         dense += own
-    rows.append([f'all {len(rows)} weights', *[''] * (len(header) - 2 - 2 * len(FRACTIONS)), f'{dense:,}',
-                 *(cell for total in factored for cell in saving(dense, total))])
-    return '\n'.join([
-        f'sigma: the largest singular value; rank: how many are more than rounding; {", ".join(percents)}: ranks that '
-        'keep so much',
-        'energy; even: the largest rank that saves anything; then parameters, dense and as factors of those ranks',
-        *aligned([header, *rows], words=2)])
+        factored = [total + min(own, size) for total, size in zip(factored, sizes)]
+    blank = [''] * (4 + len(FRACTIONS))
+    rows.append([f'all {len(spectra)} weights', *blank, f'{dense:,}', *savings(dense, factored)])
+    return '\n'.join([NOTES, *format_table(rows, left=2)])
 
 
-def saving(dense, factored):
-    """Two cells: parameters as factors, and what that saves."""
-    return f'{factored:,}', f'{1 - factored / dense:.1%}' if factored < dense else 'nothing'
+def savings(dense, factored):
+    """Two cells for each size: the parameters, and the share that is saved."""
+    return [cell for size in factored for cell in
+            (f'{size:,}', f'{1 - size / dense:.1%}' if size < dense else 'nothing')]
 
 
-def aligned(cells, words):
-    """Rows of cells -> lines. The first `words` columns to the left, the others, numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    gap = '  ' if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else ' '
-    return [gap.join(cell.ljust(width) if i < words else cell.rjust(width)
-                     for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# figure
-
-def figure(spectra, title):
-    """-> the bytes of a PNG: above the singular values, below their energy, a column a kind and a line a block."""
+def plot(path, spectra, title):
+    """Write a PNG: singular values above, their energy below, one column per kind of layer and one
+    line per block."""
     values, kept = {}, {}
     for s in spectra:
         _, block, kind = s.name.split('.', 2)
         index = [i / len(s.sigma) for i in range(len(s.sigma) + 1)]
         above = values.setdefault(kind, plots.Panel([], {}, {}))
         below = kept.setdefault(kind, plots.Panel([], {f'{f:.0%}': f for f in FRACTIONS}, {}))
-        real = numerical_rank(s)                                    # next to rounding errors all else would look flat
-        above.lines.append(plots.Line(index[1:real + 1], (s.sigma / s.sigma[0])[:real].tolist(), int(block)))
+        # without rounding errors, next to which all else would look flat
+        sigma = (s.sigma / s.sigma[0])[:s.rank].tolist()
+        above.lines.append(plots.Line(index[1:s.rank + 1], sigma, int(block)))
         below.lines.append(plots.Line(index, [0, *s.energy.tolist()], int(block)))
         below.upright['break-even'] = max(s.m, s.n) / (s.m + s.n)   # m n / (m + n) of min(m, n)
-    png = io.BytesIO()
-    plots.line_panels(png, [plots.PanelRow('singular value / largest', 'log', values),
-                            plots.PanelRow('cumulative energy', 'linear', kept)], 'index / min(m, n)', 'block', title)
-    return png.getvalue()
+    plots.line_panels(path, [plots.PanelRow('singular value / largest', 'log', values),
+                             plots.PanelRow('cumulative energy', 'linear', kept)],
+                      'index / min(m, n)', 'block', title)

@@ -1,0 +1,68 @@
+"""Ordinary attention -> multi-head latent attention (MLA), in a trained model.
+
+Keys and values of a layer, [W_k; W_v] x (2C), become [U_k; U_v] W_a x: W_a (d, C) makes a latent of
+d numbers per token. The factors are those of tools/model_compression.py for the stacked weight.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from lowrank.layers import LowRankLinear
+from model import GPT
+from runtime import tracking
+from tools.model_compression import LayerStats, calibrate, dense_layers, sync_config
+
+
+@torch.no_grad()
+def to_mla(model, latent_dim, windows=()):
+    """A model with latents of latent_dim numbers per token; the model given is used up.
+
+    windows: of `calibration_windows`, for the factors that are best for what the loss makes of
+    their errors there; without any: by the SVD of the weights. Queries that are a product stay one.
+    Raises ValueError for a latent_dim that does not fit.
+    """
+    query_ranks = {name.replace('c_q', 'query'): rank
+                   for name, rank in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
+    dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
+    sync_config(model)                                              # c_attn is fused in all blocks
+    config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)
+    attentions = {i: block.attn for i, block in enumerate(model.transformer.h)}
+    stats = {i: LayerStats(key_value_weight(attn), attn.c_attn.bias is not None)
+             for i, attn in attentions.items()}
+    calibrate(model, {i: attn.c_attn for i, attn in attentions.items()}, stats, windows,
+              gradients=True)
+    state = {name: w for name, w in model.state_dict().items() if '.c_attn.' not in name}
+    for i, attn in tracking.brief_bar(attentions.items(), desc='convert', unit='layer'):
+        for name, weight in latent_projection(attn.c_attn, latent_dim, stats[i]).items():
+            # dtype first: MPS has no float64
+            state[f'transformer.h.{i}.attn.c_attn.{name}'] = weight.to(attn.c_attn.weight.dtype)
+    new = GPT(config).to(model.lm_head.weight).eval()
+    new.load_state_dict(state)
+    for name, rank in query_ranks.items():
+        new.set_layer(name, LowRankLinear.from_linear(new.transformer.get_submodule(name), rank))
+    new.svd_basis = model.svd_basis
+    return sync_config(new)
+
+
+def key_value_weight(attn):
+    """[W_k; W_v] (2C, C). In 'weight' scope W_v is truncated already: its factors do not exceed that
+    rank, so that the scope finds nothing more to truncate."""
+    return torch.cat((attn.c_attn.weight.chunk(3)[1], attn.value_weight().flatten(0, 1)))
+
+
+def latent_projection(c_attn, latent_dim, stats):
+    """State dict of the `LatentProjection` in place of a `QKVProjection`.
+
+    stats: `LayerStats` of keys and values. The values' bias takes the mean error; a key's bias
+    changes no attention weight, and there is none.
+    """
+    up, down = stats.factorization().factors(latent_dim)            # (2C, d), (d, C)
+    k_up, v_up = up.chunk(2)
+    parts = {'query.weight': c_attn.weight.chunk(3)[0], 'kv_down.weight': down,
+             'k_up.weight': k_up, 'v_up.weight': v_up}
+    if c_attn.bias is not None:
+        b_q, _, b_v = c_attn.bias.cpu().double().chunk(3)
+        lost = (stats.weight.chunk(2)[1] - v_up @ down) @ stats.mean                        # (C)
+        parts |= {'query.bias': b_q, 'v_up.bias': b_v + lost}
+    return parts
