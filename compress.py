@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import huggingface
-from runtime.config import PATH, SWITCH, Needs, Range, UserError, one_line
+from runtime.config import PATH, SWITCH, Range, UserError, one_line
 from runtime.data import GPT2_META, Dataset, locate, name_of
 from runtime.files import (
     archive_run,
@@ -46,12 +46,11 @@ from runtime.files import (
 )
 from tools import model_compression as compression
 from tools.attention_conversion import to_mla
-from tools.model_compression import apply_svd_compression  # noqa: F401: imported from here
+from tools.model_compression import apply_svd_compression  # noqa: F401
 from tools.spectrum_report import report_spectrum
 
 KEEP = 0.6                          # unless keep, rank or energy is given
-LOWRANK = Needs(spectrum=False, to='lowrank')
-CONVERSION, TUNING = Needs(spectrum=False), Needs(spectrum=False, is_tuned=True)
+RANKS, TUNING = ('keep', 'rank', 'energy'), ('optimizer', 'learning_rate', 'batch_size')
 
 
 @dataclass
@@ -61,39 +60,36 @@ class CompressConfig:
     save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-lowrank, -mla or -spectrum',
                         PATH] = None
     overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is '
-                         'refused', CONVERSION] = False
+                         'refused'] = False
     to: Annotated[Literal['lowrank', 'mla'], "'lowrank': products of two layers in place of one; "
-                  "'mla': multi-head latent attention, one latent per token for keys and values",
-                  CONVERSION] = 'lowrank'
+                  "'mla': multi-head latent attention, one latent per token for keys and values"] = 'lowrank'
     keep: Annotated[float | None, "share of the numbers in the modules' weights to keep, above 0, "
                     f'at most 1; None: {KEEP} unless rank or energy is given',
-                    Range(above=0), LOWRANK] = None
-    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller', Range(1),
-                    LOWRANK] = None
+                    Range(above=0)] = None
+    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller', Range(1)] = None
     energy: Annotated[float | None, "the smallest rank that keeps this share of a layer's energy, "
-                      'as the method measures it', Range(above=0), LOWRANK] = None
+                      'as the method measures it', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
-                       'None: all', Needs(is_mla=False)] = None
+                       'None: all'] = None
     mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4',
-                              Range(1), Needs(is_mla=True)] = None
+                              Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
                       "'activation': what the loss makes of errors on the training split decides, "
                       "on the ranks too; 'whitened': the error of each layer's outputs there; "
-                      "'plain': the SVD of the weights; None: 'activation'", CONVERSION] = None
+                      "'plain': the SVD of the weights; None: 'activation'"] = None
     finetune_iters: Annotated[int, 'steps of training all parameters afterwards, on the text and '
-                              'to agree with the model as it was', Range(0), CONVERSION] = 0
-    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: 'muon'",
-                         TUNING] = None
+                              'to agree with the model as it was', Range(0)] = 0
+    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: 'muon'"] = None
     learning_rate: Annotated[float | None, 'of these steps, a tenth of it at the end; None: 1e-3, '
-                             'which suits models a few hundred wide', Range(0), TUNING] = None
+                             'which suits models a few hundred wide', Range(0)] = None
     batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12',
-                          Range(1), TUNING] = None
+                          Range(1)] = None
     spectrum: Annotated[bool, 'only look: the singular values of every weight of the blocks',
                         SWITCH] = False
     init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', "
                          "'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder with safetensors, "
                          "in Hugging Face's format or as export.py writes them", PATH] = 'resume'
-    dataset: Annotated[str | None, "as for train.py; None: the run's", PATH, CONVERSION] = None
+    dataset: Annotated[str | None, "as for train.py; None: the run's", PATH] = None
     calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most '
                                   'all', Range(1)] = 16384
     seed: Annotated[int, 'of the windows, and of training', Range(0, below=2 ** 63)] = 1337
@@ -104,35 +100,28 @@ class CompressConfig:
         huggingface.check_name(self.init_from, ('resume',))
         configuration.validate(self)
         compression.parse_modules(self.modules)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value != f.default and not configuration.has_effect(self, f.name):
-                mode = '--spectrum' if self.spectrum else f'--to={self.to}'
-                raise ValueError(f'{f.name}={value!r}: not with {mode} and '
-                                 f'--finetune_iters={self.finetune_iters}')
-            if f.name in ('keep', 'energy') and value is not None and value > 1:
-                raise ValueError(f'{f.name}={value}: must be at most 1 (nearest: 1)')
-        given = [name for name in ('keep', 'rank', 'energy') if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f'{given[1]}={getattr(self, given[1])}: not together with {given[0]}')
-        if self.is_mla and self.method == 'whitened':
+        unused = {          # beside an option that is given: others that would change nothing
+            '--spectrum': (self.spectrum, ('to', 'overwrite', 'dataset', 'method', 'finetune_iters',
+                                           'mla_latent_dim', *RANKS)),
+            '--to=mla': (self.to == 'mla', ('modules', *RANKS)),
+            '--to=lowrank': (self.to == 'lowrank', ('mla_latent_dim',)),
+            '--finetune_iters=0': (not self.finetune_iters, TUNING),
+            '--init_from': (self.init_from != 'resume', ('out_dir',)),
+            '--keep': (self.keep is not None, ('rank', 'energy')),
+            '--rank': (self.rank is not None, ('energy',))}
+        for option, (is_given, names) in unused.items():
+            for name in names if is_given else ():
+                if getattr(self, name) != getattr(CompressConfig, name):
+                    raise ValueError(f'{name}={getattr(self, name)!r}: not with {option}')
+        for name in ('keep', 'energy'):
+            if (getattr(self, name) or 0) > 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at most 1 (nearest: 1)')
+        if self.to == 'mla' and self.method == 'whitened':
             raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
+        if self.init_from != 'resume' and self.dataset is None and not self.spectrum:
+            raise ValueError(f'init_from={self.init_from}: needs a text to measure on (nearest: '
+                             '--dataset=my.txt)')
         self.method = self.method or 'activation'
-        if self.init_from != 'resume':
-            if self.out_dir is not None:
-                raise ValueError(f'out_dir={self.out_dir!r}: not together with '
-                                 f'init_from={self.init_from!r}')
-            if self.dataset is None and not self.spectrum:
-                raise ValueError(f'init_from={self.init_from}: needs a text to measure on '
-                                 '(nearest: --dataset=my.txt)')
-
-    @property
-    def is_mla(self):
-        return self.to == 'mla' and not self.spectrum
-
-    @property
-    def is_tuned(self):
-        return self.finetune_iters > 0
 
 
 def main(argv=None):
@@ -142,84 +131,58 @@ def main(argv=None):
 
 
 def compress(cfg):
-    """Load, convert, compare, save. save_dir is written whole or not at all."""
-    path = ckpt.find(cfg.out_dir) if cfg.init_from == 'resume' else Path(cfg.init_from)
-    source = named(path.parent if cfg.init_from == 'resume' else path)
-    kind = 'spectrum' if cfg.spectrum else cfg.to
+    """Load, convert, save. save_dir is written whole or not at all."""
+    is_run = cfg.init_from == 'resume'
+    path = ckpt.find(cfg.out_dir) if is_run else Path(cfg.init_from)
+    source, kind = named(path.parent if is_run else path), 'spectrum' if cfg.spectrum else cfg.to
     save_dir = Path(cfg.save_dir or f'{source}-{kind}')
     check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
-    replaces = cfg.overwrite and save_dir.is_dir()
-    try:
-        with locked_folder(save_dir, 'save_dir') if replaces else nullcontext():    # before the work
-            saved, model = load_model(cfg, path)
+    replaces_a_run = (save_dir / 'ckpt.pt').exists()
+    with locked_folder(save_dir, 'save_dir') if replaces_a_run else nullcontext():
+        try:
+            saved = ckpt.load(path) if is_run else {}
+            model = GPT.from_checkpoint(saved) if is_run else GPT.from_pretrained(cfg.init_from)
+            model = compression.without_adapters(model)
             if cfg.spectrum:
                 weights = compression.weights_of(model, cfg.modules)
                 with new_folder(save_dir) as folder:
                     print(report_spectrum(weights, folder, f'Weights of {path}'))
             else:
-                data = find_data(cfg, saved, model)
-                new, report = convert(cfg, model, data, saved)
+                checkpoint, report = convert(cfg, model, saved)
                 print(f'{path}: {compression.describe(report)}')
-                checkpoint = checkpoint_of(new, saved, data, cfg, save_dir, report['val_loss'][1])
+                checkpoint['config']['out_dir'] = str(save_dir)
                 with new_folder(save_dir) as folder:
                     ckpt.save(checkpoint, folder / 'ckpt.pt')
-                    content = json.dumps(report, indent=1) + '\n'
-                    write_atomically(folder / 'compress.json', content.encode())
-                    if replaces:
-                        archive_run(save_dir, print)
-    except (ValueError, FloatingPointError) as e:
-        raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
+                    text = json.dumps(report, indent=1) + '\n'
+                    write_atomically(folder / 'compress.json', text.encode())
+                    archive_run(save_dir, print)
+        except (ValueError, FloatingPointError) as e:
+            raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
     print(f'written to {save_dir}')
 
 
-def load_model(cfg, path):
-    """The checkpoint ({} for weights alone) and its model, without adapters."""
-    saved = ckpt.load(path) if cfg.init_from == 'resume' else {}
-    model = GPT.from_checkpoint(saved) if saved else GPT.from_pretrained(cfg.init_from)
-    if model.config.use_mla and cfg.is_mla:
-        raise UserError(f'{path}: is MLA already, with latents of {model.config.latent_dim} numbers '
-                        '(nearest: the run it was made from)')
-    return saved, compression.without_adapters(model)
-
-
-def find_data(cfg, saved, model):
-    """The data set to measure on. Raises UserError unless it has the model's tokens, and enough."""
-    c, name = model.config, cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
-    if not name:
-        raise UserError(f'{saved["path"]}: does not say what it was trained on '
-                        '(nearest: --dataset=my.txt)')
-    meta = saved.get('tokenizer', {}) if saved else huggingface.read_tokenizer(cfg.init_from) or {}
-    usual = 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2'
-    data = Dataset(locate(name, meta.get('tokenizer', usual)))
-    options = SimpleNamespace(dataset=name, init_from=cfg.init_from)
-    huggingface.check_tokenizer(options, {}, saved, data, print)
-    if data.vocab_size > c.vocab_size:
-        raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model {c.vocab_size}')
-    for split, least in (('train', c.block_size + 1), ('val', c.block_size + 1 if c.is_noncausal else 2)):
-        if len(data.tokens(split)) < least:
-            raise UserError(f'dataset={name}: its {split}.bin has {len(data.tokens(split))} tokens, '
-                            f'too few for block_size={c.block_size}, which needs {least}')
-    return data
-
-
-def convert(cfg, model, data, saved):
-    """The new model, on the CPU, and what it costs and saves, [before, after] for two numbers."""
-    device = devices.pick_device(cfg.device)
+def convert(cfg, model, saved):
+    """Convert the model, fine-tune and measure -> checkpoint, and what compress.json holds, with
+    [before, after] for two numbers."""
+    device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
+    dataset = cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
+    data = find_data(cfg, dataset, saved, model.config)
     tuning = compression.finetune_config(cfg, saved, model.config.block_size)
     model.to(device).requires_grad_(False)
-    losses, layers = [compression.validation_loss(model, data, device, cfg.seed)], {}
-    start, new = time.perf_counter(), copy.deepcopy(model)
+    losses = [compression.validation_loss(model, data, device, cfg.seed)]
+    start, new, layers = time.perf_counter(), copy.deepcopy(model), {}
     windows = () if cfg.method == 'plain' else compression.calibration_windows(
         data, cfg.calibration_tokens, model.config.block_size, cfg.seed, device)
-    if cfg.is_mla:
+    if is_mla:
         new = to_mla(new, cfg.mla_latent_dim or model.config.latent_dim, windows)
     else:
         layers = compression.compress_model(new, cfg.method, rank_policy(cfg), cfg.modules, windows)
     seconds = [time.perf_counter() - start, None]
     losses.append(compression.validation_loss(new, data, device, cfg.seed))
-    if cfg.is_tuned:
+    if cfg.finetune_iters:
         start = time.perf_counter()
-        compression.finetune(new, model, data, tuning, device)
+        compression.finetune(new, data, tuning, device,
+                             partial(compression.distillation_loss, model))
         seconds[1] = time.perf_counter() - start
         losses.append(compression.validation_loss(new, data, device, cfg.seed))
     if not all(map(math.isfinite, losses)):
@@ -228,11 +191,12 @@ def convert(cfg, model, data, saved):
     report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), layers=layers, val_loss=both,
                   machine=devices.environment(device, 'float32'), seconds=seconds[0],
                   finetune_seconds=seconds[1], prefix_only=model.config.is_noncausal,
-                  val_loss_before_finetuning=losses[1] if cfg.is_tuned else None,
+                  val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   perplexity=[math.exp(min(loss, 700)) for loss in both],     # of float's range
-                  latent_dim=new.config.latent_dim if cfg.is_mla else None,
+                  latent_dim=new.config.latent_dim if is_mla else None,
                   **compression.compare_models([model, new], data, device, cfg.seed))
-    return new.cpu(), report
+    settings = {'dataset': name_of(data.folder, dataset), 'tokenizer': data.meta['tokenizer']}
+    return checkpoint_of(new.cpu(), saved, settings, both[1], data.meta), report
 
 
 def rank_policy(cfg):
@@ -242,21 +206,30 @@ def rank_policy(cfg):
     if cfg.energy is not None:
         return partial(compression.rank_of_energy, fraction=cfg.energy)
     share = compression.best_share if cfg.method == 'activation' else compression.uniform_share
-    return partial(share, keep=KEEP if cfg.keep is None else cfg.keep)
+    return partial(share, keep=cfg.keep or KEEP)
 
 
-def checkpoint_of(new, saved, data, cfg, save_dir, loss):
+def find_data(cfg, name, saved, c):
+    """The data set to measure on. Raises UserError unless it has the tokens of a model of
+    configuration c, and enough of them."""
+    data = Dataset(locate(name, 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2'))
+    options = SimpleNamespace(dataset=name, init_from=cfg.init_from)
+    huggingface.check_tokenizer(options, {}, saved, data, print)
+    if data.vocab_size > c.vocab_size:
+        raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model '
+                        f'{c.vocab_size}')
+    data.check_length(c.block_size)
+    return data
+
+
+def checkpoint_of(new, saved, settings, loss, meta):
     """A checkpoint from which training starts at step 0, with the run's own settings and a fresh
     optimizer."""
     args = asdict(new.config)
-    config = saved.get('config', {}) | args | dict(out_dir=str(save_dir),
-                                                   tokenizer=data.meta['tokenizer'])
-    if cfg.dataset:
-        config['dataset'] = name_of(data.folder, cfg.dataset)
     optimizer = new.requires_grad_(True).configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')
     return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
-                iter_num=0, best_val_loss=loss, config=config,
-                tokenizer=saved.get('tokenizer', data.meta), **new.extra_state())
+                iter_num=0, best_val_loss=loss, config=saved.get('config', {}) | args | settings,
+                tokenizer=saved.get('tokenizer', meta), **new.extra_state())
 
 
 if __name__ == '__main__':

@@ -22,6 +22,9 @@ def to_mla(model, latent_dim, windows=()):
     their errors there; without any: by the SVD of the weights. Queries that are a product stay one.
     Raises ValueError for a latent_dim that does not fit.
     """
+    if model.config.use_mla:
+        raise ValueError(f'is MLA already, with latents of {model.config.latent_dim} numbers '
+                         '(nearest: the run it was made from)')
     query_ranks = {name.replace('c_q', 'query'): rank
                    for name, rank in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
     dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])

@@ -1,5 +1,6 @@
 """Low-rank layers in a trained model: statistics on training text, factors in place of weights,
-fine-tuning, and a comparison with the model before. lowrank/factorization.py has the linear algebra.
+fine-tuning, and a comparison with the model before. The linear algebra is in
+lowrank/factorization.py.
 
 Letters: m outputs and n inputs of a layer, s = min(m, n), r rank, N tokens, B batch, T tokens of a
 window.
@@ -19,7 +20,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank.factorization import (
-    Factorization, allocate_ranks, beneficial_rank, factored_size, ridge_refit)
+    Factorization,
+    allocate_ranks,
+    beneficial_rank,
+    factored_size,
+    ridge_refit,
+)
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.spectrum import rank_for_energy
 from model import ADAPTER_DEFAULTS, GPT, QKVProjection
@@ -30,7 +36,7 @@ from runtime.generation import sample
 from runtime.optimizer import get_lr
 from tools.tables import format_table
 from tools.timing import generation, interleave, quartiles
-from train import TrainConfig, new_state, train_step
+from train import TrainConfig, language_model_loss, new_state, train_step
 
 BATCH_TOKENS = 4096                 # of a forward pass
 MODULES = ('attn', 'mlp')
@@ -48,7 +54,6 @@ def parse_modules(modules):
     """'attn,mlp', a list of such words or None, which means all -> list. Raises ValueError for
     other words."""
     words = modules.split(',') if isinstance(modules, str) else modules or MODULES
-    words = [word.strip() for word in words]
     if not {*words} <= {*MODULES}:
         raise ValueError(f"modules={modules!r}: must be of {', '.join(MODULES)} (nearest: "
                          f"'{','.join(MODULES)}')")
@@ -102,8 +107,9 @@ def sync_config(model):
         if isinstance(attn.c_attn, SplitProjection) and not any(
                 isinstance(part, LowRankLinear) for part in parts):
             weight, bias = fuse(parts)
+            state = {'weight': weight} if bias is None else {'weight': weight, 'bias': bias}
             attn.c_attn = QKVProjection(model.config).to(weight)
-            attn.c_attn.load_state_dict({'weight': weight} | ({} if bias is None else {'bias': bias}))
+            attn.c_attn.load_state_dict(state)
             attn.c_attn.requires_grad_(parts[0].weight.requires_grad)
     return model
 
@@ -253,12 +259,11 @@ def calibrate(model, modules, stats, windows, gradients):
         for t in seen[name][1]:
             t.retain_grad()
 
-    def follow(module, args, output):           # parameters need no gradient, so the graph starts here
-        return output.requires_grad_(gradients)
-
     model.eval()
     with ExitStack() as hooks:
-        hooks.enter_context(model.transformer.drop.register_forward_hook(follow))
+        # parameters need no gradients, so the graph starts at the embeddings
+        hooks.enter_context(model.transformer.drop.register_forward_hook(
+            lambda module, args, output: output.detach().requires_grad_(gradients)))
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_hook(partial(record, name)))
         for x, y in tracking.brief_bar(windows, desc='calibrate', unit='batch'):
@@ -271,8 +276,8 @@ def calibrate(model, modules, stats, windows, gradients):
                 if all(t.grad.isfinite().all() for _, outputs in seen.values() for t in outputs):
                     break
             for name, (inputs, outputs) in seen.items():
-                g = [t.grad for t in outputs]                   # (B, T, m), or of heads (B, nh, T, hs)
-                g = [t.transpose(1, 2).flatten(2) if t.dim() == 4 else t for t in g]
+                g = [t.grad if t.dim() == 3 else t.grad.transpose(1, 2).flatten(2)
+                     for t in outputs]              # (B, T, m) each, of heads from (B, nh, T, hs)
                 stats[name].add(inputs.flatten(0, 1), torch.cat(g, 2).flatten(0, 1) if g else None)
 
 
@@ -293,7 +298,8 @@ def compress_model(model, method, policy, modules, windows):
     # refuses before the work
     policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes)
     sequential = method == 'activation'
-    stats = {name: LayerStats(layer.weight, layer.bias is not None) for name, layer in layers.items()}
+    stats = {name: LayerStats(layer.weight, layer.bias is not None)
+             for name, layer in layers.items()}
     calibrate(model, layers, stats, windows, gradients=sequential)
     energies, factorizations = {}, {}
     for name in tracking.brief_bar(layers, desc='decompose', unit='layer'):
@@ -326,27 +332,24 @@ def compress_sequentially(model, dense, stats, ranks, windows):
     The windows run through both models side by side, block by block. stats: name -> `LayerStats` of
     the dense model; ranks: name -> rank.
     """
-    bar = tracking.brief_bar(total=len(ranks), desc='replace', unit='layer')
     model.eval(), dense.eval()
     now = [layer_input(model, model.transformer.h[0], x) for x, _ in windows]       # (B, T, C) each
-    before = list(now)
-    for i, (block, original) in enumerate(zip(model.transformer.h, dense.transformer.h)):
+    before, blocks = list(now), [*zip(model.transformer.h, dense.transformer.h)]
+    for i, pair in enumerate(tracking.brief_bar(blocks, desc='replace', unit='block')):
         for stage in STAGES:
             names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # of one input
             if not names:
                 continue
             shift = InputShiftStats(stats[names[0]])
-            for x_now, x_before in zip(now, before):
-                inputs = [layer_input(part, part.get_submodule(stage), x).flatten(0, 1)
-                          for part, x in ((block, x_now), (original, x_before))]    # (N, n) each
+            for xs in zip(now, before):
+                inputs = [layer_input(block, block.get_submodule(stage), x).flatten(0, 1)
+                          for block, x in zip(pair, xs)]                            # (N, n) each
                 shift.add(torch.cat(inputs, dim=1))
             mean_now, mean_before = shift.mean.chunk(2)
             for name in names:
                 factors = shift.refitted_factorization(stats[name]).factors(ranks[name])
                 replace_linear(model, name, factors, mean_before, mean_now)
-                bar.update()
-        now, before = [block(x) for x in now], [original(x) for x in before]
-    bar.close()
+        now, before = [pair[0](x) for x in now], [pair[1](x) for x in before]
 
 
 def layer_input(module, layer, x):
@@ -381,13 +384,11 @@ def rank_of_energy(energies, shapes, fraction):
 def uniform_share(energies, shapes, keep):
     """The rank at which each layer keeps this share of its numbers. Raises ValueError if that is
     below 1."""
-    if keep >= 1:                               # not the largest rank that saves: a layer loses by it
+    if keep >= 1:                                       # the largest rank that saves loses something
         return dict.fromkeys(shapes)
-    ranks = {name: math.floor(keep * m * n / (m + n) + 1e-9) for name, (m, n) in shapes.items()}
-    if min(ranks.values()) < 1:
-        least = max((m + n) / (m * n) for m, n in shapes.values())
-        raise too_few(keep, 1, least)
-    return {name: beneficial_rank(shapes[name], rank) for name, rank in ranks.items()}
+    check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
+    return {name: beneficial_rank((m, n), math.floor(keep * m * n / (m + n) + 1e-9))
+            for name, (m, n) in shapes.items()}
 
 
 def best_share(energies, shapes, keep):
@@ -400,16 +401,15 @@ def best_share(energies, shapes, keep):
     energies = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
     total = sum(factored_size(shape, None) for shape in shapes.values())
     step = RANK_STEP if min(min(shape) for shape in shapes.values()) >= RANK_STEP_FROM else 1
-    try:
-        return allocate_ranks(energies, shapes, keep * total, step)
-    except ValueError:
-        least = sum(factored_size(shape, step) for shape in shapes.values()) / total
-        raise too_few(keep, step, least) from None
+    check_share(keep, sum(factored_size(shape, step) for shape in shapes.values()) / total)
+    return allocate_ranks(energies, shapes, keep * total, step)
 
 
-def too_few(keep, rank, least):
-    nearest = min(1, math.ceil(least * 1e4) / 1e4)
-    return ValueError(f'keep={keep}: leaves less than rank {rank} per layer (nearest: {nearest})')
+def check_share(keep, least):
+    """Raise ValueError for a share below the least that is possible."""
+    if keep < least:
+        raise ValueError(f'keep={keep}: too small a share of these layers (nearest: '
+                         f'{min(1, math.ceil(least * 1e4) / 1e4)})')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,9 +417,9 @@ def too_few(keep, rank, least):
 
 def finetune_config(options, saved, block_size):
     """The TrainConfig of fine-tuning: 5% warm-up, then cosine to a tenth of the learning rate; batch
-    size and betas of the run. No weight decay, which would shrink both factors of a product.
+    size and betas are the run's. No weight decay, which would shrink both factors of a product.
 
-    options: finetune_iters, optimizer, learning_rate, batch_size (None: the default) and seed;
+    options: finetune_iters, seed, and optimizer, learning_rate, batch_size, None for the default;
     saved: a checkpoint or {}. Raises ValueError.
     """
     own = {key: value for key, value in saved.get('config', {}).items()
@@ -431,23 +431,9 @@ def finetune_config(options, saved, block_size):
                        warmup_iters=options.finetune_iters // 20, block_size=block_size, **own)
 
 
-def finetune(model, teacher, data, cfg, device):
+def finetune(model, data, cfg, device, loss_of=language_model_loss):
     """Train all parameters in place for cfg.max_iters steps on random windows of the training split.
-
-    The loss is cross-entropy plus the Kullback-Leibler divergence of the predictions from the
-    teacher's (distillation, arXiv:1503.02531, at temperature 1); teacher None: cross-entropy alone.
-    Raises ValueError if the loss is not finite.
-    """
-    def distillation_loss(model, x, y):
-        logits, loss = model(x, y)                                  # (B, T, vocab)
-        if teacher is None:
-            return loss
-        with torch.no_grad():
-            target = F.log_softmax(teacher(x, y)[0], dim=-1)
-        divergence = F.kl_div(F.log_softmax(logits, dim=-1), target, reduction='none',
-                              log_target=True).sum(-1)
-        return loss + divergence.mean()
-
+    Raises ValueError if the loss is not finite."""
     state = new_state(cfg, model.requires_grad_(True).train(), device)
     torch.manual_seed(cfg.seed)                                     # of dropout
     try:
@@ -455,11 +441,21 @@ def finetune(model, teacher, data, cfg, device):
             for group in state.optimizer.param_groups:
                 group['lr'] = get_lr(step, cfg)
             batch = data.batch('train', cfg.batch_size, cfg.block_size, state.data_rng, device)
-            train_step(state, [batch], distillation_loss)
+            train_step(state, [batch], loss_of)
     except FloatingPointError as e:
         raise ValueError(f'learning_rate={cfg.learning_rate}: fine-tuning failed after step '
                          f'{state.iter_num}: {e} (nearest: a smaller one)') from None
     model.eval().requires_grad_(False)
+
+
+def distillation_loss(teacher, model, x, y):
+    """Cross-entropy plus the Kullback-Leibler divergence of the predictions from the teacher's
+    (arXiv:1503.02531, at temperature 1). x, y (B, T)."""
+    logits, loss = model(x, y)                                      # (B, T, vocab)
+    with torch.no_grad():
+        target = F.log_softmax(teacher(x, y)[0], dim=-1)
+    divergence = F.kl_div(F.log_softmax(logits, dim=-1), target, reduction='none', log_target=True)
+    return loss + divergence.sum(-1).mean()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,21 +464,22 @@ def finetune(model, teacher, data, cfg, device):
 def validation_loss(model, data, device, seed):
     """Nats per token over the whole validation split; the prefix-only loss if V sees the future.
     Leaves the model in evaluation mode."""
-    c = model.config
+    c, context = model.config, devices.autocast(device, 'float32')
     options = SimpleNamespace(batch_size=1, block_size=c.block_size, seed=seed)
-    row = Evaluation(options, model, data, device, devices.autocast(device, 'float32'),
-                     c.is_noncausal).final()
+    row = Evaluation(options, model, data, device, context, c.is_noncausal).final()
     model.eval()
     return row.get('val/prefix_loss', row['val/loss'])
 
 
 def compare_models(models, data, device, seed):
-    """Sizes, speeds and samples of two models: name -> [of the first, of the second], and 'speed'
-    as in `benchmark_pair`."""
+    """Sizes, samples and speeds of two models: name -> [of the first, of the second], and 'speed'
+    as from `benchmark_pair`."""
     measures = dict(
         block_params=lambda m: sum(p.numel() for p in m.transformer.h.parameters()),
-        attention_params=GPT.attention_params, params=lambda m: m.get_num_params(non_embedding=False),
-        bytes=checkpoint_bytes, block_size=lambda m: m.config.block_size,
+        attention_params=GPT.attention_params,
+        params=lambda m: m.get_num_params(non_embedding=False),
+        bytes=checkpoint_bytes,
+        block_size=lambda m: m.config.block_size,
         cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size),
         samples=lambda m: sample_text(m, data, device, seed))
     return dict(speed=benchmark_pair(models, data, device, seed),
@@ -509,9 +506,10 @@ def benchmark_pair(models, data, device, seed):
     """
     T = models[0].config.block_size
     tokens = max(2, min(32, T // 8))
-    prompt = data.batch('train', 1, max(1, T - tokens), torch.Generator().manual_seed(seed), device)[0]
-    rounds = interleave({i: partial(generation, model, prompt, tokens, device)
-                         for i, model in enumerate(models)}, BENCHMARK_ROUNDS)
+    rng = torch.Generator().manual_seed(seed)
+    prompt, _ = data.batch('train', 1, max(1, T - tokens), rng, device)
+    runs = {i: partial(generation, model, prompt, tokens, device) for i, model in enumerate(models)}
+    rounds = interleave(runs, BENCHMARK_ROUNDS)             # [(seconds of prompt, of a token), ...]
     result = {'prompt': prompt.size(1), 'tokens': tokens, 'rounds': BENCHMARK_ROUNDS}
     for i, (part, count) in enumerate((('prefill', prompt.size(1)), ('decode', 1))):
         rates = [[count / times[i] for times in rounds[m]] for m in (0, 1)]
@@ -532,28 +530,24 @@ ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'
 def describe(report):
     """The report of compress.py as text."""
     tuned, speed = report['options']['finetune_iters'], report['speed']
-    lines = [f'{len(report["layers"])} layers are products of two' if report['to'] == 'lowrank' else
-             f'keys and values of each layer from a latent of {report["latent_dim"]} numbers']
-    lines[0] += f', method {report["method"]!r}, {report["seconds"]:.1f} s'
+    made = (f'{len(report["layers"])} layers are products of two' if report['to'] == 'lowrank' else
+            f'keys and values of each layer from a latent of {report["latent_dim"]} numbers')
+    lines = [f'{made}, method {report["method"]!r}, {report["seconds"]:.1f} s']
+    lines += [f'ranks in block {block}: ' + ', '.join(
+        f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers)
+        for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1])]
     if tuned:
-        lines.append(f'{tuned} steps of fine-tuning in {report["finetune_seconds"]:.1f} s, from a loss '
-                     f'of {report["val_loss_before_finetuning"]:.4f}')
-    if report['prefix_only']:
-        lines.append('losses are prefix-only, which is what generation gets')
-    for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1]):
-        lines.append(f'ranks in block {block}: ' + ', '.join(
-            f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers))
-    rows = [['', 'before', 'after', 'after / before']]
+        lines.append(f'{tuned} steps of fine-tuning in {report["finetune_seconds"]:.1f} s, from a '
+                     f'loss of {report["val_loss_before_finetuning"]:.4f}')
+    rows = [['losses: prefix-only' if report['prefix_only'] else '', 'before', 'after', 'ratio']]
     for key, (label, form) in ROWS.items():
         before, after = report[key]
-        share = f'{after / before:.1%}' if before and form == ',' else ''   # 'sequence' scope: no cache
+        share = f'{after / before:.1%}' if before else ''           # 'sequence' scope: no cache
         rows.append([label, f'{before:{form}}', f'{after:{form}}', share])
     for key, label in (('prefill', f'tokens/s of a prompt of {speed["prompt"]}'),
                        ('decode', f'tokens/s of the {speed["tokens"] - 1} after it')):
         (before, after), (low, high) = speed[key]['tokens_per_s'], speed[key]['quartiles']
         rows.append([label, f'{before:,.0f}', f'{after:,.0f}',
                      f'{speed[key]["ratio"]:.2f} ({low:.2f} to {high:.2f})'])
-    lines += format_table(rows)
-    for word, text in zip(('before', 'after'), report['samples']):
-        lines.append(f'a sample {word}:\n{text}')
-    return '\n'.join(lines)
+    before, after = report['samples']
+    return '\n'.join([*lines, *format_table(rows), 'before:', before, 'after:', after])
