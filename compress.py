@@ -21,9 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from runtime import cli  # before torch: says what is not installed
@@ -49,7 +47,6 @@ from tools.attention_conversion import to_mla
 from tools.model_compression import apply_svd_compression  # noqa: F401
 from tools.spectrum_report import report_spectrum
 
-KEEP = 0.6                          # unless keep, rank or energy is given
 RANKS, TUNING = ('keep', 'rank', 'energy'), ('optimizer', 'learning_rate', 'batch_size')
 
 
@@ -62,11 +59,13 @@ class CompressConfig:
     overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is '
                          'refused'] = False
     to: Annotated[Literal['lowrank', 'mla'], "'lowrank': products of two layers in place of one; "
-                  "'mla': multi-head latent attention, one latent per token for keys and values"] = 'lowrank'
+                  "'mla': multi-head latent attention, one latent per token for keys and "
+                  'values'] = 'lowrank'
     keep: Annotated[float | None, "share of the numbers in the modules' weights to keep, above 0, "
-                    f'at most 1; None: {KEEP} unless rank or energy is given',
+                    f'at most 1; None: {compression.KEEP} unless rank or energy is given',
                     Range(above=0)] = None
-    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller', Range(1)] = None
+    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller',
+                    Range(1)] = None
     energy: Annotated[float | None, "the smallest rank that keeps this share of a layer's energy, "
                       'as the method measures it', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
@@ -113,9 +112,6 @@ class CompressConfig:
             for name in names if is_given else ():
                 if getattr(self, name) != getattr(CompressConfig, name):
                     raise ValueError(f'{name}={getattr(self, name)!r}: not with {option}')
-        for name in ('keep', 'energy'):
-            if (getattr(self, name) or 0) > 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at most 1 (nearest: 1)')
         if self.to == 'mla' and self.method == 'whitened':
             raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
         if self.init_from != 'resume' and self.dataset is None and not self.spectrum:
@@ -141,95 +137,80 @@ def compress(cfg):
     with locked_folder(save_dir, 'save_dir') if replaces_a_run else nullcontext():
         try:
             saved = ckpt.load(path) if is_run else {}
-            model = GPT.from_checkpoint(saved) if is_run else GPT.from_pretrained(cfg.init_from)
-            model = compression.without_adapters(model)
+            model = compression.without_adapters(
+                GPT.from_checkpoint(saved) if is_run else GPT.from_pretrained(cfg.init_from))
             if cfg.spectrum:
                 weights = compression.weights_of(model, cfg.modules)
                 with new_folder(save_dir) as folder:
                     print(report_spectrum(weights, folder, f'Weights of {path}'))
             else:
-                checkpoint, report = convert(cfg, model, saved)
+                checkpoint, report = convert(cfg, model, saved, save_dir)
                 print(f'{path}: {compression.describe(report)}')
-                checkpoint['config']['out_dir'] = str(save_dir)
                 with new_folder(save_dir) as folder:
                     ckpt.save(checkpoint, folder / 'ckpt.pt')
-                    text = json.dumps(report, indent=1) + '\n'
-                    write_atomically(folder / 'compress.json', text.encode())
+                    content = json.dumps(report, indent=1) + '\n'
+                    write_atomically(folder / 'compress.json', content.encode())
                     archive_run(save_dir, print)
         except (ValueError, FloatingPointError) as e:
             raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
     print(f'written to {save_dir}')
 
 
-def convert(cfg, model, saved):
-    """Convert the model, fine-tune and measure -> checkpoint, and what compress.json holds, with
-    [before, after] for two numbers."""
+def convert(cfg, model, saved, save_dir):
+    """Convert, fine-tune and measure. Returns a checkpoint, from which training starts at step 0
+    with the run's own settings, and the report, with [before, after] where it has two numbers."""
     device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
-    dataset = cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
-    data = find_data(cfg, dataset, saved, model.config)
-    tuning = compression.finetune_config(cfg, saved, model.config.block_size)
+    options = asdict(cfg)                                           # as they were given
+    cfg.dataset = cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
+    data = find_data(cfg, saved, model.config)
     model.to(device).requires_grad_(False)
     losses = [compression.validation_loss(model, data, device, cfg.seed)]
+
     start, new, layers = time.perf_counter(), copy.deepcopy(model), {}
     windows = () if cfg.method == 'plain' else compression.calibration_windows(
         data, cfg.calibration_tokens, model.config.block_size, cfg.seed, device)
     if is_mla:
         new = to_mla(new, cfg.mla_latent_dim or model.config.latent_dim, windows)
     else:
-        layers = compression.compress_model(new, cfg.method, rank_policy(cfg), cfg.modules, windows)
+        layers = compression.compress_model(new, cfg.method, windows, cfg.modules, keep=cfg.keep,
+                                            rank=cfg.rank, energy=cfg.energy)
     seconds = [time.perf_counter() - start, None]
     losses.append(compression.validation_loss(new, data, device, cfg.seed))
+
     if cfg.finetune_iters:
-        start = time.perf_counter()
-        compression.finetune(new, data, tuning, device,
-                             partial(compression.distillation_loss, model))
+        start, tuning = time.perf_counter(), compression.finetune_config(cfg, saved, model.config)
+        compression.finetune(new, data, tuning, device, teacher=model)
         seconds[1] = time.perf_counter() - start
         losses.append(compression.validation_loss(new, data, device, cfg.seed))
-    if not all(map(math.isfinite, losses)):
-        raise ValueError(f'the loss is {losses[0]} before and {losses[-1]} after')
+
     both = [losses[0], losses[-1]]
-    report = dict(to=cfg.to, method=cfg.method, options=asdict(cfg), layers=layers, val_loss=both,
+    report = dict(to=cfg.to, method=cfg.method, options=options, layers=layers, val_loss=both,
                   machine=devices.environment(device, 'float32'), seconds=seconds[0],
                   finetune_seconds=seconds[1], prefix_only=model.config.is_noncausal,
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   perplexity=[math.exp(min(loss, 700)) for loss in both],     # of float's range
                   latent_dim=new.config.latent_dim if is_mla else None,
                   **compression.compare_models([model, new], data, device, cfg.seed))
-    settings = {'dataset': name_of(data.folder, dataset), 'tokenizer': data.meta['tokenizer']}
-    return checkpoint_of(new.cpu(), saved, settings, both[1], data.meta), report
+    args, new = asdict(new.config), new.cpu().requires_grad_(True)
+    optimizer = new.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')
+    config = dict(out_dir=str(save_dir), tokenizer=data.meta['tokenizer'],
+                  dataset=name_of(data.folder, cfg.dataset))
+    return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
+                iter_num=0, best_val_loss=both[1], config=saved.get('config', {}) | args | config,
+                tokenizer=saved.get('tokenizer', data.meta), **new.extra_state()), report
 
 
-def rank_policy(cfg):
-    """How `compress_model` chooses ranks."""
-    if cfg.rank is not None:
-        return partial(compression.fixed_rank, rank=cfg.rank)
-    if cfg.energy is not None:
-        return partial(compression.rank_of_energy, fraction=cfg.energy)
-    share = compression.best_share if cfg.method == 'activation' else compression.uniform_share
-    return partial(share, keep=cfg.keep or KEEP)
-
-
-def find_data(cfg, name, saved, c):
+def find_data(cfg, saved, c):
     """The data set to measure on. Raises UserError unless it has the tokens of a model of
     configuration c, and enough of them."""
-    data = Dataset(locate(name, 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2'))
-    options = SimpleNamespace(dataset=name, init_from=cfg.init_from)
-    huggingface.check_tokenizer(options, {}, saved, data, print)
+    kind = 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2'
+    data = Dataset(locate(cfg.dataset, kind))
+    huggingface.check_tokenizer(cfg, {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
-        raise UserError(f'dataset={name}: has {data.vocab_size} token ids, the model '
+        raise UserError(f'dataset={cfg.dataset}: has {data.vocab_size} token ids, the model '
                         f'{c.vocab_size}')
     data.check_length(c.block_size)
     return data
-
-
-def checkpoint_of(new, saved, settings, loss, meta):
-    """A checkpoint from which training starts at step 0, with the run's own settings and a fresh
-    optimizer."""
-    args = asdict(new.config)
-    optimizer = new.requires_grad_(True).configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')
-    return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
-                iter_num=0, best_val_loss=loss, config=saved.get('config', {}) | args | settings,
-                tokenizer=saved.get('tokenizer', meta), **new.extra_state())
 
 
 if __name__ == '__main__':

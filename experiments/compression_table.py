@@ -32,6 +32,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,19 +43,18 @@ from runtime import cli                                            # before torc
 import torch
 from torch import nn
 
-import compress
-from tools import model_compression as layers
 import train
 from lowrank.factorization import Factorization
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
-from tools import sweep
 from runtime.config import PATH, Range, UserError
 from runtime.data import Dataset, locate
 from runtime.files import check_writable
 from runtime.tracking import read_json_lines
+from tools import model_compression as layers
+from tools import sweep
 from tools.result_cache import Record
 
 RECORD = Path(__file__).with_suffix('.jsonl')
@@ -129,7 +129,7 @@ class Weights:
     """No statistics at all."""
 
     def __init__(self, layer, block_size):
-        self.weight = layer.weight
+        self.weight, self.mean = layer.weight, torch.zeros(layer.weight.size(1), dtype=torch.float64)
 
     def factorization(self):
         return Factorization(self.weight)
@@ -169,15 +169,13 @@ class InputSizes(Weights):
 
 
 def whitening(layer, block_size):
-    return layers.Statistics(layer.weight, layer.bias is not None)
+    return layers.LayerStats(layer.weight, layer.bias is not None)
 
 
-def share_with_biases(keep):
+def share_with_biases(energies, shapes, keep):
     """`uniform_share` that has the biases of `add_biases` within it."""
-    def choose(energies, shapes):
-        biases = sum(m for m, _ in shapes.values()) / sum(m * n for m, n in shapes.values())
-        return layers.uniform_share(keep - biases)(energies, shapes)
-    return choose
+    biases = sum(m for m, _ in shapes.values()) / sum(m * n for m, n in shapes.values())
+    return layers.uniform_share(energies, shapes, keep - biases)
 
 
 Method = namedtuple('Method', 'statistics gradients choose biases anchored', defaults=(False, False))
@@ -219,15 +217,16 @@ def factored(measured, method, keep, windows):
     """-> the model of `measure` with layers that are products, which keep that share of its numbers."""
     model, seen, factorizations = measured
     new = copy.deepcopy(model)
-    ranks = method.choose(keep)({name: one.energies for name, one in factorizations.items()},
-                                {name: tuple(one.weight.shape) for name, one in seen.items()})
+    energies = {name: one.energies for name, one in factorizations.items()}
+    shapes = {name: tuple(one.weight.shape) for name, one in seen.items()}
+    ranks = method.choose(energies, shapes, keep)
     ranks = {name: rank for name, rank in ranks.items() if rank is not None}
     if method.anchored:
-        layers.replace_in_turn(new, model, seen, ranks, windows)
+        layers.compress_sequentially(new, model, seen, ranks, windows)
     for name in () if method.anchored else ranks:
-        mean = seen[name].mean() if method.biases else None
-        layers.put(new, name, *factorizations[name].factors(ranks[name]), mean, mean)
-    return layers.settle(new)
+        mean = seen[name].mean
+        layers.replace_linear(new, name, factorizations[name].factors(ranks[name]), mean, mean)
+    return layers.sync_config(new)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +251,7 @@ def block_params(model):
 
 
 def loss_of(model, data):
-    return compress.loss_of(model, data, 'cpu', SEED)
+    return layers.validation_loss(model, data, 'cpu', SEED)
 
 
 def trained(cfg, name, kind, seed, *options):
@@ -273,7 +272,7 @@ def model_of(saved):
 
 
 def windows_of(data, model, seed):
-    return layers.batches(data, CALIBRATION_TOKENS, model.config.block_size, seed, 'cpu')
+    return layers.calibration_windows(data, CALIBRATION_TOKENS, model.config.block_size, seed, 'cpu')
 
 
 def methods(cfg, record, name, dense, data):
@@ -296,7 +295,7 @@ def methods(cfg, record, name, dense, data):
 def compressed(dense, data, keep, seed):
     """By the default method."""
     new = copy.deepcopy(dense)
-    layers.low_rank(new, 'activation', layers.best_share(keep), layers.MODULES, windows_of(data, dense, seed))
+    layers.compress_model(new, 'activation', windows_of(data, dense, seed), keep=keep)
     return new
 
 
@@ -307,9 +306,10 @@ def extra_steps(cfg):
 
 def tune(cfg, model, teacher, saved, data, seed):
     """Extra steps in place; None: no teacher."""
-    options = compress.CompressConfig(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate,
-                                      finetune_iters=cfg.finetune_iters, seed=seed)
-    compress.finetune(model, teacher, data, compress.finetune_config(options, saved, model), 'cpu')
+    options = SimpleNamespace(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate, batch_size=None,
+                              finetune_iters=cfg.finetune_iters, seed=seed)
+    tuning = layers.finetune_config(options, saved, model.config)
+    layers.finetune(model, data, tuning, 'cpu', teacher)
     return loss_of(model, data), model, {}
 
 

@@ -35,7 +35,7 @@ from runtime.evaluation import Evaluation
 from runtime.generation import sample
 from runtime.optimizer import get_lr
 from tools.tables import format_table
-from tools.timing import generation, interleave, quartiles
+from tools.timing import generation, interleave
 from train import TrainConfig, language_model_loss, new_state, train_step
 
 BATCH_TOKENS = 4096                 # of a forward pass
@@ -43,8 +43,10 @@ MODULES = ('attn', 'mlp')
 STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, in forward order
 ROUNDING = torch.finfo(torch.float32).eps           # of an activation, as a share of its mean
 RANK_STEP, RANK_STEP_FROM = 8, 128  # ranks are multiples of 8 if all layers are 128 wide: faster
+KEEP = 0.6                          # unless keep, rank or energy is given
 LEARNING_RATE = 1e-3                # of fine-tuning
-BENCHMARK_ROUNDS = 5
+BENCHMARK_ROUNDS = 5                # odd, so that one of them is the median
+QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ def weights_of(model, modules=None):
             if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in modules}
 
 
+@torch.no_grad()
 def sync_config(model):
     """After layers were replaced: write the ranks of products to the configuration, and fuse each
     c_attn that has none. In place; returns the model."""
@@ -107,9 +110,9 @@ def sync_config(model):
         if isinstance(attn.c_attn, SplitProjection) and not any(
                 isinstance(part, LowRankLinear) for part in parts):
             weight, bias = fuse(parts)
-            state = {'weight': weight} if bias is None else {'weight': weight, 'bias': bias}
-            attn.c_attn = QKVProjection(model.config).to(weight)
-            attn.c_attn.load_state_dict(state)
+            attn.c_attn = QKVProjection(model.config)
+            attn.c_attn.weight = torch.nn.Parameter(weight)
+            attn.c_attn.bias = None if bias is None else torch.nn.Parameter(bias)
             attn.c_attn.requires_grad_(parts[0].weight.requires_grad)
     return model
 
@@ -162,7 +165,7 @@ class LayerStats:
     """
 
     def __init__(self, weight, centred, inputs=1):
-        """weight (m, n)."""
+        """weight (m, n); inputs: how many of them `add` gets, side by side."""
         self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = weight.size(0) >= weight.size(1)
         self.tokens, self.sum, self.gradients = 0, 0, None
@@ -197,8 +200,8 @@ class LayerStats:
         """E[a^T b] (p, q), plus noise of the size of float32's rounding on each input: what
         rounding leaves of a constant input does not count beside it."""
         n = self.weight.size(1)
-        noise = torch.diag(ROUNDING * self.mean[:n]).repeat(1, len(self.mean) // n)
-        a, b = self.factors(noise)
+        noise = torch.diag(ROUNDING * self.mean[:n])                # (n, n)
+        a, b = self.factors(noise.repeat(1, len(self.mean) // n))
         return self.sum / self.tokens + a.mT @ b
 
     def factorization(self):
@@ -211,11 +214,8 @@ class LayerStats:
 
 class InputShiftStats(LayerStats):
     """Statistics of inputs that change as the layers before are replaced: E[x^ x^^T] (n, n) above
-    E[x x^^T] (s, n) of the inputs x^ now and x before. `mean` (2n) is of x^ and x."""
-
-    def __init__(self, stats):
-        """stats: the `LayerStats` of the layer, or of one of the layers with these inputs."""
-        super().__init__(stats.weight, stats.centred, inputs=2)
+    E[x x^^T] (s, n) of the inputs x^ now and x before. `add` takes them side by side (N, 2n), and
+    `mean` (2n) is of both."""
 
     def factors(self, x):
         now, before = x.chunk(2, dim=1)
@@ -284,19 +284,19 @@ def calibrate(model, modules, stats, windows, gradients):
 # --------------------------------------------------------------------------------------------------
 # low-rank layers
 
-def compress_model(model, method, policy, modules, windows):
+def compress_model(model, method, windows, modules=None, **options):
     """Factor a GPT's layers in place.
 
-    method: 'plain', 'whitened' or 'activation'; policy(energies, shapes) chooses the ranks: see
-    "rank policies"; windows: of `calibration_windows`, none for 'plain'. Returns the products of
-    the model: name -> {'rank', 'of': the full rank, 'lost': the share of the layer's energy in the
-    method's measure, None for a layer that was not considered}. Raises ValueError.
+    method: 'plain', 'whitened' or 'activation'; windows: of `calibration_windows`, none for
+    'plain'; options: keep, rank or energy, see `rank_policy`. Returns the products of the model:
+    name -> {'rank', 'of': the full rank, 'lost': the share of the layer's energy in the method's
+    measure, None for a layer of other modules}. Raises ValueError.
     """
     known = model.config.layer_ranks or {}              # products have no more than their rank
     layers = dense_layers(model, layer_names(model, modules))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    # refuses before the work
-    policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes)
+    no_energies = {name: torch.ones(min(shape)) for name, shape in shapes.items()}
+    rank_policy(no_energies, shapes, method, **options)             # refuses before the work
     sequential = method == 'activation'
     stats = {name: LayerStats(layer.weight, layer.bias is not None)
              for name, layer in layers.items()}
@@ -308,7 +308,7 @@ def compress_model(model, method, policy, modules, windows):
         energies[name] = found.energies
         if not sequential:                              # other inputs need another one: save memory
             factorizations[name] = found
-    ranks = policy(energies, shapes)
+    ranks = rank_policy(energies, shapes, method, **options)
     ranks = {name: min(rank or math.inf, known.get(name, math.inf)) for name, rank in ranks.items()
              if rank is not None or name in known}
     if sequential:
@@ -340,7 +340,8 @@ def compress_sequentially(model, dense, stats, ranks, windows):
             names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # of one input
             if not names:
                 continue
-            shift = InputShiftStats(stats[names[0]])
+            one = stats[names[0]]
+            shift = InputShiftStats(one.weight, one.centred, inputs=2)
             for xs in zip(now, before):
                 inputs = [layer_input(block, block.get_submodule(stage), x).flatten(0, 1)
                           for block, x in zip(pair, xs)]                            # (N, n) each
@@ -364,29 +365,32 @@ def layer_input(module, layer, x):
 
 
 # --------------------------------------------------------------------------------------------------
-# rank policies: energies (name -> (s), descending), shapes (name -> (m, n)) -> name -> rank, None
-# for a layer that stays dense
+# ranks: energies (name -> (s), descending), shapes (name -> (m, n)) -> name -> rank, or None for a
+# layer that stays dense because a product would be no smaller
 
-def fixed_rank(energies, shapes, rank):
-    """One rank for all layers that it makes smaller. Raises ValueError above a layer's rank."""
-    most = min(min(shape) for shape in shapes.values())
-    if rank > most:
-        raise ValueError(f'rank={rank}: a layer has no more than {most} (nearest: {most})')
-    return {name: beneficial_rank(shape, rank) for name, shape in shapes.items()}
-
-
-def rank_of_energy(energies, shapes, fraction):
-    """The smallest rank that keeps this fraction of a layer's energy, if it makes it smaller."""
-    return {name: beneficial_rank(shape, rank_for_energy(energies[name].sqrt(), fraction))
-            for name, shape in shapes.items()}
+def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
+    """The ranks of one option. rank: the same one for all layers; energy: the smallest rank that
+    keeps this fraction of a layer's energy; keep: a share of all numbers, `best_share` for the
+    method 'activation', else `uniform_share`; none of them: a share of KEEP. Raises ValueError for
+    values that do not fit."""
+    if rank is not None:
+        most = min(min(shape) for shape in shapes.values())
+        if rank > most:
+            raise ValueError(f'rank={rank}: a layer has no more than {most} (nearest: {most})')
+        return {name: beneficial_rank(shape, rank) for name, shape in shapes.items()}
+    if energy is not None:
+        return {name: beneficial_rank(shape, rank_for_energy(energies[name].sqrt(), energy))
+                for name, shape in shapes.items()}
+    share = best_share if method == 'activation' else uniform_share
+    return share(energies, shapes, keep or KEEP)
 
 
 def uniform_share(energies, shapes, keep):
     """The rank at which each layer keeps this share of its numbers. Raises ValueError if that is
     below 1."""
-    if keep >= 1:                                       # the largest rank that saves loses something
-        return dict.fromkeys(shapes)
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
+    if keep == 1:                                       # the largest rank that saves loses something
+        return dict.fromkeys(shapes)
     return {name: beneficial_rank((m, n), math.floor(keep * m * n / (m + n) + 1e-9))
             for name, (m, n) in shapes.items()}
 
@@ -406,34 +410,35 @@ def best_share(energies, shapes, keep):
 
 
 def check_share(keep, least):
-    """Raise ValueError for a share below the least that is possible."""
-    if keep < least:
-        raise ValueError(f'keep={keep}: too small a share of these layers (nearest: '
-                         f'{min(1, math.ceil(least * 1e4) / 1e4)})')
+    """Raise ValueError unless a share is at least the least that is possible and at most 1."""
+    if not least <= keep <= 1:
+        nearest = 1 if keep > 1 else min(1, math.ceil(least * 1e4) / 1e4)
+        raise ValueError(f'keep={keep}: no possible share of these layers (nearest: {nearest})')
 
 
 # --------------------------------------------------------------------------------------------------
 # fine-tuning
 
-def finetune_config(options, saved, block_size):
-    """The TrainConfig of fine-tuning: 5% warm-up, then cosine to a tenth of the learning rate; batch
-    size and betas are the run's. No weight decay, which would shrink both factors of a product.
+def finetune_config(options, saved, c):
+    """The TrainConfig of fine-tuning: 5% warm-up, then cosine to a tenth of the learning rate;
+    batch size and betas are the run's. No weight decay: it would shrink both factors of a product.
 
     options: finetune_iters, seed, and optimizer, learning_rate, batch_size, None for the default;
-    saved: a checkpoint or {}. Raises ValueError.
+    saved: a checkpoint or {}; c: the model's configuration. Raises ValueError.
     """
-    own = {key: value for key, value in saved.get('config', {}).items()
-           if key in ('batch_size', 'beta1', 'beta2')}
-    own |= {'batch_size': options.batch_size} if options.batch_size else {}
+    asked = {'batch_size': options.batch_size} if options.batch_size else {}
+    own = saved.get('config', {}) | asked
+    own = {key: own[key] for key in ('batch_size', 'beta1', 'beta2') if key in own}
     rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
     return TrainConfig(optimizer=options.optimizer or 'muon', learning_rate=rate, min_lr=rate / 10,
                        weight_decay=0.0, max_iters=options.finetune_iters, seed=options.seed,
-                       warmup_iters=options.finetune_iters // 20, block_size=block_size, **own)
+                       warmup_iters=options.finetune_iters // 20, block_size=c.block_size, **own)
 
 
-def finetune(model, data, cfg, device, loss_of=language_model_loss):
-    """Train all parameters in place for cfg.max_iters steps on random windows of the training split.
-    Raises ValueError if the loss is not finite."""
+def finetune(model, data, cfg, device, teacher=None):
+    """Train all parameters in place for cfg.max_iters steps on random windows of the training
+    split, with a teacher by `distillation_loss`. Raises ValueError if the loss is not finite."""
+    loss_of = language_model_loss if teacher is None else partial(distillation_loss, teacher)
     state = new_state(cfg, model.requires_grad_(True).train(), device)
     torch.manual_seed(cfg.seed)                                     # of dropout
     try:
@@ -509,14 +514,14 @@ def benchmark_pair(models, data, device, seed):
     rng = torch.Generator().manual_seed(seed)
     prompt, _ = data.batch('train', 1, max(1, T - tokens), rng, device)
     runs = {i: partial(generation, model, prompt, tokens, device) for i, model in enumerate(models)}
-    rounds = interleave(runs, BENCHMARK_ROUNDS)             # [(seconds of prompt, of a token), ...]
-    result = {'prompt': prompt.size(1), 'tokens': tokens, 'rounds': BENCHMARK_ROUNDS}
-    for i, (part, count) in enumerate((('prefill', prompt.size(1)), ('decode', 1))):
-        rates = [[count / times[i] for times in rounds[m]] for m in (0, 1)]
-        low, ratio, high = quartiles([after / before for before, after in zip(*rates)])
-        result[part] = dict(tokens_per_s=[quartiles(own)[1] for own in rates], ratio=ratio,
-                            quartiles=[low, high])
-    return result
+    rounds = interleave(runs, BENCHMARK_ROUNDS)
+    seconds = torch.tensor([rounds[0], rounds[1]], dtype=torch.float64)     # (model, round, part)
+    low, ratio, high = (seconds[0] / seconds[1]).quantile(QUARTILES, dim=0).tolist()    # (part) each
+    medians = seconds.median(dim=1).values                                  # (model, part)
+    parts = {part: dict(tokens_per_s=(count / medians[:, i]).tolist(), ratio=ratio[i],
+                        quartiles=[low[i], high[i]])
+             for i, (part, count) in enumerate({'prefill': prompt.size(1), 'decode': 1}.items())}
+    return parts | {'prompt': prompt.size(1), 'tokens': tokens, 'rounds': BENCHMARK_ROUNDS}
 
 
 # label and format of numbers before and after
@@ -539,15 +544,15 @@ def describe(report):
     if tuned:
         lines.append(f'{tuned} steps of fine-tuning in {report["finetune_seconds"]:.1f} s, from a '
                      f'loss of {report["val_loss_before_finetuning"]:.4f}')
-    rows = [['losses: prefix-only' if report['prefix_only'] else '', 'before', 'after', 'ratio']]
+    rows = [['prefix-only losses' if report['prefix_only'] else '', 'before', 'after', 'ratio']]
     for key, (label, form) in ROWS.items():
         before, after = report[key]
         share = f'{after / before:.1%}' if before else ''           # 'sequence' scope: no cache
         rows.append([label, f'{before:{form}}', f'{after:{form}}', share])
     for key, label in (('prefill', f'tokens/s of a prompt of {speed["prompt"]}'),
                        ('decode', f'tokens/s of the {speed["tokens"] - 1} after it')):
-        (before, after), (low, high) = speed[key]['tokens_per_s'], speed[key]['quartiles']
-        rows.append([label, f'{before:,.0f}', f'{after:,.0f}',
-                     f'{speed[key]["ratio"]:.2f} ({low:.2f} to {high:.2f})'])
+        part = speed[key]
+        rows.append([label, *(f'{rate:,.0f}' for rate in part['tokens_per_s']),
+                     '{:.2f} ({:.2f} to {:.2f})'.format(part['ratio'], *part['quartiles'])])
     before, after = report['samples']
     return '\n'.join([*lines, *format_table(rows), 'before:', before, 'after:', after])

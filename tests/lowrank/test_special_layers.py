@@ -17,6 +17,7 @@ from helpers import TINY, checkpoint, equal, folder_bytes, rows, same, slow, unt
 from lowrank.layers import LoRALinear
 from model import ADAPTER_DEFAULTS, GPT, TARGETS, GPTConfig
 from runtime.data import Dataset
+from tools.model_compression import validation_loss
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 BASE = ['--n_layer=2', '--bias=True']
@@ -66,7 +67,7 @@ def final(folder):
 
 def loss_in(folder):
     """Loss over all of val, as at the end of a run."""
-    return compress.loss_of(GPT.from_pretrained(str(folder)), Dataset('data/toy'), 'cpu', 1337)
+    return validation_loss(GPT.from_pretrained(str(folder)), Dataset('data/toy'), 'cpu', 1337)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 def written(weights, folder):
     """-> the table's rows, name -> cells, and the CSV's, as dicts."""
-    table = spectrum_report.write(weights, folder, 'title').splitlines()
+    table = spectrum_report.report_spectrum(weights, folder, 'title').splitlines()
     with open(folder / 'spectrum.csv', newline='') as f:
         lines = list(csv.DictReader(f))
-    return {cells[0]: cells[1:] for cells in map(str.split, table[3:])}, lines      # 'm x n' is three cells
+    return {cells[0]: cells[1:] for cells in map(str.split, table[4:])}, lines      # 'm x n' is three cells
 
 
 def test_ranks_and_parameters_of_known_spectra(tmp_path):
@@ -57,7 +57,7 @@ def test_weights_of_low_rank_of_zeros_and_of_one_row(tmp_path):
 
 
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r'h\.1\.mlp\.c_fc.*non-finite'):
+    with pytest.raises(ValueError, match=r'h\.1\.mlp\.c_fc.*finite'):
         written({'h.0.mlp.c_fc': torch.ones(2, 2), 'h.1.mlp.c_fc': torch.tensor([[1, torch.nan]])}, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -65,6 +65,6 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path):
 def test_the_table_of_a_large_model_stays_within_the_width():
     """GPT-2 XL with latents: the widest names and numbers there are here."""
     sigma = torch.linspace(12, 1e-9, 1600, dtype=torch.float64)
-    spectra = [spectrum_report.Spectrum(f'h.{i}.attn.c_attn.kv_down', 6400, 1600, sigma, None)
+    spectra = [spectrum_report.Spectrum(f'h.{i}.attn.c_attn.kv_down', 6400, 1600, sigma, None, 1600)
                for i in range(240)]
     assert max(map(len, spectrum_report.table(spectra).splitlines())) <= 120

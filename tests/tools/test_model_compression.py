@@ -1,5 +1,4 @@
-"""compress_layers.py: statistics, low-rank layers and MLA in a model, each as good as linear algebra
-allows."""
+"""Low-rank layers and MLA in a model, each as good as linear algebra allows."""
 
 import copy
 import math
@@ -10,11 +9,12 @@ from itertools import product
 import pytest
 import torch
 
-from tools import model_compression as layers
 from helpers import TEXT, equal, normal, svd, whole_truth
 from lowrank.factorization import RIDGE
 from model import GPT, GPTConfig
 from runtime.data import Dataset, write_dataset
+from tools import model_compression as layers
+from tools.attention_conversion import to_mla
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.fixture(scope='module')
 def windows(toy):
     """windows(tokens, device) of the training split."""
-    return lambda tokens=512, device='cpu': layers.batches(Dataset(toy), tokens, 16, 1337, device)
+    return lambda tokens=512, device='cpu': layers.calibration_windows(Dataset(toy), tokens, 16, 1337, device)
 
 
 def random_model(dtype=torch.float32, device='cpu', **options):
@@ -87,7 +87,7 @@ def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_p
     data = Dataset(tmp_path / 'data')
     for asked, seed, counts in ((1, 1, [1]), (16, 1, [1]), (17, 1, [2]), (4097, 2, [256, 1]),
                                 (10 ** 18, 1, [256, 256, 152])):
-        found, again = (layers.batches(data, asked, 16, s, 'cpu') for s in (seed, 1))
+        found, again = (layers.calibration_windows(data, asked, 16, s, 'cpu') for s in (seed, 1))
         x, y = map(torch.cat, zip(*found))
         assert [len(x) for x, _ in found] == counts and torch.equal(x[:, 1:], y[:, :-1])
         assert torch.equal(found[0][0], again[0][0]) == (seed == 1)
@@ -126,12 +126,12 @@ def test_svd_compression_of_some_modules_and_of_what_is_compressed(trained):
     model = layers.apply_svd_compression(random_model().requires_grad_(trained), 6, ['mlp'])
     names, mlp = layers.layer_names(model), model.transformer.h[0].mlp.state_dict()
     assert model.config.layer_ranks == dict.fromkeys((name for name in names if 'mlp' in name), 6)
-    for rank, modules, attn in ((6, 'attn,mlp', 6), (7, 'attn,mlp', 6), (16, ['mlp'], 6), (2, 'attn', 2)):
+    for rank, modules, attn in ((6, 'attn,mlp', 6), (7, None, 6), (16, ['mlp'], 6), (2, 'attn', 2)):
         layers.apply_svd_compression(model, rank, modules)
         assert model.config.layer_ranks == {name: 6 if 'mlp' in name else attn for name in names}
     assert equal(model.transformer.h[0].mlp.state_dict(), mlp)
     layers.dense_layers(model, names)
-    assert {p.requires_grad for p in layers.settle(model).parameters()} == {trained}
+    assert {p.requires_grad for p in layers.sync_config(model).parameters()} == {trained}
 
 
 @pytest.mark.parametrize('rank, modules, words', [
@@ -160,8 +160,7 @@ def test_each_layer_is_the_best_for_the_inputs_it_gets(windows, bias, options):
     model, dense = (random_model(torch.float64, bias=bias, **options) for _ in range(2))
     names, (batch,) = [*layers.dense_layers(dense, layers.layer_names(dense))], windows()
     parts = [[t[part] for t in batch] for part in (slice(0, 12), slice(12, None))]
-    layers.low_rank(model, 'activation', lambda energies, shapes: dict.fromkeys(shapes, 4), layers.MODULES,
-                    parts)
+    layers.compress_model(model, 'activation', parts, rank=4)
     now, before = (seen(m, names, windows()) for m in (model, dense))
     for name in names:
         (x, found, _), (_, targets, g) = now[name], before[name]
@@ -190,20 +189,10 @@ def test_the_default_method_takes_what_whitened_does(windows, spoil):
     models = [random_model(bias=True) for _ in range(3)]
     for block in (block for model in models for block in model.transformer.h):
         spoil(block.ln_1, block.attn.c_attn), spoil(block.ln_2, block.mlp.c_fc)
-    layers.low_rank(models[1], 'whitened', layers.uniform_share(.6), layers.MODULES, windows())
-    layers.low_rank(models[2], 'activation', layers.best_share(.6), layers.MODULES, windows())
+    layers.compress_model(models[1], 'whitened', windows(), keep=.6)
+    layers.compress_model(models[2], 'activation', windows(), keep=.6)
     before, whitened, activation = (sum(m(x, y)[1].item() for x, y in windows()) for m in models)
     assert activation < max(before, whitened) + .01
-
-
-@pytest.mark.parametrize('method, layer', [('plain', 'h.1.mlp.c_fc'), ('whitened', 'h.1.mlp.c_fc'),
-                                           ('activation', 'h.0.attn.c_attn.c_q')])
-def test_what_overflows_names_the_layer(windows, method, layer):
-    """Weights of 1e200 have infinite squares in float64, and gradients that are no numbers."""
-    model = random_model(torch.float64)
-    model.transformer.h[1].mlp.c_fc.weight.mul_(1e200)
-    with pytest.raises(ValueError, match=f'^{layer}: '):
-        layers.low_rank(model, method, layers.fixed_rank(3), layers.MODULES, windows())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,42 +209,45 @@ def kept(ranks, shapes):
             / sum(m * n for m, n in shapes.values()))
 
 
-@pytest.mark.parametrize('choose, energies, expected', [
-    (layers.fixed_rank(7), ENERGIES, (7, 7, 7)), (layers.fixed_rank(9), ENERGIES, (None, 9, 9)),
-    (layers.fixed_rank(16), ENERGIES, (None, None, None)), (layers.uniform_share(.5), ENERGIES, (4, 6, 6)),
-    (layers.uniform_share(1), ENERGIES, (None, None, None)),
-    (layers.best_share(1), ENERGIES, (None, None, None)),
-    (layers.rank_of_energy(1), ENERGIES, (None, None, None)), (layers.rank_of_energy(1), STEEP, (3, 3, 3)),
-    *((layers.rank_of_energy(share), STEEP, (rank,) * 3)
-      for share, rank in ((.79, 1), (.81, 2), (.89, 2), (.91, 3)))])
-def test_ranks_are_those_asked_for_where_they_save(choose, energies, expected):
-    assert choose(energies, SHAPES) == dict(zip(SHAPES, expected))
+@pytest.mark.parametrize('options, energies, expected', [
+    (dict(rank=7), ENERGIES, (7, 7, 7)), (dict(rank=9), ENERGIES, (None, 9, 9)),
+    (dict(rank=16), ENERGIES, (None, None, None)), (dict(keep=.5), ENERGIES, (4, 6, 6)),
+    (dict(keep=1), ENERGIES, (None, None, None)),
+    (dict(keep=1, method='activation'), ENERGIES, (None, None, None)),
+    (dict(energy=1), ENERGIES, (None, None, None)), (dict(energy=1), STEEP, (3, 3, 3)),
+    *((dict(energy=share), STEEP, (rank,) * 3)
+      for share, rank in ((.79, 1), (.81, 2), (.89, 2), (.91, 3)))], ids=str)
+def test_ranks_are_those_asked_for_where_they_save(options, energies, expected):
+    ranks = layers.rank_policy(energies, SHAPES, **dict(method='whitened') | options)
+    assert ranks == dict(zip(SHAPES, expected))
 
 
 @pytest.mark.parametrize('choose, least', [(layers.uniform_share, .125), (layers.best_share, .0834)])
 def test_shares_are_kept(choose, least):
     """Never more and little less. A refusal names the nearest share that is possible."""
     for keep in (.2, .25, .5, .8, .99):
-        assert keep - .1 < kept(choose(keep)(ENERGIES, SHAPES), SHAPES) <= keep
-    assert {*choose(least)(ENERGIES, SHAPES).values()} <= {1, None}
-    with pytest.raises(ValueError, match=f'^keep={least - 1e-3}: .*nearest: {least}'):
-        choose(least - 1e-3)(ENERGIES, SHAPES)
+        assert keep - .1 < kept(choose(ENERGIES, SHAPES, keep), SHAPES) <= keep
+    assert {*choose(ENERGIES, SHAPES, least).values()} <= {1, None}
+    for keep, nearest in ((least - 1e-3, least), (1.5, 1)):
+        with pytest.raises(ValueError, match=f'^keep={keep}: .*nearest: {nearest}'):
+            choose(ENERGIES, SHAPES, keep)
 
 
 @pytest.mark.parametrize('width', [127, 128])
 def test_layers_of_128_and_wider_get_ranks_in_multiples_of_eight(width):
     shapes = {'a': (128, 128), 'b': (width, 512)}
     energies = {name: torch.exp(-.05 * torch.arange(shape[0])) * shape[0] for name, shape in shapes.items()}
-    ranks = layers.best_share(.5)(energies, shapes)
-    assert (math.gcd(*(rank or 0 for rank in ranks.values())) % 8 == 0) == (width == 128)       # None: dense
+    ranks = layers.best_share(energies, shapes, .5)
+    # None: dense
+    assert (math.gcd(*(rank or 0 for rank in ranks.values())) % 8 == 0) == (width == 128)
     assert .4 < kept(ranks, shapes) <= .5
 
 
 # ------------------------------------------------------------------------------------------------------------
 # MLA
 
-def converted(model, latent, windows=None):
-    return layers.to_mla(copy.deepcopy(model), latent, windows).eval()
+def converted(model, latent, windows=()):
+    return to_mla(copy.deepcopy(model), latent, windows)
 
 
 @pytest.mark.any_device
@@ -268,7 +260,7 @@ def converted(model, latent, windows=None):
 def test_at_full_width_the_logits_stay(windows, device, tokens, bias, dtype, options, basis):
     """On any input, with one calibration window of 16 too; tokens None: by the SVD of the weights. A running
     basis comes along, without which 'randomized' finds another approximation."""
-    model, found = random_model(dtype, device, bias=bias, **options), tokens and windows(tokens, device)
+    model, found = random_model(dtype, device, bias=bias, **options), windows(tokens, device) if tokens else ()
     model.svd_basis = basis if basis is None else basis.to(device)
     new = converted(model, 16, found)
     assert difference(model, new) < rounding(model) < 1e-3 < difference(model, converted(model, 8, found))
