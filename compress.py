@@ -133,8 +133,8 @@ def compress(cfg):
     source, kind = named(path.parent if is_run else path), 'spectrum' if cfg.spectrum else cfg.to
     save_dir = Path(cfg.save_dir or f'{source}-{kind}')
     check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
-    replaces_a_run = (save_dir / 'ckpt.pt').exists()
-    with locked_folder(save_dir, 'save_dir') if replaces_a_run else nullcontext():
+    replaces = (save_dir / 'ckpt.pt').exists()
+    with locked_folder(save_dir, 'save_dir') if replaces else nullcontext():
         try:
             saved = ckpt.load(path) if is_run else {}
             model = compression.without_adapters(
@@ -148,8 +148,7 @@ def compress(cfg):
                 print(f'{path}: {compression.describe(report)}')
                 with new_folder(save_dir) as folder:
                     ckpt.save(checkpoint, folder / 'ckpt.pt')
-                    content = json.dumps(report, indent=1) + '\n'
-                    write_atomically(folder / 'compress.json', content.encode())
+                    write_atomically(folder / 'compress.json', json.dumps(report, indent=1).encode())
                     archive_run(save_dir, print)
         except (ValueError, FloatingPointError) as e:
             raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None

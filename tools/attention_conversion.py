@@ -25,8 +25,9 @@ def to_mla(model, latent_dim, windows=()):
     if model.config.use_mla:
         raise ValueError(f'is MLA already, with latents of {model.config.latent_dim} numbers '
                          '(nearest: the run it was made from)')
-    query_ranks = {name.replace('c_q', 'query'): rank
-                   for name, rank in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
+    ranks = (model.config.layer_ranks or {}).items()
+    query_ranks = {name.replace('c_q', 'query'): rank for name, rank in ranks
+                   if name.endswith('c_q')}
     dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
     sync_config(model)                                              # c_attn is fused in all blocks
     config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)
@@ -49,8 +50,8 @@ def to_mla(model, latent_dim, windows=()):
 
 
 def key_value_weight(attn):
-    """[W_k; W_v] (2C, C). In 'weight' scope W_v is truncated already: its factors do not exceed that
-    rank, so that the scope finds nothing more to truncate."""
+    """[W_k; W_v] (2C, C). In 'weight' scope W_v is truncated already: its factors do not exceed
+    that rank, so that the scope finds nothing more to truncate."""
     return torch.cat((attn.c_attn.weight.chunk(3)[1], attn.value_weight().flatten(0, 1)))
 
 

@@ -9,7 +9,7 @@ window.
 import copy
 import io
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank.factorization import (
     Factorization,
@@ -46,7 +45,6 @@ RANK_STEP, RANK_STEP_FROM = 8, 128  # ranks are multiples of 8 if all layers are
 KEEP = 0.6                          # unless keep, rank or energy is given
 LEARNING_RATE = 1e-3                # of fine-tuning
 BENCHMARK_ROUNDS = 5                # odd, so that one of them is the median
-QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,8 +244,8 @@ def calibration_windows(data, tokens, block_size, seed, device):
 def calibrate(model, modules, stats, windows, gradients):
     """Add inputs, and gradients of the loss if `gradients`, to the statistics of layers.
 
-    modules: name -> module of the model; stats: name -> what has `LayerStats.add`; windows: of
-    `calibration_windows`. Of a projection that returns q, k, v, the gradients at k and v are taken.
+    model: in evaluation mode, its parameters frozen; modules: name -> module of it; stats:
+    name -> what has `LayerStats.add`; windows: of `calibration_windows`. Of a projection that returns q, k, v, the gradients at k and v are taken.
     The loss is that of the text itself. With labels drawn from the model, as the Fisher matrix has
     them, losses differ by 0.001 nats or less (docs/MLA.md).
     """
@@ -259,7 +257,6 @@ def calibrate(model, modules, stats, windows, gradients):
         for t in seen[name][1]:
             t.retain_grad()
 
-    model.eval()
     with ExitStack() as hooks:
         # parameters need no gradients, so the graph starts at the embeddings
         hooks.enter_context(model.transformer.drop.register_forward_hook(
@@ -267,14 +264,10 @@ def calibrate(model, modules, stats, windows, gradients):
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_hook(partial(record, name)))
         for x, y in tracking.brief_bar(windows, desc='calibrate', unit='batch'):
-            for attention in (nullcontext(), sdpa_kernel(SDPBackend.MATH)):
-                with attention, torch.set_grad_enabled(gradients):
-                    loss = model(x, y)[1] * y.numel()
-                if gradients:
-                    loss.backward()
-                # flash attention's are not finite if the softmax saturates
-                if all(t.grad.isfinite().all() for _, outputs in seen.values() for t in outputs):
-                    break
+            with torch.set_grad_enabled(gradients):
+                loss = model(x, y)[1] * y.numel()
+            if gradients:
+                loss.backward()
             for name, (inputs, outputs) in seen.items():
                 g = [t.grad if t.dim() == 3 else t.grad.transpose(1, 2).flatten(2)
                      for t in outputs]              # (B, T, m) each, of heads from (B, nh, T, hs)
@@ -332,7 +325,6 @@ def compress_sequentially(model, dense, stats, ranks, windows):
     The windows run through both models side by side, block by block. stats: name -> `LayerStats` of
     the dense model; ranks: name -> rank.
     """
-    model.eval(), dense.eval()
     now = [layer_input(model, model.transformer.h[0], x) for x, _ in windows]       # (B, T, C) each
     before, blocks = list(now), [*zip(model.transformer.h, dense.transformer.h)]
     for i, pair in enumerate(tracking.brief_bar(blocks, desc='replace', unit='block')):
@@ -412,8 +404,8 @@ def best_share(energies, shapes, keep):
 def check_share(keep, least):
     """Raise ValueError unless a share is at least the least that is possible and at most 1."""
     if not least <= keep <= 1:
-        nearest = 1 if keep > 1 else min(1, math.ceil(least * 1e4) / 1e4)
-        raise ValueError(f'keep={keep}: no possible share of these layers (nearest: {nearest})')
+        raise ValueError(f'keep={keep}: no possible share of these layers (nearest: '
+                         f'{1 if keep > 1 else math.ceil(least * 1e4) / 1e4})')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,9 +418,9 @@ def finetune_config(options, saved, c):
     options: finetune_iters, seed, and optimizer, learning_rate, batch_size, None for the default;
     saved: a checkpoint or {}; c: the model's configuration. Raises ValueError.
     """
-    asked = {'batch_size': options.batch_size} if options.batch_size else {}
-    own = saved.get('config', {}) | asked
-    own = {key: own[key] for key in ('batch_size', 'beta1', 'beta2') if key in own}
+    run = saved.get('config', {})
+    own = {key: run[key] for key in ('batch_size', 'beta1', 'beta2') if key in run}
+    own |= {'batch_size': options.batch_size} if options.batch_size else {}
     rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
     return TrainConfig(optimizer=options.optimizer or 'muon', learning_rate=rate, min_lr=rate / 10,
                        weight_decay=0.0, max_iters=options.finetune_iters, seed=options.seed,
@@ -450,7 +442,6 @@ def finetune(model, data, cfg, device, teacher=None):
     except FloatingPointError as e:
         raise ValueError(f'learning_rate={cfg.learning_rate}: fine-tuning failed after step '
                          f'{state.iter_num}: {e} (nearest: a smaller one)') from None
-    model.eval().requires_grad_(False)
 
 
 def distillation_loss(teacher, model, x, y):
@@ -516,7 +507,8 @@ def benchmark_pair(models, data, device, seed):
     runs = {i: partial(generation, model, prompt, tokens, device) for i, model in enumerate(models)}
     rounds = interleave(runs, BENCHMARK_ROUNDS)
     seconds = torch.tensor([rounds[0], rounds[1]], dtype=torch.float64)     # (model, round, part)
-    low, ratio, high = (seconds[0] / seconds[1]).quantile(QUARTILES, dim=0).tolist()    # (part) each
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, ratio, high = (seconds[0] / seconds[1]).quantile(quartiles, dim=0).tolist()    # (part)
     medians = seconds.median(dim=1).values                                  # (model, part)
     parts = {part: dict(tokens_per_s=(count / medians[:, i]).tolist(), ratio=ratio[i],
                         quartiles=[low[i], high[i]])

@@ -179,11 +179,10 @@ SCALES = torch.logspace(-4, 4, 16)
 @pytest.mark.parametrize('spoil', [
     lambda norm, layer: layer.weight.zero_(),  # nothing but biases: all that follows is constant
     lambda norm, layer: norm.weight.mul_(1e-7) + norm.bias.fill_(1),
-    lambda norm, layer: norm.weight[3].zero_() + norm.bias[3].fill_(1e6),
     lambda norm, layer: layer.weight[8:].copy_(layer.weight[:-8].clone()),
     lambda norm, layer: layer.weight.copy_(layer.weight[:, :1] * layer.weight[:1]),
     lambda norm, layer: (norm.weight.mul_(SCALES), norm.bias.mul_(SCALES), layer.weight.div_(SCALES))],
-    ids='constant 1e-7 1e6 duplicates deficient scales'.split())
+    ids='constant 1e-7 duplicates deficient scales'.split())
 def test_the_default_method_takes_what_whitened_does(windows, spoil):
     """Whatever a model's activations are. And it loses no more."""
     models = [random_model(bias=True) for _ in range(3)]
