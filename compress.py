@@ -148,7 +148,8 @@ def compress(cfg):
                 print(f'{path}: {compression.describe(report)}')
                 with new_folder(save_dir) as folder:
                     ckpt.save(checkpoint, folder / 'ckpt.pt')
-                    write_atomically(folder / 'compress.json', json.dumps(report, indent=1).encode())
+                    text = json.dumps(report, indent=1) + '\n'
+                    write_atomically(folder / 'compress.json', text.encode())
                     archive_run(save_dir, print)
         except (ValueError, FloatingPointError) as e:
             raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
@@ -202,8 +203,8 @@ def convert(cfg, model, saved, save_dir):
 def find_data(cfg, saved, c):
     """The data set to measure on. Raises UserError unless it has the tokens of a model of
     configuration c, and enough of them."""
-    kind = 'char' if c.vocab_size < GPT2_META['vocab_size'] else 'gpt2'
-    data = Dataset(locate(cfg.dataset, kind))
+    is_bpe = c.vocab_size >= GPT2_META['vocab_size']
+    data = Dataset(locate(cfg.dataset, 'gpt2' if is_bpe else 'char'))
     huggingface.check_tokenizer(cfg, {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
         raise UserError(f'dataset={cfg.dataset}: has {data.vocab_size} token ids, the model '

@@ -31,28 +31,23 @@ def to_mla(model, latent_dim, windows=()):
     dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
     sync_config(model)                                              # c_attn is fused in all blocks
     config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)
-    attentions = {i: block.attn for i, block in enumerate(model.transformer.h)}
-    stats = {i: LayerStats(key_value_weight(attn), attn.c_attn.bias is not None)
-             for i, attn in attentions.items()}
-    calibrate(model, {i: attn.c_attn for i, attn in attentions.items()}, stats, windows,
-              gradients=True)
+    stats, projections = {}, {f'transformer.h.{i}.attn.c_attn': block.attn.c_attn
+                              for i, block in enumerate(model.transformer.h)}
+    for name, block in zip(projections, model.transformer.h):
+        # in 'weight' scope the W_v that it leaves, whose rank the factors do not exceed
+        weights = block.attn.c_attn.weight.chunk(3)[1], block.attn.value_weight().flatten(0, 1)
+        stats[name] = LayerStats(torch.cat(weights), config.bias)                   # (2C, C)
+    calibrate(model, projections, stats, windows, gradients=True)
     state = {name: w for name, w in model.state_dict().items() if '.c_attn.' not in name}
-    for i, attn in tracking.brief_bar(attentions.items(), desc='convert', unit='layer'):
-        for name, weight in latent_projection(attn.c_attn, latent_dim, stats[i]).items():
-            # dtype first: MPS has no float64
-            state[f'transformer.h.{i}.attn.c_attn.{name}'] = weight.to(attn.c_attn.weight.dtype)
+    for name, c_attn in tracking.brief_bar(projections.items(), desc='convert', unit='layer'):
+        for part, weight in latent_projection(c_attn, latent_dim, stats[name]).items():
+            state[f'{name}.{part}'] = weight.to(c_attn.weight.dtype)    # first: MPS has no float64
     new = GPT(config).to(model.lm_head.weight).eval()
     new.load_state_dict(state)
     for name, rank in query_ranks.items():
         new.set_layer(name, LowRankLinear.from_linear(new.transformer.get_submodule(name), rank))
     new.svd_basis = model.svd_basis
     return sync_config(new)
-
-
-def key_value_weight(attn):
-    """[W_k; W_v] (2C, C). In 'weight' scope W_v is truncated already: its factors do not exceed
-    that rank, so that the scope finds nothing more to truncate."""
-    return torch.cat((attn.c_attn.weight.chunk(3)[1], attn.value_weight().flatten(0, 1)))
 
 
 def latent_projection(c_attn, latent_dim, stats):

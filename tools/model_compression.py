@@ -81,9 +81,8 @@ def dense_layers(model, names):
 
 def without_adapters(model):
     """Merge adaptive SVD and LoRA into the weights, in place. Returns the model, trainable."""
-    c = model.config
-    dense_layers(model, [*c.adaptive_layers, *c.lora_layers])
-    model.config = replace(c, **ADAPTER_DEFAULTS)
+    dense_layers(model, [*model.config.adaptive_layers, *model.config.lora_layers])
+    model.config = replace(model.config, **ADAPTER_DEFAULTS)
     return sync_config(model).requires_grad_(True)
 
 
@@ -91,9 +90,8 @@ def weights_of(model, modules=None):
     """Every weight matrix of the blocks: name -> (m, n). Changes the model: fused layers are split
     and products multiplied out."""
     dense_layers(model, model.config.layer_shapes)
-    modules = parse_modules(modules)
     return {name: layer.weight for name, layer in model.transformer.named_modules()
-            if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in modules}
+            if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in parse_modules(modules)}
 
 
 @torch.no_grad()
@@ -134,16 +132,17 @@ def apply_svd_compression(model, rank, modules=None):
 
 
 @torch.no_grad()
-def replace_linear(model, name, factors, mean_before, mean_now):
+def replace_linear(model, name, factors, mean, mean_before=None):
     """Put a product in place of a dense layer.
 
     factors: U (m, r) and A (r, n). A bias, if the layer has one, keeps the mean output for inputs
-    whose mean (n) was mean_before and is mean_now; for zeros it stays as it is.
+    with this mean (n), which was mean_before; None: the same. For zeros it stays as it is.
     """
+    mean_before = mean if mean_before is None else mean_before
     dense, (up, down) = model.transformer.get_submodule(name), factors
     layer = LowRankLinear.from_factors(up, down, dense)
     if dense.bias is not None:
-        shift = dense.weight.cpu().double() @ mean_before - up @ (down @ mean_now)          # (m)
+        shift = dense.weight.cpu().double() @ mean_before - up @ (down @ mean)              # (m)
         # dtype first: MPS has no float64
         layer.bias.copy_((dense.bias.cpu().double() + shift).to(layer.bias.dtype))
     model.set_layer(name, layer)
@@ -190,8 +189,7 @@ class LayerStats:
         a, b = self.factors(x)
         self.sum = self.sum + a.mT @ b                              # (p, q)
         if g is not None:
-            g = g.cpu().double()
-            g = g @ self.weight if self.tall else g                 # (N, s)
+            g = g.cpu().double() @ self.weight if self.tall else g.cpu().double()           # (N, s)
             self.gradients = (0 if self.gradients is None else self.gradients) + g.mT @ g   # (s, s)
 
     def moments(self):
@@ -244,9 +242,9 @@ def calibration_windows(data, tokens, block_size, seed, device):
 def calibrate(model, modules, stats, windows, gradients):
     """Add inputs, and gradients of the loss if `gradients`, to the statistics of layers.
 
-    model: in evaluation mode, its parameters frozen; modules: name -> module of it; stats:
-    name -> what has `LayerStats.add`; windows: of `calibration_windows`. Of a projection that returns q, k, v, the gradients at k and v are taken.
-    The loss is that of the text itself. With labels drawn from the model, as the Fisher matrix has
+    model: in evaluation mode, with frozen parameters; modules: name -> module of it; stats: name ->
+    what has `LayerStats.add`; windows: of `calibration_windows`. Of a projection that returns
+    q, k, v, the gradients at k and v are taken. The loss is that of the text itself. With labels drawn from the model, as the Fisher matrix has
     them, losses differ by 0.001 nats or less (docs/MLA.md).
     """
     seen = {}
@@ -288,8 +286,9 @@ def compress_model(model, method, windows, modules=None, **options):
     known = model.config.layer_ranks or {}              # products have no more than their rank
     layers = dense_layers(model, layer_names(model, modules))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    no_energies = {name: torch.ones(min(shape)) for name, shape in shapes.items()}
-    rank_policy(no_energies, shapes, method, **options)             # refuses before the work
+    # refuses before the work
+    rank_policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes, method,
+                **options)
     sequential = method == 'activation'
     stats = {name: LayerStats(layer.weight, layer.bias is not None)
              for name, layer in layers.items()}
@@ -308,8 +307,7 @@ def compress_model(model, method, windows, modules=None, **options):
         compress_sequentially(model, copy.deepcopy(model), stats, ranks, windows)
     else:
         for name, rank in ranks.items():
-            mean = stats[name].mean
-            replace_linear(model, name, factorizations[name].factors(rank), mean, mean)
+            replace_linear(model, name, factorizations[name].factors(rank), stats[name].mean)
     c = sync_config(model).config
     lost = {name: (energies[name][rank:].sum() / energies[name].sum().clamp_min(1e-300)).item()
             for name, rank in ranks.items()}
@@ -332,16 +330,14 @@ def compress_sequentially(model, dense, stats, ranks, windows):
             names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # of one input
             if not names:
                 continue
-            one = stats[names[0]]
-            shift = InputShiftStats(one.weight, one.centred, inputs=2)
+            shift = InputShiftStats(stats[names[0]].weight, stats[names[0]].centred, inputs=2)
             for xs in zip(now, before):
                 inputs = [layer_input(block, block.get_submodule(stage), x).flatten(0, 1)
                           for block, x in zip(pair, xs)]                            # (N, n) each
                 shift.add(torch.cat(inputs, dim=1))
-            mean_now, mean_before = shift.mean.chunk(2)
             for name in names:
                 factors = shift.refitted_factorization(stats[name]).factors(ranks[name])
-                replace_linear(model, name, factors, mean_before, mean_now)
+                replace_linear(model, name, factors, *shift.mean.chunk(2))
         now, before = [pair[0](x) for x in now], [pair[1](x) for x in before]
 
 
@@ -381,7 +377,7 @@ def uniform_share(energies, shapes, keep):
     """The rank at which each layer keeps this share of its numbers. Raises ValueError if that is
     below 1."""
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
-    if keep == 1:                                       # the largest rank that saves loses something
+    if keep == 1:                       # the largest rank that saves would lose something
         return dict.fromkeys(shapes)
     return {name: beneficial_rank((m, n), math.floor(keep * m * n / (m + n) + 1e-9))
             for name, (m, n) in shapes.items()}
@@ -460,9 +456,9 @@ def distillation_loss(teacher, model, x, y):
 def validation_loss(model, data, device, seed):
     """Nats per token over the whole validation split; the prefix-only loss if V sees the future.
     Leaves the model in evaluation mode."""
-    c, context = model.config, devices.autocast(device, 'float32')
-    options = SimpleNamespace(batch_size=1, block_size=c.block_size, seed=seed)
-    row = Evaluation(options, model, data, device, context, c.is_noncausal).final()
+    options = SimpleNamespace(batch_size=1, block_size=model.config.block_size, seed=seed)
+    row = Evaluation(options, model, data, device, devices.autocast(device, 'float32'),
+                     model.config.is_noncausal).final()
     model.eval()
     return row.get('val/prefix_loss', row['val/loss'])
 
@@ -478,7 +474,7 @@ def compare_models(models, data, device, seed):
         block_size=lambda m: m.config.block_size,
         cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size),
         samples=lambda m: sample_text(m, data, device, seed))
-    return dict(speed=benchmark_pair(models, data, device, seed),
+    return dict(speed=benchmark_pair(models, data, device),
                 **{name: [measure(m) for m in models] for name, measure in measures.items()})
 
 
@@ -494,7 +490,7 @@ def sample_text(model, data, device, seed):
     return sample(model, data, device, devices.autocast(device, 'float32'))
 
 
-def benchmark_pair(models, data, device, seed):
+def benchmark_pair(models, data, device):
     """Time generation of two models in turn.
 
     Returns for 'prefill' (a prompt) and 'decode' (each token after it) tokens_per_s, medians of
@@ -502,18 +498,16 @@ def benchmark_pair(models, data, device, seed):
     """
     T = models[0].config.block_size
     tokens = max(2, min(32, T // 8))
-    rng = torch.Generator().manual_seed(seed)
-    prompt, _ = data.batch('train', 1, max(1, T - tokens), rng, device)
-    runs = {i: partial(generation, model, prompt, tokens, device) for i, model in enumerate(models)}
-    rounds = interleave(runs, BENCHMARK_ROUNDS)
+    prompt, _ = data.batch('train', 1, max(1, T - tokens), torch.Generator(), device)
+    rounds = interleave({i: partial(generation, model, prompt, tokens, device)
+                         for i, model in enumerate(models)}, BENCHMARK_ROUNDS)
     seconds = torch.tensor([rounds[0], rounds[1]], dtype=torch.float64)     # (model, round, part)
+    rates = torch.tensor([prompt.size(1), 1]) / seconds.median(dim=1).values        # (model, part)
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, ratio, high = (seconds[0] / seconds[1]).quantile(quartiles, dim=0).tolist()    # (part)
-    medians = seconds.median(dim=1).values                                  # (model, part)
-    parts = {part: dict(tokens_per_s=(count / medians[:, i]).tolist(), ratio=ratio[i],
-                        quartiles=[low[i], high[i]])
-             for i, (part, count) in enumerate({'prefill': prompt.size(1), 'decode': 1}.items())}
-    return parts | {'prompt': prompt.size(1), 'tokens': tokens, 'rounds': BENCHMARK_ROUNDS}
+    parts = {part: dict(tokens_per_s=rates[:, i].tolist(), ratio=ratio[i],
+                        quartiles=[low[i], high[i]]) for i, part in enumerate(('prefill', 'decode'))}
+    return parts | dict(prompt=prompt.size(1), tokens=tokens, rounds=BENCHMARK_ROUNDS)
 
 
 # label and format of numbers before and after
@@ -541,10 +535,9 @@ def describe(report):
         before, after = report[key]
         share = f'{after / before:.1%}' if before else ''           # 'sequence' scope: no cache
         rows.append([label, f'{before:{form}}', f'{after:{form}}', share])
-    for key, label in (('prefill', f'tokens/s of a prompt of {speed["prompt"]}'),
-                       ('decode', f'tokens/s of the {speed["tokens"] - 1} after it')):
-        part = speed[key]
-        rows.append([label, *(f'{rate:,.0f}' for rate in part['tokens_per_s']),
-                     '{:.2f} ({:.2f} to {:.2f})'.format(part['ratio'], *part['quartiles'])])
+    for part, label in (('prefill', f'tokens/s of a prompt of {speed["prompt"]}'),
+                        ('decode', f'tokens/s of the {speed["tokens"] - 1} after it')):
+        ratio = '{:.2f} ({:.2f} to {:.2f})'.format(speed[part]['ratio'], *speed[part]['quartiles'])
+        rows.append([label, *(f'{rate:,.0f}' for rate in speed[part]['tokens_per_s']), ratio])
     before, after = report['samples']
     return '\n'.join([*lines, *format_table(rows), 'before:', before, 'after:', after])
