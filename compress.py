@@ -133,23 +133,23 @@ def compress(cfg):
     source, kind = named(path.parent if is_run else path), 'spectrum' if cfg.spectrum else cfg.to
     save_dir = Path(cfg.save_dir or f'{source}-{kind}')
     check_save_dir(save_dir, source, kind, None if cfg.spectrum else cfg.overwrite)
-    replaces = (save_dir / 'ckpt.pt').exists()
-    with locked_folder(save_dir, 'save_dir') if replaces else nullcontext():
+    with (locked_folder(save_dir, 'save_dir') if (save_dir / 'ckpt.pt').exists() else
+          nullcontext()):
         try:
             saved = ckpt.load(path) if is_run else {}
             model = compression.without_adapters(
                 GPT.from_checkpoint(saved) if is_run else GPT.from_pretrained(cfg.init_from))
             if cfg.spectrum:
-                weights = compression.weights_of(model, cfg.modules)
                 with new_folder(save_dir) as folder:
-                    print(report_spectrum(weights, folder, f'Weights of {path}'))
+                    print(report_spectrum(compression.weights_of(model, cfg.modules), folder,
+                                          f'Weights of {path}'))
             else:
                 checkpoint, report = convert(cfg, model, saved, save_dir)
                 print(f'{path}: {compression.describe(report)}')
                 with new_folder(save_dir) as folder:
                     ckpt.save(checkpoint, folder / 'ckpt.pt')
-                    text = json.dumps(report, indent=1) + '\n'
-                    write_atomically(folder / 'compress.json', text.encode())
+                    write_atomically(folder / 'compress.json',
+                                     (json.dumps(report, indent=1) + '\n').encode())
                     archive_run(save_dir, print)
         except (ValueError, FloatingPointError) as e:
             raise e if isinstance(e, UserError) else UserError(f'{path}: {one_line(e)}') from None
@@ -178,8 +178,8 @@ def convert(cfg, model, saved, save_dir):
     losses.append(compression.validation_loss(new, data, device, cfg.seed))
 
     if cfg.finetune_iters:
-        start, tuning = time.perf_counter(), compression.finetune_config(cfg, saved, model.config)
-        compression.finetune(new, data, tuning, device, teacher=model)
+        start = time.perf_counter()
+        compression.finetune(new, data, cfg, saved, device, teacher=model)
         seconds[1] = time.perf_counter() - start
         losses.append(compression.validation_loss(new, data, device, cfg.seed))
 
@@ -193,10 +193,11 @@ def convert(cfg, model, saved, save_dir):
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
     optimizer = new.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')
-    config = dict(out_dir=str(save_dir), tokenizer=data.meta['tokenizer'],
-                  dataset=name_of(data.folder, cfg.dataset))
+    settings = saved.get('config', {}) | args | dict(
+        out_dir=str(save_dir), dataset=name_of(data.folder, cfg.dataset),
+        tokenizer=data.meta['tokenizer'])
     return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
-                iter_num=0, best_val_loss=both[1], config=saved.get('config', {}) | args | config,
+                iter_num=0, best_val_loss=both[1], config=settings,
                 tokenizer=saved.get('tokenizer', data.meta), **new.extra_state()), report
 
 

@@ -306,10 +306,9 @@ def extra_steps(cfg):
 
 def tune(cfg, model, teacher, saved, data, seed):
     """Extra steps in place; None: no teacher."""
-    options = SimpleNamespace(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate, batch_size=None,
-                              finetune_iters=cfg.finetune_iters, seed=seed)
-    tuning = layers.finetune_config(options, saved, model.config)
-    layers.finetune(model, data, tuning, 'cpu', teacher)
+    options = SimpleNamespace(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate,
+                              finetune_iters=cfg.finetune_iters, batch_size=None, seed=seed)
+    layers.finetune(model, data, options, saved, 'cpu', teacher)
     return loss_of(model, data), model, {}
 
 

@@ -25,18 +25,17 @@ def to_mla(model, latent_dim, windows=()):
     if model.config.use_mla:
         raise ValueError(f'is MLA already, with latents of {model.config.latent_dim} numbers '
                          '(nearest: the run it was made from)')
-    ranks = (model.config.layer_ranks or {}).items()
-    query_ranks = {name.replace('c_q', 'query'): rank for name, rank in ranks
-                   if name.endswith('c_q')}
+    query_ranks = {name.replace('c_q', 'query'): rank for name, rank
+                   in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
     dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
     sync_config(model)                                              # c_attn is fused in all blocks
     config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)
     stats, projections = {}, {f'transformer.h.{i}.attn.c_attn': block.attn.c_attn
                               for i, block in enumerate(model.transformer.h)}
     for name, block in zip(projections, model.transformer.h):
-        # in 'weight' scope the W_v that it leaves, whose rank the factors do not exceed
-        weights = block.attn.c_attn.weight.chunk(3)[1], block.attn.value_weight().flatten(0, 1)
-        stats[name] = LayerStats(torch.cat(weights), config.bias)                   # (2C, C)
+        # W_v as 'weight' scope leaves it: the factors do not exceed its rank
+        W_k, W_v = projections[name].weight.chunk(3)[1], block.attn.value_weight().flatten(0, 1)
+        stats[name] = LayerStats(torch.cat((W_k, W_v)), config.bias)                # (2C, C)
     calibrate(model, projections, stats, windows, gradients=True)
     state = {name: w for name, w in model.state_dict().items() if '.c_attn.' not in name}
     for name, c_attn in tracking.brief_bar(projections.items(), desc='convert', unit='layer'):

@@ -9,10 +9,10 @@ window.
 import copy
 import io
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from types import SimpleNamespace
 
 import torch
@@ -53,7 +53,8 @@ BENCHMARK_ROUNDS = 5                # odd, so that one of them is the median
 def parse_modules(modules):
     """'attn,mlp', a list of such words or None, which means all -> list. Raises ValueError for
     other words."""
-    words = modules.split(',') if isinstance(modules, str) else modules or MODULES
+    words = MODULES if modules is None else (
+        modules.replace(' ', '').split(',') if isinstance(modules, str) else modules)
     if not {*words} <= {*MODULES}:
         raise ValueError(f"modules={modules!r}: must be of {', '.join(MODULES)} (nearest: "
                          f"'{','.join(MODULES)}')")
@@ -89,9 +90,10 @@ def without_adapters(model):
 def weights_of(model, modules=None):
     """Every weight matrix of the blocks: name -> (m, n). Changes the model: fused layers are split
     and products multiplied out."""
+    modules = parse_modules(modules)
     dense_layers(model, model.config.layer_shapes)
     return {name: layer.weight for name, layer in model.transformer.named_modules()
-            if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in parse_modules(modules)}
+            if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in modules}
 
 
 @torch.no_grad()
@@ -132,13 +134,12 @@ def apply_svd_compression(model, rank, modules=None):
 
 
 @torch.no_grad()
-def replace_linear(model, name, factors, mean, mean_before=None):
+def replace_linear(model, name, factors, mean, mean_before):
     """Put a product in place of a dense layer.
 
     factors: U (m, r) and A (r, n). A bias, if the layer has one, keeps the mean output for inputs
-    with this mean (n), which was mean_before; None: the same. For zeros it stays as it is.
+    with this mean (n), which was mean_before; for zeros it stays as it is.
     """
-    mean_before = mean if mean_before is None else mean_before
     dense, (up, down) = model.transformer.get_submodule(name), factors
     layer = LowRankLinear.from_factors(up, down, dense)
     if dense.bias is not None:
@@ -196,8 +197,7 @@ class LayerStats:
         """E[a^T b] (p, q), plus noise of the size of float32's rounding on each input: what
         rounding leaves of a constant input does not count beside it."""
         n = self.weight.size(1)
-        noise = torch.diag(ROUNDING * self.mean[:n])                # (n, n)
-        a, b = self.factors(noise.repeat(1, len(self.mean) // n))
+        a, b = self.factors(torch.diag(ROUNDING * self.mean[:n]).repeat(1, len(self.mean) // n))
         return self.sum / self.tokens + a.mT @ b
 
     def factorization(self):
@@ -239,37 +239,46 @@ def calibration_windows(data, tokens, block_size, seed, device):
             for part in starts.split(max(1, BATCH_TOKENS // block_size))]
 
 
+@contextmanager
+def record(modules):
+    """Within the block: name -> (input, output) in the last forward pass, of name -> module."""
+    seen = {}
+
+    def hook(name, module, args, output):
+        seen[name] = args[0], output
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name)))
+        yield seen
+
+
 def calibrate(model, modules, stats, windows, gradients):
     """Add inputs, and gradients of the loss if `gradients`, to the statistics of layers.
 
     model: in evaluation mode, with frozen parameters; modules: name -> module of it; stats: name ->
     what has `LayerStats.add`; windows: of `calibration_windows`. Of a projection that returns
-    q, k, v, the gradients at k and v are taken. The loss is that of the text itself. With labels drawn from the model, as the Fisher matrix has
-    them, losses differ by 0.001 nats or less (docs/MLA.md).
+    q, k, v, the gradients at k and v are taken. The loss is that of the text itself. With labels
+    drawn from the model, as the Fisher matrix has them, losses differ by 0.001 nats or less
+    (docs/MLA.md).
     """
-    seen = {}
+    def start_graph(module, args, output):              # at the embeddings
+        return output.detach().requires_grad_(gradients)
 
-    def record(name, module, args, output):
-        outputs = output[1:] if isinstance(output, tuple) else (output,)
-        seen[name] = args[0].detach(), outputs if gradients else ()
-        for t in seen[name][1]:
-            t.retain_grad()
-
-    with ExitStack() as hooks:
-        # parameters need no gradients, so the graph starts at the embeddings
-        hooks.enter_context(model.transformer.drop.register_forward_hook(
-            lambda module, args, output: output.detach().requires_grad_(gradients)))
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+    with record(modules) as seen, model.transformer.drop.register_forward_hook(start_graph):
         for x, y in tracking.brief_bar(windows, desc='calibrate', unit='batch'):
             with torch.set_grad_enabled(gradients):
                 loss = model(x, y)[1] * y.numel()
-            if gradients:
-                loss.backward()
-            for name, (inputs, outputs) in seen.items():
-                g = [t.grad if t.dim() == 3 else t.grad.transpose(1, 2).flatten(2)
-                     for t in outputs]              # (B, T, m) each, of heads from (B, nh, T, hs)
-                stats[name].add(inputs.flatten(0, 1), torch.cat(g, 2).flatten(0, 1) if g else None)
+            outputs = {name: output[1:] if isinstance(output, tuple) else (output,)
+                       for name, (_, output) in seen.items()}
+            wanted = [t for tensors in outputs.values() for t in tensors]
+            found = iter(torch.autograd.grad(loss, wanted) if gradients else ())
+            for name, (inputs, _) in seen.items():
+                # (B, T, m), or of heads (B, nh, T, hs)
+                g = [t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
+                     for t in islice(found, len(outputs[name]))]
+                stats[name].add(inputs.detach().flatten(0, 1),
+                                torch.cat(g, dim=2).flatten(0, 1) if g else None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +316,8 @@ def compress_model(model, method, windows, modules=None, **options):
         compress_sequentially(model, copy.deepcopy(model), stats, ranks, windows)
     else:
         for name, rank in ranks.items():
-            replace_linear(model, name, factorizations[name].factors(rank), stats[name].mean)
+            replace_linear(model, name, factorizations[name].factors(rank), stats[name].mean,
+                           stats[name].mean)
     c = sync_config(model).config
     lost = {name: (energies[name][rank:].sum() / energies[name].sum().clamp_min(1e-300)).item()
             for name, rank in ranks.items()}
@@ -323,33 +333,24 @@ def compress_sequentially(model, dense, stats, ranks, windows):
     The windows run through both models side by side, block by block. stats: name -> `LayerStats` of
     the dense model; ranks: name -> rank.
     """
-    now = [layer_input(model, model.transformer.h[0], x) for x, _ in windows]       # (B, T, C) each
+    now = [model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
+           for x, _ in windows]                                                     # (B, T, C) each
     before, blocks = list(now), [*zip(model.transformer.h, dense.transformer.h)]
-    for i, pair in enumerate(tracking.brief_bar(blocks, desc='replace', unit='block')):
+    for i, (block, original) in enumerate(tracking.brief_bar(blocks, desc='replace', unit='block')):
         for stage in STAGES:
             names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # of one input
             if not names:
                 continue
             shift = InputShiftStats(stats[names[0]].weight, stats[names[0]].centred, inputs=2)
-            for xs in zip(now, before):
-                inputs = [layer_input(block, block.get_submodule(stage), x).flatten(0, 1)
-                          for block, x in zip(pair, xs)]                            # (N, n) each
-                shift.add(torch.cat(inputs, dim=1))
+            with record({0: block.get_submodule(stage), 1: original.get_submodule(stage)}) as seen:
+                for x_now, x_before in zip(now, before):
+                    block(x_now)
+                    original(x_before)
+                    shift.add(torch.cat((seen[0][0], seen[1][0]), dim=2).flatten(0, 1))
             for name in names:
                 factors = shift.refitted_factorization(stats[name]).factors(ranks[name])
                 replace_linear(model, name, factors, *shift.mean.chunk(2))
-        now, before = [pair[0](x) for x in now], [pair[1](x) for x in before]
-
-
-def layer_input(module, layer, x):
-    """The input of `layer`, which is in the module, when the module gets x."""
-    found = []
-
-    def record(layer, args):
-        found.append(args[0])
-    with layer.register_forward_pre_hook(record):
-        module(x)
-    return found[0]
+        now, before = [block(x) for x in now], [original(x) for x in before]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,8 +370,7 @@ def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
     if energy is not None:
         return {name: beneficial_rank(shape, rank_for_energy(energies[name].sqrt(), energy))
                 for name, shape in shapes.items()}
-    share = best_share if method == 'activation' else uniform_share
-    return share(energies, shapes, keep or KEEP)
+    return (best_share if method == 'activation' else uniform_share)(energies, shapes, keep or KEEP)
 
 
 def uniform_share(energies, shapes, keep):
@@ -407,25 +407,23 @@ def check_share(keep, least):
 # --------------------------------------------------------------------------------------------------
 # fine-tuning
 
-def finetune_config(options, saved, c):
-    """The TrainConfig of fine-tuning: 5% warm-up, then cosine to a tenth of the learning rate;
-    batch size and betas are the run's. No weight decay: it would shrink both factors of a product.
+def finetune(model, data, options, saved, device, teacher=None):
+    """Train all parameters in place on random windows of the training split, with a teacher by
+    `distillation_loss`: 5% warm-up, then cosine to a tenth of the learning rate. No weight decay,
+    which would shrink both factors of a product.
 
-    options: finetune_iters, seed, and optimizer, learning_rate, batch_size, None for the default;
-    saved: a checkpoint or {}; c: the model's configuration. Raises ValueError.
+    options: finetune_iters, seed, and optimizer, learning_rate and batch_size, None for the
+    default; saved: a checkpoint, for batch size and betas, or {}. Leaves the model in training
+    mode. Raises ValueError if the loss is not finite.
     """
-    run = saved.get('config', {})
-    own = {key: run[key] for key in ('batch_size', 'beta1', 'beta2') if key in run}
-    own |= {'batch_size': options.batch_size} if options.batch_size else {}
     rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
-    return TrainConfig(optimizer=options.optimizer or 'muon', learning_rate=rate, min_lr=rate / 10,
-                       weight_decay=0.0, max_iters=options.finetune_iters, seed=options.seed,
-                       warmup_iters=options.finetune_iters // 20, block_size=c.block_size, **own)
-
-
-def finetune(model, data, cfg, device, teacher=None):
-    """Train all parameters in place for cfg.max_iters steps on random windows of the training
-    split, with a teacher by `distillation_loss`. Raises ValueError if the loss is not finite."""
+    own = {key: value for key, value in saved.get('config', {}).items()
+           if key in ('batch_size', 'beta1', 'beta2')}
+    own |= {'batch_size': options.batch_size} if options.batch_size else {}
+    cfg = TrainConfig(optimizer=options.optimizer or 'muon', learning_rate=rate, min_lr=rate / 10,
+                      weight_decay=0.0, max_iters=options.finetune_iters, seed=options.seed,
+                      warmup_iters=options.finetune_iters // 20,
+                      block_size=model.config.block_size, **own)
     loss_of = language_model_loss if teacher is None else partial(distillation_loss, teacher)
     state = new_state(cfg, model.requires_grad_(True).train(), device)
     torch.manual_seed(cfg.seed)                                     # of dropout
@@ -436,8 +434,8 @@ def finetune(model, data, cfg, device, teacher=None):
             batch = data.batch('train', cfg.batch_size, cfg.block_size, state.data_rng, device)
             train_step(state, [batch], loss_of)
     except FloatingPointError as e:
-        raise ValueError(f'learning_rate={cfg.learning_rate}: fine-tuning failed after step '
-                         f'{state.iter_num}: {e} (nearest: a smaller one)') from None
+        raise ValueError(f'learning_rate={rate}: fine-tuning failed after step {state.iter_num}: '
+                         f'{e} (nearest: a smaller one)') from None
 
 
 def distillation_loss(teacher, model, x, y):
@@ -503,10 +501,10 @@ def benchmark_pair(models, data, device):
                          for i, model in enumerate(models)}, BENCHMARK_ROUNDS)
     seconds = torch.tensor([rounds[0], rounds[1]], dtype=torch.float64)     # (model, round, part)
     rates = torch.tensor([prompt.size(1), 1]) / seconds.median(dim=1).values        # (model, part)
-    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    low, ratio, high = (seconds[0] / seconds[1]).quantile(quartiles, dim=0).tolist()    # (part)
-    parts = {part: dict(tokens_per_s=rates[:, i].tolist(), ratio=ratio[i],
-                        quartiles=[low[i], high[i]]) for i, part in enumerate(('prefill', 'decode'))}
+    quartiles = (seconds[0] / seconds[1]).quantile(seconds.new_tensor([0.25, 0.5, 0.75]), dim=0)
+    parts = {part: dict(tokens_per_s=rates[:, i].tolist(), ratio=quartiles[1, i].item(),
+                        quartiles=quartiles[::2, i].tolist())
+             for i, part in enumerate(('prefill', 'decode'))}
     return parts | dict(prompt=prompt.size(1), tokens=tokens, rounds=BENCHMARK_ROUNDS)
 
 
@@ -533,8 +531,8 @@ def describe(report):
     rows = [['prefix-only losses' if report['prefix_only'] else '', 'before', 'after', 'ratio']]
     for key, (label, form) in ROWS.items():
         before, after = report[key]
-        share = f'{after / before:.1%}' if before else ''           # 'sequence' scope: no cache
-        rows.append([label, f'{before:{form}}', f'{after:{form}}', share])
+        rows.append([label, f'{before:{form}}', f'{after:{form}}',
+                     f'{after / before:.1%}' if before else ''])    # 'sequence' scope: no cache
     for part, label in (('prefill', f'tokens/s of a prompt of {speed["prompt"]}'),
                         ('decode', f'tokens/s of the {speed["tokens"] - 1} after it')):
         ratio = '{:.2f} ({:.2f} to {:.2f})'.format(speed[part]['ratio'], *speed[part]['quartiles'])

@@ -70,8 +70,8 @@ def table(spectra):
                      *savings(own, sizes)])
         dense += own
         factored = [total + min(own, size) for total, size in zip(factored, sizes)]
-    blank = [''] * (4 + len(FRACTIONS))
-    rows.append([f'all {len(spectra)} weights', *blank, f'{dense:,}', *savings(dense, factored)])
+    rows.append([f'all {len(spectra)} weights', *[''] * (4 + len(FRACTIONS)), f'{dense:,}',
+                 *savings(dense, factored)])
     return '\n'.join([NOTES, *format_table(rows, left=2)])
 
 
@@ -91,8 +91,8 @@ def plot(path, spectra, title):
         above = values.setdefault(kind, plots.Panel([], {}, {}))
         below = kept.setdefault(kind, plots.Panel([], {f'{f:.0%}': f for f in FRACTIONS}, {}))
         # without rounding errors, next to which all else would look flat
-        sigma = (s.sigma / s.sigma[0])[:s.rank].tolist()
-        above.lines.append(plots.Line(index[1:s.rank + 1], sigma, int(block)))
+        above.lines.append(plots.Line(index[1:s.rank + 1],
+                                      (s.sigma / s.sigma[0])[:s.rank].tolist(), int(block)))
         below.lines.append(plots.Line(index, [0, *s.energy.tolist()], int(block)))
         below.upright['break-even'] = max(s.m, s.n) / (s.m + s.n)   # m n / (m + n) of min(m, n)
     plots.line_panels(path, [plots.PanelRow('singular value / largest', 'log', values),
