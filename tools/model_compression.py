@@ -472,7 +472,7 @@ def compare_models(models, data, device, seed):
         block_size=lambda m: m.config.block_size,
         cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size),
         samples=lambda m: sample_text(m, data, device, seed))
-    return dict(speed=benchmark_pair(models, data, device),
+    return dict(speed=benchmark_pair(models, data, device, seed),
                 **{name: [measure(m) for m in models] for name, measure in measures.items()})
 
 
@@ -488,7 +488,7 @@ def sample_text(model, data, device, seed):
     return sample(model, data, device, devices.autocast(device, 'float32'))
 
 
-def benchmark_pair(models, data, device):
+def benchmark_pair(models, data, device, seed):
     """Time generation of two models in turn.
 
     Returns for 'prefill' (a prompt) and 'decode' (each token after it) tokens_per_s, medians of
@@ -496,7 +496,8 @@ def benchmark_pair(models, data, device):
     """
     T = models[0].config.block_size
     tokens = max(2, min(32, T // 8))
-    prompt, _ = data.batch('train', 1, max(1, T - tokens), torch.Generator(), device)
+    prompt, _ = data.batch('val', 1, max(1, T - tokens), torch.Generator().manual_seed(seed),
+                           device)
     rounds = interleave({i: partial(generation, model, prompt, tokens, device)
                          for i, model in enumerate(models)}, BENCHMARK_ROUNDS)
     seconds = torch.tensor([rounds[0], rounds[1]], dtype=torch.float64)     # (model, round, part)
