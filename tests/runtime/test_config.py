@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -14,6 +14,7 @@ import sample
 import train
 from helpers import ROOT
 from runtime import config as configuration
+from runtime.config import SWITCH
 from train import TrainConfig
 
 MAINS = {'train': train.main, 'sample': sample.main, 'bench': bench.main}
@@ -193,11 +194,16 @@ CONFIGS = [bench.BenchConfig, compress.CompressConfig, export.ExportConfig, samp
 def test_help_lists_every_option_with_its_default_and_meaning(call, main, config):
     result = call(main, '--seed=nonsense', '--help')
     assert result.out == call(main, '-h').out and result.code == 0 and not result.err
-    lines = [' '.join(line.split()) for line in result.out.splitlines()]
+    printed, hints = ' '.join(result.out.split()) + ' ', get_type_hints(config, include_extras=True)
+    if main is train.main:                                          # two screens
+        assert len(result.out.splitlines()) <= 100 >= max(map(len, result.out.splitlines()))
     for f in fields(config):
-        written = f'--{f.name}' if configuration.is_switch(f.type) else f'--{f.name}={f.default!r}'
-        found = [line for line in lines if line.startswith(f'{written} {get_args(f.type)[1]}')]
-        assert len(found) == 1, f.name
+        _, about, *marks = get_args(hints[f.name])
+        written = f'--{f.name}' if SWITCH in marks else f'--{f.name}={f.default!r}'
+        assert printed.count(f' {written} {about} ') == 1, f.name
+        choices = {a for kind in configuration.alternatives(hints[f.name])
+                   if get_origin(kind) is Literal for a in get_args(kind)}
+        assert f.default is None or all(repr(choice) in about for choice in choices), f.name
 
 
 @pytest.mark.parametrize('config', [*CONFIGS, compare.CompareConfig])
