@@ -9,7 +9,6 @@ Generate text from a trained model:
 """
 
 import itertools
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -22,10 +21,9 @@ import torch
 
 from model import GPT, METHODS, SCOPES
 from runtime import checkpoint as ckpt
-from runtime import config as configuration
 from runtime import device as devices
 from runtime import huggingface
-from runtime.config import PATH, Range, Section, UserError, one_line
+from runtime.config import PATH, Range, Section, UserError, load, one_line, validate
 from runtime.data import GPT2_META, Tokenizer
 from runtime.generation import validate_sampling
 
@@ -66,14 +64,14 @@ class SampleConfig:
 
     def __post_init__(self):
         huggingface.check_name(self.init_from, ('resume',))
-        configuration.validate(self)
+        validate(self)
         validate_sampling(self.temperature, self.top_k, self.top_p)
 
 
 def main(argv=None):
     """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
     return cli.run('sample.py', SampleConfig, __doc__, sample, argv,
-                   lambda argv: configuration.load(SampleConfig, argv))
+                   lambda argv: load(SampleConfig, argv))
 
 
 def sample(loaded):
@@ -140,7 +138,7 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
             model = GPT.from_checkpoint(saved, **svd)
             meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
             about = (f'{where}: {saved["iter_num"]} steps, validation loss '
-                     f'{saved.get("best_val_loss", math.nan):.4f}')
+                     f'{saved.get("best_val_loss", float("nan")):.4f}')
         else:
             model, about = GPT.from_pretrained(source, svd), source
             meta = huggingface.read_tokenizer(source) or GPT2_META      # without one: OpenAI's
@@ -151,9 +149,9 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
         raise e if isinstance(e, UserError) else UserError(f'{where}: {e}') from None
     c = model.config
     if meta['vocab_size'] > c.vocab_size:
-        raise UserError(f'{where}: its model has {c.vocab_size} token ids, its tokenizer '
-                        f'{meta["vocab_size"]}; put tokenizer.json into its folder, or meta.pkl of '
-                        'its data set into data/DATASET')
+        raise UserError(f'{where}: its tokenizer has {meta["vocab_size"]} token ids, its model '
+                        f'{c.vocab_size}; put its tokenizer.json into the folder, or the meta.pkl '
+                        'of its data set into data/DATASET')
     print(f'{about}; SVD on V {c.svd_summary}' + ' (switched here)' * bool(svd)
           + ': each token changes V of all earlier ones, so nothing is cached' * c.is_noncausal)
     return model, Tokenizer(meta)

@@ -27,11 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]              # its scripts are not co
 SWITCH = 'switch'                                       # a bool that may be written bare, --name
 PATH = 'path'                                           # a leading ~ stands for the home folder
 OVERRIDABLE = 'overridable'                             # may differ from a loaded checkpoint's
-HELP_WIDTH, HELP_COLUMN = 100, 36
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text',
          type(None): 'None', dict[str, int]: "a dict of names and whole numbers, like {'name': 1}"}
 NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers pass
-TRUE, FALSE = ('true', 'yes', 'on', '1'), ('false', 'no', 'off', '0')
 
 
 @dataclass(frozen=True)
@@ -104,18 +102,16 @@ def build(cls, values: dict, set_by: dict, otherwise='default'):
         return cls(**values)
     except (ValueError, OSError) as e:                  # OSError: of a path that was looked at
         key = str(e).partition('=')[0]
-        where = f' [{set_by.get(key, otherwise)}]' if key in values else ''
-        raise UserError(f'{e}{where}') from None
+        raise UserError(f'{e} [{set_by.get(key, otherwise)}]' if key in values else str(e)
+                        ) from None
 
 
 def parse_option(arg: str, hints: dict) -> tuple[str, Any]:
     """'--key=value' -> key, checked value."""
     name, equals, text = arg.partition('=')
     key = name.removeprefix('--')
-    if not arg.startswith('--') or not key:
-        raise UserError(f'{arg}: options are written --key=value; --help lists them')
-    if key not in hints:
-        raise UserError(f'--{key}: no such option{did_you_mean(key, hints, "--")}')
+    if key not in hints or name == key:
+        raise UserError(f'{name}: no such option{did_you_mean(key, hints, "--")}')
     if not equals and SWITCH in get_args(hints[key]):
         return key, True
     if not equals:
@@ -166,14 +162,13 @@ def check_all(cls, values: dict, where) -> dict[str, Any]:
 
 
 def check(key: str, value, hint, where=''):
-    """The value in the hint's type. Raises UserError, or ValueError if `where` is not given."""
+    """The value in the hint's type. Raises UserError that says where it was set."""
     ok, converted = coerce(value, hint)
     if not ok:
-        message = f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)}'
-        raise UserError(f'{message} [{where}]') if where else ValueError(message)
-    if PATH in get_args(hint) and isinstance(converted, str):
-        return os.path.expanduser(converted)
-    return converted
+        raise UserError(f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)}'
+                        + (f' [{where}]' if where else ''))
+    is_path = PATH in get_args(hint) and isinstance(converted, str)
+    return os.path.expanduser(converted) if is_path else converted
 
 
 def coerce(value, hint) -> tuple[bool, Any]:
@@ -253,13 +248,11 @@ def describe(hint) -> str:
 
 def nearest(value, hint) -> str:
     """' (nearest: ...)' for a value of the wrong type; '' if nothing is near."""
-    kinds, word = alternatives(hint), str(value).lower()
+    kinds = alternatives(hint)
     choices = [a for kind in kinds if get_origin(kind) is Literal for a in get_args(kind)
                if isinstance(a, str)]
-    if bool in kinds and word in TRUE + FALSE:
-        return f' (nearest: {word in TRUE})'
     if choices and isinstance(value, str):
-        return f' (nearest: {difflib.get_close_matches(word, choices, 1, 0)[0]!r})'
+        return f' (nearest: {difflib.get_close_matches(value.lower(), choices, 1, 0)[0]!r})'
     if int in kinds and isinstance(value, float) and math.isfinite(value):
         return f' (nearest: {round(value)})'
     return ''
@@ -275,11 +268,12 @@ def suggest_option(word: str, hints: dict) -> str:
     if 'out_dir' in hints and os.path.exists(os.path.join(word, 'ckpt.pt')):
         return f' (nearest: --out_dir={word})'
     scripts = (p for folder in (Path(word).parent, Path('config')) for p in folder.glob('*.py'))
-    return did_you_mean(word, sorted(str(p) for p in scripts if p.resolve().parent != ROOT),
-                        other='options are written --key=value; --help lists them')
+    return did_you_mean(word, sorted(str(p) for p in scripts if p.resolve().parent != ROOT))
 
 
-def did_you_mean(word, choices, prefix='', other='--help lists the options') -> str:
+def did_you_mean(word, choices, prefix='',
+                 other='options are written --key=value; --help lists them') -> str:
+    """The choice that is nearest to a word, in brackets; `other` if none is near."""
     close = difflib.get_close_matches(str(word).lower(), list(choices), 1, 0.5)
     return f' (nearest: {prefix}{close[0]})' if close else f' ({other})'
 
@@ -289,7 +283,7 @@ def one_line(error) -> str:
     return ' '.join(str(error).split())
 
 
-def safe_repr(value) -> str:                            # of what a JSON file holds: runtime/huggingface
+def safe_repr(value) -> str:                            # for runtime/huggingface
     return repr(value)
 
 
@@ -303,8 +297,8 @@ def help_text(cls, usage: str) -> str:
         written = f'  --{f.name}' if SWITCH in get_args(hint) else f'  --{f.name}={f.default!r}'
         kind = '' if f.default is not None else f' [{describe(hint).removesuffix(" or None")}]'
         option = textwrap.fill(
-            get_args(hint)[1] + kind, HELP_WIDTH, initial_indent=f'{written} '.ljust(HELP_COLUMN),
-            subsequent_indent=' ' * HELP_COLUMN, break_on_hyphens=False, break_long_words=False)
+            get_args(hint)[1] + kind, 100, initial_indent=f'{written} '.ljust(36),
+            subsequent_indent=' ' * 36, break_on_hyphens=False, break_long_words=False)
         sections.setdefault(heading, [f'{heading}:']).append(option)
     return '\n'.join([usage, '', 'Options, as --key=value or as a line "key = value" of a config '
                       'file:', *(line for lines in sections.values() for line in lines)])
