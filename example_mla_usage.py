@@ -47,8 +47,8 @@ def side_by_side():
           '   after 992 tokens, timed once. Losses of two seeds: 2 layers, 64 wide, after\n'
           f'   {STEPS} steps on the text of model.py\n\n   {"":24}{"parameters":>11}'
           f'{"of attention":>14}{"cache":>11}{"tokens/s":>10}{"losses":>14}')
-    for (name, wide), small in zip(kinds(512).items(), kinds(64).values()):
-        model = GPT(GPTConfig(**WIDE, **wide)).eval()
+    for name, small in kinds(64).items():
+        model = GPT(GPTConfig(**WIDE, **kinds(512)[name])).eval()
         prompt = torch.zeros(1, 992, dtype=torch.long).expand(8, -1)
         _, seconds = generation(model, prompt, 16, 'cpu')       # for the prompt, per later token
         losses = [short_run(GPTConfig(**SMALL, **small), text, seed) for seed in (1337, 1338)]

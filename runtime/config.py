@@ -49,7 +49,7 @@ class Range:
 
 
 class Needs(dict):
-    """Values of other fields without which an option changes nothing: Needs(use_svd=True)."""
+    """Values of other fields without which an option changes nothing: Needs(decay_lr=True)."""
 
 
 class Section(str):
@@ -178,8 +178,9 @@ def coerce(value, hint) -> tuple[bool, Any]:
         if get_origin(kind) is Literal:
             ok = any(type(value) is type(a) and value == a for a in get_args(kind))
         elif get_origin(kind) is dict:
-            ok = isinstance(value, dict) and all(type(item) is expected for pair in value.items()
-                                                 for item, expected in zip(pair, get_args(kind)))
+            of_key, of_value = get_args(kind)
+            ok = isinstance(value, dict) and all(
+                type(k) is of_key and type(v) is of_value for k, v in value.items())
         elif kind in NUMBERS:
             ok = (isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
                   and abs(value) <= sys.float_info.max)

@@ -188,7 +188,7 @@ def check(world, call, main, cls, argv, files):
     before = tree(root)
     result = call(main, *argv)
     lines = [line for line in result.err.splitlines() if line.strip() and line[:6] != 'train:']
-    begins = {0: '', 1: 'train.py: training stopped: ', 2: f'{script}.py: '}[result.code]
+    begins = {0: '', 1: 'train.py: ', 2: f'{script}.py: '}[result.code]
     assert len(lines) == min(result.code, 1), (result.code, lines)
     assert all(line.startswith(begins) for line in lines), (result.code, lines)
     if result.code == 2 or script != 'train' or '--help' in argv or '-h' in argv:
@@ -206,7 +206,7 @@ def keep_all_but_the_run(root, before, after, said):
         content = before.get(path)
         assert f'{path}{os.sep}'.startswith(inside) or f'{out}{os.sep}'.startswith(f'{path}{os.sep}'), path
         own = said['init_from'] == 'resume' and Path(path).name in (
-            'ckpt.pt', 'metrics.jsonl', 'config.py', 'environment.json')
+            'ckpt.pt', 'metrics.jsonl', 'config.py', 'environment.json', 'curves.png')
         appended = said['eval_only'] and Path(path).name == 'eval.jsonl' and (
             after[path].startswith(content or b''))
         assert own or appended or content in (None, *after.values()), path
