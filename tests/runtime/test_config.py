@@ -86,7 +86,7 @@ WRONG = {
         *((f'{key}=0', '(nearest: 1)') for key in (
             'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
             'log_interval', 'eval_iters', 'svd_block')),
-        ('n_layer=-1', '(nearest: 1)'), ('out_dir=' + 'a' * 5000, 'File name too long'),
+        ('n_layer=-1', '(nearest: 1)'),
         *((f'out_dir={folder}', "(nearest: 'out')") for folder in ('.', '', '..', 'a/..', '~'))],
     'sample': [('temperature=-1', '(nearest: 0)'), ('temperature=nan', 'a number'),
                ('top_p=0', '(nearest: 0.01)'), ('top_p=1.5', '(nearest: 1.0)'), ('top_k=0', '(nearest: 1)'), 
