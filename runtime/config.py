@@ -283,10 +283,6 @@ def one_line(error) -> str:
     return ' '.join(str(error).split())
 
 
-def safe_repr(value) -> str:                            # for runtime/huggingface
-    return repr(value)
-
-
 def help_text(cls, usage: str) -> str:
     """Every option under its heading, with default and meaning, and its type if the default does
     not show it."""

@@ -11,7 +11,6 @@ import pytest
 
 from helpers import checkpoint, rows
 from runtime import config as configuration
-from runtime.config import SWITCH
 
 SURFACE = json.loads(Path(__file__).with_name('surface.json').read_text())
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -21,14 +20,13 @@ KINDS = {'plain': ['--optimizer=muon'], 'svd': ['--use_svd=True', '--svd_rank=2'
 
 @pytest.mark.parametrize('command', SURFACE['options'])
 def test_the_options_of_a_command(command):
-    module = importlib.import_module(command)
-    config = getattr(module, f'{command.title()}Config')
-    found = {f.name: (f.default, configuration.hints_of(config)[f.name]) for f in fields(config)}
+    config = getattr(importlib.import_module(command), f'{command.title()}Config')
+    hints = configuration.hints_of(config)
     # a switch is listed without its default, False
     assert SURFACE['options'][command] == {
-        name: f' [{configuration.describe(hint).replace("True or False", "given or not")}]'
-        if SWITCH in get_args(hint) else f'{default!r} [{configuration.describe(hint)}]'
-        for name, (default, hint) in found.items()}
+        f.name: f' [{configuration.describe(hints[f.name]).replace("True or False", "given or not")}]'
+        if configuration.SWITCH in get_args(hints[f.name])
+        else f'{f.default!r} [{configuration.describe(hints[f.name])}]' for f in fields(config)}
 
 
 @pytest.mark.parametrize('kind', KINDS)

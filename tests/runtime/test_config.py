@@ -201,9 +201,9 @@ def test_help_lists_every_option_with_its_default_and_meaning(call, main, config
         _, about, *marks = get_args(hints[f.name])
         written = f'--{f.name}' if SWITCH in marks else f'--{f.name}={f.default!r}'
         assert printed.count(f' {written} {about} ') == 1, f.name
-        choices = {a for kind in configuration.alternatives(hints[f.name])
-                   if get_origin(kind) is Literal for a in get_args(kind)}
-        assert f.default is None or all(repr(choice) in about for choice in choices), f.name
+        assert f.default is None or all(
+            repr(choice) in about for kind in configuration.alternatives(hints[f.name])
+            if get_origin(kind) is Literal for choice in get_args(kind)), f.name
 
 
 @pytest.mark.parametrize('config', [*CONFIGS, compare.CompareConfig])
