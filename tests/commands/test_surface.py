@@ -21,12 +21,12 @@ KINDS = {'plain': ['--optimizer=muon'], 'svd': ['--use_svd=True', '--svd_rank=2'
 @pytest.mark.parametrize('command', SURFACE['options'])
 def test_the_options_of_a_command(command):
     config = getattr(importlib.import_module(command), f'{command.title()}Config')
-    hints = configuration.hints_of(config)
+    hints, describe = configuration.hints_of(config), configuration.describe
     # a switch is listed without its default, False
     assert SURFACE['options'][command] == {
-        f.name: f' [{configuration.describe(hints[f.name]).replace("True or False", "given or not")}]'
+        f.name: f' [{describe(hints[f.name]).replace("True or False", "given or not")}]'
         if configuration.SWITCH in get_args(hints[f.name])
-        else f'{f.default!r} [{configuration.describe(hints[f.name])}]' for f in fields(config)}
+        else f'{f.default!r} [{describe(hints[f.name])}]' for f in fields(config)}
 
 
 @pytest.mark.parametrize('kind', KINDS)
