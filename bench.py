@@ -38,7 +38,8 @@ from train import RUN_LOCAL_FIELDS, TrainConfig
 @dataclass
 class BenchConfig(TrainConfig):
     """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
-    decode: Annotated[bool, 'time decoding instead of training steps', SWITCH] = False
+    decode: Annotated[bool, 'time decoding instead of training steps', SWITCH,
+                      configuration.Section('benchmark')] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths "
                         'of block_size'] = None
     tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing '

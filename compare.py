@@ -45,7 +45,8 @@ from train import TrainConfig
 @dataclass
 class CompareConfig(TrainConfig):
     """train.py's options, and those of the sweep."""
-    sweep: Annotated[str, 'folder of the sweep', PATH] = 'out-compare'
+    sweep: Annotated[str, 'folder of the sweep', PATH,
+                     configuration.Section('sweep')] = 'out-compare'
     seeds: Annotated[int, "runs of each combination: of the config's seed, and the ones after it",
                      Range(1)] = 1
     jobs: Annotated[int, 'runs at a time', Range(1)] = 1

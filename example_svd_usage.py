@@ -1,25 +1,29 @@
 """
-A tour of the truncated SVD in this repo, under a minute on a CPU, nothing downloaded:
+A tour of the truncated SVD in this repo. It takes under a minute on a CPU and downloads nothing:
 
     python example_svd_usage.py
 
-1 what rank k keeps of a matrix; 2 a layer of rank k as two smaller ones; 3 why the gradient is our own; 4 which scope
-sees the future; 5 a small model trained on this repo's model.py, then run at several ranks.
+1. What rank k keeps of a matrix.
+2. A layer of rank k is two smaller layers.
+3. Why this repo computes the gradient of the truncation itself.
+4. Which scope sees the future.
+5. A small model trained without SVD, evaluated at several ranks.
 """
 
 from pathlib import Path
 
-from runtime.cli import unfailing_output                             # before torch: says what is not installed
+from runtime.cli import unfailing_output                # before torch: says what is not installed
 
 import torch
-import torch.nn as nn
 
 from lowrank.layers import LowRankLinear
 from lowrank.svd import METHODS, energy, low_rank_approximation, rank_for_energy, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 
+SHAPE = dict(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64)     # a byte is a token
 
-@unfailing_output()                                                     # | head
+
+@unfailing_output()                                     # | head
 def main():
     torch.manual_seed(1337)
     best_approximation()
@@ -30,106 +34,90 @@ def main():
 
 
 def best_approximation():
-    """Eckart-Young: the squared error of the best rank-k approximation is the energy of what is cut."""
-    print('1. A 64 x 32 matrix with singular values 1, 1/2, 1/4, ...: rank, energy kept, relative error')
+    """Eckart-Young: the squared error of the best rank-k approximation is the energy it cuts."""
+    print('1. A 64 x 32 matrix with singular values 1, 1/2, 1/4, ...: rank, energy kept, error')
     u, v = (torch.linalg.qr(torch.randn(n, 32, dtype=torch.float64))[0] for n in (64, 32))
-    x = u * 0.5 ** torch.arange(32) @ v.mT                          # (64, 32)
+    x = u * 0.5 ** torch.arange(32) @ v.mT                                      # (64, 32)
     _, s, _ = truncated_svd(x, 32)
     for rank in (1, 2, 4, 8):
-        error = torch.linalg.norm(x - low_rank_approximation(x, rank)) / torch.linalg.norm(x)
         kept = energy(s)[rank - 1].item()
-        print(f'   {rank:2}   {kept:.6f}   {error:.6f} = sqrt(1 - energy) = {(1 - kept) ** 0.5:.6f}')
-    print(f'   99% of the energy needs rank {rank_for_energy(s, 0.99)}')
-    x = torch.randn(64, 32)                                         # the hard case: no gap to find the cut by
-    errors = {method: torch.linalg.norm(x - low_rank_approximation(x, 8, method)).item() for method in METHODS}
-    print('   Gaussian numbers, rank 8, error of ' + ', '.join(f'{name} {e:.4f}' for name, e in errors.items()) + '\n')
+        print(f'   {rank:2}   {kept:.6f}   {relative_error(x, rank):.6f} = sqrt(1 - energy) = '
+              f'{(1 - kept) ** 0.5:.6f}')
+    print(f'   99% of the energy needs rank {rank_for_energy(s, 0.99)}.')
+    x = torch.randn(64, 32)                             # hard: no gap between the singular values
+    print('   Error at rank 8 for Gaussian numbers: ' + ', '.join(
+        f'{method} {relative_error(x, 8, method):.4f}' for method in METHODS))
+
+
+def relative_error(x, rank, method='gram'):
+    error = torch.linalg.norm(x - low_rank_approximation(x, rank, method)) / torch.linalg.norm(x)
+    return error.item()
 
 
 def two_smaller_layers():
-    """y = W x + b, W (m, n) of rank k, is B (A x) + b with B (m, k) and A (k, n): k (m + n) numbers instead of m n."""
-    linear, x = nn.Linear(10, 10), torch.randn(10)
-    with torch.no_grad():
-        w = linear.weight.copy_(torch.randn(10, 2) @ torch.randn(2, 10))
-        _, s, _ = truncated_svd(w, 10)
-        rank = int((s > 10 * torch.finfo(w.dtype).eps * s[0]).sum())    # below that there is only rounding
-        print(f'2. A layer with W 10 x 10: {rank} of its 10 singular values are not zero')
+    """y = W x + b, W (m, n) of rank k, is B (A x) + b with B (m, k) and A (k, n): k (m + n) numbers
+    in place of m n."""
+    linear, x = torch.nn.Linear(10, 10), torch.randn(10)
+    linear.weight.data = torch.randn(10, 2) @ torch.randn(2, 10)
+    print('\n2. y = W x + b with W 10 x 10 of rank 2, as y = B (A x) + b')
+    for rank in (1, 2, 3):
         layer = LowRankLinear.from_linear(linear, rank)
-        dense, factored = linear(x), layer(x)
-        product = layer.B.weight @ layer.A.weight                   # (10, k) x (k, 10)
-    for name, y in (('y = W x + b', dense), ('y = B (A x) + b', factored)):
-        print(f'   {name:16}' + ''.join(f'{value:8.4f}' for value in y[:6].tolist()) + ' ...')
-    apart = [(a - b).abs().max().item() for a, b in ((dense, factored), (w, product))]
-    print(f'   largest difference {apart[0]:.1e}, of W and B A {apart[1]:.1e}; parameters without b: {w.numel()} -> '
-          f'{layer.A.weight.numel() + layer.B.weight.numel()}')
-    print('   relative error at rank    ' + ''.join(f'{k:10}' for k in (1, 2, 3, 4)))
-    for name, matrix in (('this W', w.detach()), ('Gaussian numbers', torch.randn(10, 10))):
-        errors = [torch.linalg.norm(matrix - low_rank_approximation(matrix, k)) / torch.linalg.norm(matrix)
-                  for k in (1, 2, 3, 4)]
-        print(f'   {name:26}' + ''.join(f'{error.item():10.1e}' for error in errors))
-    print()
+        difference = (linear(x) - layer(x)).abs().max().item()
+        print(f'   rank {rank}: {layer.A.weight.numel() + layer.B.weight.numel()} numbers in place '
+              f'of {linear.weight.numel()}, largest difference of y {difference:.1e}')
 
 
 def gradient():
-    """A V whose rank is below its width has several singular values of zero, where autograd through the SVD divides
-    by their difference."""
-    print('3. Gradient of the rank-2 approximation of a matrix of rank 3, 8 x 6')
+    """If the rank of V is below its width, several singular values are zero, and autograd through
+    the SVD divides by their difference."""
+    print('\n3. Gradient of the rank-2 approximation of an 8 x 6 matrix of rank 3: largest entry')
     x = (torch.randn(8, 6) * (torch.arange(6) < 3)).requires_grad_()
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    direct, = torch.autograd.grad((u[:, :2] * s[:2] @ vh[:2]).square().sum(), x)
-    ours, = torch.autograd.grad(low_rank_approximation(x, 2).square().sum(), x)
-    print(f'   autograd through torch.linalg.svd: largest entry {direct.abs().max().item():.3g} '
-          f'({int((~direct.isfinite()).sum())} of {direct.numel()} not finite)')
-    print(f'   this repo: largest entry {ours.abs().max().item():.3g}; the truth, 2 X_k: '
-          f'{2 * low_rank_approximation(x, 2).abs().max().item():.3g}\n')
+    approximations = {'autograd through torch.linalg.svd': u[:, :2] * s[:2] @ vh[:2],
+                      'this repo': low_rank_approximation(x, 2)}
+    for name, x_k in approximations.items():
+        grad, = torch.autograd.grad(x_k.square().sum(), x)
+        print(f'   {name:34} {grad.abs().max().item():.3g}')
+    print(f'   {"the exact one, 2 X_k":34} {2 * x_k.abs().max().item():.3g}')
 
 
 def causality():
-    """Change the last token and see whether the outputs before it move."""
-    print('4. Change the last of 128 tokens: largest change of any logit before it')
-    idx = torch.randint(65, (1, 128))
-    changed = idx.clone()
-    changed[0, -1] = (idx[0, -1] + 1) % 65
+    """Change the last token and see whether the outputs before it change."""
+    print('\n4. Change the last of 64 tokens: largest change of any logit before it')
+    idx = torch.randint(256, (1, 64))
+    changed = torch.cat((idx[:, :-1], (idx[:, -1:] + 1) % 256), dim=1)
     for scope in SCOPES:
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=128, vocab_size=65, n_layer=2, n_head=4, n_embd=64, use_svd=True, svd_rank=4,
-                              svd_scope=scope)).double().eval()
-        with torch.no_grad():
-            before, after = model(idx, idx)[0], model(changed, idx)[0]
-        print(f'   {scope:9} {(before - after)[:, :-1].abs().max().item():.1e}')
-    print()
+        model = GPT(GPTConfig(**SHAPE, use_svd=True, svd_rank=4, svd_scope=scope)).double().eval()
+        difference = model(idx, idx)[0] - model(changed, idx)[0]                # (1, 64, 256)
+        print(f'   {scope:9} {difference[:, :-1].abs().max().item():.1e}')
 
 
 def train_and_truncate():
-    """A model trained without SVD, evaluated at several ranks: the same weights, only V changes."""
-    text = (Path(__file__).resolve().parent / 'model.py').read_text(encoding='utf-8')
-    chars = sorted(set(text))
-    data = torch.tensor([chars.index(c) for c in text])
-    shape = dict(block_size=64, vocab_size=len(chars), n_layer=2, n_head=4, n_embd=64)
-    model = GPT(GPTConfig(**shape))
+    """The weights stay the same; only V changes."""
+    text = torch.tensor(list(Path(__file__).with_name('model.py').read_bytes()))
+    windows = text.unfold(0, 65, 1)                                             # (number, 65)
+    model = GPT(GPTConfig(**SHAPE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    print(f'5. {model.get_num_params():,} parameters trained for 300 steps on the {len(text):,} characters of model.py')
-
-    def batch():
-        starts = torch.randint(len(data) - 65, (16,))
-        rows = torch.stack([data[i:i + 65] for i in starts])        # (16, 65)
-        return rows[:, :-1], rows[:, 1:]
-
     for _ in range(300):
-        _, loss = model(*batch())
-        loss.backward()
+        rows = windows[torch.randint(len(windows), (16,))]                      # (16, 65)
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    evaluation = [batch() for _ in range(20)]
-    print('   loss on 20 batches by scope and rank, of a head size of 16 (seen text: about V, not generalisation)')
-    print('   rank      ' + ''.join(f'{rank!s:>8}' for rank in (1, 2, 4, 8, None)))
+    print(f'\n5. {model.get_num_params():,} parameters after 300 steps on the {len(text):,} bytes '
+          'of model.py: loss on a\n   part of them by scope and rank, of a head size of 16 (this '
+          'is about V, not about new text)')
+    ranks, rows = (1, 2, 4, 8, None), windows[::128]
+    print('   rank      ' + ''.join(f'{rank!s:>8}' for rank in ranks))
     for scope in SCOPES:
-        losses = []
-        for rank in (1, 2, 4, 8, None):
-            truncated = GPT(GPTConfig(**shape, use_svd=True, svd_rank=rank, svd_scope=scope, svd_block=8)).eval()
-            truncated.load_state_dict(model.state_dict())           # SVD adds no parameters
-            with torch.no_grad():
-                losses.append(sum(truncated(x, y)[1].item() for x, y in evaluation) / len(evaluation))
+        losses = [truncated_loss(model, scope, rank, rows) for rank in ranks]
         print(f'   {scope:9} ' + ''.join(f'{loss:8.3f}' for loss in losses))
+
+
+def truncated_loss(model, scope, rank, rows):
+    svd = dict(use_svd=True, svd_rank=rank, svd_scope=scope, svd_block=8)
+    truncated = GPT(GPTConfig(**SHAPE, **svd)).eval()
+    truncated.load_state_dict(model.state_dict())       # the SVD adds no parameters
+    return truncated(rows[:, :-1], rows[:, 1:])[1].item()
 
 
 if __name__ == '__main__':

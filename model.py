@@ -42,7 +42,8 @@ from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
 from lowrank.svd import METHODS, low_rank_approximation
 from runtime import checkpoint, huggingface
-from runtime.config import OVERRIDABLE, Needs, Range, UserError, check_all, marked, validate
+from runtime.config import (OVERRIDABLE, Needs, Range, Section, UserError, check_all, marked,
+                            validate)
 from runtime.distributed import mean_over_processes
 from runtime.generation import stream as sample_stream
 from runtime.optimizer import adamw
@@ -62,52 +63,55 @@ class GPTConfig(AdapterTargets):
     """Everything that shapes the model; a checkpoint's `model_args` is this as a dict. OVERRIDABLE
     fields change no parameter and may differ from a checkpoint's. Raises ValueError, its message
     starting with the field's name, for values that cannot be."""
-    block_size: Annotated[int, 'context length in tokens', Range(1)] = 1024
+    block_size: Annotated[int, 'context length in tokens', Range(1), Section('model')] = 1024
     vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304     # GPT-2's, in 64s
-    n_layer: Annotated[int, 'number of transformer blocks', Range(1)] = 12
+    n_layer: Annotated[int, 'transformer blocks', Range(1)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
     n_embd: Annotated[int, 'width of the model; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is a bit better and faster'] = True
     gelu: Annotated[Literal['exact', 'tanh'], "'exact': nanoGPT's; 'tanh': OpenAI's"] = 'exact'
-    use_svd: Annotated[bool, 'truncate V in attention to rank svd_rank', OVERRIDABLE] = False
+    use_svd: Annotated[bool, 'truncate V in attention to rank svd_rank', OVERRIDABLE,
+                       Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: all', Range(1), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'standard': torch.linalg.svd; 'gram': eigh of V^T V, "
-                          "faster; 'randomized': faster still, residual 1 to 4% above the best",
+                          "faster; 'randomized': fastest, residual 1 to 4% above the best",
                           *SVD] = 'gram'
-    svd_scope: Annotated[Literal[SCOPES], "'sequence': V as a whole, which sees the future; "
-                         "'causal': rows, on a basis of earlier rows; 'weight': the projection "
-                         'that makes V', *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal': so many first rows stay whole; later a new basis comes "
-                         'from all earlier rows whenever their number has doubled', Range(1),
-                         *CAUSAL] = 32
-    svd_basis_grad: Annotated[bool, 'False: the basis is a constant in the backward pass, so that '
+    svd_scope: Annotated[Literal[SCOPES], "'sequence': all of V, sees later tokens; 'causal': on "
+                         "a basis of earlier rows; 'weight': the matrix that makes V",
+                         *SVD] = 'sequence'
+    svd_block: Annotated[int, "'causal': number of first rows that stay whole; a new basis follows "
+                         'whenever the number of rows has doubled', Range(1), *CAUSAL] = 32
+    svd_basis_grad: Annotated[bool, 'False: no gradient through the basis, so that '
                               "'sequence' does not learn to leak later tokens", *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start, without the "
-                               'last product', Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a cold start, more than rank + 4",
+    svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start",
+                               Range(0), *RANDOMIZED] = 2
+    svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond rank + 4",
                               Range(0), *RANDOMIZED] = 0
-    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents'] = False
-    mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
+    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents',
+                       Section('MLA and low-rank layers')] = False
+    mla_latent_dim: Annotated[int | None, 'latent size, at most n_embd; None: n_embd / 4',
                               Range(1), Needs(use_mla=True)] = None
-    layer_ranks: Annotated[dict[str, int] | None, 'low-rank layers -> their rank, such as '
-                           "{'h.0.mlp.c_fc': 64}; compress.py makes them"] = None
-    adaptive_svd: Annotated[bool, 'protect what was learned where gradients attack it'] = False
-    adaptive_svd_target_layer: Annotated[int, 'in this block; -1: in all', Range(-1), ADAPTIVE] = 0
+    layer_ranks: Annotated[dict[str, int] | None, "ranks of layers, as {'h.0.mlp.c_fc': 64}; "
+                           'compress.py sets them'] = None
+    adaptive_svd: Annotated[bool, 'protect learned weights against gradients that would undo them',
+                            Section('adaptive SVD')] = False
+    adaptive_svd_target_layer: Annotated[int, 'block with adaptive layers; -1: all blocks',
+                                         Range(-1), ADAPTIVE] = 0
     adaptive_svd_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj', with MLA 'query,c_proj'",
                                     ADAPTIVE] = 'c_q'
-    adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': the protected space is not "
-                                       "written to; 'none': MiLoRA", ADAPTIVE, OVERRIDABLE] = 'left'
-    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'layers in low-rank mode -> trained '
-                                  'components; training sets it', ADAPTIVE] = None
-    lora_rank: Annotated[int | None, 'rank of adapters on frozen weights; None: none',
-                         Range(1)] = None
+    adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': no writes to the protected "
+                                       "space; 'none': MiLoRA", ADAPTIVE, OVERRIDABLE] = 'left'
+    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'trained components of layers in low-rank '
+                                  'mode; training sets them', ADAPTIVE] = None
+    lora_rank: Annotated[int | None, 'adapter rank; weights are frozen; None: off', Range(1),
+                         Section('LoRA')] = None
     lora_alpha: Annotated[float | None, 'adapters count alpha / rank times; None: once',
                           Range(above=0), LORA] = None
-    lora_dropout: Annotated[float, "dropout of adapter inputs; of c_v in svd_scope='weight' none",
+    lora_dropout: Annotated[float, "dropout of adapter inputs; 'weight' scope: none for c_v",
                             Range(0, below=1), LORA, OVERRIDABLE] = 0.0
-    lora_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj', with MLA 'query' "
-                            'for the first three', LORA] = 'c_q,c_v'
+    lora_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj'; MLA: 'query' in "
+                            'place of the first three', LORA] = 'c_q,c_v'
     lora_init: Annotated[Literal[INITS], "'lora': zero; 'pissa', 'milora': the largest or smallest "
                          'singular components of the weights', LORA] = 'lora'
 

@@ -1,15 +1,16 @@
 """
 Train a GPT, with or without a truncated SVD on V:
 
-    python train.py config/train_svd_test.py                     # the main job: SVD on V, minutes on two CPU cores
-    python train.py config/train_svd_test.py --svd_rank=8        # any option can be overridden
-    python train.py --help                                       # every option with default and meaning
-    python train.py --init_from=resume --out_dir=OUT             # go on where a run stopped, to the same bits
+    python train.py config/train_svd_test.py               # SVD on V, minutes on two CPU cores
+    python train.py config/train_svd_test.py --svd_rank=8  # any option can be overridden
+    python train.py --help                                 # every option with default and meaning
+    python train.py --init_from=resume --out_dir=OUT       # go on where a run stopped, to the bit
     python train.py --eval_only=True --init_from=resume --out_dir=OUT --use_svd=True --svd_rank=8
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Option names and defaults are nanoGPT's. OUT_DIR gets ckpt.pt, config.py (resolved; can be run again), environment.json
-and metrics.jsonl. Ctrl-C and SIGTERM save after the step at hand; what is promised beyond that: docs/RELIABILITY.md.
+Option names and defaults are nanoGPT's. OUT_DIR gets ckpt.pt, config.py (resolved; can be run
+again), environment.json and metrics.jsonl. Ctrl-C and SIGTERM save after the step at hand; what is
+promised beyond that: docs/RELIABILITY.md.
 """
 
 import json
@@ -37,7 +38,7 @@ from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
 from runtime import huggingface, plots, tracking
-from runtime.config import PATH, Failure, Needs, Range, UserError, one_line
+from runtime.config import PATH, Failure, Needs, Range, Section, UserError, one_line
 from runtime.data import Dataset, locate, name_of
 from runtime.distributed import Processes, broadcast_result, gather, mean_over_processes
 from runtime.evaluation import Evaluation
@@ -52,51 +53,69 @@ from runtime.optimizer import build_optimizer, get_lr, restore_optimizer, schedu
 class TrainConfig(GPTConfig):
     """GPTConfig's fields and the run's; nanoGPT's names and defaults."""
     # model: where train.py's defaults differ from GPTConfig's
-    vocab_size: Annotated[int | None, "number of token ids; None: the data set's, rounded up to 64s for BPE", Range(1)] = None
-    bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster'] = False
+    vocab_size: Annotated[int | None, "number of token ids; None: the data's, BPE in 64s",
+                          Range(1)] = None
+    bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2'] = False
     # input and output
-    out_dir: Annotated[str, 'folder of the run; a run already there is moved aside, never overwritten', PATH] = 'out'
-    eval_interval: Annotated[int, 'steps between evaluations, each followed by a checkpoint', Range(1)] = 2000
+    out_dir: Annotated[str, 'folder of the run; an older run there is moved aside', PATH,
+                       Section('input and output')] = 'out'
+    eval_interval: Annotated[int, 'steps between evaluations and checkpoints', Range(1)] = 2000
     log_interval: Annotated[int, 'steps between lines of metrics.jsonl', Range(1)] = 1
-    eval_iters: Annotated[int, 'random batches a split and evaluation; the final one covers all of val', Range(1)] = 200
+    eval_iters: Annotated[int, 'random batches per split and evaluation; at the end all of val',
+                          Range(1)] = 200
     eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
-    always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the best'] = True
-    init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR/ckpt.pt and its settings), GPT-2 weights ('gpt2', "
-                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a folder: another run's, or in Hugging Face's "
-                         'format', PATH] = 'scratch'
-    lora_adapter: Annotated[str | None, 'folder of adapters on these weights, from export.py --to=lora', PATH] = None
+    always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the '
+                                      'best'] = True
+    init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', or a folder (a run, or Hugging Face's)",
+                         PATH] = 'scratch'
+    lora_adapter: Annotated[str | None, 'folder of adapters on these weights (export.py --to=lora)',
+                            PATH] = None
     # wandb
-    wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it on this machine'] = False
-    wandb_project: Annotated[str, 'wandb project'] = 'owt'
-    wandb_run_name: Annotated[str, 'wandb run name'] = 'gpt2'
-    wandb_group: Annotated[str | None, 'wandb group, of the runs of a sweep'] = None
-    wandb_tags: Annotated[str | None, "wandb tags, as 'svd,rank 4'"] = None
+    wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it here',
+                         Section('wandb')] = False
+    wandb_project: Annotated[str, 'project'] = 'owt'
+    wandb_run_name: Annotated[str, 'name of the run'] = 'gpt2'
+    wandb_group: Annotated[str | None, 'group, for the runs of a sweep'] = None
+    wandb_tags: Annotated[str | None, "tags, for example 'svd,rank 4'"] = None
     # data
-    dataset: Annotated[str, 'folder below data/, path of a prepared folder, or a text file', PATH] = 'openwebtext'
-    tokenizer: Annotated[Literal['char', 'gpt2'], 'how to encode if dataset is a text file'] = 'char'
-    gradient_accumulation_steps: Annotated[int, 'micro-batches a step, over all processes', Range(1)] = 5 * 8
-    batch_size: Annotated[int, 'sequences a micro-batch', Range(1)] = 12
+    dataset: Annotated[str, 'folder below data/, another prepared folder, or a text file', PATH,
+                       Section('data')] = 'openwebtext'
+    tokenizer: Annotated[Literal['char', 'gpt2'], "encoding of a text file: 'char' or 'gpt2' (BPE)"
+                         ] = 'char'
+    gradient_accumulation_steps: Annotated[int, 'micro-batches per step, over all processes',
+                                           Range(1)] = 5 * 8
+    batch_size: Annotated[int, 'sequences per micro-batch', Range(1)] = 12
     # optimizer
-    optimizer: Annotated[Literal['adamw', 'muon'], "'muon': Muon on the blocks' matrices, AdamW on the rest"] = 'adamw'
+    optimizer: Annotated[Literal['adamw', 'muon'], "'adamw'; 'muon': Muon on the blocks' matrices, "
+                         'AdamW elsewhere', Section('optimizer')] = 'adamw'
     learning_rate: Annotated[float, 'maximal learning rate', Range(0)] = 6e-4
     max_iters: Annotated[int, 'optimizer steps', Range(0)] = 600000
-    weight_decay: Annotated[float, 'decay of everything with two dimensions', Range(0)] = 1e-1
-    beta1: Annotated[float, 'AdamW', Range(0, below=1)] = 0.9
-    beta2: Annotated[float, 'AdamW', Range(0, below=1)] = 0.95
+    weight_decay: Annotated[float, 'decay of all parameters with two dimensions', Range(0)] = 1e-1
+    beta1: Annotated[float, "AdamW's decay of the mean gradient", Range(0, below=1)] = 0.9
+    beta2: Annotated[float, "AdamW's decay of the mean squared gradient", Range(0, below=1)] = 0.95
     grad_clip: Annotated[float, 'largest gradient norm; 0: no clipping', Range(0)] = 1.0
-    adaptive_svd_interval: Annotated[int, 'adaptive_svd: steps between analyses', Range(1), Needs(adaptive_svd=True)] = 20
+    adaptive_svd_interval: Annotated[int, 'steps between analyses', Range(1),
+                                     Needs(adaptive_svd=True), Section('adaptive SVD')] = 20
     # learning rate schedule
-    decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant'] = True
-    warmup_iters: Annotated[int, 'steps of linear warm-up; a tenth of the schedule where it would not fit', Range(0), Needs(decay_lr=True)] = 2000
-    lr_decay_iters: Annotated[int | None, 'step at which min_lr is reached; None: max_iters', Range(0), Needs(decay_lr=True)] = None
-    min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10', Range(0), Needs(decay_lr=True)] = 6e-5
+    decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant',
+                        Section('learning rate')] = True
+    warmup_iters: Annotated[int, 'steps of linear warm-up; if too many: a tenth of the schedule',
+                            Range(0), Needs(decay_lr=True)] = 2000
+    lr_decay_iters: Annotated[int | None, 'step that reaches min_lr; None: max_iters', Range(0),
+                              Needs(decay_lr=True)] = None
+    min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10', Range(0),
+                      Needs(decay_lr=True)] = 6e-5
     # system
-    backend: Annotated[Literal['nccl', 'gloo'], 'torchrun: how processes talk; gloo is used on the CPU anyway'] = 'nccl'
-    device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'"] = 'auto'
+    backend: Annotated[Literal['nccl', 'gloo'], "of torchrun: 'nccl' or 'gloo'; on the CPU always "
+                       "'gloo'", Section('system')] = 'nccl'
+    device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps or cpu"] = 'auto'
     dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
-                     "autocast type; 'auto': bfloat16 on CUDA (float16 where it lacks that), else float32"] = 'auto'
+                     "autocast to 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 on CUDA "
+                     '(float16 if it lacks that), else float32'] = 'auto'
     compile: Annotated[bool | Literal['auto'], "torch.compile; 'auto': on CUDA only"] = 'auto'
-    seed: Annotated[int, 'of weights, data order, dropout and evaluation windows', Range(0, below=2 ** 63)] = 1337
+    seed: Annotated[int, 'of weights, data order, dropout and evaluation windows',
+                    Range(0, below=2 ** 63)] = 1337
 
     def __post_init__(self):
         configuration.validate(self)

@@ -1,4 +1,6 @@
-"""Generation: the next token from a model's logits, and one after the other."""
+"""Generation: the next token from a model's logits, and one token after the other."""
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -7,31 +9,35 @@ from runtime.data import Tokenizer
 
 
 def validate_sampling(temperature, top_k, top_p):
-    """Raise ValueError, its message starting with the option's name, for what `draw` cannot take."""
-    if not 0 <= temperature < float('inf'):
-        raise ValueError(f'temperature={temperature}: must be at least 0, which takes the likeliest (nearest: 0)')
+    """Raise ValueError, its message starting with the option's name, for options that
+    `sample_token` cannot take."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f'temperature={temperature}: must be at least 0, which takes the '
+                         'likeliest (nearest: 0)')
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k={top_k}: must be at least 1, or None for all (nearest: 1)')
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f'top_p={top_p}: must be above 0 and at most 1 (nearest: {1.0 if top_p > 1 else 0.01})')
+        raise ValueError(f'top_p={top_p}: must be above 0 and at most 1 '
+                         f'(nearest: {1.0 if top_p > 1 else 0.01})')
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Token ids (B, 1) drawn from softmax(logits / temperature), logits (B, vocab); temperature 0: the likeliest.
-    Only the top_k likeliest can come, and of these only as many as are needed for a probability of top_p together
-    (nucleus sampling, arXiv:1904.09751). Raises FloatingPointError where logits are not finite."""
-    if not _finite(logits):
+    """Token ids (B, 1) drawn from softmax(logits / temperature), logits (B, vocab); temperature 0
+    takes the likeliest. Only the top_k likeliest can come, and of these only as many as have a
+    probability of top_p together (nucleus sampling, arXiv:1904.09751). Raises FloatingPointError
+    if logits are not finite."""
+    if not logits.isfinite().all():                     # waits for the device; multinomial crashes
         raise FloatingPointError('the logits of the next token are not finite')
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     limits = torch.finfo(logits.dtype)
     if top_k is not None:
-        kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))   # (B, top_k)
-        logits = logits.masked_fill(logits < kept[:, [-1]], -float('inf'))
+        kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))               # (B, top_k)
+        logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)
     # the largest becomes 0, so that no temperature takes it out of range; -inf / inf would be NaN
-    logits = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, limits.tiny), limits.max)
-    p = F.softmax(logits, dim=-1)                                   # (B, vocab)
+    logits = logits - logits.amax(-1, keepdim=True)
+    p = F.softmax(logits / min(max(temperature, limits.tiny), limits.max), dim=-1)  # (B, vocab)
     if top_p is not None and top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
         # those before it have top_p already; a top_p that rounds to 0 would leave nothing
@@ -40,52 +46,45 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(p, num_samples=1, generator=generator)
 
 
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True):
-    """The next tokens of idx (B, T), each (B, 1), as they are drawn (see `draw`): a generator. model: called as `GPT`.
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
+           use_cache=True):
+    """Yield the tokens that follow idx (B, T), each (B, 1), as they are drawn (`sample_token`).
 
-    The context is the last block_size tokens; up to there model.new_cache is used, if use_cache. Beyond, each token
-    shifts the window and with it all learned positions, so nothing cached is true any more: as in nanoGPT, the whole
-    window is computed for each token, but for what only earlier positions of the last layer would need.
+    model(idx, cache=None) gives logits (B, ..., vocab) and the loss; model.new_cache(B, tokens)
+    gives a cache. The context is the last block_size tokens. As long as all tokens fit, the cache
+    is used, if use_cache. After that each token shifts the window, and with it all learned
+    positions, so that nothing cached is valid; as in nanoGPT, each token computes the window.
 
-    One prompt that is expanded to B rows (`Tensor.expand`) is computed once. seed: of a generator of its own; None:
-    torch's global one. Raises ValueError for options that cannot be, FloatingPointError for logits that are not finite.
+    A prompt that is expanded to B rows (`Tensor.expand`) is computed once. seed: of a generator of
+    its own; None: torch's global one. With the first token, raises ValueError for options that are
+    not possible; FloatingPointError if logits are not finite.
     """
     validate_sampling(temperature, top_k, top_p)
     if max_new_tokens < 0:
         raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0')
-    return _tokens(model, idx, max_new_tokens, (temperature, top_k, top_p), seed, use_cache)
-
-
-@torch.no_grad()
-def _tokens(model, idx, max_new_tokens, options, seed, use_cache):
-    """The generator of `stream`; options: of `draw`."""
-    (B, T), block_size = idx.shape, model.config.block_size
+    (B, T), block_size, cache = idx.shape, model.config.block_size, None
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-    one_prompt = B > 1 and idx.stride(0) == 0 and not model.training                            # dropout differs by row
-    cache = None
+    one_prompt = B > 1 and idx.stride(0) == 0 and not model.training            # dropout differs
     if use_cache and max_new_tokens > 1 and T <= block_size:
-        cache = model.new_cache(B, min(T + max_new_tokens - 1, block_size))                     # the last stays out
+        cache = model.new_cache(B, min(T + max_new_tokens - 1, block_size))     # the last stays out
     ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-    for n in range(T, T + max_new_tokens):                          # n tokens so far
+    for n in range(T, T + max_new_tokens):                                      # n tokens so far
         window = ids[:1 if one_prompt and n == T else B, max(0, n - block_size):n]
-        cache = cache if n <= block_size else None                  # all positions shift
+        cache = cache if n <= block_size else None                  # beyond it all positions shift
         new = window[:, cache[0].length:] if cache else window
-        logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                                # (B, vocab)
-        ids[:, n:n + 1] = token = sample_token(logits, *options, generator)
+        logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                # (B, vocab)
+        ids[:, n:n + 1] = token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
 
 
-def _finite(x):
-    return bool(x.isfinite().all())                                 # waits for a device; multinomial would crash it
-
-
 def sample(model, data, device, context):
-    """A short text of the model, to look at."""
+    """A short text of the model, to look at. data: for its tokenizer; context: autocast."""
     tokenizer = Tokenizer(data.meta)
     newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
-    start = tokenizer.encode('\n' if newline else tokenizer.chars[0])
+    start = torch.tensor([tokenizer.encode('\n' if newline else tokenizer.chars[0])], device=device)
     model.eval()
     with context:
-        ids = model.generate(torch.tensor([start], device=device), 200, temperature=0.8, top_k=200,
+        ids = model.generate(start, 200, temperature=0.8, top_k=200,
                              use_cache=not model.config.is_noncausal)
     return tokenizer.decode(ids[0].tolist())

@@ -3,12 +3,14 @@ and checkpoints, files in OUT_DIR. Who changes it on purpose changes that file, 
 
 import importlib
 import json
-import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from helpers import checkpoint, rows
+from runtime import config as configuration
 
 SURFACE = json.loads(Path(__file__).with_name('surface.json').read_text())
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -17,10 +19,14 @@ KINDS = {'plain': ['--optimizer=muon'], 'svd': ['--use_svd=True', '--svd_rank=2'
 
 
 @pytest.mark.parametrize('command', SURFACE['options'])
-def test_the_options_of_a_command(call, command):
-    printed = call(importlib.import_module(command).main, '--help').out
-    found = re.findall(r'^  --(\w+)(?:=(.*?))?  .*\[(.+?)\]$', printed, re.MULTILINE)
-    assert {name: f'{default} [{kind}]' for name, default, kind in found} == SURFACE['options'][command]
+def test_the_options_of_a_command(command):
+    config = getattr(importlib.import_module(command), f'{command.title()}Config')
+    hints, describe = configuration.hints_of(config), configuration.describe
+    # a switch is listed without its default, False
+    assert SURFACE['options'][command] == {
+        f.name: f' [{describe(hints[f.name]).replace("True or False", "given or not")}]'
+        if configuration.SWITCH in get_args(hints[f.name])
+        else f'{f.default!r} [{describe(hints[f.name])}]' for f in fields(config)}
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -14,6 +14,7 @@ import sample
 import train
 from helpers import ROOT
 from runtime import config as configuration
+from runtime.config import SWITCH
 from train import TrainConfig
 
 MAINS = {'train': train.main, 'sample': sample.main, 'bench': bench.main}
@@ -72,7 +73,7 @@ WRONG = {
         ('learning_rate=1j', 'a number'),
         *((f'{key}={bad}', 'a number') for key in ('learning_rate', 'dropout', 'beta2', 'grad_clip')
           for bad in ('nan', 'inf', '-inf', '1e999', '1' + '0' * 400)),
-        ('use_svd=1', 'True or False (nearest: True)'), ('use_svd=no', '(nearest: False)'),
+        ('use_svd=1', 'True or False'), ('use_svd=no', 'True or False'),
         ('compile=2', "True or False or 'auto'"), ('svd_rank=half', 'a whole number or None'),
         ('svd_scope=sequense', "'causal' or 'weight' (nearest: 'sequence')"),
         ('svd_method=Gram', "(nearest: 'gram')"),
@@ -85,13 +86,13 @@ WRONG = {
         *((f'{key}=0', '(nearest: 1)') for key in (
             'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
             'log_interval', 'eval_iters', 'svd_block')),
-        ('n_layer=-1', '(nearest: 1)'), ('out_dir=' + 'a' * 5000, 'File name too long'),
+        ('n_layer=-1', '(nearest: 1)'),
         *((f'out_dir={folder}', "(nearest: 'out')") for folder in ('.', '', '..', 'a/..', '~'))],
     'sample': [('temperature=-1', '(nearest: 0)'), ('temperature=nan', 'a number'),
                ('top_p=0', '(nearest: 0.01)'), ('top_p=1.5', '(nearest: 1.0)'), ('top_k=0', '(nearest: 1)'), 
                ('num_samples=0', '(nearest: 1)'), ('max_new_tokens=0', '(nearest: 1)'),
                ('svd_scope=rows', "'sequence' or 'causal' or 'weight' or None")],
-    'bench': [('decode=1', '(nearest: True)'), ('decode=', 'True or False')]}
+    'bench': [('decode=1', 'True or False'), ('decode=', 'True or False')]}
 
 
 @pytest.mark.parametrize('script', MAINS)
@@ -107,7 +108,7 @@ ARGUMENTS = {
         ('--max_iter=3', '--max_iter: no such option (nearest: --max_iters)'),
         ('--svdrank=3', '(nearest: --svd_rank)'), ('--MAX_ITERS=3', '(nearest: --max_iters)'),
         ('--qqq=3', '--help'), ('--use_svd', '--use_svd=VALUE'),
-        ('-n_layer=3', '--key=value'), ('--', '--key=value'), ('--=3', '--key=value'),
+        ('-n_layer=3', '(nearest: --n_layer)'), ('--', '--key=value'), ('--=3', '--key=value'),
         ('max_iters=3', '(nearest: --max_iters=3)'), ('max-iters=3', '(nearest: --max_iters=3)'),
         (f'{ROOT}/train_.py', '(nearest: config/train_small.py)'),  # no config file are scripts, as train.py
         ('use_svd', '(nearest: --use_svd=VALUE)'), ('--svd_rank 4', '--svd_rank=VALUE')],
@@ -193,11 +194,16 @@ CONFIGS = [bench.BenchConfig, compress.CompressConfig, export.ExportConfig, samp
 def test_help_lists_every_option_with_its_default_and_meaning(call, main, config):
     result = call(main, '--seed=nonsense', '--help')
     assert result.out == call(main, '-h').out and result.code == 0 and not result.err
-    lines = [' '.join(line.split()) for line in result.out.splitlines()]
+    printed, hints = ' '.join(result.out.split()) + ' ', get_type_hints(config, include_extras=True)
+    if main is train.main:                                          # two screens
+        assert len(result.out.splitlines()) <= 100 >= max(map(len, result.out.splitlines()))
     for f in fields(config):
-        written = f'--{f.name}' if configuration.is_switch(f.type) else f'--{f.name}={f.default!r}'
-        found = [line for line in lines if line.startswith(f'{written} {get_args(f.type)[1]}')]
-        assert len(found) == 1, f.name
+        _, about, *marks = get_args(hints[f.name])
+        written = f'--{f.name}' if SWITCH in marks else f'--{f.name}={f.default!r}'
+        assert printed.count(f' {written} {about} ') == 1, f.name
+        assert f.default is None or all(
+            repr(choice) in about for kind in configuration.alternatives(hints[f.name])
+            if get_origin(kind) is Literal for choice in get_args(kind)), f.name
 
 
 @pytest.mark.parametrize('config', [*CONFIGS, compare.CompareConfig])
