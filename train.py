@@ -492,7 +492,7 @@ def restore(state, saved, processes):
         if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:     # as exported
             processes.print(f'{path} has no optimizer state: the optimizer starts anew')
         else:
-            restore_optimizer(state.optimizer, optimizer, saved['iter_num'], cropped=state.model.transformer.wpe.weight)
+            restore_optimizer(state.optimizer, optimizer, cropped=state.model.transformer.wpe.weight)
         if states:
             ckpt.set_random_state(states[processes.rank], state.data_rng, state.device)
         if state.scaler.is_enabled() and saved.get('scaler'):

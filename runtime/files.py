@@ -199,16 +199,12 @@ def check_save_dir(save_dir, source, kind, overwrite=False):
     """
     real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, source))
     where = f'save_dir={str(save_dir)!r}'
-    try:
-        if is_shared(real):
-            raise UserError(f'{where}: must be another folder than this one or home (nearest: '
-                            f'{unused(save_dir / kind)})')
-        if real in (own, *own.parents):
-            raise UserError(f"{where}: has the model itself in it (nearest: {unused(f'{source}-{kind}')})")
-        free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not any(save_dir.iterdir())
-        a_run = overwrite is not None and (save_dir / 'ckpt.pt').exists()
-    except OSError as e:
-        raise UserError(f'{where}: cannot be used: {e.strerror}') from None
+    if is_shared(real):
+        raise UserError(f'{where}: must be another folder than this one or home (nearest: {unused(save_dir / kind)})')
+    if real in (own, *own.parents):
+        raise UserError(f"{where}: has the model itself in it (nearest: {unused(f'{source}-{kind}')})")
+    free = not os.path.lexists(save_dir) or os.path.isdir(save_dir) and not os.listdir(save_dir)
+    a_run = overwrite is not None and os.path.exists(save_dir / 'ckpt.pt')
     if not free and not (overwrite and a_run):
         raise UserError(f"{where}: is there already, and no empty folder (nearest: {unused(save_dir)}"
                         + (', or --overwrite=True, which moves it aside)' if a_run else ')'))

@@ -168,28 +168,18 @@ def swap_params(optimizer, model, old):
             optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))
 
 
-def restore_optimizer(optimizer, saved, steps, cropped):
-    """Load the state dict `saved` of an optimizer that took `steps` steps. Its options (weight decay, betas) do not
-    count: those that `optimizer` was made with do. cropped: a parameter that may have lost its last rows since. Raises
-    ValueError, where torch would load what fails later, for a state that is not this optimizer's."""
+def restore_optimizer(optimizer, saved, cropped):
+    """Load the state dict `saved` of an optimizer. Its options (weight decay, betas) do not count: those that
+    `optimizer` was made with do. cropped: a parameter that may have lost its last rows since. Raises ValueError for a
+    state that is not this optimizer's."""
     options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
-        raise ValueError(f'{type(e).__name__}: {one_line(e)[:100]}') from None
+        raise ValueError(f'its optimizer state does not fit: {type(e).__name__}: {one_line(e)[:100]}') from None
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
-    kinds, states = ({'momentum_buffer'}, {'step', 'exp_avg', 'exp_avg_sq'}), optimizer.state
-    for p in (p for group in optimizer.param_groups for p in group['params']):
-        state = states.get(p, {})
-        if not steps and not state:
-            continue
-        if set(state) not in kinds or not all(torch.is_tensor(value) for value in state.values()):
-            raise ValueError(f'a parameter has {", ".join(map(str, state)) or "nothing"} in it')
-        for key, value in state.items():
-            if p is cropped and value.dim() == 2 and value.shape[0] > p.shape[0]:
-                state[key] = value = value[:p.shape[0]].clone()
-            if value.shape != (p.shape if key != 'step' else ()) or not value.isfinite().all() or (
-                    key in ('step', 'exp_avg_sq') and value.min() < 0):
-                raise ValueError(f'{key} of shape {tuple(value.shape)}, or with impossible values, for a parameter of '
-                                 f'shape {tuple(p.shape)}')
+    state = optimizer.state.get(cropped, {})
+    for key, value in state.items():
+        if value.dim() == 2:
+            state[key] = value[:len(cropped)].clone()

@@ -119,22 +119,21 @@ def test_a_file_that_is_no_checkpoint_is_refused(good, check, spoil):
 # the content of a checkpoint
 
 HUGE = [10 ** n for n in (9, 18, 300)]
-NUMBERS = [None, 'x', torch.ones(3), {1}, NAN, torch.tensor(-INFINITY), True, 1j]
 SPOILT = {f'model_args/{key}': [REMOVED, None, 'two', 1.5, True, 0, -1, torch.tensor(2), 3,
                                 *HUGE * (key == 'n_head')]
           for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
 SPOILT |= {f'model/{name}.weight': [
-    REMOVED, None, lambda w: w.long(), lambda w: w * NAN, lambda w: w / 0, lambda w: torch.cat((w, w)),
+    REMOVED, None, lambda w: w * NAN, lambda w: w / 0, lambda w: torch.cat((w, w)),
     lambda w: w.flatten()[:-1], lambda w: w[None], lambda w: w[:0], lambda w: w.tolist()] for name in (
     'transformer.wte', 'transformer.wpe', 'transformer.h.0.ln_1', 'lm_head', 'transformer.h.0.attn.c_attn',
     'transformer.h.0.mlp.c_proj', 'transformer.ln_f')}
 SPOILT |= {
-    'model': [REMOVED, None, 'x', [1], torch.ones(3), 1.5, {}, {'x': 1}, {5: torch.ones(2)}],
+    'model': [REMOVED, None, 'x', [1], torch.ones(3), 1.5, {}, {'x': 1}],
     'model_args': [REMOVED, None, 'x', [1], torch.ones(3), 1.5], 'iter_num': [REMOVED, None, 'x', [1], 1.5],
     **{key: [None, 'x', torch.ones(3), {1}] for key in ('config', 'optimizer', 'scaler', 'random')},
     'tokenizer': [None, 'x', torch.ones(3), {1}, {'tokenizer': 'char', 'dtype': 'uint16', 'vocab_size': 18,
                                                   'chars': [*'abcdefghijklmnopqr']}],
-    'best_val_loss': NUMBERS,
+    'best_val_loss': [None, 'x', {1}],
     'model_args/n_moe': [8], 'model_args/5': [8], 'model_args/bias': [True, 'yes', 1, None],
     'model_args/dropout': [1., -.1, NAN, 'x', None], 'model_args/use_svd': ['yes', None, 1],
     'model_args/svd_rank': [0, 'x', .5], 'model_args/svd_block': [0, None],
@@ -150,10 +149,7 @@ SPOILT |= {
                         list(range(17)), lambda chars: chars + ['z']]}
 SPOILT_FOR_TRAINING = {
     'best_val_loss': [REMOVED], 'optimizer': [REMOVED, {}, {'muon': {}, 'adamw': {}}],
-    **{f'optimizer/state/0/{key}': [REMOVED, None, 'x', torch.ones(3, 3), lambda v: v * NAN, worse]
-       for key, worse in (('step', torch.tensor(-3.)), ('exp_avg', 1j), ('exp_avg_sq', lambda v: v - 1))},
-    'optimizer/state/0/new': [1], 'optimizer/state/1': [REMOVED, None],
-    'optimizer/state': [REMOVED, None, [], {}],
+    'optimizer/state': [REMOVED, None],
     'optimizer/param_groups': [REMOVED, None, [], lambda g: g[:1], lambda g: [*g, g[0]], 'x', [1, 2],
                                [{}, {}],
                                lambda g: [g[0] | {'params': [0]}, g[1]]],
@@ -169,7 +165,7 @@ SPOILT_FOR_TRAINING = {
 QUICK = ['model_args/n_layer', 'model_args/n_head', 'model_args/n_moe', 'model/lm_head.weight', 'model',
          'iter_num',
          'best_val_loss', 'tokenizer', 'tokenizer/vocab_size', 'random', 'config/dataset',
-         'optimizer', 'optimizer/state/0/exp_avg_sq', 'optimizer/state/1']
+         'optimizer']
 CASES = [*((place, values, (RESUME, SAMPLE, EXPORT)) for place, values in SPOILT.items()),
          *((place, values, (RESUME,)) for place, values in SPOILT_FOR_TRAINING.items())]
 
