@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from runtime import cli                                                 # before torch: says what is not installed
+from runtime import cli  # before torch: says what is not installed
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +46,8 @@ from runtime.files import (FULL, archive_run, check_writable, is_shared, locked_
                            remove_leftovers, unused, unwritable, write_atomically)
 from runtime.generation import sample
 from runtime.nan_check import first_nonfinite_layer
-from runtime.optimizer import build_optimizer, get_lr, restore_optimizer, schedule_length, swap_params, warmup_iters
+from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, schedule_length,
+                               swap_params, warmup_iters)
 
 
 @dataclass
@@ -120,34 +121,41 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         configuration.validate(self)
         self.check_shape()
-        if self.init_from in ('scratch', 'resume'):                     # otherwise the weights say which layers there are
+        # otherwise the weights say which layers there are
+        if self.init_from in ('scratch', 'resume'):
             self.check_layers()
-        if self.lr_decay_iters is None:                                 # a number in the checkpoint: a resume keeps it
+        if self.lr_decay_iters is None:  # a number in the checkpoint: a resume keeps it
             self.lr_decay_iters = self.max_iters
         huggingface.check_name(self.init_from, ('scratch', 'resume'))
         if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
-            raise ValueError(f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on (nearest: '
-                             '--init_from=FOLDER, of these)')
+            raise ValueError(
+                f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on '
+                '(nearest: --init_from=FOLDER, of these)')
         out = os.path.realpath(self.out_dir)
         if not self.out_dir or is_shared(Path(out)):
-            raise ValueError(f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
+            raise ValueError(
+                f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
         if os.path.exists(f'{out}/train.bin') or os.path.exists(f'{out}/prepare.py'):
             raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder (nearest: 'out')")
         if os.path.isfile(out):
-            raise ValueError(f'out_dir={self.out_dir!r}: is a file (nearest: {unused(Path(self.out_dir))})')
+            raise ValueError(
+                f'out_dir={self.out_dir!r}: is a file (nearest: {unused(Path(self.out_dir))})')
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
-RUN_LOCAL_FIELDS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')     # not a checkpoint's
-HEAD = '# this run, resolved; can be given to train.py again\n'       # tells a run's config.py from a user's own
+# not a checkpoint's
+RUN_LOCAL_FIELDS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')
+# tells a run's config.py from a user's own
+HEAD = '# this run, resolved; can be given to train.py again\n'
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input, 1 training failed, 130 / 143 after Ctrl-C / SIGTERM; one line on stderr."""
+    """-> exit code: 0 done, 2 wrong input, 1 training failed, 130 / 143 after Ctrl-C / SIGTERM; one
+    line on stderr."""
     return cli.run('train.py', TrainConfig, __doc__, train, argv, load_config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a run
 
 def train(loaded):
@@ -164,24 +172,29 @@ def train(loaded):
                 out / 'config.py', f'out_dir={cfg.out_dir!r}'))
         data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
         huggingface.check_tokenizer(cfg, set_by, saved, data, say)
-        cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']  # the text may go
+        # the text may go
+        cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']
         try:
             model = build_model(cfg, set_by, saved, data, say).to(device)
+        except UserError:
+            raise
         except ValueError as e:
-            raise e if isinstance(e, UserError) else UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
+            raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
         describe(cfg, model, data, dtype, processes)
-        evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype), cfg.is_noncausal)
+        evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype),
+                                cfg.is_noncausal)
         if cfg.eval_only:
             return evaluate_only(cfg, evaluation, out, processes)
 
         state = new_state(cfg, model, device, data, processes.distributed)
         if saved:
             restore(state, saved, processes)
-            saved.clear()                                               # the caller still holds it: free the memory
+            saved.clear()                                   # the caller holds it: free the memory
         log = stack.enter_context(open_out_dir(state, dtype, say)) if processes.is_main else None
         try:
-            with cli.signals.deferred(), tracking.bar(total=cfg.max_iters, initial=state.iter_num, desc='train',
-                                                      unit='step', disable=not processes.is_main) as bar:
+            with cli.signals.deferred(), tracking.bar(
+                    total=cfg.max_iters, initial=state.iter_num, desc='train', unit='step',
+                    disable=not processes.is_main) as bar:
                 loop(state, evaluation, log, processes, bar)
             if processes.is_main:
                 row = evaluation.final()
@@ -194,13 +207,15 @@ def train(loaded):
 
 
 def stopped(state, error, processes):
-    """The Failure to raise for an error that ends training: where it happened, what is kept, and what to do."""
+    """The Failure to raise for an error that ends training: where it happened, what is kept, and
+    what to do."""
     words = f'training stopped after step {state.iter_num}: {one_line(error)}'
     if processes.is_main:                                               # which knows what is saved
         words += '; no checkpoint had been saved' if state.saved_at is None else (
             f'; the checkpoint of step {state.saved_at} is kept')
     if isinstance(error, OSError) and error.errno in FULL:
-        again = 'start again' if state.saved_at is None else f'{resume_options(state.cfg.out_dir)} goes on'
+        resume = f'{resume_options(state.cfg.out_dir)} goes on'
+        again = 'start again' if state.saved_at is None else resume
         words += f'; make room there, then {again}'
     return Failure(words)
 
@@ -218,12 +233,13 @@ def loop(state, evaluation, log, processes, bar):
             group['lr'] = lr
 
         is_last = state.iter_num >= cfg.max_iters
-        if state.iter_num % cfg.eval_interval == 0 or is_last:
+        if state.iter_num % cfg.eval_interval == 0 or is_last:          # not timed
             started = time.perf_counter()
             evaluate_and_save(state, evaluation, log, processes)
-            clock += time.perf_counter() - started                      # evaluation is not training time
-        received = processes.all_reduce_max(cli.signals.received or signal.SIGTERM * processes.parent_exited())
-        if received:                                                    # all stop at the same step
+            clock += time.perf_counter() - started
+        received = cli.signals.received or signal.SIGTERM * processes.parent_exited()
+        received = processes.all_reduce_max(received)                   # all stop at the same step
+        if received:
             save_interrupted(state, processes)
             raise cli.Interrupted(received)
         if is_last:
@@ -255,20 +271,22 @@ def loop(state, evaluation, log, processes, bar):
 
 
 def next_batch(state, processes):
-    """x, y (B, T) of this process. All processes draw the windows of all, in the order of a single process."""
+    """x, y (B, T) of this process. All processes draw the windows of all, in the order of a single
+    process."""
     cfg, data = state.cfg, state.data
-    starts = data.sample_offsets('train', processes.world_size * cfg.batch_size, cfg.block_size, state.data_rng)
+    starts = data.sample_offsets('train', processes.world_size * cfg.batch_size, cfg.block_size,
+                                 state.data_rng)
     own = starts.view(processes.world_size, cfg.batch_size)[processes.rank].tolist()
     return data.windows(data.tokens('train'), own, cfg.block_size, 'train', state.device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a training step
 
 @dataclass
 class TrainState:
-    """A run in progress. A checkpoint holds the states of model, optimizer, scaler, adaptive and data_rng, and the
-    numbers."""
+    """A run in progress. A checkpoint holds the states of model, optimizer, scaler, adaptive and
+    data_rng, and the numbers."""
     cfg: TrainConfig
     model: GPT
     optimizer: Any
@@ -279,7 +297,7 @@ class TrainState:
     data_rng: torch.Generator               # of training batches, and of nothing else
     distributed: bool = False
     adaptive: AdaptiveSVD | None = None
-    replica: Any = None                     # the model as a step calls it: compiled, one of the processes' replicas
+    replica: Any = None                     # the model as a step calls it: compiled, in DDP
     iter_num: int = 0
     best_val_loss: float = 1e9
     saved_at: int | None = None             # step of the last checkpoint
@@ -288,10 +306,14 @@ class TrainState:
 def new_state(cfg, model, device, data=None, distributed=False):
     """The state of a run before its first step."""
     dtype = devices.pick_dtype(cfg.dtype, device)
-    adaptive = AdaptiveSVD(adaptive_layers(model), cfg.adaptive_svd_interval) if cfg.adaptive_svd else None
-    state = TrainState(cfg, model, build_optimizer(cfg, model, device), device, devices.autocast(device, dtype),
-                       torch.amp.GradScaler('cuda', enabled=dtype == 'float16' and device.startswith('cuda')),
-                       data, torch.Generator().manual_seed(cfg.seed), distributed, adaptive)
+    scales = dtype == 'float16' and device.startswith('cuda')
+    state = TrainState(
+        cfg=cfg, model=model, optimizer=build_optimizer(cfg, model, device), device=device,
+        context=devices.autocast(device, dtype), data=data, distributed=distributed,
+        scaler=torch.amp.GradScaler('cuda', enabled=scales),
+        data_rng=torch.Generator().manual_seed(cfg.seed))
+    if cfg.adaptive_svd:
+        state.adaptive = AdaptiveSVD(adaptive_layers(model), cfg.adaptive_svd_interval)
     state.replica = replicate(state)
     return state
 
@@ -300,12 +322,14 @@ def replicate(state):
     """The model as a step calls it, to be made again when the model has other parameters."""
     replica = state.model
     if state.cfg.compile is True or state.cfg.compile == 'auto' and 'cuda' in state.device:
-        torch.compiler.reset()                                          # else the limit of recompilations comes near
+        torch.compiler.reset()  # else the limit of recompilations comes near
         replica = torch.compile(replica, fullgraph=True)
     if state.distributed:
-        own = [name for name, _ in replica.named_buffers()]             # sums of V of the process's own batches
+        # sums of V of the process's own batches
+        own = [name for name, _ in replica.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
-        replica = DistributedDataParallel(replica, device_ids=[state.device] if 'cuda' in state.device else None)
+        replica = DistributedDataParallel(
+            replica, device_ids=[state.device] if 'cuda' in state.device else None)
     return replica
 
 
@@ -314,10 +338,12 @@ def language_model_loss(model, x, y):
 
 
 def train_step(state, batches, loss_of=language_model_loss):
-    """Forward and backward over micro-batches, clip, one optimizer step -> the mean loss, over all processes.
+    """Forward and backward over micro-batches, clip, one optimizer step -> the mean loss, over all
+    processes.
 
     batches: [(x, y), ...], (B, T) each; loss_of(model, x, y) -> loss. Raises FloatingPointError or
-    torch.linalg.LinAlgError, before the optimizer changes anything, for a loss or gradient that is not finite.
+    torch.linalg.LinAlgError, before the optimizer changes anything, for a loss or gradient that is
+    not finite.
     """
     model, optimizer, scaler, adaptive = state.model, state.optimizer, state.scaler, state.adaptive
     analyze = adaptive is not None and adaptive.is_analysis_step(state.iter_num + 1)
@@ -325,7 +351,7 @@ def train_step(state, batches, loss_of=language_model_loss):
         adaptive.track_weight_grads()
     loss_sum = 0.0
     for i, (x, y) in enumerate(batches):
-        waits = state.distributed and i + 1 < len(batches)              # gradients travel once per step
+        waits = state.distributed and i + 1 < len(batches)  # gradients travel once per step
         with state.replica.no_sync() if waits else nullcontext():
             with state.context:
                 loss = loss_of(state.replica, x, y) / len(batches)
@@ -339,7 +365,7 @@ def train_step(state, batches, loss_of=language_model_loss):
     params = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     loss, norm_value = torch.stack((loss, norm)).tolist()               # waits for the device
-    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: an overflow at first is no fault
+    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: no fault yet
     if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
         raise FloatingPointError(f'the loss is {loss}, the gradient norm {norm_value}')
     if state.cfg.grad_clip > 0:
@@ -348,7 +374,7 @@ def train_step(state, batches, loss_of=language_model_loss):
     scaler.update()
     if adaptive is not None:
         adaptive.project_factors()
-    if not math.isfinite(norm_value):                                   # float16: the scaler made no step
+    if not math.isfinite(norm_value):                                   # the scaler made no step
         clear_grams(model.warm_starts())
     optimizer.zero_grad(set_to_none=True)
     state.iter_num += 1
@@ -356,23 +382,26 @@ def train_step(state, batches, loss_of=language_model_loss):
 
 
 def analyze_gradients(state):
-    """Let the adaptive layers choose their modes from this step's gradients; some may have other parameters then."""
-    scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0      # still in what the optimizer lacks
+    """Let the adaptive layers choose their modes from this step's gradients; some may have other
+    parameters then."""
+    # gradients that the optimizer lacks were not unscaled
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
     changed = state.adaptive.analyze(
         state.iter_num + 1, swap_params=lambda old: swap_params(state.optimizer, state.model, old),
         mean=lambda grad: mean_over_processes(grad / scale), on_main=broadcast_result)
     state.cfg.adaptive_svd_ranks = lowrank_ranks(state.model)
-    state.model.config = replace(state.model.config, adaptive_svd_ranks=state.cfg.adaptive_svd_ranks)
+    state.model.config = replace(state.model.config,
+                                 adaptive_svd_ranks=state.cfg.adaptive_svd_ranks)
     if changed:
         state.replica = replicate(state)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # evaluation and checkpoints
 
 def evaluate_and_save(state, evaluation, log, processes):
-    """Evaluate on process 0; all processes give their random states. A signal ends the evaluation: after a resume it is
-    made again."""
+    """Evaluate on process 0; all processes give their random states. A signal ends the evaluation:
+    after a resume it is made again."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if not processes.is_main:
         return
@@ -383,14 +412,16 @@ def evaluate_and_save(state, evaluation, log, processes):
     except torch.linalg.LinAlgError:                                    # SVD of what is not finite
         row = {'train/loss': math.nan, 'val/loss': math.nan}
     if not math.isfinite(row['train/loss'] + row['val/loss']):
-        batch = state.data.batch('val', state.cfg.batch_size, state.cfg.block_size, torch.Generator(), state.device)
+        batch = state.data.batch('val', state.cfg.batch_size, state.cfg.block_size,
+                                 torch.Generator(), state.device)
         raise bad_layer(state, [batch], f'at evaluation the loss is {row["val/loss"]}')
     log({'iter': state.iter_num, **row})
     processes.print(f'step {state.iter_num}: {evaluation.describe(row)}')
-    improved = row['val/loss'] <= state.best_val_loss                   # equal: the same evaluation after a resume
+    improved = row['val/loss'] <= state.best_val_loss  # equal: the same evaluation after a resume
     state.best_val_loss = min(row['val/loss'], state.best_val_loss)
     if state.iter_num > 0:
-        save(state, 'ckpt.pt' if improved or state.cfg.always_save_checkpoint else 'last.pt', random_states)
+        save(state, 'ckpt.pt' if improved or state.cfg.always_save_checkpoint else 'last.pt',
+             random_states)
 
 
 def save_interrupted(state, processes):
@@ -401,29 +432,36 @@ def save_interrupted(state, processes):
         keeps_best = (out / 'ckpt.pt').exists() and not state.cfg.always_save_checkpoint
         name = 'last.pt' if keeps_best else 'ckpt.pt'
         save(state, name, random_states)
-        processes.print(f'interrupted after step {state.iter_num}, saved to {out / name}; to go on: '
-                        f'{resume_options(out)}')
+        processes.print(
+            f'interrupted after step {state.iter_num}, saved to {out / name}; to go on: '
+            f'{resume_options(out)}')
         draw_curves(out, processes.print)
 
 
 def save(state, name, random_states):
-    """Write OUT_DIR/name. ckpt.pt is newer than any last.pt, which then goes. Raises OSError, FloatingPointError."""
-    path = Path(state.cfg.out_dir) / name
-    adaptive = {} if state.adaptive is None else {'adaptive_svd': state.adaptive.state_dict()}
-    ckpt.save({'model': state.model.state_dict(), 'optimizer': state.optimizer.state_dict(), 'iter_num': state.iter_num,
-               'model_args': asdict(state.model.config), 'best_val_loss': state.best_val_loss,
-               'config': asdict(state.cfg), 'tokenizer': state.data.meta, 'random': random_states,
-               'scaler': state.scaler.state_dict(), **adaptive, **state.model.extra_state()}, path)
+    """Write OUT_DIR/name. ckpt.pt is newer than any last.pt, which then goes. Raises OSError,
+    FloatingPointError."""
+    path, model = Path(state.cfg.out_dir) / name, state.model
+    checkpoint = {
+        'model': model.state_dict(), 'model_args': asdict(model.config), **model.extra_state(),
+        'optimizer': state.optimizer.state_dict(), 'scaler': state.scaler.state_dict(),
+        'iter_num': state.iter_num, 'best_val_loss': state.best_val_loss,
+        'config': asdict(state.cfg), 'tokenizer': state.data.meta, 'random': random_states}
+    if state.adaptive is not None:
+        checkpoint['adaptive_svd'] = state.adaptive.state_dict()
+    ckpt.save(checkpoint, path)
     state.saved_at = state.iter_num
     if name == 'ckpt.pt':
         path.with_name('last.pt').unlink(missing_ok=True)
 
 
 def bad_layer(state, batches, error):
-    """The FloatingPointError to raise for an error: with the first layer whose numbers are not finite."""
+    """The FloatingPointError to raise for an error: with the first layer whose numbers are not
+    finite."""
     words = one_line(error) if isinstance(error, Exception) else error
     layer = first_nonfinite_layer(state.model, batches, state.context)
-    return FloatingPointError(f'{words}; first bad layer: {layer or "none, it did not happen again"}')
+    return FloatingPointError(
+        f'{words}; first bad layer: {layer or "none, it did not happen again"}')
 
 
 def evaluate_only(cfg, evaluation, out, processes):
@@ -437,26 +475,29 @@ def evaluate_only(cfg, evaluation, out, processes):
     tracking.append_json(make_folder(out) / 'eval.jsonl', {'config': asdict(cfg), **row})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # resume, and OUT_DIR
 
 def load_config(argv):
-    """argv -> configuration, the keys the user set -> where, and the checkpoint if one is resumed, else None. A
-    resumed run starts from the checkpoint's own settings, so that they need not be given again."""
+    """argv -> configuration, the keys the user set -> where, and the checkpoint if one is resumed,
+    else None. A resumed run starts from the checkpoint's own settings, so that they need not be
+    given again."""
     values, set_by = configuration.parse(TrainConfig, argv)
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    last = path.with_name('last.pt')                                    # where ckpt.pt is to stay the best
+    last = path.with_name('last.pt')  # where ckpt.pt is to stay the best
     if values['eval_only'] or not os.path.exists(last):
         saved = ckpt.load(path)
     else:
-        saved = max((ckpt.load(p) for p in (last, path) if p.exists()), key=lambda saved: saved['iter_num'])
+        saved = max((ckpt.load(p) for p in (last, path) if p.exists()),
+                    key=lambda saved: saved['iter_num'])
     path = saved['path']
     if 'best_val_loss' not in saved:
         raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
-    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')      # nanoGPT's defaults are a GPU's
-    config = {k: v for k, v in saved.get('config', {}).items() if k not in (*RUN_LOCAL_FIELDS, *foreign)}
+    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')  # nanoGPT's defaults are a GPU's
+    config = {key: value for key, value in saved.get('config', {}).items()
+              if key not in (*RUN_LOCAL_FIELDS, *foreign)}
     base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
     values, set_by = configuration.parse(TrainConfig, argv, base)
     return configuration.build(TrainConfig, values, set_by, otherwise=path), set_by, saved
@@ -468,31 +509,39 @@ def resume_options(out):
 
 
 def begin_from(run, dataset):
-    """The options with which train.py begins another run from the weights of `run`, as a shell takes them."""
+    """The options with which train.py begins another run from the weights of `run`, as a shell
+    takes them."""
     settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
-    return shlex.join([settings, f'--init_from={run}', '--lora_adapter=None']) + f' --out_dir={unused(run)}'
+    options = shlex.join([settings, f'--init_from={run}', '--lora_adapter=None'])
+    return f'{options} --out_dir={unused(run)}'
 
 
 def restore(state, saved, processes):
     """Go on where the checkpoint stood. Raises UserError where it does not fit."""
-    cfg, path, states, optimizer = state.cfg, saved['path'], saved.get('random'), saved.get('optimizer')
+    cfg, path = state.cfg, saved['path']
+    states, optimizer = saved.get('random'), saved.get('optimizer')
     if states is None:
         processes.print(f'{path} has no random state: the order of the data starts anew')
     elif len(states) != processes.world_size:
-        raise UserError(f'{path}: its run has {len(states)} processes, and here are {processes.world_size}: the data '
-                        f'would come in another order (nearest: torchrun --nproc_per_node={len(states)} train.py '
-                        f'{resume_options(cfg.out_dir)})')
+        raise UserError(
+            f'{path}: its run has {len(states)} processes, and here are {processes.world_size}: '
+            'the data would come in another order (nearest: torchrun '
+            f'--nproc_per_node={len(states)} train.py {resume_options(cfg.out_dir)})')
     theirs = 'muon' if 'muon' in (optimizer or {}) else 'adamw'
     if optimizer and theirs != cfg.optimizer and optimizer.get('state') != {}:
-        raise UserError(f'{path}: its optimizer state does not fit optimizer={cfg.optimizer}: it is of {theirs!r} '
-                        f'(nearest: --optimizer={theirs}, or from its weights: {begin_from(cfg.out_dir, cfg.dataset)})')
+        raise UserError(
+            f'{path}: its optimizer state does not fit optimizer={cfg.optimizer}: it is of '
+            f'{theirs!r} (nearest: --optimizer={theirs}, or from its weights: '
+            f'{begin_from(cfg.out_dir, cfg.dataset)})')
     try:
         if state.adaptive is not None and 'adaptive_svd' in saved:
             state.adaptive.load_state_dict(saved['adaptive_svd'])
-        if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:     # as exported
+        # as exported
+        if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:
             processes.print(f'{path} has no optimizer state: the optimizer starts anew')
         else:
-            restore_optimizer(state.optimizer, optimizer, cropped=state.model.transformer.wpe.weight)
+            restore_optimizer(state.optimizer, optimizer,
+                              cropped=state.model.transformer.wpe.weight)
         if states:
             ckpt.set_random_state(states[processes.rank], state.data_rng, state.device)
         if state.scaler.is_enabled() and saved.get('scaler'):
@@ -505,13 +554,15 @@ def restore(state, saved, processes):
 
 @contextmanager
 def open_out_dir(state, dtype, say):
-    """Within the block OUT_DIR is this run's: locked, another run in it archived, its files written -> log(row), which
-    appends a row of numbers to metrics.jsonl and to wandb. Raises UserError."""
+    """Within the block OUT_DIR is this run's: locked, another run in it archived, its files written
+    -> log(row), which appends a row of numbers to metrics.jsonl and to wandb. Raises UserError."""
     cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
-            if (out / 'config.py').exists() and not (out / 'config.py').read_bytes().startswith(HEAD.encode()):
-                raise UserError(f"out_dir='{out}': its config.py is no run's (nearest: {unused(out)})")
+            config = out / 'config.py'
+            if config.exists() and not config.read_bytes().startswith(HEAD.encode()):
+                raise UserError(f"out_dir='{out}': its config.py is no run's (nearest: "
+                                f'{unused(out)})')
             if state.saved_at is None:
                 archive_run(out, say)
             else:
@@ -519,13 +570,14 @@ def open_out_dir(state, dtype, say):
                 tracking.truncate_metrics(out, state.iter_num, again)
             remove_leftovers(out)
             environment = devices.environment(state.device, dtype)
-            write_atomically(out / 'config.py', configuration.dump(cfg, HEAD).encode())
+            write_atomically(config, configuration.dump(cfg, HEAD).encode())
             write_atomically(out / 'environment.json', json.dumps(environment, indent=1).encode())
         except OSError as e:
             raise unwritable(f'out_dir={cfg.out_dir!r}: cannot be written', e) from None
         tags = [tag.strip() for tag in (cfg.wandb_tags or '').split(',') if tag.strip()]
-        tracker = tracking.Tracking(out, say, project=cfg.wandb_project, name=cfg.wandb_run_name, tags=tags or None,
-                                    group=cfg.wandb_group, config=asdict(cfg)) if cfg.wandb_log else None
+        tracker = cfg.wandb_log and tracking.Tracking(
+            out, say, project=cfg.wandb_project, name=cfg.wandb_run_name, tags=tags or None,
+            group=cfg.wandb_group, config=asdict(cfg))
 
         def log(row):
             if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
@@ -553,23 +605,27 @@ def draw_curves(out, say):
         say(f'curves.png is not drawn: {e}')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the model
 
 def build_model(cfg, set_by, saved, data, say):
-    """The model of init_from; cfg then says what it is. Raises ValueError for options that do not fit it."""
+    """The model of init_from; cfg then says what it is. Raises ValueError for options that do not
+    fit it."""
     free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:
             cfg.vocab_size = data.padded_vocab_size
         if cfg.lora_rank is not None:
-            raise UserError(f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=FOLDER)')
+            raise UserError(
+                f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=FOLDER)')
         data.check_length(cfg.block_size)
-        model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}))
+        shape = {k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}
+        model = GPT(GPTConfig(**shape))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
-    else:                                                               # a folder may say what its SVD is
-        model = GPT.from_pretrained(cfg.init_from, {k: free[k] for k in free if k in set_by or k == 'dropout'})
+    else:                                                       # a folder may say what its SVD is
+        given = {k: free[k] for k in free if k in set_by or k == 'dropout'}
+        model = GPT.from_pretrained(cfg.init_from, given)
         if cfg.lora_adapter is not None:
             huggingface.load_adapter(model, cfg.lora_adapter, cfg.init_from, say)
     if cfg.init_from != 'resume':
@@ -580,15 +636,18 @@ def build_model(cfg, set_by, saved, data, say):
     for key in MODEL_KEYS:
         setattr(cfg, key, getattr(model.config, key))
     if data.vocab_size > cfg.vocab_size:
-        raise UserError(f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token ids '
-                        f'(nearest: {data.vocab_size if cfg.init_from == "scratch" else "its own data set"})')
+        raise UserError(
+            f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token '
+            'ids (nearest: '
+            f'{data.vocab_size if cfg.init_from == "scratch" else "its own data set"})')
     data.check_length(cfg.block_size)
     return model
 
 
 def check_fixed_options(cfg, set_by, saved, fixed, say):
-    """The shape of a model is fixed by its checkpoint or folder: another one is an error on the command line and a
-    remark in a config file (nanoGPT's files carry the shape when they resume). Options without effect are a remark."""
+    """The shape of a model is fixed by its checkpoint or folder: another one is an error on the
+    command line and a remark in a config file (nanoGPT's files carry the shape when they resume).
+    Options without effect are a remark."""
     unused = configuration.unused_options(cfg, fixed)
     if unused:
         say(f'no effect here: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in unused)}')
@@ -596,39 +655,48 @@ def check_fixed_options(cfg, set_by, saved, fixed, say):
         cropped = key == 'block_size' and cfg.block_size < fixed.block_size
         if getattr(cfg, key) == getattr(fixed, key) or cropped:
             continue
-        if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):           # it would train all
+        # it would train all
+        if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):
             run = Path(cfg.out_dir if saved else cfg.init_from)
             adapted = fixed.adaptive_svd or fixed.has_lora
             near = huggingface.merge_command(run) if adapted else begin_from(run, cfg.dataset)
-            raise UserError(f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={getattr(fixed, key)}, which is fixed'
-                            + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
-        say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has {key}={getattr(fixed, key)}')
+            raise UserError(
+                f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={getattr(fixed, key)}, '
+                'which is fixed'
+                + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
+        say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has '
+            f'{key}={getattr(fixed, key)}')
 
 
 def describe(cfg, model, data, dtype, processes):
     """What is about to happen, in a few lines."""
     say, c = processes.print, model.config
     factored = f', {len(c.layer_ranks)} layers of two factors' if c.layer_ranks else ''
-    say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary '
-        f'{c.vocab_size}: {model.get_num_params():,} parameters{factored}; {processes.device}, {dtype}, seed {cfg.seed}')
+    say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, '
+        f'vocabulary {c.vocab_size}: {model.get_num_params():,} parameters{factored}; '
+        f'{processes.device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
     if c.adaptive_svd:
-        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every {cfg.adaptive_svd_interval} steps')
+        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every '
+            f'{cfg.adaptive_svd_interval} steps')
     if c.has_lora:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, {trained:,} trained parameters')
+        say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, '
+            f'{trained:,} trained parameters')
     if c.use_mla:
-        say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of {2 * c.n_embd}')
+        say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of '
+            f'{2 * c.n_embd}')
     if c.use_svd or c.svd_rank is not None:
         say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and schedule_length(cfg) != cfg.max_iters:
-        say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the run '
-            f'max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} makes them one)')
+        say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the '
+            f'run max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} makes them one)')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
-        say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using {warmup_iters(cfg)}')
+        say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using '
+            f'{warmup_iters(cfg)}')
     if processes.distributed and processes.backend != cfg.backend:
         say(f'backend={cfg.backend} needs CUDA: using {processes.backend}')
 

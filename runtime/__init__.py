@@ -1,5 +1,5 @@
-"""What any training repo needs; knows nothing of low rank. Entry points import it before torch and numpy, so that what
-the machine lacks is one line instead of a traceback."""
+"""What any training repo needs; knows nothing of low rank. Entry points import it before torch and
+numpy, so that what the machine lacks is one line instead of a traceback."""
 
 import importlib.util
 import os
@@ -8,9 +8,11 @@ from importlib import metadata
 
 
 def _check_machine():
-    lacking = [name for name in ('torch', 'numpy', 'tqdm') if importlib.util.find_spec(name) is None]
+    lacking = [
+        name for name in ('torch', 'numpy', 'tqdm') if importlib.util.find_spec(name) is None]
     if sys.version_info < (3, 11):
-        trouble = f'Python {sys.version_info[0]}.{sys.version_info[1]} is too old: install 3.11 or later'
+        version = '.'.join(map(str, sys.version_info[:2]))
+        trouble = f'Python {version} is too old: install 3.11 or later'
     elif lacking:
         trouble = f'{", ".join(lacking)}: not installed: pip install -r requirements.txt'
     elif _is_old_torch():
@@ -22,8 +24,9 @@ def _check_machine():
 
 def _is_old_torch():
     try:
-        return tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9)       # Muon came with it
-    except (metadata.PackageNotFoundError, ValueError):                 # built from source, and brave
+        # Muon came with it
+        return tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9)
+    except (metadata.PackageNotFoundError, ValueError):  # built from source, and brave
         return False
 
 

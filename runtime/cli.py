@@ -1,7 +1,7 @@
 """The entry that all commands share: help, one line for each error, exit codes, signals.
 
-Exit codes: 0 done, 2 wrong input, 1 any other error that can be foreseen (a full disk, no network, no memory),
-128 + n stopped by signal n.
+Exit codes: 0 done, 2 wrong input, 1 any other error that can be foreseen (a full disk, no network,
+no memory), 128 + n stopped by signal n.
 """
 
 import os
@@ -18,15 +18,15 @@ from runtime.config import UserError
 from runtime.files import format_error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # entry
 
 def run(script, cls, usage, action, argv=None, load=None, again=''):
     """Run a command -> exit code.
 
-    cls: the dataclass of its options; usage: text above their list in --help; action: called with the options, returns
-    an exit code or None; load(argv) makes the options, by default an instance of cls; again: what to do after a signal,
-    for the user.
+    cls: the dataclass of its options; usage: text above their list in --help; action: called with
+    the options, returns an exit code or None; load(argv) makes the options, by default an instance
+    of cls; again: what to do after a signal, for the user.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -40,7 +40,7 @@ def run(script, cls, usage, action, argv=None, load=None, again=''):
 
 def parse(parser, argv, action, again=''):
     """The same for an argparse.ArgumentParser: action is called with its namespace."""
-    def refuse(message):                                            # in place of usage text and exit
+    def refuse(message):  # in place of usage text and exit
         raise UserError(f'{message}; --help lists the options')
     parser.error = refuse
     return guard(parser.prog, lambda: action(parser.parse_args(argv)), again)
@@ -66,13 +66,14 @@ def guard(script, work, again=''):
             code, words = 1, format_error(e)
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
-            code, words = 128 + number, f'stopped by {signal.Signals(number).name}{again and f"; {again}"}'
+            stopped = f'stopped by {signal.Signals(number).name}'
+            code, words = 128 + number, f'{stopped}; {again}' if again else stopped
         rank = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
         print(f'{script}: {rank}{words}', file=sys.stderr)
         return code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # signals
 
 class Interrupted(KeyboardInterrupt):
@@ -84,11 +85,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Context manager that catches SIGINT, SIGTERM and SIGHUP (a terminal that closes, unless nohup ignores it).
-    `received`: the number of the first one, 0 before.
+    """Context manager that catches SIGINT, SIGTERM and SIGHUP (a terminal that closes, unless nohup
+    ignores it). `received`: the number of the first one, 0 before.
 
-    The first signal raises Interrupted; within `deferred()` it is only recorded. Another Ctrl-C always raises, except
-    under torchrun, where each Ctrl-C reaches a process twice: from the terminal and from torchrun.
+    The first signal raises Interrupted; within `deferred()` it is only recorded. Another Ctrl-C
+    always raises, except under torchrun, where each Ctrl-C reaches a process twice: from the
+    terminal and from torchrun.
     """
 
     def __init__(self):
@@ -96,7 +98,8 @@ class Signals:
 
     def __enter__(self):
         self.received, self._deferred = 0, False
-        if threading.current_thread() is threading.main_thread():       # Python allows handlers nowhere else
+        # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 numbers.append(signal.SIGHUP)
@@ -105,7 +108,7 @@ class Signals:
 
     def __exit__(self, *_):
         for number, handler in self._handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)            # None: it was not set from Python
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
         self._handlers = {}
 
     def _receive(self, number, frame):
@@ -114,16 +117,16 @@ class Signals:
         if by_hand and not first or first and not self._deferred:
             raise Interrupted(self.received)
         if by_hand:
-            with suppress(OSError):                                     # not print(), which it may have interrupted
+            with suppress(OSError):  # not print(), which it may have interrupted
                 os.write(2, b'\nsaving after this step; Ctrl-C once more stops without saving\n')
 
     @contextmanager
     def deferred(self):
-        """A block that looks at `received` itself, where it can stop without loss. Raises Interrupted at its end if it
-        did not."""
+        """A block that looks at `received` itself, where it can stop without loss. Raises
+        Interrupted at its end if it did not."""
         self._deferred = True
         yield
-        self._deferred = False                                          # not after an error, which has the last word
+        self._deferred = False  # not after an error, which has the last word
         self.raise_if_received()
 
     def raise_if_received(self):
@@ -131,15 +134,16 @@ class Signals:
             raise Interrupted(self.received)
 
 
-signals = Signals()                                                     # a process has one set of handlers
+signals = Signals()  # a process has one set of handlers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # output
 
 class _Stream:
-    """A text stream that becomes silent instead of failing: its reader (tee, head, a terminal) is gone, or the disk it
-    is written to is full. Characters that its encoding lacks become question marks."""
+    """A text stream that becomes silent instead of failing: its reader (tee, head, a terminal) is
+    gone, or the disk it is written to is full. Characters that its encoding lacks become question
+    marks."""
 
     def __init__(self, stream):
         self._stream, self.silent = stream, False
@@ -163,8 +167,9 @@ class _Stream:
             self._handle(e)
 
     def _handle(self, error):
-        """Send everything to the null device from now on, or Python complains about the buffer when it ends."""
-        if not isinstance(error, BlockingIOError):                      # a slow reader loses this text, no more
+        """Send everything to the null device from now on, or Python complains about the buffer when
+        it ends."""
+        if not isinstance(error, BlockingIOError):  # a slow reader loses this text, no more
             self.silent = True
             with open(os.devnull, 'w') as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -174,7 +179,8 @@ class _Stream:
 def unfailing_output():
     """A closed output stream does not stop a run: within the block print never raises."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Stream(s) if s else open(os.devnull, 'w') for s in before)   # None: closed by the caller
+    # None: closed by the caller
+    sys.stdout, sys.stderr = (_Stream(s) if s else open(os.devnull, 'w') for s in before)
     try:
         yield
     finally:

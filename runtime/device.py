@@ -11,14 +11,20 @@ import torch
 
 from runtime.config import UserError
 
-# bfloat16 / float16 dense tensor peak, FLOPs a second, from the vendors' data sheets; longest match wins
-PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12,
-              'L4': 121e12, 'A10': 125e12, 'A10G': 70e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+# bfloat16 / float16 dense tensor peak, FLOPs a second, from the vendors' data sheets; longest match
+# wins
+PEAK_FLOPS = {
+    'A100': 312e12, 'H100': 989e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'B200': 2250e12,
+    'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'A10G': 70e12, 'RTX 4090': 165e12,
+    'RTX 3090': 71e12
+}
 
 
 def pick_device(name):
-    """'auto' -> cuda, then mps, then cpu; another name is checked to exist here. Raises UserError if it does not."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    """'auto' -> cuda, then mps, then cpu; another name is checked to exist here. Raises UserError
+    if it does not."""
+    available = {
+        'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
         return next(kind for kind, there in available.items() if there)
     kind, _, index = name.partition(':')
@@ -26,12 +32,15 @@ def pick_device(name):
     numbered = name == kind or re.fullmatch('0|[1-9][0-9]{0,3}', index) and int(index) < count
     if not available.get(kind) or not numbered:
         here = [k for k, there in available.items() if there]
-        raise UserError(f'device={name}: not on this machine (available: {", ".join(here)}; nearest: {here[0]})')
+        raise UserError(
+            f'device={name}: not on this machine (available: {", ".join(here)}; nearest: '
+            f'{here[0]})')
     return name
 
 
 def pick_dtype(name, device):
-    """'auto' -> 'bfloat16' on CUDA that has it natively, 'float16' on older CUDA, 'float32' on MPS and the CPU."""
+    """'auto' -> 'bfloat16' on CUDA that has it natively, 'float16' on older CUDA, 'float32' on MPS
+    and the CPU."""
     if name != 'auto':
         return name
     if not device.startswith('cuda'):
@@ -47,18 +56,23 @@ def autocast(device, dtype):
 
 
 def has_native_bfloat16(device):
-    """Whether bfloat16 matrix products are fast there; a CPU's are emulated or slower than float32 at these sizes."""
-    return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether bfloat16 matrix products are fast there; a CPU's are emulated or slower than float32
+    at these sizes."""
+    return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(
+        including_emulation=False)
 
 
 def peak_flops(device, dtype):
-    """Peak FLOPs a second of the device in dtype, or None where unknown (so that no MFU is made up)."""
+    """Peak FLOPs a second of the device in dtype, or None where unknown (so that no MFU is made
+    up)."""
     if torch.device(device).type != 'cuda' or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
-    if 'Laptop' in name or 'MIG' in name:                           # slower parts and slices under the same name
+    if 'Laptop' in name or 'MIG' in name:  # slower parts and slices under the same name
         return None
-    matches = [key for key in PEAK_FLOPS if all(word in name.replace('-', ' ').split() for word in key.split())]
+    matches = [
+        key for key in PEAK_FLOPS
+        if all(word in name.replace('-', ' ').split() for word in key.split())]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
@@ -76,13 +90,16 @@ def environment(device, dtype):
     def git(*args):
         here = os.path.dirname(os.path.abspath(__file__))
         try:
-            return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+            return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True,
+                                  timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return ''
     kind = torch.device(device).type
-    return {'command': sys.argv, 'python': platform.python_version(), 'torch': torch.__version__,
-            'platform': platform.platform(), 'processor': platform.processor() or platform.machine(),
-            'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': device, 'dtype': dtype,
-            'device_name': torch.cuda.get_device_name(device) if kind == 'cuda' else kind,
-            'git_commit': git('rev-parse', '--verify', '-q', 'HEAD'),
-            'git_changes': bool(git('status', '--porcelain', '-uno'))}
+    return {
+        'command': sys.argv, 'python': platform.python_version(), 'torch': torch.__version__,
+        'platform': platform.platform(), 'processor': platform.processor() or platform.machine(),
+        'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': device,
+        'dtype': dtype,
+        'device_name': torch.cuda.get_device_name(device) if kind == 'cuda' else kind,
+        'git_commit': git('rev-parse', '--verify', '-q',
+                          'HEAD'), 'git_changes': bool(git('status', '--porcelain', '-uno'))}

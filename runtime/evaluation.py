@@ -1,4 +1,5 @@
-"""Losses in nats a token, measured with windows of their own generator, so that evaluating never changes training."""
+"""Losses in nats a token, measured with windows of their own generator, so that evaluating never
+changes training."""
 
 import math
 
@@ -11,9 +12,11 @@ SERIES_WINDOWS = 4                  # of which the model's own numbers are recor
 
 
 @torch.no_grad()
-def estimate_loss(model, data, batches, batch_size, block_size, device, context, seed, poll=lambda: None):
-    """Mean loss over `batches` random batches of each split -> {'train': nats, 'val': nats}. The same windows at each
-    call, so that a curve shows the model and not the draw. poll: called before each batch; may raise."""
+def estimate_loss(model, data, batches, batch_size, block_size, device, context, seed,
+                  poll=lambda: None):
+    """Mean loss over `batches` random batches of each split -> {'train': nats, 'val': nats}. The
+    same windows at each call, so that a curve shows the model and not the draw. poll: called before
+    each batch; may raise."""
     model.eval()
     losses = {}
     for split in ('train', 'val'):
@@ -31,13 +34,14 @@ def estimate_loss(model, data, batches, batch_size, block_size, device, context,
 
 @torch.no_grad()
 def split_loss(model, data, split, batch_size, block_size, device, context):
-    """Mean loss over every token of a split but the first, in windows side by side (the last may be shorter).
-    -> nats, number of tokens predicted."""
+    """Mean loss over every token of a split but the first, in windows side by side (the last may be
+    shorter). -> nats, number of tokens predicted."""
     model.eval()
     tokens = data.tokens(split)
     predicted = len(tokens) - 1
     whole = predicted // block_size
-    batches = [(range(i, min(i + batch_size, whole)), block_size) for i in range(0, whole, batch_size)]
+    batches = [(range(i, min(i + batch_size, whole)), block_size)
+               for i in range(0, whole, batch_size)]
     if predicted % block_size:
         batches.append(([whole], predicted % block_size))
     total = 0.0
@@ -50,49 +54,56 @@ def split_loss(model, data, split, batch_size, block_size, device, context):
 
 
 @torch.no_grad()
-def prefix_gap(model, data, split, positions, block_size, device, context, seed, group=8, poll=lambda: None):
-    """What a parallel loss hides if a model's output may depend on later tokens: the loss of the same tokens when only
-    their prefix is given, which is what generation sees.
+def prefix_gap(model, data, split, positions, block_size, device, context, seed, group=8,
+               poll=lambda: None):
+    """What a parallel loss hides if a model's output may depend on later tokens: the loss of the
+    same tokens when only their prefix is given, which is what generation sees.
 
-    At least `positions` random tokens, each in a window of its own at a uniformly drawn place; `group` windows share a
-    place so that they run as one batch, and the standard error is that of the means of groups, which are independent.
-    -> dict: parallel and prefix loss at those tokens, gap = prefix - parallel, its standard error, positions. poll: as
-    in `estimate_loss`.
+    At least `positions` random tokens, each in a window of its own at a uniformly drawn place;
+    `group` windows share a place so that they run as one batch, and the standard error is that of
+    the means of groups, which are independent. -> dict: parallel and prefix loss at those tokens,
+    gap = prefix - parallel, its standard error, positions. poll: as in `estimate_loss`.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     parallel, prefix = [], []
     for _ in range(math.ceil(positions / group)):
         poll()
-        x, y = data.batch(split, group, block_size, generator, device)                          # (group, T) each
+        x, y = data.batch(split, group, block_size, generator, device)  # (group, T) each
         t = torch.randint(block_size, (1,), generator=generator).item()
         with context:
-            seen_all = model(x, y)[0][:, t]                                                     # (group, vocab)
-            seen_prefix = model(x[:, :t + 1])[0][:, -1]                                         # (group, vocab)
+            seen_all = model(x, y)[0][:, t]  # (group, vocab)
+            seen_prefix = model(x[:, :t + 1])[0][:, -1]  # (group, vocab)
         parallel.append(F.cross_entropy(seen_all.float(), y[:, t]).item())
         prefix.append(F.cross_entropy(seen_prefix.float(), y[:, t]).item())
     model.train()
-    parallel, prefix = torch.tensor(parallel, dtype=torch.float64), torch.tensor(prefix, dtype=torch.float64)
+    parallel, prefix = torch.tensor(parallel,
+                                    dtype=torch.float64), torch.tensor(prefix, dtype=torch.float64)
     gap = prefix - parallel
-    return {'parallel': parallel.mean().item(), 'prefix': prefix.mean().item(), 'gap': gap.mean().item(),
-            'gap_se': gap.std().item() / math.sqrt(len(gap)), 'positions': len(gap) * group}
+    return {
+        'parallel': parallel.mean().item(), 'prefix': prefix.mean().item(),
+        'gap': gap.mean().item(), 'gap_se': gap.std().item() / math.sqrt(len(gap)),
+        'positions': len(gap) * group}
 
 
 class Evaluation:
-    """Losses of the model as it stands; the prefix-only loss too where the parallel one sees the future. The sampled
-    prefix-only loss of a few hundred tokens is noisy, the gap to the parallel loss of the same tokens is not: the
-    estimate for the whole is the whole's parallel loss plus that gap."""
+    """Losses of the model as it stands; the prefix-only loss too where the parallel one sees the
+    future. The sampled prefix-only loss of a few hundred tokens is noisy, the gap to the parallel
+    loss of the same tokens is not: the estimate for the whole is the whole's parallel loss plus
+    that gap."""
 
     def __init__(self, cfg, model, data, device, context, sees_future):
-        self.cfg, self.model, self.data, self.device, self.context = cfg, model, data, device, context
-        self.sees_future = sees_future
+        self.cfg, self.model, self.data = cfg, model, data
+        self.device, self.context, self.sees_future = device, context, sees_future
 
     def interim(self, poll=lambda: None):
-        """-> row for metrics.jsonl: eval_iters random batches a split. poll: called before each batch; may raise."""
+        """-> row for metrics.jsonl: eval_iters random batches a split. poll: called before each
+        batch; may raise."""
         c = self.cfg
-        losses = estimate_loss(self.model, self.data, c.eval_iters, c.batch_size, c.block_size, self.device,
-                               self.context, c.seed, poll)
-        row = self._with_gap({'train/loss': losses['train'], 'val/loss': losses['val']}, GAP_POSITIONS, poll)
+        losses = estimate_loss(self.model, self.data, c.eval_iters, c.batch_size, c.block_size,
+                               self.device, self.context, c.seed, poll)
+        row = self._with_gap({'train/loss': losses['train'], 'val/loss': losses['val']},
+                             GAP_POSITIONS, poll)
         windows = self.data.batch('val', min(c.batch_size, SERIES_WINDOWS), c.block_size,
                                   torch.Generator().manual_seed(c.seed), self.device)[0]
         self.model.eval()
@@ -105,16 +116,20 @@ class Evaluation:
         """-> the same over the whole validation split, which is deterministic."""
         c = self.cfg
         batch_size = max(c.batch_size, 4096 // c.block_size)
-        loss, tokens = split_loss(self.model, self.data, 'val', batch_size, c.block_size, self.device, self.context)
-        return self._with_gap({'final': True, 'val/loss': loss, 'val/tokens': tokens}, FINAL_GAP_POSITIONS)
+        loss, tokens = split_loss(self.model, self.data, 'val', batch_size, c.block_size,
+                                  self.device, self.context)
+        return self._with_gap({'final': True, 'val/loss': loss, 'val/tokens': tokens},
+                              FINAL_GAP_POSITIONS)
 
     def _with_gap(self, row, positions, poll=lambda: None):
         if self.sees_future:
-            gap = prefix_gap(self.model, self.data, 'val', positions, self.cfg.block_size, self.device, self.context,
-                             self.cfg.seed, poll=poll)
-            row |= {'val/prefix_loss': row['val/loss'] + gap['gap'], 'val/prefix_gap': gap['gap'],
-                    'val/prefix_gap_se': gap['gap_se'], 'val/prefix_positions': gap['positions'],
-                    'val/parallel_loss_at_positions': gap['parallel'], 'val/prefix_loss_at_positions': gap['prefix']}
+            gap = prefix_gap(self.model, self.data, 'val', positions, self.cfg.block_size,
+                             self.device, self.context, self.cfg.seed, poll=poll)
+            row |= {
+                'val/prefix_loss': row['val/loss'] + gap['gap'], 'val/prefix_gap': gap['gap'],
+                'val/prefix_gap_se': gap['gap_se'], 'val/prefix_positions': gap['positions'],
+                'val/parallel_loss_at_positions': gap['parallel'],
+                'val/prefix_loss_at_positions': gap['prefix']}
         return row
 
     def describe(self, row):
@@ -122,12 +137,15 @@ class Evaluation:
         if 'val/prefix_loss' not in row:
             return words + f'val loss {row["val/loss"]:.4f}'
         gap, se = row['val/prefix_gap'], row['val/prefix_gap_se']
-        words += (f'val loss {row["val/loss"]:.4f} parallel, {row["val/prefix_loss"]:.4f} prefix-only '
-                  f'(gap {gap:+.4f} +- {se:.4f})')
+        words += (
+            f'val loss {row["val/loss"]:.4f} parallel, {row["val/prefix_loss"]:.4f} prefix-only '
+            f'(gap {gap:+.4f} +- {se:.4f})')
         if abs(gap) > 2 * se:
-            words += '\nwarning: the two losses differ by more than two standard errors: trust the prefix-only one'
+            words += ('\nwarning: the two losses differ by more than two standard errors: trust '
+                      'the prefix-only one')
         return words
 
     def describe_final(self, row):
-        sampled = f', gap from {row["val/prefix_positions"]} positions' if 'val/prefix_positions' in row else ''
+        positions = row.get('val/prefix_positions')
+        sampled = f', gap from {positions} positions' if positions else ''
         return f'final, all {row["val/tokens"]:,} validation tokens{sampled}: {self.describe(row)}'

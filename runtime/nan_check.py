@@ -6,9 +6,9 @@ import torch
 def first_nonfinite_layer(model, batches, context):
     """The layer to name when the loss or a gradient is not finite.
 
-    It is the first parameter that is not finite; else the first module whose output is not, in a forward pass over
-    `batches` [(x, y), ...]; else the first parameter, in the order of the backward pass, whose gradient is not; else
-    None. Dropout masks of the forward pass are new ones.
+    It is the first parameter that is not finite; else the first module whose output is not, in a
+    forward pass over `batches` [(x, y), ...]; else the first parameter, in the order of the
+    backward pass, whose gradient is not; else None. Dropout masks of the forward pass are new ones.
     """
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -23,7 +23,8 @@ def first_nonfinite_layer(model, batches, context):
 
     hooks = []
     for module in names:
-        hooks.append(module.register_forward_pre_hook(lambda module, args: entered.append(names[module])))
+        hooks.append(
+            module.register_forward_pre_hook(lambda module, args: entered.append(names[module])))
         hooks.append(module.register_forward_hook(check))
     try:
         with torch.no_grad(), context:
@@ -39,8 +40,12 @@ def first_nonfinite_layer(model, batches, context):
 
 
 def first_nonfinite_tensor(tree, path):
-    """The path of the first tensor in nested dicts and lists that has a non-finite number, or None."""
+    """The path of the first tensor in nested dicts and lists that has a non-finite number, or
+    None."""
     if torch.is_tensor(tree):
         return path if tree.is_floating_point() and not tree.isfinite().all() else None
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return next(filter(None, (first_nonfinite_tensor(value, f'{path}.{key}') for key, value in items)), None)
+    items = tree.items() if isinstance(
+        tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return next(
+        filter(None, (first_nonfinite_tensor(value, f'{path}.{key}') for key, value in items)),
+        None)

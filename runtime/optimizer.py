@@ -1,8 +1,10 @@
-"""The optimizer and its learning rate: AdamW as in nanoGPT, or Muon for the hidden matrices and AdamW for the rest.
+"""The optimizer and its learning rate: AdamW as in nanoGPT, or Muon for the hidden matrices and
+AdamW for the rest.
 
-A model hands over its parameters by `param_groups(weight_decay)`: name -> parameter group, where 'hidden' (matrices of
-blocks) and 'embedding' decay, 'vector' (biases, LayerNorm) does not, and 'halved', if there is one, decays by half as
-much: factors that both shrink their product. Every trainable parameter is in exactly one.
+A model hands over its parameters by `param_groups(weight_decay)`: name -> parameter group, where
+'hidden' (matrices of blocks) and 'embedding' decay, 'vector' (biases, LayerNorm) does not, and
+'halved', if there is one, decays by half as much: factors that both shrink their product. Every
+trainable parameter is in exactly one.
 """
 
 import math
@@ -12,21 +14,24 @@ import torch
 from runtime import device as devices
 from runtime.config import one_line
 
-NANOGPT_LENGTH = 600000             # nanoGPT's lr_decay_iters by default, in its checkpoints and older ones
+NANOGPT_LENGTH = 600000  # nanoGPT's lr_decay_iters by default, in its checkpoints and older ones
 
 
 def schedule_length(cfg):
-    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps its schedule."""
+    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps
+    its schedule."""
     return cfg.max_iters if cfg.lr_decay_iters == NANOGPT_LENGTH else cfg.lr_decay_iters
 
 
 def warmup_iters(cfg):
     """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
-    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(cfg) else schedule_length(cfg) // 10
+    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(
+        cfg) else schedule_length(cfg) // 10
 
 
 def get_lr(it, cfg):
-    """Learning rate of step `it`: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after it."""
+    """Learning rate of step `it`: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after
+    it."""
     warmup = warmup_iters(cfg)
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -55,9 +60,10 @@ def new_optimizer(cfg, model, device):
 
 
 def adamw_groups(groups):
-    """What decays, what does not, and what decays by half -> list of groups. The first two are nanoGPT's, in its order,
-    so that optimizer states move between the two repos."""
-    decay = groups['hidden'] | {'params': groups['embedding']['params'] + groups['hidden']['params']}
+    """What decays, what does not, and what decays by half -> list of groups. The first two are
+    nanoGPT's, in its order, so that optimizer states move between the two repos."""
+    decay = groups['hidden'] | {
+        'params': groups['embedding']['params'] + groups['hidden']['params']}
     return [decay, groups['vector'], *([groups['halved']] if 'halved' in groups else [])]
 
 
@@ -70,13 +76,15 @@ def adamw(groups, learning_rate, betas, device_type):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) whose orthogonalisation may run in float32.
 
-    torch fixes it to bfloat16, which crawls where that is emulated. Matrices of one shape are orthogonalised in one
-    batch: a dozen small products in a row leave most of a processor idle. Learning rates mean what they mean for AdamW
-    (`match_rms_adamw`, Liu et al. 2025, arXiv:2502.16982).
+    torch fixes it to bfloat16, which crawls where that is emulated. Matrices of one shape are
+    orthogonalised in one batch: a dozen small products in a row leave most of a processor idle.
+    Learning rates mean what they mean for AdamW (`match_rms_adamw`, Liu et al. 2025,
+    arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn='match_rms_adamw')
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.95,
+                         adjust_lr_fn='match_rms_adamw')
         self.dtype = dtype
 
     @torch.no_grad()
@@ -94,15 +102,19 @@ class Muon(torch.optim.Muon):
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
                     buffer = self.state[p]['momentum_buffer']
                     buffer.lerp_(p.grad, 1 - group['momentum'])
-                    updates.append(p.grad.lerp(buffer, group['momentum']))                      # Nesterov
-                updates = self._orthogonalize(torch.stack(updates), group)                      # (params, m, n)
+                    updates.append(p.grad.lerp(buffer, group['momentum']))  # Nesterov
+                updates = self._orthogonalize(torch.stack(updates), group)  # (params, m, n)
                 for p, update in zip(params, updates):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    # a factor that float32 does not hold is an error to torch; the largest one diverges as well
-                    p.add_(update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5, torch.finfo(p.dtype).max))
+                    # a factor that float32 does not hold is an error to torch; the largest one
+                    # diverges as well
+                    p.add_(
+                        update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
+                                           torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
-        """g (params, m, n) -> about U V^T of each: Newton-Schulz, singular values end near 0.7 to 1.2."""
+        """g (params, m, n) -> about U V^T of each: Newton-Schulz, singular values end near 0.7 to
+        1.2."""
         a, b, c = group['ns_coefficients']
         x = g.to(self.dtype)
         if g.size(-2) > g.size(-1):
@@ -115,7 +127,8 @@ class Muon(torch.optim.Muon):
 
 
 class MuonAdamW:
-    """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as train.py uses them.
+    """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as
+    train.py uses them.
 
     groups: of a model's `param_groups`; 'hidden' and 'halved' go to Muon.
     """
@@ -155,28 +168,34 @@ class MuonAdamW:
 
 
 def swap_params(optimizer, model, old):
-    """Let an optimizer have the parameters that its model has now. Those in the list `old`, which were replaced or have
-    other values now, lose their state; new ones begin with none, or with momenta of 0."""
+    """Let an optimizer have the parameters that its model has now. Those in the list `old`, which
+    were replaced or have other values now, lose their state; new ones begin with none, or with
+    momenta of 0."""
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
         for p in old:
             part.state.pop(p, None)
     muon, groups = isinstance(optimizer, MuonAdamW), model.param_groups(0.0)
-    for group, own in zip(optimizer.param_groups, groups.values() if muon else adamw_groups(groups)):
+    for group, own in zip(optimizer.param_groups,
+                          groups.values() if muon else adamw_groups(groups)):
         group['params'] = own['params']
-    if muon:                        # a GradScaler may skip this step: a checkpoint then needs every parameter's state
+    if muon:  # a GradScaler may skip this step: a checkpoint then needs every parameter's state
         for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):
             optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))
 
 
 def restore_optimizer(optimizer, saved, cropped):
-    """Load the state dict `saved` of an optimizer. Its options (weight decay, betas) do not count: those that
-    `optimizer` was made with do. cropped: a parameter that may have lost its last rows since. Raises ValueError for a
-    state that is not this optimizer's."""
-    options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    """Load the state dict `saved` of an optimizer. Its options (weight decay, betas) do not count:
+    those that `optimizer` was made with do. cropped: a parameter that may have lost its last rows
+    since. Raises ValueError for a state that is not this optimizer's."""
+    options = [{k: v
+                for k, v in group.items()
+                if k != 'params'}
+               for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
-        raise ValueError(f'its optimizer state does not fit: {type(e).__name__}: {one_line(e)[:100]}') from None
+        raise ValueError(
+            f'its optimizer state does not fit: {type(e).__name__}: {one_line(e)[:100]}') from None
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
     state = optimizer.state.get(cropped, {})

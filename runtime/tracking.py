@@ -1,7 +1,7 @@
 """What a run reports: metrics.jsonl, progress bars, Weights & Biases.
 
-wandb never stops a run: if it is absent, without a key or a network, or broken, a line says so, and training goes on.
-WANDB_MODE=offline keeps all on this machine, for `wandb sync` later.
+wandb never stops a run: if it is absent, without a key or a network, or broken, a line says so, and
+training goes on. WANDB_MODE=offline keeps all on this machine, for `wandb sync` later.
 """
 
 import json
@@ -30,7 +30,7 @@ def brief_bar(work=None, **options):
     return tqdm(work, leave=False, disable=None, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # metrics.jsonl
 
 def append_json(path, row):
@@ -40,7 +40,8 @@ def append_json(path, row):
 
 
 def read_json_lines(path):
-    """The objects in a file of JSON Lines, [] without one; a line that a crash left unfinished is left out."""
+    """The objects in a file of JSON Lines, [] without one; a line that a crash left unfinished is
+    left out."""
     rows = []
     try:
         lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
@@ -56,26 +57,30 @@ def read_json_lines(path):
 
 def read_metrics(folder):
     """The rows of a run's metrics.jsonl, each with its step 'iter'."""
-    return [row for row in read_json_lines(Path(folder) / 'metrics.jsonl') if type(row.get('iter')) is int]
+    return [
+        row for row in read_json_lines(Path(folder) / 'metrics.jsonl')
+        if type(row.get('iter')) is int]
 
 
 def truncate_metrics(folder, iter_num, again):
-    """Cut metrics.jsonl back to what the run had written when step `iter_num` was done: without later rows, final
-    evaluations, and, if the resumed run makes it `again`, the evaluation at that step. Raises OSError."""
+    """Cut metrics.jsonl back to what the run had written when step `iter_num` was done: without
+    later rows, final evaluations, and, if the resumed run makes it `again`, the evaluation at that
+    step. Raises OSError."""
     rows = [row for row in read_metrics(folder) if row['iter'] < iter_num
             or row['iter'] == iter_num and 'final' not in row and not (again and 'val/loss' in row)]
-    write_atomically(Path(folder) / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
+    write_atomically(
+        Path(folder) / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights & Biases
 
 class Tracking:
     """A wandb run. No method raises."""
 
     def __init__(self, folder, say, **options):
-        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb: with the same folder the same run goes
-        on. say(text): where trouble is reported."""
+        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb: with the same
+        folder the same run goes on. say(text): where trouble is reported."""
         self._wandb, self._run, self._say = None, None, say
         for name, seconds in WANDB_LIMITS.items():
             os.environ.setdefault(name, seconds)
@@ -84,7 +89,7 @@ class Tracking:
     def _start(self, folder, options):
         try:
             import wandb
-            init = wandb.init                                           # a folder wandb/ makes an empty module
+            init = wandb.init  # a folder wandb/ makes an empty module
         except (ImportError, AttributeError):
             raise ImportError('not installed: pip install wandb') from None
         place = Path(folder) / 'wandb' / 'run-id'
@@ -93,7 +98,8 @@ class Tracking:
         name = known if re.fullmatch('[0-9a-f]{8}', known) else uuid.uuid4().hex[:8]
         write_atomically(place, name.encode())
         run = init(id=name, resume='allow', dir=str(folder), allow_val_change=True, **options)
-        # 'iter' is the axis: wandb's own step never goes back, so steps that are taken again would be refused
+        # 'iter' is the axis: wandb's own step never goes back, so steps that are taken again would
+        # be refused
         run.define_metric('iter')
         run.define_metric('*', step_metric='iter')
         self._wandb, self._run = wandb, run
@@ -119,5 +125,6 @@ class Tracking:
             work()
         except Exception as e:
             self._run = None
-            words = one_line(e)[:200] if isinstance(e, ImportError) else f'{type(e).__name__}: {one_line(e)[:200]}'
+            words = one_line(e)[:200] if isinstance(
+                e, ImportError) else f'{type(e).__name__}: {one_line(e)[:200]}'
             self._say(f'wandb does not {what} ({words}); metrics.jsonl has everything')
