@@ -20,7 +20,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -159,38 +159,43 @@ def main(argv=None):
 # a run
 
 def train(loaded):
-    """One run from start to end: set up, loop, final evaluation, sample."""
+    """One run from start to end. loaded: of `load_config`."""
     cfg, set_by, saved = loaded
-    with Processes(cfg) as processes, ExitStack() as stack:
-        device, say = processes.device, processes.print
-        out, dtype = Path(cfg.out_dir), devices.pick_dtype(cfg.dtype, device)
-        # TF32 keeps 10 bits, too few for a projection that claims float32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
-        torch.manual_seed(cfg.seed + processes.rank)
-        if not cfg.eval_only:
-            processes.main_process_first(lambda: processes.is_main and check_writable(
-                out / 'config.py', f'out_dir={cfg.out_dir!r}'))
-        data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
-        huggingface.check_tokenizer(cfg, set_by, saved, data, say)
-        # the text may go
-        cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']
-        try:
-            model = build_model(cfg, set_by, saved, data, say).to(device)
-        except UserError:
-            raise
-        except ValueError as e:
-            raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
-        describe(cfg, model, data, dtype, processes)
-        evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype),
-                                cfg.is_noncausal)
-        if cfg.eval_only:
-            return evaluate_only(cfg, evaluation, out, processes)
+    with Processes(cfg) as processes:
+        run_training(cfg, set_by, saved, processes)     # its replica must end before the group does
 
-        state = new_state(cfg, model, device, data, processes.distributed)
-        if saved:
-            restore(state, saved, processes)
-            saved.clear()                                   # the caller holds it: free the memory
-        log = stack.enter_context(open_out_dir(state, dtype, say)) if processes.is_main else None
+
+def run_training(cfg, set_by, saved, processes):
+    """Set up, loop, final evaluation, sample."""
+    device, say = processes.device, processes.print
+    out, dtype = Path(cfg.out_dir), devices.pick_dtype(cfg.dtype, device)
+    # TF32 keeps 10 bits, too few for a projection that claims float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
+    torch.manual_seed(cfg.seed + processes.rank)
+    if not cfg.eval_only:
+        processes.main_process_first(lambda: processes.is_main and check_writable(
+            out / 'config.py', f'out_dir={cfg.out_dir!r}'))
+    data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
+    huggingface.check_tokenizer(cfg, set_by, saved, data, say)
+    # the text may go
+    cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']
+    try:
+        model = build_model(cfg, set_by, saved, data, say).to(device)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
+    describe(cfg, model, data, dtype, processes)
+    evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype),
+                            cfg.is_noncausal)
+    if cfg.eval_only:
+        return evaluate_only(cfg, evaluation, out, processes)
+
+    state = new_state(cfg, model, device, data, processes.distributed)
+    if saved:
+        restore(state, saved, processes)
+        saved.clear()                                   # the caller holds it: free the memory
+    with open_out_dir(state, dtype, say) if processes.is_main else nullcontext() as log:
         try:
             with cli.signals.deferred(), tracking.bar(
                     total=cfg.max_iters, initial=state.iter_num, desc='train', unit='step',
