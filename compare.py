@@ -76,9 +76,8 @@ def compare(argv):
     check_options(cfg, lists, set_by)
     folder, device = sweep.check_folder(cfg.sweep), pick_device(cfg.device)
     seeds = lists.pop('seed', None) or list(range(cfg.seed, cfg.seed + cfg.seeds))
-    variants = sweep.expand_grid(CompareConfig, values, lists, set_by, train_argv)
-    # before hours are spent
-    variants = [sweep.dry_build(variant, set_by) for variant in variants]
+    variants = [sweep.dry_build(variant, set_by) for variant in         # before hours are spent
+                sweep.expand_grid(CompareConfig, values, lists, set_by, train_argv)]
     record = sweep.describe(variants, lists, seeds)
     sweep.check_same_sweep(folder, record)
     runs = [(variant, sweep.job_of(variant, seed, folder))
@@ -112,8 +111,8 @@ def split_list(text):
 
 def read_lists(argv):
     """Command line -> values of all options, of a list the first; option -> list; option -> who set
-    it; the arguments for train.py, without the lists. Raises UserError."""
-    hints, lists, single, train_argv = configuration.hints_of(CompareConfig), {}, [], []
+    it; the arguments for train.py, with the first of each list. Raises UserError."""
+    hints, lists, single = configuration.hints_of(CompareConfig), {}, []
     for arg in argv:
         word, _, text = arg.partition('=')
         key, parts = word.removeprefix('--'), split_list(text)
@@ -121,13 +120,11 @@ def read_lists(argv):
         if key in hints and key not in NO_LIST and len(parts) > 1:
             found = [configuration.parse_option(f'{word}={part}', hints)[1] for part in parts]
             lists[key] = list({repr(value): value for value in found}.values())
-            single.append(f'{word}={parts[0]}')
-        else:
-            single.append(arg)
-            if key not in OWN:
-                train_argv.append(arg)
+            arg = f'{word}={parts[0]}'
+        single.append(arg)
     values, set_by = configuration.parse(CompareConfig, single)
-    return values, lists, set_by, train_argv
+    return values, lists, set_by, [
+        arg for arg in single if arg.partition('=')[0].removeprefix('--') not in OWN]
 
 
 def check_options(cfg, lists, set_by):

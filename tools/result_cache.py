@@ -20,24 +20,20 @@ class Record:
         check_writable(path, path)
         self.path, self.rows = path, read_json_lines(path)
         self.describe, self.settings = describe, settings
-        for row in self.rows:
-            other = [f'{k}={row[k]}' for k in settings if row[k] != settings[k]]
-            if other:
-                raise UserError(f'{path}: was made with {", ".join(other)}, not {settings}; move '
-                                'it away to begin another')
+        others = {f'{key}={row[key]}' for row in self.rows for key in settings
+                  if row[key] != settings[key]}
+        if others:
+            raise UserError(f'{path}: was made with {", ".join(sorted(others))}, not {settings}; '
+                            'move it away to begin another')
         here = devices.environment('cpu', 'float32')
         self.machine = {'python': platform.python_version(), 'torch': here['torch'],
                         'cpus': here['cpus'], 'threads': here['threads'],
                         'git_commit': here['git_commit'][:7]}
 
-    def find(self, **key):
-        """The row with this key, or None."""
-        return next((row for row in self.rows
-                     if all(row.get(k) == v for k, v in key.items())), None)
-
     def make(self, result, **key):
         """The row with this key. If there is none, result() makes its other fields."""
-        row = self.find(**key)
+        row = next((row for row in self.rows
+                    if all(row.get(k) == v for k, v in key.items())), None)
         if row is None:
             started = time.perf_counter()
             row = key | result() | {'seconds': round(time.perf_counter() - started, 1)}

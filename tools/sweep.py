@@ -25,7 +25,7 @@ from runtime import huggingface
 from runtime.config import ROOT, UserError
 from runtime.data import Dataset, locate
 from runtime.distributed import STOP_WITH_PARENT
-from runtime.files import check_writable, is_shared, locked_folder, unused, write_atomically
+from runtime.files import check_writable, locked_folder, unused, write_atomically
 from runtime.tracking import read_metrics
 from tools.step_benchmark import run_seconds, step_of
 from tools.timing import paired_benchmark
@@ -50,38 +50,31 @@ def expand_grid(cls, values, lists, set_by, argv):
     cls: TrainConfig, or a class that extends it; values: of all its options; lists: option ->
     values; set_by: option -> who set it; argv: of train.py, without the lists. Raises UserError.
     """
-    same = {}                                           # effective options -> the combinations
+    groups = {}                                         # effective options -> the combinations
     for combination in product(*lists.values()):
         options = dict(zip(lists, combination))
         cfg = configuration.build(cls, values | options, set_by)
         key = json.dumps(effective_config(cfg), sort_keys=True)
-        same.setdefault(key, []).append((options, cfg))
+        groups.setdefault(key, []).append((options, cfg))
     variants = {}
-    for key, group in same.items():
+    for group in groups.values():
         first, cfg = group[0]
+        effective = effective_config(cfg)
         # an option without effect is named if all agree on it; if that leaves none, all are named
-        effective = json.loads(key)
-        shown = {name: value for name, value in first.items() if name in effective
-                 or all(options[name] == value for options, _ in group)} or first
-        name = label(shown)[:140] or 'run'
+        shown = {key: value for key, value in first.items() if key in effective
+                 or all(options[key] == value for options, _ in group)} or first
+        name = ','.join(key + '=' + re.sub(r'[^\w.+-]', '_', str(value))[-60:]
+                        for key, value in shown.items())[:140] or 'run'
         if name in variants:                            # alike in letters of a file's name
             name += f'-{len(variants)}'
         variants[name] = Variant(name, shown, cfg, [*argv, *(
             f'--{option}={value!r}' for option, value in first.items())])
-        for options, _ in group[1:]:
-            print(f'{label(options)} is the same run as {label(first)}')
     return list(variants.values())
 
 
-def label(options):
-    """Options as a part of a file's name."""
-    return ','.join(key + '=' + re.sub(r'[^\w.+-]', '_', str(value))[-60:]
-                    for key, value in options.items())
-
-
-def run_name(variant, seed):
-    """The folder of a run; variant: its name."""
-    return f'{variant},seed={seed}'
+def run_folder(folder, variant, seed):
+    """The folder of a run in that of a sweep; variant: its name."""
+    return folder / 'runs' / f'{variant},seed={seed}'
 
 
 def effective_config(cfg):
@@ -89,16 +82,15 @@ def effective_config(cfg):
     the others."""
     known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
     is_new = cfg.init_from == 'scratch'
-    idle = {'out_dir', 'seed', 'backend'} | {key for key in known if key.startswith('wandb_')}
     # other weights may have an SVD or MLA that cfg does not know of
-    idle |= {key for key in known if not configuration.has_effect(cfg, key)
-             and (is_new or not key.startswith(('svd_', 'mla_')))}
+    known = {key: value for key, value in known.items() if configuration.has_effect(cfg, key)
+             or not is_new and key.startswith(('svd_', 'mla_'))}
+    idle = ['out_dir', 'seed', 'backend', 'wandb_']     # beginnings of names
     if is_new and not cfg.svd_truncates:
-        idle |= {key for key in known if key.startswith(('use_svd', 'svd_'))}
-    if not Path(cfg.dataset).is_file():
-        idle.add('tokenizer')
-    return {key: value for key, value in known.items() if key not in idle} | (
-        {'mla_latent_dim': cfg.latent_dim} if cfg.use_mla else {})
+        idle += ['use_svd', 'svd_']
+    if cfg.use_mla:
+        known['mla_latent_dim'] = cfg.latent_dim
+    return {key: value for key, value in known.items() if not key.startswith(tuple(idle))}
 
 
 def find_baseline(variant, variants):
@@ -107,10 +99,9 @@ def find_baseline(variant, variants):
     ordinary = [v for v in variants if not (
         v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.layer_ranks or v.cfg.adaptive_svd
         or v.cfg.lora_rank is not None)]
-    if len(ordinary) in (0, len(variants)):
-        return variants[0]
-    return max(ordinary, key=lambda other: sum(other.options.get(key) == value
-                                               for key, value in variant.options.items()))
+    candidates = ordinary if len(ordinary) < len(variants) else []
+    return max(candidates or variants[:1], key=lambda other: sum(
+        other.options.get(key) == value for key, value in variant.options.items()))
 
 
 def dry_build(variant, set_by):
@@ -135,11 +126,11 @@ def describe(variants, lists, seeds):
 
 def job_of(variant, seed, folder):
     """The Job that trains a variant with this seed in the folder of a sweep."""
-    name, cfg, script = run_name(variant.name, seed), variant.cfg, str(ROOT / 'train.py')
-    out = folder / 'runs' / name
+    out, cfg, script = run_folder(folder, variant.name, seed), variant.cfg, str(ROOT / 'train.py')
     here = [f'--out_dir={str(out)!r}', f'--device={cfg.device!r}']
-    wandb = [f'--wandb_run_name={name!r}', f'--wandb_group={cfg.wandb_group or folder.name!r}']
-    return Job(name, out, cfg.max_iters, [script, *variant.argv, f'--seed={seed}', *here, *wandb],
+    return Job(out.name, out, cfg.max_iters,
+               [script, *variant.argv, f'--seed={seed}', *here, f'--wandb_run_name={out.name!r}',
+                f'--wandb_group={cfg.wandb_group or folder.name!r}'],
                [script, '--init_from=resume', *here])
 
 
@@ -149,39 +140,31 @@ def job_of(variant, seed, folder):
 def check_folder(name):
     """The folder as a Path. Raises UserError if it holds something other than a sweep."""
     folder = Path(name)
-    if not name or is_shared(Path(os.path.realpath(name))):
-        raise UserError(f"sweep={name!r}: must be a folder for one sweep "
-                        f"(nearest: {unused('out-compare')})")
     check_writable(folder / 'sweep.json', f'sweep={name!r}')
     # a sweep that is killed at its start leaves a temporary file
     others = [path.name for path in folder.glob('[!.]*') if path.suffix != '.tmp']
     if others and 'sweep.json' not in others:
         raise UserError(f"sweep={name!r}: holds something else: {min(others)} "
-                        f"(nearest: {unused(folder)})")
+                        f"(nearest: {unused(folder if folder.name else 'out-compare')})")
     return folder
 
 
-def read_json(path, keys=()):
-    """A JSON object that has these keys; {} if there is no such file. Raises UserError."""
-    if not path.exists():
-        return {}
+def read_json(path):
+    """What is in a JSON file; {} if there is none. Raises UserError."""
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise UserError(f'{path}: damaged: not what compare.py writes (nearest: delete it, then '
-                        'the same command again)')
-    return found
+        raise UserError(f'{path}: damaged (nearest: delete it, then the same command again)'
+                        ) from None
 
 
 def load(folder):
     """What `describe` made, from sweep.json. Raises UserError."""
-    path = folder / 'sweep.json'
-    if not path.exists():
+    record = read_json(folder / 'sweep.json')
+    if set(record) != {'lists', 'seeds', 'arms'}:
         raise UserError(f'sweep={str(folder)!r}: holds no sweep (nearest: python compare.py '
                         'config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3)')
-    return read_json(path, ('lists', 'seeds', 'arms'))
+    return record
 
 
 def check_same_sweep(folder, record):
@@ -190,12 +173,12 @@ def check_same_sweep(folder, record):
         return {f'seed {seed}': 'a run' for seed in sweep['seeds']} | {
             f'{name}: {key}': value for name, arm in sweep['arms'].items()
             for key, value in {**arm['config'], 'text': arm.get('text')}.items()}
-    old = flat(load(folder) if (folder / 'sweep.json').exists() else record)
-    new = flat(record)
-    for key, value in old.items():
-        if key not in new or new[key] != value:
-            raise UserError(f'sweep={str(folder)!r}: holds another sweep: {key}: {value!r} there, '
-                            f'{new.get(key, "nothing")!r} here (nearest: {unused(folder)})')
+    old, new = flat(load(folder) if (folder / 'sweep.json').exists() else record), flat(record)
+    changed = [key for key in old if key not in new or new[key] != old[key]]
+    if changed:
+        raise UserError(f'sweep={str(folder)!r}: holds another sweep: {changed[0]}: '
+                        f'{old[changed[0]]!r} there, {new.get(changed[0], "nothing")!r} here '
+                        f'(nearest: {unused(folder)})')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,19 +207,12 @@ def log_of(job):
     return Path(f'{job.folder}.log')
 
 
-def losses(final):
-    """The losses of a final row, for a line of output."""
-    return ', '.join(f'{key} {final[key]:.4f}' for key in ('val/loss', 'val/prefix_loss')
-                     if key in final)
-
-
 def failure(job, code):
     """What to say of a run that failed."""
     how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
-    printed = log_of(job).read_text(encoding='utf-8', errors='replace')
-    last = (re.findall(r'[^\r\n]*\S', printed) or ['no output'])[-1].strip()
-    restart = f'; without {job.folder} it starts again' * has_checkpoint(job.folder)
-    return f'{job.name}: failed, {how}: {last} (all of it: {log_of(job)}{restart})'
+    printed = log_of(job).read_text(encoding='utf-8', errors='replace').strip().splitlines()
+    return (f'{job.name}: failed, {how}: {printed[-1].strip() if printed else "no output"} '
+            f'(all of it: {log_of(job)}; without {job.folder} it starts again)')
 
 
 def thread_limits(at_once):
@@ -250,26 +226,26 @@ def gpu_environments(device):
     number, 'cuda:1', is for all."""
     if device != 'cuda':
         return [{}]
-    named = os.environ.get('CUDA_VISIBLE_DEVICES')
-    gpus = named.split(',') if named else map(str, range(torch.cuda.device_count()))
-    return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus]
+    every = ','.join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get('CUDA_VISIBLE_DEVICES') or every
+    return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus.split(',')]
 
 
 def train_all(jobs, at_once, device):
     """Run what is not finished and print a line per run -> names of the jobs that failed."""
-    states, gpus = [state(job) for job in jobs], gpu_environments(device)
-    counts = [f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do')]
-    print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {", ".join(counts)}; {at_once} at a time, '
-          f'{thread_limits(at_once)["OMP_NUM_THREADS"]} threads each', flush=True)
-    if device != 'cpu' and at_once > len(gpus):
-        print(f'jobs={at_once}: they share the memory of GPUs, of which there are {len(gpus)}')
+    states, threads = [state(job) for job in jobs], thread_limits(at_once)['OMP_NUM_THREADS']
+    counts = ', '.join(f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do'))
+    print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {counts}; {at_once} at a time, {threads} '
+          'threads each', flush=True)
     numbers = count(states.count('done') + 1)
 
     def ended(job, code, seconds):
-        final = result(job.folder, job.steps)
-        text = f'{job.name}: {losses(final)}, {seconds:.0f} s' if final else failure(job, code)
+        final = result(job.folder, job.steps) or {}
+        losses = [f'{key} {final[key]:.4f}' for key in ('val/loss', 'val/prefix_loss')
+                  if key in final]
+        text = f'{job.name}: {", ".join(losses)}, {seconds:.0f} s' if final else failure(job, code)
         print(f'[{next(numbers)}/{len(jobs)}] {text}', flush=True)
-    return run_all(jobs, at_once, ended, gpus)
+    return run_all(jobs, at_once, ended, gpu_environments(device))
 
 
 def run_all(jobs, at_once, ended, environments=({},)):
@@ -325,9 +301,9 @@ def measure(runs, folder, device):
     finished = {variant.name for variant, job in runs if state(job) == 'done'}
     for name, variant in variants.items():
         baseline = find_baseline(variant, list(variants.values()))
-        known = times.get(name, {}).get('baseline') == baseline.name
-        is_adaptive = variant.cfg.adaptive_svd          # its costs are in some of the steps only
-        if variant is baseline or known or is_adaptive or not {name, baseline.name} <= finished:
+        if (variant is baseline or not {name, baseline.name} <= finished
+                or variant.cfg.adaptive_svd             # its costs are in some of the steps only
+                or times.get(name, {}).get('baseline') == baseline.name):
             continue
         print(f'timing steps of {name} against {baseline.name}', flush=True)
         found = paired_benchmark(step_of(variant.cfg, device), step_of(baseline.cfg, device), PAIRS,
@@ -344,17 +320,17 @@ def measure(runs, folder, device):
 
 def list_runs(runs, device):
     """Print the state of each run (Variant, Job) and the time left, from steps timed now."""
-    seconds, left = {}, 0.0
+    seconds, total = {}, 0.0
     for variant, job in runs:
-        text, share = state(job), 1.0
+        text, step = state(job), 0
         if text == 'to resume':
             step = max((row['iter'] for row in read_metrics(job.folder)), default=0)
-            text, share = f'{text}, after step {step} or before', 1 - step / max(1, job.steps)
         if text != 'done':
             if variant.name not in seconds:
                 seconds[variant.name] = run_seconds(variant.cfg, variant.data, device)
-            left += share * seconds[variant.name]
-            text += f', about {share * seconds[variant.name] / 60:.1f} min'
+            left = seconds[variant.name] * (1 - step / max(1, job.steps))
+            total += left
+            text += f', {step} of {job.steps} steps taken, about {left / 60:.1f} min left'
         print(f'{job.name}: {text}')
-    print(f'{len(runs)} runs, about {left / 60:.1f} min left, one run after the other, from steps '
+    print(f'{len(runs)} runs, about {total / 60:.1f} min left, one run after the other, from steps '
           f'timed here with {torch.get_num_threads()} threads')

@@ -1,7 +1,6 @@
 """What a sweep of compare.py has come to: its folder -> a table, files, figures."""
 
 import csv
-import io
 import json
 import statistics
 from collections import namedtuple
@@ -12,11 +11,12 @@ from runtime.config import UserError
 from runtime.files import write_atomically
 from runtime.tracking import read_metrics
 from tools import sweep
+from tools.tables import format_table
 
-# key: the option along the horizontal axis; is_numeric: whether it has numbers, else words; groups:
-# label of the other options -> place along the axis -> row; baselines: rows that have no place
-# there, as models without SVD have no rank
-Axis = namedtuple('Axis', 'key is_numeric groups baselines')
+# key: the option along the horizontal axis; is_numeric: whether it has numbers, else words; ticks:
+# place along the axis -> value as text; groups: label of the other options -> place -> row;
+# baselines: rows that have no place there, as models without SVD have no rank
+Axis = namedtuple('Axis', 'key is_numeric ticks groups baselines')
 
 
 def show(folder):
@@ -24,17 +24,21 @@ def show(folder):
     a figure -> its file. Raises UserError."""
     record = sweep.load(folder)
     rows = collect(folder, record)
-    if not any(row['seeds'] for row in rows):
+    finished = [row for row in rows if row['seeds']]
+    if not finished:
         raise UserError(f'{folder}: has no finished run')
     text = table(rows, record)
     print(text)
-    captions = draw(folder, record, [row for row in rows if row['seeds']])
+    captions = draw(folder, record, finished)
     pictures = ''.join(f'\n![{caption}]({path.name})\n' for path, caption in captions.items())
-    files = {'results.json': json.dumps({'seeds': record['seeds'], 'rows': rows}, indent=1),
-             'results.csv': csv_text(rows, record), 'results.md': f'{text}\n{pictures}'}
-    for name, content in files.items():
-        write_atomically(folder / name, content.encode())
-    print(f'{folder}: ' + ', '.join([*files, *(path.name for path in captions)]))
+    write_atomically(folder / 'results.md', f'{text}\n{pictures}'.encode())
+    write_atomically(folder / 'results.json', json.dumps(
+        {'seeds': record['seeds'], 'rows': rows}, indent=1).encode())
+    with open(folder / 'results.csv', 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, [*record['lists'], *rows[0]], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(row['options'] | row for row in rows)
+    print(', '.join([f'{folder}: results.md, .csv, .json', *(path.name for path in captions)]))
     return {path.stem: path for path in captions}
 
 
@@ -45,26 +49,25 @@ def collect(folder, record):
     """-> one row per variant, of its runs that are finished. What is missing is printed."""
     times, rows = sweep.read_json(folder / 'timing.json'), []
     for name, arm in record['arms'].items():
-        finals = {seed: sweep.result(folder / 'runs' / sweep.run_name(name, seed),
-                                     arm['config']['max_iters']) for seed in record['seeds']}
-        missing = [seed for seed, final in finals.items() if not final]
-        if missing:
-            print(f'{name}: not finished, left out: seed {", ".join(map(str, missing))}')
-        finals = {seed: final for seed, final in finals.items() if final}
+        found = {seed: sweep.result(sweep.run_folder(folder, name, seed),
+                                    arm['config']['max_iters']) for seed in record['seeds']}
+        finals = {seed: final for seed, final in found.items() if final}
+        if len(finals) < len(found):
+            print(f'{name}: not finished, left out: seeds {sorted(found.keys() - finals)}')
+        time = times.get(name, {})
+        if time.get('baseline') != arm['baseline']:     # not timed, or before the sweep grew
+            time = {'ratio': 1.0 if name == arm['baseline'] else None,
+                    'ratio_quartiles': [None, None]}
+        low, high = time['ratio_quartiles']
         row = {'name': name, 'options': arm['options'], 'baseline': arm['baseline'],
                'seeds': list(finals), 'chance': arm['chance'], 'cache_bytes': arm['cache_bytes'],
-               'parameters': arm['parameters'],
+               'parameters': arm['parameters'], 'step_ratio': time['ratio'],
+               'step_ratio_low': low, 'step_ratio_high': high,
                'parallel': [final['val/loss'] for final in finals.values()],
                'prefix_only': [final.get('val/prefix_loss', final['val/loss'])
                                for final in finals.values()]}
         for kind in ('parallel', 'prefix_only'):
             row[f'{kind}_mean'], row[f'{kind}_se'] = mean_and_error(row[kind])
-        time = times.get(name, {})
-        if time.get('baseline') != arm['baseline']:     # not timed, or before the sweep grew
-            time = {'ratio': 1.0 if name == arm['baseline'] else None,
-                    'ratio_quartiles': [None, None]}
-        row['step_ratio'] = time['ratio']
-        row['step_ratio_low'], row['step_ratio_high'] = time['ratio_quartiles']
         rows.append(row)
     return rows
 
@@ -76,30 +79,32 @@ def mean_and_error(values):
 
 
 def table(rows, record):
-    """Markdown, columns as wide as their cells, and below what they mean."""
+    """Markdown: the table, and below it what the columns mean."""
     columns = {key: [str(row['options'].get(key, '')) for row in rows] for key in record['lists']
                if any(key in row['options'] for row in rows)}
     if any(len(row['seeds']) < len(record['seeds']) for row in rows):
         columns['seeds'] = [str(len(row['seeds'])) for row in rows]
     columns |= {
-        'parallel loss': [format_loss(row, 'parallel') for row in rows],
-        'prefix-only loss': [format_loss(row, 'prefix_only') for row in rows],
+        f'{kind.replace("_", "-")} loss': [fill('{:.4f}', row[f'{kind}_mean'])
+                                           + fill(' +- {:.4f}', row[f'{kind}_se']) for row in rows]
+        for kind in ('parallel', 'prefix_only')}
+    columns |= {
         'step time / baseline': [
             fill('{:.3f}', row['step_ratio'])
             + fill(' ({:.3f} to {:.3f})', row['step_ratio_low'], row['step_ratio_high'])
             for row in rows],
         'cache bytes': [fill('{:,}', row['cache_bytes']) or 'none' for row in rows],
         'parameters': [f'{row["parameters"]:,}' for row in rows]}
-    padded = []
-    for head, cells in columns.items():
-        width = max(map(len, (head, *cells)))
-        padded.append([cell.ljust(width) for cell in (head, '-' * width, *cells)])
-    lines = ['| ' + ' | '.join(line) + ' |' for line in zip(*padded)]
-    return '\n'.join([*lines, '', *notes(rows, record)])
-
-
-def format_loss(row, kind):
-    return fill('{:.4f}', row[f'{kind}_mean']) + fill(' +- {:.4f}', row[f'{kind}_se'])
+    chances = ', '.join(dict.fromkeys(f'{row["chance"]:.2f}' for row in rows))
+    baselines = '; '.join(dict.fromkeys(row['baseline'] for row in rows))
+    return '\n'.join([
+        *format_table([list(columns), *zip(*columns.values())], len(columns), markdown=True), '',
+        f'Losses: validation, nats per token, {over_seeds(record)}; chance: {chances}. Prefix-only '
+        'is what generation gets.',
+        f'Baseline: {baselines}. Step time: median of paired steps, quartiles in brackets; not of '
+        'adaptive SVD, whose steps differ.',
+        "Cache: float32, of one sequence of block_size tokens; none: 'sequence' scope cannot cache."
+    ])
 
 
 def fill(pattern, *values):
@@ -107,60 +112,35 @@ def fill(pattern, *values):
     return '' if None in values else pattern.format(*values)
 
 
-def notes(rows, record):
-    """What the columns are."""
-    baselines = '; '.join(dict.fromkeys(row['baseline'] for row in rows))
-    chances = ', '.join(dict.fromkeys(f'{row["chance"]:.2f}' for row in rows))
-    sizes = ' or '.join({str(arm['config']['block_size']): None for arm in record['arms'].values()})
-    return [
-        f'Losses: validation, nats per token, {over_seeds(record)}; chance: {chances}. Prefix-only '
-        'is what generation gets.',
-        f'Baseline: {baselines}. Step time: median of pairs of steps of a micro-batch, taken in '
-        'turn after the runs, times the micro-batches of a step; quartiles in brackets; not of '
-        'adaptive SVD, whose steps differ.',
-        f"Cache: float32, of one sequence of {sizes} tokens; none: 'sequence' scope cannot cache."]
-
-
 def over_seeds(record):
-    seeds = ', '.join(map(str, record['seeds']))
-    return (f'mean +- standard error over seeds {seeds}' if len(record['seeds']) > 1 else
-            f'one seed, {seeds}, hence no standard error')
-
-
-def csv_text(rows, record):
-    """One line per variant."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [
-        'name', *record['lists'], 'seeds', 'parallel_mean', 'parallel_se', 'prefix_only_mean',
-        'prefix_only_se', 'step_ratio', 'step_ratio_low', 'step_ratio_high', 'baseline',
-        'cache_bytes', 'parameters'], extrasaction='ignore', lineterminator='\n')
-    writer.writeheader()
-    for row in rows:
-        options = {key: str(value) for key, value in row['options'].items()}
-        writer.writerow({**row, **options, 'seeds': len(row['seeds'])})
-    return file.getvalue()
+    return f'mean and standard error over seeds {", ".join(map(str, record["seeds"]))}'
 
 
 # --------------------------------------------------------------------------------------------------
 # figures
 
 def draw(folder, record, rows):
-    """Draw the figures that make sense, and print why others do not -> path -> caption."""
+    """Draw the figures that make sense, and print what others need -> path -> caption."""
     try:
         plots.require_matplotlib('figures')
     except UserError as e:
         print(e)
         return {}
     axis, captions = arrange(record, rows), {}
-    for name, (charts, text) in {'loss': loss_charts(axis), 'curves': progress_charts(axis, folder),
-                                 'pareto': pareto_charts(axis)}.items():
+    for name, charts, text, needs in (
+            ('loss', loss_charts(axis), f'Validation loss against {axis.key}',
+             'an option with several values'),
+            ('curves', progress_charts(axis, folder), 'Validation loss on the way, random batches, '
+             'prefix-only where that differs', 'two evaluations after the first step'),
+            ('pareto', pareto_charts(axis), 'Prefix-only validation loss against cost, '
+             f'{axis.key} beside the points; time: quartiles', 'two different costs')):
         path = folder / f'{name}.png'
         if charts:
             captions[path] = f'{text}; {over_seeds(record)}.'
             plots.charts(path, charts, 'validation loss, nats per token', captions[path],
                          bands=name == 'curves')
         else:
-            print(f'{path.name}: not drawn: {text}')
+            print(f'{path.name}: not drawn: needs {needs}')
             path.unlink(missing_ok=True)                # an earlier one
     return captions
 
@@ -171,23 +151,24 @@ def arrange(record, rows):
     Along the horizontal axis is svd_rank if it varies, else the first option that has several
     numbers, else the first that varies, its values in the order of the list.
     """
-    def is_number(value):
-        return type(value) in (int, float)
     varied = {key: values for key, values in record['lists'].items() if len(values) > 1}
-    numeric = [key for key, values in varied.items() if sum(map(is_number, values)) > 1]
-    key = next(iter(sorted(numeric, key='svd_rank'.__ne__) + list(varied)), None)
+    numbers = {key: [value for value in values if type(value) in (int, float)]
+               for key, values in varied.items()}
+    key = min(varied, key=lambda key: (key != 'svd_rank', len(numbers[key]) < 2), default=None)
+    is_numeric = len(numbers.get(key, ())) > 1
+    places = ({str(number): number for number in sorted(numbers[key])} if is_numeric else
+              {str(word): i for i, word in enumerate(varied.get(key, ()))})
     groups, baselines = {}, []
     for row in rows:
-        others = dict(row['options'])
-        value = others.pop(key, None)
-        if key not in row['options'] or key in numeric and not is_number(value):
+        place = places.get(str(row['options'].get(key, '')))
+        if place is None:
             baselines.append(row)
-            continue
-        place = value if key in numeric else varied[key].index(value)
-        label = ', '.join(f'{name}={other}' for name, other in others.items()) or key
-        groups.setdefault(label, {})[place] = row
-    return Axis(key, key in numeric, {label: dict(sorted(group.items()))
-                                      for label, group in groups.items()}, baselines)
+        else:
+            label = ', '.join(f'{name}={value}' for name, value in row['options'].items()
+                              if name != key)
+            groups.setdefault(label or key, {})[place] = row
+    return Axis(key, is_numeric, {place: text for text, place in places.items()},
+                {label: dict(sorted(group.items())) for label, group in groups.items()}, baselines)
 
 
 def group_look(i, line='-'):
@@ -205,54 +186,48 @@ def curve(label, x, rows, look, kind='prefix_only', **more):
 
 
 def loss_charts(axis):
-    """Loss against the option along the axis -> Charts, caption; or none, and why."""
-    ticks = {place: str(row['options'][axis.key]) for group in axis.groups.values()
-             for place, row in group.items()}
-    if not ticks:
-        return [], 'no option varies'
-    log = axis.is_numeric and min(ticks) > 0 and max(ticks) >= 4 * min(ticks)
-    shift = 0.01 * (max(ticks) - min(ticks))            # so that error bars do not cover each other
+    """Loss against the option along the axis -> Charts."""
+    if not axis.groups:
+        return []
+    low, high = min(axis.ticks), max(axis.ticks)
+    log = axis.is_numeric and low > 0 and high >= 4 * low
+    differ = any(row['parallel'] != row['prefix_only'] for group in axis.groups.values()
+                 for row in group.values())
     kinds = {'parallel': 'parallel', 'prefix_only': 'prefix-only: what generation gets'}
-    if all(row['parallel'] == row['prefix_only'] for group in axis.groups.values()
-           for row in group.values()):
-        kinds = {'prefix_only': ''}
     charts = []
-    for kind, title in kinds.items():
+    for kind, title in kinds.items() if differ else [('prefix_only', '')]:
         curves = [curve(row['name'], None, [row], baseline_look(i), kind)
                   for i, row in enumerate(axis.baselines)]
-        for i, (label, group) in enumerate(axis.groups.items()):
-            x = [place * 1.03 ** i if log else place + shift * i for place in group]
-            look = group_look(i, '-' if axis.is_numeric else None)
-            curves.append(curve(label, x, group.values(), look, kind))
-        charts.append(plots.Chart(title, axis.key, curves, log,
-                                  ticks if len(ticks) < 9 or not axis.is_numeric else None))
-    return charts, f'Validation loss against {axis.key}'
+        for i, (label, group) in enumerate(axis.groups.items()):    # error bars side by side
+            x = [place * 1.03 ** i if log else place + 0.01 * i * (high - low) for place in group]
+            curves.append(curve(label, x, group.values(),
+                                group_look(i, '-' if axis.is_numeric else None), kind))
+        charts.append(plots.Chart(
+            title, axis.key, curves, log,
+            axis.ticks if len(axis.ticks) < 9 or not axis.is_numeric else None))
+    return charts
 
 
 def progress_charts(axis, folder):
-    """Loss over the steps, a Chart per group -> Charts, caption; or none, and why."""
-    places = sorted({place for group in axis.groups.values() for place in group})
-    colours = plots.shades(len(places)) if axis.is_numeric else plots.COLOURS
+    """Loss over the steps -> Charts, one per group."""
+    colours = dict(zip(axis.ticks, plots.shades(len(axis.ticks))))
     levels = [progress(folder, row, row['name'], baseline_look(i))
               for i, row in enumerate(axis.baselines)]
     charts = []
     for label, group in (axis.groups or {'': {}}).items():
         curves = levels + [
-            progress(folder, row, f'{axis.key}={row["options"][axis.key]}',
-                     (colours[places.index(place) % len(colours)], None, '-'))
+            progress(folder, row, f'{axis.key}={axis.ticks[place]}', (colours[place], None, '-'))
             for place, row in group.items()]
-        title = label if len(axis.groups) > 1 else ''
-        charts.append(plots.Chart(title, 'step', [one for one in curves if len(one.x) > 1]))
-    if not any(chart.curves for chart in charts):
-        return [], 'no two evaluations after the first step'
-    return charts, 'Validation loss on the way, random batches, prefix-only where that differs'
+        charts.append(plots.Chart(label if len(axis.groups) > 1 else '', 'step',
+                                  [one for one in curves if len(one.x) > 1]))
+    return [chart for chart in charts if chart.curves]
 
 
 def progress(folder, row, label, look):
     """The Curve of the evaluations that all seeds have, without that at step 0."""
     runs = []
     for seed in row['seeds']:
-        found = read_metrics(folder / 'runs' / sweep.run_name(row['name'], seed))
+        found = read_metrics(sweep.run_folder(folder, row['name'], seed))
         runs.append({one['iter']: one.get('val/prefix_loss', one['val/loss']) for one in found
                      if 'val/loss' in one and 'final' not in one and one['iter']})
     steps = sorted(set.intersection(*map(set, runs)))
@@ -262,9 +237,9 @@ def progress(folder, row, label, look):
 
 
 def pareto_charts(axis):
-    """Loss against costs in memory and time -> Charts, caption; or none, and why."""
+    """Loss against costs in memory and time -> Charts."""
     series = [(row['name'], [row], ('0.25', '*', None)) for row in axis.baselines] + [
-        (label, group.values(), group_look(i, None))
+        (label, list(group.values()), group_look(i, None))
         for i, (label, group) in enumerate(axis.groups.items())]
     charts = []
     for title, cost, unit in (('cache of a whole context, kB', 'cache_bytes', 1000),
@@ -273,26 +248,16 @@ def pareto_charts(axis):
         for label, rows, look in series:
             rows = [row for row in rows if row[cost] is not None]
             x = [row[cost] / unit for row in rows]
-            spread = [(row['step_ratio_low'] or 1, row['step_ratio_high'] or 1) for row in rows]
-            notes = [str(row['options'].get(axis.key, '')) for row in rows]
             points += [(cost, row['prefix_only_mean']) for cost, row in zip(x, rows)]
+            across = [(row['step_ratio_low'] or 1, row['step_ratio_high'] or 1) for row in rows]
             if rows:
-                curves.append(curve(label, x, rows, look, notes=notes,
-                                    across=spread if cost == 'step_ratio' else None))
-        costs = {x for x, _ in points}
-        if len(costs) > 1:
-            front = plots.Curve('lowest loss up to that cost', *pareto_front(points),
-                                ('0.6', None, '-'))
-            charts.append(plots.Chart('', title, [front, *curves], max(costs) >= 4 * min(costs)))
-    if not charts:
-        return [], 'fewer than two different costs are known'
-    return charts, (f'Prefix-only validation loss against cost, {axis.key} beside the points; '
-                    'time: quartiles')
-
-
-def pareto_front(points):
-    """The stairs below which there is no point -> x, y of their corners."""
-    costs, losses = zip(*sorted(points))
-    lowest = accumulate(losses, min)
-    return ([cost for cost in costs for _ in range(2)][1:],
-            [loss for loss in lowest for _ in range(2)][:-1])
+                curves.append(curve(label, x, rows, look,
+                                    across=across if cost == 'step_ratio' else None,
+                                    notes=[str(row['options'].get(axis.key, '')) for row in rows]))
+        if len({x for x, _ in points}) > 1:
+            costs, losses = zip(*sorted(points))
+            corners = ([x for x in costs for _ in range(2)][1:],    # of the stairs below all points
+                       [y for y in accumulate(losses, min) for _ in range(2)][:-1])
+            front = plots.Curve('lowest loss up to that cost', *corners, ('0.6', None, '-'))
+            charts.append(plots.Chart('', title, [front, *curves], costs[-1] >= 4 * costs[0]))
+    return charts

@@ -83,10 +83,8 @@ def test_values_are_split_at_commas_of_their_own(text, parts):
 
 
 def variants_of(*argv):
-    """The combinations, and how many the lists make."""
     values, lists, set_by, rest = compare.read_lists([*TINY, *argv])
-    return (sweep.expand_grid(compare.CompareConfig, values, lists, set_by, rest),
-            math.prod(map(len, lists.values())))
+    return sweep.expand_grid(compare.CompareConfig, values, lists, set_by, rest)
 
 
 @pytest.mark.parametrize('argv, names', [
@@ -107,11 +105,9 @@ def variants_of(*argv):
     ('--use_svd=True --svd_scope=causal --svd_rank=None,2 --svd_block=2,16',
      ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
     ('--learning_rate=1e-2,.01,2e-2', ['learning_rate=0.01', 'learning_rate=0.02'])])
-def test_combinations_that_are_the_same_run_are_one(argv, names, capsys):
+def test_combinations_that_are_the_same_run_are_one(argv, names):
     """A full rank is no SVD: heads are 8 wide. A latent of n_embd / 4 is the default."""
-    variants, combinations = variants_of(*argv.split())
-    assert [variant.name for variant in variants] == names
-    assert capsys.readouterr().out.count('is the same run as') == combinations - len(names)
+    assert [variant.name for variant in variants_of(*argv.split())] == names
 
 
 @pytest.mark.parametrize('argv', [[LIST, '--svd_method=gram,randomized', '--use_svd=True'],
@@ -121,7 +117,7 @@ def test_combinations_that_are_the_same_run_are_one(argv, names, capsys):
                                   ['config.py', '--n_embd=32,16', '--svd_rank=3']])
 def test_train_py_is_given_what_was_planned(argv):
     Path('config.py').write_text('use_svd = True\nsvd_scope = "causal"\n')
-    for variant in variants_of(*argv)[0]:
+    for variant in variants_of(*argv):
         name = f'{variant.name},seed=7'
         cfg, _, _ = train.load_config(sweep.job_of(variant, 7, Path('out-x')).argv[1:])
         own = dict(seed=7, out_dir=f'out-x/runs/{name}', wandb_run_name=name, wandb_group='out-x')
@@ -136,7 +132,7 @@ def test_train_py_is_given_what_was_planned(argv):
      ['svd_rank=None,learning_rate=0.1', 'svd_rank=None,learning_rate=0.2'] * 2),
     (['--use_mla=True,False', '--use_svd=True', '--svd_rank=2,None'], ['use_mla=False,svd_rank=None'] * 4)])
 def test_the_baseline_is_the_ordinary_model_with_the_same_other_options(argv, baselines):
-    variants, _ = variants_of(*argv)
+    variants = variants_of(*argv)
     assert [sweep.find_baseline(variant, variants).name for variant in variants] == baselines
 
 
@@ -204,8 +200,7 @@ def check_table(printed):
     for words in (f'| {mean:.4f} +- {error:.4f} |', 'Baseline: svd_rank=None', f'chance: {math.log(17):.2f}'):
         assert words in printed and words in Path('out-compare/results.md').read_text()
     table = [*csv.DictReader(Path('out-compare/results.csv').read_text().splitlines())]
-    assert [(row['svd_rank'], float(row['step_ratio'])) for row in table] == [('None', 1), ('2', 1), ('4', 2),
-                                                                              ('5', 1)]
+    assert [(row['svd_rank'], float(row['step_ratio'])) for row in table] == [('', 1), ('2', 1), ('4', 2), ('5', 1)]
 
 
 @pytest.mark.usefixtures('no_matplotlib')
@@ -232,11 +227,11 @@ def test_a_failed_run_is_named_and_the_rest_is_compared(inline):
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_dry_run_lists_states_and_times_and_changes_nothing(swept):
     new = swept(*SVD, LIST, '--dry_run', '--sweep=new')
-    assert (new.code, new.out.count(': to do, about '), Path('new').exists()) == (0, 3, False)
+    assert (new.code, new.out.count(': to do, 0 of '), Path('new').exists()) == (0, 3, False)
     Path('out-compare/runs/svd_rank=4,seed=1337/metrics.jsonl').write_text('{"iter": 2, "loss": 1.0}\n')
     found = swept(*SVD, LIST, '--dry_run', '--seeds=2')
     assert 'svd_rank=2,seed=1337: done' in found.out
-    assert 'svd_rank=4,seed=1337: to resume, after step 2' in found.out
+    assert 'svd_rank=4,seed=1337: to resume, 2 of ' in found.out
     assert found.names == [] and found.out.count(', about ') == 5
 
 
@@ -254,12 +249,13 @@ def test_a_folder_that_lacks_files_is_read_as_far_as_it_goes(swept):
 
 @pytest.mark.parametrize('name, text', [
     ('sweep.json', '{'), ('sweep.json', '[1]'), ('sweep.json', '{"seeds": []}'), ('timing.json', '{'),
-    ('timing.json', '[1]'), ('sweep.json', None), ('runs', None)])
+    ('sweep.json', None), ('runs', None)])
 def test_a_damaged_folder_is_one_line(name, text, swept, refused):
     Path('out-compare', name).rename('lost')
     if text:
         Path('out-compare', name).write_text(text)
-    assert (f'{name}: damaged' if text else 'out-compare') in refused(compare.main, '--sweep=out-compare')
+    words = f'out-compare/{name}: damaged' if text == '{' else 'out-compare'
+    assert words in refused(compare.main, '--sweep=out-compare')
 
 
 @pytest.mark.usefixtures('no_matplotlib')
