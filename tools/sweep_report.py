@@ -113,7 +113,8 @@ def fill(pattern, *values):
 
 
 def over_seeds(record):
-    return f'mean and standard error over seeds {", ".join(map(str, record["seeds"]))}'
+    seeds = ', '.join(map(str, record['seeds']))
+    return f'mean +- standard error over seeds {seeds}' if ', ' in seeds else f'one seed, {seeds}'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,11 +226,9 @@ def progress_charts(axis, folder):
 
 def progress(folder, row, label, look):
     """The Curve of the evaluations that all seeds have, without that at step 0."""
-    runs = []
-    for seed in row['seeds']:
-        found = read_metrics(sweep.run_folder(folder, row['name'], seed))
-        runs.append({one['iter']: one.get('val/prefix_loss', one['val/loss']) for one in found
-                     if 'val/loss' in one and 'final' not in one and one['iter']})
+    runs = [{one['iter']: one.get('val/prefix_loss', one['val/loss'])
+             for one in read_metrics(sweep.run_folder(folder, row['name'], seed))
+             if 'val/loss' in one and 'final' not in one and one['iter']} for seed in row['seeds']]
     steps = sorted(set.intersection(*map(set, runs)))
     points = [mean_and_error([run[step] for run in runs]) for step in steps]
     return plots.Curve(label, steps, [mean for mean, _ in points], look,
