@@ -91,18 +91,12 @@ def run_seconds(cfg, data, device):
 # what is compared
 
 def variants(cfg):
-    """Name -> changes of the configuration: '' the baseline, and what cfg has beyond it except for
-    the SVD, one thing after another, such as 'MLA' and 'MLA, low-rank'."""
-    adapted = cfg.adaptive_svd or cfg.lora_rank is not None
-    found, names, changes = {'': DENSE}, [], DENSE
-    for name, present, keys in (
-            ('MLA', cfg.use_mla, ['use_mla']), ('low-rank', cfg.layer_ranks, ['layer_ranks']),
-            ('adaptive SVD' if cfg.adaptive_svd else 'LoRA', adapted, ADAPTER_DEFAULTS)):
-        changes = {key: value for key, value in changes.items() if key not in keys}
-        if present:
-            names.append(name)
-            found[', '.join(names)] = changes
-    return found
+    """Name -> changes of the configuration: '' the baseline, and, if cfg has more than that without
+    the SVD, such as 'MLA' or 'MLA, low-rank', cfg as it is."""
+    extras = {'MLA': cfg.use_mla, 'low-rank': cfg.layer_ranks, 'adaptive SVD': cfg.adaptive_svd,
+              'LoRA': cfg.lora_rank}
+    name = ', '.join(extra for extra, present in extras.items() if present)
+    return {'': DENSE} | ({name: {}} if name else {})
 
 
 def truncating_scopes(cfg):

@@ -36,7 +36,7 @@ from lowrank.svd import causal_starts, low_rank_approximation
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import device as devices
-from runtime import plots
+from runtime import huggingface, plots
 from runtime.config import UserError
 from runtime.data import Dataset, locate
 from tools.step_benchmark import header, truncating_scopes
@@ -205,11 +205,8 @@ def data_for(cfg, saved, c, path):
         raise UserError(f'{path} has another shape (n_head={c.n_head}, n_embd={c.n_embd}, '
                         f'block_size={c.block_size})')
     data = Dataset(locate(cfg.dataset, cfg.tokenizer))
+    huggingface.check_tokenizer(cfg, {}, saved, data, print)
     data.check_length(cfg.block_size)
-    own = saved.get('tokenizer', data.meta)
-    if data.vocab_size > c.vocab_size or any(own.get(key) != data.meta.get(key)
-                                             for key in ('tokenizer', 'chars')):
-        raise UserError(f'dataset={cfg.dataset}: has another vocabulary than {path}')
     return data
 
 
