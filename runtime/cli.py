@@ -64,6 +64,8 @@ def guard(script, work, again=''):
             if not foreseen and 'DefaultCPUAllocator' not in str(e):    # no memory
                 raise
             code, words = 1, format_error(e)
+        except ModuleNotFoundError as e:
+            code, words = 1, f'{e.name} is not installed: pip install {e.name}'
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
             stopped = f'stopped by {signal.Signals(number).name}'

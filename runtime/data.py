@@ -15,6 +15,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,14 @@ import torch
 
 from runtime import download
 from runtime.config import UserError, did_you_mean, one_line
-from runtime.files import check_writable, lock_file, locked, remove_leftovers, write_atomically
+from runtime.files import (
+    atomic_open, check_writable, lock_file, locked, remove_leftovers, write_atomically)
 
 END = '<|endoftext|>'
 WITH_END = f'{{}}: {END} in the text becomes ordinary tokens, not 50256 as in a prompt'
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
 # The working directory's data/ is searched first, then the repository's.
 DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')
-AGAIN = ('; prepare the data set again: with its prepare.py, or delete this folder and name its '
-         'text, --dataset=FILE.txt')
 # Data sets that take hours and tens of gigabytes are only prepared by their own command.
 LARGE = {'openwebtext': 'about 24 GB of downloads'}
 
@@ -43,8 +43,10 @@ class Tokenizer:
         if self.kind == 'char':
             self.chars = meta['chars']
             self.ids = {c: i for i, c in enumerate(self.chars)}
+            self.token_bytes = lambda i: self.chars[i].encode()
         else:
             self.bpe = download.gpt2_encoding()
+            self.token_bytes = self.bpe.decode_single_token_bytes
 
     def encode(self, text):
         """The ids of a str, a list of int. Raises UserError for characters without an id."""
@@ -67,13 +69,8 @@ class Tokenizer:
         A character that several tokens make up comes with the last of them.
         """
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        for i in ids:
-            if i >= self.vocab_size:                # a rounded-up vocabulary has ids without a text
-                yield ''
-            elif self.kind == 'char':
-                yield self.chars[i]
-            else:
-                yield decoder.decode(self.bpe.decode_single_token_bytes(i))
+        for i in ids:                               # a rounded-up vocabulary has ids without a text
+            yield decoder.decode(self.token_bytes(i) if i < self.vocab_size else b'')
         yield decoder.decode(b'', final=True)
 
 
@@ -89,7 +86,7 @@ def write_dataset(folder, text, tokenizer, source):
     """Encode text, 90% of its characters for training and the rest for validation, into `folder`.
 
     tokenizer: 'char' (its vocabulary is the text's own characters) or 'gpt2'; source: words for
-    meta.json. Returns the meta dict. Raises UserError for a text that is too short, and OSError.
+    meta.json. Prints one line. Raises UserError for a text that is too short, and OSError.
     """
     if len(text.strip()) < 2:
         raise UserError(f'{source}: {len(text.strip())} characters are too few for a training and '
@@ -101,22 +98,32 @@ def write_dataset(folder, text, tokenizer, source):
                     dtype='uint16' if len(chars) <= 2 ** 16 else 'uint32', chars=chars)
     elif END in text:
         print(WITH_END.format(source))
-    meta |= dict(source=source, sha256=hashlib.sha256(text.encode()).hexdigest(),
-                 characters=len(text))
     encoder, cut = Tokenizer(meta), int(len(text) * 0.9)
     encode = encoder.encode if tokenizer == 'char' else encoder.bpe.encode_ordinary
     train, val = (np.array(encode(part), meta['dtype']) for part in (text[:cut], text[cut:]))
-    meta |= dict(train_tokens=len(train), val_tokens=len(val))
+    meta |= dict(source=source, sha256=hashlib.sha256(text.encode()).hexdigest(),
+                 characters=len(text), train_tokens=len(train), val_tokens=len(val))
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with preparing(folder / 'train.bin'):
-        remove_leftovers(folder)
-        (folder / 'train.bin').unlink(missing_ok=True)
-        write_atomically(folder / 'val.bin', val.tobytes())
-        content = json.dumps(meta, indent=1, ensure_ascii=False)
-        write_atomically(folder / 'meta.json', content.encode())
-        write_atomically(folder / 'train.bin', train.tobytes())
-    return meta
+        write_files(folder, meta, train=[train.tobytes()], val=[val.tobytes()])
+    print(f'{source}: {len(text):,} characters, {len(set(text))} distinct, sha256 {meta["sha256"]} '
+          f'-> {len(train):,} + {len(val):,} tokens ({tokenizer}, vocabulary '
+          f'{meta["vocab_size"]:,}) in {folder}')
+
+
+def write_files(folder, meta, train, val):
+    """Write the files of a data set into `folder`, which the caller has locked. Raises OSError.
+
+    train, val: the pieces of train.bin and val.bin, iterables of bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    (folder / 'train.bin').unlink(missing_ok=True)
+    write_atomically(folder / 'meta.json',
+                     json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    for name, pieces in (('val.bin', val), ('train.bin', train)):
+        with atomic_open(folder / name) as f:
+            f.writelines(pieces)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -133,29 +140,31 @@ def read_meta(folder):
         elif (folder / 'meta.pkl').exists():
             with open(folder / 'meta.pkl', 'rb') as f:
                 old = _PlainUnpickler(f).load()
-            chars = [old['itos'][i] for i in range(old['vocab_size'])]
-            meta = dict(tokenizer='char', vocab_size=len(chars), dtype='uint16', chars=chars)
+            meta = dict(tokenizer='char', vocab_size=old['vocab_size'], dtype='uint16',
+                        chars=[old['itos'][i] for i in range(old['vocab_size'])])
         else:
             meta = dict(GPT2_META)
-    except Exception as e:                          # a damaged pickle raises nearly any of them
-        raise UserError(f'{folder}: its meta file cannot be used: {type(e).__name__}: '
-                        f'{one_line(e)[:200]}{AGAIN}') from None
-    return check_meta(meta, folder, AGAIN)
+        return check_meta(meta, folder)
+    except Exception:                               # a damaged pickle raises nearly any of them
+        raise damaged(f'{folder}/meta.json or meta.pkl') from None
 
 
-def check_meta(meta, where, remedy=''):
-    """Return the meta dict. Raises UserError, `where` first and `remedy` last, if it is damaged."""
-    try:
+def check_meta(meta, where):
+    """Return the meta dict. Raises UserError, which begins with `where`, if it is damaged."""
+    with suppress(AttributeError, KeyError, TypeError):
         size, chars = meta['vocab_size'], meta.get('chars', [])
         sizes = dict(char=len(set(chars)), gpt2=GPT2_META['vocab_size'])
-        fits = (type(size) is int and size == sizes[meta['tokenizer']]
-                and list(''.join(chars)) == chars and meta['dtype'] in ('uint16', 'uint32'))
-    except (AttributeError, KeyError, TypeError):
-        fits = False
-    if not fits:
-        raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit '
-                        f'together{remedy}')
-    return meta
+        if (type(size) is int and size == sizes[meta['tokenizer']]
+                and list(''.join(chars)) == chars and meta['dtype'] in ('uint16', 'uint32')):
+            return meta
+    raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit '
+                    'together')
+
+
+def damaged(path):
+    """The UserError for a file of a data set that cannot be used."""
+    return UserError(f'{path}: missing or damaged; prepare the data set again: with its '
+                     'prepare.py, or delete this folder and name its text, --dataset=FILE.txt')
 
 
 class Dataset:
@@ -168,23 +177,20 @@ class Dataset:
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         self.vocab_size = self.meta['vocab_size']
-        self.dtype = np.dtype(self.meta['dtype'])
         for split in ('train', 'val'):
             path = self.folder / f'{split}.bin'
-            size = path.stat().st_size if path.is_file() else 0
-            count = size / self.dtype.itemsize
-            if count == 0 or count != self.meta.get(f'{split}_tokens', int(count)):
-                raise UserError(f'{path}: missing or damaged: {size} bytes, expected '
-                                f'{str(self.meta.get(f"{split}_tokens", "some"))[:20]} '
-                                f'{self.dtype} token ids{AGAIN}')
-            self._check_ids(self.tokens(split)[:2 ** 28], split)    # and those of each batch
+            count = (path.stat().st_size / np.dtype(self.meta['dtype']).itemsize
+                     if path.is_file() else 0)
+            if (count == 0 or count != self.meta.get(f'{split}_tokens', int(count))
+                    or self.tokens(split)[:2 ** 28].max() >= self.vocab_size):
+                raise damaged(path)
 
     def tokens(self, split):
         """All ids of a split (N,), memory-mapped.
 
         The file is opened at each call: a long-lived map leaks (nanoGPT#428).
         """
-        return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+        return np.memmap(self.folder / f'{split}.bin', dtype=self.meta['dtype'], mode='r')
 
     @property
     def padded_vocab_size(self):
@@ -192,14 +198,8 @@ class Dataset:
 
         For BPE it is rounded up to a multiple of 64, 50257 to 50304, which makes products faster.
         """
-        step = 1 if self.meta['tokenizer'] == 'char' else 64
-        return -(-self.vocab_size // step) * step
-
-    def _check_ids(self, ids, split):
-        top = int(ids.max())
-        if top >= self.vocab_size:
-            raise UserError(f'{self.folder}/{split}.bin: token id {top} is outside its vocabulary '
-                            f'of {self.vocab_size}')
+        return (-(-self.vocab_size // 64) * 64 if self.meta['tokenizer'] == 'gpt2'
+                else self.vocab_size)
 
     def check_length(self, block_size):
         """Raise UserError unless each split has a window: block_size tokens and the one after."""
@@ -210,8 +210,7 @@ class Dataset:
 
     def sample_offsets(self, split, count, block_size, generator):
         """Where `count` random windows start: int64 (count)."""
-        high = len(self.tokens(split)) - block_size
-        return torch.randint(high, (count,), generator=generator)
+        return torch.randint(len(self.tokens(split)) - block_size, (count,), generator=generator)
 
     def batch(self, split, batch_size, block_size, generator, device):
         """Random windows: x (B, T) token ids, y (B, T) the ids that follow; int64, on `device`."""
@@ -221,7 +220,8 @@ class Dataset:
     def windows(self, tokens, starts, block_size, split, device):
         """The windows at `starts`: x (B, T), y (B, T)."""
         rows = np.stack([tokens[i:i + block_size + 1] for i in starts])             # (B, T + 1)
-        self._check_ids(rows, split)
+        if rows.max() >= self.vocab_size:           # __init__ looked at the first 2^28 only
+            raise damaged(self.folder / f'{split}.bin')
         rows = torch.from_numpy(rows.astype(np.int64))
         if torch.device(device).type == 'cuda':
             rows = rows.pin_memory().to(device, non_blocking=True)
@@ -256,9 +256,9 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
     if not found:
         known = sorted({path.parent.name for root in roots for path in root.glob('*/*')
                         if path.name in ('prepare.py', 'train.bin')})
-        hint = did_you_mean(name, known, other='known: ' + ', '.join(known))
         raise UserError(f'dataset={name}: no text file, nor a folder with train.bin and val.bin or '
-                        f'with prepare.py{hint}')
+                        'with prepare.py' + did_you_mean(name, known,
+                                                         other='known: ' + ', '.join(known)))
     folder, script = found[0], found[0] / 'prepare.py'
     if is_prepared(folder):
         return folder
@@ -283,10 +283,7 @@ def _locate_text(name, tokenizer, roots):
     with preparing(folder):
         if not is_prepared(folder):
             check_writable(folder / 'train.bin', f'dataset={name}: {folder}')
-            meta = write_dataset(folder, text, tokenizer, source=str(name))
-            print(f'{name}: {len(text):,} characters -> {meta["train_tokens"]:,} + '
-                  f'{meta["val_tokens"]:,} tokens ({tokenizer}, vocabulary '
-                  f'{meta["vocab_size"]:,}) in {folder}')
+            write_dataset(folder, text, tokenizer, source=str(name))
     return folder
 
 

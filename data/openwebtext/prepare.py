@@ -27,8 +27,9 @@ import numpy as np
 
 from runtime import download, tracking
 from runtime.config import Failure, UserError, one_line
-from runtime.data import END, GPT2_META, WITH_END, is_prepared, preparing
-from runtime.files import atomic_open, check_writable, remove_leftovers, write_atomically
+from runtime.data import (END, GPT2_META, WITH_END, is_prepared, preparing, read_meta,
+                          write_files)
+from runtime.files import check_writable, write_atomically
 
 # Fixed revisions, in parquet: a file that changes between two runs of one preparation would go
 # unnoticed.
@@ -59,51 +60,34 @@ def prepare(args):
     """Documents -> shards -> train.bin, val.bin, meta.json. Raises UserError, OSError."""
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
-    source = find_source(args)
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f'{e.name or e} is missing: pip install datasets') from None
-    encoding = download.gpt2_encoding()
+    import datasets
     # What the result depends on. Only the same version of datasets understands a position, too.
-    settings = dict(source, max_tokens=args.max_tokens, datasets=datasets.__version__)
+    settings = dict(find_source(args), max_tokens=args.max_tokens, datasets=datasets.__version__)
     settings_sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    shards, meta_file = args.out_dir / 'shards', args.out_dir / 'meta.json'
-    check_writable(shards / 'progress.json', f'--out_dir={args.out_dir}')
+    shards = args.out_dir / 'shards'
+    file = shards / 'progress.json'
+    check_writable(file, f'--out_dir={args.out_dir}')
     with preparing(shards):
-        progress = read_json(shards / 'progress.json') or dict(
+        progress = json.loads(file.read_text()) if file.exists() else dict(
             settings=settings, position=None, documents=0, shards=0, train_tokens=0, val_tokens=0)
-        begun = progress['settings']
-        if begun != settings:
-            raise UserError(f'{shards}: another preparation was begun here ({begun["source"]}, '
-                            f'max_tokens {begun["max_tokens"]}, datasets {begun["datasets"]}); '
-                            'finish it, or delete this folder to give it up')
+        if progress['settings'] != settings:
+            raise UserError(f'{file}: begun with other options, or another version of datasets; '
+                            f'finish that, or delete {shards}')
         if is_prepared(args.out_dir) and (
-                read_json(meta_file).get('settings_sha256') == settings_sha256):
-            shutil.rmtree(shards, ignore_errors=True)       # a kill may have come before this
-            print(f'{args.out_dir}: already prepared; delete {meta_file} to do it again')
-            return
-        progress = write_shards(datasets.load_dataset, progress, shards, encoding)
-        if not progress['train_tokens']:
-            shutil.rmtree(shards)
-            raise UserError(f'{source["source"]}: a training and a validation split need two '
-                            f'documents (a .txt file is one), found {progress["documents"]}')
-        meta = dict(GPT2_META, source=source['source'], documents=progress['documents'],
-                    train_tokens=progress['train_tokens'], val_tokens=progress['val_tokens'],
-                    settings_sha256=settings_sha256)
-        remove_leftovers(args.out_dir)
-        (args.out_dir / 'train.bin').unlink(missing_ok=True)        # the last one, as in data.py
-        concatenate(sorted(shards.glob('val-*.bin')), args.out_dir / 'val.bin')
-        write_atomically(meta_file, json.dumps(meta, indent=1).encode())
-        concatenate(sorted(shards.glob('train-*.bin')), args.out_dir / 'train.bin')
-        shutil.rmtree(shards)
-    print(f'{source["source"]}: {meta["documents"]:,} documents, {meta["train_tokens"]:,} tokens '
-          f'for training, {meta["val_tokens"]:,} for validation -> {args.out_dir}')
-
-
-def read_json(path):
-    """The dict in a JSON file, {} if there is no file."""
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+                read_meta(args.out_dir).get('settings_sha256') == settings_sha256):
+            print(f'{args.out_dir}: already prepared; delete its meta.json to do it again')
+        else:
+            progress = write_shards(datasets.load_dataset, progress, shards,
+                                    download.gpt2_encoding())
+            meta = dict(GPT2_META, source=settings['source'], documents=progress['documents'],
+                        train_tokens=progress['train_tokens'], val_tokens=progress['val_tokens'],
+                        settings_sha256=settings_sha256)
+            write_files(args.out_dir, meta, **{
+                split: (part.read_bytes() for part in sorted(shards.glob(f'{split}-*.bin')))
+                for split in ('train', 'val')})
+            print(f'{meta["source"]}: {meta["documents"]:,} documents, {meta["train_tokens"]:,} '
+                  f'tokens for training, {meta["val_tokens"]:,} for validation -> {args.out_dir}')
+        shutil.rmtree(shards, ignore_errors=True)           # a kill may have come before this
 
 
 def find_source(args):
@@ -115,12 +99,12 @@ def find_source(args):
     if args.files is None:
         load = SOURCES[args.source]
         return dict(source=f'{load["path"]} at {load["revision"][:8]}', load=load)
-    found = [args.files] if os.path.isfile(args.files) else glob.glob(args.files, recursive=True)
-    files = sorted(filter(os.path.isfile, found))
+    files = [args.files] if os.path.isfile(args.files) else sorted(
+        filter(os.path.isfile, glob.glob(args.files, recursive=True)))
     kinds = {Path(f).suffix for f in files}
-    if kinds not in ({'.parquet'}, {'.txt'}):
-        raise UserError(f'--files={args.files}: must be all .parquet or all .txt, found '
-                        f'{", ".join(sorted(kinds)) or "no such files"}')
+    if kinds != {'.parquet'} and (kinds != {'.txt'} or len(files) == 1):    # one has no split
+        raise UserError(f'--files={args.files}: must be all .parquet, or two or more .txt (one '
+                        f'document each), found {len(files)} files {" ".join(sorted(kinds))}')
     load = dict(path='parquet') if kinds == {'.parquet'} else dict(
         path='text', sample_by='document', encoding='utf-8-sig')
     return dict(source=f'--files {args.files}', load=load,
@@ -154,9 +138,9 @@ def read_shards(load_dataset, settings, position):
             while 'shard_idx' not in state:
                 state = state['examples_iterable']
             place = files[state['shard_idx']]
-        hint = '' if files else "; the same command goes on, or give local files: --files 'GLOB'"
         raise (UserError if files else Failure)(
-            f'{place}: cannot be read: {type(e).__name__}: {one_line(e)}{hint}') from None
+            f'{place}: cannot be read: {type(e).__name__}: {one_line(e)}' + ('' if files else (
+                "; the same command goes on, or give local files: --files 'GLOB'"))) from None
 
 
 def write_shards(load_dataset, progress, shards, encoding):
@@ -172,43 +156,28 @@ def write_shards(load_dataset, progress, shards, encoding):
             if any(END in text for text in texts):
                 bar.write(WITH_END.format(f'{settings["source"]}, shard {progress["shards"]}'))
             left = (settings['max_tokens'] or sys.maxsize) - progress['train_tokens']
-            number, train, val = progress['documents'], [], []
+            number, tokens = progress['documents'], {'train': [], 'val': []}
             for ids in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()):
-                if len(train) == left:
+                if len(tokens['train']) >= left:
                     break
-                ids.append(encoding.eot_token)
-                if is_validation(number):
-                    val += ids
-                else:
-                    train += ids[:left - len(train)]
+                # The number alone says which split; 0 is in val, so that there is one.
+                digest = hashlib.sha256(str(number).encode()).hexdigest()
+                in_val = number == 0 or int(digest[:16], 16) % VAL_ONE_IN == 0
+                tokens['val' if in_val else 'train'] += [*ids, encoding.eot_token]
                 number += 1
-            for split, ids in (('train', train), ('val', val)):
+            del tokens['train'][left:]              # --max_tokens may end within a document
+            for split, ids in tokens.items():
                 write_atomically(shards / f'{split}-{progress["shards"]:05}.bin',
                                  np.array(ids, np.uint16).tobytes())
-            progress = dict(
-                settings=settings, position=position, documents=number,
-                shards=progress['shards'] + 1, train_tokens=progress['train_tokens'] + len(train),
-                val_tokens=progress['val_tokens'] + len(val))
+            progress = dict(settings=settings, position=position, documents=number,
+                            shards=progress['shards'] + 1,
+                            train_tokens=progress['train_tokens'] + len(tokens['train']),
+                            val_tokens=progress['val_tokens'] + len(tokens['val']))
             write_atomically(shards / 'progress.json', json.dumps(progress).encode())
-            bar.update(len(train))
-            if len(train) == left:
+            bar.update(len(tokens['train']))
+            if len(tokens['train']) == left:
                 break
     return progress
-
-
-def is_validation(number):
-    """Whether a document belongs to the validation split. Its number alone says so; 0 always does,
-    so that there is one."""
-    digest = hashlib.sha256(str(number).encode()).digest()
-    return number == 0 or int.from_bytes(digest[:8], 'big') % VAL_ONE_IN == 0
-
-
-def concatenate(parts, path):
-    """Files -> one file."""
-    with atomic_open(path) as out:
-        for part in parts:
-            with open(part, 'rb') as f:
-                shutil.copyfileobj(f, out)
 
 
 if __name__ == '__main__':

