@@ -80,7 +80,8 @@ def changes(c, to):
 
 
 def new_adamw(model, saved):
-    """The state dict of the run's AdamW before the first step of a model."""
+    """The state dict of AdamW before the first step of a model, with the options in a checkpoint's
+    config, or nanoGPT's."""
     c = dict(weight_decay=1e-1, learning_rate=6e-4, beta1=0.9, beta2=0.95) | saved.get('config', {})
     return model.configure_optimizers(c['weight_decay'], c['learning_rate'],
                                       (c['beta1'], c['beta2']), 'cpu').state_dict()
@@ -136,7 +137,7 @@ def to_dense(folder, model, saved, meta, lines):
     kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis')
             if key in saved}
     ckpt.save(kept | dict(
-        model=model.state_dict(), optimizer=new_adamw(model, saved), model_args=args,
+        model=model.state_dict(), optimizer=new_adamw(model, {}), model_args=args,
         config=saved.get('config', {}) | args), folder / 'ckpt.pt')
     lines.append('left out: the optimizer state')
 
@@ -153,6 +154,8 @@ def to_nanogpt(folder, model, saved, meta, lines):
         lines.append("left out: the optimizer state, which is Muon's or of other weights; nanoGPT "
                      'starts its AdamW again')
     args, old = {key: getattr(c, key) for key in NANOGPT_SHAPE}, saved.get('config', {})
+    for group in optimizer['param_groups']:
+        group['lr'] = old.get('learning_rate', group['lr'])         # the first, not the last step's
     dataset = Path(str(old.get('dataset', ''))).name.removesuffix('.txt') or 'DATASET'
     config = {key: value for key, value in (old | args).items() if key in NANOGPT_CONFIG}
     kept = dict(tokenizer=meta) if meta else {}                     # nanoGPT does not look at it
