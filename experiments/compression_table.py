@@ -55,7 +55,7 @@ from runtime.files import check_writable
 from runtime.tracking import read_json_lines
 from tools import model_compression as layers
 from tools import sweep
-from tools.result_cache import Record
+from experiments.result_cache import Record
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'compression.png'

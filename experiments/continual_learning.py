@@ -61,7 +61,7 @@ from runtime.data import Dataset, locate
 from runtime.optimizer import swap_params
 from runtime.files import check_writable, make_folder
 from runtime.tracking import read_json_lines
-from tools.result_cache import Record
+from experiments.result_cache import Record
 
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'

@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, TEXT, rows, whole_truth
 from model import GPT, GPTConfig
 from runtime.data import write_dataset
-from tools.result_cache import Record
+from experiments.result_cache import Record
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
 
