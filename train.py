@@ -254,7 +254,7 @@ def loop(state, evaluation, log, processes, bar):
         try:
             loss = train_step(state, batches)
         except (FloatingPointError, torch.linalg.LinAlgError) as e:
-            raise bad_layer(state, batches, e) from None
+            raise bad_layer(state, batches, one_line(e)) from None
 
         timed_steps += 1
         bar.update()
@@ -463,10 +463,9 @@ def save(state, name, random_states):
 def bad_layer(state, batches, error):
     """The FloatingPointError to raise for an error: with the first layer whose numbers are not
     finite."""
-    words = one_line(error) if isinstance(error, Exception) else error
     layer = first_nonfinite_layer(state.model, batches, state.context)
     return FloatingPointError(
-        f'{words}; first bad layer: {layer or "none, it did not happen again"}')
+        f'{error}; first bad layer: {layer or "none, it did not happen again"}')
 
 
 def evaluate_only(cfg, evaluation, out, processes):
@@ -491,15 +490,10 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    last = path.with_name('last.pt')  # where ckpt.pt is to stay the best
-    if values['eval_only'] or not os.path.exists(last):
-        saved = ckpt.load(path)
-    else:
-        saved = max((ckpt.load(p) for p in (last, path) if p.exists()),
-                    key=lambda saved: saved['iter_num'])
+    both = [path.with_name('last.pt'), path]            # last.pt: where ckpt.pt stays the best
+    paths = [] if values['eval_only'] else [p for p in both if os.path.exists(p)]
+    saved = max(map(ckpt.load, paths or [path]), key=lambda saved: saved['iter_num'])
     path = saved['path']
-    if 'best_val_loss' not in saved:
-        raise UserError(f'{path}: has no best_val_loss, so training cannot go on from it')
     foreign = () if 'tokenizer' in saved else ('dtype', 'compile')  # nanoGPT's defaults are a GPU's
     config = {key: value for key, value in saved.get('config', {}).items()
               if key not in (*RUN_LOCAL_FIELDS, *foreign)}
@@ -551,10 +545,10 @@ def restore(state, saved, processes):
             ckpt.set_random_state(states[processes.rank], state.data_rng, state.device)
         if state.scaler.is_enabled() and saved.get('scaler'):
             state.scaler.load_state_dict(saved['scaler'])
+        state.iter_num = state.saved_at = saved['iter_num']
+        state.best_val_loss = float(saved['best_val_loss'])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'{path}: cannot be resumed: {one_line(e)[:200]}') from None
-    state.iter_num = state.saved_at = saved['iter_num']
-    state.best_val_loss = float(saved['best_val_loss'])
 
 
 @contextmanager
@@ -702,8 +696,6 @@ def describe(cfg, model, data, dtype, processes):
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
         say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using '
             f'{warmup_iters(cfg)}')
-    if processes.distributed and processes.backend != cfg.backend:
-        say(f'backend={cfg.backend} needs CUDA: using {processes.backend}')
 
 
 if __name__ == '__main__':

@@ -8,26 +8,18 @@ from importlib import metadata
 
 
 def _check_machine():
-    lacking = [
-        name for name in ('torch', 'numpy', 'tqdm') if importlib.util.find_spec(name) is None]
+    lacking = [name for name in ('torch', 'numpy', 'tqdm')
+               if importlib.util.find_spec(name) is None]
     if sys.version_info < (3, 11):
         version = '.'.join(map(str, sys.version_info[:2]))
         trouble = f'Python {version} is too old: install 3.11 or later'
     elif lacking:
         trouble = f'{", ".join(lacking)}: not installed: pip install -r requirements.txt'
-    elif _is_old_torch():
+    elif tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9):    # Muon came with it
         trouble = f'torch {metadata.version("torch")} is too old: pip install -r requirements.txt'
     else:
         return
     raise SystemExit(f'{os.path.basename(sys.argv[0])}: {trouble}')
-
-
-def _is_old_torch():
-    try:
-        # Muon came with it
-        return tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9)
-    except (metadata.PackageNotFoundError, ValueError):  # built from source, and brave
-        return False
 
 
 _check_machine()

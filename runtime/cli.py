@@ -82,7 +82,6 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the work. `signal`: its number; a shell expects the exit code 128 + signal."""
 
     def __init__(self, number):
-        super().__init__()
         self.signal = number
 
 
@@ -96,22 +95,21 @@ class Signals:
     """
 
     def __init__(self):
-        self.received, self._deferred, self._handlers = 0, False, {}
+        self.received, self._deferred, self._handlers = 0, False, []    # of each entry, nested
 
     def __enter__(self):
-        self.received, self._deferred = 0, False
+        self.received, self._deferred, numbers = 0, False, []
         # Python allows handlers nowhere else
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 numbers.append(signal.SIGHUP)
-            self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        self._handlers.append({n: signal.signal(n, self._receive) for n in numbers})
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
-        self._handlers = {}
+        for number, handler in self._handlers.pop().items():
+            signal.signal(number, handler or signal.SIG_DFL)            # None: not set from Python
 
     def _receive(self, number, frame):
         first, by_hand = not self.received, number == signal.SIGINT and 'RANK' not in os.environ
@@ -158,23 +156,22 @@ class _Stream:
             return self._stream.write(text)
         except UnicodeEncodeError:
             return self.write(text.encode(self.encoding, 'replace').decode(self.encoding))
-        except OSError as e:
-            self._handle(e)
+        except OSError:
+            self._silence()
         return len(text)
 
     def flush(self):
         try:
             self._stream.flush()
-        except OSError as e:
-            self._handle(e)
+        except OSError:
+            self._silence()
 
-    def _handle(self, error):
+    def _silence(self):
         """Send everything to the null device from now on, or Python complains about the buffer when
         it ends."""
-        if not isinstance(error, BlockingIOError):  # a slow reader loses this text, no more
-            self.silent = True
-            with open(os.devnull, 'w') as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+        self.silent = True
+        with open(os.devnull, 'w') as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager

@@ -75,10 +75,8 @@ def _flush_folder(path):
     """A rename in it must reach the disk too."""
     if os.name == 'posix':
         folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_atomically(path, content):

@@ -89,7 +89,6 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        assert closure is None
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:

@@ -16,9 +16,9 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 LEVEL = ('0.25', None, '--')        # colour, marker, line
 GUIDE = dict(color='0.35')          # a line for comparison, and its label
 
-# x None: a level. spread: half of an error bar or of a band's height, one number per point; across:
-# bars along x, (low, high) per point; notes: a word per point; look: colour, marker, line
-Curve = namedtuple('Curve', 'label x y look spread across notes', defaults=(None, None, None))
+# x None: a level. spread: half of an error bar or of a band's height, one number per point;
+# notes: a word per point; look: colour, marker, line
+Curve = namedtuple('Curve', 'label x y look spread notes', defaults=(None, None))
 # log: of x, base 2; ticks: place -> word
 Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))
 
@@ -133,12 +133,7 @@ def draw_curve(ax, curve, bands):
         low, high = zip(*((y - s, y + s) for y, s in zip(curve.y, spread)))
         ax.fill_between(curve.x, low, high, color=colour, alpha=0.2, lw=0)
         spread = None
-    across = curve.across and list(zip(*((x - low, high - x) for x, (low, high)
-                                         in zip(curve.x, curve.across))))
-    bars = ax.errorbar(curve.x, curve.y, spread, across, capsize=3, elinewidth=1, **style)
-    for bar in bars[2] if across else ():                           # long ones cross each other
-        bar.set_alpha(0.5)
-    return bars[0]
+    return ax.errorbar(curve.x, curve.y, spread, capsize=3, elinewidth=1, **style)[0]
 
 
 def line_panels(path, rows, x_label, line_label, title=None):

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,15 +44,10 @@ def read_json_lines(path):
     """The objects in a file of JSON Lines, [] without one; a line that a crash left unfinished is
     left out."""
     rows = []
-    try:
-        lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            pass
+    with suppress(OSError):
+        for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
 

@@ -7,10 +7,9 @@ window.
 """
 
 import copy
-import io
 import math
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 from types import SimpleNamespace
@@ -468,19 +467,12 @@ def compare_models(models, data, device, seed):
         block_params=lambda m: sum(p.numel() for p in m.transformer.h.parameters()),
         attention_params=GPT.attention_params,
         params=lambda m: m.get_num_params(non_embedding=False),
-        bytes=checkpoint_bytes,
+        bytes=lambda m: sum(p.nbytes for p in (*m.parameters(), *m.buffers())),
         block_size=lambda m: m.config.block_size,
         cache_bytes=lambda m: m.kv_cache_bytes(1, m.config.block_size),
         samples=lambda m: sample_text(m, data, device, seed))
     return dict(speed=benchmark_pair(models, data, device, seed),
                 **{name: [measure(m) for m in models] for name, measure in measures.items()})
-
-
-def checkpoint_bytes(model):
-    """Size of a checkpoint without an optimizer's state."""
-    file = io.BytesIO()
-    torch.save(dict(model=model.state_dict(), model_args=asdict(model.config), iter_num=0), file)
-    return file.tell()
 
 
 def sample_text(model, data, device, seed):
@@ -513,7 +505,7 @@ def benchmark_pair(models, data, device, seed):
 ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'),
             block_params=('parameters of the blocks', ','),
             attention_params=('parameters of attention', ','), params=('parameters', ','),
-            bytes=('bytes on disk, weights alone', ','),
+            bytes=('bytes of the weights', ','),
             cache_bytes=('cache bytes of a full context', ','))
 
 

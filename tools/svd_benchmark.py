@@ -14,8 +14,8 @@ running basis, as every training step but the first does ('weight' scope has non
                 differentiated, 'constant' without
 
 on V of a trained checkpoint, with the gradient of its loss, and on V with known spectra and
-Gaussian gradients. torch.linalg.svd and torch.svd_lowrank of the whole V are the references. A
-running basis never comes from the V that is measured: it is the checkpoint's, or made of others.
+Gaussian gradients. A running basis never comes from the V that is measured: it is the checkpoint's,
+or made of others.
 
 Letters: B batch, nh heads, T tokens, hs head size, C width, k rank; W_v is (nh, hs, C).
 """
@@ -73,7 +73,6 @@ def run(cfg, device):
     print(f'timing a layer, {len(cases)} cases, on {timed_on.name}', flush=True)
     costs, quality = timings(cfg, device, cases, timed_on), []
     print_costs(costs)
-    torch.manual_seed(cfg.seed)                                     # svd_lowrank draws from it
     for source in (*trained, *synthetic):
         rows = source_quality(cfg, cases, source)
         print_quality(source.name, rows)
@@ -81,9 +80,7 @@ def run(cfg, device):
     result = {'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
               'seed': cfg.seed, 'rounds': cfg.pairs, 'shape': shape_of(cfg),
               'trained': remark if trained else None, 'timed_on': timed_on.name,
-              'methods': costs[:len(cases)], 'references': costs[len(cases):],
-              'quality': [row for row in quality if 'method' in row],
-              'reference_residuals': [row for row in quality if 'reference' in row]}
+              'methods': costs, 'quality': quality}
     if cfg.plot:
         names = [source.name for source in trained] or [timed_on.name]
         draw(cfg.plot, costs, [row for row in quality if row['source'] in names],
@@ -240,38 +237,21 @@ def capture(model, x, y):
 # --------------------------------------------------------------------------------------------------
 # cost
 
-def svd_k(x, rank):
-    """The best approximation of x (..., m, n) of this rank, in float32."""
-    u, s, vh = torch.linalg.svd(x.float(), full_matrices=False)
-    return u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]
-
-
-def svd_lowrank_k(x, rank):
-    u, s, v = torch.svd_lowrank(x.float(), q=rank, niter=2)
-    return u * s.unsqueeze(-2) @ v.mT
-
-
-REFERENCES = {'torch.linalg.svd': svd_k, 'torch.svd_lowrank': svd_lowrank_k}
-
-
 def timings(cfg, device, cases, source):
-    """-> a row per case, then one per reference: times, their ratio to 'gram' in each round, and
-    peak memory."""
+    """-> a row per case: times, their ratio to 'gram' in each round, and peak memory."""
     dtype = getattr(torch, devices.pick_dtype(cfg.dtype, device))
     source = converted(source, lambda x: x.to(dtype))
-    references = {name: partial(f, source.v, cfg.svd_rank) for name, f in REFERENCES.items()}
     rows = {case: case._asdict() for case in cases}
-    rows |= {name: {'reference': name} for name in references}
     forward, both = {}, {}
     for case in cases:
         f, x, dy = truncation(cfg, case, source, cfg.svd_basis_grad)
         forward[case] = torch.no_grad()(partial(f, x))
         both[case] = partial(gradient, f, x, dy)
         rows[case]['peak_bytes'] = peak_bytes(both[case], device)
-    for quantity, functions in (('forward', forward | references), ('fwd_bwd', both)):
+    for quantity, functions in (('forward', forward), ('fwd_bwd', both)):
         seconds = time_interleaved(functions, cfg.pairs, device)
         for key, own in seconds.items():
-            gram = seconds[Case(rows[key].get('scope', 'sequence'), 'gram')]
+            gram = seconds[Case(key.scope, 'gram')]
             low, ms, high = quartiles([1e3 * t for t in own])
             rows[key] |= {f'{quantity}_ms': ms, f'{quantity}_quartiles_ms': [low, high]}
             low, ratio, high = quartiles([a / b for a, b in zip(own, gram)])
@@ -284,11 +264,10 @@ def timings(cfg, device, cases, source):
 # quality, in float32 against float64 on the CPU, because some devices have no float64
 
 def source_quality(cfg, cases, source):
-    """-> a row per case, the residual over the best and the cosine of the gradients over the
-    matrices of a source, then a row per reference, the residual alone."""
+    """-> a row per case: the residual over the best, and the cosine of the gradients, over the
+    matrices of a source."""
     source, k, rows = converted(source, torch.Tensor.float), cfg.svd_rank, []
     exact_source = converted(source, lambda x: x.cpu().double())
-    whole = [(source.v, *smallest_residual(source.v, k))]
     for scope, own in groupby(cases, lambda case: case.scope):
         best = [(x, *smallest_residual(x, k)) for x in decomposed(cfg, scope, source)]
         exact = {grad: gradient(*truncation(cfg, Case(scope, 'standard'), exact_source, grad))
@@ -301,8 +280,7 @@ def source_quality(cfg, cases, source):
                 row |= {f'cosine_{name}_mean': cosines.mean().item(),
                         f'cosine_{name}_min': cosines.min().item()}
             rows.append(row)
-    return rows + [{'source': source.name, 'reference': name,
-                    **residuals(partial(f, rank=k), whole)} for name, f in REFERENCES.items()]
+    return rows
 
 
 def solver(cfg, case, source):
@@ -353,13 +331,12 @@ def print_quality(name, rows):
     print_line(name, ('residual', 'worst', 'full', 'worst', 'constant', 'worst', 'matrices'))
     for row in rows:
         residual = [100 * (row[f'residual_{which}'] - 1) for which in ('mean', 'worst')]
-        distances = [1 - row[key] if key in row else None for key in COSINE_KEYS]
+        distances = [1 - row[key] for key in COSINE_KEYS]
         print_line(label(row), (*residual, *distances, row['matrices']))
 
 
 def label(row):
-    """Method and scope; references truncate the whole V."""
-    return f'{row.get("method") or row["reference"]}, {row.get("scope", "sequence")}'
+    return f'{row["method"]}, {row["scope"]}'
 
 
 def draw(path, costs, quality, caption):
@@ -368,7 +345,7 @@ def draw(path, costs, quality, caption):
     residual, panels = {}, {}
     for row in quality:
         residual.setdefault(label(row), []).append(row['residual_mean'] - 1)
-    looks = dict(zip((*METHODS, *REFERENCES), zip(plots.COLOURS, plots.MARKERS, repeat(''))))
+    looks = dict(zip(METHODS, zip(plots.COLOURS, plots.MARKERS, repeat(''))))
     for row in costs:
         method, scope = label(row).split(', ')
         best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)

@@ -134,7 +134,7 @@ def draw(folder, record, rows):
             ('curves', progress_charts(axis, folder), 'Validation loss on the way, random batches, '
              'prefix-only where that differs', 'two evaluations after the first step'),
             ('pareto', pareto_charts(axis), 'Prefix-only validation loss against cost, '
-             f'{axis.key} beside the points; time: quartiles', 'two different costs')):
+             f'{axis.key} beside the points', 'two different costs')):
         path = folder / f'{name}.png'
         if charts:
             captions[path] = f'{text}; {over_seeds(record)}.'
@@ -248,11 +248,9 @@ def pareto_charts(axis):
             rows = [row for row in rows if row[cost] is not None]
             x = [row[cost] / unit for row in rows]
             points += [(cost, row['prefix_only_mean']) for cost, row in zip(x, rows)]
-            across = [(row['step_ratio_low'] or 1, row['step_ratio_high'] or 1) for row in rows]
             if rows:
-                curves.append(curve(label, x, rows, look,
-                                    across=across if cost == 'step_ratio' else None,
-                                    notes=[str(row['options'].get(axis.key, '')) for row in rows]))
+                curves.append(curve(label, x, rows, look, notes=[
+                    str(row['options'].get(axis.key, '')) for row in rows]))
         if len({x for x, _ in points}) > 1:
             costs, losses = zip(*sorted(points))
             corners = ([x for x in costs for _ in range(2)][1:],    # of the stairs below all points

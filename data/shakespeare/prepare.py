@@ -7,15 +7,14 @@ the text.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.shakespeare_text import prepare
 
-
-def main(argv=None):
-    return prepare('shakespeare', 'gpt2', argv)
+main = partial(prepare, 'shakespeare', 'gpt2')
 
 
 if __name__ == '__main__':

@@ -7,15 +7,14 @@ the text.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.shakespeare_text import prepare
 
-
-def main(argv=None):
-    return prepare('shakespeare_char', 'char', argv)
+main = partial(prepare, 'shakespeare_char', 'char')
 
 
 if __name__ == '__main__':

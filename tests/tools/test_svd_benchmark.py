@@ -55,9 +55,6 @@ def test_every_method_and_scope_is_measured(call, trained):
         exact = not row['method'].startswith('randomized')          # where a gap is small, float32 tells
         assert 1 - 1e-6 <= row['residual_mean'] <= row['residual_worst'] <= (1 + 1e-6 if exact else 100)
         assert (1 - 1e-4 if exact else -1) <= min(cosines) <= max(cosines) <= 1 + 1e-9
-    exact = [row['residual_worst'] for row in found['reference_residuals']
-             if row['reference'] == 'torch.linalg.svd']
-    assert exact == pytest.approx([1] * 7, abs=1e-6)
     assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
 
 
