@@ -2,21 +2,25 @@
 What low-rank layers cost: loss added, method by method, against the share of the blocks' weights
 that is kept.
 
-    python experiments/compression_table.py --dataset=input.txt     # make what is missing, then tables and figure
-    python experiments/compression_table.py --run=False             # tables and figure of what is recorded
+    python experiments/compression_table.py --dataset=input.txt  # make what is missing, draw
+    python experiments/compression_table.py --run=False          # draw what is recorded
 
 Models: 'small', nanoGPT's CPU recipe, and 'wide', 13 times the parameters; train.py trains what is
 not in out_dir yet. Nothing is fine-tuned in the first tables, so they compare what each method
 makes of the same weights. Of the methods,
 
     plain               the SVD of the weights
-    FWSVD               rows weighted by the root of their Fisher information (Hsu et al., arXiv:2207.00112)
-    ASVD                columns scaled by the root of the mean size of their input (Yuan et al., arXiv:2312.05821)
-    whitened            the error of a layer's outputs (SVD-LLM, arXiv:2403.07378): compress.py's method 'whitened'
-    + bias              and a bias for each layer that takes the mean of the error, its numbers within the budget
+    FWSVD               rows weighted by the root of their Fisher information (arXiv:2207.00112)
+    ASVD                columns scaled by the root of the mean size of their input
+                        (arXiv:2312.05821)
+    whitened            the error of a layer's outputs (SVD-LLM, arXiv:2403.07378): compress.py's
+                        method 'whitened'
+    + bias              and a bias for each layer that takes the mean of the error, its numbers
+                        within the budget
     + output metric     whitened, errors weighed by the loss's gradients at the outputs
     + budgeted ranks    and ranks chosen over all layers
-    + anchored          and each layer made for inputs as they now are: compress.py's method 'activation'
+    + anchored          and each layer made for inputs as they now are: compress.py's method
+                        'activation'
 
 the last three build on each other; 'anchored, uniform ranks' leaves out the choice of ranks. Then
 the controls, what as many steps or as many parameters give otherwise: fine-tuned against the dense

@@ -2,8 +2,8 @@
 Does adaptive SVD protect what was learned? A small GPT learns text A, then B; its loss on A at a
 matched loss on B.
 
-    python experiments/continual_learning.py --dataset=input.txt    # make what is missing, then tables and figure
-    python experiments/continual_learning.py --run=False            # tables and figure of what is recorded
+    python experiments/continual_learning.py --dataset=input.txt  # make what is missing, draw
+    python experiments/continual_learning.py --run=False          # draw what is recorded
 
 Text B is Python, the standard library of the running interpreter, which needs no download; tokens
 are characters, the vocabulary is that of both. Each seed trains a model on A once and goes on from
@@ -12,8 +12,10 @@ there on B, every arm with the same batches. Where everything is trained,
     full training               the reference
     adaptive                    all four projections of all blocks, the detector decides
     adaptive, no protection     the same, factors free: protection 'none'
-    adaptive, random space      switched as the detector did in 'adaptive', random directions protected, as many
-    timer                       all layers switched at the first analysis, no detector, 10 directions protected
+    adaptive, random space      switched as the detector did in 'adaptive', as many random
+                                directions protected
+    timer                       all layers switched at the first analysis, no detector, 10
+                                directions protected
     timer, random space         random ones
     half from the start         half of all directions protected from the first step on
     half, random space          random ones
@@ -156,7 +158,8 @@ class Texts:
         whole window."""
         if data.meta['tokenizer'] != 'char':
             raise UserError(
-                f'dataset={data.folder}: is not of characters (nearest: --dataset=shakespeare_char)')
+                f'dataset={data.folder}: is not of characters (nearest: '
+                '--dataset=shakespeare_char)')
         own = data.meta['chars']
         self.chars = sorted(set(own) | set(text_b))
         ids = {c: i for i, c in enumerate(self.chars)}
@@ -263,7 +266,8 @@ def layer_names(model):
     """Of the four projections of all blocks."""
     words = TARGETS.split(',')
     return [
-        f'h.{i}.{model.config.targets[word]}' for i in range(model.config.n_layer) for word in words]
+        f'h.{i}.{model.config.targets[word]}'
+        for i in range(model.config.n_layer) for word in words]
 
 
 def prepare(saved, arm, seed, plan):

@@ -2,8 +2,8 @@
 What the rank of V costs: the main job's model at ranks 2, 4, 8 and 16 of 32, every scope and
 method, against controls.
 
-    python experiments/loss_against_rank.py --dataset=input.txt     # run what is missing, then table and figure
-    python experiments/loss_against_rank.py --jobs=0                # table and figure of what is recorded
+    python experiments/loss_against_rank.py --dataset=input.txt  # run what is missing, draw
+    python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
 A run is config/train_svd_test.py with the options of its row, in a folder of its own below out_dir;
 finished ones are not repeated, so an interrupted sweep goes on. 'sequence' scope keeps the config's

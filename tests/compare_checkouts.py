@@ -1,9 +1,9 @@
 """
 Compare two checkouts of this repository on this machine, to the bit:
 
-    python tests/compare_checkouts.py                           # the commits BEFORE and MOVED against the working tree
-    python tests/compare_checkouts.py OLD NEW                   # commits or folders
-    python tests/compare_checkouts.py OLD NEW --only=mla        # the configurations whose name contains a word
+    python tests/compare_checkouts.py                     # BEFORE and MOVED against this tree
+    python tests/compare_checkouts.py OLD NEW             # commits or folders
+    python tests/compare_checkouts.py OLD NEW --only=mla  # configurations whose name has a word
 
 Both trees train, resume, adapt, export and sample the same small models, one configuration after
 the other. Compared are all losses and other metrics, the logits of every forward pass, generated
@@ -68,10 +68,9 @@ TRAINED = {
     'plain bfloat16': '--dtype=bfloat16',
     'plain compiled': '',
     'plain two processes': '',
-    **{
-        f'{scope} {method}': f'{SVD} --svd_scope={scope} '
-                             f'--svd_method={method}' for scope in ('sequence', 'causal', 'weight') for method in ('standard', 'gram', 'randomized')
-    },
+    **{f'{scope} {method}': f'{SVD} --svd_scope={scope} --svd_method={method}'
+       for scope in ('sequence', 'causal', 'weight')
+       for method in ('standard', 'gram', 'randomized')},
     'causal constant basis': f'{SVD} --svd_scope=causal --svd_basis_grad=False',
     'causal randomized muon resumed': f'{SVD} --svd_scope=causal --svd_method=randomized '
                                       '--optimizer=muon --dropout=0.1',

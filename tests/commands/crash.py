@@ -1,7 +1,7 @@
 """
 SIGKILL at random moments, also while a checkpoint is written; is anything ever lost?
 
-    python tests/commands/crash.py --kills=50 --seed=0                    # about four minutes on two cores
+    python tests/commands/crash.py --kills=50 --seed=0      # about four minutes on two cores
 
 A run is killed and resumed until all kills are spent, then left to end. Its parameters, optimizer
 state, best loss and metrics must be those of an undisturbed run, to the bit; after every kill the

@@ -96,8 +96,7 @@ X = normal(2, 40, 8)
         *(pytest.param(scale * X.float(), 3, 4, 1e-6, id=f'{scale}') for scale in (1e-6, 1e4)),
         pytest.param(X.bfloat16(), 3, 4, 2e-2, id='bfloat16'),
         pytest.param(X.half(), 3, 4, 3e-3, id='float16'),
-        # rows of no more dimensions than the rank pass: the basis is not unique, what it does to such
-        # rows is
+        # rows of no more dimensions than the rank pass: the basis is not unique, its effect is
         *(pytest.param(x, 2, 4, 1e-12, id=f'degenerate {i}')
           for i, x in enumerate((0 * X, X[:, :1].expand_as(X), X[:, :2].repeat(1, 20, 1),
                                  X * torch.tensor([1., 0, 0, 1, 0, 0, 0, 0]))))])

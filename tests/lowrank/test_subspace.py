@@ -9,7 +9,8 @@ import torch
 
 from helpers import (assert_close, checkpoint_of, make, normal, same, tokens, value_and_gradient,
                      with_singular_values)
-from lowrank.subspace_iteration import WarmStartBasis, clear_grams, gaussian_start, get_bases, update_bases
+from lowrank.subspace_iteration import (WarmStartBasis, clear_grams, gaussian_start, get_bases,
+                                        update_bases)
 from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors,
                          low_rank_approximation, truncated_svd)
 from model import GPT, SCOPES

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import assert_close, causal_truth, normal, value_and_gradient, whole_truth, with_singular_values
+from helpers import (assert_close, causal_truth, normal, value_and_gradient, whole_truth,
+                     with_singular_values)
 from lowrank.spectrum import effective_rank, energy, energy_kept, rank_for_energy
 from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation,
                          leading_eigenvectors, low_rank_approximation, truncated_svd)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd, tokens
+from helpers import (MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd,
+                     tokens)
 from lowrank.svd import METHODS
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error:svd_scope')]

@@ -89,7 +89,8 @@ def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(
 ):
     """V, W_v or U_v of each head is replaced by U_k S_k V_k^T of torch.linalg.svd."""
     options = dict(
-        bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad), **(mla(5) if latents else {}))
+        bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad),
+        **(mla(5) if latents else {}))
     assert_same_as_by_hand(device, options, **cut_by_hand(scope, 2, basis_grad))
 
 

@@ -342,7 +342,8 @@ def test_openwebtext_names_a_package_that_is_missing(tmp_path, call):
 
 CHAR = dict(tokenizer='char', vocab_size=5, chars=list('aé€\n😀'))
 BPE = dict(tokenizer='gpt2', vocab_size=50257)
-BYTES = st.integers(0, 255) | st.sampled_from([*'é€😀'.encode(), 0xed, 0xa0, 0xf4, 0x90, 0xc0, 0x80])
+BYTES = st.integers(0, 255) | st.sampled_from(
+    [*'é€😀'.encode(), 0xed, 0xa0, 0xf4, 0x90, 0xc0, 0x80])
 
 
 def pieces(meta, ids):

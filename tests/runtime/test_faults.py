@@ -101,7 +101,8 @@ def test_weights_that_no_step_has_found_spoilt_are_not_saved(call):
             poison('transformer.ln_f.weight')(model)
     with before_forward(spoil):
         result = call(train.main, *TWO_LAYERS)
-    assert result.code == 1 and bad in result.err and 'the checkpoint of step 2 is kept' in result.err
+    assert result.code == 1 and bad in result.err
+    assert 'the checkpoint of step 2 is kept' in result.err
     assert checkpoint()['iter_num'] == 2
 
 
@@ -139,7 +140,8 @@ def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, ma
     with in_step(3, stop):
         result = call(train.main, *TWO_LAYERS)
     line = result.err.splitlines()[-1]
-    assert result.code == 1 and 'Traceback' not in result.err and path.name[:7] in line and words in line
+    assert result.code == 1 and 'Traceback' not in result.err
+    assert path.name[:7] in line and words in line
     assert 'the checkpoint of step 2 is kept' in line and checkpoint()['iter_num'] == 2
     assert ('--init_from=resume --out_dir=out' in line) == (make is full_disk)
 
@@ -216,7 +218,8 @@ def no_network(event, args):
 sys.addaudithook(no_network)
 for name, *argv in json.loads(sys.argv[1]):
     module = __import__(name)
-    assert not (module.main(argv) if argv else getattr(module, 'main', getattr(module, 'socket', None))())
+    alone = getattr(module, 'main', getattr(module, 'socket', None))
+    assert not (module.main(argv) if argv else alone())
 '''
 
 
@@ -233,7 +236,8 @@ for name, *argv in json.loads(sys.argv[1]):
           ['bench', *TINY, '--use_svd=True', '--svd_rank=2', '--pairs=2', '--vocab_size=17'],
           ['train', *TINY, '--out_dir=plain'], ['export', '--out_dir=plain', '--save_dir=theirs'],
           ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
-          ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'], ['example_svd_usage']])])
+          ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'],
+          ['example_svd_usage']])])
 def test_no_socket_is_opened_by_anything_on_local_data(code, commands):
     done = subprocess.run(
         [sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True, text=True,

@@ -305,9 +305,11 @@ def test_missing_and_foreign_files_are_refused(hf, good, bad):
 # --------------------------------------------------------------------------------------------------
 # tokenizers
 
-HARD = '\n\r\t \u00a0\u3000ĠĊ▁#\'"\\{}<|>[UNK]éa\u0301\u0308🙂👩\u200d👧\x00\x7f\x85\u2028ß\u0130İΣ日本'
+HARD = ('\n\r\t \u00a0\u3000ĠĊ▁#\'"\\{}<|>[UNK]éa\u0301\u0308🙂👩\u200d👧\x00\x7f\x85\u2028ß'
+        '\u0130İΣ日本')
 TEXTS = [
-    'Hello  world', '  \n\n\t x', "it's I'll we've can't 'S", 'naïve café 日本語 🙂👩\u200d👩 a\u0301',
+    'Hello  world', '  \n\n\t x', "it's I'll we've can't 'S",
+    'naïve café 日本語 🙂👩\u200d👩 a\u0301',
     '12 345,6.7 $%^&*(){}<>|`~', '\u2003\u00a0x\u3000y\x85z\u200bq\u2028r\x1cs',
     '<|endoftext|> in a<|endoftext|>b', ' \r\n\r\n \r', 'ſKÅª²Ⅷ٣१', '\x00\x01\x7f\x80', 'א ב ר',
     ' ' * 20 + 'the' + ' ' * 20, 'th the thethe', 'def f(x):\n    return the  # and\n\n\n'
@@ -339,7 +341,8 @@ def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, b
         b'th', b'the', b' t', b' the', b'an', b'and', b' a', b' and', b'\xf0\x9f', b'\xf0\x9f\x99',
         b'\n\n', b'  ', b'    ', b'\'s', b'\xc3\xa9', b'12', b're', b'\xe6\x97']
     ranks = {
-        token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *merged])}
+        token: rank
+        for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *merged])}
     encoding = tiktoken.Encoding('small', pat_str=download.BPE_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={'<|endoftext|>': len(ranks)})
     monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)
@@ -434,7 +437,8 @@ def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(
         trained, call, to, options, words):
     trained(*options)
     result = call(export.main, f'--to={to}')
-    assert result.code == 0 and words in result.out and 'left out: the optimizer state' in result.out
+    assert result.code == 0 and words in result.out
+    assert 'left out: the optimizer state' in result.out
     before, after = (GPT.from_pretrained(folder).eval() for folder in ('out', f'out-{to}'))
     idx = tokens(before.config)
     assert torch.equal(before(idx, idx)[0], after(idx, idx)[0]) and not after.config.use_svd

@@ -14,7 +14,8 @@ import torch
 import compare
 import export
 import train
-from helpers import ROOT, TINY, assert_same_metrics, assert_same_run, before_forward, change, checkpoint, interrupt, rows, slow
+from helpers import (ROOT, TINY, assert_same_metrics, assert_same_run, before_forward, change,
+                     checkpoint, interrupt, rows, slow)
 from model import METHODS, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')

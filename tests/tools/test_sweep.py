@@ -43,7 +43,7 @@ if what in ('waits', 'stops its parent'):
         while len([*folder.parent.glob('*/ready')]) < 2:
             time.sleep(.01)
         os.kill(os.getppid(), signal.SIGTERM)
-    for _ in range(10_000):                                         # one long sleep may miss a signal
+    for _ in range(10_000):                             # one long sleep may miss a signal
         time.sleep(.01)
 with open(folder / 'metrics.jsonl', 'a') as f:
     f.write(json.dumps({'iter': 5, 'final': True, 'val/loss': 1.0}) + '\\n')
