@@ -1,27 +1,35 @@
 """
-What low-rank layers cost: loss added, method by method, against the share of the blocks' weights that is kept.
+What low-rank layers cost: loss added, method by method, against the share of the blocks' weights
+that is kept.
 
-    python experiments/compression_table.py --dataset=input.txt     # make what is missing, then tables and figure
-    python experiments/compression_table.py --run=False             # tables and figure of what is recorded
+    python experiments/compression_table.py --dataset=input.txt  # make what is missing, draw
+    python experiments/compression_table.py --run=False          # draw what is recorded
 
-Models: 'small', nanoGPT's CPU recipe, and 'wide', 13 times the parameters; train.py trains what is not in out_dir yet.
-Nothing is fine-tuned in the first tables, so they compare what each method makes of the same weights. Of the methods,
+Models: 'small', nanoGPT's CPU recipe, and 'wide', 13 times the parameters; train.py trains what is
+not in out_dir yet. Nothing is fine-tuned in the first tables, so they compare what each method
+makes of the same weights. Of the methods,
 
     plain               the SVD of the weights
-    FWSVD               rows weighted by the root of their Fisher information (Hsu et al., arXiv:2207.00112)
-    ASVD                columns scaled by the root of the mean size of their input (Yuan et al., arXiv:2312.05821)
-    whitened            the error of a layer's outputs (SVD-LLM, arXiv:2403.07378): compress.py's method 'whitened'
-    + bias              and a bias for each layer that takes the mean of the error, its numbers within the budget
+    FWSVD               rows weighted by the root of their Fisher information (arXiv:2207.00112)
+    ASVD                columns scaled by the root of the mean size of their input
+                        (arXiv:2312.05821)
+    whitened            the error of a layer's outputs (SVD-LLM, arXiv:2403.07378): compress.py's
+                        method 'whitened'
+    + bias              and a bias for each layer that takes the mean of the error, its numbers
+                        within the budget
     + output metric     whitened, errors weighed by the loss's gradients at the outputs
     + budgeted ranks    and ranks chosen over all layers
-    + anchored          and each layer made for inputs as they now are: compress.py's method 'activation'
+    + anchored          and each layer made for inputs as they now are: compress.py's method
+                        'activation'
 
-the last three build on each other; 'anchored, uniform ranks' leaves out the choice of ranks. Then the controls, what as
-many steps or as many parameters give otherwise: fine-tuned against the dense model given the same steps, and models of
-that size trained from scratch, a narrower one and one with the factors' ranks, each with and without those extra steps.
+the last three build on each other; 'anchored, uniform ranks' leaves out the choice of ranks. Then
+the controls, what as many steps or as many parameters give otherwise: fine-tuned against the dense
+model given the same steps, and models of that size trained from scratch, a narrower one and one
+with the factors' ranks, each with and without those extra steps.
 
-A row of experiments/compression_table.jsonl is a result, written when it is there and not made again, so that an
-interrupted run goes on. All losses are over the whole validation split. The figure is docs/compression.png.
+A row of experiments/compression_table.jsonl is a result, written when it is there and not made
+again, so that an interrupted run goes on. All losses are over the whole validation split. The
+figure is docs/compression.png.
 """
 
 import copy
@@ -38,7 +46,7 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli                                            # before torch: says what is not installed
+from runtime import cli  # before torch: says what is not installed
 
 import torch
 from torch import nn
@@ -61,28 +69,36 @@ RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'compression.png'
 RECIPE = str(ROOT / 'config' / 'train_shakespeare_char.py')
 MODELS = {
-    'small': [RECIPE, '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128', '--dropout=0',
-              '--max_iters=2000', '--lr_decay_iters=2000', '--eval_iters=20', '--always_save_checkpoint=True'],
-    'wide': [RECIPE, '--block_size=256', '--batch_size=8', '--n_layer=6', '--n_head=6', '--n_embd=384', '--dropout=0',
-             '--max_iters=1000', '--lr_decay_iters=1000', '--warmup_iters=50', '--optimizer=muon',
-             '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95', '--eval_iters=8',
-             '--always_save_checkpoint=True'],
+    'small': [
+        RECIPE, '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128',
+        '--dropout=0', '--max_iters=2000', '--lr_decay_iters=2000', '--eval_iters=20',
+        '--always_save_checkpoint=True'
+    ],
+    'wide': [
+        RECIPE, '--block_size=256', '--batch_size=8', '--n_layer=6', '--n_head=6', '--n_embd=384',
+        '--dropout=0', '--max_iters=1000', '--lr_decay_iters=1000', '--warmup_iters=50',
+        '--optimizer=muon', '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95',
+        '--eval_iters=8', '--always_save_checkpoint=True'
+    ],
 }
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
 CALIBRATION_TOKENS = 16384
 EXTRA = ('steps', 'optimizer', 'learning_rate')     # of a row with extra steps
 SEED = 1337                         # of the dense models; calibrations have 0, 1, ...
-SCRATCH = {'small': ('narrower', 'factors')}        # of which models those controls are trained: minutes each
+# of which models those controls are trained: minutes each
+SCRATCH = {'small': ('narrower', 'factors')}
 
 
 @dataclass
 class TableConfig:
     """Options of the experiment."""
-    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare", PATH] = 'shakespeare_char'
+    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare",
+                       PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the trained models', PATH] = 'out-compression'
     models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
-    parts: Annotated[str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
+    parts: Annotated[
+        str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
     keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))
     seeds: Annotated[int, 'calibrations of each method, and runs of each control', Range(1)] = 3
     finetune_iters: Annotated[int, 'extra steps', Range(1)] = 300
@@ -92,36 +108,44 @@ class TableConfig:
 
     def __post_init__(self):
         configuration.validate(self)
-        for name, valid in (('models', tuple(MODELS)), ('parts', ('methods', 'finetune', 'scratch')),
-                            ('keeps', tuple(map(str, KEEPS)))):
+        for name, valid in (('models', tuple(MODELS)),
+                            ('parts', ('methods', 'finetune', 'scratch')), ('keeps',
+                                                                            tuple(map(str,
+                                                                                      KEEPS)))):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
-                raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is none of {", ".join(valid)} '
-                                 f'(nearest: {",".join(valid)!r})')
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r}: {wrong[0]!r} is none of {", ".join(valid)} '
+                    f'(nearest: {",".join(valid)!r})')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # methods
 
 class Scaled:
-    """What `Factorization` is, of the SVD of a weight whose rows (m) and columns (n) were scaled by positive numbers:
-    `energies` (s) and factors of any rank, with the scales taken out again."""
+    """What `Factorization` is, of the SVD of a weight whose rows (m) and columns (n) were scaled by
+    positive numbers: `energies` (s) and factors of any rank, with the scales taken out again."""
 
     def __init__(self, weight, rows=None, columns=None):
         weight = weight.detach().double()                           # (m, n)
-        self.rows, self.columns = (torch.ones(size, dtype=torch.float64) if scales is None else positive(scales)
+        self.rows, self.columns = (torch.ones(size, dtype=torch.float64)
+                                   if scales is None else positive(scales)
                                    for scales, size in zip((rows, columns), weight.shape))
-        self.u, self.s, self.vh = torch.linalg.svd(self.rows[:, None] * weight * self.columns, full_matrices=False)
+        self.u, self.s, self.vh = torch.linalg.svd(self.rows[:, None] * weight * self.columns,
+                                                   full_matrices=False)
         self.energies = self.s.square()
 
     def factors(self, rank):
         """U (m, r), A (r, n)."""
         root = self.s[:rank].sqrt()
-        return self.u[:, :rank] * root / self.rows[:, None], root[:, None] * self.vh[:rank] / self.columns
+        return self.u[:, :rank] * root / self.rows[:,
+                                                   None], root[:,
+                                                               None] * self.vh[:rank] / self.columns
 
 
 def positive(scales):
-    """Zeros, which a calibration text may leave, become a millionth of the mean: they have to be divided by."""
+    """Zeros, which a calibration text may leave, become a millionth of the mean: they have to be
+    divided by."""
     return scales.double().clamp_min(scales.double().mean().clamp_min(1e-300) * 1e-6)
 
 
@@ -129,15 +153,16 @@ class Weights:
     """No statistics at all."""
 
     def __init__(self, layer, block_size):
-        self.weight, self.mean = layer.weight, torch.zeros(layer.weight.size(1), dtype=torch.float64)
+        self.weight, self.mean = layer.weight, torch.zeros(layer.weight.size(1),
+                                                           dtype=torch.float64)
 
     def factorization(self):
         return Factorization(self.weight)
 
 
 class FisherRows(Weights):
-    """FWSVD: rows count by the root of the sum of their weights' Fisher information, the squared gradients of a text's
-    loss, here a window's, summed over windows."""
+    """FWSVD: rows count by the root of the sum of their weights' Fisher information, the squared
+    gradients of a text's loss, here a window's, summed over windows."""
 
     def __init__(self, layer, block_size):
         super().__init__(layer, block_size)
@@ -145,16 +170,17 @@ class FisherRows(Weights):
 
     def add(self, x, g):
         """x (N, n), g (N, m), the tokens of whole windows."""
-        x, g = (t.unflatten(0, (-1, self.block_size)) for t in (x, g))                          # (B, T, n), (B, T, m)
+        x, g = (t.unflatten(0, (-1, self.block_size)) for t in (x, g))  # (B, T, n), (B, T, m)
         gradients = g.mT @ x                                        # (B, m, n)
-        self.information = self.information + gradients.double().square().sum((0, 2))           # (m)
+        self.information = self.information + gradients.double().square().sum((0, 2))  # (m)
 
     def factorization(self):
         return Scaled(self.weight, rows=self.information.sqrt())
 
 
 class InputSizes(Weights):
-    """ASVD: columns count by the root of the mean absolute value of their input, the paper's alpha = 1/2."""
+    """ASVD: columns count by the root of the mean absolute value of their input, the paper's alpha
+    = 1/2."""
 
     def __init__(self, layer, block_size):
         super().__init__(layer, block_size)
@@ -162,7 +188,7 @@ class InputSizes(Weights):
 
     def add(self, x, g=None):
         """x (N, n)."""
-        self.tokens, self.sizes = self.tokens + len(x), self.sizes + x.double().abs().sum(0)    # (n)
+        self.tokens, self.sizes = self.tokens + len(x), self.sizes + x.double().abs().sum(0)  # (n)
 
     def factorization(self):
         return Scaled(self.weight, columns=(self.sizes / self.tokens).sqrt())
@@ -178,7 +204,8 @@ def share_with_biases(energies, shapes, keep):
     return layers.uniform_share(energies, shapes, keep - biases)
 
 
-Method = namedtuple('Method', 'statistics gradients choose biases anchored', defaults=(False, False))
+Method = namedtuple('Method', 'statistics gradients choose biases anchored',
+                    defaults=(False, False))
 METHODS = {
     'plain': Method(Weights, None, layers.uniform_share),           # None: measures nothing
     'FWSVD': Method(FisherRows, True, layers.uniform_share),
@@ -201,20 +228,22 @@ def add_biases(linears):
 
 
 def measure(dense, method, windows):
-    """-> a copy of the dense model whose layers are apart, and of each layer its statistics and its factorization:
-    name -> those."""
+    """-> a copy of the dense model whose layers are apart, and of each layer its statistics and its
+    factorization: name -> those."""
     model = copy.deepcopy(dense)
     linears = layers.dense_layers(model, layers.layer_names(model))
     if method.biases:
         add_biases(linears.values())
-    seen = {name: method.statistics(layer, model.config.block_size) for name, layer in linears.items()}
+    seen = {
+        name: method.statistics(layer, model.config.block_size) for name, layer in linears.items()}
     if method.gradients is not None:
         layers.calibrate(model, linears, seen, windows, method.gradients)
     return model, seen, {name: one.factorization() for name, one in seen.items()}
 
 
 def factored(measured, method, keep, windows):
-    """-> the model of `measure` with layers that are products, which keep that share of its numbers."""
+    """-> the model of `measure` with layers that are products, which keep that share of its
+    numbers."""
     model, seen, factorizations = measured
     new = copy.deepcopy(model)
     energies = {name: one.energies for name, one in factorizations.items()}
@@ -229,7 +258,7 @@ def factored(measured, method, keep, windows):
     return layers.sync_config(new)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # results
 
 class Results(Record):
@@ -255,14 +284,17 @@ def loss_of(model, data):
 
 
 def trained(cfg, name, kind, seed, *options):
-    """The checkpoint of a model that train.py made here or makes now. Raises UserError where it fails."""
+    """The checkpoint of a model that train.py made here or makes now. Raises UserError where it
+    fails."""
     folder = Path(cfg.out_dir) / f'{name}-{kind}-{seed}'
-    argv = [*MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}', '--device=cpu',
-            *options]
+    argv = [
+        *MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}',
+        '--device=cpu', *options]
     steps = configuration.parse(train.TrainConfig, argv)[0]['max_iters']
     failures = []
     job = sweep.Job(folder.name, folder, steps, [str(ROOT / 'train.py'), *argv], None)
-    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(sweep.failure(job, code))):
+    if sweep.run_all([job], 1,
+                     lambda job, code, seconds: failures.append(sweep.failure(job, code))):
         raise UserError(failures[0])
     return ckpt.load(folder / 'ckpt.pt')
 
@@ -272,11 +304,13 @@ def model_of(saved):
 
 
 def windows_of(data, model, seed):
-    return layers.calibration_windows(data, CALIBRATION_TOKENS, model.config.block_size, seed, 'cpu')
+    return layers.calibration_windows(data, CALIBRATION_TOKENS, model.config.block_size, seed,
+                                      'cpu')
 
 
 def methods(cfg, record, name, dense, data):
-    """Rows of all methods at all shares: what is measured once serves every share and all methods that measure it."""
+    """Rows of all methods at all shares: what is measured once serves every share and all methods
+    that measure it."""
     for seed in range(cfg.seeds):
         windows, known = windows_of(data, dense, seed), {}
         for label, method in METHODS.items():
@@ -288,7 +322,9 @@ def methods(cfg, record, name, dense, data):
                     if measures not in known:
                         known[measures] = measure(dense, method, windows)
                     new = factored(known[measures], method, keep, windows)
-                    return loss_of(new, data), new, {'ranks': new.config.layer_ranks} if label == DEFAULT else {}
+                    return loss_of(
+                        new,
+                        data), new, {'ranks': new.config.layer_ranks} if label == DEFAULT else {}
                 record.make(result, model=name, method=label, keep=keep, seed=seed, steps=0)
 
 
@@ -313,38 +349,45 @@ def tune(cfg, model, teacher, saved, data, seed):
 
 
 def finetune(cfg, record, name, dense, saved, data):
-    """Rows with extra steps, from a seed for calibration and batches: of the dense model, then of compressed ones."""
+    """Rows with extra steps, from a seed for calibration and batches: of the dense model, then of
+    compressed ones."""
     for seed in range(cfg.seeds):
         record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
                     model=name, method='dense', seed=seed, **extra_steps(cfg))
         for keep in TUNED_KEEPS:
             def result():
                 return tune(cfg, compressed(dense, data, keep, seed), dense, saved, data, seed)
-            record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed, **extra_steps(cfg))
+
+            record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed,
+                        **extra_steps(cfg))
 
 
 def scratch(cfg, record, name, dense, data):
-    """Rows of models of the size of compressed ones that were never larger, with and without extra steps."""
-    for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()), TUNED_KEEPS):
+    """Rows of models of the size of compressed ones that were never larger, with and without extra
+    steps."""
+    for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()),
+                                    TUNED_KEEPS):
         def result(tuned):
             saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, dense, data, keep))
             new = model_of(saved)
-            return tune(cfg, new, None, saved, data, seed - SEED) if tuned else (loss_of(new, data), new, {})
+            return tune(cfg, new, None, saved, data, seed - SEED) if tuned else (loss_of(new, data),
+                                                                                 new, {})
         key = dict(model=name, method=kind, keep=keep, seed=seed)
         record.make(lambda: result(False), **key, steps=0)
         record.make(lambda: result(True), **key, **extra_steps(cfg))
 
 
 def smaller(kind, dense, data, keep):
-    """The option that makes train.py's model smaller: the width, or the ranks that the default method chose."""
+    """The option that makes train.py's model smaller: the width, or the ranks that the default
+    method chose."""
     if kind == 'narrower':
         return f'--n_embd={narrower(dense.config, keep)}'
     return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
 
 
 def narrower(c, keep):
-    """The width, a multiple of n_head, at which the blocks' matrices, that grow with its square, have `keep` as many
-    numbers."""
+    """The width, a multiple of n_head, at which the blocks' matrices, that grow with its square,
+    have `keep` as many numbers."""
     return round(c.n_embd * math.sqrt(keep) / c.n_head) * c.n_head
 
 
@@ -352,7 +395,8 @@ def make(cfg, record, name, data):
     """All rows of a model."""
     saved = trained(cfg, name, 'dense', SEED)
     dense, parts = model_of(saved), cfg.parts.split(',')
-    record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED, steps=0)
+    record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED,
+                steps=0)
     if 'methods' in parts:
         methods(cfg, record, name, dense, data)
     if 'finetune' in parts:
@@ -361,30 +405,34 @@ def make(cfg, record, name, data):
         scratch(cfg, record, name, dense, data)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tables and figure
 
 def added(rows, name, **key):
-    """Loss added to the dense model's by the rows with this key: mean, standard deviation over seeds (0 of one), their
-    number; None: there are none."""
-    base = next(row['loss'] for row in rows if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
+    """Loss added to the dense model's by the rows with this key: mean, standard deviation over
+    seeds (0 of one), their number; None: there are none."""
+    base = next(row['loss']
+                for row in rows
+                if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
     key = dict(key, model=name)
     found = [row['loss'] - base for row in rows if all(row.get(k) == v for k, v in key.items())]
-    return (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found)) if found else None
+    return (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0,
+            len(found)) if found else None
 
 
 def cell(found):
     if found is None:
         return ''
     mean, spread, count = found
-    return f'{round(mean, 4) + 0.0:.4f}' + (f' +- {spread:.4f}' if count > 1 else '')                  # + 0: no -0
+    return f'{round(mean, 4) + 0.0:.4f}' + (f' +- {spread:.4f}' if count > 1 else '')  # + 0: no -0
 
 
 def table(rows, name):
     """Markdown: a method a line, a share kept a column."""
     head, line = row_of(rows, name), '|---' * (len(KEEPS) + 1) + '|'
-    lines = [f'{name}: {head["block_params"]:,} parameters in the blocks, loss {head["loss"]:.4f}; nats added, no '
-             'fine-tuning', '', '| keep | ' + ' | '.join(map(str, KEEPS)) + ' |', line]
+    lines = [
+        f'{name}: {head["block_params"]:,} parameters in the blocks, loss {head["loss"]:.4f}; nats '
+        'added, no fine-tuning', '', '| keep | ' + ' | '.join(map(str, KEEPS)) + ' |', line]
     for label in METHODS:
         cells = [cell(added(rows, name, method=label, keep=keep, steps=0)) for keep in KEEPS]
         lines += [f'| {label} | ' + ' | '.join(cells) + ' |'] if any(cells) else []
@@ -394,23 +442,27 @@ def table(rows, name):
 def row_of(rows, name, **key):
     """The first row with this key; without one, the dense model's."""
     key = key or {'method': 'dense', 'steps': 0}
-    return next(row for row in rows if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
+    return next(row for row in rows
+                if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
 
 
 def extras_of(rows, name):
     """The kinds of extra steps that were taken."""
-    return sorted({tuple(row[k] for k in EXTRA) for row in rows if row['model'] == name and row['steps']})
+    return sorted(
+        {tuple(row[k] for k in EXTRA) for row in rows if row['model'] == name and row['steps']})
 
 
 def control_table(rows, name):
     """Markdown: what was trained, with and without extra steps; '' where nothing was."""
     extras = extras_of(rows, name)
-    lines = [f'{name}: nats added to the loss of the dense model as it is', '',
-             '| | parameters in the blocks | no extra steps | '
-             + ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) + ' |',
-             '|---' * (3 + len(extras)) + '|']
+    lines = [
+        f'{name}: nats added to the loss of the dense model as it is', '',
+        '| | parameters in the blocks | no extra steps | ' +
+        ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) +
+        ' |', '|---' * (3 + len(extras)) + '|']
     for label, method in (('dense', 'dense'), ('compressed, default method', DEFAULT),
-                          ('narrower, from scratch', 'narrower'), ('factors, from scratch', 'factors')):
+                          ('narrower, from scratch', 'narrower'), ('factors, from scratch',
+                                                                   'factors')):
         for keep in (None,) if method == 'dense' else TUNED_KEEPS:
             key = dict(method=method, keep=keep)
             cells = [cell(added(rows, name, **more)) for more in (
@@ -430,9 +482,12 @@ def plot(rows, names):
     axes[0, 0].set_ylabel('validation loss added, nats a character')
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
-    seeds = ', '.join(map(str, sorted({row['seed'] for row in rows if row['method'] == DEFAULT and not row['steps']})))
-    figure.suptitle(f'Loss added by compression: mean and standard deviation of calibration seeds {seeds} (no bar: one '
-                    'seed; no point: it fell)', fontsize=10)
+    seeds = ', '.join(
+        map(str,
+            sorted({row['seed'] for row in rows if row['method'] == DEFAULT and not row['steps']})))
+    figure.suptitle(
+        f'Loss added by compression: mean and standard deviation of calibration seeds {seeds} (no '
+        'bar: one seed; no point: it fell)', fontsize=10)
     plots.save(figure, FIGURE)
 
 
@@ -440,22 +495,29 @@ def draw(axis, rows, name):
     """A panel: each method, and the models with extra steps against the dense one with those."""
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
-        found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}    # a logarithm needs that
+        # a logarithm needs that
+        found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}
         low = [min(spread, 0.9 * mean) for mean, spread, _ in found.values()]
-        axis.errorbar([keep + 0.002 * (i - 4) for keep in found], [mean for mean, _, _ in found.values()],
-                      [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}', capsize=2,
-                      markersize=3.5, lw=1.3, label=label)
+        axis.errorbar([keep + 0.002 * (i - 4)
+                       for keep in found], [mean for mean, _, _ in found.values()],
+                      [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}',
+                      capsize=2, markersize=3.5, lw=1.3, label=label)
     for values, marker in zip(extras_of(rows, name), '*PXd'):
         extra = dict(zip(EXTRA, values))
         dense = added(rows, name, method='dense', **extra)
-        tuned = {keep: added(rows, name, method=DEFAULT, keep=keep, **extra) for keep in TUNED_KEEPS}
+        tuned = {
+            keep: added(rows, name, method=DEFAULT, keep=keep, **extra) for keep in TUNED_KEEPS}
         tuned = {keep: (one[0] - dense[0], one[1]) for keep, one in tuned.items()
                  if one and dense and one[0] > dense[0]}
-        axis.errorbar([*tuned], [mean for mean, _ in tuned.values()], [spread for _, spread in tuned.values()],
-                      fmt=marker, color='k', markersize=8, capsize=2,
-                      label=f'{DEFAULT}, {values[0]} steps of {values[1]},\nagainst the dense model given them')
-    axis.set(yscale='log', xlabel="share of the blocks' weights kept", xlim=(0.93, 0.37),
-             title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million in the blocks")
+        axis.errorbar(
+            [*tuned], [mean for mean, _ in tuned.values()],
+            [spread for _, spread in tuned.values()], fmt=marker, color='k', markersize=8,
+            capsize=2,
+            label=f'{DEFAULT}, {values[0]} steps of {values[1]},\nagainst the dense model given '
+                  'them')
+    axis.set(
+        yscale='log', xlabel="share of the blocks' weights kept", xlim=(0.93, 0.37),
+        title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million in the blocks")
     axis.set_xticks(KEEPS, KEEPS)
     axis.grid(alpha=0.3)
 
@@ -478,7 +540,8 @@ def experiment(cfg):
             make(cfg, record, name, data)
     rows = read_json_lines(RECORD)
     names = [name for name in MODELS if any(row['model'] == name for row in rows)]
-    print('\n\n'.join(filter(None, (form(rows, name) for form in (table, control_table) for name in names))))
+    print('\n\n'.join(
+        filter(None, (form(rows, name) for form in (table, control_table) for name in names))))
     plot(rows, names)
     print(f'figure: {FIGURE}')
 

@@ -1,31 +1,36 @@
 """
-Does adaptive SVD protect what was learned? A small GPT learns text A, then B; its loss on A at a matched loss on B.
+Does adaptive SVD protect what was learned? A small GPT learns text A, then B; its loss on A at a
+matched loss on B.
 
-    python experiments/continual_learning.py --dataset=input.txt    # make what is missing, then tables and figure
-    python experiments/continual_learning.py --run=False            # tables and figure of what is recorded
+    python experiments/continual_learning.py --dataset=input.txt  # make what is missing, draw
+    python experiments/continual_learning.py --run=False          # draw what is recorded
 
-Text B is Python, the standard library of the running interpreter, which needs no download; tokens are characters, the
-vocabulary is that of both. Each seed trains a model on A once and goes on from there on B, every arm with the same
-batches. Where everything is trained,
+Text B is Python, the standard library of the running interpreter, which needs no download; tokens
+are characters, the vocabulary is that of both. Each seed trains a model on A once and goes on from
+there on B, every arm with the same batches. Where everything is trained,
 
     full training               the reference
     adaptive                    all four projections of all blocks, the detector decides
     adaptive, no protection     the same, factors free: protection 'none'
-    adaptive, random space      switched as the detector did in 'adaptive', random directions protected, as many
-    timer                       all layers switched at the first analysis, no detector, 10 directions protected
+    adaptive, random space      switched as the detector did in 'adaptive', as many random
+                                directions protected
+    timer                       all layers switched at the first analysis, no detector, 10
+                                directions protected
     timer, random space         random ones
     half from the start         half of all directions protected from the first step on
     half, random space          random ones
 
-and where nothing is but the four projections, as adapters leave the rest alone ('all of attention' is the reference
-there), LoRA, PiSSA and MiLoRA with these targets. The detector starts with the SVD of the model that learned A, as
-after a resume of a run that was watched: its first analysis on B can switch, as the timer does. No decay on B.
+and where nothing is but the four projections, as adapters leave the rest alone ('all of attention'
+is the reference there), LoRA, PiSSA and MiLoRA with these targets. The detector starts with the SVD
+of the model that learned A, as after a resume of a run that was watched: its first analysis on B
+can switch, as the timer does. No decay on B.
 
-Less forgetting at a worse loss on B proves nothing, hence curves, interpolated at one loss on B. The detector by
-itself: its score for gradients of fresh text of A against that for gradients of B, both of the model that learned A, as
-a ROC curve, beside what needs no SVD, the gradient's norm. Rows of experiments/continual_learning.jsonl are results,
-written when they are there and not made again, so that an interrupted run goes on; processes may share the work
-(--seeds). The figure is docs/adaptive_forgetting.png.
+Less forgetting at a worse loss on B proves nothing, hence curves, interpolated at one loss on B.
+The detector by itself: its score for gradients of fresh text of A against that for gradients of B,
+both of the model that learned A, as a ROC curve, beside what needs no SVD, the gradient's norm.
+Rows of experiments/continual_learning.jsonl are results, written when they are there and not made
+again, so that an interrupted run goes on; processes may share the work (--seeds). The figure is
+docs/adaptive_forgetting.png.
 """
 
 import hashlib
@@ -43,15 +48,16 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli                                            # before torch: says what is not installed
+from runtime import cli  # before torch: says what is not installed
 
 import numpy as np
 import torch
 
 from lowrank.adapters import adaptive_layers
 from lowrank.adaptive_layer import AdaptiveSVD, AdaptiveSVDLinear, switch, thin_svd
-from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL, compute_gradient_alignment,
-                                  lift, normalized_alignment, random_baseline)
+from lowrank.adaptive_svd import (DANGER_ALIGNMENT, DANGER_EXCESS, FIRST_PRINCIPAL,
+                                  compute_gradient_alignment, lift, normalized_alignment,
+                                  random_baseline)
 from model import GPT, GPTConfig
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -67,21 +73,22 @@ RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'
 MODEL = dict(n_layer=4, n_head=4, n_embd=96, block_size=64, bias=False)
 BATCH = 8                           # windows a step
-LEARN = dict(rate=3e-3, warmup=50, weight_decay=0.1)                # on A: cosine to a tenth of the rate
-WARMUP = 10                         # steps on B before the rate is what it is called; constant from there
-INTERVAL = 20                       # steps between analyses, train.py's default, and between evaluations
+LEARN = dict(rate=3e-3, warmup=50, weight_decay=0.1)  # on A: cosine to a tenth of the rate
+WARMUP = 10  # steps on B before the rate is what it is called; constant from there
+INTERVAL = 20  # steps between analyses, train.py's default, and between evaluations
 TARGETS = 'c_q,c_k,c_v,c_proj'
 LORA_RANK = 16
 TEXT_B = 10 ** 6                    # characters
 EVAL_WINDOWS = 48                   # of each text, always the same ones
 GRADIENTS = 100                     # batches of each text, for the ROC curve
 GRID = 50                           # steps from 0 to 1 at which that is kept
-SPREAD = (0.4, 0.2, 0.0)            # nats on B above what every arm reaches: where forgetting is compared
+SPREAD = (0.4, 0.2, 0.0)  # nats on B above what every arm reaches: where forgetting is compared
 SETTINGS = {'everything': 'everything is trained', 'attention': 'only attention is trained'}
 
-# control: None, 'detector', 'replay' (of the arm 'adaptive'), 'timer' or 'start'; share: of directions, None:
-# FIRST_PRINCIPAL of them
-Arm = namedtuple('Arm', 'setting control protection random share lora', defaults=(None, 'left', False, None, None))
+# control: None, 'detector', 'replay' (of the arm 'adaptive'), 'timer' or 'start'; share: of
+# directions, None: FIRST_PRINCIPAL of them
+Arm = namedtuple('Arm', 'setting control protection random share lora',
+                 defaults=(None, 'left', False, None, None))
 ARMS = {
     'full training': Arm('everything'),
     'adaptive': Arm('everything', 'detector'),
@@ -101,18 +108,23 @@ ARMS = {
     'attention, half, random space': Arm('attention', 'start', random=True, share=0.5),
 }
 REFERENCE = {'everything': 'full training', 'attention': 'all of attention'}
-RATES = {'everything': (3e-4, 1e-3, 3e-3), 'attention': (1e-3, 3e-3, 1e-2)}             # fewer have to move further
-SPACES = (FIRST_PRINCIPAL, 24, 48)            # directions of the space that the ROC is made for: as r shrinks, more
+# fewer have to move further
+RATES = {'everything': (3e-4, 1e-3, 3e-3), 'attention': (1e-3, 3e-3, 1e-2)}
+# directions of the space that the ROC is made for: as r shrinks, more
+SPACES = (FIRST_PRINCIPAL, 24, 48)
 
 
 @dataclass
 class ContinualConfig:
     """Options of the experiment."""
-    dataset: Annotated[str, "text A, as for train.py, of characters; the record's is Tiny Shakespeare", PATH] = (
-        'shakespeare_char')
+    dataset: Annotated[str,
+                       "text A, as for train.py, of characters; the record's is Tiny Shakespeare",
+                       PATH] = ('shakespeare_char')
     out_dir: Annotated[str, 'folder of the models that learned A', PATH] = 'out-continual'
     seeds: Annotated[str, 'of weights and batches, a run of each arm each'] = '0,1,2'
-    arms: Annotated[str, "'all', or some of them with semicolons between, or 'none': the ROC curve alone"] = 'all'
+    arms: Annotated[
+        str,
+        "'all', or some of them with semicolons between, or 'none': the ROC curve alone"] = 'all'
     learn_steps: Annotated[int, 'steps on A', Range(1)] = 1500
     steps: Annotated[int, 'steps on B', Range(1)] = 240
     run: Annotated[bool, 'False: only tables and figure'] = True
@@ -124,7 +136,9 @@ class ContinualConfig:
                 raise ValueError(f"seeds={self.seeds!r}: {word!r} is no seed (nearest: '0,1,2')")
         for word in self.arms.split(';') if self.arms not in ('all', 'none') else ():
             if word.strip() not in ARMS:
-                raise ValueError(f'arms={self.arms!r}: {word.strip()!r} is none of {"; ".join(ARMS)} (nearest: all)')
+                raise ValueError(
+                    f'arms={self.arms!r}: {word.strip()!r} is none of {"; ".join(ARMS)} (nearest: '
+                    'all)')
 
     @property
     def chosen(self):
@@ -133,27 +147,33 @@ class ContinualConfig:
         return [name for name in ARMS if name in words or self.arms == 'all']
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # two texts
 
 class Texts:
     """A and B in one vocabulary: 'A', 'B' -> token ids of their training and validation splits."""
 
     def __init__(self, data, text_b):
-        """data: a Dataset of characters. Raises UserError for another one, and for texts without a whole window."""
+        """data: a Dataset of characters. Raises UserError for another one, and for texts without a
+        whole window."""
         if data.meta['tokenizer'] != 'char':
-            raise UserError(f'dataset={data.folder}: is not of characters (nearest: --dataset=shakespeare_char)')
+            raise UserError(
+                f'dataset={data.folder}: is not of characters (nearest: '
+                '--dataset=shakespeare_char)')
         own = data.meta['chars']
         self.chars = sorted(set(own) | set(text_b))
         ids = {c: i for i, c in enumerate(self.chars)}
         table = torch.tensor([ids[c] for c in own])
         whole, cut = torch.tensor([ids[c] for c in text_b]), int(0.9 * len(text_b))
-        parts = [table[torch.from_numpy(data.tokens(split).astype(np.int64))] for split in ('train', 'val')]
+        parts = [
+            table[torch.from_numpy(data.tokens(split).astype(np.int64))]
+            for split in ('train', 'val')]
         self.splits = {'A': parts, 'B': [whole[:cut], whole[cut:]]}
         for tokens in (part for parts in self.splits.values() for part in parts):
             if len(tokens) <= MODEL['block_size']:
-                raise UserError(f'dataset={data.folder}: a split has only {len(tokens)} characters, and a window '
-                                f'{MODEL["block_size"] + 1}')
+                raise UserError(
+                    f'dataset={data.folder}: a split has only {len(tokens)} characters, and a '
+                    f'window {MODEL["block_size"] + 1}')
         digest = hashlib.sha256(''.join(self.chars).encode())
         for parts in self.splits.values():
             digest.update(torch.cat(parts).numpy().tobytes())
@@ -162,16 +182,21 @@ class Texts:
     def draw(self, text, split, generator):
         """A random batch: x (BATCH, T), y (BATCH, T)."""
         tokens = self.splits[text][split == 'val']
-        return windows(tokens, torch.randint(len(tokens) - MODEL['block_size'], (BATCH,), generator=generator))
+        return windows(
+            tokens,
+            torch.randint(len(tokens) - MODEL['block_size'], (BATCH, ), generator=generator))
 
     def fixed(self, text):
         """Validation windows, evenly over the split."""
         tokens = self.splits[text][1]
-        return windows(tokens, torch.linspace(0, len(tokens) - MODEL['block_size'] - 1, EVAL_WINDOWS).long())
+        return windows(
+            tokens,
+            torch.linspace(0,
+                           len(tokens) - MODEL['block_size'] - 1, EVAL_WINDOWS).long())
 
 
 def windows(tokens, starts):
-    rows = tokens[starts[:, None] + torch.arange(MODEL['block_size'] + 1)]                      # (B, T + 1)
+    rows = tokens[starts[:, None] + torch.arange(MODEL['block_size'] + 1)]  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -187,7 +212,7 @@ def python_source(size):
     return ''.join(found)[:size]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # arms
 
 class RandomlyProtected(AdaptiveSVDLinear):
@@ -196,17 +221,20 @@ class RandomlyProtected(AdaptiveSVDLinear):
     def __init__(self, linear, protection, seed):
         super().__init__(linear, protection)
         m = len(linear.weight)
-        normal = torch.randn(m, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        self.directions = torch.linalg.qr(normal).Q                 # (m, m): of the leading k, whatever k becomes
+        normal = torch.randn(m, m, generator=torch.Generator().manual_seed(seed),
+                             dtype=torch.float64)
+        self.directions = torch.linalg.qr(normal).Q  # (m, m): of the leading k, whatever k becomes
 
     def switch_to_lowrank(self, r, usv=None):
         """W = Q Q^T W + B A, of which B A are the r components of the rest."""
         W = self.merged_weight()                                    # (m, n)
         Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
         U, S, Vh = torch.linalg.svd(W - Q @ (Q.mT @ W))
-        # the first k values and columns of V, which are not Q's, are not used, except that the largest one is the scale
-        super().switch_to_lowrank(r, (torch.cat((Q, U[:, :r]), 1), torch.cat((S[:1].expand(Q.size(1)), S[:r])),
-                                      torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
+        # the first k values and columns of V, which are not Q's, are not used, except that the
+        # largest one is the scale
+        super().switch_to_lowrank(r, (torch.cat(
+            (Q, U[:, :r]), 1), torch.cat(
+                (S[:1].expand(Q.size(1)), S[:r])), torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
 
 
 class Planned(AdaptiveSVD):
@@ -237,11 +265,14 @@ class Planned(AdaptiveSVD):
 def layer_names(model):
     """Of the four projections of all blocks."""
     words = TARGETS.split(',')
-    return [f'h.{i}.{model.config.targets[word]}' for i in range(model.config.n_layer) for word in words]
+    return [
+        f'h.{i}.{model.config.targets[word]}'
+        for i in range(model.config.n_layer) for word in words]
 
 
 def prepare(saved, arm, seed, plan):
-    """-> the model that learned A as the arm trains it, and what switches its layers, or None. plan: of 'replay'."""
+    """-> the model that learned A as the arm trains it, and what switches its layers, or None.
+    plan: of 'replay'."""
     model = GPT.from_checkpoint(saved)
     if arm.lora:
         torch.manual_seed(seed)
@@ -256,8 +287,10 @@ def prepare(saved, arm, seed, plan):
         return model, None
     for i, name in enumerate(names):
         layer = model.get_layer(name)
-        model.set_layer(name, RandomlyProtected(layer, arm.protection, 1000 * seed + i) if arm.random else
-                        AdaptiveSVDLinear(layer, arm.protection))
+        model.set_layer(
+            name,
+            RandomlyProtected(layer, arm.protection, 1000 * seed +
+                              i) if arm.random else AdaptiveSVDLinear(layer, arm.protection))
     layers, width = adaptive_layers(model), model.config.n_embd
     k = FIRST_PRINCIPAL if arm.share is None else round(arm.share * width)
     if arm.control == 'detector':
@@ -266,7 +299,8 @@ def prepare(saved, arm, seed, plan):
         control.load_state_dict({name: dict(U=U.float(), S=S.float(), r=None, patience=0, calm=0)
                                  for name, (U, S, _) in bases.items()})
         return model, control
-    return model, Planned(layers, INTERVAL, plan if arm.control == 'replay' else lambda name, count: width - k)
+    return model, Planned(layers, INTERVAL,
+                          plan if arm.control == 'replay' else lambda name, count: width - k)
 
 
 def losses(model, fixed):
@@ -279,12 +313,15 @@ def losses(model, fixed):
 
 
 def go_on(model, control, at_once, texts, seed, rate, steps):
-    """Train on B -> the curve, [step, loss on A, loss on B] every INTERVAL steps, and of each adaptive layer its r
-    after each analysis, 0 in full mode. at_once: the first one is before the first step."""
+    """Train on B -> the curve, [step, loss on A, loss on B] every INTERVAL steps, and of each
+    adaptive layer its r after each analysis, 0 in full mode. at_once: the first one is before the
+    first step."""
     optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
-    swap, order = partial(swap_params, optimizer, model), torch.Generator().manual_seed(10 ** 6 + seed)
+    swap, order = partial(swap_params, optimizer,
+                          model), torch.Generator().manual_seed(10 ** 6 + seed)
     fixed = {text: texts.fixed(text) for text in 'AB'}
-    curve, ranks = [[0, *losses(model, fixed)]], {name: [] for name in (control.layers if control else ())}
+    curve, ranks = [[0, *losses(model, fixed)]
+                    ], {name: [] for name in (control.layers if control else ())}
     model.train()
 
     def note():
@@ -316,12 +353,14 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
 def learned(cfg, texts, seed):
     """The checkpoint of a model that learned A here or learns it now."""
     shape = MODEL | dict(vocab_size=len(texts.chars))
-    setup = hashlib.sha256(json.dumps([shape, BATCH, LEARN, cfg.learn_steps, texts.stamp]).encode()).hexdigest()[:8]
+    setup = hashlib.sha256(
+        json.dumps([shape, BATCH, LEARN, cfg.learn_steps, texts.stamp]).encode()).hexdigest()[:8]
     path = Path(cfg.out_dir) / f'A-{setup}-{seed}.pt'
     if not path.exists():
         torch.manual_seed(seed)
         model, order = GPT(GPTConfig(**shape)), torch.Generator().manual_seed(seed)
-        optimizer = model.configure_optimizers(LEARN['weight_decay'], LEARN['rate'], (0.9, 0.95), 'cpu')
+        optimizer = model.configure_optimizers(LEARN['weight_decay'], LEARN['rate'], (0.9, 0.95),
+                                               'cpu')
         for step in range(cfg.learn_steps):
             warm, part = min(1.0, (step + 1) / LEARN['warmup']), step / cfg.learn_steps
             for group in optimizer.param_groups:
@@ -330,16 +369,19 @@ def learned(cfg, texts, seed):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        ckpt.save(dict(model=model.state_dict(), model_args=asdict(model.config), iter_num=cfg.learn_steps), path)
+        ckpt.save(
+            dict(model=model.state_dict(), model_args=asdict(model.config),
+                 iter_num=cfg.learn_steps), path)
         print(f'seed {seed}: learned A', flush=True)
     return ckpt.load(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the detector by itself
 
 def auc(positive, negative):
-    """Probability that a score of `positive` (p) is above one of `negative` (n), a tie counts half."""
+    """Probability that a score of `positive` (p) is above one of `negative` (n), a tie counts
+    half."""
     negative = negative.sort().values
     below = torch.searchsorted(negative, positive)                  # (p): how many are smaller
     up_to = torch.searchsorted(negative, positive, right=True)
@@ -347,8 +389,8 @@ def auc(positive, negative):
 
 
 def roc(positive, negative):
-    """True-positive rates at the false-positive rates 0, 1 / GRID, ..., 1, on lines between the corners of the ROC
-    curve: between tied scores the curve is oblique."""
+    """True-positive rates at the false-positive rates 0, 1 / GRID, ..., 1, on lines between the
+    corners of the ROC curve: between tied scores the curve is oblique."""
     thresholds = torch.cat((positive, negative)).unique().flip(0)
     false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds]
                    for scores in (negative, positive))
@@ -364,8 +406,8 @@ def roc(positive, negative):
 
 
 def gradients(model, texts, names, seed):
-    """'A' (fresh: its validation split), 'B' -> principal alignments (spaces, layers, batches), norms (layers,
-    batches)."""
+    """'A' (fresh: its validation split), 'B' -> principal alignments (spaces, layers, batches),
+    norms (layers, batches)."""
     layers = [model.get_layer(name) for name in names]
     bases, order = [thin_svd(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
     found = {}
@@ -378,7 +420,9 @@ def gradients(model, texts, names, seed):
             for i, (layer, (U, S, _)) in enumerate(zip(layers, bases)):
                 norms[i, batch] = layer.weight.grad.norm()
                 for j, k in enumerate(SPACES):
-                    principal[j, i, batch] = compute_gradient_alignment(layer.weight.grad, U, S, len(S) - k)[0]
+                    principal[j, i,
+                              batch] = compute_gradient_alignment(layer.weight.grad, U, S,
+                                                                  len(S) - k)[0]
         found[text] = principal, norms
     return found
 
@@ -393,19 +437,24 @@ def detection(found, m):
         c = random_baseline(k, m)
         own = row['spaces'][str(k)] = {
             'chance': c, 'auc': [round(auc(y, x), 4) for x, y in zip(a[j], b[j])],
-            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()), 4), 'roc': roc(b[j].flatten(), a[j].flatten())}
+            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()),
+                                4), 'roc': roc(b[j].flatten(), a[j].flatten())}
         for text, p in (('A', a[j]), ('B', b[j])):
             danger = (p > DANGER_ALIGNMENT) & (normalized_alignment(p, c) > DANGER_EXCESS)
             own |= {f'mean_{text}': [round(one, 4) for one in p.mean(1).tolist()],
                     f'danger_{text}': danger.double().mean().item()}
-    # within one space lift and excess are the alignment on another scale: only over several do they rank differently
+    # within one space lift and excess are the alignment on another scale: only over several do they
+    # rank differently
     for name, score in scores.items():
-        both = [torch.cat([score(x[j], random_baseline(k, m)).flatten() for j, k in enumerate(SPACES)]) for x in (b, a)]
+        both = [
+            torch.cat([score(x[j], random_baseline(k, m)).flatten()
+                       for j, k in enumerate(SPACES)])
+            for x in (b, a)]
         row[f'auc_all_{name}'] = round(auc(*both), 4)
     return row
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # results
 
 def describe(row, key):
@@ -419,7 +468,8 @@ def make(cfg, record, texts, seed):
 
     def detector():
         model = GPT.from_checkpoint(saved)
-        return detection(gradients(model, texts, layer_names(model), 10 ** 7 + seed), model.config.n_embd)
+        return detection(gradients(model, texts, layer_names(model), 10 ** 7 + seed),
+                         model.config.n_embd)
     record.make(detector, kind='roc', seed=seed)
     for name in cfg.chosen:
         arm = ARMS[name]
@@ -445,8 +495,8 @@ def run(cfg, record, texts, saved, key):
 
 
 def matched(curve, level):
-    """Loss on A where the loss on B first falls to `level`, between evaluations on a straight line; None: it starts
-    below or never falls to it."""
+    """Loss on A where the loss on B first falls to `level`, between evaluations on a straight line;
+    None: it starts below or never falls to it."""
     for (_, a, b), (_, a_next, b_next) in zip(curve, curve[1:]):
         if b > level >= b_next:
             return a + (b - level) / (b - b_next) * (a_next - a)
@@ -460,14 +510,21 @@ def curves(rows, arm, rate):
 
 
 def levels(rows, setting):
-    """Losses on B at which forgetting is compared: the lowest, in steps of 0.05, that each arm there is reaches in all
-    seeds at one of its rates, and SPREAD above. [] without rows."""
+    """Losses on B at which forgetting is compared: the lowest, in steps of 0.05, that each arm
+    there is reaches in all seeds at one of its rates, and SPREAD above. [] without rows."""
     arms = [name for name in ARMS if ARMS[name].setting == setting and
             any(curves(rows, name, rate) for rate in RATES[setting])]
     if not arms:
         return []
-    reached = [min(max(min(b for _, _, b in curve) for curve in found.values())
-                   for found in (curves(rows, arm, rate) for rate in RATES[setting]) if found) for arm in arms]
+    reached = [
+        min(
+            max(min(b
+                    for _, _, b in curve)
+                for curve in found.values())
+            for found in (curves(rows, arm, rate)
+                          for rate in RATES[setting])
+            if found)
+        for arm in arms]
     deepest = math.ceil(max(reached) / 0.05 - 1e-9) * 0.05
     return [round(deepest + above, 4) for above in SPREAD]
 
@@ -487,7 +544,8 @@ def cell(values, sign=''):
 
 
 def best_rate(rows, arm, level):
-    """The rate with the least mean loss on A at that loss on B, of those with which all seeds reach it; None: none."""
+    """The rate with the least mean loss on A at that loss on B, of those with which all seeds reach
+    it; None: none."""
     found = {}
     for rate in RATES[ARMS[arm].setting]:
         values = [matched(curve, level) for curve in curves(rows, arm, rate).values()]
@@ -497,16 +555,19 @@ def best_rate(rows, arm, level):
 
 
 def table(rows, setting):
-    """Markdown: an arm and rate a line; loss on A at losses on B, and what of it the reference does not have, seed by
-    seed, with the same rate: the same batches in the same order."""
+    """Markdown: an arm and rate a line; loss on A at losses on B, and what of it the reference does
+    not have, seed by seed, with the same rate: the same batches in the same order."""
     at, reference = levels(rows, setting), REFERENCE[setting]
     if not at:
         return ''
-    lines = [f'{SETTINGS[setting]}: loss on A at a loss on B, mean and standard error over seeds; in brackets: less '
-             f'{reference}, with the same rate and seed', '',
-             '| | learning rate | trained numbers at the end | ' + ' | '.join(f'A at {level:.2f}' for level in at) +
-             ' | B at the end | A at the end |', '|---' * (len(at) + 5) + '|']
-    for arm, rate in ((name, rate) for name in ARMS if ARMS[name].setting == setting for rate in RATES[setting]):
+    lines = [
+        f'{SETTINGS[setting]}: loss on A at a loss on B, mean and standard error over seeds; in '
+        f'brackets: less {reference}, with the same rate and seed', '',
+        '| | learning rate | trained numbers at the end | ' +
+        ' | '.join(f'A at {level:.2f}' for level in at) + ' | B at the end | A at the end |',
+        '|---' * (len(at) + 5) + '|']
+    for arm, rate in ((name, rate) for name in ARMS if ARMS[name].setting == setting
+                      for rate in RATES[setting]):
         found, base = curves(rows, arm, rate), curves(rows, reference, rate)
         if not found:
             continue
@@ -515,21 +576,28 @@ def table(rows, setting):
             values = {seed: matched(curve, level) for seed, curve in found.items()}
             beside = {seed: matched(base[seed], level) if seed in base else None for seed in found}
             less = None not in (*values.values(), *beside.values()) and arm != reference
-            cells.append(cell([*values.values()]) + (
-                f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})' if less else ''))
-        count = statistics.mean(row['trained'] for row in rows if (row.get('arm'), row.get('rate')) == (arm, rate))
+            cells.append(
+                cell([*values.values()]) +
+                (f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})'
+                 if less else ''))
+        count = statistics.mean(row['trained']
+                                for row in rows
+                                if (row.get('arm'), row.get('rate')) == (arm, rate))
         ends = [cell([curve[-1][i] for curve in found.values()]) for i in (2, 1)]
         lines.append(f'| {arm} | {rate:g} | {count:,.0f} | ' + ' | '.join((*cells, *ends)) + ' |')
     starts = [row['curve'][0] for row in rows if row['kind'] == 'curve']
-    lines += ['', f'before B: {statistics.mean(a for _, a, _ in starts):.3f} on A, '
-              f'{statistics.mean(b for _, _, b in starts):.3f} on B; empty: not reached in every seed']
+    lines += [
+        '', f'before B: {statistics.mean(a for _, a, _ in starts):.3f} on A, '
+        f'{statistics.mean(b for _, _, b in starts):.3f} on B; empty: not reached in every seed']
     return '\n'.join(lines)
 
 
 def switch_table(rows):
     """Markdown: how often layers switched. '' where none could."""
-    lines = ['switches, mean over seeds', '', '| | learning rate | layers that switched | of | first analysis with one '
-             '| returns to full mode | share of analyses in low-rank mode |', '|---' * 7 + '|']
+    lines = [
+        'switches, mean over seeds', '',
+        '| | learning rate | layers that switched | of | first analysis with one '
+        '| returns to full mode | share of analyses in low-rank mode |', '|---' * 7 + '|']
     empty = len(lines)
     for arm in ARMS:
         for rate in RATES[ARMS[arm].setting]:
@@ -541,9 +609,10 @@ def switch_table(rows):
                          for ranks in runs if any(map(any, ranks))]
                 back = [sum(x > 0 == y for r in ranks for x, y in zip(r, r[1:])) for ranks in runs]
                 share = [statistics.mean(one > 0 for r in ranks for one in r) for ranks in runs]
-                lines.append(f'| {arm} | {rate:g} | {statistics.mean(switched):.1f} | {len(runs[0])} | '
-                             f'{f"{statistics.mean(first):.1f}" if first else "none"} | {statistics.mean(back):.1f} | '
-                             f'{statistics.mean(share):.0%} |')
+                lines.append(
+                    f'| {arm} | {rate:g} | {statistics.mean(switched):.1f} | {len(runs[0])} | '
+                    f'{f"{statistics.mean(first):.1f}" if first else "none"} | '
+                    f'{statistics.mean(back):.1f} | {statistics.mean(share):.0%} |')
     return '\n'.join(lines) if len(lines) > empty else ''
 
 
@@ -552,28 +621,33 @@ def detector_table(rows):
     found = [row for row in rows if row['kind'] == 'roc']
     if not found:
         return ''
-    lines = [f'the detector on gradients of the model that learned A, mean and standard error over seeds; danger: '
-             f'alignment > {DANGER_ALIGNMENT}, excess > {DANGER_EXCESS}', '',
-             '| directions protected | chance level | alignment on A | on B | AUC, pooled (chance .5) | AUC by layer, '
-             'least to largest | danger on A: false positives | danger on B |', '|---' * 8 + '|']
+    lines = [
+        'the detector on gradients of the model that learned A, mean and standard error over '
+        f'seeds; danger: alignment > {DANGER_ALIGNMENT}, excess > {DANGER_EXCESS}', '',
+        '| directions protected | chance level | alignment on A | on B | AUC, pooled (chance .5) '
+        '| AUC by layer, least to largest | danger on A: false positives | danger on B '
+        '|', '|---' * 8 + '|']
     for k in map(str, SPACES):
         own = [row['spaces'][k] for row in found]
         by_layer = [statistics.mean(one) for one in zip(*(o['auc'] for o in own))]
-        values = ([statistics.mean(o['mean_A']) for o in own], [statistics.mean(o['mean_B']) for o in own],
-                  [o['auc_pooled'] for o in own])
+        values = ([statistics.mean(o['mean_A']) for o in own],
+                  [statistics.mean(o['mean_B']) for o in own], [o['auc_pooled'] for o in own])
         lines.append(f'| {k} | {own[0]["chance"]:.3f} | ' + ' | '.join(map(cell, values)) +
                      f' | {min(by_layer):.3f} to {max(by_layer):.3f} | ' +
                      ' | '.join(cell([o[f'danger_{text}'] for o in own]) for text in 'AB') + ' |')
     pooled = ', '.join(f'{name} {cell([row[f"auc_all_{name}"] for row in found])}'
                        for name in ('principal', 'lift', 'excess'))
-    return '\n'.join([*lines, '', f'all sizes of the space pooled, where the scores differ, AUC: {pooled}',
-                      f"the gradient's norm instead, AUC: {cell([row['auc_norm_pooled'] for row in found])}"])
+    return '\n'.join([
+        *lines, '', f'all sizes of the space pooled, where the scores differ, AUC: {pooled}',
+        f"the gradient's norm instead, AUC: {cell([row['auc_norm_pooled'] for row in found])}"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # figure
 
-LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3', 'C5', 'C7', 'C0', 'C1', 'C2', 'C8')))
+LOOKS = dict(
+    zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3', 'C5', 'C7', 'C0', 'C1',
+               'C2', 'C8')))
 
 
 def plot(rows):
@@ -584,27 +658,33 @@ def plot(rows):
     draw_roc(axes[1, 0], rows)
     draw_layers(axes[1, 1], rows)
     seeds = sorted({row['seed'] for row in rows})
-    figure.supxlabel(f'Mean and standard error of seeds {", ".join(map(str, seeds))}. Above: each arm at the learning '
-                     'rate, in brackets,\nthat forgets least at the middle one of the losses on B in the tables.',
-                     fontsize=9, color='0.3')
+    figure.supxlabel(
+        f'Mean and standard error of seeds {", ".join(map(str, seeds))}. Above: each arm at the '
+        'learning rate, in brackets,\nthat forgets least at the middle one of the losses on B in '
+        'the tables.',
+        fontsize=9, color='0.3')
     plots.save(figure, FIGURE)
 
 
 def draw_curves(axis, rows, setting):
-    """Each arm at its best rate, that in the middle of `levels`; where all seeds are: mean and standard error."""
+    """Each arm at its best rate, that in the middle of `levels`; where all seeds are: mean and
+    standard error."""
     at = levels(rows, setting)
     for arm in (name for name in ARMS if ARMS[name].setting == setting and at):
         rate = best_rate(rows, arm, at[len(at) // 2])
         found = list(curves(rows, arm, rate).values())
         if found:
             low, high = max(min(b for _, _, b in c) for c in found), min(c[0][2] for c in found)
-            grid = [level for level in np.arange(math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
+            grid = [
+                level
+                for level in np.arange(math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
             values = [[matched(curve, level) for curve in found] for level in grid]
             points = [(level, *summary(v)) for level, v in zip(grid, values) if None not in v]
             if points:
                 x, mean, spread = zip(*points)
-                axis.errorbar(x, mean, [one or 0 for one in spread], fmt='o-' if not ARMS[arm].random else 's--',
-                              color=LOOKS[arm], capsize=2, markersize=3.5, lw=1.3,
+                axis.errorbar(x, mean, [one or 0 for one in spread],
+                              fmt='o-' if not ARMS[arm].random else 's--', color=LOOKS[arm],
+                              capsize=2, markersize=3.5, lw=1.3,
                               label=f'{arm.removeprefix("attention, ")} ({rate:g})')
     axis.set(title=SETTINGS[setting], xlabel='loss on B (Python), nats a character',
              ylabel='loss on A (Shakespeare), nats a character')
@@ -624,13 +704,16 @@ def draw_roc(axis, rows):
                   label=f'{k} directions, AUC {cell([o["auc_pooled"] for o in own])}')
         if len(own) > 1:
             error = curve.std(0, ddof=1) / math.sqrt(len(own))
-            axis.fill_between(grid, curve.mean(0) - error, curve.mean(0) + error, color=f'C{i}', alpha=0.2)
+            axis.fill_between(grid,
+                              curve.mean(0) - error,
+                              curve.mean(0) + error, color=f'C{i}', alpha=0.2)
         shipped = [statistics.mean(o[f'danger_{text}'] for o in own) for text in 'AB']
         axis.plot(*shipped, '*', color=f'C{i}', markersize=12, clip_on=False, zorder=5)
     axis.plot([], [], 'k*', markersize=9, label='shipped thresholds')
     axis.plot([0, 1], [0, 1], 'k:', lw=1, label='chance')
-    axis.set(title='The detector: all layers pooled', xlabel='false-positive rate (fresh text of A)',
-             ylabel='true-positive rate (B)', xlim=(0, 1), ylim=(0, 1))
+    axis.set(title='The detector: all layers pooled',
+             xlabel='false-positive rate (fresh text of A)', ylabel='true-positive rate (B)',
+             xlim=(0, 1), ylim=(0, 1))
     axis.legend(fontsize=8, loc='lower right')
     axis.grid(alpha=0.3)
 
@@ -639,21 +722,26 @@ def draw_layers(axis, rows):
     """AUC layer by layer."""
     found = [row for row in rows if row['kind'] == 'roc']
     words = TARGETS.split(',')
-    names = [f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words)) for word in words] if found else []
-    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc'] for row in found])
-             for i, k in enumerate(SPACES)] + [("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
+    names = [
+        f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words)) for word in words
+    ] if found else []
+    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc']
+                                           for row in found])
+             for i, k in enumerate(SPACES)
+             ] + [("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
     for i, (label, colour, values) in enumerate(kinds if found else ()):
         values = [summary(list(one)) for one in zip(*values)]
-        axis.errorbar([mean for mean, _ in values], [y + 0.15 * (i - 1.5) for y in range(len(names))],
-                      xerr=[spread or 0 for _, spread in values], fmt='o', color=colour, markersize=3.5, capsize=2,
-                      label=label)
+        axis.errorbar([mean for mean, _ in values],
+                      [y + 0.15 * (i - 1.5)
+                       for y in range(len(names))], xerr=[spread or 0 for _, spread in values],
+                      fmt='o', color=colour, markersize=3.5, capsize=2, label=label)
     axis.axvline(0.5, color='k', ls=':', lw=1)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set(title='The detector: layer by layer', xlabel='AUC (chance: 0.5)', xlim=(0, 1.02))
     if found:
-        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1,
-                    handletextpad=0.3)
+        axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=4,
+                    columnspacing=1, handletextpad=0.3)
     axis.grid(alpha=0.3)
 
 
@@ -671,12 +759,14 @@ def experiment(cfg):
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))
         make_folder(cfg.out_dir)
-        record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps, texts=texts.stamp)
+        record = Record(RECORD, describe, learn_steps=cfg.learn_steps, steps=cfg.steps,
+                        texts=texts.stamp)
         for seed in map(int, cfg.seeds.split(',')):
             make(cfg, record, texts, seed)
     rows = read_json_lines(RECORD)
-    print('\n\n'.join(filter(None, (*(table(rows, setting) for setting in SETTINGS), switch_table(rows),
-                                    detector_table(rows)))))
+    print('\n\n'.join(
+        filter(None, (*(table(rows, setting)
+                        for setting in SETTINGS), switch_table(rows), detector_table(rows)))))
     plot(rows)
     print(f'figure: {FIGURE}')
 

@@ -1,19 +1,21 @@
 """
-What the rank of V costs: the main job's model at ranks 2, 4, 8 and 16 of 32, every scope and method, against controls.
+What the rank of V costs: the main job's model at ranks 2, 4, 8 and 16 of 32, every scope and
+method, against controls.
 
-    python experiments/loss_against_rank.py --dataset=input.txt     # run what is missing, then table and figure
-    python experiments/loss_against_rank.py --jobs=0                # table and figure of what is recorded
+    python experiments/loss_against_rank.py --dataset=input.txt  # run what is missing, draw
+    python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
-A run is config/train_svd_test.py with the options of its row, in a folder of its own below out_dir; finished ones are
-not repeated, so an interrupted sweep goes on. 'sequence' scope keeps the config's svd_basis_grad=False, for with the
-gradient its parallel loss means nothing (docs/RESULTS.md); the other scopes, which cannot see the future, take it.
+A run is config/train_svd_test.py with the options of its row, in a folder of its own below out_dir;
+finished ones are not repeated, so an interrupted sweep goes on. 'sequence' scope keeps the config's
+svd_basis_grad=False, for with the gradient its parallel loss means nothing (docs/RESULTS.md); the
+other scopes, which cannot see the future, take it.
 
-The controls say what a rank costs without any SVD: 'random projection', every head's V times a random projector of
-that rank, drawn once from the run's seed; 'narrow values', heads whose values are only that wide from the start, which
-has as many coordinates a token and fewer parameters.
+The controls say what a rank costs without any SVD: 'random projection', every head's V times a
+random projector of that rank, drawn once from the run's seed; 'narrow values', heads whose values
+are only that wide from the start, which has as many coordinates a token and fewer parameters.
 
-Jobs at a time share the processor's threads out. The record is experiments/loss_against_rank.jsonl, the figure
-docs/loss_against_rank.png.
+Jobs at a time share the processor's threads out. The record is experiments/loss_against_rank.jsonl,
+the figure docs/loss_against_rank.png.
 """
 
 import json
@@ -26,7 +28,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli                                            # before torch: says what is not installed
+from runtime import cli  # before torch: says what is not installed
 
 import torch
 from torch import nn
@@ -52,7 +54,8 @@ METHODS = ('gram', 'randomized')
 @dataclass
 class SweepConfig:
     """Options of the sweep; what a run is stands in `runs`."""
-    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare", PATH] = 'shakespeare_char'
+    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare",
+                       PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the runs', PATH] = 'out-rank'
     steps: Annotated[int, 'of each run, the schedule included', Range(20)] = 500
     seeds: Annotated[int, 'runs a row: 1337, 1338, ...', Range(1)] = 3
@@ -63,13 +66,14 @@ class SweepConfig:
 
 
 class RandomProjection(model.CausalSelfAttention):
-    """V times a random projector of rank k a head, the same for every token: (B, nh, T, hs) -> (B, nh, T, hs)."""
+    """V times a random projector of rank k a head, the same for every token: (B, nh, T, hs) -> (B,
+    nh, T, hs)."""
 
     def __init__(self, config):
         super().__init__(config)
         self.head_svd, hs = NoSVD(), config.n_embd // config.n_head
-        basis, _ = torch.linalg.qr(torch.randn(config.n_head, hs, config.svd_rank))             # (nh, hs, k)
-        self.register_buffer('projector', basis @ basis.mT, persistent=False)                   # (nh, hs, hs)
+        basis, _ = torch.linalg.qr(torch.randn(config.n_head, hs, config.svd_rank))  # (nh, hs, k)
+        self.register_buffer('projector', basis @ basis.mT, persistent=False)  # (nh, hs, hs)
 
     def apply_svd_to_v(self, v):
         return v @ self.projector
@@ -104,30 +108,39 @@ def runs(cfg):
     """Every run: (folder name, row of the record without results, options of train.py)."""
     for seed in range(1337, 1337 + cfg.seeds):
         arms = [('no SVD', None, ['--use_svd=False'])]
-        arms += [(f'{scope}, {method}', rank, [f'--svd_scope={scope}', f'--svd_method={method}', f'--svd_rank={rank}',
-                                               f'--svd_basis_grad={scope != "sequence"}'])
-                 for method in METHODS for scope in SCOPES for rank in RANKS]
+        arms += [(f'{scope}, {method}', rank, [
+            f'--svd_scope={scope}', f'--svd_method={method}', f'--svd_rank={rank}',
+            f'--svd_basis_grad={scope != "sequence"}'
+        ]) for method in METHODS for scope in SCOPES for rank in RANKS]
         # 'weight' in name only: the classes above put themselves in its place
-        arms += [(name, rank, ['--svd_scope=weight', f'--svd_rank={rank}']) for name in CONTROLS for rank in RANKS]
+        arms += [(name, rank, ['--svd_scope=weight', f'--svd_rank={rank}'])
+                 for name in CONTROLS
+                 for rank in RANKS]
         for arm, rank, options in arms:
             name = f'{arm}, {rank}, {seed}'.replace(', ', '-').replace(' ', '_')
-            yield name, {'arm': arm, 'rank': rank, 'seed': seed, 'steps': cfg.steps}, [*options, f'--seed={seed}']
+            yield name, {'arm': arm, 'rank': rank, 'seed': seed,
+                         'steps': cfg.steps}, [*options, f'--seed={seed}']
 
 
 def jobs(cfg):
-    """Jobs for sweep.run_all. What was interrupted begins again: the checkpoint there may be of other `steps`."""
+    """Jobs for sweep.run_all. What was interrupted begins again: the checkpoint there may be of
+    other `steps`."""
     for name, row, options in runs(cfg):
         folder = Path(cfg.out_dir) / name
-        argv = [str(ROOT / 'config' / 'train_svd_test.py'), f'--dataset={cfg.dataset}', f'--out_dir={folder}', *options,
-                f'--max_iters={cfg.steps}', f'--lr_decay_iters={cfg.steps}', f'--warmup_iters={cfg.steps // 20}',
-                f'--eval_interval={cfg.steps}', '--device=cpu']
+        argv = [
+            str(ROOT / 'config' / 'train_svd_test.py'), f'--dataset={cfg.dataset}',
+            f'--out_dir={folder}', *options, f'--max_iters={cfg.steps}',
+            f'--lr_decay_iters={cfg.steps}', f'--warmup_iters={cfg.steps // 20}',
+            f'--eval_interval={cfg.steps}', '--device=cpu']
         yield sweep.Job(name, folder, cfg.steps, [__file__, '--train', row['arm'], *argv], None)
 
 
 def ended(job, code, seconds):
     """One line about a run."""
     final = sweep.result(job.folder, job.steps)
-    print(sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}', flush=True)
+    print(
+        sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}',
+        flush=True)
 
 
 def train_here(arm, argv):
@@ -157,28 +170,38 @@ def collect(cfg):
         final = sweep.result(folder, cfg.steps)
         if final:
             here = json.loads((folder / 'environment.json').read_text())
-            rows.append(row | {'loss': final.get('val/prefix_loss', final['val/loss']), 'parallel': final['val/loss'],
-                               'gap_se': final.get('val/prefix_gap_se', 0.0), 'torch': here['torch'],
-                               'git_commit': here['git_commit'][:7]})
+            rows.append(
+                row | {
+                    'loss': final.get('val/prefix_loss', final['val/loss']),
+                    'parallel': final['val/loss'], 'gap_se': final.get('val/prefix_gap_se', 0.0),
+                    'torch': here['torch'], 'git_commit': here['git_commit'][:7]})
     write_atomically(RECORD, ''.join(json.dumps(row) + '\n' for row in rows).encode())
     return rows
 
 
 def summary(rows):
-    """(arm, rank) -> mean and standard deviation over seeds of the prefix-only loss, mean parallel loss, seeds."""
+    """(arm, rank) -> mean and standard deviation over seeds of the prefix-only loss, mean parallel
+    loss, seeds."""
     groups = {}
     for row in rows:
         groups.setdefault((row['arm'], row['rank']), []).append(row)
-    return {key: (statistics.mean(r['loss'] for r in group),
-                  statistics.stdev(r['loss'] for r in group) if len(group) > 1 else 0.0,
-                  statistics.mean(r['parallel'] for r in group), len(group)) for key, group in groups.items()}
+    return {
+        key: (statistics.mean(r['loss']
+                              for r in group),
+              statistics.stdev(r['loss']
+                               for r in group) if len(group) > 1 else 0.0,
+              statistics.mean(r['parallel']
+                              for r in group), len(group))
+        for key, group in groups.items()}
 
 
 def table(rows):
-    """Markdown: an arm a line, a rank a column, prefix-only loss and its standard deviation over seeds; in brackets the
-    parallel loss, where it is another."""
+    """Markdown: an arm a line, a rank a column, prefix-only loss and its standard deviation over
+    seeds; in brackets the parallel loss, where it is another."""
     means = summary(rows)
-    lines = ['| | ' + ' | '.join(f'rank {rank}' for rank in RANKS) + ' |', '|---' * (len(RANKS) + 1) + '|']
+    lines = [
+        '| | ' + ' | '.join(f'rank {rank}' for rank in RANKS) + ' |',
+        '|---' * (len(RANKS) + 1) + '|']
     for arm in dict.fromkeys(arm for arm, rank in means if rank):
         cells = []
         for rank in RANKS:
@@ -194,8 +217,9 @@ def plot(rows):
     """Loss against rank, a panel a scope, to FIGURE."""
     means = summary(rows)
     figure, (axes,) = plots.page(1, len(SCOPES), (10, 4), sharey=True)
-    styles = {'gram': ('C0', 'o-'), 'randomized': ('C1', 's--'), 'random projection': ('0.45', '^:'),
-              'narrow values': ('0.65', 'v:')}
+    styles = {
+        'gram': ('C0', 'o-'), 'randomized': ('C1', 's--'), 'random projection': ('0.45', '^:'),
+        'narrow values': ('0.65', 'v:')}
     for axis, scope in zip(axes, SCOPES):
         base, spread, _, _ = means['no SVD', None]
         axis.axhspan(base - spread, base + spread, color='C2', alpha=0.3, label='no SVD')
@@ -203,9 +227,10 @@ def plot(rows):
             arm = f'{scope}, {name}' if name in METHODS else name
             ranks = [rank for rank in RANKS if (arm, rank) in means]
             color, style = styles[name]
-            axis.errorbar([rank * 1.03 ** (shift - 1.5) for rank in ranks], [means[arm, rank][0] for rank in ranks],
-                          [means[arm, rank][1] for rank in ranks], fmt=style, color=color, capsize=2, markersize=4,
-                          label=f"'{name}'" if name in METHODS else name)
+            axis.errorbar([rank * 1.03 ** (shift - 1.5)
+                           for rank in ranks], [means[arm, rank][0] for rank in ranks],
+                          [means[arm, rank][1] for rank in ranks], fmt=style, color=color,
+                          capsize=2, markersize=4, label=f"'{name}'" if name in METHODS else name)
         axis.set_xscale('log', base=2)
         axis.set_xticks(RANKS, RANKS)
         axis.set_title(f"'{scope}'" + (', prefix-only' if scope == 'sequence' else ''), fontsize=11)
@@ -214,7 +239,9 @@ def plot(rows):
     axes[0].set_ylabel('validation loss, nats a character')
     axes[-1].legend(fontsize=8)
     seeds = ', '.join(map(str, sorted({row['seed'] for row in rows})))
-    figure.suptitle(f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of seeds {seeds}', fontsize=11)
+    figure.suptitle(
+        f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of seeds {seeds}',
+        fontsize=11)
     plots.save(figure, FIGURE)
 
 

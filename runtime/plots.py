@@ -159,7 +159,8 @@ def line_panels(path, rows, x_label, line_label, title=None):
             for x, y, name in panel.lines:                          # words make stairs
                 handles[name], = ax.plot(x, y, color=colours[name], lw=1.2,
                                          marker='.' if len(x) < 20 else None,
-                                         drawstyle='steps-post' if y and type(y[0]) is str else None)
+                                         drawstyle='steps-post' if y and type(y[0]) is str
+                                         else None)
             for label, y in panel.level.items():
                 ax.axhline(y, **GUIDE, ls='--', lw=0.8)
                 if ax is own[-1]:

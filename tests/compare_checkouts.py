@@ -1,20 +1,23 @@
 """
 Compare two checkouts of this repository on this machine, to the bit:
 
-    python tests/compare_checkouts.py                           # the commits BEFORE and MOVED against the working tree
-    python tests/compare_checkouts.py OLD NEW                   # commits or folders
-    python tests/compare_checkouts.py OLD NEW --only=mla        # the configurations whose name contains a word
+    python tests/compare_checkouts.py                     # BEFORE and MOVED against this tree
+    python tests/compare_checkouts.py OLD NEW             # commits or folders
+    python tests/compare_checkouts.py OLD NEW --only=mla  # configurations whose name has a word
 
-Both trees train, resume, adapt, export and sample the same small models, one configuration after the other. Compared are
-all losses and other metrics, the logits of every forward pass, generated tokens with and without a cache, and all that
-is in checkpoints and exports. No result is stored: bits differ between processors. A value that a file keeps under
-another name is listed as renamed, and an option that only one tree knows is left out; neither is a difference.
-Exit code: 0 equal, 1 different, 2 wrong input.
+Both trees train, resume, adapt, export and sample the same small models, one configuration after
+the other. Compared are all losses and other metrics, the logits of every forward pass, generated
+tokens with and without a cache, and all that is in checkpoints and exports. No result is stored:
+bits differ between processors. A value that a file keeps under another name is listed as renamed,
+and an option that only one tree knows is left out; neither is a difference. Exit code: 0 equal, 1
+different, 2 wrong input.
 
-Not compared: interrupted runs (last.pt), options of the SVD that are given to sample.py, float16, cropped contexts, and
-config.json of exports, which transformers writes; the loss of an export is compared.
+Not compared: interrupted runs (last.pt), options of the SVD that are given to sample.py, float16,
+cropped contexts, and config.json of exports, which transformers writes; the loss of an export is
+compared.
 
-The trees are used through the names that stay put: the commands' main(argv) and options, GPT, and the files of OUT_DIR.
+The trees are used through the names that stay put: the commands' main(argv) and options, GPT, and
+the files of OUT_DIR.
 """
 
 import array
@@ -34,82 +37,111 @@ import tempfile
 from pathlib import Path
 
 BEFORE = 'd773c8a'                  # the last commit before the redesign
-# words of configurations whose bits a later commit changed knowingly -> that commit: one product from a warm start; sums
-# over a cache in another order, LoRA's random numbers, momenta and decompositions of adaptive layers
+# words of configurations whose bits a later commit changed knowingly -> that commit: one product
+# from a warm start; sums over a cache in another order, LoRA's random numbers, momenta and
+# decompositions of adaptive layers
 MOVED = {'sequence randomized': 'f503e89', **dict.fromkeys(('causal', 'weight'), 'b2a212d'),
          **dict.fromkeys(('lora', 'adaptive'), 'f7eeaf6')}
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
 # changed knowingly since BEFORE, and how
-CHANGED = {'energy_kept': 'last digits: no scaling by the largest element', 'effective_rank': 'the same',
-           'interim_best_val_loss': 'gone: best_val_loss counts every evaluation'}
-BASE = ('--dataset=toy --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=20 '
-        '--lr_decay_iters=20 --gradient_accumulation_steps=2 --learning_rate=1e-2 --eval_interval=10 --eval_iters=2')
+CHANGED = {
+    'energy_kept': 'last digits: no scaling by the largest element', 'effective_rank': 'the same',
+    'interim_best_val_loss': 'gone: best_val_loss counts every evaluation'
+}
+BASE = (
+    '--dataset=toy --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 '
+    '--max_iters=20 --lr_decay_iters=20 --gradient_accumulation_steps=2 --learning_rate=1e-2 '
+    '--eval_interval=10 --eval_iters=2'
+)
 SVD = '--use_svd=True --svd_rank=4 --svd_block=8'
 LORA = '--init_from=base --lora_rank=2 --lora_targets=c_q,c_v,c_fc'
 ADAPTIVE = '--adaptive_svd=True --adaptive_svd_target_layer=-1 --adaptive_svd_targets=c_q,c_proj ' \
-           '--adaptive_svd_interval=1'                          # so that layers reach low-rank mode within 20 steps
+           '--adaptive_svd_interval=1'  # so that layers reach low-rank mode within 20 steps
 FACTORED = "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.1.attn.c_proj':5}"
 
 # name -> options of train.py. Names say how a run is made: see `commands`
 TRAINED = {
-    'plain': '', 'plain dropout': '--dropout=0.2 --bias=True', 'plain muon': '--optimizer=muon',
-    'plain bfloat16': '--dtype=bfloat16', 'plain compiled': '', 'plain two processes': '',
+    'plain': '',
+    'plain dropout': '--dropout=0.2 --bias=True',
+    'plain muon': '--optimizer=muon',
+    'plain bfloat16': '--dtype=bfloat16',
+    'plain compiled': '',
+    'plain two processes': '',
     **{f'{scope} {method}': f'{SVD} --svd_scope={scope} --svd_method={method}'
-       for scope in ('sequence', 'causal', 'weight') for method in ('standard', 'gram', 'randomized')},
+       for scope in ('sequence', 'causal', 'weight')
+       for method in ('standard', 'gram', 'randomized')},
     'causal constant basis': f'{SVD} --svd_scope=causal --svd_basis_grad=False',
-    'causal randomized muon resumed': f'{SVD} --svd_scope=causal --svd_method=randomized --optimizer=muon '
-                                      '--dropout=0.1',
+    'causal randomized muon resumed': f'{SVD} --svd_scope=causal --svd_method=randomized '
+                                      '--optimizer=muon --dropout=0.1',
     'sequence randomized two processes': f'{SVD} --svd_method=randomized',
     'causal gram compiled': f'{SVD} --svd_scope=causal',
-    'mla': '--use_mla=True', 'mla muon resumed': '--use_mla=True --mla_latent_dim=12 --optimizer=muon --bias=True',
-    'mla causal': f'--use_mla=True {SVD} --svd_scope=causal', 'mla weight': f'--use_mla=True {SVD} --svd_scope=weight',
+    'mla': '--use_mla=True',
+    'mla muon resumed': '--use_mla=True --mla_latent_dim=12 --optimizer=muon --bias=True',
+    'mla causal': f'--use_mla=True {SVD} --svd_scope=causal',
+    'mla weight': f'--use_mla=True {SVD} --svd_scope=weight',
     'mla compiled': '--use_mla=True',
-    'factored': FACTORED, 'factored muon resumed': f'{FACTORED} --optimizer=muon',
-    'lora': LORA, 'lora dropout muon resumed': f'{LORA} --lora_dropout=0.2 --optimizer=muon',
-    'lora pissa': f'{LORA} --lora_init=pissa', 'lora milora': f'{LORA} --lora_init=milora --lora_alpha=4',
-    'adaptive': ADAPTIVE, 'adaptive muon': f'{ADAPTIVE} --optimizer=muon',
+    'factored': FACTORED,
+    'factored muon resumed': f'{FACTORED} --optimizer=muon',
+    'lora': LORA,
+    'lora dropout muon resumed': f'{LORA} --lora_dropout=0.2 --optimizer=muon',
+    'lora pissa': f'{LORA} --lora_init=pissa',
+    'lora milora': f'{LORA} --lora_init=milora --lora_alpha=4',
+    'adaptive': ADAPTIVE,
+    'adaptive muon': f'{ADAPTIVE} --optimizer=muon',
     'adaptive resumed': f'{ADAPTIVE} --adaptive_svd_protection=none',
     'adaptive two processes': ADAPTIVE,
-    'exported nanogpt': '', 'exported gpt2': '--bias=True --gelu=tanh', 'exported mla safetensors': '--use_mla=True',
-    'exported lora': LORA, 'exported adaptive dense': ADAPTIVE,
-    'compressed': '', 'compressed to mla': '',
+    'exported nanogpt': '',
+    'exported gpt2': '--bias=True --gelu=tanh',
+    'exported mla safetensors': '--use_mla=True',
+    'exported lora': LORA,
+    'exported adaptive dense': ADAPTIVE,
+    'compressed': '',
+    'compressed to mla': '',
 }
 
 
 def commands(name, options):
-    """The commands of a configuration, as (script, argv); each leaves a folder `run`, or one that a later one reads."""
+    """The commands of a configuration, as (script, argv); each leaves a folder `run`, or one that a
+    later one reads."""
     train = [*BASE.split(), *options.split(), '--out_dir=run']
     lines = [('train', train)]
     if '--init_from=base' in train:
         lines.insert(0, ('train', [*BASE.split(), '--out_dir=base']))
     if 'resumed' in name:
         lines[-1:] = [('train', [*train, '--max_iters=10']),
-                      ('train', ['--init_from=resume', '--out_dir=run', '--device=cpu', '--max_iters=20'])]
+                      ('train',
+                       ['--init_from=resume', '--out_dir=run', '--device=cpu', '--max_iters=20'])]
     if 'exported' in name:
         lines.append(('export', ['--out_dir=run', f'--to={name.split()[-1]}', '--save_dir=other']))
     if name == 'compressed':
-        lines.append(('compress', ['--out_dir=run', '--save_dir=other', '--keep=0.6', '--finetune_iters=3']))
+        lines.append(
+            ('compress', ['--out_dir=run', '--save_dir=other', '--keep=0.6', '--finetune_iters=3']))
     if name == 'compressed to mla':
-        lines.append(('compress', ['--out_dir=run', '--save_dir=other', '--to=mla', '--mla_latent_dim=8']))
+        lines.append(
+            ('compress', ['--out_dir=run', '--save_dir=other', '--to=mla', '--mla_latent_dim=8']))
     if lines[-1][0] != 'train':                                 # what was written has a loss
-        base = ['--init_from=base', '--lora_adapter=other'] if name == 'exported lora' else ['--init_from=other']
-        lines.append(('train', [*base, '--eval_only=True', '--dataset=toy', '--out_dir=again', '--device=cpu']))
+        base = ['--init_from=base', '--lora_adapter=other'
+                ] if name == 'exported lora' else ['--init_from=other']
+        lines.append(
+            ('train',
+             [*base, '--eval_only=True', '--dataset=toy', '--out_dir=again', '--device=cpu']))
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one tree: what is recorded
 
 def record(tree, name):
-    """Run a configuration with the code of `tree` in the working directory -> name of a value -> the value as text."""
+    """Run a configuration with the code of `tree` in the working directory -> name of a value ->
+    the value as text."""
     sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or '.').resolve() != ROOT / 'tests')]
     import torch
     model = importlib.import_module('model')
     torch.set_num_threads(1)
     if 'compiled' in name:
         torch.compile = functools.partial(torch.compile, backend='aot_eager')
-    values, seen = {}, []                                       # seen: the models that computed something
+    values, seen = {}, []  # seen: the models that computed something
     forward = model.GPT.forward
 
     @functools.wraps(forward)
@@ -126,10 +158,12 @@ def record(tree, name):
             argv = [*argv, '--backend=gloo']
         run(script, argv, values)
     if int(os.environ.get('RANK', 0)):
-        return values                                           # process 0 has written the files, and generates
+        return values  # process 0 has written the files, and generates
     for option in ('--temperature=0', '--top_k=3', '--top_p=0.7'):
-        run('sample', ['--out_dir=run', '--num_samples=2', '--max_new_tokens=40', '--device=cpu', '--start=ab', option],
-            values)
+        run('sample', [
+            '--out_dir=run', '--num_samples=2', '--max_new_tokens=40', '--device=cpu', '--start=ab',
+            option
+        ], values)
     for use_cache in (True, False):
         torch.manual_seed(1)
         with contextlib.suppress(ValueError):                   # no cache where V sees the future
@@ -185,27 +219,31 @@ def make_data(folder):
     (folder / 'data' / 'toy').mkdir(parents=True)
     (folder / 'data' / 'toy' / 'train.bin').write_bytes(ids[:-600].tobytes())
     (folder / 'data' / 'toy' / 'val.bin').write_bytes(ids[-600:].tobytes())
-    (folder / 'data' / 'toy' / 'meta.pkl').write_bytes(pickle.dumps(
-        {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}))
+    (folder / 'data' / 'toy' / 'meta.pkl').write_bytes(
+        pickle.dumps({
+            'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+            'stoi': {c: i for i, c in enumerate(chars)}}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # two trees: what is compared
 
 def start(tree, name, work):
     """A process that records a configuration in a folder of its own."""
     make_data(work)
     python = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    command = [*(python if 'two processes' in name else [sys.executable]), str(Path(__file__).resolve()), '--record',
-               str(tree), name]
+    command = [
+        *(python if 'two processes' in name else [sys.executable]),
+        str(Path(__file__).resolve()), '--record',
+        str(tree), name]
     environment = os.environ | {'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'disabled', 'HOME': str(work)}
-    return subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+    return subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def differences(old, new):
-    """-> the names whose values differ, in the order in which they came about, and the pairs of names that one value has
-    in a file of OLD and in one of NEW."""
+    """-> the names whose values differ, in the order in which they came about, and the pairs of
+    names that one value has in a file of OLD and in one of NEW."""
     added, renamed = {}, []
     for name in new:
         if name not in old:
@@ -245,7 +283,8 @@ def compare(name, trees, work):
 
 
 def checkout(source, work):
-    """A folder, or a commit that is unpacked below `work` -> the tree's folder. Raises ValueError if it is neither."""
+    """A folder, or a commit that is unpacked below `work` -> the tree's folder. Raises ValueError
+    if it is neither."""
     if (Path(source) / 'model.py').is_file():
         return Path(source).resolve()
     archive = subprocess.run(['git', '-C', str(ROOT), 'archive', source], capture_output=True)
@@ -267,19 +306,23 @@ def main(argv):
     sources = [arg for arg in argv if not arg.startswith('--')]
     names = [name for name in TRAINED if all(word in name for word in words)]
     if len(sources) not in (0, 2) or len(sources) + len(words) != len(argv) or not names:
-        print(f'usage: python tests/compare_checkouts.py [OLD NEW] [--only=WORD], of: {", ".join(TRAINED)}',
-              file=sys.stderr)
+        print(
+            'usage: python tests/compare_checkouts.py [OLD NEW] [--only=WORD], of: '
+            f'{", ".join(TRAINED)}',
+            file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         try:
             old, new = sources or (BEFORE, ROOT)
-            trees = {source: checkout(source, Path(folder)) for source in (old, new, *MOVED.values())}
+            trees = {
+                source: checkout(source, Path(folder)) for source in (old, new, *MOVED.values())}
         except ValueError as e:
             print(f'compare_checkouts.py: {e}', file=sys.stderr)
             return 2
-        equal = [compare(name, (trees[next((commit for word, commit in MOVED.items()
-                                            if word in name and old == BEFORE), old)], trees[new]), Path(folder))
-                 for name in names]
+        equal = [
+            compare(name, (trees[next(
+                (commit for word, commit in MOVED.items() if word in name and old == BEFORE),
+                old)], trees[new]), Path(folder)) for name in names]
     print(f'{sum(equal)} of {len(equal)} configurations are equal')
     return int(not all(equal))
 

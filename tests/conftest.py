@@ -1,4 +1,5 @@
-"""What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in this process."""
+"""What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in
+this process."""
 
 import io
 import os
@@ -24,7 +25,8 @@ from runtime.device import pick_device
 
 
 def pytest_addoption(parser):
-    parser.addoption('--device', choices=('cpu', 'cuda', 'mps'), help='run only the tests marked any_device, there')
+    parser.addoption('--device', choices=('cpu', 'cuda', 'mps'),
+                     help='run only the tests marked any_device, there')
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,12 +35,14 @@ def pytest_collection_modifyitems(config, items):
             pick_device(config.getoption('--device'))
         except UserError as e:
             raise pytest.UsageError(str(e)) from None
-        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker('any_device')])
+        config.hook.pytest_deselected(
+            items=[item for item in items if not item.get_closest_marker('any_device')])
         items[:] = [item for item in items if item.get_closest_marker('any_device')]
 
 
 def pytest_runtest_setup():
-    torch.backends.cuda.matmul.allow_tf32 = False       # train.py sets it; its 10 bits would hide what is compared
+    # train.py sets it; its 10 bits would hide what is compared
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(scope='session')
@@ -93,7 +97,8 @@ def call(capsys):
 
 @pytest.fixture
 def refused(call):
-    """refused(main, *argv) -> the one line on stderr with which wrong input ends, code 2 and nothing trained."""
+    """refused(main, *argv) -> the one line on stderr with which wrong input ends, code 2 and
+    nothing trained."""
     def refused(main, *argv):
         result = call(main, *argv)
         lines = result.err.splitlines()
@@ -104,8 +109,8 @@ def refused(call):
 
 @pytest.fixture
 def fit(call, monkeypatch):
-    """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace TINY's. The closing
-    sample and the picture are left out: they take longer than the training."""
+    """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace
+    TINY's. The closing sample and the picture are left out: they take longer than the training."""
     monkeypatch.setattr(train, 'sample', lambda *args: '')
     monkeypatch.setattr(train, 'draw_curves', lambda *args: None)
 
@@ -118,7 +123,8 @@ def fit(call, monkeypatch):
 
 @pytest.fixture(scope='session')
 def trained_once(tmp_path_factory, toy):
-    """trained_once(*options) -> the OUT_DIR of the tiny model trained with these options, once in a session."""
+    """trained_once(*options) -> the OUT_DIR of the tiny model trained with these options, once in a
+    session."""
     folders = {}
 
     def trained_once(*options):
@@ -138,8 +144,8 @@ def trained_once(tmp_path_factory, toy):
 
 @pytest.fixture
 def trained(here, trained_once):
-    """trained(*options) copies such a run into out/, or into `folder`. What a test only reads or goes on from need not
-    be trained again."""
+    """trained(*options) copies such a run into out/, or into `folder`. What a test only reads or
+    goes on from need not be trained again."""
     def trained(*options, folder='out'):
         return shutil.copytree(trained_once(*options), Path(folder))
     return trained
@@ -147,14 +153,15 @@ def trained(here, trained_once):
 
 @pytest.fixture
 def endless(here):
-    """endless(command, *options) starts command with the tiny model and no end -> the process, once it has taken five
-    steps. What is left of it at the end of the test is killed."""
+    """endless(command, *options) starts command with the tiny model and no end -> the process, once
+    it has taken five steps. What is left of it at the end of the test is killed."""
     started = []
 
     def endless(command, *options):
-        process = subprocess.Popen([*command, *TINY, '--max_iters=1000000', '--eval_interval=1000000', *options],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                   env=os.environ | {'OMP_NUM_THREADS': '1'})
+        process = subprocess.Popen(
+            [*command, *TINY, '--max_iters=1000000', '--eval_interval=1000000', *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {'OMP_NUM_THREADS': '1'})
         started.append(process)
         until, metrics = time.monotonic() + 100, Path('out/metrics.jsonl')
         while not (metrics.exists() and metrics.read_text().count('\n') > 5):
@@ -171,7 +178,8 @@ def endless(here):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Runs of a sweep are trained in this process, without the closing sample -> the names of those that were."""
+    """Runs of a sweep are trained in this process, without the closing sample -> the names of those
+    that were."""
     monkeypatch.setattr(train, 'sample', lambda *args: '')
     names = []
 
@@ -190,7 +198,8 @@ def in_process(monkeypatch):
 def byte_bpe(monkeypatch):
     """In place of GPT-2's BPE: a byte is a token, and the other ids are bytes that no text has."""
     import tiktoken
-    ranks = {bytes([i]): i for i in range(256)} | {i.to_bytes(3, 'big'): i for i in range(256, 50256)}
+    ranks = {bytes([i]): i
+             for i in range(256)} | {i.to_bytes(3, 'big'): i for i in range(256, 50256)}
     encoding = tiktoken.Encoding('bytes', pat_str='(?s).', mergeable_ranks=ranks,
                                  special_tokens={'<|endoftext|>': 50256})
     monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)

@@ -1,4 +1,5 @@
-"""What several test modules share: the data set and options of tiny runs, files read back, models, matrices."""
+"""What several test modules share: the data set and options of tiny runs, files read back, models,
+matrices."""
 
 import functools
 import itertools
@@ -22,13 +23,15 @@ from runtime.optimizer import MuonAdamW
 ROOT = Path(__file__).resolve().parents[1]
 
 # 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
-TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2) for animal in ('cat', 'hen', 'toad')
-               for verb in ('sat', 'sang', 'lies', 'ate') for place in ('bed', 'roof', 'sea', 'stone'))
+TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2)
+               for animal in ('cat', 'hen', 'toad') for verb in ('sat', 'sang', 'lies', 'ate')
+               for place in ('bed', 'roof', 'sea', 'stone'))
 
 
-TINY = ('--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 '
-        '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --learning_rate=1e-2 '
-        '--eval_interval=2 --eval_iters=2').split()
+TINY = (
+    '--dataset=toy --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 '
+    '--gradient_accumulation_steps=1 --max_iters=4 --lr_decay_iters=4 --learning_rate=1e-2 '
+    '--eval_interval=2 --eval_iters=2').split()
 
 
 def slow(*case):
@@ -40,7 +43,10 @@ def rows(folder='out', file='metrics.jsonl'):
     """The rows of a JSON Lines file, which must be strict JSON: NaN is not."""
     def refuse(word):
         raise ValueError(f'{word} is not JSON')
-    return [json.loads(line, parse_constant=refuse) for line in (Path(folder) / file).read_text().splitlines()]
+
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (Path(folder) / file).read_text().splitlines()]
 
 
 def checkpoint(folder='out'):
@@ -54,7 +60,8 @@ def equal(a, b):
 
 def folder_bytes(folder='out'):
     """Every file below a folder -> its content."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
 
 
 def same(a, b):
@@ -70,12 +77,15 @@ def same(a, b):
 
 def untimed(folder):
     """The rows of metrics.jsonl without what a clock says."""
-    return [{k: v for k, v in row.items() if k not in ('step_ms', 'tokens_per_s')} for row in rows(folder)]
+    return [{k: v
+             for k, v in row.items()
+             if k not in ('step_ms', 'tokens_per_s')}
+            for row in rows(folder)]
 
 
 def assert_same_run(folder, other):
-    """The checkpoints and the metrics of two runs are the same to the bit; timings, OUT_DIR and how they
-    began aside."""
+    """The checkpoints and the metrics of two runs are the same to the bit; timings, OUT_DIR and how
+    they began aside."""
     a, b = checkpoint(folder), checkpoint(other)
     for key in ('out_dir', 'init_from', 'max_iters'):
         a['config'][key] = b['config'][key]
@@ -87,7 +97,8 @@ def assert_same_run(folder, other):
 def assert_same_metrics(folder, other):
     """Evaluations at which the first run was stopped stay in its rows."""
     more, expected = untimed(folder), untimed(other)
-    assert [row for row in more if 'val/loss' not in row or row in expected] == expected, 'metrics.jsonl differs'
+    assert [row for row in more
+            if 'val/loss' not in row or row in expected] == expected, 'metrics.jsonl differs'
 
 
 def interrupt(monkeypatch, steps, number=signal.SIGINT):
@@ -119,13 +130,15 @@ def before_forward(action):
 def change(folder='out', without=(), **changes):
     """Change a checkpoint on disk."""
     saved = checkpoint(folder) | changes
-    torch.save({key: value for key, value in saved.items() if key not in without}, Path(folder, 'ckpt.pt'))
+    torch.save({key: value for key, value in saved.items() if key not in without},
+               Path(folder, 'ckpt.pt'))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # models
 
-SMALL = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, svd_block=4)       # head size 4
+# head size 4
+SMALL = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, svd_block=4)
 
 
 def make(seed=0, dtype=torch.float64, **overrides):
@@ -143,11 +156,13 @@ def svd(scope, rank=2, method='gram', **overrides):
 
 
 def tokens(rows=2, columns=16, seed=0):
-    return torch.randint(SMALL['vocab_size'], (rows, columns), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(SMALL['vocab_size'], (rows, columns),
+                         generator=torch.Generator().manual_seed(seed))
 
 
 def copy_of(model):
-    """A model's parameters by name, as leaves that autograd follows; the tied matrix is one tensor."""
+    """A model's parameters by name, as leaves that autograd follows; the tied matrix is one
+    tensor."""
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     return {**state, 'lm_head.weight': state['transformer.wte.weight']}
 
@@ -164,12 +179,13 @@ def loss_by_hand(logits, targets):
 def cut_by_hand(scope, rank, basis_grad=True):
     """The keyword arguments that give `logits_by_hand` the SVD of a scope."""
     def projected(x, basis_of):
-        vh = torch.linalg.svd(basis_of if basis_grad else basis_of.detach(), full_matrices=False)[2][..., :rank, :]
+        vh = torch.linalg.svd(basis_of if basis_grad else basis_of.detach(),
+                              full_matrices=False)[2][..., :rank, :]
         return x @ vh.mT @ vh
 
     def causal(v):
         rows = [v[..., :4, :]]
-        for s in (4, 8):                                            # svd_block = 4: bases from rows [0, 4) and [0, 8)
+        for s in (4, 8):  # svd_block = 4: bases from rows [0, 4) and [0, 8)
             rows.append(projected(v[..., s:2 * s, :], v[..., :s, :]))
         return torch.cat(rows, dim=-2)
 
@@ -198,8 +214,8 @@ def checkpoint_of(model):
 
 @torch.no_grad()
 def cached_logits(model, idx, prompt, one_prompt=False, room=None):
-    """Logits of every position (B, T, vocab), the first `prompt` tokens given at once and the others one by one.
-    one_prompt: the first part is the same in all rows, and computed once."""
+    """Logits of every position (B, T, vocab), the first `prompt` tokens given at once and the
+    others one by one. one_prompt: the first part is the same in all rows, and computed once."""
     B, T = idx.shape
     cache = model.new_cache(B, room or T)
     first = idx[:1, :prompt] if one_prompt else idx[:, :prompt]
@@ -212,11 +228,13 @@ def cached_logits(model, idx, prompt, one_prompt=False, room=None):
 def error(model, idx, prompt, **options):
     """Largest difference to the uncached logits, relative to the largest of these."""
     expected = model(idx, idx)[0]
-    return ((cached_logits(model, idx, prompt, **options) - expected).abs().max() / expected.abs().max()).item()
+    return ((cached_logits(model, idx, prompt, **options) - expected).abs().max() /
+            expected.abs().max()).item()
 
 
 def counted(f):
-    """Operations that torch counts in f; attention is made of two products, so that it is counted everywhere."""
+    """Operations that torch counts in f; attention is made of two products, so that it is counted
+    everywhere."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         f()
     return counter.get_total_flops()
@@ -231,26 +249,29 @@ def optimizer_of(model, kind):
 
 
 def mla(latent=3, **options):
-    """Options of a model with latents; the heads of SMALL have size 4, so these are smaller by default."""
+    """Options of a model with latents; the heads of SMALL have size 4, so these are smaller by
+    default."""
     return dict(use_mla=True, mla_latent_dim=latent, **options)
 
 
 # different layers and ranks in each block of SMALL; layers are (8, 8), (8, 8), (32, 8) and (8, 32)
-RANKS = {'h.0.attn.c_attn.c_q': 3, 'h.0.attn.c_attn.c_v': 1, 'h.0.attn.c_proj': 2, 'h.0.mlp.c_fc': 5,
-         'h.1.attn.c_attn.c_k': 2, 'h.1.mlp.c_fc': 4, 'h.1.mlp.c_proj': 8}
+RANKS = {
+    'h.0.attn.c_attn.c_q': 3, 'h.0.attn.c_attn.c_v': 1, 'h.0.attn.c_proj': 2, 'h.0.mlp.c_fc': 5,
+    'h.1.attn.c_attn.c_k': 2, 'h.1.mlp.c_fc': 4, 'h.1.mlp.c_proj': 8
+}
 MLA_RANKS = {'h.0.attn.c_attn.query': 3, 'h.0.mlp.c_proj': 2, 'h.1.attn.c_proj': 5}
 
 
 def precision(device):
-    """The widest dtype of a device, and the relative error allowed in it: 1e4 eps or more, since gaps at the
-    cut of an SVD are 1e-4 of the largest eigenvalue or more."""
+    """The widest dtype of a device, and the relative error allowed in it: 1e4 eps or more, since
+    gaps at the cut of an SVD are 1e-4 of the largest eigenvalue or more."""
     return (torch.float32, 2e-3) if torch.device(device).type == 'mps' else (torch.float64, 1e-10)
 
 
 def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_hand):
-    """The logits of a GPT-2 of two blocks from its state dict, with an explicit mask. With latents c = W_a x,
-    keys are U_k c and values U_v c + b. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v (nh, hs, C) or U_v
-    (nh, hs, d)."""
+    """The logits of a GPT-2 of two blocks from its state dict, with an explicit mask. With latents
+    c = W_a x, keys are U_k c and values U_v c + b. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v
+    (nh, hs, C) or U_v (nh, hs, d)."""
     def linear(x, name):
         return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
 
@@ -269,7 +290,8 @@ def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_
             values += '.v_up'
         else:
             c, (q, k, _) = inside, linear(inside, values).chunk(3, dim=-1)
-        w_v, b_v = state[f'{values}.weight'][-C:].unflatten(0, (n_head, -1)), state.get(f'{values}.bias')
+        w_v, b_v = state[f'{values}.weight'][-C:].unflatten(
+            0, (n_head, -1)), state.get(f'{values}.bias')
         v = torch.einsum('btc,hsc->bhts', c, cut_w_v(w_v) if cut_w_v else w_v)
         v = v if b_v is None else v + b_v[-C:].view(n_head, 1, -1)
         v = cut_v(v) if cut_v else v
@@ -280,7 +302,7 @@ def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_
     return norm(x, 'transformer.ln_f') @ state['lm_head.weight'].T
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # matrices
 
 
@@ -297,7 +319,8 @@ def projector(x, rank):
 
 
 def causal_truth(x, rank, block=4, basis_of=None):
-    """One row at a time: row t in [s, 2s), s = block, 2 block, 4 block ..., uses the SVD of rows [0, s) if s > rank."""
+    """One row at a time: row t in [s, 2s), s = block, 2 block, 4 block ..., uses the SVD of rows
+    [0, s) if s > rank."""
     basis_of = x if basis_of is None else basis_of
     rows = []
     for t in range(x.shape[-2]):
@@ -315,8 +338,10 @@ def normal(*shape, seed=0):
 
 
 def with_singular_values(sigma, rows, columns, seed=0):
-    """A random float64 matrix (rows, columns) with singular values sigma, min(rows, columns) of them."""
-    u, v = (torch.linalg.qr(normal(side, len(sigma), seed=seed + i))[0] for i, side in enumerate((rows, columns)))
+    """A random float64 matrix (rows, columns) with singular values sigma, min(rows, columns) of
+    them."""
+    u, v = (torch.linalg.qr(normal(side, len(sigma), seed=seed + i))[0]
+            for i, side in enumerate((rows, columns)))
     return u * torch.as_tensor(sigma, dtype=torch.float64) @ v.mT
 
 
@@ -328,5 +353,6 @@ def value_and_gradient(f, x, dy):
 
 def assert_close(actual, expected, bar):
     """Frobenius error below bar, relative to the expected norm."""
-    error = torch.linalg.norm(actual.double() - expected.double()) / torch.linalg.norm(expected.double())
+    error = torch.linalg.norm(actual.double() - expected.double()) / torch.linalg.norm(
+        expected.double())
     assert error <= bar, f'relative error {error:.1e}, allowed {bar}'

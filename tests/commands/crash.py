@@ -1,11 +1,12 @@
 """
 SIGKILL at random moments, also while a checkpoint is written; is anything ever lost?
 
-    python tests/commands/crash.py --kills=50 --seed=0                    # about four minutes on two cores
+    python tests/commands/crash.py --kills=50 --seed=0      # about four minutes on two cores
 
-A run is killed and resumed until all kills are spent, then left to end. Its parameters, optimizer state, best
-loss and metrics must be those of an undisturbed run, to the bit; after every kill the checkpoint must load,
-and its step must not go back. Exit code 0 if so, 1 with the first difference if not.
+A run is killed and resumed until all kills are spent, then left to end. Its parameters, optimizer
+state, best loss and metrics must be those of an undisturbed run, to the bit; after every kill the
+checkpoint must load, and its step must not go back. Exit code 0 if so, 1 with the first difference
+if not.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from helpers import TEXT, assert_same_run
 from runtime import checkpoint as ckpt
 from runtime.data import write_dataset
 
-OPTIONS = ('--dataset=mine --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 '
-           '--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 '
-           '--svd_scope=causal --svd_block=8 --learning_rate=1e-2 --eval_interval=2 --eval_iters=1').split()
+OPTIONS = (
+    '--dataset=mine --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 '
+    '--dropout=.1 --gradient_accumulation_steps=2 --optimizer=muon --use_svd=True --svd_rank=4 '
+    '--svd_scope=causal --svd_block=8 --learning_rate=1e-2 --eval_interval=2 --eval_iters=1'
+).split()
 
 
 def main():
@@ -38,17 +41,20 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_dataset(Path('data/mine'), TEXT, 'char', source='tests')
-        options = [*OPTIONS, f'--max_iters={20 * args.kills}', f'--lr_decay_iters={20 * args.kills}']
+        options = [
+            *OPTIONS, f'--max_iters={20 * args.kills}', f'--lr_decay_iters={20 * args.kills}']
         assert start(*options, '--out_dir=whole').wait() == 0
         kill_training(args.kills, random.Random(args.seed), options)
         assert start(*options).wait() == 0
         assert_same_run('whole', 'out')
-    print(f'{args.kills} of {args.kills} kills survived; the end is that of the undisturbed run to the bit')
+    print(
+        f'{args.kills} of {args.kills} kills survived; the end is that of the undisturbed run to '
+        'the bit')
 
 
 def start(*options):
-    """train.py in its own process: from the checkpoint, which needs no more than its name, once there is
-    one."""
+    """train.py in its own process: from the checkpoint, which needs no more than its name, once
+    there is one."""
     resume = '--init_from=resume', '--device=cpu'
     return subprocess.Popen([sys.executable, str(ROOT / 'train.py'),
                              *(resume if Path('out/ckpt.pt').exists() else options)],
@@ -56,8 +62,8 @@ def start(*options):
 
 
 def kill_training(kills, draw, options):
-    """A third at the start, a third at random moments of training, a third while a checkpoint of a new step
-    is being written."""
+    """A third at the start, a third at random moments of training, a third while a checkpoint of a
+    new step is being written."""
     saved, metrics = 0, Path('out/metrics.jsonl')
     for number in range(kills):
         new = max(2, metrics.read_text().count('\n') if metrics.exists() else 0) + 2

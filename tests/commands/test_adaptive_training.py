@@ -1,5 +1,6 @@
-"""Adaptive SVD in train.py: what is logged, refused options, the same bits without a switch and after a
-resume, several processes, torch.compile. All switches are real: a layer of 20 x 20 is in danger soon."""
+"""Adaptive SVD in train.py: what is logged, refused options, the same bits without a switch and
+after a resume, several processes, torch.compile. All switches are real: a layer of 20 x 20 is in
+danger soon."""
 
 import os
 import subprocess
@@ -16,9 +17,11 @@ from helpers import ROOT, TINY, checkpoint, equal, rows, same, slow, untimed
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
-RUN = ['--n_embd=20', '--adaptive_svd=True', '--adaptive_svd_interval=1', '--learning_rate=1e-3', '--seed=1',
-       '--adaptive_svd_targets=c_q,c_k,c_v,c_proj', '--max_iters=26', '--lr_decay_iters=26',
-       '--eval_interval=100', '--eval_iters=1']
+RUN = [
+    '--n_embd=20', '--adaptive_svd=True', '--adaptive_svd_interval=1', '--learning_rate=1e-3',
+    '--seed=1', '--adaptive_svd_targets=c_q,c_k,c_v,c_proj', '--max_iters=26',
+    '--lr_decay_iters=26', '--eval_interval=100', '--eval_iters=1'
+]
 RESUME = ['--init_from=resume', '--device=cpu']
 C_PROJ = 'h.0.attn.c_proj'
 
@@ -36,24 +39,31 @@ def actions(name, folder='out'):
     return [seen[0], *(b for a, b in zip(seen, seen[1:]) if a[1:] != b[1:])]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is logged
 
 def test_layers_in_danger_are_switched_and_it_is_logged(trained):
-    """To low-rank mode, a smaller r, full mode and low-rank mode again: rows, checkpoint and losses."""
+    """To low-rank mode, a smaller r, full mode and low-rank mode again: rows, checkpoint and
+    losses."""
     trained(*RUN)
-    assert actions('block0.attn.c_proj') == [
-        (1, 20, 'initial'), (2, 20, 'none'), (15, 10, 'lowrank'), (16, 10, 'refactored'),
-        (18, 8, 'refactored'), (20, 20, 'full'), (21, 20, 'none'), (23, 8, 'lowrank'), (24, 8, 'refactored')]
+    assert actions('block0.attn.c_proj') == [(1, 20, 'initial'), (2, 20, 'none'),
+                                             (15, 10, 'lowrank'), (16, 10, 'refactored'),
+                                             (18, 8, 'refactored'), (20, 20, 'full'),
+                                             (21, 20, 'none'), (23, 8, 'lowrank'),
+                                             (24, 8, 'refactored')]
     for row in (row for row in rows() if row.get('svd/block0.attn.c_proj/action') == 'lowrank'):
-        seen = {key.rpartition('/')[2]: value for key, value in row.items() if '/block0.attn.c_proj/' in key}
+        seen = {
+            key.rpartition('/')[2]: value
+            for key, value in row.items()
+            if '/block0.attn.c_proj/' in key}
         assert {'mode', 'reason', 'subspace_angle', 'reconstruction_error', 'excess'} <= seen.keys()
         assert seen['mode'] == 'lowrank' and seen['reason'] == 'gradient_clobbering_risk'
         assert seen['excess'] > .25 and seen['chance'] == 1 - seen['r'] / 20
         assert seen['update_alignment'] < 1e-6                      # protected
     saved, losses = checkpoint(), [row['loss'] for row in rows() if 'loss' in row]
     ranks = {f'h.0.attn.c_attn.c_{part}': 8 for part in 'qkv'} | {C_PROJ: 8}
-    assert saved['model_args']['adaptive_svd_ranks'] == saved['config']['adaptive_svd_ranks'] == ranks
+    assert saved['model_args']['adaptive_svd_ranks'] == saved['config'][
+        'adaptive_svd_ranks'] == ranks
     assert len(losses) == 26 and losses[-1] < losses[0]
     assert max(b - a for a, b in zip(losses, losses[1:])) < .2     # no switch disturbs training
     # factors that are analysed at each step have a new state each time
@@ -62,7 +72,8 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
 
 @pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .02, 9)])
 def test_what_is_protected_stays_until_the_next_analysis(trained, call, protection, least, most):
-    """The same steps with the factors free change it. Protection may change when a run is resumed."""
+    """The same steps with the factors free change it. Protection may change when a run is
+    resumed."""
     trained(*RUN)
     before = GPT.from_checkpoint(checkpoint()).get_layer(C_PROJ)
     resume(call, 40, f'--adaptive_svd_protection={protection}', '--adaptive_svd_interval=50',
@@ -77,40 +88,48 @@ def test_what_is_protected_stays_until_the_next_analysis(trained, call, protecti
     ('c_q', 0, ['block0.attn.c_q']), ('c_q', 1, ['block1.attn.c_q']),
     ('c_v', -1, ['block0.attn.c_v', 'block1.attn.c_v']),
     ('c_q,c_k,c_v,c_proj', 0, [f'block0.attn.{word}' for word in ('c_q', 'c_k', 'c_v', 'c_proj')]),
-    (' c_proj, c_q ', -1, [f'block{i}.attn.{word}' for i in range(2) for word in ('c_q', 'c_proj')]),
-    ('query,c_proj', 1, ['block1.attn.query', 'block1.attn.c_proj'])])
+    (' c_proj, c_q ', -1, [f'block{i}.attn.{word}' for i in range(2)
+                           for word in ('c_q', 'c_proj')]),
+    ('query,c_proj', 1, ['block1.attn.query', 'block1.attn.c_proj'])
+])
 def test_which_layers_are_watched(targets, block, names):
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8, adaptive_svd=True,
-                          use_mla='query' in targets, adaptive_svd_targets=targets,
-                          adaptive_svd_target_layer=block))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8, adaptive_svd=True,
+                  use_mla='query' in targets, adaptive_svd_targets=targets,
+                  adaptive_svd_target_layer=block))
     assert list(adaptive_layers(model)) == names
 
 
-@pytest.mark.parametrize('options, words', [
-    (['--adaptive_svd_target_layer=1'], ['adaptive_svd_target_layer=1', 'must be 0 to 0', '-1']),
-    (['--adaptive_svd_target_layer=-2'], ['adaptive_svd_target_layer=-2', 'nearest: -1']),
-    (['--adaptive_svd_target_layer=0.5'], ['adaptive_svd_target_layer=0.5']),
-    (['--adaptive_svd_targets=c_fc'], ["'c_fc'", 'c_q, c_k, c_v, c_proj']),
-    (['--adaptive_svd_targets=query'], ["'query'"]), (['--adaptive_svd_targets=c_q,,c_k'], ["''"]),
-    (['--adaptive_svd_targets=C_Q'], ["'C_Q'"]), (['--use_mla=True'], ["'c_q'", 'query, c_proj']),
-    (['--adaptive_svd_protection=right'], ['adaptive_svd_protection', 'left', 'none']),
-    (['--adaptive_svd_interval=0'], ['adaptive_svd_interval=0']),
-    (['--adaptive_svd=maybe'], ['adaptive_svd']),
-    (['--lora_rank=2'], ['lora_rank=2', 'adaptive_svd']),
-    (["--layer_ranks={'h.0.attn.c_attn.c_q': 3}"], ['layer_ranks=', 'c_q']),
-    (["--adaptive_svd_ranks={'h.0.mlp.c_fc': 3}"], ['adaptive_svd_ranks=', 'fixed']),
-    (["--adaptive_svd_ranks={'h.0.attn.c_attn.c_q': 20}"], ['adaptive_svd_ranks=', 'must be 1 to 19'])])
+@pytest.mark.parametrize(
+    'options, words',
+    [(['--adaptive_svd_target_layer=1'], ['adaptive_svd_target_layer=1', 'must be 0 to 0', '-1']),
+     (['--adaptive_svd_target_layer=-2'], ['adaptive_svd_target_layer=-2', 'nearest: -1']),
+     (['--adaptive_svd_target_layer=0.5'], ['adaptive_svd_target_layer=0.5']),
+     (['--adaptive_svd_targets=c_fc'], ["'c_fc'", 'c_q, c_k, c_v, c_proj']),
+     (['--adaptive_svd_targets=query'], ["'query'"]), (['--adaptive_svd_targets=c_q,,c_k'], ["''"]),
+     (['--adaptive_svd_targets=C_Q'], ["'C_Q'"]), (['--use_mla=True'], ["'c_q'", 'query, c_proj']),
+     (['--adaptive_svd_protection=right'], ['adaptive_svd_protection', 'left', 'none']),
+     (['--adaptive_svd_interval=0'], ['adaptive_svd_interval=0']),
+     (['--adaptive_svd=maybe'], ['adaptive_svd']),
+     (['--lora_rank=2'], ['lora_rank=2', 'adaptive_svd']),
+     (["--layer_ranks={'h.0.attn.c_attn.c_q': 3}"], ['layer_ranks=', 'c_q']),
+     (["--adaptive_svd_ranks={'h.0.mlp.c_fc': 3}"], ['adaptive_svd_ranks=', 'fixed']),
+     (["--adaptive_svd_ranks={'h.0.attn.c_attn.c_q': 20}"
+       ], ['adaptive_svd_ranks=', 'must be 1 to 19'])])
 def test_invalid_options_are_refused(refused, options, words):
     line = refused(train.main, *TINY, *RUN, *options)
     assert all(word in line for word in words), line
     assert not Path('out').exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what does not change
 
+
 @pytest.mark.parametrize('options', [
-    slow([]), slow(['--optimizer=muon']), ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']])
+    slow([]),
+    slow(['--optimizer=muon']), ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']
+])
 def test_analyses_without_a_switch_change_nothing(trained, options):
     """To the bit. The first nine steps are a warm-up, in which nothing switches."""
     options = [*RUN, '--adaptive_svd_targets=c_proj', '--max_iters=9', *options]
@@ -123,7 +142,7 @@ def test_analyses_without_a_switch_change_nothing(trained, options):
     assert equal(ours, checkpoint('plain')['model']) and losses[0] == losses[1]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # resuming
 
 def assert_same_run(folder, other):
@@ -135,22 +154,27 @@ def assert_same_run(folder, other):
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize('options, stops', [
-    (['--dtype=bfloat16'], (17,)), slow([], (12, 22)),
-    slow(['--optimizer=muon', '--gradient_accumulation_steps=2', '--grad_clip=.1', '--dropout=.2', '--bias=True'],
-     (20, 23)),
-    *(slow(['--optimizer=muon'], stops)
-      for stops in ((9, 14), (18, 25), (3,)))])
+@pytest.mark.parametrize('options, stops',
+                         [(['--dtype=bfloat16'], (17, )),
+                          slow([], (12, 22)),
+                          slow([
+                              '--optimizer=muon', '--gradient_accumulation_steps=2',
+                              '--grad_clip=.1', '--dropout=.2', '--bias=True'
+                          ], (20, 23)), *(slow(['--optimizer=muon'], stops)
+                                          for stops in ((9, 14), (18, 25), (3, )))])
 def test_a_resumed_run_is_the_undisturbed_one(fit, trained, call, options, stops):
-    """In full mode, in low-rank mode, before and after r shrinks, and after a return to full mode."""
+    """In full mode, in low-rank mode, before and after r shrinks, and after a return to full
+    mode."""
     trained(*RUN, *options, folder='whole')
-    modes = {value for row in rows('whole') for key, value in row.items() if key.endswith('/action')}
+    modes = {
+        value for row in rows('whole') for key, value in row.items() if key.endswith('/action')}
     assert modes == {'initial', 'none', 'lowrank', 'refactored', 'full'}
     fit(*RUN, *options, f'--max_iters={stops[0]}')
     for stop in (*stops[1:], 26):
         resume(call, stop)
     assert_same_run('out', 'whole')
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in checkpoint()['model'].values())
+    assert all(p.dtype == torch.float32 and p.isfinite().all()
+               for p in checkpoint()['model'].values())
 
 
 def test_the_saved_configuration_repeats_the_run(trained, call):
@@ -164,15 +188,18 @@ def test_an_evaluation_of_a_run_in_low_rank_mode_is_its_last_one(trained, call):
     """Options without their switch are named."""
     trained(*RUN)
     out = resume(call, 26, '--eval_only=True', '--lora_alpha=3')
-    assert rows(file='eval.jsonl')[0]['val/loss'] == [row for row in rows() if 'final' in row][-1]['val/loss']
+    assert rows(file='eval.jsonl')[0]['val/loss'] == [row for row in rows()
+                                                      if 'final' in row][-1]['val/loss']
     assert 'lora_alpha=3.0' in out and 'adaptive_svd_targets=' not in out
 
 
-@pytest.mark.parametrize('folder, option, way_out', [
-    ('out', '--adaptive_svd=False', 'python export.py --to=dense --out_dir=out'),
-    ('out', '--adaptive_svd_targets=c_q', '--to=dense'),
-    ('out', '--adaptive_svd_target_layer=-1', '--to=dense'),
-    ('plain', '--adaptive_svd=True', 'plain/config.py --in'), ('plain', 'c.py', 'plain/config.py --in')])
+@pytest.mark.parametrize(
+    'folder, option, way_out',
+    [('out', '--adaptive_svd=False', 'python export.py --to=dense --out_dir=out'),
+     ('out', '--adaptive_svd_targets=c_q', '--to=dense'),
+     ('out', '--adaptive_svd_target_layer=-1', '--to=dense'),
+     ('plain', '--adaptive_svd=True', 'plain/config.py --in'),
+     ('plain', 'c.py', 'plain/config.py --in')])
 def test_options_of_a_resumed_run_are_fixed(trained, refused, folder, option, way_out):
     """A run without adaptive SVD cannot go on with it, not even from a config file: it would train
     unwatched."""
@@ -195,11 +222,13 @@ def test_a_damaged_state_is_refused(trained, refused, damage):
     assert 'out/ckpt.pt' in refused(train.main, *RESUME, '--max_iters=30')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # several processes, torch.compile
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [['--optimizer=adamw', '--seed=1'], ['--optimizer=muon', '--seed=4']])
+@pytest.mark.parametrize('options',
+                         [['--optimizer=adamw', '--seed=1'], ['--optimizer=muon', '--seed=4']])
 def test_two_processes_train_what_one_does(trained, options):
     """With these seeds no alignment is so close to its threshold that rounding decides."""
     options = [*RUN, '--gradient_accumulation_steps=2', *options]
@@ -212,18 +241,21 @@ def test_two_processes_train_what_one_does(trained, options):
     one, two = checkpoint('one'), checkpoint('two')
     assert one['model_args'] == two['model_args']
     weights = [GPT.from_checkpoint(saved) for saved in (one, two)]
-    for name in one['model_args']['adaptive_svd_ranks']:            # their factors may differ by more
-        torch.testing.assert_close(*(model.get_layer(name).weight for model in weights), rtol=0, atol=1e-4)
+    for name in one['model_args']['adaptive_svd_ranks']:  # their factors may differ by more
+        torch.testing.assert_close(*(model.get_layer(name).weight for model in weights), rtol=0,
+                                   atol=1e-4)
     for a, b in zip(rows('one'), rows('two'), strict=True):
-        for key in a.keys() - {'step_ms', 'tokens_per_s', *(key for key in a if key.endswith('/why'))}:
-            expected = b[key] if isinstance(a[key], (str, bool)) else pytest.approx(b[key], abs=2e-3)
+        for key in a.keys() - {
+                'step_ms', 'tokens_per_s', *(key for key in a if key.endswith('/why'))}:
+            expected = b[key] if isinstance(a[key],
+                                            (str, bool)) else pytest.approx(b[key], abs=2e-3)
             assert a[key] == expected, key
 
 
 @pytest.fixture
 def aot_eager(monkeypatch):
-    """torch.compile traces forward and backward and runs them in torch's own kernels: quick, and to the
-    bit."""
+    """torch.compile traces forward and backward and runs them in torch's own kernels: quick, and to
+    the bit."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
     yield

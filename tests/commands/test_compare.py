@@ -1,5 +1,5 @@
-"""compare.py: every combination is trained once and named, interrupted sweeps end as undisturbed ones, and
-wrong input is one line before anything is trained."""
+"""compare.py: every combination is trained once and named, interrupted sweeps end as undisturbed
+ones, and wrong input is one line before anything is trained."""
 
 import csv
 import itertools
@@ -32,9 +32,9 @@ LIST = '--svd_rank=None,2,4'
 
 @pytest.fixture
 def inline(in_process, monkeypatch, call):
-    """inline(*argv) is compare.py whose runs are trained in this process, one after the other, and whose
-    clock finds that the first step it times takes as long as the baseline's, the second twice, ... -> code,
-    out, err, and the names of the runs that were trained."""
+    """inline(*argv) is compare.py whose runs are trained in this process, one after the other, and
+    whose clock finds that the first step it times takes as long as the baseline's, the second
+    twice, ... -> code, out, err, and the names of the runs that were trained."""
     def inline(*argv):
         in_process.clear()
         ratios = itertools.count(1.0)
@@ -63,7 +63,10 @@ def no_matplotlib(monkeypatch):
 def results(folder='out-compare'):
     """The rows of results.json without what a clock says."""
     rows = json.loads(Path(folder, 'results.json').read_text())['rows']
-    return [{key: value for key, value in row.items() if not key.startswith('step_')} for row in rows]
+    return [{key: value
+             for key, value in row.items()
+             if not key.startswith('step_')}
+            for row in rows]
 
 
 def pictures():
@@ -71,7 +74,7 @@ def pictures():
             if path.read_bytes().startswith(b'\x89PNG')}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which runs
 
 @pytest.mark.parametrize('text, parts', [
@@ -87,24 +90,28 @@ def variants_of(*argv):
     return sweep.expand_grid(compare.CompareConfig, values, lists, set_by, rest)
 
 
-@pytest.mark.parametrize('argv, names', [
-    ('', ['run']), ('--use_svd=True ' + LIST, ['svd_rank=None', 'svd_rank=2', 'svd_rank=4']),
-    ('--use_svd=True --svd_rank=None,8,2 --svd_method=gram,randomized',
-     ['svd_rank=None,svd_method=gram', 'svd_rank=2,svd_method=gram', 'svd_rank=2,svd_method=randomized']),
-    ('--use_svd=True --svd_rank=None,2 --svd_method=gram,randomized',
-     ['svd_rank=None', 'svd_rank=2,svd_method=gram', 'svd_rank=2,svd_method=randomized']),
-    ('--svd_rank=2,4 --use_svd=False,True', ['use_svd=False', 'svd_rank=2,use_svd=True',
-                                             'svd_rank=4,use_svd=True']),
-    ('--use_mla=False,True --mla_latent_dim=None,4,8',
-     ['use_mla=False', 'use_mla=True,mla_latent_dim=None', 'use_mla=True,mla_latent_dim=8']),
-    ('--use_svd=True --svd_rank=2 --svd_method=gram,randomized --svd_power_iters=1,2',
-     ['svd_method=gram', 'svd_method=randomized,svd_power_iters=1',
-      'svd_method=randomized,svd_power_iters=2']),
-    ('--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.attn.c_proj":2}',
-     ['layer_ranks=None', 'layer_ranks=__h.0.mlp.c_fc___3___h.0.attn.c_proj___2_']),
-    ('--use_svd=True --svd_scope=causal --svd_rank=None,2 --svd_block=2,16',
-     ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
-    ('--learning_rate=1e-2,.01,2e-2', ['learning_rate=0.01', 'learning_rate=0.02'])])
+@pytest.mark.parametrize(
+    'argv, names',
+    [('', ['run']), ('--use_svd=True ' + LIST, ['svd_rank=None', 'svd_rank=2', 'svd_rank=4']),
+     ('--use_svd=True --svd_rank=None,8,2 --svd_method=gram,randomized', [
+         'svd_rank=None,svd_method=gram', 'svd_rank=2,svd_method=gram',
+         'svd_rank=2,svd_method=randomized'
+     ]),
+     ('--use_svd=True --svd_rank=None,2 --svd_method=gram,randomized',
+      ['svd_rank=None', 'svd_rank=2,svd_method=gram', 'svd_rank=2,svd_method=randomized']),
+     ('--svd_rank=2,4 --use_svd=False,True',
+      ['use_svd=False', 'svd_rank=2,use_svd=True', 'svd_rank=4,use_svd=True']),
+     ('--use_mla=False,True --mla_latent_dim=None,4,8',
+      ['use_mla=False', 'use_mla=True,mla_latent_dim=None', 'use_mla=True,mla_latent_dim=8']),
+     ('--use_svd=True --svd_rank=2 --svd_method=gram,randomized --svd_power_iters=1,2', [
+         'svd_method=gram', 'svd_method=randomized,svd_power_iters=1',
+         'svd_method=randomized,svd_power_iters=2'
+     ]),
+     ('--layer_ranks=None,{"h.0.mlp.c_fc":3,"h.0.attn.c_proj":2}',
+      ['layer_ranks=None', 'layer_ranks=__h.0.mlp.c_fc___3___h.0.attn.c_proj___2_']),
+     ('--use_svd=True --svd_scope=causal --svd_rank=None,2 --svd_block=2,16',
+      ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
+     ('--learning_rate=1e-2,.01,2e-2', ['learning_rate=0.01', 'learning_rate=0.02'])])
 def test_combinations_that_are_the_same_run_are_one(argv, names):
     """A full rank is no SVD: heads are 8 wide. A latent of n_embd / 4 is the default."""
     assert [variant.name for variant in variants_of(*argv.split())] == names
@@ -124,13 +131,15 @@ def test_train_py_is_given_what_was_planned(argv):
         assert vars(cfg) == {key: (vars(variant.cfg) | own)[key] for key in vars(cfg)}
 
 
-@pytest.mark.parametrize('argv, baselines', [
-    ([LIST, '--use_svd=True'], ['svd_rank=None'] * 3),
-    (['--svd_rank=2,4', '--use_svd=True'], ['svd_rank=2'] * 2),
-    (['--learning_rate=.1,.2'], ['learning_rate=0.1'] * 2),
-    (['--svd_rank=2,None', '--learning_rate=.1,.2', '--use_svd=True'],
-     ['svd_rank=None,learning_rate=0.1', 'svd_rank=None,learning_rate=0.2'] * 2),
-    (['--use_mla=True,False', '--use_svd=True', '--svd_rank=2,None'], ['use_mla=False,svd_rank=None'] * 4)])
+@pytest.mark.parametrize(
+    'argv, baselines',
+    [([LIST, '--use_svd=True'], ['svd_rank=None'] * 3),
+     (['--svd_rank=2,4', '--use_svd=True'], ['svd_rank=2'] * 2),
+     (['--learning_rate=.1,.2'], ['learning_rate=0.1'] * 2),
+     (['--svd_rank=2,None', '--learning_rate=.1,.2', '--use_svd=True'
+       ], ['svd_rank=None,learning_rate=0.1', 'svd_rank=None,learning_rate=0.2'] * 2),
+     (['--use_mla=True,False', '--use_svd=True', '--svd_rank=2,None'
+       ], ['use_mla=False,svd_rank=None'] * 4)])
 def test_the_baseline_is_the_ordinary_model_with_the_same_other_options(argv, baselines):
     variants = variants_of(*argv)
     assert [sweep.find_baseline(variant, variants).name for variant in variants] == baselines
@@ -138,17 +147,18 @@ def test_the_baseline_is_the_ordinary_model_with_the_same_other_options(argv, ba
 
 @pytest.mark.parametrize('argv, words', [
     *(([*TINY, *option.split()], words) for option, words in (
-        ('--svd_rank=4,x', 'svd_rank'), ('--svd_rank=4,0', 'svd_rank=0: '), ('--svd_rank=4,,8', 'svd_rank'),
-        ('--svd_method=gram,randomised', "nearest: 'randomized'"), ('--svd_rnk=4,8', 'nearest: --svd_rank'),
-        ('--n_embd=16,17', 'n_embd=17'), ('--dataset=toy,nowhere', 'dataset=nowhere'),
-        ('--out_dir=x', 'nearest: --sweep=FOLDER'), ('--wandb_run_name=mine', 'wandb_run_name'),
-        ('--init_from=scratch,resume', 'init_from='), ('--eval_only=True', 'eval_only=True'),
-        ('--seeds=0', 'seeds=0'), ('--jobs=1,2', 'jobs'), ('--device=cpu,cuda', 'device'),
-        ('--seed=1,2 --seeds=2', 'seeds=2: '), ('--lora_rank=2,4', 'lora_rank=2'), ('--sweep=', 'sweep='),
-        ('--sweep=.', "sweep='.'"), ('--sweep=own.py', "sweep='own.py'"), ('--sweep=theirs', 'runs'),
-        ('own.py', '--seeds=3'), ('none.py', 'none.py'))),
-    ([], 'sweep='), (['--sweep=out-none'], 'out-none'), (['--sweep'], 'sweep'), (['--seeds=3'], 'seeds: '),
-    (['--sweep=out', '--dry_run'], 'dry_run: ')], ids=str)
+        ('--svd_rank=4,x', 'svd_rank'), ('--svd_rank=4,0', 'svd_rank=0: '),
+        ('--svd_rank=4,,8', 'svd_rank'), ('--svd_method=gram,randomised', "nearest: 'randomized'"),
+        ('--svd_rnk=4,8', 'nearest: --svd_rank'), ('--n_embd=16,17', 'n_embd=17'),
+        ('--dataset=toy,nowhere', 'dataset=nowhere'), ('--out_dir=x', 'nearest: --sweep=FOLDER'),
+        ('--wandb_run_name=mine', 'wandb_run_name'), ('--init_from=scratch,resume', 'init_from='),
+        ('--eval_only=True', 'eval_only=True'), ('--seeds=0', 'seeds=0'), ('--jobs=1,2', 'jobs'),
+        ('--device=cpu,cuda', 'device'), ('--seed=1,2 --seeds=2', 'seeds=2: '),
+        ('--lora_rank=2,4', 'lora_rank=2'), ('--sweep=', 'sweep='), ('--sweep=.', "sweep='.'"),
+        ('--sweep=own.py', "sweep='own.py'"), ('--sweep=theirs', 'runs'), ('own.py', '--seeds=3'),
+        ('none.py', 'none.py'))), ([], 'sweep='), (['--sweep=out-none'], 'out-none'),
+    (['--sweep'], 'sweep'), (['--seeds=3'], 'seeds: '), (['--sweep=out', '--dry_run'], 'dry_run: ')
+], ids=str)
 def test_wrong_input_is_one_line_before_anything_is_trained(argv, words, refused):
     Path('own.py').write_text('seeds = 3\n')
     theirs = Path('theirs/runs/run,seed=1337/metrics.jsonl')
@@ -168,7 +178,7 @@ def test_a_folder_with_a_sweep_going_on_is_refused(refused):
         assert "sweep='out-compare'" in refused(compare.main, *SVD, LIST)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what comes of them
 
 @pytest.mark.slow
@@ -176,7 +186,8 @@ def test_a_finished_sweep_is_not_repeated_but_grows(swept, refused):
     first = results()
     for argv in ([*SVD, LIST], ['--sweep=out-compare']):
         again = swept(*argv)
-        assert (again.code, again.names, results()) == (0, [], first) and 'timing steps' not in again.out
+        assert (again.code, again.names, results()) == (0, [],
+                                                        first) and 'timing steps' not in again.out
     assert '+-' not in again.out and first[0]['parallel_se'] is None
     grown = swept(*SVD, LIST + ',5', '--seeds=2')
     assert grown.code == 0 and len(grown.names) == 5 and grown.out.count('timing steps') == 1
@@ -197,20 +208,24 @@ def check_table(printed):
         parallel=[final['val/loss'] for final in finals], prefix_only=prefix, prefix_only_mean=mean,
         prefix_only_se=pytest.approx(error), options={'svd_rank': 2}, seeds=[1337, 1338])
     assert [row['cache_bytes'] for row in results()] == [2 * 16 * 16 * 4] + [None] * 3
-    for words in (f'| {mean:.4f} +- {error:.4f} |', 'Baseline: svd_rank=None', f'chance: {math.log(17):.2f}'):
+    for words in (f'| {mean:.4f} +- {error:.4f} |', 'Baseline: svd_rank=None',
+                  f'chance: {math.log(17):.2f}'):
         assert words in printed and words in Path('out-compare/results.md').read_text()
     table = [*csv.DictReader(Path('out-compare/results.csv').read_text().splitlines())]
-    assert [(row['svd_rank'], float(row['step_ratio'])) for row in table] == [('', 1), ('2', 1), ('4', 2), ('5', 1)]
+    assert [(row['svd_rank'], float(row['step_ratio'])) for row in table] == [('', 1), ('2', 1),
+                                                                              ('4', 2), ('5', 1)]
 
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_what_was_interrupted_ends_as_what_was_not(swept, monkeypatch):
     Path('out-compare').rename('whole')
-    interrupt(monkeypatch, 7, signal.SIGTERM)                       # in the third step of the second run
+    interrupt(monkeypatch, 7, signal.SIGTERM)  # in the third step of the second run
     stopped = swept(*SVD, LIST)
-    assert stopped.code in (1, 143) and sweep.has_checkpoint('out-compare/runs/svd_rank=2,seed=1337')
+    assert stopped.code in (1,
+                            143) and sweep.has_checkpoint('out-compare/runs/svd_rank=2,seed=1337')
     again = swept(*SVD, LIST)
-    assert again.code == 0 and again.names[0] == 'svd_rank=2,seed=1337' and results() == results('whole')
+    assert again.code == 0 and again.names[0] == 'svd_rank=2,seed=1337' and results() == results(
+        'whole')
 
 
 @pytest.mark.usefixtures('no_matplotlib')
@@ -228,7 +243,8 @@ def test_a_failed_run_is_named_and_the_rest_is_compared(inline):
 def test_a_dry_run_lists_states_and_times_and_changes_nothing(swept):
     new = swept(*SVD, LIST, '--dry_run', '--sweep=new')
     assert (new.code, new.out.count(': to do, 0 of '), Path('new').exists()) == (0, 3, False)
-    Path('out-compare/runs/svd_rank=4,seed=1337/metrics.jsonl').write_text('{"iter": 2, "loss": 1.0}\n')
+    Path('out-compare/runs/svd_rank=4,seed=1337/metrics.jsonl').write_text(
+        '{"iter": 2, "loss": 1.0}\n')
     found = swept(*SVD, LIST, '--dry_run', '--seeds=2')
     assert 'svd_rank=2,seed=1337: done' in found.out
     assert 'svd_rank=4,seed=1337: to resume, 2 of ' in found.out
@@ -237,19 +253,20 @@ def test_a_dry_run_lists_states_and_times_and_changes_nothing(swept):
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_folder_that_lacks_files_is_read_as_far_as_it_goes(swept):
-    for number, name in enumerate(('runs/svd_rank=2,seed=1337', 'runs/svd_rank=4,seed=1337/metrics.jsonl',
-                                   'timing.json',
-                                   *(f'{name}.png' for name in pictures()))):
+    for number, name in enumerate(
+        ('runs/svd_rank=2,seed=1337', 'runs/svd_rank=4,seed=1337/metrics.jsonl', 'timing.json',
+         *(f'{name}.png' for name in pictures()))):
         Path('out-compare', name).rename(f'lost{number}')
     found = swept('--sweep=out-compare')
-    assert found.code == 0 and not pictures() and [len(row['seeds']) for row in results()] == [1, 0, 0]
+    assert found.code == 0 and not pictures() and [len(row['seeds'])
+                                                   for row in results()] == [1, 0, 0]
     for words in ('svd_rank=2: not finished', 'svd_rank=4: not finished', 'pip install matplotlib'):
         assert words in found.out
 
 
-@pytest.mark.parametrize('name, text', [
-    ('sweep.json', '{'), ('sweep.json', '[1]'), ('sweep.json', '{"seeds": []}'), ('timing.json', '{'),
-    ('sweep.json', None), ('runs', None)])
+@pytest.mark.parametrize('name, text', [('sweep.json', '{'), ('sweep.json', '[1]'),
+                                        ('sweep.json', '{"seeds": []}'), ('timing.json', '{'),
+                                        ('sweep.json', None), ('runs', None)])
 def test_a_damaged_folder_is_one_line(name, text, swept, refused):
     Path('out-compare', name).rename('lost')
     if text:
@@ -272,8 +289,8 @@ def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, lists, ste
 def test_a_sweep_at_wandb_is_a_group_with_the_figures(swept, monkeypatch):
     """The runs that are trained, and the sweep itself, which has the figures."""
     made, logged = [], {}
-    run = SimpleNamespace(define_metric=lambda *args, **options: None, finish=lambda exit_code: None,
-                          log=logged.update)
+    run = SimpleNamespace(define_metric=lambda *args, **options: None,
+                          finish=lambda exit_code: None, log=logged.update)
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
         Image=Path, init=lambda **options: made.append(options) or run))
     assert swept(*SVD, LIST + ',5', '--wandb_log=True', '--wandb_group=ours').code == 0
@@ -282,31 +299,32 @@ def test_a_sweep_at_wandb_is_a_group_with_the_figures(swept, monkeypatch):
     assert pictures() == {'loss', 'curves', 'pareto'} <= logged.keys()
 
 
-@pytest.mark.parametrize('argv, drawn', [
-    (['--n_embd=16,32', '--eval_interval=4'], {'loss', 'pareto'}), ([], {'curves'}),
-    pytest.param(['--layer_ranks=None,{"h.0.mlp.c_fc":3}', '--gelu=exact,tanh'], {'loss', 'curves', 'pareto'},
-                 marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'argv, drawn', [(['--n_embd=16,32', '--eval_interval=4'], {'loss', 'pareto'}), ([], {'curves'}),
+                    pytest.param(['--layer_ranks=None,{"h.0.mlp.c_fc":3}', '--gelu=exact,tanh'],
+                                 {'loss', 'curves', 'pareto'}, marks=pytest.mark.slow)])
 def test_figures_that_make_no_sense_are_not_drawn(argv, drawn, inline):
     found = inline(*TINY, *argv)
     assert found.code == 0 and pictures() == drawn
     assert all(f'{name}.png: ' in found.out for name in {'loss', 'curves', 'pareto'} - drawn)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # as users start it, and as it is killed
 
 def start(*argv):
     real = [*SVD, '--svd_rank=None,2', '--seeds=2', '--max_iters=200', '--lr_decay_iters=200',
             '--eval_interval=20']
-    return subprocess.Popen([sys.executable, ROOT / 'compare.py', *real, *argv], start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen([sys.executable, ROOT / 'compare.py', *real, *argv],
+                            start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_three_random_moments_ends_with_the_same_table():
-    """By turns compare.py alone, and the whole process group, its runs with it. A third of the time that the
-    sweep needs is the most between two kills, so that there is work left to disturb."""
+    """By turns compare.py alone, and the whole process group, its runs with it. A third of the time
+    that the sweep needs is the most between two kills, so that there is work left to disturb."""
     began, whole = time.monotonic(), start('--sweep=whole', '--jobs=2')
     output = whole.communicate()[0]
     assert whole.returncode == 0, output

@@ -1,4 +1,5 @@
-"""tests/compare_checkouts.py finds what differs between two trees, and nothing between two that are the same."""
+"""tests/compare_checkouts.py finds what differs between two trees, and nothing between two that are
+the same."""
 
 import shutil
 
@@ -7,39 +8,46 @@ import pytest
 import compare_checkouts
 from helpers import ROOT
 
-# appended to model.py: each changes one thing by little, in a way that no name of the repo but GPT and nanoGPT's is needed
+# appended to model.py: each changes one thing by little, in a way that no name of the repo but GPT
+# and nanoGPT's is needed
 HEAD = '''
 _init, _forward = GPT.__init__, GPT.forward
 def changed(self, config):
     _init(self, config)
 '''
 PLANTED = {
-    'nothing': '',
-    'an initialisation': HEAD + '    with torch.no_grad(): self.transformer.wpe.weight[0, 0] += 1e-6',
+    'nothing': '', 'an initialisation': HEAD +
+    '    with torch.no_grad(): self.transformer.wpe.weight[0, 0] += 1e-6',
     'a gradient': HEAD + '    self.transformer.wpe.weight.register_hook(lambda g: g * (1 + 1e-6))',
-    'a random stream': HEAD + '    torch.rand(1)',
-    'the order of data': HEAD + '    torch.randint = lambda *a, real=torch.randint, **k: real(*a, **k).flip(0)',
-    'a checkpoint': HEAD + '    self._register_state_dict_hook(lambda m, state, *_: state.update({"transformer.ln_f.weight": '
-                           'state["transformer.ln_f.weight"] + 1e-6}))',
-    'a cached row': HEAD + '    self.transformer.h[0].attn.c_attn.register_forward_hook(lambda module, args, out: '
-                           'type(out)(o * (1 + 1e-6) for o in out) if args[0].size(1) == 1 else out)'}
+    'a random stream': HEAD + '    torch.rand(1)', 'the order of data': HEAD +
+    '    torch.randint = lambda *a, real=torch.randint, **k: real(*a, **k).flip(0)',
+    'a checkpoint': HEAD +
+    '    self._register_state_dict_hook(lambda m, state, *_: '
+    'state.update({"transformer.ln_f.weight": '
+    'state["transformer.ln_f.weight"] + 1e-6}))', 'a cached row': HEAD +
+    '    self.transformer.h[0].attn.c_attn.register_forward_hook(lambda module, args, out: '
+    'type(out)(o * (1 + 1e-6) for o in out) if args[0].size(1) == 1 else out)'
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('change', PLANTED)
 def test_a_planted_change_is_found(tmp_path, capfd, change):
-    tree = shutil.copytree(ROOT, tmp_path / 'tree',
-                           ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data', 'out', 'out-*'))
+    tree = shutil.copytree(
+        ROOT, tmp_path / 'tree', ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data',
+                                                               'out', 'out-*'))
     with open(tree / 'model.py', 'a') as f:
         f.write(PLANTED[change] + ('\nGPT.__init__ = changed\n' if PLANTED[change] else ''))
     code = compare_checkouts.main([str(ROOT), str(tree), '--only=plain dropout'])
-    verdict, expected = capfd.readouterr().out, ('equal', 0) if change == 'nothing' else ('DIFF ', 1)
+    verdict, expected = capfd.readouterr().out, ('equal', 0) if change == 'nothing' else ('DIFF ',
+                                                                                          1)
     assert (verdict[:5], code) == expected, verdict
 
 
 def test_a_name_in_a_file_may_change_but_no_value_is_lost():
     old = {'a.pt step 0': '1', 'a.pt step 1': '1', 'a.pt config seed': '2', '00001 logits': 'x'}
-    for new, different in [({'a.pt steps': '1', 'a.pt steps 1': '1'}, []), ({'a.pt steps': '1'}, ['a.pt step 1'])]:
+    for new, different in [({'a.pt steps': '1', 'a.pt steps 1': '1'}, []),
+                           ({'a.pt steps': '1'}, ['a.pt step 1'])]:
         new |= {'a.pt config more': '3', '00001 logits': 'x', 'a.pt config seed': '2'}
         assert compare_checkouts.differences(old, new)[0] == different
         assert '00001 logits' in compare_checkouts.differences(old, new | {'00001 logits': 'y'})[0]

@@ -1,5 +1,5 @@
-"""compress.py, the command: what it writes, says and refuses, and what its methods lose of a trained
-model."""
+"""compress.py, the command: what it writes, says and refuses, and what its methods lose of a
+trained model."""
 
 import json
 import math
@@ -25,8 +25,10 @@ LEARN = ('--max_iters=100', '--lr_decay_iters=100', '--eval_interval=100', '--le
          '--optimizer=muon')
 NO_BIAS, BIAS = (*LEARN, '--bias=False'), (*LEARN, '--bias=True')
 QUICK = ('--device=cpu', '--calibration_tokens=512')
-PARTS = [f'h.0.{part}' for part in ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj',
-                                    'mlp.c_fc', 'mlp.c_proj')]
+PARTS = [
+    f'h.0.{part}' for part in ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v',
+                               'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
+]
 
 
 def report_of(folder):
@@ -36,8 +38,8 @@ def report_of(folder):
 
 @pytest.fixture
 def shrink(call, monkeypatch):
-    """shrink(*options, save_dir) -> the report of compress.py. The samples are left out: they take longer
-    than the compression."""
+    """shrink(*options, save_dir) -> the report of compress.py. The samples are left out: they take
+    longer than the compression."""
     monkeypatch.setattr(model_compression, 'sample_text', lambda *args: 'a text')
 
     def shrink(*options, save_dir='small'):
@@ -55,7 +57,7 @@ def loss_in(folder):
     return model_compression.validation_loss(model_of(folder), Dataset('data/toy'), 'cpu', 1337)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is lost
 
 @pytest.mark.parametrize('run, options, methods', [
@@ -65,7 +67,8 @@ def loss_in(folder):
     slow(BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain'])])
 def test_text_helps_and_gradients_help_more(trained, shrink, run, options, methods):
     trained(*run)
-    found = [shrink(*options, f'--method={method}', save_dir=method)['val_loss'] for method in methods]
+    found = [
+        shrink(*options, f'--method={method}', save_dir=method)['val_loss'] for method in methods]
     losses = [after for _, after in found]
     assert losses == sorted(losses) and found[0][0] - .01 < losses[0]
 
@@ -91,20 +94,22 @@ def test_where_v_sees_the_future_the_loss_is_prefix_only(trained, shrink):
     assert report['val_loss'] == pytest.approx([loss_in('out'), loss_in('small')], abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is written
 
 def check_checkpoint(folder, **changed):
-    """It starts a run at step 0, with the settings of the run that it was made from and these changes."""
+    """It starts a run at step 0, with the settings of the run that it was made from and these
+    changes."""
     saved, old, report = checkpoint(folder), checkpoint('out'), report_of(folder)
     assert saved == saved | {'iter_num': 0, 'tokenizer': old['tokenizer'],
                              'model_args': old['model_args'] | changed,
                              'config': old['config'] | changed | dict(out_dir=folder)}
     assert saved['optimizer']['state'] == {}
-    assert [saved['best_val_loss'], report['val_loss'][1]] == pytest.approx([loss_in(folder)] * 2, abs=1e-6)
+    assert [saved['best_val_loss'], report['val_loss'][1]] == pytest.approx([loss_in(folder)] * 2,
+                                                                            abs=1e-6)
     numbers = sum(w.numel() for name, w in saved['model'].items() if name != 'lm_head.weight')
     size = Path(folder, 'ckpt.pt').stat().st_size
-    assert report['bytes'][1] == 4 * numbers < size < 4 * numbers + 40_000      # and no larger tensors
+    assert report['bytes'][1] == 4 * numbers < size < 4 * numbers + 40_000  # and no larger tensors
 
 
 @pytest.mark.parametrize('run, options, keep',
@@ -113,16 +118,19 @@ def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, kee
     trained(*run)
     result = call(compress.main, *QUICK, '--out_dir=out', *options)
     report, models = report_of('out-lowrank'), (model_of('out'), model_of('out-lowrank'))
-    ranks, loss = {name: layer['rank'] for name, layer in report['layers'].items()}, report['val_loss']
+    ranks, loss = {name: layer['rank']
+                   for name, layer in report['layers'].items()}, report['val_loss']
     check_checkpoint('out-lowrank', layer_ranks=ranks)
     blocks = [sum(p.numel() for p in m.transformer.h.parameters()) for m in models]
     assert report == report | dict(
         params=[sum(p.numel() for p in m.parameters()) for m in models], block_params=blocks,
-        attention_params=[m.attention_params() for m in models], finetune_seconds=None, prefix_only=False,
-        cache_bytes=[m.kv_cache_bytes(1, 16) for m in models], latent_dim=None, block_size=[16, 16],
-        val_loss_before_finetuning=None)
+        attention_params=[m.attention_params()
+                          for m in models], finetune_seconds=None, prefix_only=False, cache_bytes=[
+                              m.kv_cache_bytes(1, 16) for m in models
+                          ], latent_dim=None, block_size=[16, 16], val_loss_before_finetuning=None)
     assert keep - .1 < 1 - (blocks[0] - blocks[1]) / (12 * 16 * 16) <= keep
-    assert [loss[0], *report['perplexity']] == pytest.approx([loss_in('out'), *map(math.exp, loss)], abs=1e-5)
+    assert [loss[0], *report['perplexity']] == pytest.approx([loss_in('out'), *map(math.exp, loss)],
+                                                             abs=1e-5)
     assert all(layer['of'] == 16 and 0 < layer['lost'] < 1 for layer in report['layers'].values())
     assert min(map(len, report['samples'])) > 150 and report['samples'][0] != report['samples'][1]
     words = ' '.join(result.out.split())
@@ -153,15 +161,15 @@ def test_a_product_keeps_at_most_its_rank(trained, shrink, method, option):
     assert after == pytest.approx(before, abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fine-tuning, and what goes on from the new checkpoint
 
 @pytest.mark.parametrize('run', [NO_BIAS, slow(BIAS)])
 def test_fine_tuning_lowers_the_loss(trained, shrink, run):
     trained(*run)
     untuned = shrink('--keep=0.2', '--method=plain', '--out_dir=out', save_dir='untuned')
-    tuned = shrink('--keep=0.2', '--method=plain', '--out_dir=out', '--finetune_iters=40', '--batch_size=8',
-                   '--learning_rate=0.01')
+    tuned = shrink('--keep=0.2', '--method=plain', '--out_dir=out', '--finetune_iters=40',
+                   '--batch_size=8', '--learning_rate=0.01')
     assert tuned['val_loss_before_finetuning'] == pytest.approx(untuned['val_loss'][1], abs=1e-6)
     assert loss_in('small') == pytest.approx(tuned['val_loss'][1], abs=1e-6)
     assert tuned['val_loss'][1] < untuned['val_loss'][1] - .1
@@ -174,15 +182,16 @@ def test_train_and_sample_and_export_take_it(trained, shrink, call, options):
     result = call(train.main, '--eval_only=True', '--init_from=resume', *own)
     assert result.code == 0 and f'val loss {loss:.4f}' in result.out
     for main, argv in ((sample.main, [*own, '--max_new_tokens=5', '--start=the']),
-                       (export.main, ['--out_dir=small', '--save_dir=mine']),
-                       (train.main, ['--init_from=resume', *own, '--max_iters=20', '--lr_decay_iters=20',
-                                     '--optimizer=adamw', '--learning_rate=1e-3'])):
+                       (export.main, ['--out_dir=small', '--save_dir=mine']), (train.main, [
+                           '--init_from=resume', *own, '--max_iters=20', '--lr_decay_iters=20',
+                           '--optimizer=adamw', '--learning_rate=1e-3'])):
         assert call(main, *argv).code == 0
     assert rows('small')[-1]['iter'] == 20 and rows('small')[-1]['val/loss'] < loss
 
 
 def test_factors_are_compressed_again_and_become_latents(trained, shrink):
-    """Products of keys and values are multiplied out; the others stay, and so does that of the queries."""
+    """Products of keys and values are multiplied out; the others stay, and so does that of the
+    queries."""
     trained(*NO_BIAS)
     first = shrink('--keep=0.5', '--out_dir=out')
     report = shrink('--out_dir=small', '--to=mla', '--mla_latent_dim=16', save_dir='latents')
@@ -200,10 +209,15 @@ def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, ref
     shrink('--rank=3', '--modules=mlp')
     before = folder_bytes('small')
     result = call(compress.main, '--spectrum', '--out_dir=small')
-    assert result.code == 0 and sorted(os.listdir('small-spectrum')) == ['spectrum.csv', 'spectrum.png']
-    cells = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line.startswith('h.0')}
-    assert [*cells] == PARTS and cells[PARTS[4]][:3] == ['64', 'x', '16'] and cells[PARTS[4]][4] == '3'
-    for options in ([], ['--save_dir=small']):                      # is there already, has the model in it
+    assert result.code == 0 and sorted(
+        os.listdir('small-spectrum')) == ['spectrum.csv', 'spectrum.png']
+    cells = {
+        line.split()[0]: line.split()[1:]
+        for line in result.out.splitlines()
+        if line.startswith('h.0')}
+    assert [*cells] == PARTS and cells[PARTS[4]][:3] == ['64', 'x', '16'
+                                                         ] and cells[PARTS[4]][4] == '3'
+    for options in ([], ['--save_dir=small']):  # is there already, has the model in it
         assert 'save_dir' in refused(compress.main, '--spectrum', '--out_dir=small', *options)
     assert folder_bytes('small') == before
 
@@ -213,20 +227,23 @@ def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, ref
     (dict(use_svd=True, svd_scope='weight', svd_rank=2), {'c_q', 'c_k', 'c_v'})])
 def test_spectra_are_of_every_weight(options, kinds):
     """Those of MLA's latents, too, and W_v where 'weight' scope cuts it."""
-    weights = model_compression.weights_of(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=31, **options)))
+    weights = model_compression.weights_of(
+        GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=31, **options)))
     parts = {'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj', *(f'attn.c_attn.{kind}' for kind in kinds)}
     assert weights.keys() == {f'h.0.{part}' for part in parts}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # other sources
 
 def test_a_checkpoint_of_nanogpt_needs_its_text(trained, shrink, refused):
     trained(*NO_BIAS)
-    change(without=['tokenizer', 'random', 'scaler'], config=checkpoint()['config'] | dict(dataset='gone'))
+    change(without=['tokenizer', 'random', 'scaler'],
+           config=checkpoint()['config'] | dict(dataset='gone'))
     assert 'dataset=gone' in refused(compress.main, *QUICK)
     shrink('--dataset=toy')
-    assert checkpoint('small')['config']['dataset'] == 'toy' and 'chars' in checkpoint('small')['tokenizer']
+    assert checkpoint('small')['config']['dataset'] == 'toy' and 'chars' in checkpoint(
+        'small')['tokenizer']
 
 
 def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, refused):
@@ -242,40 +259,48 @@ def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, re
     assert folder_bytes('small.1') == first and checkpoint('small')['model_args']['use_mla']
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # wrong input
 
-@pytest.mark.parametrize('argv, words', [
-    ('--mla_latent_dim=0', 'mla_latent_dim=0: |nearest: 1'),
-    ('--to=mla --mla_latent_dim=17', 'latent_dim=17: |nearest: 16'),
-    ('--calibration_tokens=0', 'calibration_tokens=0: '), (f'--seed={2 ** 63}', 'seed='),
-    ('--finetune_iters=-1', 'finetune_iters=-1: '), ('--rank=17', 'rank=17: |nearest: 16'),
-    ('--to=svd', "'lowrank' or 'mla'"), ('--method=best', "'activation' or 'whitened' or 'plain'"),
-    ('--to=mla --method=whitened', "method='whitened': |nearest: 'activation'"),
-    ('--out_dir=nowhere', 'nowhere|nearest: '), ('--to=mla --out_dir=latent', 'latent/ckpt.pt: |nearest: '),
-    ('--out_dir=large', 'large/ckpt.pt: '), ('--save_dir=data --overwrite=True', "save_dir='data': "),
-    ('--save_dir=~ --overwrite=True', 'save_dir='), ('--save_dir=.. --overwrite=True', 'save_dir='),
-    ('--save_dir=out --overwrite=True', "save_dir='out': "),
-    ('--init_from=gpt2 --dataset=toy', "out_dir='out': |--init_from"),
-    ('--init_from=gpt2 --out_dir=None', 'init_from=gpt2: |--dataset='), ('--init_from=gpt3', 'gpt3'),
-    ('--dataset=short.txt', 'short|block_size=16'),
-    ('--dataset=other.txt', 'other.txt|out/ckpt.pt'),
-    ('--keep=1.5', 'keep=1.5: |nearest: 1'), ('--energy=0', 'energy=0.0: '), ('--keep=nan', 'keep='),
-    ('--keep=0.01', 'out/ckpt.pt: keep=0.01: |nearest: 0.'),
-    ('--energy=.5 --keep=.5', 'energy=0.5: |keep'), ('--keep=0.5 --to=mla', 'keep=0.5: |--to=mla'),
-    ('--mla_latent_dim=4', 'mla_latent_dim=4: |--to=lowrank'),
-    ('--modules=head', "'head'|nearest: 'attn,mlp'"),
-    ('--optimizer=adamw', "optimizer='adamw': |--finetune_iters"),
-    ('--spectrum --rank=2', 'rank=2: |--spectrum'),
-    ('--spectrum --dataset=toy', "dataset='toy': |--spectrum"),
-    ('--device=cuda:77', 'cuda:77')])
+
+@pytest.mark.parametrize(
+    'argv, words', [('--mla_latent_dim=0', 'mla_latent_dim=0: |nearest: 1'),
+                    ('--to=mla --mla_latent_dim=17', 'latent_dim=17: |nearest: 16'),
+                    ('--calibration_tokens=0', 'calibration_tokens=0: '),
+                    (f'--seed={2 ** 63}', 'seed='), ('--finetune_iters=-1', 'finetune_iters=-1: '),
+                    ('--rank=17', 'rank=17: |nearest: 16'), ('--to=svd', "'lowrank' or 'mla'"),
+                    ('--method=best', "'activation' or 'whitened' or 'plain'"),
+                    ('--to=mla --method=whitened', "method='whitened': |nearest: 'activation'"),
+                    ('--out_dir=nowhere', 'nowhere|nearest: '),
+                    ('--to=mla --out_dir=latent', 'latent/ckpt.pt: |nearest: '),
+                    ('--out_dir=large', 'large/ckpt.pt: '),
+                    ('--save_dir=data --overwrite=True', "save_dir='data': "),
+                    ('--save_dir=~ --overwrite=True', 'save_dir='),
+                    ('--save_dir=.. --overwrite=True', 'save_dir='),
+                    ('--save_dir=out --overwrite=True', "save_dir='out': "),
+                    ('--init_from=gpt2 --dataset=toy', "out_dir='out': |--init_from"),
+                    ('--init_from=gpt2 --out_dir=None', 'init_from=gpt2: |--dataset='),
+                    ('--init_from=gpt3', 'gpt3'), ('--dataset=short.txt', 'short|block_size=16'),
+                    ('--dataset=other.txt', 'other.txt|out/ckpt.pt'),
+                    ('--keep=1.5', 'keep=1.5: |nearest: 1'), ('--energy=0', 'energy=0.0: '),
+                    ('--keep=nan', 'keep='),
+                    ('--keep=0.01', 'out/ckpt.pt: keep=0.01: |nearest: 0.'),
+                    ('--energy=.5 --keep=.5', 'energy=0.5: |keep'),
+                    ('--keep=0.5 --to=mla', 'keep=0.5: |--to=mla'),
+                    ('--mla_latent_dim=4', 'mla_latent_dim=4: |--to=lowrank'),
+                    ('--modules=head', "'head'|nearest: 'attn,mlp'"),
+                    ('--optimizer=adamw', "optimizer='adamw': |--finetune_iters"),
+                    ('--spectrum --rank=2', 'rank=2: |--spectrum'),
+                    ('--spectrum --dataset=toy', "dataset='toy': |--spectrum"),
+                    ('--device=cuda:77', 'cuda:77')])
 def test_wrong_input_is_one_line_and_writes_nothing(trained, refused, argv, words):
     """Which names what is wrong, and what is valid."""
     for folder in ('out', 'latent', 'large'):
         trained(*NO_BIAS, folder=folder)
     args, weights = checkpoint()['model_args'] | dict(use_mla=True), checkpoint()['model']
     change('latent', model_args=args, model=GPT(GPTConfig(**args)).state_dict())
-    change('large', model={name: w * 1e38 if 'mlp.c_fc' in name else w for name, w in weights.items()})
+    change('large',
+           model={name: w * 1e38 if 'mlp.c_fc' in name else w for name, w in weights.items()})
     write_dataset('data/short.txt', ''.join(sorted({*TEXT})), 'char', source='tests')
     write_dataset('data/other.txt', TEXT.upper(), 'char', source='tests')
     before = folder_bytes('.')

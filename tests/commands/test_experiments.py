@@ -1,5 +1,6 @@
-"""experiments/: controls and arms are what they are called, known numbers have known answers, records are
-made once and become tables and figures, wrong input is one line. All run on tiny models."""
+"""experiments/: controls and arms are what they are called, known numbers have known answers,
+records are made once and become tables and figures, wrong input is one line. All run on tiny
+models."""
 
 import importlib.util
 import json
@@ -17,7 +18,8 @@ SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
 
 
 def experiment(name, **constants):
-    """A copy of experiments/NAME.py of its own, with these constants in place of those at its top."""
+    """A copy of experiments/NAME.py of its own, with these constants in place of those at its
+    top."""
     spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,27 +29,29 @@ def experiment(name, **constants):
 
 def tiny_continual():
     """Evaluations and analyses every two steps; one learning rate."""
-    return experiment('continual_learning', MODEL=SHAPE, BATCH=4, WARMUP=2, INTERVAL=2, EVAL_WINDOWS=4,
-                      GRADIENTS=3,
-                      LORA_RANK=4, TEXT_B=5000, SPACES=(10, 12),
-                      RATES={'everything': (1e-3,), 'attention': (3e-3,)})
+    return experiment('continual_learning', MODEL=SHAPE, BATCH=4, WARMUP=2, INTERVAL=2,
+                      EVAL_WINDOWS=4, GRADIENTS=3, LORA_RANK=4, TEXT_B=5000, SPACES=(10, 12),
+                      RATES={'everything': (1e-3, ), 'attention': (3e-3, )})
 
 
-@pytest.mark.parametrize('name, options', [
-    ('loss_against_rank', ['jobs=0', 'jobs=-1', 'steps=1', 'dataset=nowhere', 'out_dir=/proc/x']),
-    ('absorb_or_expand', ['latents=0', 'queries=1,x', 'cached=0', 'rounds=1', 'n_embd=5']),
-    ('compression_table',
-     ['run=False', 'models=large', 'parts=all', 'keeps=0.65', 'seeds=0', 'dataset=nowhere']),
-    ('continual_learning', ['run=False', 'seeds=x', 'seeds=', 'arms=all of it', 'steps=0', 'learn_steps=0',
-                            'dataset=nowhere', 'dataset=bpe'])])
+@pytest.mark.parametrize(
+    'name, options',
+    [('loss_against_rank', ['jobs=0', 'jobs=-1', 'steps=1', 'dataset=nowhere', 'out_dir=/proc/x']),
+     ('absorb_or_expand', ['latents=0', 'queries=1,x', 'cached=0', 'rounds=1', 'n_embd=5']),
+     ('compression_table',
+      ['run=False', 'models=large', 'parts=all', 'keeps=0.65', 'seeds=0', 'dataset=nowhere']),
+     ('continual_learning', [
+         'run=False', 'seeds=x', 'seeds=', 'arms=all of it', 'steps=0', 'learn_steps=0',
+         'dataset=nowhere', 'dataset=bpe'])])
 def test_wrong_input_is_one_line(name, options, refused, here, byte_bpe):
     write_dataset('data/bpe', TEXT, 'gpt2', source='tests')
     for option in options:
-        dataset = [] if option.startswith('dataset') or name == 'absorb_or_expand' else ['--dataset=toy']
+        dataset = [] if option.startswith('dataset') or name == 'absorb_or_expand' else [
+            '--dataset=toy']
         assert option.partition('=')[0] in refused(experiment(name).main, *dataset, f'--{option}')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # absorb_or_expand.py, records
 
 
@@ -55,7 +59,8 @@ def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here):
     for _ in range(2):
         record = Record(Path('record.jsonl'), lambda row, key: 'made', steps=3)
         made = record.make(lambda: {'loss': 2.}, seed=1)
-    assert [made] == rows('.', 'record.jsonl') and made.items() >= {'loss': 2., 'steps': 3, 'seed': 1}.items()
+    assert [made] == rows(
+        '.', 'record.jsonl') and made.items() >= {'loss': 2., 'steps': 3, 'seed': 1}.items()
     with pytest.raises(ValueError, match='steps=3'):
         Record(Path('record.jsonl'), None, steps=4)
 
@@ -66,39 +71,42 @@ def test_absorbed_and_expanded_are_equal_and_timed(call, device):
     q, w_k, w_v, c = (torch.randn(*shape, generator=generator).to(device) / 2
                       for shape in ((2, 3, 4, 8), (3, 8, 5), (3, 8, 5), (2, 7, 5)))
     torch.testing.assert_close(absorb.absorbed(q, w_k, w_v, c), absorb.expanded(q, w_k, w_v, c))
-    out = call(absorb.main, '--n_embd=16', '--n_head=2', '--latents=4,8', '--queries=1,3', '--cached=8',
-               '--rounds=2', f'--device={device}').out
+    out = call(absorb.main, '--n_embd=16', '--n_head=2', '--latents=4,8', '--queries=1,3',
+               '--cached=8', '--rounds=2', f'--device={device}').out
     results = json.loads(out.splitlines()[-1])['results']
     assert [(row['latent'], row['queries']) for row in results] == [(4, 1), (4, 3), (8, 1), (8, 3)]
     assert all(row['absorbed'] > 0 and row['expanded'] > 0 and row['ratio'] > 0 for row in results)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # compression_table.py
 
 def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of_their_inputs():
-    """Against autograd's gradient of each window's loss, the inputs of the layer, and the SVD of the scaled
-    weight. Two batches of three windows each."""
+    """Against autograd's gradient of each window's loss, the inputs of the layer, and the SVD of
+    the scaled weight. Two batches of three windows each."""
     torch.manual_seed(0)
-    dense = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17, bias=False)).eval()
+    dense = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17,
+                          bias=False)).eval()
     for p in dense.requires_grad_(False).parameters():
         torch.nn.init.normal_(p, std=0.3)                           # all weights count
     windows = [tuple(torch.randint(17, (2, 3, 8))) for _ in range(2)]
-    compression, layer, inputs = experiment('compression_table'), dense.transformer.h[1].mlp.c_fc, []
+    compression, layer, inputs = experiment(
+        'compression_table'), dense.transformer.h[1].mlp.c_fc, []
     found = {name: compression.measure(dense, compression.METHODS[name], windows)[2]['h.1.mlp.c_fc']
              for name in ('FWSVD', 'ASVD')}
     layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
-    weight = layer.weight.requires_grad_(True)                                                  # (64, 16)
+    weight = layer.weight.requires_grad_(True)  # (64, 16)
     losses = [8 * dense(x[None], y[None])[1] for xs, ys in windows for x, y in zip(xs, ys)]
     information = sum(torch.autograd.grad(loss, weight)[0].square().sum(1) for loss in losses)
-    rows, columns = information.double().sqrt()[:, None], torch.cat(inputs).double().abs().mean(0).sqrt()
+    rows, columns = information.double().sqrt()[:, None], torch.cat(inputs).double().abs().mean(
+        0).sqrt()
     for name, scale in (('FWSVD', rows), ('ASVD', columns)):
         up, down = found[name].factors(5)
         expected = whole_truth(weight.detach().double() * scale, 5) / scale
         torch.testing.assert_close(up @ down, expected, atol=1e-4, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # continual_learning.py
 
 
@@ -106,7 +114,8 @@ def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of
     ([3., 4.], [1., 2.], 1), ([1., 2.], [3., 4.], 0), ([1., 1.], [1., 1.], .5),
     ([1., 2., 3.], [1., 2., 3.], .5), ([2., 2.], [1., 2.], .75)], ids=str)
 def test_auc_and_roc_have_known_answers(positive, negative, area):
-    continual, scores = experiment('continual_learning'), (torch.tensor(positive), torch.tensor(negative))
+    continual, scores = experiment('continual_learning'), (torch.tensor(positive),
+                                                           torch.tensor(negative))
     curve = continual.roc(*scores)
     assert continual.auc(*scores) == area
     assert len(curve) == 51 and curve[-1] == 1 and curve == sorted(curve)
@@ -115,7 +124,8 @@ def test_auc_and_roc_have_known_answers(positive, negative, area):
 
 @pytest.mark.slow
 def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, here, one_thread):
-    continual, options = tiny_continual(), ['--dataset=toy', '--learn_steps=4', '--steps=6', '--out_dir=runs']
+    continual, options = tiny_continual(), [
+        '--dataset=toy', '--learn_steps=4', '--steps=6', '--out_dir=runs']
     names = ['full training', 'adaptive', 'adaptive, no protection', 'half from the start',
              'all of attention',
              'MiLoRA']
@@ -123,7 +133,8 @@ def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, h
         found = call(continual.main, *options, f'--seeds={seeds}', f'--arms={arms}')
     made = rows('.', 'record.jsonl')
     keys = {tuple(row.get(k) for k in ('kind', 'arm', 'rate', 'seed')) for row in made}
-    assert len(keys) == len(made) == 2 + 2 * len(names) and len(list(Path('runs').glob('*.pt'))) == 2
+    assert len(keys) == len(made) == 2 + 2 * len(names) and len(list(
+        Path('runs').glob('*.pt'))) == 2
     # no switch in six steps: the same run; all arms begin at the same losses
     assert [row['arm'] for row in made if 'same_as' in row] == ['adaptive, no protection'] * 2
     assert len({(row['seed'], *(round(x, 3) for x in row['curve'][0]))

@@ -1,5 +1,5 @@
-"""Any options, config files and folders: a run, or one line and exit code 2; no traceback, no hang, no lost
-file."""
+"""Any options, config files and folders: a run, or one line and exit code 2; no traceback, no hang,
+no lost file."""
 
 import functools
 import os
@@ -28,33 +28,39 @@ SAMPLE = ['--num_samples=2', '--max_new_tokens=3', '--device=cpu', '--out_dir=ru
 
 
 SCRIPTS = [(train.main, train.TrainConfig, QUICK, [])] * 8 + [
-    (sample.main, sample.SampleConfig, SAMPLE, []), (bench.main, bench.BenchConfig, QUICK, ['--peer=data'])]
+    (sample.main, sample.SampleConfig, SAMPLE, []),
+    (bench.main, bench.BenchConfig, QUICK, ['--peer=data'])
+]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # values and lines: right, at the border, of another type, absurd
 
-ODD = ['', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan', '-inf',
-       '1' + '0' * 18, '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"', '(', '[' * 3000,
-       '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028',
-       'größe', '🙂',
-       '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252, 'x' * 300,
-       'x' * 100_000,
-       'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0']
-PATHS = ['out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy',
-         'data/toy/x',
-         'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out', 'a/b/c', 'toy',
-         'one.txt',
-         'latin1.txt', 'empty.txt', 'my.txt', 'locked', 'locked/x', 'FILE:notes.txt', 'FILE:run', 'new\nline',
-         'größer 🙂']
-GOOD = {'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
-        'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']}
+ODD = [
+    '', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan',
+    '-inf', '1' + '0' * 18, '9' * 400, '1' + '0' * 5000, 'True', 'no', 'None', 'auto', "'", '"',
+    '(', '[' * 3000, '-' * 9000 + '1', '0x3', '1j', '\x1b[31m', 'a\nb', 'a\rb', '\u2028', 'größe',
+    '🙂', '"\\d"', '1or 2', '{[]: 1}', "b'x'", '--', '-h', '%s', '{}', '*', '~', 'x' * 252,
+    'x' * 300, 'x' * 100_000, 'cpu:', 'cpu:0', 'cpu:²', 'cpu:00', 'auto:0'
+]
+PATHS = [
+    'out', 'run', 'link', 'loop', 'dangling', 'notes.txt', 'notes.txt/run', 'data', 'data/toy',
+    'data/toy/x', 'mine', 'run/ckpt.pt', 'twisted', '.', '..', '../x', './out/', 'run/../out',
+    'a/b/c', 'toy', 'one.txt', 'latin1.txt', 'empty.txt', 'my.txt', 'locked', 'locked/x',
+    'FILE:notes.txt', 'FILE:run', 'new\nline', 'größer 🙂'
+]
+GOOD = {
+    'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
+    'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']
+}
 # what would only take long is small, or so large that it cannot be
 ABSURD = [str(10 ** n) for n in (12, 18, 30, 120)]
-LONG = {'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3, 'n_layer': 3,
-        'n_embd': 24,
-        'block_size': 20, 'vocab_size': 300, 'num_samples': 3, 'max_new_tokens': 4}
-ENDLESS = ('max_iters', 'eval_iters')                               # they only take time: no size is refused
+LONG = {
+    'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3,
+    'n_layer': 3, 'n_embd': 24, 'block_size': 20, 'vocab_size': 300, 'num_samples': 3,
+    'max_new_tokens': 4
+}
+ENDLESS = ('max_iters', 'eval_iters')  # they only take time: no size is refused
 
 
 def harmless(key, text):
@@ -73,8 +79,10 @@ def values(key, hint):
     of_kind = {bool: ['True', 'False'], str: GOOD.get(key, PATHS),
                float: '0 1e-300 1e-3 .5 .9 .999999999 1e9 1e38 1e300 1.7e308'.split(),
                int: [*map(str, range(LONG.get(key, 12) + 1)), *ABSURD[key in ENDLESS:]]}
-    own = [st.sampled_from([str(choice) for choice in get_args(kind)] or of_kind.get(kind, ['None']))
-           for kind in kinds]
+    own = [
+        st.sampled_from([str(choice)
+                         for choice in get_args(kind)] or of_kind.get(kind, ['None']))
+        for kind in kinds]
     # nothing outside the working directory, and what a shell can pass
     text = st.text(st.characters(exclude_characters='/\0', codec='utf-8'), max_size=12)
     return st.one_of(*own * 6, st.sampled_from(ODD), text).filter(lambda s: harmless(key, s))
@@ -82,43 +90,37 @@ def values(key, hint):
 
 @functools.cache
 def options(cls):
-    """Pairs of an option and its text. bench.py keeps its peer, which stops it before it times anything."""
+    """Pairs of an option and its text. bench.py keeps its peer, which stops it before it times
+    anything."""
     hints = get_type_hints(cls, include_extras=True)
     keys = [f.name for f in fields(cls) if f.name != 'peer']
-    return st.sampled_from(keys).flatmap(lambda key: st.tuples(st.just(key), values(key, hints[key])))
+    return st.sampled_from(keys).flatmap(
+        lambda key: st.tuples(st.just(key), values(key, hints[key])))
 
 
 malformed = st.one_of(
-    st.sampled_from(['', '-', '--', '---', '--=', '--=1', '--seed', '-seed=1', '--Seed=1', '--max_iter=3',
-                     '--n-layer=1', '--a\nb=1', '--\u2028=1', '-\x1b', '--__class__=1', 'seed=1',
-                     'nowhere.py',
-                     'no\nwhere.py', 'data', 'notes.txt', 'loop', 'run/ckpt.pt', '\0.py', '\udcff.py',
-                     'x' * 300,
-                     'latin1.txt', 'run/config.py']),
+    st.sampled_from([
+        '', '-', '--', '---', '--=', '--=1', '--seed', '-seed=1', '--Seed=1', '--max_iter=3',
+        '--n-layer=1', '--a\nb=1', '--\u2028=1', '-\x1b', '--__class__=1', 'seed=1', 'nowhere.py',
+        'no\nwhere.py', 'data', 'notes.txt', 'loop', 'run/ckpt.pt', '\0.py', '\udcff.py', 'x' * 300,
+        'latin1.txt', 'run/config.py'
+    ]),
     st.text(max_size=8).map(lambda s: '--' + s))
 LINES = [
-    'import math', 'import no_such_module', 'from os import *', 'n_layer = = 1', ' n_layer = 1', 'n_embd',
-    '1 / 0',
-    'sys.exit(3)', 'exit()', 'raise SystemExit', 'raise ValueError("two\\nlines")',
-    'raise ValueError("\\x1b\\u2028")',
-    'assert 0, "\\ud800"',
-    'def f(): f()\nf()',
-    'n_embd = 10 ** 400', 'learning_rate = -1e308 * 10',
+    'import math', 'import no_such_module', 'from os import *', 'n_layer = = 1', ' n_layer = 1',
+    'n_embd', '1 / 0', 'sys.exit(3)', 'exit()', 'raise SystemExit',
+    'raise ValueError("two\\nlines")', 'raise ValueError("\\x1b\\u2028")', 'assert 0, "\\ud800"',
+    'def f(): f()\nf()', 'n_embd = 10 ** 400', 'learning_rate = -1e308 * 10',
     'import numpy as np\nn_layer = np.zeros((9, 9))', 'import numpy as np\nn_layer = np.int64(1)',
-    'warmup = 3',
-    'import numpy as np\nlearning_rate = np.float32("nan")', 'seed = None', 'seed = lambda: 1',
-    'out_dir = object()',
-    'out_dir = "a\\nb"', 'out_dir = __file__', 'del seed',
-    'del __file__',
-    'globals()["a b"] = 4', '_x = 3', 'min_lr = learning_rate / 10', 'dataset = ["toy"]',
-    '"\\d"',
-    'seed = 1or 2', '(' * 999, 'x' * 99999, 'print()', '"""', '\\', 'é = 1',
-    'lambda: (yield)',
-    'return', 'await f()', 'from __future__ import x', 'seed: int = 3', 'global seed',
-    'for seed in range(3): pass',
-    'type(seed)()', 'class seed: pass', 'dtype = "float16"; use_svd = True; svd_rank = 2', 'seed = True',
-    'svd_rank = 2.', b'# \xe9', b'\0', b'\xff\xfe', b'\xef\xbb\xbfseed = 2', b'seed = 2\r\n',
-    b'# coding: latin-1']
+    'warmup = 3', 'import numpy as np\nlearning_rate = np.float32("nan")', 'seed = None',
+    'seed = lambda: 1', 'out_dir = object()', 'out_dir = "a\\nb"', 'out_dir = __file__', 'del seed',
+    'del __file__', 'globals()["a b"] = 4', '_x = 3', 'min_lr = learning_rate / 10',
+    'dataset = ["toy"]', '"\\d"', 'seed = 1or 2', '(' * 999, 'x' * 99999, 'print()', '"""', '\\',
+    'é = 1', 'lambda: (yield)', 'return', 'await f()', 'from __future__ import x', 'seed: int = 3',
+    'global seed', 'for seed in range(3): pass', 'type(seed)()', 'class seed: pass',
+    'dtype = "float16"; use_svd = True; svd_rank = 2', 'seed = True', 'svd_rank = 2.', b'# \xe9',
+    b'\0', b'\xff\xfe', b'\xef\xbb\xbfseed = 2', b'seed = 2\r\n', b'# coding: latin-1'
+]
 
 
 @st.composite
@@ -131,28 +133,30 @@ def examples(draw):
     chosen = draw(st.lists(options(cls).map(lambda option: '--{}={}'.format(*option)), max_size=4))
     extra = draw(st.lists(malformed, min_size=0, max_size=draw(st.sampled_from([0, 0, 0, 1]))))
     setting = options(cls).map(lambda option: '{} = {!r}'.format(*option))
-    line = st.one_of(setting, setting.map(lambda text: text.replace("'", '')), st.sampled_from(LINES))
+    line = st.one_of(setting, setting.map(lambda text: text.replace("'", '')),
+                     st.sampled_from(LINES))
     names = st.sampled_from([[], [], ['a.py'], ['b.py', 'a.py']])
     files = {name: draw(st.lists(line, max_size=2)) for name in draw(names)}
     return main, cls, [*first, *draw(st.permutations([*chosen, *extra, *files])), *last], files
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # where they run, and what must hold
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, one_thread):
-    """A folder with data sets, a run and what else may lie about. Nothing is compiled, no network is
-    asked."""
+    """A folder with data sets, a run and what else may lie about. Nothing is compiled, no network
+    is asked."""
     root = tmp_path_factory.mktemp('world')
     work = root / 'work'
     for folder in ('mine', 'twisted/ckpt.pt'):
         (work / folder).mkdir(parents=True)
     (work / 'locked').mkdir(mode=0o555)                             # but root may write everywhere
     write_dataset(work / 'data' / 'toy', TEXT, 'char', source='tests')
-    for name, content in {'notes.txt': b'mine', 'one.txt': b'a', 'empty.txt': b'', 'latin1.txt': b'\xe9' * 99,
-                          'my.txt': TEXT.encode(), 'mine/config.py': b'MINE = 1\n',
-                          'mine/eval.jsonl': b'mine'}.items():
+    for name, content in {
+            'notes.txt': b'mine', 'one.txt': b'a', 'empty.txt': b'', 'latin1.txt': b'\xe9' * 99,
+            'my.txt': TEXT.encode(), 'mine/config.py': b'MINE = 1\n', 'mine/eval.jsonl': b'mine'
+    }.items():
         (work / name).write_bytes(content)
     for name, target in {'link': 'run', 'loop': 'loop', 'dangling': 'nowhere',
                          'twisted/last.pt': 'loop'}.items():
@@ -163,7 +167,7 @@ def world(tmp_path_factory, one_thread):
         patch.setenv('HOME', str(work))                             # '~' is a word, too
         for module in ('wandb', 'tiktoken'):
             patch.setitem(sys.modules, module, None)
-        for text in ('my.txt', 'notes.txt'):                # else they are prepared in the repo's data/
+        for text in ('my.txt', 'notes.txt'):  # else they are prepared in the repo's data/
             locate(text, 'char', (Path('data'),))
         assert train.main([*QUICK, '--out_dir=run']) == 0
         yield root
@@ -198,13 +202,15 @@ def check(world, call, main, cls, argv, files):
 
 
 def keep_all_but_the_run(root, before, after, said):
-    """Only OUT_DIR has changed, and OUT_DIR.1 where a run was moved aside; every file is still there
-    somewhere."""
+    """Only OUT_DIR has changed, and OUT_DIR.1 where a run was moved aside; every file is still
+    there somewhere."""
     out = os.path.relpath(os.path.realpath(root / 'work' / said['out_dir']), root)
     inside = tuple(f'{place}{os.sep}' for place in (out, f'{out}.1'))
-    for path in (path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)):
+    for path in (path for path in before.keys() | after.keys()
+                 if before.get(path, 0) != after.get(path, 0)):
         content = before.get(path)
-        assert f'{path}{os.sep}'.startswith(inside) or f'{out}{os.sep}'.startswith(f'{path}{os.sep}'), path
+        assert f'{path}{os.sep}'.startswith(inside) or f'{out}{os.sep}'.startswith(
+            f'{path}{os.sep}'), path
         own = said['init_from'] == 'resume' and Path(path).name in (
             'ckpt.pt', 'metrics.jsonl', 'config.py', 'environment.json', 'curves.png')
         appended = said['eval_only'] and Path(path).name == 'eval.jsonl' and (
@@ -212,7 +218,7 @@ def keep_all_but_the_run(root, before, after, said):
         assert own or appended or content in (None, *after.values()), path
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the tests
 
 LIMITS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -1,5 +1,6 @@
-"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, then train.py, tools/ and the doors.
-Importing needs the few required packages and does no work; what is missing or too old is one line."""
+"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, then train.py, tools/
+and the doors. Importing needs the few required packages and does no work; what is missing or too
+old is one line."""
 
 import ast
 import re
@@ -12,10 +13,15 @@ from helpers import ROOT
 PACKAGES = ('lowrank', 'runtime', 'tools', 'data', 'config', 'experiments')
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py'), *(
     path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))))
-DOORS = ['sample', 'compress', 'compare', 'export', 'bench', 'example_svd_usage', 'example_mla_usage']
+DOORS = [
+    'sample', 'compress', 'compare', 'export', 'bench', 'example_svd_usage', 'example_mla_usage'
+]
 # a part may import itself, and what is left of it here; experiments take the doors, too
 LAYERS = ['lowrank', 'runtime', 'data', 'model', 'train', 'tools']
-LEAVES = {'lowrank': [], 'runtime': [], 'config': [], 'data': ['runtime'], 'model': ['lowrank', 'runtime']}
+LEAVES = {
+    'lowrank': [], 'runtime': [], 'config': [], 'data': ['runtime'],
+    'model': ['lowrank', 'runtime']
+}
 # the words of this model: what runtime/ must not know. huggingface.py knows GPT-2's format
 OWN_WORDS = r'(?i)svd_|_svd|latent|lora|adaptive|transformer\.[hw]|\bmla|low_?rank'
 OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft',
@@ -27,8 +33,10 @@ def imports(file):
     """The modules that a file imports, in functions too."""
     nodes = [node for node in ast.walk(ast.parse((ROOT / file).read_text()))
              if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {name for node in nodes for alias in node.names for name in (
-        [node.module, f'{node.module}.{alias.name}'] if isinstance(node, ast.ImportFrom) else [alias.name])}
+    return {
+        name for node in nodes for alias in node.names
+        for name in ([node.module, f'{node.module}.{alias.name}'] if isinstance(
+            node, ast.ImportFrom) else [alias.name])}
 
 
 def module(file):
@@ -36,7 +44,8 @@ def module(file):
 
 
 def part(name):
-    """The part of the house of a file or module: 'lowrank/svd.py' and 'lowrank.svd' -> 'lowrank'."""
+    """The part of the house of a file or module: 'lowrank/svd.py' and 'lowrank.svd' ->
+    'lowrank'."""
     return re.split(r'[./]', name)[0]
 
 
@@ -49,18 +58,21 @@ def test_imports_go_one_way_and_in_no_circle():
     parts, graph = {part(file) for file in FILES}, {}
     for file in FILES:
         own = part(file)
-        above = LAYERS[:LAYERS.index(own)] if own in LAYERS else LAYERS + DOORS * (own == 'experiments')
+        above = LAYERS[:LAYERS.
+                       index(own)] if own in LAYERS else LAYERS + DOORS * (own == 'experiments')
         allowed = {own, *LEAVES.get(own, above)}
         assert {part(name) for name in imports(file)} & {*parts, 'tests'} <= allowed, file
         graph[module(file)] = imports(file) & {module(other) for other in FILES if other != file}
-    assert len([*TopologicalSorter(graph).static_order()]) == len(FILES)                        # raises CycleError
-    assert {'lowrank.head_svd', 'runtime.config'} <= graph['model'] and 'model' in graph['train']    # they are found
+    assert len([*TopologicalSorter(graph).static_order()]) == len(FILES)  # raises CycleError
+    # they are found
+    assert {'lowrank.head_svd', 'runtime.config'} <= graph['model'] and 'model' in graph['train']
 
 
 def test_runtime_names_nothing_of_this_model():
     for file in FILES:
         if part(file) == 'runtime' and file != 'runtime/huggingface.py':
-            code = ast.unparse(ast.parse((ROOT / file).read_text())).replace('config/train_svd_test.py', '')
+            code = ast.unparse(ast.parse(
+                (ROOT / file).read_text())).replace('config/train_svd_test.py', '')
             assert not re.findall(OWN_WORDS, code), file
 
 
@@ -71,7 +83,8 @@ def python(code, folder, path=''):
 
 
 def test_every_module_is_imported_without_optional_packages_and_does_no_work(tmp_path):
-    """It prints nothing, writes no file, draws no number and sets no signal handler or number of threads."""
+    """It prints nothing, writes no file, draws no number and sets no signal handler or number of
+    threads."""
     modules = [module(file) for file in FILES if not file.startswith('config/')]
     done = python(f'''
 import importlib, signal, sys, torch
@@ -84,15 +97,18 @@ for name in {modules}:
     importlib.import_module(name)
 assert state() == before
 ''', tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, '', '') and not list(tmp_path.iterdir())
+    assert (done.returncode, done.stdout, done.stderr) == (0, '',
+                                                           '') and not list(tmp_path.iterdir())
 
 
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
     """torch 2.8.1, which lacks Muon, or no torch, or neither of two others."""
     commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()]
-    assert {'train.py', 'sample.py', 'bench.py', 'compare.py', 'data/shakespeare/prepare.py'} <= {*commands}
+    assert {'train.py', 'sample.py', 'bench.py', 'compare.py',
+            'data/shakespeare/prepare.py'} <= {*commands}
     (tmp_path / 'old' / 'torch-2.8.1.dist-info').mkdir(parents=True)
-    (tmp_path / 'old' / 'torch-2.8.1.dist-info' / 'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')
+    (tmp_path / 'old' / 'torch-2.8.1.dist-info' /
+     'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')
     for missing, path, words in ((['torch'], '', 'torch: not installed'),
                                  ([], tmp_path / 'old', 'torch 2.8.1 is too '
                                  'old'), (['numpy', 'tqdm'], '', 'numpy, tqdm: not installed')):
@@ -108,5 +124,7 @@ for file in {commands}:
     except SystemExit as e:
         print(e)
 ''', tmp_path, path)
-        lines = [f'{file.rpartition("/")[2]}: {words}: pip install -r requirements.txt' for file in commands]
+        lines = [
+            f'{file.rpartition("/")[2]}: {words}: pip install -r requirements.txt'
+            for file in commands]
         assert (done.stdout.splitlines(), done.stderr) == (lines, '')

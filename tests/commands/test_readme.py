@@ -1,4 +1,5 @@
-"""The commands in README.md and docs/ name files and options that exist, with values that pass the checks."""
+"""The commands in README.md and docs/ name files and options that exist, with values that pass the
+checks."""
 
 import importlib
 import re
@@ -38,23 +39,26 @@ def test_commands_are_valid(tmp_path, monkeypatch):
         Path(file).touch()
     for command in COMMANDS:
         script, *argv = shlex.split(command.replace('../nanoGPT', 'nanoGPT'))
-        argv = [arg for arg in argv if arg not in ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')]
+        argv = [
+            arg for arg in argv
+            if arg not in ('--help', '--key=value', '--seed=SEED', 'config/FILE.py')]
         # its options take lists
         if script == 'compare.py' and any(not arg.startswith('--sweep=') for arg in argv):
             values, lists, set_by, rest = compare.read_lists(argv)
             assert sweep.expand_grid(compare.CompareConfig, values, lists, set_by, rest)
         else:
             assert configuration.load(getattr(module_of(script), CLASSES[script]), argv)
-    assert len(COMMANDS) > 8 and 'train.py config/train_svd_test.py' in COMMANDS            # they are found
+    assert len(COMMANDS) > 8 and 'train.py config/train_svd_test.py' in COMMANDS  # they are found
 
 
 def test_all_options_of_the_table_exist():
     cells = re.findall(r'^\| ((?:`\w+`(?:, )?)+) \|', TEXTS['README.md'], re.M)
     named = set(re.findall(r'\w+', ' '.join(cells))) - {'sequence', 'causal', 'weight'}
-    assert {'use_svd', 'svd_basis_grad', 'optimizer'} <= named <= set(TrainConfig.__dataclass_fields__)
+    assert {'use_svd', 'svd_basis_grad', 'optimizer'} <= named <= set(
+        TrainConfig.__dataclass_fields__)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the README's commands, run in its order on a model that takes no time
 
 SHORT = ('--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_interval=2 --eval_iters=1 '
@@ -72,8 +76,8 @@ ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', 'tests/', 'exper
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(here, call, monkeypatch):
-    """In its order, each on the runs that those before it left, with a model that takes no time: exit code
-    0."""
+    """In its order, each on the runs that those before it left, with a model that takes no time:
+    exit code 0."""
     monkeypatch.setattr(sweep, 'PAIRS', 2)
     monkeypatch.setattr(importlib.import_module('example_mla_usage'), 'STEPS', 2)
     shutil.copytree(ROOT / 'config', 'config')
@@ -89,10 +93,12 @@ def test_the_commands_of_the_readme_run(here, call, monkeypatch):
             module_of(script).main()
             continue
         configs = [arg for arg in argv if not arg.startswith('--')]
-        own = [f'{name}={INSTEAD.get(name, INSTEAD.get(value, value))}' if value and value != 'my.txt' else arg for arg in argv
-               if arg not in configs for name, _, value in [arg.partition('=')]]
+        own = [
+            f'{name}={INSTEAD.get(name, INSTEAD.get(value, value))}'
+            if value and value != 'my.txt' else arg for arg in argv if arg not in configs
+            for name, _, value in [arg.partition('=')]]
         small = [] if script == 'compare.py' and not configs else SMALL.get(script, [])
-        shape = ('--dataset=toy --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 --batch_size=2'.split()
-                 if configs and not any('finetune' in name for name in configs) else [])
+        shape = ('--dataset=toy --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 --batch_size=2'.
+                 split() if configs and not any('finetune' in name for name in configs) else [])
         result = call(module_of(script).main, *configs, *shape, *small, *own)
         assert result.code == 0, (script, argv, result.err)

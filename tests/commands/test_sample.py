@@ -32,7 +32,8 @@ def run(trained):
 
 @pytest.fixture
 def texts(call, run):
-    """texts(*options) -> the samples that sample.py prints, after the line that says which model it is."""
+    """texts(*options) -> the samples that sample.py prints, after the line that says which model it
+    is."""
     def texts(*options):
         result = call(sample.main, *SHORT, *options)
         assert result.code == 0, result.err
@@ -40,7 +41,7 @@ def texts(call, run):
     return texts
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which model
 
 def test_a_run_is_named_and_found_from_another_folder(texts, call, here, monkeypatch):
@@ -57,15 +58,17 @@ def test_a_checkpoint_of_nanogpt_away_from_its_data_set_says_what_is_missing(run
     assert 'meta.pkl' in refused(sample.main)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which text
 
-@pytest.mark.parametrize('svd', [{}, dict(use_svd=True, svd_rank=2, svd_scope='causal', svd_block=4),
+
+@pytest.mark.parametrize('svd', [{},
+                                 dict(use_svd=True, svd_rank=2, svd_scope='causal', svd_block=4),
                                  dict(use_svd=True, svd_rank=2, svd_scope='sequence')], ids=str)
 def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, call, svd):
     out = call(sample.main, *SHORT, '--num_samples=3', '--start=the toad',
                *(f'--{k}={v}' for k, v in svd.items())).out
-    torch.manual_seed(1337)                                         # making a model draws from it, too
+    torch.manual_seed(1337)  # making a model draws from it, too
     model, tokenizer = GPT.from_checkpoint(run, **svd).eval(), Tokenizer(run['tokenizer'])
     idx = torch.tensor(tokenizer.encode('the toad')).repeat(3, 1)
     rows = model.generate(idx, 30, .8, 200, use_cache=not model.config.is_noncausal).tolist()
@@ -73,25 +76,33 @@ def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, c
     assert len({*map(tuple, rows)}) > 1
 
 
-@pytest.mark.parametrize('content', [b'the hen sang on the stone\n' * 3, b'the toad\nate on the sea\r\n',
-                                     b'\xef\xbb\xbfthe toad ate on the sea\n'])
-def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(texts, content):
-    """Every line of the data starts with 'the '; the context is 16 characters. Any line ends, and a byte
-    order mark."""
+@pytest.mark.parametrize('content', [
+    b'the hen sang on the stone\n' * 3, b'the toad\nate on the sea\r\n',
+    b'\xef\xbb\xbfthe toad ate on the sea\n'
+])
+def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(
+        texts, content):
+    """Every line of the data starts with 'the '; the context is 16 characters. Any line ends, and a
+    byte order mark."""
     Path('my prompt.txt').write_bytes(content)
     start = content.decode('utf-8-sig').replace('\r\n', '\n')
     for text in texts('--start=FILE:my prompt.txt'):
         assert text.startswith(start + 'the ') and len(text) == len(start) + 30
 
 
-@pytest.mark.parametrize('options, words', [
-    ('--start=ROMEO', 'EMOR'), ('--start=', 'start'), ('--start=FILE:nowhere.txt', 'nowhere.txt'),
-    ('--start=FILE:', 'start=FILE:'), ('--start=FILE:latin1.txt', 'latin1.txt'),
-    ('--start=FILE:empty.txt', 'start'),
-    ('--num_samples=10000000000', 'num_samples'), ('--use_svd=True --svd_rank=0', 'nearest: 1'),
-    ('--use_svd=True --svd_rank=-3', 'nearest: 1'), ('--use_svd=True --svd_block=0', 'svd_block=0'),
-    ('--svd_method=randomised', "nearest: 'randomized'"),
-    ('--use_svd=True --svd_rank=2 --compile=True', '--compile=False'), ('--out_dir=data', 'data/ckpt.pt')])
+@pytest.mark.parametrize('options, words',
+                         [('--start=ROMEO', 'EMOR'), ('--start=', 'start'),
+                          ('--start=FILE:nowhere.txt', 'nowhere.txt'),
+                          ('--start=FILE:', 'start=FILE:'),
+                          ('--start=FILE:latin1.txt', 'latin1.txt'),
+                          ('--start=FILE:empty.txt', 'start'),
+                          ('--num_samples=10000000000', 'num_samples'),
+                          ('--use_svd=True --svd_rank=0', 'nearest: 1'),
+                          ('--use_svd=True --svd_rank=-3', 'nearest: 1'),
+                          ('--use_svd=True --svd_block=0', 'svd_block=0'),
+                          ('--svd_method=randomised', "nearest: 'randomized'"),
+                          ('--use_svd=True --svd_rank=2 --compile=True', '--compile=False'),
+                          ('--out_dir=data', 'data/ckpt.pt')])
 def test_what_cannot_be_is_refused(run, refused, options, words):
     Path('latin1.txt').write_bytes(b'\xe9')
     Path('empty.txt').touch()
@@ -100,14 +111,16 @@ def test_what_cannot_be_is_refused(run, refused, options, words):
 
 def test_seeds_and_options_choose_the_draws_and_the_likeliest_text_needs_none(texts):
     plain, greedy = texts('--seed=1'), texts('--top_k=1')
-    assert texts('--seed=1', '--top_p=1') == plain and greedy[0] == greedy[1] and len(greedy[0]) == 31
+    assert texts('--seed=1', '--top_p=1') == plain and greedy[0] == greedy[1] and len(
+        greedy[0]) == 31
     assert plain not in (texts('--seed=2'), texts('--seed=1', '--top_p=.5'),
                          texts('--seed=1', '--temperature=1e300'))
-    for options in ('--temperature=0', '--temperature=1e-3 --top_k=None', '--top_p=1e-6 --top_k=None'):
+    for options in ('--temperature=0', '--temperature=1e-3 --top_k=None',
+                    '--top_p=1e-6 --top_k=None'):
         assert texts(*options.split()) == greedy, options
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which SVD
 
 @pytest.mark.parametrize('scope, method',
@@ -124,28 +137,32 @@ def test_svd_is_as_trained_unless_it_is_switched_on_or_off(run, texts, call, sco
     svd = dict(use_svd=True, svd_rank=2, svd_scope=scope, svd_method=method, svd_block=2)
     torch.save(run | dict(model_args=run['model_args'] | svd), 'out/ckpt.pt')
     assert f'SVD on V rank 2 of 8, {method}, {scope}' in call(sample.main, *SHORT).out
-    assert texts() == texts('--use_svd=None', '--svd_method=None') != plain == texts('--use_svd=False')
+    assert texts() == texts('--use_svd=None',
+                            '--svd_method=None') != plain == texts('--use_svd=False')
 
 
-@pytest.mark.parametrize('svd, name', [
-    ('', 'lm_head'), ('--svd_scope=causal --svd_block=2', 'lm_head'), ('--svd_scope=sequence', 'lm_head'),
-    ('', 'transformer.h.0.attn.c_attn'), ('--svd_scope=weight', 'transformer.h.0.attn.c_attn'),
-    ('--svd_scope=sequence', 'transformer.h.0.attn.c_attn')])
+@pytest.mark.parametrize('svd, name', [('', 'lm_head'),
+                                       ('--svd_scope=causal --svd_block=2', 'lm_head'),
+                                       ('--svd_scope=sequence', 'lm_head'),
+                                       ('', 'transformer.h.0.attn.c_attn'),
+                                       ('--svd_scope=weight', 'transformer.h.0.attn.c_attn'),
+                                       ('--svd_scope=sequence', 'transformer.h.0.attn.c_attn')])
 def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused, svd, name):
     """Each weight is a number; the logits are not."""
     state = run['model']
     state[f'{name}.weight'].mul_(1e38 / state[f'{name}.weight'].abs().max())
-    torch.save(run | dict(model=state | {'transformer.wte.weight': state['lm_head.weight']}), 'out/ckpt.pt')
-    assert 'no probabilities' in refused(sample.main, *SHORT, '--svd_rank=2', f'--use_svd={bool(svd)}',
-                                         *svd.split())
+    torch.save(run | dict(model=state | {'transformer.wte.weight': state['lm_head.weight']}),
+               'out/ckpt.pt')
+    assert 'no probabilities' in refused(sample.main, *SHORT, '--svd_rank=2',
+                                         f'--use_svd={bool(svd)}', *svd.split())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # as it is drawn
 
 def show(*options, stop=None, code=0):
-    """What sample.py prints, and what can be seen of it, with the state of torch's generator, at every flush
-    of something new. Ctrl-C comes with flush number `stop`."""
+    """What sample.py prints, and what can be seen of it, with the state of torch's generator, at
+    every flush of something new. Ctrl-C comes with flush number `stop`."""
     screen, seen = io.StringIO(), {}
 
     def flush():
@@ -156,7 +173,7 @@ def show(*options, stop=None, code=0):
     screen.flush = flush
     with redirect_stdout(screen):
         assert sample.main([*SHORT, '--start=the toad', *options]) == code
-        assert sys.stdout is screen                                 # and no longer what hides its errors
+        assert sys.stdout is screen  # and no longer what hides its errors
     return screen.getvalue(), seen
 
 
@@ -166,7 +183,7 @@ def test_the_first_sample_appears_as_it_is_drawn_and_ctrl_c_leaves_it(run):
     first, states = body.partition(END)[0], list(seen.values())
     assert body.count(END) == 3 and len(first) == 8 + 30
     assert list(seen)[:30] == [f'{head}\n{first[:8 + n]}' for n in range(1, 31)]
-    assert len(set(states[:30])) == 30                              # one more token is drawn each time
+    assert len(set(states[:30])) == 30  # one more token is drawn each time
     for stop in (1, 17):
         assert show('--num_samples=3', stop=stop, code=130)[0] == list(seen)[stop - 1]
 
@@ -178,10 +195,10 @@ def test_a_reader_who_leaves_ends_the_sampling(run):
     os.close(reader)
     with open(writer, 'w') as pipe, redirect_stdout(pipe):
         assert sample.main([*SHORT, '--start=the toad']) == 0
-    assert torch.get_rng_state().numpy().tobytes() in states[:2]    # it drew no more than two tokens
+    assert torch.get_rng_state().numpy().tobytes() in states[:2]  # it drew no more than two tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bench.py
 
 BENCH = [option for option in TINY if 'dataset' not in option] + ['--pairs=2', '--vocab_size=17',
@@ -234,9 +251,10 @@ def results(call, here):
 @pytest.mark.any_device
 def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseline(results, device):
     found = results('--svd_rank=2', '--peer=peer', '--optimizer=muon', f'--device={device}')
-    assert found.keys() == {'header', 'device', 'torch', 'pairs', 'seed', 'results'} and found['pairs'] == 2
-    assert found['results'].keys() == {'peer',
-                                       *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
+    assert found.keys() == {'header', 'device', 'torch', 'pairs', 'seed', 'results'
+                            } and found['pairs'] == 2
+    assert found['results'].keys() == {
+        'peer', *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
     for row in found['results'].values():
         assert min(row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']) > 0
 
@@ -253,21 +271,22 @@ def test_bench_times_decoding(results, device):
     for row in found['results']:
         assert row['quartiles'][0] <= row['rate_over_no_svd'] <= row['quartiles'][1]
         assert row['tokens_per_s'] > 0
-    # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in 'weight' scope,
-    # 2 numbers
+    # 1 layer, 2 heads of 8, batch 2, room for 3 + 4 - 1 tokens: keys, and values of 8 or, in
+    # 'weight' scope, 2 numbers
     sizes = {row['name']: row['cache_bytes'] for row in found['results'] if row['context'] == 3}
     assert sizes.items() >= {'no SVD': 4 * 2 * 2 * 6 * (8 + 8), "'weight'": 4 * 2 * 2 * 6 * (8 + 2),
                              "'sequence'": 0, 'peer': None}.items()
 
 
 def test_bench_times_the_models_that_it_is_told(trained, call):
-    """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of their
-    own."""
+    """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of
+    their own."""
     decode = '--decode', '--contexts=3', '--tokens=2', '--pairs=2', '--device=cpu'
     assert ', 16 wide, vocabulary 17, ' in call(bench.main, *TINY, *decode).out
     trained('--n_layer=3', '--n_embd=24', '--vocab_size=19')
     assert call(export.main, '--to=safetensors', '--save_dir=mine').code == 0
-    for source in (['--init_from=out'], ['--init_from=mine', '--batch_size=4'], ['--init_from=resume']):
+    for source in (['--init_from=out'], ['--init_from=mine',
+                                         '--batch_size=4'], ['--init_from=resume']):
         result = call(bench.main, *source, *decode)
         assert json.loads(result.out.splitlines()[-1])['header'].startswith(
             '3 layers, 2 heads, 24 wide, vocabulary 19, context 16, batch 4, '), result.err
@@ -278,12 +297,16 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
         f'{method}, {scope}' for method in METHODS for scope in ('sequence', 'weight')}
 
 
-@pytest.mark.parametrize('option, words', [
-    ('--decode --peer=nowhere', 'peer='), ('--decode --pairs=1', 'nearest: 2'),
-    ('--decode --svd_rank=0', 'nearest: 1'),
-    ('--decode --tokens=1', 'nearest: 2'), ('--decode --contexts=3,x', "contexts='3,x'"),
-    ('--decode --contexts=14', '= 12'), ('--decode --contexts=0', "contexts='0'"),
-    ('--decode --contexts=', 'contexts='),
-    ('--decode --tokens=16', 'nearest: 15'), ('', '--svd_rank=4')])
-def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(here, refused, option, words):
+@pytest.mark.parametrize('option, words', [('--decode --peer=nowhere', 'peer='),
+                                           ('--decode --pairs=1', 'nearest: 2'),
+                                           ('--decode --svd_rank=0', 'nearest: 1'),
+                                           ('--decode --tokens=1', 'nearest: 2'),
+                                           ('--decode --contexts=3,x', "contexts='3,x'"),
+                                           ('--decode --contexts=14', '= 12'),
+                                           ('--decode --contexts=0', "contexts='0'"),
+                                           ('--decode --contexts=', 'contexts='),
+                                           ('--decode --tokens=16', 'nearest: 15'),
+                                           ('', '--svd_rank=4')])
+def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(
+        here, refused, option, words):
     assert words in refused(bench.main, *BENCH, '--tokens=4', *option.split())

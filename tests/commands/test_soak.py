@@ -28,10 +28,13 @@ print(kilobytes[499], kilobytes[1999])
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads /proc')
 def test_memory_after_2000_steps_is_that_after_500(here):
-    """Resident memory, within 2%; evaluations, checkpoints, Muon (and AdamW) and the SVD included."""
-    run = [*TINY, '--max_iters=2000', '--lr_decay_iters=2000', '--eval_interval=500', '--optimizer=muon',
-           '--use_svd=True', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4']
-    done = subprocess.run([sys.executable, '-c', MEMORY, *run], capture_output=True, text=True, timeout=900,
+    """Resident memory, within 2%; evaluations, checkpoints, Muon (and AdamW) and the SVD
+    included."""
+    run = [
+        *TINY, '--max_iters=2000', '--lr_decay_iters=2000', '--eval_interval=500',
+        '--optimizer=muon', '--use_svd=True', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4']
+    done = subprocess.run([sys.executable, '-c', MEMORY, *run], capture_output=True, text=True,
+                          timeout=900,
                           env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr[-2000:]
     early, late = map(int, done.stdout.splitlines()[-1].split())

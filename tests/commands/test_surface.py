@@ -1,5 +1,6 @@
-"""What scripts of users rely on is what tests/commands/surface.json says: options with types and defaults, keys of metrics
-and checkpoints, files in OUT_DIR. Who changes it on purpose changes that file, and says so in the commit."""
+"""What scripts of users rely on is what tests/commands/surface.json says: options with types and
+defaults, keys of metrics and checkpoints, files in OUT_DIR. Who changes it on purpose changes that
+file, and says so in the commit."""
 
 import importlib
 import json
@@ -14,8 +15,11 @@ from runtime import config as configuration
 
 SURFACE = json.loads(Path(__file__).with_name('surface.json').read_text())
 pytestmark = pytest.mark.usefixtures('one_thread')
-KINDS = {'plain': ['--optimizer=muon'], 'svd': ['--use_svd=True', '--svd_rank=2', '--svd_method=randomized'],
-         'adaptive': ['--n_embd=32', '--adaptive_svd=True', '--adaptive_svd_interval=1', '--max_iters=12']}
+KINDS = {
+    'plain': ['--optimizer=muon'],
+    'svd': ['--use_svd=True', '--svd_rank=2', '--svd_method=randomized'], 'adaptive': [
+        '--n_embd=32', '--adaptive_svd=True', '--adaptive_svd_interval=1', '--max_iters=12']
+}
 
 
 @pytest.mark.parametrize('command', SURFACE['options'])

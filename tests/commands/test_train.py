@@ -1,4 +1,5 @@
-"""train.py and its runtime: what a run writes, what its numbers mean, what resumes, what is refused."""
+"""train.py and its runtime: what a run writes, what its numbers mean, what resumes, what is
+refused."""
 
 import json
 import math
@@ -32,10 +33,12 @@ def losses(name='loss'):
     return [row[name] for row in rows() if name in row]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a run leaves behind
 
-def test_a_run_has_a_row_per_step_and_evaluation_describes_its_machine_and_closes_with_a_sample(call):
+
+def test_a_run_has_a_row_per_step_and_evaluation_describes_its_machine_and_closes_with_a_sample(
+        call):
     out = call(train.main, *TINY, '--log_interval=2', '--dataset=data/toy/').out
     *found, last = rows()
     assert [(row['iter'], 'lr' in row, 'val/loss' in row) for row in found] == [
@@ -43,26 +46,29 @@ def test_a_run_has_a_row_per_step_and_evaluation_describes_its_machine_and_close
     assert {f'svd/block0.head{head}/effective_rank' for head in (0, 1)} <= found[0].keys()
     assert (last['iter'], last['final']) == (4, True) and f'{last["val/loss"]:.4f}' in out
     assert json.loads(Path('out/environment.json').read_text()).keys() >= {
-        'command', 'python', 'torch', 'platform', 'cpus', 'threads', 'device', 'dtype', 'git_commit',
-        'git_changes'}
+        'command', 'python', 'torch', 'platform', 'cpus', 'threads', 'device', 'dtype',
+        'git_commit', 'git_changes'}
     sample = out.partition('sample:\n')[2]
     assert len(sample) == 1 + 200 + 2 and sample[0] == '\n' and set(sample) <= set(TEXT)
 
 
-def test_a_checkpoint_has_the_best_loss_and_the_written_configuration_repeats_the_run(trained, call):
+def test_a_checkpoint_has_the_best_loss_and_the_written_configuration_repeats_the_run(
+        trained, call):
     trained(*SVD, '--vocab_size=None')
     first, saved = folder_bytes(), checkpoint()                     # weights_only=True
     assert saved['tokenizer']['chars'] == sorted(set(TEXT))
-    assert saved['iter_num'] == 4 and saved['best_val_loss'] == min(r['val/loss']
-                                                                    for r in rows() if 'train/loss' in r)
+    assert saved['iter_num'] == 4 and saved['best_val_loss'] == min(
+        r['val/loss'] for r in rows() if 'train/loss' in r)
     assert GPTConfig(**saved['model_args']).svd_rank == saved['config']['svd_rank'] == 2
-    assert call(train.main, 'out/config.py').code == 0 and equal(checkpoint()['model'], saved['model'])
-    assert folder_bytes('out.1') == first and first['config.py'] == Path('out/config.py').read_bytes()
+    assert call(train.main, 'out/config.py').code == 0 and equal(checkpoint()['model'],
+                                                                 saved['model'])
+    assert folder_bytes('out.1') == first and first['config.py'] == Path(
+        'out/config.py').read_bytes()
 
 
 def test_an_old_run_is_moved_aside_and_one_line_says_so(trained, fit):
-    """A symbolic link as OUT_DIR stays one: its target may be a larger disk, where old run and new run
-    belong."""
+    """A symbolic link as OUT_DIR stays one: its target may be a larger disk, where old run and new
+    run belong."""
     place = trained(folder='disk')
     Path('out').symlink_to(place, target_is_directory=True)
     for n in (1, 2):
@@ -71,19 +77,24 @@ def test_an_old_run_is_moved_aside_and_one_line_says_so(trained, fit):
         assert checkpoint(place)['config']['seed'] == n and Path('out').is_symlink()
 
 
-@pytest.mark.parametrize('options, words', [
-    ('--n_embd=15', 'n_embd=15'), ('nowhere.py', 'nowhere.py'), ('--device=tpu', 'nearest: cpu'),
-    ('--dataset=nowhere', 'dataset=nowhere'), ('--tokenizer=gpt2', 'tokenizer'),
-    ('--vocab_size=1', 'nearest: 17'),
-    ('--vocab_size=16', 'nearest: 17'), ('--block_size=236', 'nearest: 235'),
-    ('--block_size=5000', 'nearest: 235'),
-    ('--init_from=resume --n_layer=7', 'n_layer=7'), ('--init_from=resume --gelu=tanh', 'gelu=tanh'),
-    ('--init_from=resume --dataset=capitals', 'dataset=capitals'),
-    ('--out_dir=data/toy', "out_dir='data/toy'"),
-    ('--out_dir=notes.txt', "out_dir='notes.txt'"), ('--out_dir=notes.txt/run', "out_dir='notes.txt/run'"),
-    ('--out_dir=/proc/run', "out_dir='/proc/run'"), ('--out_dir=other', "out_dir='other'")])
+@pytest.mark.parametrize('options, words',
+                         [('--n_embd=15', 'n_embd=15'), ('nowhere.py', 'nowhere.py'),
+                          ('--device=tpu', 'nearest: cpu'),
+                          ('--dataset=nowhere', 'dataset=nowhere'),
+                          ('--tokenizer=gpt2', 'tokenizer'), ('--vocab_size=1', 'nearest: 17'),
+                          ('--vocab_size=16', 'nearest: 17'), ('--block_size=236', 'nearest: 235'),
+                          ('--block_size=5000', 'nearest: 235'),
+                          ('--init_from=resume --n_layer=7', 'n_layer=7'),
+                          ('--init_from=resume --gelu=tanh', 'gelu=tanh'),
+                          ('--init_from=resume --dataset=capitals', 'dataset=capitals'),
+                          ('--out_dir=data/toy', "out_dir='data/toy'"),
+                          ('--out_dir=notes.txt', "out_dir='notes.txt'"),
+                          ('--out_dir=notes.txt/run', "out_dir='notes.txt/run'"),
+                          ('--out_dir=/proc/run', "out_dir='/proc/run'"),
+                          ('--out_dir=other', "out_dir='other'")])
 def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, options, words):
-    """As many characters as the checkpoint's, but others, would silently change the meaning of every id."""
+    """As many characters as the checkpoint's, but others, would silently change the meaning of
+    every id."""
     trained()
     write_dataset('data/capitals', TEXT.replace('a', 'A'), 'char', source='tests')
     Path('notes.txt').write_text('mine')
@@ -92,26 +103,35 @@ def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, 
     assert words in refused(train.main, *TINY, *options.split()) and folder_bytes('.') == before
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training itself
 
-@pytest.mark.parametrize('options', [[], slow(['--optimizer=muon']), slow([*SVD, '--dtype=bfloat16']),
-                                     [*SVD, '--svd_scope=causal', '--svd_block=4', '--dtype=bfloat16'],
-                                     slow([*SVD, '--svd_scope=weight', '--dtype=bfloat16'])], ids=' '.join)
+
+@pytest.mark.parametrize('options',
+                         [[],
+                          slow(['--optimizer=muon']),
+                          slow([*SVD, '--dtype=bfloat16']),
+                          [*SVD, '--svd_scope=causal', '--svd_block=4', '--dtype=bfloat16'],
+                          slow([*SVD, '--svd_scope=weight', '--dtype=bfloat16'])], ids=' '.join)
 def test_the_loss_falls(trained, options):
     """Every scope and optimizer learns the toy text; chance is log(17) = 2.83."""
     trained(*LONG, *options)
     first, *_, a, b, c = losses()
     assert 2.6 < first < 3.1 and (a + b + c) / 3 < 2.2 and rows()[-1]['val/loss'] < 2.2
-    assert ('val/prefix_loss' in rows()[-1]) == (options == [*SVD, '--dtype=bfloat16'])       # sequence scope
+    # sequence scope
+    assert ('val/prefix_loss' in rows()[-1]) == (options == [*SVD, '--dtype=bfloat16'])
     assert all(p.dtype == torch.float32 for p in checkpoint()['model'].values())
 
 
-def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_weights_and_data(trained_once):
-    """Without a learning rate the curve is flat and the weights are the initial ones. An evaluation has no
-    dropout."""
+def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_weights_and_data(
+        trained_once):
+    """Without a learning rate the curve is flat and the weights are the initial ones. An evaluation
+    has no dropout."""
     still = '--learning_rate=0', '--min_lr=0', '--dropout=.2'
-    found = [row['train/loss'] + row['val/loss'] for row in rows(trained_once(*still)) if 'train/loss' in row]
+    found = [
+        row['train/loss'] + row['val/loss']
+        for row in rows(trained_once(*still))
+        if 'train/loss' in row]
     assert len(found) == 3 and len(set(found)) == 1
     one, two = (checkpoint(trained_once(*still, *seed)) for seed in ([], ['--seed=2']))
     assert not equal(one['model'], two['model'])
@@ -121,9 +141,11 @@ def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_we
 @pytest.mark.parametrize('options', [
     '--svd_rank=2 --use_svd=False', '--svd_rank=None --svd_method=standard',
     slow('--svd_rank=8 --svd_method=randomized'),
-    slow('--svd_rank=99 --svd_scope=causal --svd_method=standard'), '--svd_rank=8 --svd_scope=weight',
+    slow('--svd_rank=99 --svd_scope=causal --svd_method=standard'),
+    '--svd_rank=8 --svd_scope=weight',
     slow('--svd_rank=99 --svd_scope=weight --svd_method=randomized'),
-    '--svd_rank=2 --svd_scope=causal --svd_block=16'])
+    '--svd_rank=2 --svd_scope=causal --svd_block=16'
+])
 def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(trained_once, fit, options):
     baseline, truncating = trained_once('--dropout=.1'), trained_once('--dropout=.1', *SVD)
     out = fit('--use_svd=True', '--dropout=.1', *options.split())
@@ -131,9 +153,12 @@ def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(trained_once, f
     assert not equal(checkpoint(truncating)['model'], checkpoint(baseline)['model'])
 
 
-@pytest.mark.parametrize('options', [slow(SVD), (*SVD, '--svd_method=randomized', '--svd_scope=causal',
-                                           '--svd_block=4')], ids=['sequence', 'randomized'])
-def test_evaluating_more_often_changes_no_parameter_and_dropout_acts_after_it(trained_once, fit, options):
+@pytest.mark.parametrize(
+    'options',
+    [slow(SVD), (*SVD, '--svd_method=randomized', '--svd_scope=causal', '--svd_block=4')],
+    ids=['sequence', 'randomized'])
+def test_evaluating_more_often_changes_no_parameter_and_dropout_acts_after_it(
+        trained_once, fit, options):
     fit('--dropout=.2', *options, '--eval_interval=1', '--eval_iters=3')
     often = checkpoint()
     assert not equal(often['model'], checkpoint(trained_once(*options))['model'])
@@ -145,8 +170,10 @@ def test_evaluating_more_often_changes_no_parameter_and_dropout_acts_after_it(tr
 @pytest.mark.any_device
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_two_micro_batches_of_four_are_one_batch_of_eight(fit, optimizer, device):
-    """The generator deals the same eight windows either way, so losses and parameters agree to rounding."""
-    options = f'--device={device}', '--dtype=float32', '--use_svd=True', f'--optimizer={optimizer}'  # no TF32
+    """The generator deals the same eight windows either way, so losses and parameters agree to
+    rounding."""
+    # no TF32
+    options = f'--device={device}', '--dtype=float32', '--use_svd=True', f'--optimizer={optimizer}'
     fit('--gradient_accumulation_steps=2', *options)
     expected, weights = losses(), checkpoint()['model']
     fit('--batch_size=8', *options)
@@ -159,12 +186,13 @@ def test_gradients_are_clipped_to_grad_clip_and_0_means_not_at_all(fit):
     norms = []
     for grad_clip in (1e-3, 0, 1e9):
         fit('--max_iters=1', '--beta1=.9', f'--grad_clip={grad_clip}')
-        moments = [state['exp_avg'].flatten() for state in checkpoint()['optimizer']['state'].values()]
+        moments = [
+            state['exp_avg'].flatten() for state in checkpoint()['optimizer']['state'].values()]
         norms.append(torch.cat(moments).norm().item() / .1)
     assert norms[0] == pytest.approx(1e-3, rel=1e-3) and norms[1] == norms[2] > .1
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # learning rate
 
 def schedule(**changes):
@@ -181,12 +209,17 @@ def nanogpt_lr(it, c):
     return c.min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (c.learning_rate - c.min_lr)
 
 
-@pytest.mark.parametrize('changes, warmup', [
-    ({}, 20), (dict(warmup_iters=0), 0), (dict(warmup_iters=99), 99), (dict(min_lr=0), 20),
-    (dict(lr_decay_iters=60), 20), (dict(lr_decay_iters=200), 20), (dict(warmup_iters=100), 10),
-    (dict(warmup_iters=2000), 10), (dict(warmup_iters=5, lr_decay_iters=3), 0)], ids=str)
-def test_the_learning_rate_is_nanogpts_and_a_warm_up_that_does_not_fit_is_a_tenth_of_the_run(changes, warmup):
-    expected = [nanogpt_lr(it, schedule(**changes | dict(warmup_iters=warmup))) for it in range(121)]
+@pytest.mark.parametrize('changes, warmup', [({}, 20), (dict(warmup_iters=0), 0),
+                                             (dict(warmup_iters=99), 99), (dict(min_lr=0), 20),
+                                             (dict(lr_decay_iters=60), 20),
+                                             (dict(lr_decay_iters=200), 20),
+                                             (dict(warmup_iters=100), 10),
+                                             (dict(warmup_iters=2000), 10),
+                                             (dict(warmup_iters=5, lr_decay_iters=3), 0)], ids=str)
+def test_the_learning_rate_is_nanogpts_and_a_warm_up_that_does_not_fit_is_a_tenth_of_the_run(
+        changes, warmup):
+    expected = [
+        nanogpt_lr(it, schedule(**changes | dict(warmup_iters=warmup))) for it in range(121)]
     assert [train.get_lr(it, schedule(**changes)) for it in range(121)] == pytest.approx(expected)
     assert train.get_lr(50, schedule(**changes, decay_lr=False)) == 6e-4
 
@@ -202,17 +235,20 @@ def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(f
                                                             for it in range(20)] + [1e-3] * 5
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # evaluation
 
+
 @pytest.mark.any_device
-@pytest.mark.parametrize('options', [('--block_size=235', '--max_iters=1', '--use_svd=True', '--svd_rank=8'),
-                                     ('--block_size=13', '--batch_size=1', *SVD)], ids=' '.join)
+@pytest.mark.parametrize('options',
+                         [('--block_size=235', '--max_iters=1', '--use_svd=True', '--svd_rank=8'),
+                          ('--block_size=13', '--batch_size=1', *SVD)], ids=' '.join)
 def test_the_final_loss_is_that_of_every_validation_token(trained, options, device):
     """With a block as long as the data, too."""
     trained(*options, f'--device={device}', '--dtype=float32')      # with SVD no TF32
     model, last = GPT.from_checkpoint(checkpoint()).eval(), rows()[-1]
-    ids = torch.frombuffer(bytearray(Path('data/toy/val.bin').read_bytes()), dtype=torch.uint16).long()
+    ids = torch.frombuffer(bytearray(Path('data/toy/val.bin').read_bytes()),
+                           dtype=torch.uint16).long()
     windows = zip(*(part.split(model.config.block_size) for part in (ids[:-1], ids[1:])))
     total = sum(len(y) * model(x[None], y[None])[1].item() for x, y in windows)
     assert last['val/tokens'] == len(ids) - 1 == 235
@@ -225,7 +261,8 @@ def test_a_prefix_loss_is_reported_where_a_token_sees_the_future(fit):
         assert row['val/prefix_loss'] == pytest.approx(row['val/loss'] + row['val/prefix_gap'])
         assert row['val/prefix_gap'] == pytest.approx(
             row['val/prefix_loss_at_positions'] - row['val/parallel_loss_at_positions'], abs=1e-6)
-    assert row['final'] and row['val/prefix_positions'] >= 512 and f'{row["val/prefix_loss"]:.4f}' in out
+    assert row['final'] and row[
+        'val/prefix_positions'] >= 512 and f'{row["val/prefix_loss"]:.4f}' in out
 
 
 class Reader(torch.nn.Module):
@@ -234,7 +271,7 @@ class Reader(torch.nn.Module):
 
     def forward(self, idx, targets=None):
         seen = torch.cat((idx[:, 1:], idx[:, -1:]), dim=1) if self.peeks else idx       # (B, T)
-        return 5. * torch.eye(17)[seen], None                                           # (B, T, vocab)
+        return 5. * torch.eye(17)[seen], None  # (B, T, vocab)
 
 
 def test_the_prefix_gap_is_zero_for_a_causal_model_and_for_one_that_peeks_scatters_as_estimated():
@@ -242,17 +279,20 @@ def test_the_prefix_gap_is_zero_for_a_causal_model_and_for_one_that_peeks_scatte
     causal = prefix_gap(reader, data, 'val', 200, 16, 'cpu', nullcontext(), seed=0)
     assert causal['gap'] == causal['gap_se'] == 0 and causal['parallel'] == causal['prefix'] > 3
     reader.peeks = True
-    draws = [prefix_gap(reader, data, 'val', 160, 16, 'cpu', nullcontext(), seed) for seed in range(60)]
+    draws = [
+        prefix_gap(reader, data, 'val', 160, 16, 'cpu', nullcontext(), seed) for seed in range(60)]
     assert min(d['gap'] for d in draws) > 3 and max(d['parallel'] for d in draws) < 1
     assert causal['positions'] == 200 and draws[0]['positions'] == 160
     scatter = torch.tensor([d['gap'] for d in draws]).std().item()
     assert .7 < scatter / torch.tensor([d['gap_se'] for d in draws]).mean().item() < 1.4
 
 
-@pytest.mark.parametrize('gap, se, warns', [(.021, .01, True), (-.021, .01, True), (.019, .01, False),
-                                            (0., 0., False), (-.019, .01, False), (1e-9, 0., True)])
+@pytest.mark.parametrize('gap, se, warns', [(.021, .01, True),
+                                            (-.021, .01, True), (.019, .01, False), (0., 0., False),
+                                            (-.019, .01, False), (1e-9, 0., True)])
 def test_a_warning_appears_exactly_when_the_gap_exceeds_two_standard_errors(gap, se, warns):
-    row = {'val/loss': 2., 'val/prefix_loss': 2. + gap, 'val/prefix_gap': gap, 'val/prefix_gap_se': se}
+    row = {
+        'val/loss': 2., 'val/prefix_loss': 2. + gap, 'val/prefix_gap': gap, 'val/prefix_gap_se': se}
     text = Evaluation(None, None, None, None, None, True).describe(row)
     assert ('warning' in text) == warns and f'{gap:+.4f} +- {se:.4f}' in text
 
@@ -278,7 +318,7 @@ def test_eval_only_prints_the_loss_that_it_cannot_write(trained, call):
     assert result.code == 1 and 'val loss' in result.out and 'out/eval.jsonl' in result.err
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Muon
 
 @pytest.mark.any_device
@@ -286,8 +326,9 @@ def test_eval_only_prints_the_loss_that_it_cannot_write(trained, call):
 def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, device):
     """Several steps, shapes in one batch and alone, decay and momentum included."""
     torch.manual_seed(0)
-    start, grads = ([torch.randn(shape).to(device) for shape in ((24, 16), (24, 16), (16, 24), (8, 8))]
-                    for _ in range(2))
+    start, grads = ([
+        torch.randn(shape).to(device) for shape in ((24, 16), (24, 16), (16, 24), (8, 8))
+    ] for _ in range(2))
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     optimizers = (Muon(ours, dtype=dtype, lr=.1, weight_decay=.1), torch.optim.Muon(
         theirs, momentum=.95, adjust_lr_fn='match_rms_adamw', lr=.1, weight_decay=.1))
@@ -300,39 +341,47 @@ def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, device):
         assert (p - q).norm() < .05 * (q - p0).norm()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # resuming
 
 def test_a_checkpoint_of_nanogpt_resumes(trained, call):
-    """As nanoGPT writes it after torch.compile on a GPU. There was no choice of gelu, which was exact."""
+    """As nanoGPT writes it after torch.compile on a GPU. There was no choice of gelu, which was
+    exact."""
     trained()
     before = checkpoint()
     args = {k: before['model_args'][k] for k in (
         'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
-    config = {k: before['config'][k] for k in (
-        'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log '
-        'wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer '
-        'n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr '
-        'warmup_iters lr_decay_iters min_lr backend').split()}
+    config = {
+        k: before['config'][k] for k in
+        ('out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint '
+         'init_from wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps '
+         'batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters '
+         'weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr '
+         'backend').split()}
     weights = {f'_orig_mod.{name}': w for name, w in before['model'].items()}
-    torch.save(dict(model=weights, optimizer=before['optimizer'], model_args=args, iter_num=4,
-                    best_val_loss=torch.tensor(before['best_val_loss']),
-                    config=config | dict(device='cuda', dtype='float16', compile=True)), 'out/ckpt.pt')
+    torch.save(
+        dict(model=weights, optimizer=before['optimizer'], model_args=args, iter_num=4,
+             best_val_loss=torch.tensor(before['best_val_loss']),
+             config=config | dict(device='cuda', dtype='float16', compile=True)), 'out/ckpt.pt')
     assert call(train.main, *RESUME, '--max_iters=5').code == 0
     saved = checkpoint()
     assert saved['iter_num'] == saved['optimizer']['state'][0]['step'] == 5
     assert type(saved['best_val_loss']) is float and saved['model_args']['gelu'] == 'exact'
     moved = [(saved['model'].pop(name) - w).abs().max() for name, w in before['model'].items()]
-    assert 0 < max(moved) < .02 and not saved['model']  # one step of a learning rate of at most 0.01
+    # one step of a learning rate of at most 0.01
+    assert 0 < max(moved) < .02 and not saved['model']
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_at_resume_a_shape_is_fixed_but_the_context_can_be_cropped_and_svd_changed(trained, call, optimizer):
+def test_at_resume_a_shape_is_fixed_but_the_context_can_be_cropped_and_svd_changed(
+        trained, call, optimizer):
     """Another shape gives way in a config file; one that agrees may be given."""
     trained('--gelu=tanh', f'--optimizer={optimizer}')
     Path('two.py').write_text('n_layer = 2\nmax_iters = 6\n')
-    changes = dict(svd_rank=3, use_svd=True, svd_scope='causal', dropout=.5, n_embd=16, block_size=8)
-    result = call(train.main, 'two.py', *RESUME, *(f'--{key}={value}' for key, value in changes.items()))
+    changes = dict(svd_rank=3, use_svd=True, svd_scope='causal', dropout=.5, n_embd=16,
+                   block_size=8)
+    result = call(train.main, 'two.py', *RESUME,
+                  *(f'--{key}={value}' for key, value in changes.items()))
     assert result.code == 0 and result.out.count('n_layer=2 of two.py') == 1
     saved = checkpoint()
     assert saved['model_args'].items() >= (changes | dict(n_layer=1, gelu='tanh')).items()
@@ -341,11 +390,12 @@ def test_at_resume_a_shape_is_fixed_but_the_context_can_be_cropped_and_svd_chang
     assert [each['exp_avg'].shape for each in moments].count((8, 16)) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data sets
 
 @pytest.mark.parametrize('tokenizer, end, vocab_size', [('char', '\n', 17), ('char', '\r\n', 17),
-                                                        ('gpt2', '\n', 50304)])      # 50257 rounded up to 64s
+                                                        # 50257 rounded up to 64s
+                                                        ('gpt2', '\n', 50304)])
 def test_a_run_on_a_text_file_goes_on_without_it_from_another_folder(
         fit, call, capsys, here, monkeypatch, byte_bpe, tokenizer, end, vocab_size):
     """The text is encoded once, here below this folder, not in the repository's data/."""
@@ -354,7 +404,8 @@ def test_a_run_on_a_text_file_goes_on_without_it_from_another_folder(
     assert '2,360 characters' in capsys.readouterr().out
     assert '2,360 characters' not in fit('--dataset=my text.txt', f'--tokenizer={tokenizer}')
     saved = checkpoint()
-    assert (saved['tokenizer']['tokenizer'], saved['model_args']['vocab_size']) == (tokenizer, vocab_size)
+    assert (saved['tokenizer']['tokenizer'], saved['model_args']['vocab_size']) == (tokenizer,
+                                                                                    vocab_size)
     assert saved['config']['dataset'] == str(folder) and rows()[-1]['val/tokens'] == 235
     assert name_of(ROOT / 'data' / folder.name, 'my text.txt') == folder.name
     Path('my text.txt').unlink()
@@ -363,7 +414,7 @@ def test_a_run_on_a_text_file_goes_on_without_it_from_another_folder(
     assert result.code == 0 and str(folder) in result.out
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # wandb
 
 @pytest.mark.slow
@@ -388,13 +439,14 @@ def test_wandb_gets_the_rows_of_metrics_and_the_resolved_options(fit, wandb):
     fit('--wandb_log=True', '--wandb_project=ours', '--wandb_run_name=7', '--wandb_group=sweep',
         '--wandb_tags=a, b')
     options, resolved = wandb.init.call_args.kwargs, asdict(train.load_config(['out/config.py'])[0])
-    assert [options[name] for name in ('project', 'name', 'group', 'tags')] == ['ours', '7', 'sweep',
-                                                                                ['a', 'b']]
+    assert [options[name]
+            for name in ('project', 'name', 'group', 'tags')] == ['ours', '7', 'sweep', ['a', 'b']]
     assert options['config'] == resolved and resolved['vocab_size'] == 17
     assert [each.args[0] for each in wandb.log.call_args_list] == rows()
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(fit, call, wandb, monkeypatch):
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(
+        fit, call, wandb, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         assert call(train.main, *TINY, '--wandb_log=True').code == 130
@@ -404,7 +456,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(fi
     first, second, other = [each.kwargs['id'] for each in wandb.init.call_args_list]
     assert first == second != other == Path('out/wandb/run-id').read_text()
     assert re.fullmatch('[0-9a-f]{8}', other)
-    assert wandb.init.call_args.kwargs.items() >= {'resume': 'allow', 'allow_val_change': True}.items()
+    assert wandb.init.call_args.kwargs.items() >= {'resume': 'allow',
+                                                   'allow_val_change': True}.items()
     # wandb's own step only grows; with 'iter' as axis, a step that is taken again is no fault
     wandb.define_metric.assert_called_with('*', step_metric='iter')
     spoilt = '--learning_rate=1e38', '--grad_clip=0', '--warmup_iters=0', '--wandb_log=True'
@@ -419,16 +472,18 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(fi
 def test_a_wandb_that_breaks_does_not_stop_training(fit, wandb, name, effect, words):
     getattr(wandb, name).side_effect = effect
     out = fit('--wandb_log=True')
-    assert out.count('wandb') == 1 and words in out and 'metrics.jsonl' in out and rows()[-1]['final']
+    assert out.count(
+        'wandb') == 1 and words in out and 'metrics.jsonl' in out and rows()[-1]['final']
 
 
-@pytest.mark.parametrize('module', [None, SimpleNamespace()], ids=['not installed', 'a folder named wandb'])
+@pytest.mark.parametrize('module', [None, SimpleNamespace()],
+                         ids=['not installed', 'a folder named wandb'])
 def test_a_missing_wandb_does_not_stop_training(fit, monkeypatch, module):
     monkeypatch.setitem(sys.modules, 'wandb', module)
     assert 'pip install wandb' in fit('--wandb_log=True') and rows()[-1]['final']
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # devices, by fakes
 
 @pytest.fixture
@@ -444,27 +499,30 @@ def machine(monkeypatch):
     return machine
 
 
-@pytest.mark.parametrize('here_is, wanted, device, dtype', [
-    (dict(cuda=1, mps=True), 'auto', 'cuda', 'bfloat16'), (dict(mps=True), 'auto', 'mps', 'float32'),
-    ({}, 'auto', 'cpu', 'float32'), (dict(cuda=2, bf16=False), 'cuda:1', 'cuda:1', 'float16'),
-    (dict(cuda=2), 'cpu', 'cpu', 'float32'), (dict(cuda=1), 'cuda', 'cuda', 'bfloat16'),
-    (dict(cuda=2), 'cuda:2', None, None), (dict(cuda=1), 'mps', None, None), ({}, 'cuda', None, None),
-    (dict(cuda=1), 'cuda:x', None, None)])
-def test_cuda_comes_before_mps_and_the_cpu_with_the_dtype_of_the_hardware(machine, here_is, wanted, device,
-                                                                          dtype):
+@pytest.mark.parametrize('here_is, wanted, device, dtype',
+                         [(dict(cuda=1, mps=True), 'auto', 'cuda', 'bfloat16'),
+                          (dict(mps=True), 'auto', 'mps', 'float32'),
+                          ({}, 'auto', 'cpu', 'float32'),
+                          (dict(cuda=2, bf16=False), 'cuda:1', 'cuda:1', 'float16'),
+                          (dict(cuda=2), 'cpu', 'cpu', 'float32'),
+                          (dict(cuda=1), 'cuda', 'cuda', 'bfloat16'),
+                          (dict(cuda=2), 'cuda:2', None, None), (dict(cuda=1), 'mps', None, None),
+                          ({}, 'cuda', None, None), (dict(cuda=1), 'cuda:x', None, None)])
+def test_cuda_comes_before_mps_and_the_cpu_with_the_dtype_of_the_hardware(
+        machine, here_is, wanted, device, dtype):
     machine(**here_is)
     with nullcontext() if device else pytest.raises(UserError, match=f'device={wanted}: '):
         assert devices.pick_device(wanted) == device and devices.pick_dtype('auto', device) == dtype
 
 
 def test_peak_flops_are_the_data_sheets_and_unknown_names_have_none(machine):
-    for name, tera in (
-            ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312), ('NVIDIA H100 80GB HBM3', 989),
-            ('NVIDIA H100 PCIe', 756), ('NVIDIA GeForce RTX 4090', 165),
-            ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA L4', 121), ('NVIDIA L40S', 362), ('NVIDIA A10', 125),
-            ('NVIDIA A10G', 70), ('Tesla T4', None), ('NVIDIA RTX A1000', None),
-            ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA A100-SXM4-80GB MIG 1g.10gb', None),
-            ('NVIDIA H200', 989)):
+    for name, tera in (('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312),
+                       ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe',
+                                                        756), ('NVIDIA GeForce RTX 4090', 165),
+                       ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA L4', 121), ('NVIDIA L40S', 362),
+                       ('NVIDIA A10', 125), ('NVIDIA A10G', 70), ('Tesla T4', None),
+                       ('NVIDIA RTX A1000', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+                       ('NVIDIA A100-SXM4-80GB MIG 1g.10gb', None), ('NVIDIA H200', 989)):
         machine(cuda=1, name=name)
         assert devices.peak_flops('cuda', 'bfloat16') == (tera and tera * 1e12)
     assert devices.peak_flops('cuda', 'float32') is devices.peak_flops('cpu', 'bfloat16') is None

@@ -1,5 +1,5 @@
-"""Adaptive layers: no switch changes the function, what is protected stays, the optimizer follows a switch, and
-analyses decide when to switch."""
+"""Adaptive layers: no switch changes the function, what is protected stays, the optimizer follows a
+switch, and analyses decide when to switch."""
 
 from functools import partial
 
@@ -15,12 +15,15 @@ from runtime.optimizer import swap_params
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 each_optimizer = pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-each_case = pytest.mark.parametrize('kind, shape, dtype', [         # shape (m, n)
-    ('random', (24, 24), torch.float32), ('random', (40, 16), torch.float64),
-    ('zero', (16, 40), torch.float64), ('zero', (12, 11), torch.float32), ('rank 1', (40, 16), torch.float32),
-    ('rank 5', (24, 24), torch.float64), ('rank 5', (16, 40), torch.float32),
-    ('a zero row', (12, 11), torch.float64), ('tiny', (16, 40), torch.float32),
-    ('large', (40, 16), torch.float32), ('large', (24, 24), torch.float64)])
+each_case = pytest.mark.parametrize(
+    'kind, shape, dtype',
+    [  # shape (m, n)
+        ('random', (24, 24), torch.float32), ('random', (40, 16), torch.float64),
+        ('zero', (16, 40), torch.float64), ('zero', (12, 11), torch.float32),
+        ('rank 1', (40, 16), torch.float32), ('rank 5', (24, 24), torch.float64),
+        ('rank 5', (16, 40), torch.float32), ('a zero row', (12, 11), torch.float64),
+        ('tiny', (16, 40), torch.float32), ('large', (40, 16), torch.float32),
+        ('large', (24, 24), torch.float64)])
 
 
 def weight(kind, shape):
@@ -54,22 +57,26 @@ def relative(a, b):
     return ((a - b).norm() / (b.norm() or 1)).item()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the function
 
 @pytest.mark.any_device
 @each_case
 def test_no_switch_changes_the_function(kind, shape, dtype, device):
-    """Weight, outputs and bias stay, and no random number is drawn. The layer is trained between switches."""
+    """Weight, outputs and bias stay, and no random number is drawn. The layer is trained between
+    switches."""
     dtype, g = torch.float32 if device == 'mps' else dtype, min(shape)
-    layer, x = make_layer(weight(kind, shape), dtype=dtype).to(device), normal(3, shape[1]).to(device, dtype)
+    layer, x = make_layer(weight(kind, shape),
+                          dtype=dtype).to(device), normal(3, shape[1]).to(device, dtype)
     bias, lr = layer.bias, 1e-2 * (layer.weight.abs().max().item() ** .5 or 1)
-    for step, r in enumerate((max(2, g - 10), max(2, g - 10), max(2, g - 10) - 1, None, g - 1, 1, None)):
+    for step, r in enumerate(
+        (max(2, g - 10), max(2, g - 10), max(2, g - 10) - 1, None, g - 1, 1, None)):
         W, b, y = layer.weight.detach().clone(), layer.bias.detach().clone(), layer(x)
         state = torch.get_rng_state()
         layer.switch_to_full() if r is None else layer.switch_to_lowrank(r)
         merged = layer.merge()
-        assert torch.equal(torch.get_rng_state(), state) and layer.r == r and type(merged) is nn.Linear
+        assert torch.equal(torch.get_rng_state(),
+                           state) and layer.r == r and type(merged) is nn.Linear
         assert relative(layer.weight, W) <= 1e-6 and relative(merged.weight, W) <= 1e-6, step
         assert (layer(x) - y).norm() <= 1e-6 * (W.norm() * x.norm() + b.norm()), step
         assert layer.bias is bias and torch.equal(bias, b) and torch.equal(merged.bias, b)
@@ -79,7 +86,8 @@ def test_no_switch_changes_the_function(kind, shape, dtype, device):
 
 @each_case
 def test_every_pair_of_factors_can_learn(kind, shape, dtype):
-    """Even where sigma is zero, each row of A and column of B has a gradient after two steps, and moves."""
+    """Even where sigma is zero, each row of A and column of B has a gradient after two steps, and
+    moves."""
     layer = make_layer(weight(kind, shape), dtype=dtype)
     layer.switch_to_lowrank(min(shape) - 2)
     A, B = (p.detach().clone() for p in layer.factor_params())
@@ -88,7 +96,8 @@ def test_every_pair_of_factors_can_learn(kind, shape, dtype):
     assert [name for name, p in layer.named_parameters() if p.grad is not None] == [
         'base.bias', 'A.weight', 'B.weight']
     for axis, p, before in ((1, layer.A.weight, A), (0, layer.B.weight, B)):
-        assert (p.grad.norm(dim=axis) > 0).all() and (p != before).any(dim=axis).all() and p.isfinite().all()
+        assert (p.grad.norm(dim=axis)
+                > 0).all() and (p != before).any(dim=axis).all() and p.isfinite().all()
 
 
 @each_case
@@ -105,19 +114,20 @@ def test_factors_are_the_minor_components_and_the_protected_space_is_the_rest(ki
         torch.testing.assert_close(space.mT @ space, torch.eye(k).double(), rtol=0, atol=1e-12)
         assert (B @ A - U[:, k:] * S[k:] @ Vh[k:]).norm() <= near >= (space.mT @ B).norm()
         assert (space @ (space.mT @ W) - U[:, :k] * S[:k] @ Vh[:k]).norm() <= near
-        if S[0] > 0:                                                # sigma's root, or that of the floor
-            torch.testing.assert_close(A.norm(dim=1), S[k:].clamp_min(1e-3 * S[0]).sqrt(), rtol=1e-6, atol=0)
+        if S[0] > 0:  # sigma's root, or that of the floor
+            torch.testing.assert_close(A.norm(dim=1), S[k:].clamp_min(1e-3 * S[0]).sqrt(),
+                                       rtol=1e-6, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # protection
 
 @pytest.mark.parametrize('shape, dtype', [((24, 24), torch.float32), ((16, 40), torch.float64),
                                           ((40, 16), torch.float32), ((12, 11), torch.float64)])
 @pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .1, 10)])
 def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection, least, most):
-    """100 steps of AdamW on a loss that turns the principal components around: with protection U_p^T W stays,
-    although the rest moves, without it the principal components are lost."""
+    """100 steps of AdamW on a loss that turns the principal components around: with protection
+    U_p^T W stays, although the rest moves, without it the principal components are lost."""
     layer = make_layer(weight('random', shape), protection, dtype)
     layer.switch_to_lowrank(max(1, min(shape) - 6))
     W, U = layer.weight.detach().clone(), layer.protected.clone()
@@ -128,10 +138,11 @@ def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection
         ((U.mT @ (layer.weight + W)).square().sum() + .01 * (layer.weight * noise).sum()).backward()
         optimizer.step()
         layer.project_factors()
-    assert relative(layer.weight, W) > .01 and least <= relative(U.mT @ layer.weight, U.mT @ W) <= most
+    assert relative(layer.weight,
+                    W) > .01 and least <= relative(U.mT @ layer.weight, U.mT @ W) <= most
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the optimizer
 
 def trained(optimizer, steps=3):
@@ -164,14 +175,14 @@ def tensors(model, opt, but):
 
 @each_optimizer
 def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
-    """The other parameters, gradients and states are the same objects with the same numbers; gradients
-    are those of a backward pass after it. Every parameter moves in the next step, the layer's as in a first
-    one."""
+    """The other parameters, gradients and states are the same objects with the same numbers;
+    gradients are those of a backward pass after it. Every parameter moves in the next step, the
+    layer's as in a first one."""
     model, opt, backward = trained(optimizer)
     layers, seen = list(adaptive_layers(model).values()), set()
-    for step, (i, r) in enumerate([(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None), (1, 1),
-                                   (3, None), (1, None)], 4):       # None: to full mode
-        layers[i].track_weight_grad(True)                                       # as in steps with an analysis
+    for step, (i, r) in enumerate([(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None),
+                                   (1, 1), (3, None), (1, None)], 4):  # None: to full mode
+        layers[i].track_weight_grad(True)  # as in steps with an analysis
         backward(step)
         own = {layers[i].base.weight, *layers[i].factor_params()}
         before = [(t, t.clone()) for t in tensors(model, opt, own)]
@@ -206,18 +217,21 @@ def test_decay_shrinks_the_product_as_much_as_a_weight(optimizer):
     frozen, product = layer.base.weight.clone(), (B @ A).detach()
     opt.step()
     assert torch.equal(layer.base.weight, frozen)
-    torch.testing.assert_close((B @ A).detach(), product * (1 - 1e-2 * .1 / 2) ** 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close((B @ A).detach(),
+                               product * (1 - 1e-2 * .1 / 2) ** 2, rtol=1e-9, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # when to switch
 
 class Watched:
-    """A float32 layer, its AdamW and its analyses. `analyze(kind)` makes one analysis: with a gradient inside
-    ('danger') or outside ('calm') the components that are protected or would be, or a given one."""
+    """A float32 layer, its AdamW and its analyses. `analyze(kind)` makes one analysis: with a
+    gradient inside ('danger') or outside ('calm') the components that are protected or would be, or
+    a given one."""
 
     def __init__(self, W=None, protection='left'):
-        self.layer = make_layer(weight('random', (40, 40)) if W is None else W, protection, torch.float32)
+        self.layer = make_layer(
+            weight('random', (40, 40)) if W is None else W, protection, torch.float32)
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), 1e-5)
         self.control, self.step = AdaptiveSVD({'c_q': self.layer}, 20), 0
 
@@ -225,12 +239,16 @@ class Watched:
         """Give the optimizer the parameters that the layer has now."""
         for p in old:
             self.optimizer.state.pop(p, None)
-        self.optimizer.param_groups[0]['params'] = [p for p in self.layer.parameters() if p.requires_grad]
+        self.optimizer.param_groups[0]['params'] = [
+            p for p in self.layer.parameters() if p.requires_grad]
 
     def gradient(self, kind):
-        U, r = thin_svd(self.layer.weight)[0], self.layer.r or max(1, min(self.layer.weight.shape) - 10)
+        U, r = thin_svd(
+            self.layer.weight)[0], self.layer.r or max(1,
+                                                       min(self.layer.weight.shape) - 10)
         columns = U.split((U.size(1) - r, r), dim=1)[kind == 'calm']
-        return columns @ normal(columns.size(1), self.layer.base.in_features, seed=self.step).float()
+        return columns @ normal(columns.size(1), self.layer.base.in_features,
+                                seed=self.step).float()
 
     def analyze(self, kind, **processes):
         self.step += 20
@@ -281,7 +299,8 @@ def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
     for _ in range(23):
         factors_before = protected.layer.factor_params()
         changed, seen = protected.analyze('danger')
-        assert changed or all(a is b for a, b in zip(factors_before, protected.layer.factor_params()))
+        assert changed or all(a is b
+                              for a, b in zip(factors_before, protected.layer.factor_params()))
         ranks.append(protected.layer.r)
         assert seen['action'] == 'refactored' and changed == (ranks[-1] != ranks[-2])
         assert seen['principal_alignment'] > .99
@@ -289,7 +308,8 @@ def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
 
 
 def test_low_rank_mode_ends_after_five_calm_analyses_in_a_row(protected):
-    """A danger in between starts the count again. One later switches low-rank mode on again, with that r."""
+    """A danger in between starts the count again. One later switches low-rank mode on again, with
+    that r."""
     for kind in ['calm'] * 4 + ['danger'] + ['calm'] * 4:
         assert protected.analyze(kind)[1]['mode'] == 'lowrank'
     r = protected.layer.r
@@ -311,16 +331,19 @@ def test_gradients_without_information_are_not_calm(protected, nothing):
 
 
 def test_several_processes_decide_on_their_mean_gradient(protected):
-    """`mean` is that of a gradient over processes; `first` makes the analysis on the first process alone."""
+    """`mean` is that of a gradient over processes; `first` makes the analysis on the first process
+    alone."""
     _, seen = protected.analyze('calm', mean=lambda grad: protected.gradient('danger'))
     assert seen['reason'] == 'gradient_clobbering_risk'
-    _, seen = protected.analyze('danger', on_main=lambda look: [
-        (*decision, found | {'reason': 'that of the first'}, r, usv) for *decision, found, r, usv in look()])
+    _, seen = protected.analyze(
+        'danger', on_main=lambda look: [(*decision, found | {'reason': 'that of the first'}, r, usv)
+                                        for *decision, found, r, usv in look()])
     assert seen['reason'] == 'that of the first'
 
 
 def test_the_spaces_of_a_steep_spectrum_are_told_apart():
-    """k = 226 of 256, sigma from 1 to 1e-3: noise of float32's size turns the protected space by little."""
+    """k = 226 of 256, sigma from 1 to 1e-3: noise of float32's size turns the protected space by
+    little."""
     watched = Watched(with_singular_values(torch.logspace(0, -3, 256), 256, 256))
     watched.layer.switch_to_lowrank(30)
     for angle in (None, pytest.approx(0, abs=1e-2)):

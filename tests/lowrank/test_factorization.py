@@ -1,4 +1,5 @@
-"""Low-rank factors are the best ones, whatever the statistics, and ranks the best ones within a budget."""
+"""Low-rank factors are the best ones, whatever the statistics, and ranks the best ones within a
+budget."""
 
 from itertools import product
 
@@ -6,8 +7,8 @@ import pytest
 import torch
 
 from helpers import normal as rand
-from lowrank.factorization import (RIDGE, Factorization, allocate_ranks, beneficial_rank, factored_size,
-                                   ridge_refit)
+from lowrank.factorization import (RIDGE, Factorization, allocate_ranks, beneficial_rank,
+                                   factored_size, ridge_refit)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 each_shape = pytest.mark.parametrize('M, N', [(12, 8), (8, 12)], ids=['tall', 'wide'])
@@ -25,7 +26,8 @@ def decomposed(weight, inputs=None, gradients=None, ridge=RIDGE):
     near, far, outer = inputs, gradients, weight.double()
     if len(weight) < weight.size(1):
         near, far, outer = gradients, inputs, weight.double().mT
-    return Factorization(weight, near, None if far is None else outer.mT @ far.double() @ outer, ridge)
+    return Factorization(weight, near, None if far is None else outer.mT @ far.double() @ outer,
+                         ridge)
 
 
 def error(weight, up, down, inputs, gradients):
@@ -48,7 +50,7 @@ def test_the_factors_have_the_least_weighted_error_and_it_is_predicted(M, N, giv
         for rank in range(1, 9):
             up, down = found.factors(rank)
             assert (up.shape, down.shape, up.dtype) == ((M, rank), (rank, N), torch.float64)
-            assert (up.mT @ up - down @ down.mT).abs().max() < 1e-10 * up.norm() ** 2       # balanced
+            assert (up.mT @ up - down @ down.mT).abs().max() < 1e-10 * up.norm() ** 2  # balanced
             least = pytest.approx(energies[rank:].sum().item(), abs=most * energies.sum().item())
             assert error(weight, up, down, **full) == least == found.energies[rank:].sum().item()
         assert found.energies.sum().item() == pytest.approx(energies.sum().item(), rel=1e-3)
@@ -73,15 +75,18 @@ def test_without_statistics_it_is_the_truncated_svd(M, N):
 @pytest.mark.parametrize('tokens', [0, 1, 3, 100])
 def test_full_rank_reproduces_the_weight_whatever_was_seen(M, N, tokens):
     weight = rand(M, N)
-    up, down = decomposed(weight, *(statistic(size, 5, tokens, spread=4) for size in (N, M))).factors(8)
+    up, down = decomposed(weight,
+                          *(statistic(size, 5, tokens, spread=4) for size in (N, M))).factors(8)
     assert (up.shape, down.shape) == ((M, 8), (8, N)) and (up @ down - weight).abs().max() < 1e-12
 
 
 @each_shape
 def test_what_was_seen_comes_first_and_the_rest_as_in_the_plain_svd(M, N):
-    """Two inputs were seen, rank 4: both are exact, and the rest is as good as two more components can be."""
+    """Two inputs were seen, rank 4: both are exact, and the rest is as good as two more components
+    can be."""
     weight, x = rand(M, N), rand(2, N, seed=4)
-    product, plain = (torch.matmul(*decomposed(weight, seen).factors(4)) for seen in (x.mT @ x, None))
+    product, plain = (torch.matmul(*decomposed(weight, seen).factors(4))
+                      for seen in (x.mT @ x, None))
     assert ((weight - product) @ x.mT).abs().max() < 1e-2 < ((weight - plain) @ x.mT).abs().max()
     unseen = torch.eye(N).double() - torch.linalg.pinv(x) @ x
     rest = weight @ unseen
@@ -98,20 +103,23 @@ def test_units_do_not_matter(M, N):
     torch.testing.assert_close(*products, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ((torch.full((12, 8), torch.inf),), 'weight must be finite'),
-    ((torch.ones(12, 8), torch.full((8, 8), torch.nan)), 'inputs or gradients must be finite'),
-    ((torch.ones(12, 8), None, torch.full((8, 8), torch.nan)), 'inputs or gradients must be finite')])
+@pytest.mark.parametrize('arguments, message',
+                         [((torch.full((12, 8), torch.inf), ), 'weight must be finite'),
+                          ((torch.ones(12, 8), torch.full(
+                              (8, 8), torch.nan)), 'inputs or gradients must be finite'),
+                          ((torch.ones(12, 8), None, torch.full(
+                              (8, 8), torch.nan)), 'inputs or gradients must be finite')])
 def test_what_is_not_finite_and_rank_0_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f'^{message}'):
         Factorization(*arguments).factors(0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # inputs that have changed
 
 def test_refitting_is_least_squares():
-    """As lstsq on the samples; what nobody saw stays as it was, and nothing seen changes nothing."""
+    """As lstsq on the samples; what nobody saw stays as it was, and nothing seen changes
+    nothing."""
     before, x, now = rand(5, 8), rand(100, 8, seed=1), rand(100, 8, seed=2) @ rand(8, 8, seed=3)
     u = x @ before.mT
     found = ridge_refit(before, now.mT @ now / 100, u.mT @ now / 100, ridge=1e-12)
@@ -119,15 +127,19 @@ def test_refitting_is_least_squares():
     few, ridge = now[:2], 1e-9
     kept = ridge_refit(before, few.mT @ few, u[:2].mT @ few, ridge)
     unseen = torch.eye(8) - torch.linalg.pinv(few) @ few
-    # to rounding times the condition that is left, n / ridge; of what was seen the ridge is a small share
-    assert ((kept - before) @ unseen).norm() < torch.finfo(torch.float64).eps * 8 * 8 / ridge * before.norm()
+    # to rounding times the condition that is left, n / ridge; of what was seen the ridge is a small
+    # share
+    assert ((kept - before) @ unseen).norm() < torch.finfo(
+        torch.float64).eps * 8 * 8 / ridge * before.norm()
     share = ridge * few.square().sum() / 8 / torch.linalg.svdvals(few)[-1] ** 2
     assert (kept @ few.mT - u[:2].mT).norm() < 2 * share * (u[:2].mT - before @ few.mT).norm()
-    assert torch.equal(ridge_refit(before, torch.zeros(8, 8).double(), torch.zeros(5, 8).double()), before)
+    assert torch.equal(ridge_refit(before,
+                                   torch.zeros(8, 8).double(),
+                                   torch.zeros(5, 8).double()), before)
     torch.testing.assert_close(ridge_refit(before, x.mT @ x, u.mT @ x), before, rtol=0, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ranks
 
 def spectra(seed, count, least, most):
@@ -135,9 +147,11 @@ def spectra(seed, count, least, most):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(least, most, (count, 2), generator=generator).tolist()
     rates = torch.rand(count, generator=generator) * 2
-    energies = {i: torch.rand(min(shape), generator=generator) * torch.exp(-rate * torch.arange(min(shape)))
-                for i, (shape, rate) in enumerate(zip(sizes, rates))}
-    return {i: e.sort(descending=True)[0] for i, e in energies.items()}, dict(enumerate(map(tuple, sizes)))
+    energies = {
+        i: torch.rand(min(shape), generator=generator) * torch.exp(-rate * torch.arange(min(shape)))
+        for i, (shape, rate) in enumerate(zip(sizes, rates))}
+    return {i: e.sort(descending=True)[0]
+            for i, e in energies.items()}, dict(enumerate(map(tuple, sizes)))
 
 
 def cost(ranks, shapes):
@@ -150,17 +164,19 @@ def lost(ranks, energies):
 
 @pytest.mark.parametrize('seed, step', [*((seed, 1) for seed in range(5)), (5, 2), (6, 2), (7, 3)])
 def test_no_ranks_within_the_budget_lose_less(seed, step):
-    """Brute force over all ranks of three layers, at budgets that are spent to the last number. Larger
-    budgets never lose more, and a sufficient one leaves all dense."""
+    """Brute force over all ranks of three layers, at budgets that are spent to the last number.
+    Larger budgets never lose more, and a sufficient one leaves all dense."""
     energies, shapes = spectra(seed, 3, 2, 9)
     choices = [[*(r for r in range(step, min(shape), step) if beneficial_rank(shape, r)), None]
                for shape in shapes.values()]
     every = [dict(zip(shapes, ranks)) for ranks in product(*choices)]
-    costs, losses = [cost(ranks, shapes) for ranks in every], [lost(ranks, energies) for ranks in every]
+    costs, losses = [cost(ranks, shapes)
+                     for ranks in every], [lost(ranks, energies) for ranks in every]
     for price in torch.logspace(-5, 0, 30).tolist():                # per number
         best = min(range(len(every)), key=lambda i: losses[i] + price * costs[i])
         assert allocate_ranks(energies, shapes, costs[best], step) == every[best]
-        assert losses[best] <= min(e for size, e in zip(costs, losses) if size <= costs[best]) + 1e-12
+        assert losses[best] <= min(
+            e for size, e in zip(costs, losses) if size <= costs[best]) + 1e-12
     before = float('inf')
     for budget in range(min(costs), max(costs) + 5):
         ranks = allocate_ranks(energies, shapes, budget, step)

@@ -1,5 +1,5 @@
-"""the values of lowrank/kv_cache.py, rows that come in pieces, against lowrank/svd.py, which gets them at once; and the pieces
-of svd.py that only rows are made with."""
+"""the values of lowrank/kv_cache.py, rows that come in pieces, against lowrank/svd.py, which gets
+them at once; and the pieces of svd.py that only rows are made with."""
 
 from functools import partial
 
@@ -10,18 +10,20 @@ from hypothesis import strategies as st
 
 from helpers import assert_close, causal_truth, normal, with_singular_values
 from lowrank.kv_cache import BlockCausalValues, DenseValues, FactoredValues
-from lowrank.svd import (METHODS, causal_low_rank_approximation, leading_eigenvectors, leading_right_vectors,
-                         low_rank_approximation)
+from lowrank.svd import (METHODS, causal_low_rank_approximation, leading_eigenvectors,
+                         leading_right_vectors, low_rank_approximation)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 DOUBLE = dict(dtype=torch.float64, device='cpu')
 
 
 def causal_rows(x, rank, block, lengths=1, method='gram', spare=0):
-    """BlockCausalValues that hold x, which came in pieces of these lengths, and have room for spare more rows."""
+    """BlockCausalValues that hold x, which came in pieces of these lengths, and have room for spare
+    more rows."""
     *batch, rows, columns = x.shape
     leading = partial(leading_eigenvectors, rank=rank, method=method)
-    kept = BlockCausalValues((*batch, rows + spare, columns), rank, block, leading, dtype=x.dtype, device=x.device)
+    kept = BlockCausalValues((*batch, rows + spare, columns), rank, block, leading, dtype=x.dtype,
+                             device=x.device)
     for piece in x.split(lengths, dim=-2):
         kept.append(piece)
     return kept
@@ -38,14 +40,20 @@ def assert_sums(kept, bar=1e-12):
 W, BIAS = normal(2, 6, 4, seed=1), normal(2, 1, 6, seed=2)
 
 
-@pytest.mark.parametrize('make, truth, nbytes', [
-    (DenseValues, lambda x: x, 8 * 2 * 7 * 4),
-    (partial(FactoredValues, basis=W, bias=None, down_proj=None), lambda x: x @ W.mT, 8 * 2 * 7 * 4),
-    (partial(FactoredValues, basis=W, bias=BIAS, down_proj=None), lambda x: x @ W.mT + BIAS, 8 * 2 * 7 * 4),
-    # 3 rows as they are, 4 as coordinates, bases for rows [3, 6) and [6, 7), G
-    (partial(BlockCausalValues, rank=2, block=3, eigensolver=partial(leading_eigenvectors, rank=2)),
-     lambda x: causal_truth(x, 2, 3), 8 * 2 * (3 * 4 + 4 * 2 + 2 * 2 * 4 + 4 * 4)),
-    (partial(BlockCausalValues, rank=2, block=99, eigensolver=None), lambda x: x, 8 * 2 * 7 * 4)],
+@pytest.mark.parametrize(
+    'make, truth, nbytes',
+    [
+        (DenseValues, lambda x: x, 8 * 2 * 7 * 4),
+        (partial(FactoredValues, basis=W, bias=None,
+                 down_proj=None), lambda x: x @ W.mT, 8 * 2 * 7 * 4),
+        (partial(FactoredValues, basis=W, bias=BIAS,
+                 down_proj=None), lambda x: x @ W.mT + BIAS, 8 * 2 * 7 * 4),
+        # 3 rows as they are, 4 as coordinates, bases for rows [3, 6) and [6, 7), G
+        (partial(BlockCausalValues, rank=2, block=3, eigensolver=partial(
+            leading_eigenvectors, rank=2)), lambda x: causal_truth(x, 2, 3), 8 * 2 *
+         (3 * 4 + 4 * 2 + 2 * 2 * 4 + 4 * 4)),
+        (partial(BlockCausalValues, rank=2, block=99, eigensolver=None), lambda x: x, 8 * 2 * 7 * 4)
+    ],
     ids=['dense', 'factored', 'factored, bias', 'causal', 'causal, no basis'])
 def test_rows_come_back(make, truth, nbytes):
     """Bases and offsets of low-rank rows are weights of the model and do not count as bytes."""
@@ -58,34 +66,45 @@ def test_rows_come_back(make, truth, nbytes):
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(rows=st.integers(1, 40), columns=st.integers(2, 9), rank=st.integers(1, 8), block=st.integers(1, 12),
-       batch=st.sampled_from([(), (1,), (2, 3)]), lengths=st.integers(1, 40), spare=st.integers(0, 30),
-       seed=st.integers(0, 99), method=st.sampled_from(('gram', 'randomized')))
-def test_rows_in_pieces_are_the_rows_at_once(rows, columns, rank, block, batch, lengths, spare, seed, method):
+@given(rows=st.integers(1, 40), columns=st.integers(2, 9), rank=st.integers(1, 8),
+       block=st.integers(1, 12), batch=st.sampled_from([(), (1, ),
+                                                        (2, 3)]), lengths=st.integers(1, 40),
+       spare=st.integers(0, 30), seed=st.integers(0, 99), method=st.sampled_from(
+           ('gram', 'randomized')))
+def test_rows_in_pieces_are_the_rows_at_once(rows, columns, rank, block, batch, lengths, spare,
+                                             seed, method):
     x, rank = normal(*batch, rows, columns, seed=seed), min(rank, columns - 1)
     kept = causal_rows(x, rank, block, lengths, method, spare)
     assert_close(kept.all(), causal_low_rank_approximation(x, rank, method, block), 1e-11)
     assert_sums(kept)
 
 
-# sigma_1 / sigma_k = 100 and a gap of 2% at the cut: with G in float32 the error would be 50 times as large
+# sigma_1 / sigma_k = 100 and a gap of 2% at the cut: with G in float32 the error would be 50 times
+# as large
 STEEP = with_singular_values([1] * 8 + [.01, .0098] + [.005] * 22, 128, 32)
 X = normal(2, 40, 8)
 
 
 @pytest.mark.parametrize('lengths', [1, 7, 999])
-@pytest.mark.parametrize('x, rank, block, bar', [
-    pytest.param(normal(2, 200, 64).float(), 16, 32, 1e-4, marks=pytest.mark.any_device, id='GPT-2'),
-    pytest.param(torch.cat((STEEP, normal(128, 128, seed=2) @ STEEP)).float(), 9, 128, 1e-6, id='steep'),
-    *(pytest.param(scale * X.float(), 3, 4, 1e-6, id=f'{scale}') for scale in (1e-6, 1e4)),
-    pytest.param(X.bfloat16(), 3, 4, 2e-2, id='bfloat16'), pytest.param(X.half(), 3, 4, 3e-3, id='float16'),
-    # rows of no more dimensions than the rank pass: the basis is not unique, what it does to such rows is
-    *(pytest.param(x, 2, 4, 1e-12, id=f'degenerate {i}') for i, x in enumerate((
-        0 * X, X[:, :1].expand_as(X), X[:, :2].repeat(1, 20, 1),
-        X * torch.tensor([1., 0, 0, 1, 0, 0, 0, 0]))))])
+@pytest.mark.parametrize(
+    'x, rank, block, bar',
+    [
+        pytest.param(
+            normal(2, 200, 64).float(), 16, 32, 1e-4, marks=pytest.mark.any_device, id='GPT-2'),
+        pytest.param(
+            torch.cat((STEEP, normal(128, 128, seed=2) @ STEEP)).float(), 9, 128, 1e-6, id='steep'),
+        *(pytest.param(scale * X.float(), 3, 4, 1e-6, id=f'{scale}') for scale in (1e-6, 1e4)),
+        pytest.param(X.bfloat16(), 3, 4, 2e-2, id='bfloat16'),
+        pytest.param(X.half(), 3, 4, 3e-3, id='float16'),
+        # rows of no more dimensions than the rank pass: the basis is not unique, its effect is
+        *(pytest.param(x, 2, 4, 1e-12, id=f'degenerate {i}')
+          for i, x in enumerate((0 * X, X[:, :1].expand_as(X), X[:, :2].repeat(1, 20, 1),
+                                 X * torch.tensor([1., 0, 0, 1, 0, 0, 0, 0]))))])
 def test_causal_rows_have_the_precision_of_their_dtype(x, rank, block, bar, lengths, device):
-    """Autocast does not round the Gram matrix that bases come from, in float64 but for half precision."""
-    kept, expected = causal_rows(x.to(device), rank, block, lengths), causal_truth(x.double(), rank, block)
+    """Autocast does not round the Gram matrix that bases come from, in float64 but for half
+    precision."""
+    kept, expected = causal_rows(x.to(device), rank, block,
+                                 lengths), causal_truth(x.double(), rank, block)
     assert ((kept.all().cpu().double() - expected).norm() <= bar * expected.norm()
             and kept.all().dtype == x.dtype)
     assert_sums(kept, bar)
@@ -101,14 +120,15 @@ def test_causal_rows_have_the_precision_of_their_dtype(x, rank, block, bar, leng
 def test_no_basis_comes_from_rows_that_are_not_finite(value, bad, lengths):
     x = normal(2, 20, 4)
     x[1, bad, 2] = value
-    if bad < 16:                                            # bases come from rows [0, 4), [0, 8), [0, 16)
+    if bad < 16:  # bases come from rows [0, 4), [0, 8), [0, 16)
         with pytest.raises(torch.linalg.LinAlgError, match='non-finite'):
             causal_rows(x, 2, 4, lengths)
     else:
-        assert (~causal_rows(x, 2, 4, lengths).all().isfinite().all(-1)).nonzero().tolist() == [[1, bad]]
+        assert (~causal_rows(x, 2, 4, lengths).all().isfinite().all(-1)).nonzero().tolist() == [[
+            1, bad]]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what they are made with
 
 @pytest.mark.parametrize('method', METHODS)
@@ -119,13 +139,15 @@ def test_no_basis_comes_from_rows_that_are_not_finite(value, bad, lengths):
     (torch.zeros(4, 9), 0), (torch.outer(torch.arange(4.), torch.arange(9.)), 1e-6),
     (1e-6 * normal(4, 9).float(), 1e-6), (1e4 * normal(4, 9).float(), 1e-6)])
 def test_the_basis_is_that_of_the_approximation_even_where_several_are_best(method, x, bar):
-    """All singular values may be 1: a model that decodes with the one must not have been trained with the
-    other."""
+    """All singular values may be 1: a model that decodes with the one must not have been trained
+    with the other."""
     x = x if x.shape[-2] >= x.shape[-1] else x.mT
     for rank in range(1, x.shape[-1] + 1):
         basis = leading_right_vectors(x.clone().requires_grad_(), rank, method)
         assert basis.shape == (*x.shape[:-2], x.shape[-1], rank) and not basis.requires_grad
         found = x @ basis @ basis.mT
-        assert ((found - low_rank_approximation(x, rank, method)).abs() <= 10 * bar * x.abs().max()).all()
+        assert ((found - low_rank_approximation(x, rank, method)).abs()
+                <= 10 * bar * x.abs().max()).all()
         gram = basis.mT @ basis
-        assert method == 'randomized' or torch.allclose(gram, torch.eye(rank, dtype=x.dtype), atol=1e-5)
+        assert method == 'randomized' or torch.allclose(gram, torch.eye(rank, dtype=x.dtype),
+                                                        atol=1e-5)

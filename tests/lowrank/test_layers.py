@@ -1,4 +1,5 @@
-"""lowrank/layers.py: products of two layers in the place of one, and queries, keys and values apart."""
+"""lowrank/layers.py: products of two layers in the place of one, and queries, keys and values
+apart."""
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from lowrank.layers import LowRankLinear, SplitProjection, fuse
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 # (m, n)
-each_shape = pytest.mark.parametrize('shape', [(12, 7), (7, 12), (9, 9)], ids=['tall', 'wide', 'square'])
+each_shape = pytest.mark.parametrize('shape', [(12, 7), (7, 12), (9, 9)],
+                                     ids=['tall', 'wide', 'square'])
 each_dtype = pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 each_bias = pytest.mark.parametrize('bias', [True, False])
 
@@ -33,10 +35,11 @@ def dense(shape, bias=True, dtype=torch.float64, seed=0):
 @each_dtype
 @each_bias
 def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias, device):
-    """What is lost is the tail of the singular values, at every rank. Both factors have the scale of sqrt(S);
-    the merged layer computes the same."""
+    """What is lost is the tail of the singular values, at every rank. Both factors have the scale
+    of sqrt(S); the merged layer computes the same."""
     dtype = torch.float32 if device == 'mps' else dtype
-    layer, x = dense(shape, bias, dtype).to(device), torch.randn(3, shape[1], dtype=dtype).to(device)
+    layer, x = dense(shape, bias, dtype).to(device), torch.randn(3, shape[1],
+                                                                 dtype=dtype).to(device)
     s = torch.linalg.svdvals(layer.weight.detach().cpu().double())
     atol = 100 * torch.finfo(dtype).eps * s[0].item()
     for rank in range(1, min(shape) + 1):
@@ -47,21 +50,25 @@ def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias, device):
                                 (product.A.weight.norm(dim=1), s[:rank].sqrt()),
                                 (product.B.weight.norm(dim=0), s[:rank].sqrt()),
                                 (product(x), merged(x)), (product.weight, merged.weight)):
-            torch.testing.assert_close(found.cpu().double(), expected.cpu().double(), rtol=0, atol=atol)
-        assert same([layer.bias] * 3, [product.bias, product.B.bias, merged.bias]) and product.A.bias is None
+            torch.testing.assert_close(found.cpu().double(),
+                                       expected.cpu().double(), rtol=0, atol=atol)
+        assert same([layer.bias] * 3,
+                    [product.bias, product.B.bias, merged.bias]) and product.A.bias is None
 
 
 @pytest.mark.parametrize('trained', [True, False])
 def test_no_larger_tensor_is_kept_and_all_are_of_the_layers_kind(trained):
-    """Factors and parts that were cut from a larger tensor, or shared with it, would take all of it with
-    them."""
+    """Factors and parts that were cut from a larger tensor, or shared with it, would take all of it
+    with them."""
     layer = dense((300, 200), dtype=torch.bfloat16).requires_grad_(trained)
     product, parts = LowRankLinear.from_linear(layer, 2), SplitProjection(fused(layer)).children()
     for module, numbers in ((product, 2 * 500 + 300), (product.merge(), 300 * 201),
                             *((part, 100 * 201) for part in parts)):
-        assert {(p.dtype, p.requires_grad) for p in module.parameters()} == {(torch.bfloat16, trained)}
+        assert {(p.dtype, p.requires_grad)
+                for p in module.parameters()} == {(torch.bfloat16, trained)}
         assert sum(p.untyped_storage().nbytes() for p in module.parameters()) == 2 * numbers
-        assert not {p.data_ptr() for p in module.parameters()} & {p.data_ptr() for p in layer.parameters()}
+        assert not {p.data_ptr()
+                    for p in module.parameters()} & {p.data_ptr() for p in layer.parameters()}
 
 
 @each_bias

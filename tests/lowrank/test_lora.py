@@ -12,7 +12,7 @@ from lowrank.adapters import to_standard_lora
 from lowrank.layers import LoRALinear
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-BARS = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}                    # relative
+BARS = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}  # relative
 each_svd = pytest.mark.parametrize('init', ['pissa', 'milora'])
 each_case = pytest.mark.parametrize('init, shape, dtype, bias', [   # shape (m, n)
     ('lora', (12, 7), torch.float32, True), ('lora', (7, 12), torch.float64, False),
@@ -52,21 +52,25 @@ def trained(layer):
 @pytest.mark.any_device
 @each_case
 def test_it_starts_as_the_layer_it_is_made_of(init, shape, dtype, bias, device):
-    """A and B show what was taken out: the largest or the smallest singular values, half on either side."""
+    """A and B show what was taken out: the largest or the smallest singular values, half on either
+    side."""
     dtype = torch.float32 if device == 'mps' else dtype
     base, x = dense(shape, bias, dtype).to(device), normal(5, 3, shape[1]).to(device, dtype)
     sigma = torch.linalg.svdvals(base.weight.detach().cpu().double())
     for rank in (1, 3, min(shape)):
         layer = adapted(base, rank, 6.0, init=init)
-        assert (layer.rank, layer.scale) == (rank, 6 / rank) and relative(layer(x), base(x)) <= BARS[dtype]
+        assert (layer.rank, layer.scale) == (rank, 6 / rank) and relative(layer(x),
+                                                                          base(x)) <= BARS[dtype]
         assert relative(layer.merge().weight, base.weight) <= torch.finfo(dtype).eps
-        a, b, left = (w.detach().cpu().double() for w in (layer.A.weight, layer.B.weight, layer.base.weight))
+        a, b, left = (w.detach().cpu().double()
+                      for w in (layer.A.weight, layer.B.weight, layer.base.weight))
         assert (a.shape, b.shape) == ((rank, shape[1]), (shape[0], rank))
         if init == 'lora':
             assert torch.equal(layer.base.weight, base.weight)
             assert not b.any() and a.abs().max() <= shape[1] ** -.5
             continue
-        taken, kept = (sigma[:rank], sigma[rank:]) if init == 'pissa' else (sigma[-rank:], sigma[:-rank])
+        taken, kept = (sigma[:rank], sigma[rank:]) if init == 'pissa' else (sigma[-rank:],
+                                                                            sigma[:-rank])
         for gram in (a @ a.mT, b.mT @ b):
             assert torch.allclose(layer.scale * gram, taken.diag(), atol=BARS[dtype] * sigma[0])
         remaining = torch.cat((kept, 0 * taken))
@@ -80,7 +84,8 @@ def test_lora_draws_a_as_its_authors_do():
         torch.manual_seed(seed)
         a.append(adapted(base, 100, 1.0).A.weight)
     assert torch.equal(a[0], a[1]) and not torch.equal(a[0], a[2])
-    assert .0499 < a[0].abs().max() <= .05 and a[0].std().item() == pytest.approx(.05 / 3 ** .5, rel=.02)
+    assert .0499 < a[0].abs().max() <= .05 and a[0].std().item() == pytest.approx(
+        .05 / 3 ** .5, rel=.02)
 
 
 @pytest.mark.any_device
@@ -92,7 +97,8 @@ def test_merged_it_computes_the_same(init, shape, dtype, bias, device):
     layer = trained(adapted(base, 3, 6.0, .5, init)).eval()
     merged, y = layer.merge(), layer(x)
     assert type(merged) is nn.Linear and merged.weight.dtype == dtype and relative(y, base(x)) > .01
-    by_hand = F.linear(x, layer.base.weight, base.bias) + 2 * (x @ layer.A.weight.mT @ layer.B.weight.mT)
+    by_hand = F.linear(x, layer.base.weight,
+                       base.bias) + 2 * (x @ layer.A.weight.mT @ layer.B.weight.mT)
     for other in (merged(x), F.linear(x, layer.weight, base.bias), by_hand):
         assert relative(y, other) <= 2 * BARS[dtype]
     assert torch.equal(merged.bias, base.bias) if bias else merged.bias is layer.bias is None
@@ -101,15 +107,18 @@ def test_merged_it_computes_the_same(init, shape, dtype, bias, device):
 @each_svd
 @pytest.mark.parametrize('kind', ['zero', 'rank 3'])
 def test_every_pair_of_factors_can_learn_where_there_is_nothing_to_take_out(init, kind):
-    """Rows of A are no shorter than the root of the floor, 1e-4 of sigma_1, although B A is zero there."""
+    """Rows of A are no shorter than the root of the floor, 1e-4 of sigma_1, although B A is zero
+    there."""
     base, x = dense(kind=kind), normal(20, 9).float()
     floor = 1e-4 * torch.linalg.matrix_norm(base.weight.detach(), 2).item() or 1.0
     layer = adapted(base, 8, 4.0, init=init)
-    assert layer.A.weight.norm(dim=1).min().item() == pytest.approx((floor / layer.scale) ** .5, rel=1e-5)
+    assert layer.A.weight.norm(dim=1).min().item() == pytest.approx((floor / layer.scale) ** .5,
+                                                                    rel=1e-5)
     assert layer.B.weight.norm(dim=0).min() <= 1e-5
     assert relative(layer.merge().weight + 1, base.weight + 1) <= 1e-6
     layer(x).square().sum().add(layer(x).sum()).backward()
-    assert layer.B.weight.grad.norm(dim=0).min() > 0 and layer.base.weight.grad is layer.bias.grad is None
+    assert layer.B.weight.grad.norm(
+        dim=0).min() > 0 and layer.base.weight.grad is layer.bias.grad is None
 
 
 @each_case
@@ -129,8 +138,10 @@ def test_an_adapter_of_the_residual_is_a_plain_one_of_the_original(init, shape, 
 def test_only_the_weight_it_was_made_of_is_an_original(init):
     base = dense((9, 12))
     layer = trained(adapted(base, 3, 3.0, init=init))
-    own, converted = (to_standard_lora(made, base.weight) for made in (layer, copy.deepcopy(layer).double()))
-    torch.testing.assert_close(converted[1] @ converted[0], (own[1] @ own[0]).double(), rtol=0, atol=1e-3)
+    own, converted = (to_standard_lora(made, base.weight)
+                      for made in (layer, copy.deepcopy(layer).double()))
+    torch.testing.assert_close(converted[1] @ converted[0], (own[1] @ own[0]).double(), rtol=0,
+                               atol=1e-3)
     for other in (normal(9, 12, seed=1), layer.base.weight + torch.eye(9, 12), base.weight[:1],
                   layer.merge().weight + base.weight,
                   base.weight * (1 + 1e-4 * normal(9, 12, seed=2).float())):
@@ -149,7 +160,8 @@ def test_dropout_is_of_the_adapters_input_and_in_training():
     torch.manual_seed(0)
     y = layer.train()(x)
     torch.manual_seed(0)
-    assert relative(y, base(x) + 2 * F.dropout(x, .4) @ layer.A.weight.mT @ layer.B.weight.mT) <= 1e-6
+    assert relative(y,
+                    base(x) + 2 * F.dropout(x, .4) @ layer.A.weight.mT @ layer.B.weight.mT) <= 1e-6
     nn.init.zeros_(layer.B.weight)
     assert torch.equal(layer(x), base(x))                           # W sees all of x
 
@@ -159,6 +171,7 @@ def test_autocast_changes_outputs_alone():
     layer = trained(adapted(base, 4, 8.0, init='pissa'))
     with torch.autocast('cpu', torch.bfloat16):
         y, merged, plain = layer(x), layer.merge(), to_standard_lora(layer, base.weight)
-    assert y.dtype == torch.bfloat16 and 1e-4 < relative(y.float(), layer(x)) <= BARS[torch.bfloat16]
+    assert y.dtype == torch.bfloat16 and 1e-4 < relative(y.float(),
+                                                         layer(x)) <= BARS[torch.bfloat16]
     assert torch.equal(merged.weight, layer.merge().weight)
     assert same(plain, to_standard_lora(layer, base.weight))

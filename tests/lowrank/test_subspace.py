@@ -1,5 +1,6 @@
-"""'randomized': lowrank/subspace_iteration.py and what svd.py and model.py make of it, against the best approximation,
-finite differences and the exact gradient. What it shares with the exact methods is tested beside them."""
+"""'randomized': lowrank/subspace_iteration.py and what svd.py and model.py make of it, against the
+best approximation, finite differences and the exact gradient. What it shares with the exact methods
+is tested beside them."""
 
 from functools import partial
 
@@ -8,9 +9,10 @@ import torch
 
 from helpers import (assert_close, checkpoint_of, make, normal, same, tokens, value_and_gradient,
                      with_singular_values)
-from lowrank.subspace_iteration import WarmStartBasis, clear_grams, gaussian_start, get_bases, update_bases
-from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors, low_rank_approximation,
-                         truncated_svd)
+from lowrank.subspace_iteration import (WarmStartBasis, clear_grams, gaussian_start, get_bases,
+                                        update_bases)
+from lowrank.svd import (causal_low_rank_approximation, leading_eigenvectors,
+                         low_rank_approximation, truncated_svd)
 from model import GPT, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -19,13 +21,15 @@ whole = partial(low_rank_approximation, method='randomized')
 causal = partial(causal_low_rank_approximation, method='randomized', block=4)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # quality
 
 def matrices(n, count):
     """kind -> float32 (count, 2n, n)."""
-    i, low = torch.arange(1, n + 1).double(), normal(count, 2 * n, n // 4) @ normal(count, n // 4, n, seed=1)
-    u, v = torch.linalg.qr(normal(count, 2 * n, n))[0], torch.linalg.qr(normal(count, n, n, seed=1))[0]
+    i, low = torch.arange(
+        1, n + 1).double(), normal(count, 2 * n, n // 4) @ normal(count, n // 4, n, seed=1)
+    u, v = torch.linalg.qr(normal(count, 2 * n, n))[0], torch.linalg.qr(normal(count, n, n,
+                                                                               seed=1))[0]
     spectra = {'0.9^i': .9 ** i, **{f'i^-{power}': i ** -power for power in (.25, .5, 1, 2)}}
     return {'Gaussian': normal(count, 2 * n, n).float(),
             'low rank + noise': (low / n ** .5 + .1 * normal(count, 2 * n, n, seed=2)).float(),
@@ -39,24 +43,29 @@ def residuals(x, y, rank):
 
 
 @pytest.mark.any_device
-@pytest.mark.parametrize('n, count, float64_here', [
-    (16, 32, True), (32, 32, False), (64, 8, True),
-    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
-        (16, 32, False), (32, 32, True), (64, 16, False), (128, 6, True), (128, 6, False)))],
-    indirect=['float64_here'])
-def test_a_cold_start_is_nearly_the_best_where_sigma_k_is_large_enough(n, count, float64_here, device):
+@pytest.mark.parametrize('n, count, float64_here',
+                         [(16, 32, True), (32, 32, False),
+                          (64, 8, True), *(pytest.param(*slow, marks=pytest.mark.slow)
+                                           for slow in ((16, 32, False), (32, 32, True),
+                                                        (64, 16, False), (128, 6, True),
+                                                        (128, 6, False)))],
+                         indirect=['float64_here'])
+def test_a_cold_start_is_nearly_the_best_where_sigma_k_is_large_enough(
+        n, count, float64_here, device):
     for kind, x in matrices(n, count).items():
         s = torch.linalg.svdvals(x.double())
         for rank, mean in ((n // 2, 1.04), (n // 4, 1.03), (n // 8, 1.03)):
             if (s[:, rank - 1] >= (1e-3 if float64_here else 3e-3) * s[:, 0]).all():
                 found = residuals(x, whole(x.to(device), rank).cpu(), rank)
-                assert found.min() >= 1 - 1e-5 and found.mean() <= mean and found.max() <= 1.06, (kind, rank)
+                assert found.min() >= 1 - 1e-5 and found.mean() <= mean and found.max() <= 1.06, (
+                    kind, rank)
 
 
 @pytest.mark.parametrize('kind', ['Gaussian', 'i^-0.25', 'low rank + noise'])
 @pytest.mark.parametrize('options, least', [
     ([dict(power_iters=i) for i in (0, 1, 2, 4, 8)], .005),
-    ([dict(oversample=p) for p in (0, 4, 12)], .006)], ids=['iterations', 'columns'])  # 12: all 32 columns
+    # 12: all 32 columns
+    ([dict(oversample=p) for p in (0, 4, 12)], .006)], ids=['iterations', 'columns'])
 def test_more_iterations_and_more_columns_bring_it_nearer(kind, options, least):
     x = matrices(32, 16)[kind]
     excess = [residuals(x, whole(x, 16, **given), 16).mean().item() - 1 for given in options]
@@ -67,7 +76,7 @@ def test_a_warm_start_from_similar_matrices_is_nearly_the_best_in_one_iteration(
     """Batches of one distribution, each with noise of its own; the start is of the batch before."""
     common = torch.stack([normal(32, 32, seed=i) * .8 ** torch.arange(32) for i in (0, 1)])
     before, x = (normal(8, 2, 64, 32, seed=seed) @ common for seed in (2, 3))
-    start = leading_eigenvectors((before.mT @ before).sum(0), 8)                            # (2, 32, 8)
+    start = leading_eigenvectors((before.mT @ before).sum(0), 8)  # (2, 32, 8)
     warm, cold, unmoved = (residuals(x, whole(x, 8, **options), 8) for options in (
         dict(start=start, power_iters=1), dict(power_iters=0), dict(start=start, power_iters=0)))
     assert warm.mean() <= 1.02 and warm.max() <= 1.06 < cold.mean() and warm.mean() < unmoved.mean()
@@ -87,42 +96,49 @@ def test_truncated_svd_is_orthonormal_and_descending():
 @pytest.mark.parametrize('f', [whole, causal, truncated_svd, leading_eigenvectors])
 def test_the_default_is_two_iterations_and_four_columns_more_than_the_rank(f, x):
     gram = x @ x.mT if f is leading_eigenvectors else x
-    for options, equal in (
-            (dict(power_iters=2), True), (dict(oversample=0), True),
-            (dict(power_iters=1), False), (dict(power_iters=3), False), (dict(oversample=1), False)):
-        assert same(f(gram, 3, method='randomized'), f(gram, 3, method='randomized', **options)) == equal
-    assert gaussian_start(99, 16).shape == (99, 20) and gaussian_start(99, 16, oversample=3).shape == (99, 23)
+    for options, equal in ((dict(power_iters=2), True), (dict(oversample=0), True),
+                           (dict(power_iters=1), False), (dict(power_iters=3),
+                                                          False), (dict(oversample=1), False)):
+        assert same(f(gram, 3, method='randomized'), f(gram, 3, method='randomized',
+                                                       **options)) == equal
+    assert gaussian_start(99, 16).shape == (99, 20) and gaussian_start(
+        99, 16, oversample=3).shape == (99, 23)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # gradients
 
 @pytest.mark.parametrize('approximate, shape, start', [
     (whole, (2, 9, 5), (5, 2)), (whole, (2, 2, 7, 4), (2, 4, 2)), (whole, (4, 6), (6, 2)),
     (causal, (2, 2, 9, 4), (2, 4, 2)), (causal, (9, 7), (7, 3))])
 def test_the_gradient_is_that_of_the_last_iteration(approximate, shape, start):
-    """The basis before it is a constant, here by `start`, which each head may have of its own; the last
-    shapes have bases of fewer rows than columns."""
+    """The basis before it is a constant, here by `start`, which each head may have of its own; the
+    last shapes have bases of fewer rows than columns."""
     x, start = normal(*shape).requires_grad_(), normal(*start, seed=1)
-    assert torch.autograd.gradcheck(lambda x: approximate(x, start.shape[-1], start=start, power_iters=0), x)
+    assert torch.autograd.gradcheck(
+        lambda x: approximate(x, start.shape[-1], start=start, power_iters=0), x)
     if x.dim() == 4:
-        both, alone = (approximate(x[of], 2, start=start[of[1:]], power_iters=0) for of in ((..., ), (1, 1)))
+        both, alone = (approximate(x[of], 2, start=start[of[1:]], power_iters=0)
+                       for of in ((..., ), (1, 1)))
         torch.testing.assert_close(both[1, 1], alone)
 
 
 @pytest.mark.parametrize('seed', [0, 10, 20])
 @pytest.mark.parametrize('below, least', [(.1, .99), (.3, .97), (.6, .9), (1, -1)])
-def test_the_gradient_points_where_the_exact_one_does_and_is_bounded_where_the_gap_closes(below, least, seed):
-    """sigma is 1 ... 0.8 up to the cut, and `below` times that after it, backwards where there is no gap."""
+def test_the_gradient_points_where_the_exact_one_does_and_is_bounded_where_the_gap_closes(
+        below, least, seed):
+    """sigma is 1 ... 0.8 up to the cut, and `below` times that after it, backwards where there is
+    no gap."""
     head, dy = torch.linspace(1, .8, 8), normal(64, 16, seed=7)
-    x = with_singular_values(torch.cat((head, below * (head if below < 1 else head.flip(0)))), 64, 16, seed)
+    x = with_singular_values(torch.cat((head, below * (head if below < 1 else head.flip(0)))), 64,
+                             16, seed)
     ours, exact = (value_and_gradient(lambda x: low_rank_approximation(x, 8, method), x, dy)[1]
                    for method in ('randomized', 'gram'))
     assert torch.nn.functional.cosine_similarity(ours.flatten(), exact.flatten(), dim=0) >= least
     assert ours.norm() < 3 * dy.norm()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the warm start
 
 def randomized(scope, rank=2, **overrides):
@@ -153,10 +169,12 @@ def test_the_gram_matrix_that_is_returned_is_that_of_v():
 
 
 def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none():
-    """It is cold until every head has something. It stays where it was after a step that was not completed,
-    that noted nothing or what is not finite. A head whose values were zero comes back. What it follows is the
-    average over processes."""
-    own, x = WarmStartBasis(2, 16, 4, 5, oversample=1).eval(), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16, 16)
+    """It is cold until every head has something. It stays where it was after a step that was not
+    completed, that noted nothing or what is not finite. A head whose values were zero comes back.
+    What it follows is the average over processes."""
+    own, x = WarmStartBasis(2, 16, 4, 5,
+                            oversample=1).eval(), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16,
+                                                                       16)
     gram, other = (x @ x.mT).float(), (x.mT @ x).float()
 
     def moved(*grams, completed=True, **options):
@@ -179,15 +197,17 @@ def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none
     both = torch.stack((other, gram))
     for _ in range(3):
         moved(gram, gram, mean=lambda sums: both.expand_as(sums))
-    torch.testing.assert_close(span(own.basis), span(leading_eigenvectors(both, 4)), rtol=0, atol=5e-3)
+    torch.testing.assert_close(span(own.basis), span(leading_eigenvectors(both, 4)), rtol=0,
+                               atol=5e-3)
 
 
 @each_scope
 def test_only_completed_steps_of_its_optimizer_move_the_basis(scope):
-    """Not a step that a GradScaler skips, here for a scale that overflows, and no step of another optimizer,
-    under which a basis that was loaded is not used in training either."""
+    """Not a step that a GradScaler skips, here for a scale that overflows, and no step of another
+    optimizer, under which a basis that was loaded is not used in training either."""
     model, cold = (randomized(scope, dtype=torch.float32).train() for _ in range(2))
-    optimizer, scaler = model.configure_optimizers(0, 0., (.9, .95), 'cpu'), torch.amp.GradScaler('cpu', 2. ** 127)
+    optimizer, scaler = model.configure_optimizers(0, 0., (.9, .95),
+                                                   'cpu'), torch.amp.GradScaler('cpu', 2. ** 127)
     scaler.scale(1e4 * model(tokens(), tokens())[1]).backward()
     scaler.step(optimizer)
     assert model.svd_basis is None
@@ -213,15 +233,16 @@ def test_looking_between_steps_changes_no_bit(scope):
 def test_a_checkpoint_brings_it_back_unless_it_does_not_fit(scope):
     """It is no part of parameters or state, and the model gets a copy of the checkpoint's."""
     model = take_step(take_step(randomized(scope, dtype=torch.float32)), 1)
-    assert model.state_dict().keys() == make().state_dict().keys() and not model.svd_basis.requires_grad
+    assert model.state_dict().keys() == make().state_dict().keys(
+    ) and not model.svd_basis.requires_grad
     saved = checkpoint_of(model) | {'svd_basis': model.svd_basis.clone()}
     again = GPT.from_checkpoint(saved)
     assert torch.equal(again.svd_basis, model.svd_basis) and model.svd_basis.shape == (2, 2, 4, 2)
     assert torch.equal(again.eval()(tokens(), tokens())[0], model.eval()(tokens(), tokens())[0])
     take_step(again)
     assert torch.equal(saved['svd_basis'], model.svd_basis)
-    for overrides in (
-            dict(svd_rank=3), dict(svd_method='gram'), dict(svd_scope='weight'), dict(use_svd=False)):
+    for overrides in (dict(svd_rank=3), dict(svd_method='gram'), dict(svd_scope='weight'),
+                      dict(use_svd=False)):
         assert GPT.from_checkpoint(saved, **overrides).svd_basis is None
     assert GPT.from_checkpoint(checkpoint_of(model)).svd_basis is None
 
@@ -230,7 +251,8 @@ def test_a_checkpoint_brings_it_back_unless_it_does_not_fit(scope):
 def test_weights_and_random_numbers_do_not_depend_on_the_method(scope):
     found = []
     for method in ('gram', 'randomized'):
-        config = make(use_svd=True, svd_rank=2, svd_scope=scope, svd_method=method, dropout=.2).config
+        config = make(use_svd=True, svd_rank=2, svd_scope=scope, svd_method=method,
+                      dropout=.2).config
         torch.manual_seed(5)
         model = take_step(GPT(config))
         found.append((model.state_dict(), torch.get_rng_state()))

@@ -1,8 +1,8 @@
-"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, hostile matrices. What
-only 'randomized' promises is in test_subspace.py.
+"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, hostile
+matrices. What only 'randomized' promises is in test_subspace.py.
 
-Apple's MPS has no float64; tests marked `each_branch` or `exact_branch` also run what is done there, on CPU
-tensors."""
+Apple's MPS has no float64; tests marked `each_branch` or `exact_branch` also run what is done
+there, on CPU tensors."""
 
 from functools import partial
 
@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import assert_close, causal_truth, normal, value_and_gradient, whole_truth, with_singular_values
+from helpers import (assert_close, causal_truth, normal, value_and_gradient, whole_truth,
+                     with_singular_values)
 from lowrank.spectrum import effective_rank, energy, energy_kept, rank_for_energy
-from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation, leading_eigenvectors,
-                         low_rank_approximation, truncated_svd)
+from lowrank.svd import (EXACT_METHODS, METHODS, causal_low_rank_approximation,
+                         leading_eigenvectors, low_rank_approximation, truncated_svd)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 EPS = torch.finfo(torch.float32).eps
@@ -25,26 +26,29 @@ each_method = pytest.mark.parametrize('method', METHODS)
 exact_method = pytest.mark.parametrize('method', EXACT_METHODS)
 each_map = pytest.mark.parametrize('approximate', [whole, causal], ids=['whole', 'causal'])
 # with float64 and, for what then differs, without
-BRANCHES = [('standard', True), ('gram', True), ('gram', False), ('randomized', True), ('randomized', False)]
+BRANCHES = [('standard', True), ('gram', True), ('gram', False), ('randomized', True),
+            ('randomized', False)]
 each_branch, exact_branch = (
     pytest.mark.parametrize('method, float64_here', branches, indirect=['float64_here'])
     for branches in (BRANCHES, BRANCHES[:3]))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # values and gradients
 
+
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(rows=st.integers(1, 30), columns=st.integers(1, 12), batch=st.sampled_from([(), (1,), (2, 2)]),
-       rank=st.integers(1, 13), block=st.integers(1, 9), seed=st.integers(0, 99),
-       method=st.sampled_from(EXACT_METHODS))
-def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batch, rank, block, seed, method):
-    """The bar of the gradient, in which autograd divides by differences of squares, leaves room for a gap of
-    1e-4."""
+@given(rows=st.integers(1, 30), columns=st.integers(1, 12),
+       batch=st.sampled_from([(), (1, ), (2, 2)]), rank=st.integers(1, 13), block=st.integers(1, 9),
+       seed=st.integers(0, 99), method=st.sampled_from(EXACT_METHODS))
+def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batch, rank, block,
+                                                             seed, method):
+    """The bar of the gradient, in which autograd divides by differences of squares, leaves room for
+    a gap of 1e-4."""
     x, dy = normal(*batch, rows, columns, seed=seed), normal(*batch, rows, columns, seed=seed + 1)
-    for ours, truth in (
-            (lambda x: whole(x, rank, method), lambda x: whole_truth(x, rank)),
-            (lambda x: causal(x, rank, method, block=block), lambda x: causal_truth(x, rank, block))):
+    for ours, truth in ((lambda x: whole(x, rank, method), lambda x: whole_truth(x, rank)),
+                        (lambda x: causal(x, rank, method, block=block),
+                         lambda x: causal_truth(x, rank, block))):
         y, gradient = value_and_gradient(ours, x, dy)
         expected_y, expected_gradient = value_and_gradient(truth, x, dy)
         assert_close(y, expected_y, 1e-11)
@@ -53,15 +57,18 @@ def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batc
 
 @each_map
 @exact_branch
-@pytest.mark.parametrize('c, early', [pytest.param(1, 1e-4, marks=pytest.mark.any_device),
-                                      (1e-6, 1), (1e4, 1)])
-def test_float32_has_the_values_and_gradient_of_float64(approximate, method, float64_here, c, early, device):
-    """The first rows may be smaller: a basis has the scale of the rows it comes from. No gap at a cut is
-    below 1%, so that two digits at most are lost to it."""
+@pytest.mark.parametrize('c, early',
+                         [pytest.param(1, 1e-4, marks=pytest.mark.any_device), (1e-6, 1), (1e4, 1)])
+def test_float32_has_the_values_and_gradient_of_float64(approximate, method, float64_here, c, early,
+                                                        device):
+    """The first rows may be smaller: a basis has the scale of the rows it comes from. No gap at a
+    cut is below 1%, so that two digits at most are lost to it."""
     x, dy = (c * normal(20, 6).clamp(-3, 3)).float(), normal(20, 6, seed=1).float()
     x[:4] *= early
-    y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x.to(device), dy.to(device))
-    expected_y, expected = value_and_gradient(lambda x: TRUTH[approximate](x, 2), x.double() / c, dy.double())
+    y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x.to(device),
+                                     dy.to(device))
+    expected_y, expected = value_and_gradient(lambda x: TRUTH[approximate](x, 2),
+                                              x.double() / c, dy.double())
     assert_close(y.cpu().double() / c, expected_y, 100 * EPS)
     assert_close(gradient.cpu(), expected, 100 * EPS)
 
@@ -69,8 +76,8 @@ def test_float32_has_the_values_and_gradient_of_float64(approximate, method, flo
 @exact_branch
 @pytest.mark.parametrize('ratio, gap', [(1, .1), (100, .1), (10, .01), (100, .02), (100, .01)])
 def test_precision_is_that_of_the_gap_at_the_cut(method, float64_here, ratio, gap):
-    """sigma_1 / sigma_k = ratio, sigma_k and sigma_k+1 a relative gap apart. Only a Gram matrix that is
-    summed in float32 makes an error of eps ratio / gap."""
+    """sigma_1 / sigma_k = ratio, sigma_k and sigma_k+1 a relative gap apart. Only a Gram matrix
+    that is summed in float32 makes an error of eps ratio / gap."""
     sigma = [ratio ** (-i / 15) for i in range(16)] + [(1 - gap) / ratio] + [.5 / ratio] * 15
     x = with_singular_values(sigma, 256, 32).float()
     lost = ratio / gap if method == 'gram' and not float64_here else 0
@@ -95,21 +102,24 @@ def test_full_rank_returns_the_very_tensor(approximate, shape, rank):
 
 @each_map
 @each_branch
-@pytest.mark.parametrize('dtype, exponents', [(torch.float32, (-20, 14)), (torch.float64, (-60, 60))])
+@pytest.mark.parametrize('dtype, exponents', [(torch.float32, (-20, 14)),
+                                              (torch.float64, (-60, 60))])
 def test_scaling_leaves_the_gradient_as_it_is(approximate, method, float64_here, dtype, exponents):
     """'gram' does it to the bit, LAPACK's svd scales by other factors."""
     x, dy = normal(20, 6).to(dtype), normal(20, 6, seed=1).to(dtype)
     bar = 0 if method == 'gram' else 100 * torch.finfo(dtype).eps
     y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
     for c in (2.0 ** exponent for exponent in exponents):
-        scaled_y, scaled_gradient = value_and_gradient(lambda x: approximate(x, 2, method), c * x, dy)
+        scaled_y, scaled_gradient = value_and_gradient(lambda x: approximate(x, 2, method), c * x,
+                                                       dy)
         assert_close(scaled_y / c, y, bar)
         assert_close(scaled_gradient, gradient, bar)
 
 
 @each_method
-@pytest.mark.parametrize('approximate, spans', [
-    (whole, [(20, 0, 20)]), (causal, [(4, 4, 8), (8, 8, 16), (16, 16, 20)])], ids=['whole', 'causal'])
+@pytest.mark.parametrize('approximate, spans', [(whole, [(20, 0, 20)]),
+                                                (causal, [(4, 4, 8), (8, 8, 16), (16, 16, 20)])],
+                         ids=['whole', 'causal'])
 def test_without_basis_grad_the_projectors_are_constants(approximate, spans, method):
     """Then the map is linear and symmetric, so its gradient is the same map of dy."""
     x, dy = normal(20, 6), normal(20, 6, seed=1)
@@ -131,28 +141,31 @@ def test_double_backward_raises(method):
         gradient.sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # hostile matrices
 
 def hostile(rank):
     """name -> (4, 12, 8) float32, of each kind 4 of different numbers."""
-    x, row, ramp = normal(4, 12, 8), normal(4, 1, 8, seed=1), torch.logspace(-6, 4, 12).double()[:, None]
+    x, row, ramp = normal(4, 12, 8), normal(4, 1, 8, seed=1), torch.logspace(-6, 4,
+                                                                             12).double()[:, None]
     orthonormal = torch.linalg.qr(x)[0]
-    found = {'zero': 0 * x, 'one token': row.expand_as(x), 'repeated values': orthonormal,
-             'two repeated values': orthonormal * torch.tensor([3.] * rank + [1.] * (8 - rank)),
-             'repeated at the cut': orthonormal * torch.tensor([3.] * (rank - 1) + [1.] * (9 - rank)),
-             'identity': torch.eye(12, 8).double().expand(4, -1, -1),
-             'duplicated rows': x[:, :3].repeat(1, 4, 1), 'few rows': torch.cat((x[:, :3], 0 * x[:, 3:]), 1),
-             'late rows': torch.cat((0 * x[:, :9], x[:, 9:]), 1),
-             'one element': x * (torch.arange(96).view(12, 8) == 17),
-             'zero columns': x * torch.tensor([1., 0, 0, 1, 0, 0, 0, 0]),
-             'steep columns': x * torch.logspace(0, -9, 8),
-             'tiny, then huge': x * ramp, 'huge, then tiny': x * ramp.flip(0),
-             'jump up': torch.cat((1e-6 * x[:, :5], 1e4 * x[:, 5:]), 1),
-             'jump down': torch.cat((1e4 * x[:, :5], 1e-6 * x[:, 5:]), 1),
-             **{f'rank {r}': x[..., :r] @ normal(4, r, 8, seed=2) for r in range(1, rank + 2)},
-             **{f'scale 1e{e}': x * 10. ** e for e in (-6, -3, 4)},
-             **{f'rank one, scale 1e{e}': x[..., :1] @ row * 10. ** e for e in (-6, 4)}}
+    found = {
+        'zero': 0 * x, 'one token': row.expand_as(x), 'repeated values': orthonormal,
+        'two repeated values': orthonormal * torch.tensor([3.] * rank + [1.] * (8 - rank)),
+        'repeated at the cut': orthonormal * torch.tensor([3.] * (rank - 1) + [1.] * (9 - rank)),
+        'identity': torch.eye(12,
+                              8).double().expand(4, -1,
+                                                 -1), 'duplicated rows': x[:, :3].repeat(1, 4, 1),
+        'few rows': torch.cat((x[:, :3], 0 * x[:, 3:]), 1), 'late rows': torch.cat(
+            (0 * x[:, :9], x[:, 9:]), 1), 'one element': x * (torch.arange(96).view(12, 8) == 17),
+        'zero columns': x * torch.tensor([1., 0, 0, 1, 0, 0, 0, 0]),
+        'steep columns': x * torch.logspace(0, -9, 8), 'tiny, then huge': x * ramp,
+        'huge, then tiny': x * ramp.flip(0), 'jump up': torch.cat(
+            (1e-6 * x[:, :5], 1e4 * x[:, 5:]), 1), 'jump down': torch.cat(
+                (1e4 * x[:, :5], 1e-6 * x[:, 5:]), 1), **{
+                    f'rank {r}': x[..., :r] @ normal(4, r, 8, seed=2) for r in range(1, rank + 2)
+                }, **{f'scale 1e{e}': x * 10. ** e for e in (-6, -3, 4)},
+        **{f'rank one, scale 1e{e}': x[..., :1] @ row * 10. ** e for e in (-6, 4)}}
     return {name: x.float() for name, x in found.items()}
 
 
@@ -160,8 +173,9 @@ def hostile(rank):
 @each_branch
 @pytest.mark.parametrize('rank', [2, 5])
 def test_hostile_matrices_give_finite_values_and_gradients(approximate, method, float64_here, rank):
-    """Of each kind by itself, where all are of one size, and of all at once. Matrices of no more than the
-    rank pass, to the precision that Cholesky QR leaves to directions of very different size."""
+    """Of each kind by itself, where all are of one size, and of all at once. Matrices of no more
+    than the rank pass, to the precision that Cholesky QR leaves to directions of very different
+    size."""
     dy, kinds = normal(12, 8, seed=5).float(), hostile(rank)
     starts = (dict(start=torch.zeros(8, rank)), dict(start=normal(8, rank), power_iters=1))
     for name, x in (kinds | {'all': torch.cat(list(kinds.values()))}).items():
@@ -177,7 +191,8 @@ def test_hostile_matrices_give_finite_values_and_gradients(approximate, method, 
 
 
 @each_branch
-@pytest.mark.parametrize('dtype, value', [(torch.float32, float('nan')), (torch.float64, float('inf')),
+@pytest.mark.parametrize('dtype, value', [(torch.float32, float('nan')),
+                                          (torch.float64, float('inf')),
                                           (torch.float32, -float('inf'))])
 def test_what_is_not_finite_raises(method, float64_here, dtype, value):
     for shape in ((2, 20, 6), (2, 20, 2), (2, 5, 6)):
@@ -188,14 +203,17 @@ def test_what_is_not_finite_raises(method, float64_here, dtype, value):
                 f(x.mT @ x if f is leading_eigenvectors else x, 1, method)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # causality
 
+
 @each_branch
-@pytest.mark.parametrize('dtype, scale', [(torch.float32, 1e-6), (torch.float32, 1e4), (torch.float64, 1)])
+@pytest.mark.parametrize('dtype, scale', [(torch.float32, 1e-6), (torch.float32, 1e4),
+                                          (torch.float64, 1)])
 def test_no_bit_of_a_causal_row_depends_on_a_later_one(method, float64_here, dtype, scale):
-    """Nor on the scale of later rows. NaN stays in its row where no basis comes from it: from row 32 on. How
-    many rows come later only changes the order of sums, in which bases with gaps above 1% lose two digits."""
+    """Nor on the scale of later rows. NaN stays in its row where no basis comes from it: from row
+    32 on. How many rows come later only changes the order of sums, in which bases with gaps above
+    1% lose two digits."""
     x = (scale * normal(2, 40, 6)).to(dtype)
     y = causal(x, 2, method)
     for j in (1, 5, 8, 9, 17, 33, 39):
@@ -206,16 +224,17 @@ def test_no_bit_of_a_causal_row_depends_on_a_later_one(method, float64_here, dty
 
 
 @each_method
-@pytest.mark.parametrize('rank, options, unchanged', [
-    (3, dict(block=4), 4), (4, dict(block=4), 8), (5, dict(block=1), 8), (2, dict(block=99), 40),
-    (2, {}, 32)], ids=str)
-def test_rows_pass_until_there_are_block_rows_and_more_rows_than_the_rank(method, rank, options, unchanged):
+@pytest.mark.parametrize('rank, options, unchanged',
+                         [(3, dict(block=4), 4), (4, dict(block=4), 8), (5, dict(block=1), 8),
+                          (2, dict(block=99), 40), (2, {}, 32)], ids=str)
+def test_rows_pass_until_there_are_block_rows_and_more_rows_than_the_rank(
+        method, rank, options, unchanged):
     x = normal(40, 6)
     passed = (causal_low_rank_approximation(x, rank, method, **options) == x).all(-1)
     assert passed.tolist() == [True] * unchanged + [False] * (40 - unchanged)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # spectra
 
 @exact_method
@@ -229,9 +248,11 @@ def test_truncated_svd_is_orthonormal_descending_and_the_best_in_its_dtype(metho
         parts = truncated_svd(x, rank, method)
         u, s, vh = (part.double() for part in parts)
         assert [part.dtype for part in parts] == [dtype] * 3
-        torch.testing.assert_close(s, torch.linalg.svdvals(x.double())[..., :rank], rtol=bar, atol=0)
+        torch.testing.assert_close(s,
+                                   torch.linalg.svdvals(x.double())[..., :rank], rtol=bar, atol=0)
         for gram in (u.mT @ u, vh @ vh.mT):
-            torch.testing.assert_close(gram, torch.eye(rank).double().expand_as(gram), rtol=0, atol=bar)
+            torch.testing.assert_close(gram,
+                                       torch.eye(rank).double().expand_as(gram), rtol=0, atol=bar)
         assert_close(u * s[..., None, :] @ vh, whole_truth(x.double(), rank), bar)
 
 
@@ -246,10 +267,12 @@ def test_u_is_orthonormal_where_singular_values_are_small(method, float64_here, 
 
 @pytest.mark.parametrize('scale', [1e-9, 1, 1e9])
 def test_energy_is_the_share_of_the_squared_norm(scale):
-    """fraction 1 asks for every singular value that counts, never more than there are; a zero matrix needs
-    rank 1."""
-    s = scale * torch.tensor([[2., 1, 1, 0], [1, 1e-4, 1e-4, 1e-4], [4, 3, 0, 0], [0, 0, 0, 0]]).double()
-    expected = [[4 / 6, 5 / 6, 1, 1], [1 - 3e-8, 1 - 2e-8, 1 - 1e-8, 1], [.64, 1, 1, 1], [1, 1, 1, 1]]
+    """fraction 1 asks for every singular value that counts, never more than there are; a zero
+    matrix needs rank 1."""
+    s = scale * torch.tensor([[2., 1, 1, 0], [1, 1e-4, 1e-4, 1e-4], [4, 3, 0, 0], [0, 0, 0, 0]
+                              ]).double()
+    expected = [[4 / 6, 5 / 6, 1, 1], [1 - 3e-8, 1 - 2e-8, 1 - 1e-8, 1], [.64, 1, 1, 1],
+                [1, 1, 1, 1]]
     torch.testing.assert_close(energy(s), torch.tensor(expected).double(), rtol=0, atol=1e-7)
     assert (energy(s)[:, -1] == 1).all() and (energy(s)[3] == 1).all()
     for fraction, ranks in (
@@ -266,8 +289,10 @@ def test_energy_kept_is_what_energy_says_of_the_best_approximation(shape, rank):
 
 
 def test_effective_rank_is_the_exponential_of_the_entropy():
-    many = [torch.outer(normal(8), normal(8, seed=1)), torch.linalg.qr(normal(8, 8))[0], 0 * normal(8, 8),
-            with_singular_values([2, 2, 2, 0, 0, 0, 0, 0], 8, 8)]
+    many = [
+        torch.outer(normal(8), normal(8, seed=1)),
+        torch.linalg.qr(normal(8, 8))[0], 0 * normal(8, 8),
+        with_singular_values([2, 2, 2, 0, 0, 0, 0, 0], 8, 8)]
     expected, s = [1, 8, 1, 3], torch.linalg.svdvals(normal(2, 12, 8))
     assert effective_rank(torch.stack(many)).tolist() == pytest.approx(expected, rel=1e-5)
     for x in (1e-6 * normal(2, 12, 8).float(), normal(2, 12, 8).mT, 1e4 * normal(2, 12, 8).mT):
@@ -275,7 +300,7 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
             effective_rank(x), torch.distributions.Categorical(s).perplexity(), rtol=1e-5, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # errors, autocast, compilation
 
 FULL = torch.zeros(8, 4)
@@ -308,12 +333,14 @@ def test_autocast_changes_nothing(approximate, method, dtype):
 
 @pytest.mark.parametrize('approximate, method, backend', [
     (whole, 'gram', 'eager'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (causal, 'gram', 'aot_eager'), (whole, 'standard', 'aot_eager'), (whole, 'randomized', 'eager'),
-        *zip((whole, causal, whole), METHODS, ('inductor',) * 3)))])
+        (causal, 'gram', 'aot_eager'), (whole, 'standard', 'aot_eager'),
+        (whole, 'randomized', 'eager'), *zip((whole, causal, whole), METHODS, ('inductor', ) * 3)))
+])
 def test_compiles_to_one_graph_with_the_same_result(approximate, method, backend):
-    """inductor generates code, and so can fail where the others pass; it needs a C++ compiler, hence slow."""
+    """inductor generates code, and so can fail where the others pass; it needs a C++ compiler,
+    hence slow."""
     x, dy = normal(2, 20, 6).float(), normal(2, 20, 6, seed=1).float()
-    torch.compiler.reset()                                          # else the limit of recompilations is hit
+    torch.compiler.reset()  # else the limit of recompilations is hit
     compiled = torch.compile(lambda x: approximate(x, 2, method), fullgraph=True, backend=backend)
     for actual, expected in zip(value_and_gradient(compiled, x, dy),
                                 value_and_gradient(lambda x: approximate(x, 2, method), x, dy)):

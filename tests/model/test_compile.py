@@ -15,10 +15,12 @@ MODELS = {
     'MLA': mla(),
     'MLA, gram, causal': mla(**SVDS['gram, causal']),
     'MLA, standard, weight': mla(**SVDS['standard, weight']),
-    'factored': dict(layer_ranks={'h.0.attn.c_attn.c_v': 3, 'h.0.attn.c_proj': 4, 'h.0.mlp.c_fc': 5}),
+    'factored': dict(
+        layer_ranks={'h.0.attn.c_attn.c_v': 3, 'h.0.attn.c_proj': 4, 'h.0.mlp.c_fc': 5}),
 }
 CONSTANT_BASIS = [
-    SVDS[name] | dict(svd_basis_grad=False) for name in ('standard, causal', 'gram, sequence', 'gram, weight')
+    SVDS[name] | dict(svd_basis_grad=False)
+    for name in ('standard, causal', 'gram, sequence', 'gram, weight')
 ]
 
 
@@ -60,11 +62,12 @@ def outcome(model, dtype=None):
     ids=str,
 )
 def test_the_compiled_model_is_the_model_as_one_graph(fresh, options, backend, dtype):
-    """aot_eager traces forward and backward and runs them in torch's own kernels, so to the bit; inductor
-    makes kernels that add in another order, and needs a compiler. Under autocast the SVD leaves it inside the
-    graph. Gradients are compared to the largest of all: those of the key biases are zero except for
-    rounding."""
-    model, tolerance = make(dtype=torch.float32, n_layer=1, **options), 1e-4 if backend == 'inductor' else 0
+    """aot_eager traces forward and backward and runs them in torch's own kernels, so to the bit;
+    inductor makes kernels that add in another order, and needs a compiler. Under autocast the SVD
+    leaves it inside the graph. Gradients are compared to the largest of all: those of the key
+    biases are zero except for rounding."""
+    model, tolerance = make(dtype=torch.float32, n_layer=1,
+                            **options), 1e-4 if backend == 'inductor' else 0
     loss, gradients = outcome(torch.compile(model, fullgraph=True, backend=backend), dtype)
     expected_loss, expected = outcome(model, dtype)
     assert abs(loss - expected_loss) <= tolerance * expected_loss
@@ -74,8 +77,8 @@ def test_the_compiled_model_is_the_model_as_one_graph(fresh, options, backend, d
 
 @pytest.mark.parametrize('options', MODELS.values(), ids=MODELS)
 def test_half_precision_gives_finite_gradients_and_nearly_the_loss(options):
-    """Gradients are only finite here: at a small gap they may differ by more than a rounding, and rightly
-    so."""
+    """Gradients are only finite here: at a small gap they may differ by more than a rounding, and
+    rightly so."""
     model = make(dtype=torch.float32, n_layer=1, **options)
     for dtype in (torch.bfloat16, torch.float16):
         loss, gradients = outcome(model, dtype)

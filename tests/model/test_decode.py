@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd, tokens
+from helpers import (MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd,
+                     tokens)
 from lowrank.svd import METHODS
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error:svd_scope')]
@@ -27,7 +28,7 @@ CACHED = {
 each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # logits
 
 
@@ -46,19 +47,22 @@ each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
     latents=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_cached_logits_are_the_uncached_ones(
-    data, scope, method, head_size, n_head, bias, block_size, svd_block, rows, one_prompt, latents, seed
-):
-    """Whatever the room that is left. 'randomized' is left out for latents, since one below the rank leaves
-    it with columns that are only rounding."""
+def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_head, bias,
+                                             block_size, svd_block, rows, one_prompt, latents,
+                                             seed):
+    """Whatever the room that is left. 'randomized' is left out for latents, since one below the
+    rank leaves it with columns that are only rounding."""
     width, T = n_head * head_size, data.draw(st.integers(1, block_size))
     prompt, room = data.draw(st.integers(1, T)), data.draw(st.integers(T, block_size))
     latent = mla(data.draw(st.integers(1, width))) if latents and method != 'randomized' else {}
-    cut = svd(scope, data.draw(st.integers(1, head_size + 1)), method, svd_block=svd_block) if scope else {}
-    model = make(seed, n_embd=width, n_head=n_head, bias=bias, block_size=block_size, **cut, **latent)
+    cut = svd(scope, data.draw(st.integers(1, head_size +
+                                           1)), method, svd_block=svd_block) if scope else {}
+    model = make(seed, n_embd=width, n_head=n_head, bias=bias, block_size=block_size, **cut,
+                 **latent)
     idx = tokens(rows, T, seed)
     idx[:, :prompt] = idx[:1, :prompt] if one_prompt else idx[:, :prompt]
-    actual, expected = cached_logits(model, idx, prompt, one_prompt, room), model(idx, idx)[0].detach()
+    actual, expected = cached_logits(model, idx, prompt, one_prompt, room), model(idx,
+                                                                                  idx)[0].detach()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
@@ -76,18 +80,20 @@ def test_a_cache_gives_logits_and_loss_without_gradients(device, options):
     for prompt in (1, 4, 5, 15, 16):
         cache = model.new_cache(3, 16)
         actual = model(idx[:, :prompt], targets[:, :prompt], cache=cache)
-        torch.testing.assert_close(actual, model(idx[:, :prompt], targets[:, :prompt]), rtol=bar, atol=bar)
+        torch.testing.assert_close(actual, model(idx[:, :prompt], targets[:, :prompt]), rtol=bar,
+                                   atol=bar)
         logits = [actual[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(prompt, 16))]
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=bar, atol=bar)
         assert loss.requires_grad and not any(x.requires_grad for x in (actual[1], *logits))
-    assert model(idx[:1, :4], cache=model.new_cache(3, 16))[0].shape == (1, 1, 11)  # one prompt for three
+    # one prompt for three
+    assert model(idx[:1, :4], cache=model.new_cache(3, 16))[0].shape == (1, 1, 11)
 
 
 @each_cached
 @torch.no_grad()
 def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
-    """At most four times as far as without: rows are rounded as they are stored, and sums taken in another
-    order."""
+    """At most four times as far as without: rows are rounded as they are stored, and sums taken in
+    another order."""
     idx = tokens(4)
     for dtype, cast in (
         (torch.float32, None),
@@ -102,7 +108,8 @@ def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
             uncached, cached = model(idx, idx)[0], cached_logits(model, idx, 5)
         assert cached.dtype == uncached.dtype
         # float64 stays float64 under autocast
-        bar = 1e6 * eps if dtype == torch.float64 else 4 * (uncached - truth).norm() / truth.norm() + 4 * eps
+        bar = 1e6 * eps if dtype == torch.float64 else 4 * (uncached -
+                                                            truth).norm() / truth.norm() + 4 * eps
         assert (cached - truth).norm() <= bar * truth.norm()
 
 
@@ -119,13 +126,15 @@ def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
 def test_cached_logits_of_heads_of_gpt2(options):
     """Head size 64, rank 16, 200 tokens, blocks of 32."""
     model = make(1, n_embd=128, block_size=200, vocab_size=64, **{'svd_block': 32, **options})
-    assert error(model, torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(2)), 70) <= 1e-9
+    assert error(model, torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(2)),
+                 70) <= 1e-9
 
 
 @pytest.mark.parametrize('latents', [{}, mla(20)], ids=['dense', 'MLA'])
 def test_randomized_starts_from_the_same_basis_with_a_cache(latents):
     """Before and after a training step."""
-    model, idx = make(1, n_embd=32, block_size=64, **svd('causal', 5, 'randomized'), **latents), tokens(2, 64)
+    model, idx = make(1, n_embd=32, block_size=64, **svd('causal', 5, 'randomized'),
+                      **latents), tokens(2, 64)
     cold = model(idx, idx)
     assert max(error(model, idx, prompt) for prompt in (1, 20)) <= 1e-9
     optimizer = model.configure_optimizers(0, 0.0, (0.9, 0.95), 'cpu')
@@ -137,7 +146,7 @@ def test_randomized_starts_from_the_same_basis_with_a_cache(latents):
     ) <= 1e-9
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # value projections out of the ordinary
 
 
@@ -166,9 +175,10 @@ def test_value_weights_of_rank_one_and_zero_are_not_changed(scope, method, rank)
 
 @pytest.mark.parametrize('method, n_head', [('standard', 1), ('gram', 2), ('randomized', 4)])
 def test_a_cut_that_is_not_unique_is_that_of_training(method, n_head):
-    """All singular values are equal, which Muon strives for. Another subspace would give an error of about
-    1."""
-    model = make(dtype=torch.float32, n_embd=16, n_head=n_head, **svd('weight', 8 // n_head, method))
+    """All singular values are equal, which Muon strives for. Another subspace would give an error
+    of about 1."""
+    model = make(dtype=torch.float32, n_embd=16, n_head=n_head, **svd('weight', 8 // n_head,
+                                                                      method))
     change_values(model, lambda w, b, _: w.copy_(torch.linalg.qr(w.mT)[0].mT))
     assert error(model, tokens(), 3) <= 1e-3
 
@@ -193,7 +203,7 @@ def test_values_of_other_sizes(scope, method, dtype, scale):
     torch.testing.assert_close(cached_logits(model, idx, 3), before, rtol=bar, atol=bar)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what does not fit a cache
 
 
@@ -223,13 +233,13 @@ def test_values_that_later_tokens_change_have_no_cache(latents):
         make(**svd('sequence'), **latents).new_cache(2, 16)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bytes
 
 
 def bytes_held(cache, scope):
-    """Bytes of all storages that a cache refers to, found by walking it, apart from weights: in 'weight' scope the
-    basis is one."""
+    """Bytes of all storages that a cache refers to, found by walking it, apart from weights: in
+    'weight' scope the basis is one."""
     weights, storages = ('bias', 'down_proj', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
 
     def walk(x):
@@ -238,8 +248,7 @@ def bytes_held(cache, scope):
         for part in (
             x
             if isinstance(x, (list, tuple))
-            else [v for k, v in getattr(x, '__dict__', {}).items() if k not in weights]
-        ):
+            else [v for k, v in getattr(x, '__dict__', {}).items() if k not in weights]):
             walk(part)
 
     walk(cache)
@@ -247,9 +256,11 @@ def bytes_held(cache, scope):
 
 
 def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
-    """Bytes of a layer's cache for one sequence, `each` per number; squares are summed in float64, for halves
-    float32."""
-    starts = [block * 2**i for i in range(20) if rank < block * 2**i < T] if scope == 'causal' else []
+    """Bytes of a layer's cache for one sequence, `each` per number; squares are summed in float64,
+    for halves float32."""
+    starts = [block * 2 ** i
+              for i in range(20)
+              if rank < block * 2 ** i < T] if scope == 'causal' else []
     bases = heads * len(starts) * rank * hs * each
     if latent:
         return T * latent * each + bases
@@ -292,7 +303,8 @@ def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
             **(mla(latent) if latent else {}),
             **(svd(scope, rank, svd_block=block) if scope else {}),
         )
-        expected = 2 * B * bytes_by_formula(scope, latent, T, head_size, rank, block, each)  # 2 layers
+        # 2 layers
+        expected = 2 * B * bytes_by_formula(scope, latent, T, head_size, rank, block, each)
         with torch.autocast('cpu', torch.bfloat16, enabled=cast), torch.no_grad():
             cache, idx = model.new_cache(B, T), tokens(B, T)
             assert model.kv_cache_bytes(B, T) == expected == bytes_held(cache, scope)
@@ -305,21 +317,23 @@ def test_bytes_are_counted_without_being_allocated():
     """Of block_size tokens at most. 'sequence' scope has no cache where it truncates."""
     model, sequence = make(), svd('sequence')
     full = model.kv_cache_bytes(1, 16)
-    assert model.kv_cache_bytes(10**12, 99) == 10**12 * full and make(**sequence).kv_cache_bytes(2, 16) == 0
+    assert model.kv_cache_bytes(
+        10 ** 12, 99) == 10 ** 12 * full and make(**sequence).kv_cache_bytes(2, 16) == 0
     assert make(**sequence | dict(svd_rank=4)).kv_cache_bytes(1, 16) == full
     assert make(**sequence | dict(use_svd=False)).kv_cache_bytes(1, 16) == full
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 
 @torch.no_grad()
 def lively(**options):
-    """A model whose likeliest token varies with the prompt and the position, which that of `make` hardly
-    does."""
+    """A model whose likeliest token varies with the prompt and the position, which that of `make`
+    hardly does."""
     model = make(**options)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))  # not the embedding
+    # not the embedding
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.transformer.ln_f.bias.zero_()
     model.transformer.wpe.weight.mul_(4)
     return model
@@ -328,16 +342,21 @@ def lively(**options):
 @pytest.mark.any_device
 @each_cached
 def test_the_cache_changes_no_token(device, options):
-    """Up to block_size and beyond, one prompt for all and one for each; an expanded prompt is the prompt
-    repeated."""
+    """Up to block_size and beyond, one prompt for all and one for each; an expanded prompt is the
+    prompt repeated."""
     dtype, _ = precision(device)
     model = lively(dtype=dtype, **options).to(device)
-    draws = [dict(temperature=0), dict(top_p=0.8), dict(temperature=0.7, top_k=5), dict(temperature=1.5)]
+    draws = [
+        dict(temperature=0),
+        dict(top_p=0.8),
+        dict(temperature=0.7, top_k=5),
+        dict(temperature=1.5)]
     for i, (columns, new) in enumerate([(1, 16), (3, 0), (20, 3), (5, 14), (15, 2), (4, 1)]):
         idx, draw = tokens(3, columns, seed=i).to(device), dict(seed=2) | draws[i % 4]
         for prompt in (idx, idx[:1].expand(3, -1)):
             expected = model.generate(prompt.contiguous(), new, use_cache=False, **draw)
-            assert expected.shape == (3, columns + new) and torch.equal(expected[:, :columns], prompt)
+            assert expected.shape == (3, columns + new) and torch.equal(
+                expected[:, :columns], prompt)
             assert torch.equal(model.generate(prompt, new, **draw), expected)
             if prompt is not idx and new < 4:
                 assert torch.equal(model.generate(prompt, new, use_cache=False, **draw), expected)
@@ -351,7 +370,8 @@ def test_a_seed_is_of_a_generator_of_its_own(options):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     a, again, b = (model.generate(idx, 12, seed=seed, use_cache=not options) for seed in (7, 7, 8))
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(a, again) and not torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(
+        a, again) and not torch.equal(a, b)
     assert torch.equal(model.generate(idx, 12, use_cache=not options), a)
 
 
@@ -365,7 +385,7 @@ def test_in_training_mode_nothing_is_cached():
     assert len(first[0].unique()) > 1 and not torch.equal(*first)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # how much is computed
 
 
@@ -380,8 +400,7 @@ def counts(model):
         'head': model.lm_head,
     }.items():
         part.register_forward_pre_hook(
-            lambda _, args, name=name: found.update({name: args[0].shape[:2].numel()})
-        )
+            lambda _, args, name=name: found.update({name: args[0].shape[:2].numel()}))
     return found
 
 
@@ -399,17 +418,19 @@ def counts(model):
     ],
 )
 def test_every_token_is_computed_once(columns, new, use_cache, expand, layers, last):
-    """Beyond block_size all positions move, so the window is computed again. The MLP of the last layer and
-    the head compute one position per pass. One cache is made, for the tokens that pass; for none if the prompt is
-    longer than that."""
+    """Beyond block_size all positions move, so the window is computed again. The MLP of the last
+    layer and the head compute one position per pass. One cache is made, for the tokens that pass;
+    for none if the prompt is longer than that."""
     for options in CACHED.values():
         model, prompts, asked = make(**options), tokens(3, columns), []
         found, new_cache = counts(model), model.new_cache
         model.new_cache = lambda *args: asked.append(args) or new_cache(*args)
         prompts = prompts[:1].expand(3, -1) if expand else prompts
         model.generate(prompts, new, 1.0, None, use_cache)  # the order of nanoGPT, then use_cache
-        assert found == {'layer 0': layers, 'layer 1': layers, 'mlp 0': layers, 'mlp 1': last, 'head': last}
-        assert asked == ([(3, min(16, columns + new - 1))] if use_cache and new > 1 and columns <= 16 else [])
+        assert found == {
+            'layer 0': layers, 'layer 1': layers, 'mlp 0': layers, 'mlp 1': last, 'head': last}
+        assert asked == ([(3, min(16, columns + new -
+                                  1))] if use_cache and new > 1 and columns <= 16 else [])
 
 
 def test_sequence_scope_warns_and_recomputes():
@@ -427,22 +448,23 @@ def test_sequence_scope_warns_and_recomputes():
     'options', [{}, mla(), mla(8), dict(layer_ranks=RANKS), mla(layer_ranks=MLA_RANKS)], ids=str
 )
 def test_operations_are_those_that_torch_counts(options):
-    """A prompt with and without a cache, and the token after it, with latents absorbed. Torch also counts
-    attention to later tokens, which is masked: T^2 pairs for T (T + 1) / 2 in all layers but the last, which
-    has a single query."""
+    """A prompt with and without a cache, and the token after it, with latents absorbed. Torch also
+    counts attention to later tokens, which is masked: T^2 pairs for T (T + 1) / 2 in all layers but
+    the last, which has a single query."""
     for layers, heads, width, T in ((1, 2, 8, 16), (2, 2, 8, 11), (3, 4, 32, 40), (2, 1, 12, 1)):
-        shape = dict(
-            n_layer=2 if 'layer_ranks' in options else layers, n_head=heads, n_embd=width, block_size=64
-        )
+        shape = dict(n_layer=2 if 'layer_ranks' in options else layers, n_head=heads, n_embd=width,
+                     block_size=64)
         model, idx = make(dtype=torch.float32, **shape, **options), tokens(2, T + 1)
-        expected = 2 * (T * model.flops_per_token(T) + (shape['n_layer'] - 1) * 4 * width * T * (T - 1) // 2)
+        expected = 2 * (T * model.flops_per_token(T) + (shape['n_layer'] - 1) * 4 * width * T *
+                        (T - 1) // 2)
         cache = model.new_cache(2, T + 1)
         assert counted(lambda: model(idx[:, :T])) == pytest.approx(expected, rel=1e-12)
         assert counted(lambda: model(idx[:, :T], cache=cache)) == pytest.approx(expected, rel=1e-12)
-        assert counted(lambda: model(idx[:, T:], cache=cache)) == 2 * model.flops_per_token(T, decode=True)
+        assert counted(lambda: model(idx[:, T:], cache=cache)) == 2 * model.flops_per_token(
+            T, decode=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # streams and errors
 
 
@@ -457,7 +479,8 @@ def test_a_stream_yields_tokens_as_they_are_drawn_and_can_be_abandoned(options):
         assert torch.is_grad_enabled()  # no_grad is for the stream, not its reader
         drawn.append(new)
     stream.close()
-    assert torch.equal(torch.cat(drawn, dim=1), expected[:, 5:18])  # the first are still what they were
+    # the first are still what they were
+    assert torch.equal(torch.cat(drawn, dim=1), expected[:, 5:18])
     assert torch.is_grad_enabled() and not any(graphs)
     assert torch.equal(model.generate(idx, 20, seed=2), expected)
 

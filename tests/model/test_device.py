@@ -1,8 +1,10 @@
-"""What the device at hand must do like the CPU. With the other tests marked any_device this is the self-test of a machine:
+"""What the device at hand must do like the CPU. With the other tests marked any_device this is the
+self-test of a machine:
 python -m pytest --device=cuda
 
-Bounds are relative to the largest entry of each tensor that is compared. MPS has no float64 and sums V^T V in float32, which costs a
-gradient up to 1 / gap^2 roundings, so bounds are wider there."""
+Bounds are relative to the largest entry of each tensor that is compared. MPS has no float64 and
+sums V^T V in float32, which costs a gradient up to 1 / gap^2 roundings, so bounds are wider
+there."""
 
 import copy
 
@@ -15,41 +17,49 @@ from model import GPT, SCOPES, GPTConfig
 from runtime.device import autocast
 
 pytestmark = [pytest.mark.any_device, pytest.mark.usefixtures('one_thread')]
-SHAPE = dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=32, svd_block=8)         # heads of 16
+# heads of 16
+SHAPE = dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=32, svd_block=8)
 FACTORS = {'h.0.attn.c_attn.c_v': 8, 'h.0.attn.c_proj': 8, 'h.0.mlp.c_fc': 16, 'h.0.mlp.c_proj': 16}
-MODELS = {'dense': {}, 'mla': dict(use_mla=True), 'mla causal': dict(use_mla=True, **svd('causal', 4)),
-          'factored': dict(layer_ranks=FACTORS),
-          **{f'{scope} {method}': svd(scope, 4, method) for scope in SCOPES for method in METHODS}}
+MODELS = {
+    'dense': {}, 'mla': dict(use_mla=True), 'mla causal': dict(use_mla=True, **svd('causal', 4)),
+    'factored': dict(layer_ranks=FACTORS),
+    **{f'{scope} {method}': svd(scope, 4, method) for scope in SCOPES for method in METHODS}
+}
 each_model = pytest.mark.parametrize('options', MODELS.values(), ids=MODELS)
 
 
 def well_separated(**options):
-    """A float32 model whose value projections halve from one column of a head to the next: the singular values of V fall
-    as fast, so that the gap at the cut is wide and only rounding differs."""
+    """A float32 model whose value projections halve from one column of a head to the next: the
+    singular values of V fall as fast, so that the gap at the cut is wide and only rounding
+    differs."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE | options)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=.2)
         for block in model.transformer.h:
-            block.attn.c_attn.value_weight().mul_(2.0 ** -torch.arange(16).unsqueeze(-1))      # (nh, hs, C or latent)
+            # (nh, hs, C or latent)
+            block.attn.c_attn.value_weight().mul_(2.0 ** -torch.arange(16).unsqueeze(-1))
     return model
 
 
 def outcome(model, device, dtype='float32', replica=None):
-    """-> [logits, loss, a gradient for each parameter], float32 on the CPU. float16 needs the loss scaled, as in
-    training."""
+    """-> [logits, loss, a gradient for each parameter], float32 on the CPU. float16 needs the loss
+    scaled, as in training."""
     x, y = torch.randint(17, (2, 4, 32), generator=torch.Generator().manual_seed(0)).to(device)
     scale = 2.0 ** 10 if dtype == 'float16' else 1.0
     model.zero_grad()
     with autocast(device, dtype):
         logits, loss = (replica or model)(x, y)
     (loss * scale).backward()
-    return [t.detach().float().cpu() for t in (logits, loss, *(p.grad / scale for p in model.parameters()))]
+    return [
+        t.detach().float().cpu()
+        for t in (logits, loss, *(p.grad / scale for p in model.parameters()))]
 
 
 def assert_near(actual, expected, bound):
-    """Of each gradient, too. Some are zero but for rounding, those of key biases: hence a floor for their scale."""
+    """Of each gradient, too. Some are zero but for rounding, those of key biases: hence a floor for
+    their scale."""
     floor = .1 * max(gradient.abs().max() for gradient in expected[2:])
     for a, b in zip(actual, expected, strict=True):
         assert (a - b).abs().max() <= bound * max(b.abs().max(), floor)      # false for NaN
@@ -64,8 +74,10 @@ def test_the_device_computes_what_the_cpu_does(device, options):
     assert_near(outcome(model.to(device), device), expected, 1e-3 if device == 'mps' else 1e-4)
 
 
-@pytest.mark.parametrize('dtype, bound', [('bfloat16', .2), ('float16', .03)])     # some dozens of their roundings
-@pytest.mark.parametrize('name', ['dense', 'mla', 'sequence standard', 'causal gram', 'weight randomized'])
+# some dozens of their roundings
+@pytest.mark.parametrize('dtype, bound', [('bfloat16', .2), ('float16', .03)])
+@pytest.mark.parametrize('name',
+                         ['dense', 'mla', 'sequence standard', 'causal gram', 'weight randomized'])
 def test_half_precision_is_near_float32(device, dtype, bound, name):
     model = well_separated(**MODELS[name]).to(device)
     assert_near(outcome(model, device, dtype), outcome(model, device), bound)
@@ -84,18 +96,21 @@ def test_the_svd_of_half_precision_is_that_of_float32_rounded_once(device, metho
     assert torch.equal(low, expected.to(dtype)) and torch.equal(half.grad, single.grad.to(dtype))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])           # float16: the scaler's state is resumed, too
+# float16: the scaler's state is resumed, too
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_a_resumed_run_is_the_undisturbed_one(device, fit, here, dtype):
     if device == 'cpu':
         pytest.skip('tests/runtime/test_resume.py does it there, to the bit')
-    options = ['--dropout=.2', '--use_svd=True', '--svd_rank=3', '--optimizer=muon', '--lr_decay_iters=6',
-               '--eval_interval=3', f'--device={device}', f'--dtype={dtype}']
+    options = [
+        '--dropout=.2', '--use_svd=True', '--svd_rank=3', '--optimizer=muon', '--lr_decay_iters=6',
+        '--eval_interval=3', f'--device={device}', f'--dtype={dtype}']
     fit(*options, '--max_iters=6', '--out_dir=whole')
     fit(*options, '--max_iters=3')
     half = checkpoint()['model']
     fit(*options, '--max_iters=6', '--init_from=resume')
     whole, parts = checkpoint('whole')['model'], checkpoint()['model']
-    # a backward pass may add in no fixed order; lost dropout, batches or optimizer state would move weights by a third
+    # a backward pass may add in no fixed order; lost dropout, batches or optimizer state would move
+    # weights by a third
     for name, weight in whole.items():
         assert (parts[name] - weight).norm() <= .1 * (weight - half[name]).norm()
 

@@ -1,5 +1,5 @@
-"""model.py with layer_ranks: layers that are products of two, from configuration to training. That they are
-optimized, cached and counted is in test_model.py and test_decode.py."""
+"""model.py with layer_ranks: layers that are products of two, from configuration to training. That
+they are optimized, cached and counted is in test_model.py and test_decode.py."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tools.export_formats import plain_model
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configuration
 
 
@@ -42,7 +42,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 )
 def test_layers_and_ranks_that_cannot_be(name, rank, hint, options):
     with pytest.raises(ValueError, match='^layer_ranks=') as e:
-        GPTConfig(n_layer=2, n_embd=8, n_head=2, layer_ranks={'h.0.attn.c_proj': 1, name: rank}, **options)
+        GPTConfig(n_layer=2, n_embd=8, n_head=2, layer_ranks={'h.0.attn.c_proj': 1, name: rank},
+                  **options)
     assert repr(name) in str(e.value) and str(rank) in str(e.value) and hint in str(e.value)
 
 
@@ -58,7 +59,8 @@ def test_every_layer_that_can_be_named_is_there(options, count):
         assert model.get_num_params() == make(**options).get_num_params() - (m * n - 2 * (m + n))
         assert sum(isinstance(module, LowRankLinear) for module in model.modules()) == 1
         kinds = [type(block.attn.c_attn) for block in model.transformer.h]
-        assert options or kinds.count(SplitProjection) == ('c_attn' in name) == 2 - kinds.count(QKVProjection)
+        assert options or kinds.count(SplitProjection) == (
+            'c_attn' in name) == 2 - kinds.count(QKVProjection)
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,18 @@ def test_other_values_on_the_command_line_and_in_a_file_are_one_line(here, refus
     assert '[own.py]' in refused(train.main, 'own.py', *TINY) and not Path('out').exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the model
 
 
 @pytest.mark.parametrize(
     'options',
-    [svd('causal'), svd('sequence', bias=False), mla(**svd('causal', bias=False)), mla(**svd('sequence'))],
+    [
+        svd('causal'),
+        svd('sequence', bias=False),
+        mla(**svd('causal', bias=False)),
+        mla(**svd('sequence'))
+    ],
     ids=str,
 )
 def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options):
@@ -118,8 +125,7 @@ def test_initially_products_have_the_scale_of_a_dense_weight(rank):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape, layer_ranks=dict.fromkeys(names, rank)))
     for name in names:
-        layer, expected = model.transformer.get_submodule(name), 0.02 / (2 if name.endswith('c_proj') else 1)
+        layer, expected = model.transformer.get_submodule(
+            name), 0.02 / (2 if name.endswith('c_proj') else 1)
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.2)
         assert layer.bias.count_nonzero() == 0
-
-

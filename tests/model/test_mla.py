@@ -1,5 +1,5 @@
-"""Multi-head latent attention: parameters, training, runs, export and config files. Its logits are in
-test_model.py, its cache in test_decode.py."""
+"""Multi-head latent attention: parameters, training, runs, export and config files. Its logits are
+in test_model.py, its cache in test_decode.py."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ RUN = ['--use_mla=True', '--mla_latent_dim=5', '--bias=True']
 CUT = ['--use_svd=True', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4']
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # parameters
 
 
@@ -59,10 +59,10 @@ def test_attention_has_a_fifth_to_a_half_fewer_parameters(bias):
                 GPT(GPTConfig(**shape)),
             )
         expected = layers * (2 * width**2 + 3 * width * (latent or width // 4) + 3 * width * bias)
-        assert model.attention_params() == expected and dense.attention_params() == layers * 4 * width * (
-            width + bias
-        )
-        assert dense.get_num_params() - model.get_num_params() == dense.attention_params() - expected
+        assert model.attention_params() == expected and dense.attention_params(
+        ) == layers * 4 * width * (width + bias)
+        assert dense.get_num_params() - model.get_num_params() == dense.attention_params(
+        ) - expected
         assert latent or 0.2 <= 1 - expected / dense.attention_params() <= 0.5
 
 
@@ -70,11 +70,13 @@ def test_attention_has_a_fifth_to_a_half_fewer_parameters(bias):
 def test_initially_keys_and_values_have_the_variance_of_ordinary_ones(latent):
     """The products have a standard deviation of 0.02, as W_k and W_v of ordinary attention."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=64, block_size=16, **mla(latent)))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=64, block_size=16, **mla(latent)))
     for block in model.transformer.h:
         a = block.attn.c_attn
         down = a.kv_down.weight  # (d, C): orthogonal rows, entries of 1 / sqrt(d)
-        torch.testing.assert_close(down @ down.T, 128 / latent * torch.eye(latent), rtol=0, atol=1e-4)
+        torch.testing.assert_close(down @ down.T, 128 / latent * torch.eye(latent), rtol=0,
+                                   atol=1e-4)
         for weight, std in (
             (a.query.weight, 0.02),
             (a.k_up.weight, 0.02),
@@ -86,7 +88,7 @@ def test_initially_keys_and_values_have_the_variance_of_ordinary_ones(latent):
         assert a.query.bias.count_nonzero() == a.v_up.bias.count_nonzero() == 0
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training
 
 
@@ -104,17 +106,16 @@ def test_initially_keys_and_values_have_the_variance_of_ordinary_ones(latent):
     ],
 )
 def test_training_stays_finite_and_learns(method, scope, kind, steps):
-    """The default latent, 4 numbers, with heads of 2 and of 16: V then has singular values that are exactly
-    zero, where a gradient by autograd through torch.linalg.svd is NaN at once. Without biases, which would
-    add a dimension."""
+    """The default latent, 4 numbers, with heads of 2 and of 16: V then has singular values that are
+    exactly zero, where a gradient by autograd through torch.linalg.svd is NaN at once. Without
+    biases, which would add a dimension."""
     for n_head, rank in ((8, 1), (1, 6)):
         torch.manual_seed(0)
         model = GPT(
             GPTConfig(
                 **SMALL | dict(n_layer=1, n_head=n_head, n_embd=16, bias=False, use_mla=True),
                 **svd(scope, rank, method),
-            )
-        )
+            ))
         optimizer, losses = optimizer_of(model, kind), []
         for step in range(steps):
             x = tokens(seed=step) % 5
@@ -132,16 +133,16 @@ def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, ca
     saved, new = checkpoint(), dict(use_mla=False, mla_latent_dim=None, layer_ranks=None)
     old = saved | {
         part: {key: value for key, value in saved[part].items() if key not in new}
-        for part in ('model_args', 'config')
-    }
+        for part in ('model_args', 'config')}
     torch.save(old, 'out/ckpt.pt')
-    assert call(sample.main, '--device=cpu', '--start=the', '--num_samples=1', '--max_new_tokens=5').code == 0
+    assert call(sample.main, '--device=cpu', '--start=the', '--num_samples=1',
+                '--max_new_tokens=5').code == 0
     resume = ['--init_from=resume', '--device=cpu', '--max_iters=5']
     assert 'use_mla=False' in refused(train.main, *resume, '--use_mla=True')
     assert call(train.main, *resume).code == 0 and checkpoint()['model_args'] == saved['model_args']
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # export.py and configs
 
 
@@ -174,21 +175,20 @@ def test_multiplied_out_it_is_a_plain_model(options):
 
 @pytest.mark.parametrize('to', ['gpt2', 'nanogpt'])
 def test_a_run_is_exported(trained, call, refused, to):
-    """Without its AdamW's state, which is of parameters that are no more; not where V itself is cut."""
+    """Without its AdamW's state, which is of parameters that are no more; not where V itself is
+    cut."""
     trained(*RUN)
     result = call(export.main, f'--to={to}', '--save_dir=new')
     assert result.code == 0 and 'optimizer state' in result.out, result.out
     before, idx = GPT.from_checkpoint(ckpt.load('out/ckpt.pt')).eval(), torch.arange(16)[None]
-    after = GPT.from_pretrained('new') if to == 'gpt2' else GPT.from_checkpoint(ckpt.load('new/ckpt.pt'))
+    after = GPT.from_pretrained('new') if to == 'gpt2' else GPT.from_checkpoint(
+        ckpt.load('new/ckpt.pt'))
     expected = before(idx, idx)[0]
     assert not after.config.use_mla
     assert (after.eval()(idx, idx)[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
     if to == 'nanogpt':
         assert not checkpoint('new')['optimizer']['state']
-        assert (
-            call(train.main, '--init_from=resume', '--out_dir=new', '--max_iters=6', '--device=cpu').code == 0
-        )
+        assert (call(train.main, '--init_from=resume', '--out_dir=new', '--max_iters=6',
+                     '--device=cpu').code == 0)
     trained(*RUN, *CUT, folder='cut')
     assert 'svd_scope=' in refused(export.main, '--out_dir=cut', f'--to={to}')
-
-

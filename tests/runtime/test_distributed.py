@@ -1,4 +1,5 @@
-"""Several processes: the same run as one, to rounding, and one whose process dies ends with a message."""
+"""Several processes: the same run as one, to rounding, and one whose process dies ends with a
+message."""
 
 import os
 import re
@@ -15,7 +16,10 @@ from helpers import ROOT, TINY, checkpoint, equal, rows
 from runtime import checkpoint as ckpt
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
-RUN = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=6', '--lr_decay_iters=6', '--eval_interval=3']
+RUN = [
+    *TINY, '--gradient_accumulation_steps=4', '--max_iters=6', '--lr_decay_iters=6',
+    '--eval_interval=3'
+]
 SVD = '--use_svd=True --svd_rank=2 --svd_block=4'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
             str(ROOT / 'train.py')]
@@ -34,18 +38,19 @@ def torchrun(*argv):
     f'--use_mla=True --mla_latent_dim=5 --bias=True {SVD} --svd_scope=weight --svd_method=gram',
     f'--optimizer=muon {SVD} --svd_scope=causal --svd_method=randomized'])
 def test_two_processes_train_what_one_does(fit, options):
-    """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums of
-    gradients are rounded in another order."""
+    """The same options and seed. Parameters move by about the learning rate, 0.01, a step; the sums
+    of gradients are rounded in another order."""
     torchrun(*RUN, *options.split(), '--out_dir=two')
     fit(*RUN, *options.split(), '--out_dir=one')
     one, two = checkpoint('one'), checkpoint('two')
     assert ('svd_basis' in one) == ('randomized' in options)
-    for key, atol in (('model', 2e-5), ('svd_basis', 1e-3)):        # the basis is of the V of both processes
+    # the basis is of the V of both processes
+    for key, atol in (('model', 2e-5), ('svd_basis', 1e-3)):
         torch.testing.assert_close(one.get(key), two.get(key), rtol=0, atol=atol)
     for a, b in zip(rows('one'), rows('two'), strict=True):
         shared = a.keys() & {'iter', 'loss', 'train/loss', 'val/loss'}
         assert {k: a[k] for k in shared} == pytest.approx({k: b[k] for k in shared}, abs=1e-5)
-    for state in two['random']:                                     # one order of data, the same on each
+    for state in two['random']:  # one order of data, the same on each
         assert torch.equal(state['batches'], one['random'][0]['batches'])
     assert not torch.equal(*(state['torch'] for state in two['random']))    # different dropout
 
@@ -63,7 +68,8 @@ def test_torchrun_stops_and_resumes_to_the_same_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endless, victim):
-    job = endless(TORCHRUN, '--gradient_accumulation_steps=2', '--eval_interval=2', '--eval_iters=1')
+    job = endless(TORCHRUN, '--gradient_accumulation_steps=2', '--eval_interval=2',
+                  '--eval_iters=1')
     children = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()     # by rank
     os.kill(int(children[victim]), signal.SIGKILL)
     _, err = job.communicate(timeout=60)                            # within a minute
@@ -74,21 +80,25 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_processes_save_once_and_end_when_torchrun_is_stopped(endless, number):
-    """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it is gone.
-    All stop after the same step."""
+    """torchrun passes Ctrl-C on to every process. SIGKILL leaves it no time to: they notice that it
+    is gone. All stop after the same step."""
     job = endless(TORCHRUN, '--gradient_accumulation_steps=2')
     job.send_signal(number)
-    out, err = job.communicate(timeout=60)                          # the processes, too, have the pipe open
+    out, err = job.communicate(timeout=60)  # the processes, too, have the pipe open
     assert out.count('saved to out/ckpt.pt') == 1 and 'process 1: stopped by SIG' in err
     assert ckpt.load('out/ckpt.pt')['iter_num'] == rows()[-1]['iter']
 
 
-@pytest.mark.parametrize('name, value, option, nearest', [
-    ('MASTER_ADDR', '', [], 'RANK'), ('MASTER_PORT', '', [], 'RANK'), ('LOCAL_RANK', '', [], 'RANK'),
-    ('gradient_accumulation_steps', '1', ['--gradient_accumulation_steps=1'], '2'),
-    ('gradient_accumulation_steps', '3', ['--gradient_accumulation_steps=3'], '4')])
-def test_wrong_settings_of_several_processes_are_refused(refused, monkeypatch, name, value, option, nearest):
-    settings = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='1')
+@pytest.mark.parametrize(
+    'name, value, option, nearest',
+    [('MASTER_ADDR', '', [], 'RANK'), ('MASTER_PORT', '', [], 'RANK'),
+     ('LOCAL_RANK', '', [], 'RANK'),
+     ('gradient_accumulation_steps', '1', ['--gradient_accumulation_steps=1'], '2'),
+     ('gradient_accumulation_steps', '3', ['--gradient_accumulation_steps=3'], '4')])
+def test_wrong_settings_of_several_processes_are_refused(refused, monkeypatch, name, value, option,
+                                                         nearest):
+    settings = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost',
+                    MASTER_PORT='1')
     for key in settings:
         monkeypatch.setenv(key, value if key == name else settings[key])
     line = refused(train.main, *TINY, *option)

@@ -22,11 +22,12 @@ from runtime import plots
 from runtime.config import Failure
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
-needs_full = pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is full by nature: Linux')
+needs_full = pytest.mark.skipif(not Path('/dev/full').exists(),
+                                reason='a disk that is full by nature: Linux')
 TWO_LAYERS = [*TINY, '--n_layer=2', '--max_iters=8']
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers
 
 def in_step(number, spoil):
@@ -54,21 +55,28 @@ def overflow(name):
 SVD = ['--use_svd=True', '--svd_rank=2', '--svd_block=4']
 
 
-@pytest.mark.parametrize('spoil, bad, options', [
-    (poison('transformer.h.0.attn.c_attn.weight'), 'transformer.h.0.attn.c_attn.weight (the parameter)', []),
-    (poison('transformer.ln_f.weight', float('inf')), 'transformer.ln_f.weight (the parameter)', []),
-    (poison_gradient('transformer.wpe.weight'), 'transformer.wpe.weight (its gradient)', []),
-    (poison_gradient('transformer.ln_f.weight'), 'transformer.ln_f.weight (its gradient)', ['--grad_clip=0']),
-    (poison_gradient('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc.weight (its gradient)',
-     ['--optimizer=muon']),
-    (overflow('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc (its output)', []),
-    # 1e37 is a number, its square is not
-    (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)', []),
-    (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)', []),
-    # no decomposition
-    *((overflow('transformer.h.1.attn.c_attn.weight'), 'transformer.h.1.attn',
-       [*SVD, f'--svd_method={method}', f'--svd_scope={scope}']) for method, scope in zip(METHODS, SCOPES))])
-def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named(call, spoil, bad, options):
+@pytest.mark.parametrize(
+    'spoil, bad, options',
+    [
+        (poison('transformer.h.0.attn.c_attn.weight'),
+         'transformer.h.0.attn.c_attn.weight (the parameter)', []),
+        (poison('transformer.ln_f.weight',
+                float('inf')), 'transformer.ln_f.weight (the parameter)', []),
+        (poison_gradient('transformer.wpe.weight'), 'transformer.wpe.weight (its gradient)', []),
+        (poison_gradient('transformer.ln_f.weight'), 'transformer.ln_f.weight (its gradient)',
+         ['--grad_clip=0']),
+        (poison_gradient('transformer.h.1.mlp.c_fc.weight'),
+         'transformer.h.1.mlp.c_fc.weight (its gradient)', ['--optimizer=muon']),
+        (overflow('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc (its output)', []),
+        # 1e37 is a number, its square is not
+        (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)', []),
+        (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)', []),
+        # no decomposition
+        *((overflow('transformer.h.1.attn.c_attn.weight'), 'transformer.h.1.attn',
+           [*SVD, f'--svd_method={method}', f'--svd_scope={scope}'])
+          for method, scope in zip(METHODS, SCOPES))])
+def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named(
+        call, spoil, bad, options):
     seen = []
 
     def look(model):
@@ -93,20 +101,21 @@ def test_weights_that_no_step_has_found_spoilt_are_not_saved(call):
             poison('transformer.ln_f.weight')(model)
     with before_forward(spoil):
         result = call(train.main, *TWO_LAYERS)
-    assert result.code == 1 and bad in result.err and 'the checkpoint of step 2 is kept' in result.err
+    assert result.code == 1 and bad in result.err
+    assert 'the checkpoint of step 2 is kept' in result.err
     assert checkpoint()['iter_num'] == 2
 
 
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):
-    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped steps, no
-    fault."""
+    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped
+    steps, no fault."""
     scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 127, backoff_factor=2. ** -99)
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda *_, **__: scaler)     # overflows once
     fit('--max_iters=4')
     assert checkpoint()['iter_num'] == 4 and checkpoint()['optimizer']['state'][0]['step'] == 3
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # disks
 
 def temporary(name):
@@ -119,10 +128,11 @@ def full_disk(path):
 
 
 @needs_full
-@pytest.mark.parametrize('make, words', [
-    (full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
-    (lambda path: path.symlink_to(path.name), 'symbolic links')])
-@pytest.mark.parametrize('path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=['ckpt.pt', 'metrics.jsonl'])
+@pytest.mark.parametrize('make, words',
+                         [(full_disk, 'No space left on device'), (Path.mkdir, 'Is a directory'),
+                          (lambda path: path.symlink_to(path.name), 'symbolic links')])
+@pytest.mark.parametrize(
+    'path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=['ckpt.pt', 'metrics.jsonl'])
 def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, make, words):
     def stop(model):
         path.unlink(missing_ok=True)
@@ -130,20 +140,24 @@ def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, ma
     with in_step(3, stop):
         result = call(train.main, *TWO_LAYERS)
     line = result.err.splitlines()[-1]
-    assert result.code == 1 and 'Traceback' not in result.err and path.name[:7] in line and words in line
+    assert result.code == 1 and 'Traceback' not in result.err
+    assert path.name[:7] in line and words in line
     assert 'the checkpoint of step 2 is kept' in line and checkpoint()['iter_num'] == 2
     assert ('--init_from=resume --out_dir=out' in line) == (make is full_disk)
 
 
 @needs_full
-@pytest.mark.parametrize('main, path, options, words', [
-    (train.main, temporary('out/ckpt.pt'), TINY, 'no checkpoint had been saved'),
-    (train.main, temporary('out/config.py'), TINY, 'out_dir='),
-    (train.main, Path('out/eval.jsonl'), ['--init_from=resume', '--eval_only=True', '--device=cpu'],
-     'out/eval.jsonl'),
-    (shakespeare_char.main, temporary('new/train.bin'), ['--input=my.txt', '--out_dir=new'],
-     'new/train.bin')], ids=['checkpoint', 'options', 'evaluation', 'data set'])
-def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, path, options, words):
+@pytest.mark.parametrize(
+    'main, path, options, words',
+    [(train.main, temporary('out/ckpt.pt'), TINY, 'no checkpoint had been saved'),
+     (train.main, temporary('out/config.py'), TINY, 'out_dir='),
+     (train.main, Path('out/eval.jsonl'),
+      ['--init_from=resume', '--eval_only=True', '--device=cpu'], 'out/eval.jsonl'),
+     (shakespeare_char.main, temporary('new/train.bin'), ['--input=my.txt', '--out_dir=new'
+                                                          ], 'new/train.bin')],
+    ids=['checkpoint', 'options', 'evaluation', 'data set'])
+def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, path, options,
+                                                           words):
     """Exit code 1 and one line."""
     trained(folder='out' if path.name == 'eval.jsonl' else 'another')
     Path('my.txt').write_text(TEXT)
@@ -182,7 +196,7 @@ def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, 
     assert sorted(Path('.').rglob('*')) == before
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pipes and networks
 
 @needs_full
@@ -204,23 +218,28 @@ def no_network(event, args):
 sys.addaudithook(no_network)
 for name, *argv in json.loads(sys.argv[1]):
     module = __import__(name)
-    assert not (module.main(argv) if argv else getattr(module, 'main', getattr(module, 'socket', None))())
+    alone = getattr(module, 'main', getattr(module, 'socket', None))
+    assert not (module.main(argv) if argv else alone())
 '''
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('code, commands', [
-    (99, [['socket']]),                                             # socket.socket(): the alarm works
-    (0, [['train', *TINY, '--use_svd=True', '--svd_rank=2', '--optimizer=muon'],
-         ['train', '--init_from=resume', '--device=cpu', '--max_iters=6'],
-         ['train', '--init_from=resume', '--device=cpu', '--eval_only=True'],
-         ['sample', '--device=cpu', '--num_samples=1', '--max_new_tokens=5'],
-         ['bench', *TINY, '--use_svd=True', '--svd_rank=2', '--pairs=2', '--vocab_size=17'],
-         ['train', *TINY, '--out_dir=plain'], ['export', '--out_dir=plain', '--save_dir=theirs'],
-         ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
-         ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'], ['example_svd_usage']])])
+@pytest.mark.parametrize(
+    'code, commands',
+    [
+        (99, [['socket']]),  # socket.socket(): the alarm works
+        (0,
+         [['train', *TINY, '--use_svd=True', '--svd_rank=2', '--optimizer=muon'],
+          ['train', '--init_from=resume', '--device=cpu', '--max_iters=6'],
+          ['train', '--init_from=resume', '--device=cpu', '--eval_only=True'],
+          ['sample', '--device=cpu', '--num_samples=1', '--max_new_tokens=5'],
+          ['bench', *TINY, '--use_svd=True', '--svd_rank=2', '--pairs=2', '--vocab_size=17'],
+          ['train', *TINY, '--out_dir=plain'], ['export', '--out_dir=plain', '--save_dir=theirs'],
+          ['sample', '--device=cpu', '--init_from=theirs', '--start=the', '--max_new_tokens=5'],
+          ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'],
+          ['example_svd_usage']])])
 def test_no_socket_is_opened_by_anything_on_local_data(code, commands):
-    done = subprocess.run([sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True,
-                          text=True, timeout=250,
-                          env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True, text=True,
+        timeout=250, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
     assert done.returncode == code, done.stdout[-500:] + done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""Checkpoints and exports of earlier versions (tests/fixtures/make.py) go on being read: same loss, and training goes on."""
+"""Checkpoints and exports of earlier versions (tests/fixtures/make.py) go on being read: same loss,
+and training goes on."""
 
 import shutil
 
@@ -10,7 +11,10 @@ from helpers import ROOT, checkpoint, rows
 
 FIXTURES = ROOT / 'tests' / 'fixtures'
 RUNS = ['plain', 'muon', 'svd_basis', 'mla', 'factored', 'lora', 'adaptive']
-EXPORTS = {'export_gpt2': 'plain', 'export_nanogpt': 'plain', 'export_safetensors': 'mla', 'export_dense': 'adaptive'}
+EXPORTS = {
+    'export_gpt2': 'plain', 'export_nanogpt': 'plain', 'export_safetensors': 'mla',
+    'export_dense': 'adaptive'
+}
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +23,8 @@ def fixtures(here, one_thread):
 
 
 def loss_of(call, *options):
-    result = call(train.main, *options, '--dataset=toy', '--eval_only=True', '--out_dir=out', '--device=cpu')
+    result = call(train.main, *options, '--dataset=toy', '--eval_only=True', '--out_dir=out',
+                  '--device=cpu')
     assert result.code == 0, result.err
     return rows('out', 'eval.jsonl')[-1]['val/loss']
 
@@ -38,14 +43,16 @@ def test_a_run_has_its_loss_and_goes_on(call, name):
 
 def test_the_adaptive_run_is_in_low_rank_mode_and_stays_there(call):
     assert checkpoint('adaptive')['model_args']['adaptive_svd_ranks'] == {'h.0.attn.c_attn.c_q': 17}
-    assert call(train.main, '--init_from=resume', '--out_dir=adaptive', '--device=cpu', '--max_iters=15').code == 0
+    assert call(train.main, '--init_from=resume', '--out_dir=adaptive', '--device=cpu',
+                '--max_iters=15').code == 0
     key = 'svd/block0.attn.c_q/mode'
     assert [row[key] for row in rows('adaptive') if key in row and row['iter'] == 15] == ['lowrank']
 
 
 def test_a_stopped_run_goes_on_from_last_pt(call):
     best, before = checkpoint('last')['iter_num'], rows('last')
-    result = call(train.main, '--init_from=resume', '--out_dir=last', '--device=cpu', '--max_iters=13')
+    result = call(train.main, '--init_from=resume', '--out_dir=last', '--device=cpu',
+                  '--max_iters=13')
     assert result.code == 0, result.err
     # from ckpt.pt, of step 10, steps 11 and 12 would be taken again: other times in their rows
     assert best == 10 and rows('last')[:len(before)] == before and rows('last')[-1]['iter'] == 13
@@ -53,7 +60,8 @@ def test_a_stopped_run_goes_on_from_last_pt(call):
 
 @pytest.mark.parametrize('name', EXPORTS)
 def test_an_export_has_the_loss_of_its_run(call, name):
-    assert loss_of(call, f'--init_from={name}') == pytest.approx(rows(EXPORTS[name])[-1]['val/loss'], rel=1e-5)
+    assert loss_of(call, f'--init_from={name}') == pytest.approx(
+        rows(EXPORTS[name])[-1]['val/loss'], rel=1e-5)
 
 
 def test_adapters_have_the_loss_of_their_run(call):

@@ -1,4 +1,5 @@
-"""runtime/draw.py: which tokens can come and how often, logits and options at the ends of their ranges."""
+"""runtime/draw.py: which tokens can come and how often, logits and options at the ends of their
+ranges."""
 
 import math
 
@@ -23,24 +24,28 @@ def drawn(logits, count=1000, **options):
 
 
 def assert_follows(counts, p):
-    """Chi-squared against p, in proportion to probabilities: at most what 1 in 10,000 samples exceeds, about
-    dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may come."""
+    """Chi-squared against p, in proportion to probabilities: at most what 1 in 10,000 samples
+    exceeds, about dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may
+    come."""
     expected = torch.as_tensor(p, dtype=torch.float64) * counts.sum() / sum(p)
     dof = (expected > 0).sum().item() - 1
     assert (counts[expected == 0] == 0).all()
     assert ((counts - expected) ** 2 / expected)[expected > 0].sum() <= dof + 5 * math.sqrt(2 * dof)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # how often, and which
 
+
 @pytest.mark.any_device
-@pytest.mark.parametrize('dtype, options, p', [
-    (torch.float32, {}, P), (torch.float64, dict(temperature=.5), P ** 2),
-    (torch.bfloat16, dict(temperature=2.), P ** .5),
-    (torch.float16, dict(temperature=1e300), [1, 1, 1, 1]), (torch.float32, dict(top_k=3), [.2, .3, 0, .4]),
-    (torch.float32, dict(top_p=.6), [0, .3, 0, .4]),
-    (torch.float32, dict(temperature=2., top_k=3, top_p=.6), [0, .3 ** .5, 0, .4 ** .5])], ids=str)
+@pytest.mark.parametrize(
+    'dtype, options, p',
+    [(torch.float32, {}, P), (torch.float64, dict(temperature=.5), P ** 2),
+     (torch.bfloat16, dict(temperature=2.), P ** .5),
+     (torch.float16, dict(temperature=1e300), [1, 1, 1, 1]),
+     (torch.float32, dict(top_k=3), [.2, .3, 0, .4]),
+     (torch.float32, dict(top_p=.6), [0, .3, 0, .4]),
+     (torch.float32, dict(temperature=2., top_k=3, top_p=.6), [0, .3 ** .5, 0, .4 ** .5])], ids=str)
 def test_draws_follow_the_softmax_of_what_is_left(device, dtype, options, p):
     dtype = torch.float32 if (device, dtype) == ('mps', torch.float64) else dtype
     assert_follows(drawn(P.log().to(device, dtype), 20000, **options), p)
@@ -72,11 +77,12 @@ def test_rows_are_drawn_each_from_its_own_logits_which_stay_as_they_are(device):
     rows = [[0., 9, 0], [9, 0, 0], [0, 0, 9]]
     logits = torch.tensor(rows, device=device)
     for options in (dict(temperature=0), dict(temperature=.01), dict(top_k=1), dict(top_p=.5)):
-        assert sample_token(logits, **options).tolist() == [[1], [0], [2]] and logits.tolist() == rows
+        assert sample_token(logits, **options).tolist() == [[1], [0], [2]
+                                                            ] and logits.tolist() == rows
     assert sample_token(torch.tensor([[-3.], [1e30]], device=device)).tolist() == [[0], [0]]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ends of ranges
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -84,27 +90,34 @@ def test_rows_are_drawn_each_from_its_own_logits_which_stay_as_they_are(device):
 def test_a_temperature_or_top_p_of_nearly_nothing_is_the_likeliest(dtype, scale):
     logits = (torch.tensor([1., 3, 2, -6]) * scale).to(dtype)
     for tiny in (5e-324, 1e-300, 1e-45, 1e-40, 1e-37):
-        for options in (dict(temperature=tiny), dict(temperature=tiny, top_k=2, top_p=.5), dict(top_p=tiny),
-                        dict(top_p=tiny, top_k=3, temperature=1.)):
+        for options in (dict(temperature=tiny), dict(temperature=tiny, top_k=2, top_p=.5),
+                        dict(top_p=tiny), dict(top_p=tiny, top_k=3, temperature=1.)):
             assert drawn(logits, 50, **options).tolist() == [0, 50, 0, 0]
         assert drawn(torch.zeros(6, dtype=dtype), top_p=tiny).count_nonzero() == 1
 
 
 @pytest.mark.parametrize('logits, temperature', [
-    *((torch.tensor([1., 30, 2, -60]).to(dtype), huge) for dtype in DTYPES for huge in (1e30, 1e39, 1.7e308)),
-    *((scale * torch.tensor([1., 3, 2, -6]), 1.) for scale in (1e-30, 1e-45, 0))])
+    *((torch.tensor([1., 30, 2, -60]).to(dtype), huge)
+      for dtype in DTYPES
+      for huge in (1e30, 1e39, 1.7e308)), *((scale * torch.tensor([1., 3, 2, -6]), 1.)
+                                            for scale in (1e-30, 1e-45, 0))
+])
 def test_at_a_huge_temperature_all_that_is_left_is_equally_likely(logits, temperature):
     assert_follows(drawn(logits, temperature=temperature), [1, 1, 1, 1])
-    assert_follows(drawn(logits, temperature=temperature, top_k=4, top_p=.5).sort().values, [0, 0, 1, 1])
+    assert_follows(
+        drawn(logits, temperature=temperature, top_k=4, top_p=.5).sort().values, [0, 0, 1, 1])
 
 
 @pytest.mark.parametrize('logits', [
-    torch.tensor([3e38, 1e38, -3e38]), torch.tensor([-1e38, -2e38, -3e38]),
+    torch.tensor([3e38, 1e38, -3e38]),
+    torch.tensor([-1e38, -2e38, -3e38]),
     torch.tensor([65504., 6e4, -65504]).half(),
-    torch.tensor([3e38, 1e38, -3e38]).bfloat16(), torch.tensor([1e300, -1e300, 0], dtype=torch.float64),
+    torch.tensor([3e38, 1e38, -3e38]).bfloat16(),
+    torch.tensor([1e300, -1e300, 0], dtype=torch.float64),
     torch.tensor([1e39, .9e39, -1e308], dtype=torch.float64),
     torch.tensor([-1e300, -1.7e308, -2e300], dtype=torch.float64),
-    torch.tensor([1 + 1e-12, 1, 1], dtype=torch.float64)], ids=lambda x: f'{x.dtype}, {x[0]:.0e}')
+    torch.tensor([1 + 1e-12, 1, 1], dtype=torch.float64)
+], ids=lambda x: f'{x.dtype}, {x[0]:.0e}')
 def test_huge_logits_and_those_that_float32_does_not_tell_apart(logits):
     for options in OPTIONS if logits[0].abs() > 2 else OPTIONS[:2]:
         assert drawn(logits, 20, **options).tolist() == [20, 0, 0]

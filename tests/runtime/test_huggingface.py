@@ -1,4 +1,5 @@
-"""Models in Hugging Face's GPT-2 format against transformers, both ways; what is refused; export.py."""
+"""Models in Hugging Face's GPT-2 format against transformers, both ways; what is refused;
+export.py."""
 
 import copy
 import json
@@ -33,7 +34,8 @@ SAMPLE = ('--device=cpu', '--num_samples=1', '--max_new_tokens=3')
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, hf):
-    """The Hugging Face cache is an empty folder, and the hub out of reach -> where the cache keeps 'gpt2'."""
+    """The Hugging Face cache is an empty folder, and the hub out of reach -> where the cache keeps
+    'gpt2'."""
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
@@ -69,40 +71,48 @@ def write(folder, model, meta=None, to=to_gpt2):
 
 
 def assert_same_logits(ours, theirs):
-    """In float64, to which both are converted: far nearer than with another gelu or order of weights."""
+    """In float64, to which both are converted: far nearer than with another gelu or order of
+    weights."""
     idx = tokens(ours.config)
     with torch.no_grad():
         a, b = ours.double()(idx, idx)[0], theirs.eval().double()(idx).logits
     assert (a - b).abs().max() < 1e-10 * a.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # against transformers
 
+
 @pytest.mark.parametrize('shape', [
-    SMALL, dict(SMALL, gelu='tanh', bias=False, dropout=.2),
+    SMALL,
+    dict(SMALL, gelu='tanh', bias=False, dropout=.2),
     slow(dict(block_size=7, vocab_size=3, n_layer=1, n_head=3, n_embd=6, gelu='tanh')),
-    slow(dict(block_size=33, vocab_size=130, n_layer=3, n_head=1, n_embd=5, bias=False))], ids=range(4))
-def test_transformers_computes_and_generates_the_same_and_what_it_saves_is_read(hf, tmp_path, shape):
+    slow(dict(block_size=33, vocab_size=130, n_layer=3, n_head=1, n_embd=5, bias=False))
+], ids=range(4))
+def test_transformers_computes_and_generates_the_same_and_what_it_saves_is_read(
+        hf, tmp_path, shape):
     model = make(**shape)
     theirs, report = hf.GPT2LMHeadModel.from_pretrained(write(tmp_path / 'a', model),
                                                         output_loading_info=True)
     assert not any(report.values()), report
     assert_same_logits(model, theirs)
     idx, new = tokens(model.config)[:, :2], model.config.block_size - 2
-    expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False)
+    expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new,
+                               do_sample=False)
     assert torch.equal(model.generate(idx, new, top_k=1), expected)
     theirs.save_pretrained(tmp_path / 'shards', max_shard_size=1000)
     assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 1
     for folder in ('a', 'shards'):
         again = GPT.from_pretrained(str(tmp_path / folder))
-        assert again.config == model.config and equal(again.state_dict(), model.float().state_dict())
+        assert again.config == model.config and equal(again.state_dict(),
+                                                      model.float().state_dict())
         assert again.lm_head.weight is again.transformer.wte.weight
 
 
-def test_a_model_that_transformers_makes_is_read_with_biases_unless_a_mark_says_that_all_are_0(hf, tmp_path):
-    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16,
-                                              bias=False))
+def test_a_model_that_transformers_makes_is_read_with_biases_unless_a_mark_says_that_all_are_0(
+        hf, tmp_path):
+    theirs = hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, bias=False))
     theirs.save_pretrained(tmp_path)
     expected = GPTConfig(**SMALL, gelu='tanh', dropout=.1, bias=False)
     assert GPT.from_pretrained(str(tmp_path)).config == expected
@@ -113,11 +123,13 @@ def test_a_model_that_transformers_makes_is_read_with_biases_unless_a_mark_says_
     assert_same_logits(ours, theirs)
 
 
-@pytest.mark.parametrize('options, dtype', [
-    ({}, torch.float16), ({}, torch.bfloat16), ({}, torch.float64), (dict(svd_rank=2), torch.float32),
-    *((dict(use_svd=True) | options, torch.float32) for options in (
-        dict(svd_rank=None), dict(svd_rank=4), dict(svd_rank=4, svd_scope='causal'),
-        dict(svd_rank=4, svd_scope='weight')))])
+@pytest.mark.parametrize(
+    'options, dtype',
+    [({}, torch.float16), ({}, torch.bfloat16), ({}, torch.float64),
+     (dict(svd_rank=2), torch.float32),
+     *((dict(use_svd=True) | options, torch.float32)
+       for options in (dict(svd_rank=None), dict(svd_rank=4), dict(svd_rank=4, svd_scope='causal'),
+                       dict(svd_rank=4, svd_scope='weight')))])
 def test_what_is_written_is_float32_without_an_svd_that_changes_nothing(tmp_path, options, dtype):
     model = make(**options).to(dtype)
     read = GPT.from_pretrained(write(tmp_path, model))
@@ -128,13 +140,15 @@ def test_what_is_written_is_float32_without_an_svd_that_changes_nothing(tmp_path
 @pytest.mark.parametrize('method', METHODS)
 def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
     model = make(use_svd=True, svd_rank=2, svd_scope='weight', svd_method=method).double()
-    assert_same_logits(model, hf.GPT2LMHeadModel.from_pretrained(write(tmp_path, model), dtype=torch.float64))
+    assert_same_logits(
+        model, hf.GPT2LMHeadModel.from_pretrained(write(tmp_path, model), dtype=torch.float64))
     read = GPT.from_pretrained(str(tmp_path))
     w_v = read.transformer.h[0].attn.c_attn.weight[-8:].view(2, 4, 8)
-    assert read.config == GPTConfig(**SMALL) and torch.linalg.matrix_rank(w_v, rtol=1e-5).tolist() == [2, 2]
+    assert read.config == GPTConfig(**SMALL) and torch.linalg.matrix_rank(
+        w_v, rtol=1e-5).tolist() == [2, 2]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # names
 
 def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good):
@@ -152,11 +166,16 @@ def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good):
     assert huggingface.read_tokenizer('gpt2') == char_meta(CHARS)
 
 
-@pytest.mark.parametrize('name, overrides, words', [
-    ('gpt3', {}, "(nearest: 'gpt2')"), ('.', {}, 'config.json'),
-    ('gpt2', {}, 'cache'),                                          # which is empty
-    ('gpt2', dict(n_layer=3), 'n_layer'), ('gpt2', dict(gelu='exact'), 'gelu')])
-def test_what_has_no_weights_or_another_shape_is_refused(tmp_path, monkeypatch, name, overrides, words):
+@pytest.mark.parametrize(
+    'name, overrides, words',
+    [
+        ('gpt3', {}, "(nearest: 'gpt2')"),
+        ('.', {}, 'config.json'),
+        ('gpt2', {}, 'cache'),  # which is empty
+        ('gpt2', dict(n_layer=3), 'n_layer'),
+        ('gpt2', dict(gelu='exact'), 'gelu')])
+def test_what_has_no_weights_or_another_shape_is_refused(tmp_path, monkeypatch, name, overrides,
+                                                         words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='^.*$') as e:              # one line
         GPT.from_pretrained(name, overrides)
@@ -172,7 +191,7 @@ def test_a_missing_package_is_named(good, monkeypatch, package, name):
         GPT.from_pretrained(name)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # damage
 
 @pytest.fixture
@@ -188,17 +207,20 @@ def bad(refused):
     """bad(words): sampling from 'good' is refused in a line with `words`."""
     def bad(words):
         line = refused(sample.main, *SAMPLE, '--init_from=good')
-        assert line.startswith("sample.py: init_from='good': ") and words in line and len(line) < 500, line
+        assert line.startswith("sample.py: init_from='good': ") and words in line and len(
+            line) < 500, line
     return bad
 
 
 @pytest.mark.parametrize('stride', [199, pytest.param(11, marks=pytest.mark.slow)])
-def test_weights_cut_off_anywhere_or_with_a_flipped_bit_in_the_header_are_refused_or_the_same(good, stride):
+def test_weights_cut_off_anywhere_or_with_a_flipped_bit_in_the_header_are_refused_or_the_same(
+        good, stride):
     path = good / 'model.safetensors'
     content = path.read_bytes()
     places = range(0, 8 + int.from_bytes(content[:8], 'little'), stride)
     flipped = (content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1:] for i in places)
-    for damaged in (*flipped, *(content[:i] for i in range(0, len(content), 10 * stride)), content[:-1]):
+    for damaged in (*flipped, *(content[:i]
+                                for i in range(0, len(content), 10 * stride)), content[:-1]):
         path.write_bytes(damaged)
         with suppress(ValueError):
             assert equal(GPT.from_pretrained('good').state_dict(), make().state_dict())
@@ -232,9 +254,9 @@ def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, wor
 def test_what_changes_nothing_in_a_folder_is_read(good):
     config = json.loads((good / 'config.json').read_text())
     state = {name: w.clone() for name, w in load_file(good / 'model.safetensors').items()}
-    (good / 'config.json').write_text(json.dumps(config | dict(
-        n_inner=32, reorder_and_upcast_attn=True, attn_pdrop=.5, activation_function='gelu_pytorch_tanh',
-        summary_type='mean')))
+    (good / 'config.json').write_text(
+        json.dumps(config | dict(n_inner=32, reorder_and_upcast_attn=True, attn_pdrop=.5,
+                                 activation_function='gelu_pytorch_tanh', summary_type='mean')))
     assert GPT.from_pretrained('good').config == make(gelu='tanh').config
     # a head that is equal; names without a prefix and the buffers of OpenAI's files
     openai = {name.removeprefix('transformer.'): w for name, w in state.items()} | {
@@ -280,22 +302,26 @@ def test_missing_and_foreign_files_are_refused(hf, good, bad):
     bad('config.json')
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizers
 
-HARD = '\n\r\t \u00a0\u3000ĠĊ▁#\'"\\{}<|>[UNK]éa\u0301\u0308🙂👩\u200d👧\x00\x7f\x85\u2028ß\u0130İΣ日本'
-TEXTS = ['Hello  world', '  \n\n\t x', "it's I'll we've can't 'S", 'naïve café 日本語 🙂👩\u200d👩 a\u0301',
-         '12 345,6.7 $%^&*(){}<>|`~',
-         '\u2003\u00a0x\u3000y\x85z\u200bq\u2028r\x1cs', '<|endoftext|> in a<|endoftext|>b', ' \r\n\r\n \r',
-         'ſKÅª²Ⅷ٣१',
-         '\x00\x01\x7f\x80', 'א ב ר', ' ' * 20 + 'the' + ' ' * 20, 'th the thethe',
-         'def f(x):\n    return the  # and\n\n\n']
+HARD = ('\n\r\t \u00a0\u3000ĠĊ▁#\'"\\{}<|>[UNK]éa\u0301\u0308🙂👩\u200d👧\x00\x7f\x85\u2028ß'
+        '\u0130İΣ日本')
+TEXTS = [
+    'Hello  world', '  \n\n\t x', "it's I'll we've can't 'S",
+    'naïve café 日本語 🙂👩\u200d👩 a\u0301',
+    '12 345,6.7 $%^&*(){}<>|`~', '\u2003\u00a0x\u3000y\x85z\u200bq\u2028r\x1cs',
+    '<|endoftext|> in a<|endoftext|>b', ' \r\n\r\n \r', 'ſKÅª²Ⅷ٣१', '\x00\x01\x7f\x80', 'א ב ר',
+    ' ' * 20 + 'the' + ' ' * 20, 'th the thethe', 'def f(x):\n    return the  # and\n\n\n'
+]
 
 
 @settings(derandomize=True, max_examples=15, deadline=None)
-@given(data=st.data(), chars=st.just(set(HARD)) | st.sets(
-    st.sampled_from(HARD) | st.characters(exclude_categories=['Cs']), min_size=1, max_size=40))
-def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(hf, tmp_path_factory, data, chars):
+@given(
+    data=st.data(), chars=st.just(set(HARD)) | st.sets(
+        st.sampled_from(HARD) | st.characters(exclude_categories=['Cs']), min_size=1, max_size=40))
+def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(
+        hf, tmp_path_factory, data, chars):
     meta, folder = char_meta(sorted(chars)), tmp_path_factory.mktemp('chars')
     (folder / 'config.json').write_text('{"model_type": "gpt2"}')
     huggingface.write_tokenizer(folder, meta, 16)
@@ -311,9 +337,12 @@ def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(hf, t
 def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, bad, monkeypatch):
     """An encoding with a few real merges stands for GPT-2's, which is a download."""
     tiktoken = pytest.importorskip('tiktoken')
-    merged = [b'th', b'the', b' t', b' the', b'an', b'and', b' a', b' and', b'\xf0\x9f', b'\xf0\x9f\x99',
-              b'\n\n', b'  ', b'    ', b'\'s', b'\xc3\xa9', b'12', b're', b'\xe6\x97']
-    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *merged])}
+    merged = [
+        b'th', b'the', b' t', b' the', b'an', b'and', b' a', b' and', b'\xf0\x9f', b'\xf0\x9f\x99',
+        b'\n\n', b'  ', b'    ', b'\'s', b'\xc3\xa9', b'12', b're', b'\xe6\x97']
+    ranks = {
+        token: rank
+        for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *merged])}
     encoding = tiktoken.Encoding('small', pat_str=download.BPE_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={'<|endoftext|>': len(ranks)})
     monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)
@@ -326,7 +355,8 @@ def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, b
     bad("GPT-2's BPE")
 
 
-def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_file(good, bad, call, byte_bpe):
+def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_file(
+        good, bad, call, byte_bpe):
     write('good', make(vocab_size=5), char_meta(CHARS))
     bad('its tokenizer has 11 token ids, its model 5')
     (good / 'tokenizer.json').unlink()
@@ -335,39 +365,46 @@ def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_fil
     assert call(sample.main, *SAMPLE, '--init_from=good').code == 0
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py and export.py
 
 def test_training_goes_on_from_a_folder_in_its_tokens(trained, call, refused):
     trained('--gelu=tanh', '--dropout=.1')
     assert call(export.main, '--out_dir=out', '--save_dir=mine').code == 0
-    data, options = ('--dataset=toy', '--device=cpu'), ('--max_iters=2', '--eval_iters=1', '--batch_size=1')
-    assert call(train.main, *data, *options, '--gradient_accumulation_steps=1', '--init_from=mine').code == 0
+    data, options = ('--dataset=toy', '--device=cpu'), ('--max_iters=2', '--eval_iters=1',
+                                                        '--batch_size=1')
+    assert call(train.main, *data, *options, '--gradient_accumulation_steps=1',
+                '--init_from=mine').code == 0
     assert (checkpoint()['iter_num'], checkpoint()['model_args']['gelu']) == (2, 'tanh')
     assert 'gelu=tanh' in refused(train.main, *data, '--init_from=mine', '--gelu=exact')
     assert 'dataset=toy: ' in refused(train.main, *data, '--init_from=gpt2')
 
 
 def test_a_run_is_exported_for_transformers_into_an_empty_folder(hf, trained, call, monkeypatch):
-    """What is beside it stays: whoever has folders named like those of a killed export may need them."""
+    """What is beside it stays: whoever has folders named like those of a killed export may need
+    them."""
     trained()
-    others = ['mine.4194305.tmp', '.mine.4194305.tmp', 'other.4194305.tmp']     # beyond any process number
+    # beyond any process number
+    others = ['mine.4194305.tmp', '.mine.4194305.tmp', 'other.4194305.tmp']
     for name in ('mine', *others):
         Path(name).mkdir()
     result = call(export.main, '--save_dir=mine')
     assert result.out.startswith('out/ckpt.pt: 4 steps, written to mine ') and not result.err
     written = {path.name: path.stat().st_size for path in Path('mine').iterdir()}
-    assert written.keys() == {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
+    assert written.keys() == {
+        'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
     assert all(f'{name}: {size:,} bytes' in result.out for name, size in written.items())
     assert {p.name for p in Path().iterdir()} == {'data', 'out', 'mine', *others}
-    model, tokenizer = (kind.from_pretrained('mine') for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
+    model, tokenizer = (kind.from_pretrained('mine')
+                        for kind in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
     ids = tokenizer('the cat', return_tensors='pt')
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0])
     assert call(export.main, '--to=safetensors', '--save_dir=own').code == 0
     for name in ('mine', 'out', 'own'):
         if name != 'mine':
             monkeypatch.setitem(sys.modules, 'transformers', None)  # only its own format needs it
-        result = call(sample.main, *SAMPLE, f'--init_from={name}', '--start=the cat', '--temperature=0')
+        result = call(sample.main, *SAMPLE, f'--init_from={name}', '--start=the cat',
+                      '--temperature=0')
         assert result.out.startswith(f'{name}; SVD on V off\n{text}\n')
 
 
@@ -381,7 +418,8 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
     assert (saved['iter_num'], saved['best_val_loss']) == (4, float(own['best_val_loss']))
     assert set(saved['config']) == set(NANOGPT_CONFIG) and saved['config']['dataset'] == 'toy'
     # in nanoGPT's order: first what decays
-    shapes = [p.shape for p in sorted(GPT.from_checkpoint(saved).parameters(), key=lambda p: p.dim() < 2)]
+    shapes = [
+        p.shape for p in sorted(GPT.from_checkpoint(saved).parameters(), key=lambda p: p.dim() < 2)]
     states = [saved['optimizer']['state'][i] for i in range(len(shapes))]
     assert [state['exp_avg'].shape for state in states] == shapes and states[0]['step'] == 4
     chars = own['tokenizer']['chars']
@@ -389,14 +427,18 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
         vocab_size=17, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
 
 
-@pytest.mark.parametrize('to, options, words', [
-    ('gpt2', ('--use_svd=True', '--svd_rank=2', '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
-    ('nanogpt', ('--use_svd=True', '--svd_rank=2', '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
-    ('nanogpt', ('--optimizer=muon',), 'Muon')])
-def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(trained, call, to, options, words):
+@pytest.mark.parametrize(
+    'to, options, words',
+    [('gpt2', ('--use_svd=True', '--svd_rank=2', '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
+     ('nanogpt',
+      ('--use_svd=True', '--svd_rank=2', '--svd_scope=weight'), 'SVD of W_v, rank 2 of 8'),
+     ('nanogpt', ('--optimizer=muon', ), 'Muon')])
+def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(
+        trained, call, to, options, words):
     trained(*options)
     result = call(export.main, f'--to={to}')
-    assert result.code == 0 and words in result.out and 'left out: the optimizer state' in result.out
+    assert result.code == 0 and words in result.out
+    assert 'left out: the optimizer state' in result.out
     before, after = (GPT.from_pretrained(folder).eval() for folder in ('out', f'out-{to}'))
     idx = tokens(before.config)
     assert torch.equal(before(idx, idx)[0], after(idx, idx)[0]) and not after.config.use_svd
@@ -404,8 +446,9 @@ def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(trained,
 
 
 @pytest.mark.parametrize('vocab_size, extra, end', [(50304, dict(tokenizer=GPT2_META), 50256),
-                                                     (17, dict(config=dict(dataset='gone')), None)])
-def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, vocab_size, extra, end):
+                                                    (17, dict(config=dict(dataset='gone')), None)])
+def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, vocab_size, extra,
+                                                    end):
     """GPT-2's without tiktoken, and that of nanoGPT's checkpoint without its data."""
     download.gpt2_encoding.cache_clear()
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
@@ -415,19 +458,23 @@ def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, voc
     assert 'left out: the tokenizer' in call(export.main).out
     assert not list(Path('out-gpt2').glob('tokenizer*'))
     config = json.loads(Path('out-gpt2/config.json').read_text())
-    assert (config['bos_token_id'], config['eos_token_id'], config['vocab_size']) == (end, end, vocab_size)
+    assert (config['bos_token_id'], config['eos_token_id'], config['vocab_size']) == (end, end,
+                                                                                      vocab_size)
 
 
-@pytest.mark.parametrize('options, argument, words', [
-    (('--use_svd=True', '--svd_rank=2'), '--to=gpt2', "svd_scope='sequence'"),
-    (('--use_svd=True', '--svd_rank=2'), '--to=nanogpt', "(nearest: 'weight'"),
-    (('--gelu=tanh', '--dropout=.1'), '--to=nanogpt', "gelu='tanh'"),
-    *(((), argument, words) for argument, words in [
-        ('--save_dir=data', "'data-2'"), ('--save_dir=out', "'out-gpt2'"), ('--save_dir=file', "'file-2'"),
-        ('--save_dir=link', "'link-2'"), ('--save_dir=.', "'gpt2'"), ('--save_dir=', "'gpt2'"),
-        ('--out_dir=nowhere', '--out_dir=out'), ('--to=onnx', "'nanogpt'"), ('--too=gpt2', '--to'),
-        ('gpt2', '--help')])])
-def test_what_cannot_be_exported_is_refused_and_nothing_written(trained, refused, options, argument, words):
+@pytest.mark.parametrize(
+    'options, argument, words',
+    [(('--use_svd=True', '--svd_rank=2'), '--to=gpt2', "svd_scope='sequence'"),
+     (('--use_svd=True', '--svd_rank=2'), '--to=nanogpt', "(nearest: 'weight'"),
+     (('--gelu=tanh', '--dropout=.1'), '--to=nanogpt', "gelu='tanh'"),
+     *(((), argument, words)
+       for argument, words in [('--save_dir=data', "'data-2'"), ('--save_dir=out', "'out-gpt2'"),
+                               ('--save_dir=file', "'file-2'"), ('--save_dir=link', "'link-2'"),
+                               ('--save_dir=.', "'gpt2'"), ('--save_dir=', "'gpt2'"),
+                               ('--out_dir=nowhere', '--out_dir=out'), ('--to=onnx', "'nanogpt'"),
+                               ('--too=gpt2', '--to'), ('gpt2', '--help')])])
+def test_what_cannot_be_exported_is_refused_and_nothing_written(trained, refused, options, argument,
+                                                                words):
     trained(*options)
     Path('file').touch(), Path('link').symlink_to('nowhere')
     before = folder_bytes('.')

@@ -14,7 +14,8 @@ import torch
 import compare
 import export
 import train
-from helpers import ROOT, TINY, assert_same_metrics, assert_same_run, before_forward, change, checkpoint, interrupt, rows, slow
+from helpers import (ROOT, TINY, assert_same_metrics, assert_same_run, before_forward, change,
+                     checkpoint, interrupt, rows, slow)
 from model import METHODS, SCOPES
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
@@ -27,12 +28,13 @@ SVD = '--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope='
 def random_features(seed):
     """A point of the grid of all features."""
     values = dict(warmup_iters=(0, 2, 2000), eval_interval=(1, 3, 5, 12), log_interval=(1, 2, 4),
-                  dropout=(0, .1, .5), gradient_accumulation_steps=(1, 2, 4), optimizer=('adamw', 'muon'),
-                  grad_clip=(0, .1, 1), n_layer=(1, 2, 3), bias=(True, False), use_svd=(True, True, False),
-                  svd_rank=(1, 2, 5, 8), svd_scope=SCOPES, svd_method=METHODS, svd_block=(2, 4, 8),
-                  svd_basis_grad=(True, False),
-                  dtype=('float32', 'bfloat16'), always_save_checkpoint=(True, True, False),
-                  use_mla=(True, False), mla_latent_dim=(None, 1, 3, 12), lr_decay_iters=(5, 20, 40))
+                  dropout=(0, .1, .5), gradient_accumulation_steps=(1, 2, 4),
+                  optimizer=('adamw', 'muon'), grad_clip=(0, .1, 1), n_layer=(1, 2, 3),
+                  bias=(True, False), use_svd=(True, True, False), svd_rank=(1, 2, 5, 8),
+                  svd_scope=SCOPES, svd_method=METHODS, svd_block=(2, 4, 8),
+                  svd_basis_grad=(True, False), dtype=('float32', 'bfloat16'),
+                  always_save_checkpoint=(True, True, False), use_mla=(True, False),
+                  mla_latent_dim=(None, 1, 3, 12), lr_decay_iters=(5, 20, 40))
     draw = random.Random(seed)
     return ' '.join(f'--{key}={draw.choice(choices)}' for key, choices in values.items())
 
@@ -41,16 +43,22 @@ FEATURES = [
     '', '--optimizer=muon --dtype=bfloat16 --warmup_iters=5 --bias=True',
     '--optimizer=muon --bias=True '
     "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5}",
-    f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {SVD}causal --svd_method=randomized',
+    f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {SVD}causal '
+    '--svd_method=randomized',
     '--always_save_checkpoint=False --log_interval=3 --use_mla=True --bias=True '
     f'{SVD}causal --svd_method=standard',
-    f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {SVD}weight --svd_method=gram']
-# not 3: its loss at the stop, off the grid of evaluations, is the best one, which ckpt.pt then keeps
-SLOW = [*map(random_features, (0, 1, 2, 4)), '--compile=True --dropout=.2',     # inductor draws other masks
-        *(f'--dropout=.1 --optimizer=muon {SVD}{scope} --svd_method={method} --svd_basis_grad={grad}'
-          for scope, method, grad in (('sequence', 'gram', False), ('sequence', 'standard', True),
-                                      ('sequence', 'randomized', False), ('causal', 'gram', True),
-                                      ('weight', 'standard', False), ('weight', 'randomized', True)))]
+    f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {SVD}weight --svd_method=gram'
+]
+# not 3: its loss at the stop, off the grid of evaluations, is the best one, which ckpt.pt then
+# keeps
+# inductor draws other masks
+SLOW = [
+    *map(random_features, (0, 1, 2, 4)), '--compile=True --dropout=.2',
+    *(f'--dropout=.1 --optimizer=muon {SVD}{scope} --svd_method={method} --svd_basis_grad={grad}'
+      for scope, method, grad in (('sequence', 'gram', False), ('sequence', 'standard', True),
+                                  ('sequence', 'randomized', False), ('causal', 'gram', True),
+                                  ('weight', 'standard', False), ('weight', 'randomized', True)))
+]
 
 
 def resume(call, *options, code=0):
@@ -60,13 +68,14 @@ def resume(call, *options, code=0):
     return result.out
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stops and resumes
 
 @pytest.mark.parametrize('options', [*FEATURES[:3], *map(slow, FEATURES[3:] + SLOW)])
 def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
     """Stopped by a small max_iters, which evaluates and ends in order, then by Ctrl-C. Checkpoint
-    (parameters, optimizer, best loss, random states, data order) and metrics are equal at the end."""
+    (parameters, optimizer, best loss, random states, data order) and metrics are equal at the
+    end."""
     options = [*RUN, *options.split()]
     fit(*options, '--out_dir=whole')
     first, second = sorted(random.Random(str(options)).sample(range(1, STEPS), 2))
@@ -79,7 +88,8 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
 
 
 def test_what_a_killed_run_left_behind_goes(trained, call):
-    """Metrics of steps after the last checkpoint, the half line that was being written, and temporary files."""
+    """Metrics of steps after the last checkpoint, the half line that was being written, and
+    temporary files."""
     trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     os.truncate('out/metrics.jsonl', Path('out/metrics.jsonl').stat().st_size - 7)
     with open('out/metrics.jsonl', 'a') as f:
@@ -100,10 +110,12 @@ def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained
     assert [(g['weight_decay'], g['betas']) for g in groups] == [(.5, (.9, .5)), (0., (.9, .5))]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # signals
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                          (signal.SIGHUP, 129)])
 def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
     interrupt(monkeypatch, 3, number)
     result = call(train.main, *TINY, '--eval_interval=100', "--out_dir=it's mine")
@@ -114,8 +126,10 @@ def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
     assert call(train.main, *advice, '--device=cpu', '--max_iters=3').code == 0
 
 
-@pytest.mark.parametrize('number, code, saved', [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
-def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not(call, monkeypatch, number, code, saved):
+@pytest.mark.parametrize('number, code, saved', [(signal.SIGTERM, 143, True),
+                                                 (signal.SIGINT, 130, False)])
+def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not(call, monkeypatch, number, code,
+                                                             saved):
     interrupt(monkeypatch, 1, number)
     interrupt(monkeypatch, 1, number)
     assert call(train.main, *TINY).code == code
@@ -123,8 +137,8 @@ def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not(call, monkeypatch, 
 
 
 def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(trained, call, monkeypatch):
-    """The signal comes within the evaluation of step 8; one in the step before an evaluation does not wait
-    for it."""
+    """The signal comes within the evaluation of step 8; one in the step before an evaluation does
+    not wait for it."""
     trained(*RUN, folder='whole')
     modes = []
 
@@ -137,7 +151,8 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(trained, 
         assert call(train.main, *TINY, *RUN).code == 130            # --eval_interval=4
         assert modes[-4:] == [True] * 4 and checkpoint()['iter_num'] == 4
         assert call(train.main, *RESUME).code == 143
-    assert checkpoint()['iter_num'] == 8 and [row['iter'] for row in rows() if 'val/loss' in row] == [0, 4]
+    assert checkpoint()['iter_num'] == 8 and [row['iter'] for row in rows() if 'val/loss' in row
+                                              ] == [0, 4]
     resume(call)
     assert_same_run('out', 'whole')
 
@@ -153,8 +168,8 @@ def test_nohup_stays_in_force(fit, monkeypatch):
 def test_before_training_and_after_it_a_signal_ends_at_once(call):
     """While the data set is prepared, and while the closing sample is drawn."""
     Path('data/slow').mkdir()
-    Path('data/slow/prepare.py').write_text('import os, time\n'
-                                            f'os.kill({os.getpid()}, {signal.SIGTERM:d})\ntime.sleep(.2)')
+    Path('data/slow/prepare.py').write_text(
+        f'import os, time\nos.kill({os.getpid()}, {signal.SIGTERM:d})\ntime.sleep(.2)')
     assert call(train.main, *TINY, '--dataset=slow').code == 143 and not Path('out').exists()
 
     def stop(model):
@@ -166,9 +181,10 @@ def test_before_training_and_after_it_a_signal_ends_at_once(call):
 
 
 @pytest.mark.slow
-def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, refused, monkeypatch):
-    """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first: nobody reads
-    what the run says, and it saves all the same."""
+def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(
+        endless, refused, monkeypatch):
+    """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first:
+    nobody reads what the run says, and it saves all the same."""
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     process = endless([sys.executable, str(ROOT / 'train.py')])
     assert process.stdout.readline().startswith('model: ')          # at once: the run has no end
@@ -179,12 +195,12 @@ def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(endless, 
     assert checkpoint()['iter_num'] == rows()[-1]['iter'] > 5 and not Path('out.1').exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which checkpoint is kept, and which one counts
 
 def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, monkeypatch):
-    """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, from which a resume
-    goes on."""
+    """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, from which a
+    resume goes on."""
     trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     change(best_val_loss=0.)
     with monkeypatch.context() as patch:
@@ -202,7 +218,8 @@ def test_a_resume_goes_on_from_the_later_of_ckpt_pt_and_last_pt(trained, call, r
     resume(call, '--max_iters=7')
     assert [row['iter'] for row in rows() if 'loss' in row] == [1, 2, 3, 4, 5, 6, 7]
     os.rename('out/ckpt.pt', 'out/last.pt')
-    assert 'out/last.pt: its optimizer' in refused(train.main, *RESUME, '--optimizer=muon', '--max_iters=9')
+    assert 'out/last.pt: its optimizer' in refused(train.main, *RESUME, '--optimizer=muon',
+                                                   '--max_iters=9')
     resume(call, '--max_iters=8')
     assert checkpoint()['iter_num'] == 8 and not Path('out/last.pt').exists()
 
@@ -211,25 +228,28 @@ def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(trained, fit):
     os.rename(trained() / 'ckpt.pt', 'out/last.pt')
     os.remove('out/metrics.jsonl')
     fit('--eval_interval=100', '--always_save_checkpoint=False')
-    assert {p.name for p in Path('out').glob('*.pt')} == {'ckpt.pt'} and Path('out.1/last.pt').exists()
+    assert {p.name
+            for p in Path('out').glob('*.pt')} == {'ckpt.pt'} and Path('out.1/last.pt').exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # advice and leftovers
 
 HERE = "--out_dir=it's my run"
 
 
-@pytest.mark.parametrize('main, argv, option', [
-    (train.main, [*RESUME, HERE, '--optimizer=adamw'], ''),
-    (train.main, [*RESUME, HERE, '--adaptive_svd=True'], ''),
-    (train.main, [*TINY, '--out_dir=file/'], '--out_dir='),
-    (train.main, [*TINY, '--out_dir=mine'], '--out_dir='),
-    (train.main, [*RESUME, '--out_dir=none'], ''),
-    (export.main, [HERE, '--save_dir=file'], '--save_dir='),
-    (export.main, [HERE, '--save_dir=.'], '--save_dir='),
-    (export.main, [HERE, f'--save_dir={HERE[10:]}'], '--save_dir='), (export.main, ['--out_dir=none'], ''),
-    (compare.main, [*TINY, f'--sweep={HERE[10:]}/', '--dry_run'], '--sweep=')])
+@pytest.mark.parametrize(
+    'main, argv, option',
+    [(train.main, [*RESUME, HERE, '--optimizer=adamw'], ''),
+     (train.main, [*RESUME, HERE, '--adaptive_svd=True'], ''),
+     (train.main, [*TINY, '--out_dir=file/'], '--out_dir='),
+     (train.main, [*TINY, '--out_dir=mine'], '--out_dir='),
+     (train.main, [*RESUME, '--out_dir=none'], ''),
+     (export.main, [HERE, '--save_dir=file'], '--save_dir='),
+     (export.main, [HERE, '--save_dir=.'], '--save_dir='),
+     (export.main, [HERE, f'--save_dir={HERE[10:]}'], '--save_dir='),
+     (export.main, ['--out_dir=none'], ''),
+     (compare.main, [*TINY, f'--sweep={HERE[10:]}/', '--dry_run'], '--sweep=')])
 def test_advice_works_when_it_is_pasted(trained, call, refused, main, argv, option):
     folder = trained(*RUN, '--optimizer=muon', '--max_iters=2', folder=HERE[10:])
     Path('file').touch(), Path(f'{folder}-2/file').mkdir(parents=True)

@@ -22,16 +22,19 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.fixture(scope='module')
 def windows(toy):
     """windows(tokens, device) of the training split."""
-    return lambda tokens=512, device='cpu': layers.calibration_windows(Dataset(toy), tokens, 16, 1337, device)
+    return lambda tokens=512, device='cpu': layers.calibration_windows(
+        Dataset(toy), tokens, 16, 1337, device)
 
 
 def random_model(dtype=torch.float32, device='cpu', **options):
     """Weights and biases of a size that makes every one of them count. MPS has no float64."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=17) | options))
+    model = GPT(
+        GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=17) | options))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=.3)
-    return model.to(torch.float32 if device == 'mps' else dtype).to(device).eval().requires_grad_(False)
+    return model.to(torch.float32 if device == 'mps' else dtype).to(device).eval().requires_grad_(
+        False)
 
 
 def reloaded(model, **changes):
@@ -44,18 +47,20 @@ def reloaded(model, **changes):
 @torch.no_grad()
 def difference(a, b):
     """Largest difference of logits on tokens that no calibration has seen."""
-    idx = torch.randint(17, (8, 16), generator=torch.Generator().manual_seed(5)).to(a.lm_head.weight.device)
+    idx = torch.randint(17, (8, 16),
+                        generator=torch.Generator().manual_seed(5)).to(a.lm_head.weight.device)
     return (a(idx, idx)[0] - b(idx, idx)[0]).abs().max().item()
 
 
 def rounding(model):
     """What differences of logits may come to. The SVD of V works in float32."""
-    return 1000 * torch.finfo(torch.float32 if model.config.svd_truncates else model.lm_head.weight.dtype).eps
+    return 1000 * torch.finfo(
+        torch.float32 if model.config.svd_truncates else model.lm_head.weight.dtype).eps
 
 
 def seen(model, names, windows):
-    """What hooks see of each layer: name -> inputs (N, n), outputs (N, m), gradients of the loss there (N,
-    m); of a projection that gives queries, keys and values, those of keys and values."""
+    """What hooks see of each layer: name -> inputs (N, n), outputs (N, m), gradients of the loss
+    there (N, m); of a projection that gives queries, keys and values, those of keys and values."""
     model, found = copy.deepcopy(model).requires_grad_(True), {}
 
     def look(name, module, args, output):
@@ -63,7 +68,7 @@ def seen(model, names, windows):
         for t in found[name][1]:
             t.retain_grad()
 
-    def rows(*tensors):                                             # (B, T, m), or of heads (B, nh, T, hs)
+    def rows(*tensors):  # (B, T, m), or of heads (B, nh, T, hs)
         return torch.cat([(t.transpose(1, 2) if t.dim() == 4 else t).flatten(2) for t in tensors],
                          2).flatten(0, 1)
     for name in names:
@@ -78,7 +83,7 @@ def centred(x):
     return x - x.mean(0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # statistics
 
 def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_path):
@@ -93,7 +98,7 @@ def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_p
         assert torch.equal(found[0][0], again[0][0]) == (seed == 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # by the SVD alone
 
 def cut_by_hand(model, rank):
@@ -109,9 +114,11 @@ def cut_by_hand(model, rank):
 @pytest.mark.any_device
 @pytest.mark.parametrize('bias, dtype', [(False, torch.float32), (True, torch.float64)])
 def test_svd_compression_is_the_svd_by_hand(device, bias, dtype):
-    """In place. Square layers (16, 16) stay dense at rank 8, those of the MLP (64, 16) at rank 13."""
+    """In place. Square layers (16, 16) stay dense at rank 8, those of the MLP (64, 16) at rank
+    13."""
     for rank, factored in ((1, 12), (7, 12), (8, 4), (12, 4), (13, 0), (16, 0)):
-        model, before = random_model(dtype, device, bias=bias), random_model(dtype, device, bias=bias)
+        model, before = random_model(dtype, device,
+                                     bias=bias), random_model(dtype, device, bias=bias)
         assert layers.apply_svd_compression(model, rank) is model
         assert (model.config == before.config) == equal(model.state_dict(),
                                                         before.state_dict()) == (factored == 0)
@@ -122,7 +129,8 @@ def test_svd_compression_is_the_svd_by_hand(device, bias, dtype):
 
 @pytest.mark.parametrize('trained', [True, False])
 def test_svd_compression_of_some_modules_and_of_what_is_compressed(trained):
-    """Products of that rank or less stay, none grows, and parameters are trained or not as they were."""
+    """Products of that rank or less stay, none grows, and parameters are trained or not as they
+    were."""
     model = layers.apply_svd_compression(random_model().requires_grad_(trained), 6, ['mlp'])
     names, mlp = layers.layer_names(model), model.transformer.h[0].mlp.state_dict()
     assert model.config.layer_ranks == dict.fromkeys((name for name in names if 'mlp' in name), 6)
@@ -135,13 +143,15 @@ def test_svd_compression_of_some_modules_and_of_what_is_compressed(trained):
 
 
 @pytest.mark.parametrize('rank, modules, words', [
-    *((rank, 'attn', f'rank={rank!r}: .*16') for rank in (0, 17, 2.0, True)), (2, 'attn,head', 'head')])
+    *((rank, 'attn', f'rank={rank!r}: .*16') for rank in (0, 17, 2.0, True)),
+    (2, 'attn,head', 'head')
+])
 def test_ranks_and_modules_that_do_not_exist_are_refused(rank, modules, words):
     with pytest.raises(ValueError, match=words):
         layers.apply_svd_compression(random_model(), rank, modules)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # for inputs, and gradients
 
 def least_loss(x, targets, R, rank):
@@ -154,9 +164,9 @@ def least_loss(x, targets, R, rank):
 @pytest.mark.parametrize('bias, options', [(False, {}), (True, {}), (False, dict(use_mla=True)),
                                            (True, svd('causal', 3, svd_block=4))], ids=str)
 def test_each_layer_is_the_best_for_the_inputs_it_gets(windows, bias, options):
-    """'activation': of what a layer gets, now that those before it are replaced, it makes what is nearest, as
-    the loss sees it, to what the dense layer gave for its own inputs. The ridge is samples whose targets are
-    those of the dense weight. A bias keeps the mean output."""
+    """'activation': of what a layer gets, now that those before it are replaced, it makes what is
+    nearest, as the loss sees it, to what the dense layer gave for its own inputs. The ridge is
+    samples whose targets are those of the dense weight. A bias keeps the mean output."""
     model, dense = (random_model(torch.float64, bias=bias, **options) for _ in range(2))
     names, (batch,) = [*layers.dense_layers(dense, layers.layer_names(dense))], windows()
     parts = [[t[part] for t in batch] for part in (slice(0, 12), slice(12, None))]
@@ -168,7 +178,8 @@ def test_each_layer_is_the_best_for_the_inputs_it_gets(windows, bias, options):
         x, targets = (centred(x), centred(targets)) if bias else (x, targets)
         old, new = (m.get_layer(name).weight for m in (dense, model))
         ridge = torch.eye(x.size(1), dtype=x.dtype) * (RIDGE * x.square().sum() / x.size(1)).sqrt()
-        x, targets, R = torch.cat((x, ridge)), torch.cat((targets, ridge @ old.mT)), torch.linalg.qr(g).R
+        x, targets, R = torch.cat((x, ridge)), torch.cat(
+            (targets, ridge @ old.mT)), torch.linalg.qr(g).R
         loss = ((targets - x @ new.mT) @ R.mT).square().sum().item()
         assert loss == pytest.approx(least_loss(x, targets, R, 4).item(), rel=100 * RIDGE)
 
@@ -176,12 +187,17 @@ def test_each_layer_is_the_best_for_the_inputs_it_gets(windows, bias, options):
 SCALES = torch.logspace(-4, 4, 16)
 
 
-@pytest.mark.parametrize('spoil', [
-    lambda norm, layer: layer.weight.zero_(),  # nothing but biases: all that follows is constant
-    lambda norm, layer: norm.weight.mul_(1e-7) + norm.bias.fill_(1),
-    lambda norm, layer: layer.weight[8:].copy_(layer.weight[:-8].clone()),
-    lambda norm, layer: layer.weight.copy_(layer.weight[:, :1] * layer.weight[:1]),
-    lambda norm, layer: (norm.weight.mul_(SCALES), norm.bias.mul_(SCALES), layer.weight.div_(SCALES))],
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda norm, layer: layer.weight.zero_(
+        ),  # nothing but biases: all that follows is constant
+        lambda norm, layer: norm.weight.mul_(1e-7) + norm.bias.fill_(1),
+        lambda norm, layer: layer.weight[8:].copy_(layer.weight[:-8].clone()),
+        lambda norm, layer: layer.weight.copy_(layer.weight[:, :1] * layer.weight[:1]),
+        lambda norm, layer:
+        (norm.weight.mul_(SCALES), norm.bias.mul_(SCALES), layer.weight.div_(SCALES))
+    ],
     ids='constant 1e-7 duplicates deficient scales'.split())
 def test_the_default_method_takes_what_whitened_does(windows, spoil):
     """Whatever a model's activations are. And it loses no more."""
@@ -194,18 +210,20 @@ def test_the_default_method_takes_what_whitened_does(windows, spoil):
     assert activation < max(before, whitened) + .01
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ranks
 
 SHAPES = {'a': (16, 16), 'b': (64, 16), 'c': (16, 64)}
-ENERGIES = {name: normal(16, seed=i).square().sort(descending=True)[0] for i, name in enumerate(SHAPES)}
+ENERGIES = {
+    name: normal(16, seed=i).square().sort(descending=True)[0] for i, name in enumerate(SHAPES)
+}
 STEEP = dict.fromkeys(SHAPES, torch.tensor([8.0, 1, 1, *[0] * 13]))
 
 
 def kept(ranks, shapes):
     """The share of numbers that layers of these ranks have; None: dense."""
-    return (sum(m * n if ranks[name] is None else ranks[name] * (m + n) for name, (m, n) in shapes.items())
-            / sum(m * n for m, n in shapes.values()))
+    return (sum(m * n if ranks[name] is None else ranks[name] * (m + n)
+                for name, (m, n) in shapes.items()) / sum(m * n for m, n in shapes.values()))
 
 
 @pytest.mark.parametrize('options, energies, expected', [
@@ -221,7 +239,8 @@ def test_ranks_are_those_asked_for_where_they_save(options, energies, expected):
     assert ranks == dict(zip(SHAPES, expected))
 
 
-@pytest.mark.parametrize('choose, least', [(layers.uniform_share, .125), (layers.best_share, .0834)])
+@pytest.mark.parametrize('choose, least', [(layers.uniform_share, .125),
+                                           (layers.best_share, .0834)])
 def test_shares_are_kept(choose, least):
     """Never more and little less. A refusal names the nearest share that is possible."""
     for keep in (.2, .25, .5, .8, .99):
@@ -235,14 +254,15 @@ def test_shares_are_kept(choose, least):
 @pytest.mark.parametrize('width', [127, 128])
 def test_layers_of_128_and_wider_get_ranks_in_multiples_of_eight(width):
     shapes = {'a': (128, 128), 'b': (width, 512)}
-    energies = {name: torch.exp(-.05 * torch.arange(shape[0])) * shape[0] for name, shape in shapes.items()}
+    energies = {
+        name: torch.exp(-.05 * torch.arange(shape[0])) * shape[0] for name, shape in shapes.items()}
     ranks = layers.best_share(energies, shapes, .5)
     # None: dense
     assert (math.gcd(*(rank or 0 for rank in ranks.values())) % 8 == 0) == (width == 128)
     assert .4 < kept(ranks, shapes) <= .5
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MLA
 
 def converted(model, latent, windows=()):
@@ -257,26 +277,30 @@ def converted(model, latent, windows=()):
     (None, True, torch.float32, svd('sequence', 3, 'randomized', svd_power_iters=0),
      torch.linalg.qr(normal(2, 2, 8, 3))[0].float())], ids=str)
 def test_at_full_width_the_logits_stay(windows, device, tokens, bias, dtype, options, basis):
-    """On any input, with one calibration window of 16 too; tokens None: by the SVD of the weights. A running
-    basis comes along, without which 'randomized' finds another approximation."""
-    model, found = random_model(dtype, device, bias=bias, **options), windows(tokens, device) if tokens else ()
+    """On any input, with one calibration window of 16 too; tokens None: by the SVD of the weights.
+    A running basis comes along, without which 'randomized' finds another approximation."""
+    model, found = random_model(dtype, device, bias=bias,
+                                **options), windows(tokens, device) if tokens else ()
     model.svd_basis = basis if basis is None else basis.to(device)
     new = converted(model, 16, found)
-    assert difference(model, new) < rounding(model) < 1e-3 < difference(model, converted(model, 8, found))
+    assert difference(model, new) < rounding(model) < 1e-3 < difference(
+        model, converted(model, 8, found))
     assert new.config == replace(model.config, use_mla=True, mla_latent_dim=16)
 
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_latents_are_the_best_for_keys_and_values(windows, bias):
-    """tr(G E C E^T) of the error E of [W_k; W_v] is the least there is, for the gradients G at keys and
-    values and the inputs' second moment C. A bias keeps the mean of the values, hence only the inputs'
-    covariance counts then."""
+    """tr(G E C E^T) of the error E of [W_k; W_v] is the least there is, for the gradients G at keys
+    and values and the inputs' second moment C. A bias keeps the mean of the values, hence only the
+    inputs' covariance counts then."""
     model = random_model(torch.float64, bias=bias)
     new, names = converted(model, 4, windows()), [f'h.{i}.attn.c_attn' for i in range(2)]
     for name, (x, outputs, g) in seen(model, names, windows()).items():
         latents, R = new.transformer.get_submodule(name), torch.linalg.qr(g).R
-        inputs, weight = centred(x) if bias else x, model.transformer.get_submodule(name).weight[16:]
-        error = weight - torch.cat((latents.k_up.weight, latents.v_up.weight)) @ latents.kv_down.weight
+        inputs, weight = centred(x) if bias else x, model.transformer.get_submodule(
+            name).weight[16:]
+        error = weight - torch.cat(
+            (latents.k_up.weight, latents.v_up.weight)) @ latents.kv_down.weight
         powers = torch.linalg.svdvals(inputs @ weight.mT @ R.mT).square()
         assert (inputs @ error.mT @ R.mT).square().sum().item() == pytest.approx(
             powers[4:].sum().item(), abs=10 * RIDGE * powers.sum().item())
@@ -289,5 +313,7 @@ def test_weight_scope_finds_nothing_more_to_cut(windows):
     cuts at each step, is no layer to factor, unless its rank is full."""
     model = reloaded(layers.apply_svd_compression(random_model(), 5), **svd('weight', 3))
     new = converted(model, 6, windows(128))
-    assert new.config.svd_truncates and difference(new, reloaded(new, use_svd=False)) < rounding(new)
-    assert [len(layers.layer_names(random_model(**svd('weight', rank)))) for rank in (3, 8)] == [10, 12]
+    assert new.config.svd_truncates and difference(new, reloaded(new,
+                                                                 use_svd=False)) < rounding(new)
+    assert [len(layers.layer_names(random_model(**svd('weight', rank))))
+            for rank in (3, 8)] == [10, 12]

@@ -1,5 +1,5 @@
-"""python bench.py --svd: every method and scope is there, the exact ones are exact, what does not exist is
-refused."""
+"""python bench.py --svd: every method and scope is there, the exact ones are exact, what does not
+exist is refused."""
 
 import json
 import sys
@@ -39,8 +39,8 @@ def measured(call, *options):
 
 @pytest.mark.slow
 def test_every_method_and_scope_is_measured(call, trained):
-    """On V of a trained checkpoint with a running basis, and on known spectra: nothing is better than the
-    best; the exact methods are as good."""
+    """On V of a trained checkpoint with a running basis, and on known spectra: nothing is better
+    than the best; the exact methods are as good."""
     trained('--use_svd=True', '--svd_rank=3', '--svd_block=4', '--n_layer=2', '--dropout=0.1',
             '--svd_method=randomized', '--svd_scope=causal')
     lines, found = measured(call, '--batch_size=3', '--plot=figure.png')
@@ -48,18 +48,21 @@ def test_every_method_and_scope_is_measured(call, trained):
         assert words in found['trained']
     assert found['timed_on'] == 'trained, layer 1' and lines[-1] == 'figure: figure.png'
     assert {(row['scope'], row['method']) for row in found['methods']} == CASES
-    assert {(row['source'], row['scope'], row['method'], row['matrices']) for row in found['quality']} == {
-        (source, *case, MATRICES[case[0]]) for source in SOURCES for case in CASES}
+    assert {
+        (row['source'], row['scope'], row['method'], row['matrices']) for row in found['quality']
+    } == {(source, *case, MATRICES[case[0]]) for source in SOURCES for case in CASES}
     for row in found['quality']:
         cosines = [value for key, value in row.items() if key.startswith('cosine')]
-        exact = not row['method'].startswith('randomized')          # where a gap is small, float32 tells
-        assert 1 - 1e-6 <= row['residual_mean'] <= row['residual_worst'] <= (1 + 1e-6 if exact else 100)
+        exact = not row['method'].startswith('randomized')  # where a gap is small, float32 tells
+        assert 1 - 1e-6 <= row['residual_mean'] <= row['residual_worst'] <= (1 +
+                                                                             1e-6 if exact else 100)
         assert (1 - 1e-4 if exact else -1) <= min(cosines) <= max(cosines) <= 1 + 1e-9
     assert Path('figure.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
-    """And never by those that are measured; in 'weight' scope the gradient is that at the cut W_v."""
+    """And never by those that are measured; in 'weight' scope the gradient is that at the cut
+    W_v."""
     trained(*RUN, '--svd_scope=weight')
     (source,), words = svd_benchmark.trained_sources(settings(), 'cpu')
     assert words.endswith('8 batches of training windows')
@@ -71,11 +74,12 @@ def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
 
 
 def test_the_captured_gradients_are_those_of_the_loss(trained):
-    """Moving the cut V along its gradient changes the loss as that says, and nothing of the pass is left
-    behind."""
+    """Moving the cut V along its gradient changes the loss as that says, and nothing of the pass is
+    left behind."""
     trained(*RUN)
     model = svd_benchmark.GPT.from_checkpoint(checkpoint()).double().eval()
-    x, y = (torch.randint(17, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x, y = (torch.randint(17, (2, 16), generator=torch.Generator().manual_seed(i))
+            for i in range(2))
     ((v, dv, w, dw),), attn = svd_benchmark.capture(model, x, y), model.transformer.h[0].attn
     assert v.shape == dv.shape == (2, 2, 16, 8) and w.shape == dw.shape == (2, 8, 16)
     assert not attn.c_attn._forward_pre_hooks and not attn.head_svd._forward_hooks
@@ -86,21 +90,23 @@ def test_the_captured_gradients_are_those_of_the_loss(trained):
     assert (loss(1e-4) - loss(-1e-4)) / 2e-4 == pytest.approx(dv.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize('options, dataset, chars, words', [
-    ('--n_head=4 --svd_rank=2', 'toy', CHARS, 'n_head=2'), ('--block_size=17', 'toy', CHARS, 'block_size=16'),
-    ('--dataset=lost', 'gone', CHARS, 'dataset=lost'),
-    ('--dataset=toy', 'gone', CHARS[::-1], 'dataset=toy: '),
-    ('--out_dir=nowhere', 'toy', CHARS, 'nowhere/ckpt.pt: no such'),
-    ('--out_dir=damaged', 'toy', CHARS, 'damaged/ckpt.pt: '),
-    ('--dataset=toy', 'gone', CHARS, 'windows of toy')])
-def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, options, dataset, chars,
-                                                                      words):
+@pytest.mark.parametrize('options, dataset, chars, words',
+                         [('--n_head=4 --svd_rank=2', 'toy', CHARS, 'n_head=2'),
+                          ('--block_size=17', 'toy', CHARS, 'block_size=16'),
+                          ('--dataset=lost', 'gone', CHARS, 'dataset=lost'),
+                          ('--dataset=toy', 'gone', CHARS[::-1], 'dataset=toy: '),
+                          ('--out_dir=nowhere', 'toy', CHARS, 'nowhere/ckpt.pt: no such'),
+                          ('--out_dir=damaged', 'toy', CHARS, 'damaged/ckpt.pt: '),
+                          ('--dataset=toy', 'gone', CHARS, 'windows of toy')])
+def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, options, dataset,
+                                                                      chars, words):
     """With a line that says why. Data of the same vocabulary will do."""
     trained(*RUN)
     Path('damaged').mkdir()
     Path('damaged/ckpt.pt').write_bytes(b'no')
     saved = checkpoint()
-    change(config=saved['config'] | dict(dataset=dataset), tokenizer=saved['tokenizer'] | dict(chars=chars))
+    change(config=saved['config'] | dict(dataset=dataset),
+           tokenizer=saved['tokenizer'] | dict(chars=chars))
     found, line = svd_benchmark.trained_sources(settings(*options.split()), 'cpu')
     assert len(found) == ('windows' in words) and words in line
 

@@ -1,5 +1,5 @@
-"""tools/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named, and no
-process outlives the one that started it. The runs are those of a script of a few lines."""
+"""tools/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named,
+and no process outlives the one that started it. The runs are those of a script of a few lines."""
 
 import json
 import signal
@@ -43,7 +43,7 @@ if what in ('waits', 'stops its parent'):
         while len([*folder.parent.glob('*/ready')]) < 2:
             time.sleep(.01)
         os.kill(os.getppid(), signal.SIGTERM)
-    for _ in range(10_000):                                         # one long sleep may miss a signal
+    for _ in range(10_000):                             # one long sleep may miss a signal
         time.sleep(.01)
 with open(folder / 'metrics.jsonl', 'a') as f:
     f.write(json.dumps({'iter': 5, 'final': True, 'val/loss': 1.0}) + '\\n')
@@ -54,7 +54,7 @@ with open(folder / 'metrics.jsonl', 'a') as f:
 def job(tmp_path):
     """job(name, what) -> a Job of the script that does that; its resume ends well."""
     (tmp_path / 'script.py').write_text(SCRIPT)
-    (tmp_path / 'beside.py').touch()                                # a script finds what is beside it
+    (tmp_path / 'beside.py').touch()  # a script finds what is beside it
 
     def job(name, what='ends', resume='ends'):
         folder, script = tmp_path / 'sweep' / 'runs' / name, str(tmp_path / 'script.py')
@@ -88,7 +88,8 @@ def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what
     (one.folder / saved).touch()
     (one.folder / 'metrics.jsonl').write_text(json.dumps({'iter': 1, 'loss': 1}) + '\n{"iter"')
     sweep.log_of(one).write_text('earlier\n')
-    assert tracking.read_metrics(one.folder) == [{'iter': 1, 'loss': 1}] and run([one])[1] == [('one', 0)]
+    assert tracking.read_metrics(one.folder) == [{'iter': 1, 'loss': 1}] and run(
+        [one])[1] == [('one', 0)]
     assert len((one.folder / 'metrics.jsonl').read_text().splitlines()) == steps
     assert sweep.log_of(one).read_text().startswith('earlier') == (saved == 'last.pt')
 
@@ -115,7 +116,8 @@ def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
     with signals, pytest.raises(Interrupted) as stopped:
         run(jobs, 2)
     assert stopped.value.signal == signal.SIGTERM
-    assert all((one.folder / 'ckpt.pt').exists() for one in jobs[:2]) and not jobs[2].folder.exists()
+    assert all(
+        (one.folder / 'ckpt.pt').exists() for one in jobs[:2]) and not jobs[2].folder.exists()
     assert run(jobs, 2)[0] == []
 
 
@@ -124,11 +126,9 @@ def test_after_sigkill_a_run_saves_and_ends_and_the_next_sweep_waits_for_it(here
     """train.py's own run: it has no end but that of the process which started it."""
     folder, endless = here / 'out', ['--max_iters=1000000', '--eval_interval=1000000']
     one = sweep.Job('out', folder, 1000000, [str(ROOT / 'train.py'), *TINY, *endless], None)
-    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
-            'from pathlib import PosixPath\n'
-            'from tools import sweep\n'
-            'from tools.sweep import Job\n'
-            f'sweep.run_all([{one!r}], 1, print)\n')
+    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import PosixPath\nfrom '
+            f'tools import sweep\nfrom tools.sweep import Job\nsweep.run_all([{one!r}], 1, '
+            'print)\n')
     with subprocess.Popen([sys.executable, '-c', code]) as parent:
         try:
             while len(tracking.read_metrics(folder)) < 5:
