@@ -511,9 +511,9 @@ class GPT(nn.Module):
         """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the
         kernel."""
         optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
-        return self.update_bases_after_steps_of(optimizer)
+        return self.register_step_hook(optimizer)
 
-    def update_bases_after_steps_of(self, optimizer):
+    def register_step_hook(self, optimizer):
         """Register the hook that makes 'randomized' start warm: after each step from the basis of
         that step's V. Without it every forward pass of training starts cold, from random columns.
         Returns the optimizer."""

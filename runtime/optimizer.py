@@ -45,8 +45,8 @@ def get_lr(it, cfg):
 
 def build_optimizer(cfg, model, device):
     """The optimizer of a model that cfg names, with the model's own hook after each step
-    (`GPT.update_bases_after_steps_of`)."""
-    return model.update_bases_after_steps_of(new_optimizer(cfg, model, device))
+    (`register_step_hook`)."""
+    return model.register_step_hook(new_optimizer(cfg, model, device))
 
 
 def new_optimizer(cfg, model, device):

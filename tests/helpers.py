@@ -243,7 +243,7 @@ def counted(f):
 def optimizer_of(model, kind):
     betas = (.9, .95)
     if kind == 'muon':
-        return model.update_bases_after_steps_of(
+        return model.register_step_hook(
             MuonAdamW(model.param_groups(.1), 1e-2, betas, 'cpu', torch.float32))
     return model.configure_optimizers(.1, 1e-2, betas, 'cpu')
 

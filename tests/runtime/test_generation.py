@@ -1,4 +1,4 @@
-"""runtime/draw.py: which tokens can come and how often, logits and options at the ends of their
+"""runtime/generation.py: which tokens can come and how often, logits and options at the ends of their
 ranges."""
 
 import math
