@@ -1,5 +1,4 @@
 """runtime/generation.py: which tokens can come and how often, and options at their limits."""
-ranges."""
 
 import math
 
