@@ -121,8 +121,7 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         configuration.validate(self)
         self.check_shape()
-        # otherwise the weights say which layers there are
-        if self.init_from in ('scratch', 'resume'):
+        if self.init_from in ('scratch', 'resume'):         # other weights say which layers exist
             self.check_layers()
         if self.lr_decay_iters is None:  # a number in the checkpoint: a resume keeps it
             self.lr_decay_iters = self.max_iters
@@ -143,10 +142,12 @@ class TrainConfig(GPTConfig):
 
 
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
-# not a checkpoint's
+# options that a resumed run does not take from its checkpoint
 RUN_LOCAL_FIELDS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')
-# tells a run's config.py from a user's own
+# the first line of a run's config.py, which tells it from a user's own
 HEAD = '# this run, resolved; can be given to train.py again\n'
+# what a run may leave behind that has neither a config.py nor a checkpoint
+RUN_FILES = {'environment.json', 'eval.jsonl', 'curves.png', 'wandb'}
 
 
 def main(argv=None):
@@ -177,7 +178,7 @@ def run_training(cfg, set_by, saved, processes):
             out / 'config.py', f'out_dir={cfg.out_dir!r}'))
     data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
     huggingface.check_tokenizer(cfg, set_by, saved, data, say)
-    # the text may go
+    # a later resume finds the prepared data, also if the text is gone by then
     cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']
     try:
         model = build_model(cfg, set_by, saved, data, say).to(device)
@@ -219,8 +220,8 @@ def stopped(state, error, processes):
         words += '; no checkpoint had been saved' if state.saved_at is None else (
             f'; the checkpoint of step {state.saved_at} is kept')
     if isinstance(error, OSError) and error.errno in FULL:
-        resume = f'{resume_options(state.cfg.out_dir)} goes on'
-        again = 'start again' if state.saved_at is None else resume
+        again = ('start again' if state.saved_at is None else
+                 f'{resume_options(state.cfg.out_dir)} goes on')
         words += f'; make room there, then {again}'
     return Failure(words)
 
@@ -330,7 +331,7 @@ def replicate(state):
         torch.compiler.reset()  # else the limit of recompilations comes near
         replica = torch.compile(replica, fullgraph=True)
     if state.distributed:
-        # sums of V of the process's own batches
+        # buffers are not synchronized: they are sums over the batches of each process
         own = [name for name, _ in replica.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
         replica = DistributedDataParallel(
@@ -425,28 +426,25 @@ def evaluate_and_save(state, evaluation, log, processes):
     improved = row['val/loss'] <= state.best_val_loss  # equal: the same evaluation after a resume
     state.best_val_loss = min(row['val/loss'], state.best_val_loss)
     if state.iter_num > 0:
-        save(state, 'ckpt.pt' if improved or state.cfg.always_save_checkpoint else 'last.pt',
-             random_states)
+        save(state, random_states, is_best=improved)
 
 
 def save_interrupted(state, processes):
-    """Save the state as it is: in ckpt.pt, unless that is to stay the best one."""
+    """Save the state as it is, and say how to go on."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if processes.is_main:
-        out = Path(state.cfg.out_dir)
-        keeps_best = (out / 'ckpt.pt').exists() and not state.cfg.always_save_checkpoint
-        name = 'last.pt' if keeps_best else 'ckpt.pt'
-        save(state, name, random_states)
-        processes.print(
-            f'interrupted after step {state.iter_num}, saved to {out / name}; to go on: '
-            f'{resume_options(out)}')
-        draw_curves(out, processes.print)
+        path = save(state, random_states)
+        processes.print(f'interrupted after step {state.iter_num}, saved to {path}; to go on: '
+                        f'{resume_options(path.parent)}')
+        draw_curves(path.parent, processes.print)
 
 
-def save(state, name, random_states):
-    """Write OUT_DIR/name. ckpt.pt is newer than any last.pt, which then goes. Raises OSError,
-    FloatingPointError."""
-    path, model = Path(state.cfg.out_dir) / name, state.model
+def save(state, random_states, is_best=False):
+    """Write a checkpoint -> its path: ckpt.pt, or last.pt if ckpt.pt is to stay the best one. A
+    last.pt that is older than ckpt.pt goes. Raises OSError, FloatingPointError."""
+    out, model = Path(state.cfg.out_dir), state.model
+    is_best = is_best or state.cfg.always_save_checkpoint or not (out / 'ckpt.pt').exists()
+    path = out / ('ckpt.pt' if is_best else 'last.pt')
     checkpoint = {
         'model': model.state_dict(), 'model_args': asdict(model.config), **model.extra_state(),
         'optimizer': state.optimizer.state_dict(), 'scaler': state.scaler.state_dict(),
@@ -456,8 +454,9 @@ def save(state, name, random_states):
         checkpoint['adaptive_svd'] = state.adaptive.state_dict()
     ckpt.save(checkpoint, path)
     state.saved_at = state.iter_num
-    if name == 'ckpt.pt':
-        path.with_name('last.pt').unlink(missing_ok=True)
+    if is_best:
+        (out / 'last.pt').unlink(missing_ok=True)
+    return path
 
 
 def bad_layer(state, batches, error):
@@ -520,7 +519,7 @@ def restore(state, saved, processes):
     cfg, path = state.cfg, saved['path']
     states, optimizer = saved.get('random'), saved.get('optimizer')
     if states is None:
-        processes.print(f'{path} has no random state: the order of the data starts anew')
+        processes.print(f'{path} has no random state: the order of the data starts again')
     elif len(states) != processes.world_size:
         raise UserError(
             f'{path}: its run has {len(states)} processes, and here are {processes.world_size}: '
@@ -535,9 +534,9 @@ def restore(state, saved, processes):
     try:
         if state.adaptive is not None and 'adaptive_svd' in saved:
             state.adaptive.load_state_dict(saved['adaptive_svd'])
-        # as exported
+        # an exported checkpoint has neither random states nor an optimizer state
         if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:
-            processes.print(f'{path} has no optimizer state: the optimizer starts anew')
+            processes.print(f'{path} has no optimizer state: the optimizer starts again')
         else:
             restore_optimizer(state.optimizer, optimizer,
                               cropped=state.model.transformer.wpe.weight)
@@ -547,6 +546,9 @@ def restore(state, saved, processes):
             state.scaler.load_state_dict(saved['scaler'])
         state.iter_num = state.saved_at = saved['iter_num']
         state.best_val_loss = float(saved['best_val_loss'])
+        if state.iter_num >= cfg.max_iters:
+            processes.print(f'{path} is of step {state.iter_num}, and max_iters={cfg.max_iters}: '
+                            'nothing is left to train (--max_iters=N trains on)')
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'{path}: cannot be resumed: {one_line(e)[:200]}') from None
 
@@ -558,10 +560,11 @@ def open_out_dir(state, dtype, say):
     cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
-            config = out / 'config.py'
-            if config.exists() and not config.read_bytes().startswith(HEAD.encode()):
-                raise UserError(f"out_dir='{out}': its config.py is no run's (nearest: "
-                                f'{unused(out)})')
+            config, names = out / 'config.py', {p.name for p in out.iterdir() if p.suffix != '.tmp'}
+            if not (config.read_bytes().startswith(HEAD.encode()) if config.exists() else
+                    names <= RUN_FILES or names & {'ckpt.pt', 'last.pt', 'metrics.jsonl'}):
+                raise UserError(f"out_dir='{out}': holds something else than a run: {min(names)} "
+                                f'(nearest: {unused(out)})')
             if state.saved_at is None:
                 archive_run(out, say)
             else:
@@ -580,7 +583,7 @@ def open_out_dir(state, dtype, say):
 
         def log(row):
             if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
-                raise FloatingPointError('a loss is not finite')
+                raise FloatingPointError('a number for metrics.jsonl is not finite')
             tracking.append_json(out / 'metrics.jsonl', row)
             if tracker:
                 tracker.log(row)
@@ -600,8 +603,8 @@ def draw_curves(out, say):
     """OUT_DIR/curves.png, from metrics.jsonl. No run fails for a picture."""
     try:
         plots.training_curves(out, CURVES)
-    except UserError as e:
-        say(f'curves.png is not drawn: {e}')
+    except Exception as e:                              # of matplotlib, too
+        say(f'curves.png is not drawn: {one_line(e)}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -654,7 +657,7 @@ def check_fixed_options(cfg, set_by, saved, fixed, say):
         cropped = key == 'block_size' and cfg.block_size < fixed.block_size
         if getattr(cfg, key) == getattr(fixed, key) or cropped:
             continue
-        # it would train all
+        # without its adapters a model would train all weights, so no remark is enough for these
         if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):
             run = Path(cfg.out_dir if saved else cfg.init_from)
             adapted = fixed.adaptive_svd or fixed.has_lora

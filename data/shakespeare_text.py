@@ -40,7 +40,7 @@ def prepare(name, tokenizer, argv=None):
     parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=HERE / name,
                         help='default: this folder')
     return cli.parse(parser, argv, lambda args: write(args.out_dir, args.input, tokenizer),
-                     'starts anew')
+                     'starts again')
 
 
 def write(folder, path, tokenizer):

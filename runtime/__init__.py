@@ -11,8 +11,7 @@ def _check_machine():
     lacking = [name for name in ('torch', 'numpy', 'tqdm')
                if importlib.util.find_spec(name) is None]
     if sys.version_info < (3, 11):
-        version = '.'.join(map(str, sys.version_info[:2]))
-        trouble = f'Python {version} is too old: install 3.11 or later'
+        trouble = f'Python {sys.version.split()[0]} is too old: install 3.11 or later'
     elif lacking:
         trouble = f'{", ".join(lacking)}: not installed: pip install -r requirements.txt'
     elif tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9):    # Muon came with it

@@ -13,9 +13,8 @@ from runtime.files import atomic_open
 from runtime.nan_check import first_nonfinite_tensor
 
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
-NUMBER = (int, float, torch.Tensor)  # nanoGPT's best_val_loss is a tensor
 OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list,
-                best_val_loss=NUMBER)
+                best_val_loss=(int, float, torch.Tensor))            # nanoGPT's is a tensor
 
 
 def save(checkpoint, path):
@@ -133,8 +132,8 @@ def random_state(batches, device):
     kind = torch.device(device).type
     state = {'torch': torch.get_rng_state(), 'batches': batches.get_state()}
     if kind != 'cpu':
-        state[kind] = torch.cuda.get_rng_state(
-            device) if kind == 'cuda' else torch.mps.get_rng_state()
+        state[kind] = (torch.cuda.get_rng_state(device) if kind == 'cuda' else
+                       torch.mps.get_rng_state())
     return state
 
 
@@ -145,6 +144,7 @@ def set_random_state(state, batches, device):
     kind = torch.device(device).type
     torch.set_rng_state(state['torch'])
     batches.set_state(state['batches'])
-    if kind in state:
-        torch.cuda.set_rng_state(state[kind],
-                                 device) if kind == 'cuda' else torch.mps.set_rng_state(state[kind])
+    if kind == 'cuda' and kind in state:
+        torch.cuda.set_rng_state(state[kind], device)
+    elif kind == 'mps' and kind in state:
+        torch.mps.set_rng_state(state[kind])

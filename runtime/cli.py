@@ -39,7 +39,8 @@ def run(script, cls, usage, action, argv=None, load=None, again=''):
 
 
 def parse(parser, argv, action, again=''):
-    """The same for an argparse.ArgumentParser: action is called with its namespace."""
+    """Run a command whose options are those of an argparse.ArgumentParser -> exit code. action is
+    called with its namespace."""
     def refuse(message):  # in place of usage text and exit
         raise UserError(f'{message}; --help lists the options')
     parser.error = refuse
@@ -68,8 +69,8 @@ def guard(script, work, again=''):
             code, words = 1, f'{e.name} is not installed: pip install {e.name}'
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
-            stopped = f'stopped by {signal.Signals(number).name}'
-            code, words = 128 + number, f'{stopped}; {again}' if again else stopped
+            code, words = 128 + number, '; '.join(filter(None, (
+                f'stopped by {signal.Signals(number).name}', again)))
         rank = f'process {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
         print(f'{script}: {rank}{words}', file=sys.stderr)
         return code

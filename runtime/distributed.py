@@ -52,9 +52,8 @@ class Processes:
 
     def __init__(self, cfg):
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
-        missing = [
-            name for name in ('LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-            if not os.environ.get(name)]
+        missing = [name for name in ('LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+                   if not os.environ.get(name)]
         if self.distributed and missing:
             raise UserError(
                 f'{missing[0]}=: RANK and WORLD_SIZE are set, as for one of several processes, '
@@ -64,7 +63,7 @@ class Processes:
             for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
         self.is_main = self.rank == 0
         self.parent = int(os.environ.get(STOP_WITH_PARENT, os.getppid()))
-        if self.parent_exited():                                    # while torch was imported
+        if self.parent_exited():                        # it can end while this imports torch
             raise Failure('the sweep that started this run is gone')
         self.device = devices.pick_device(cfg.device)
         self.on_cuda = self.device.startswith('cuda')
@@ -86,7 +85,7 @@ class Processes:
             if self.on_cuda:
                 self.device = f'cuda:{self.local_rank}'
                 torch.cuda.set_device(self.device)
-            # numbers travel on the CPU
+            # numbers such as random states are exchanged on the CPU
             backend = f'cpu:gloo,cuda:{self.backend}' if self.on_cuda else 'gloo'
             distributed.init_process_group(backend, timeout=PATIENCE)
         return self

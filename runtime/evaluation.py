@@ -146,6 +146,6 @@ class Evaluation:
         return words
 
     def describe_final(self, row):
-        positions = row.get('val/prefix_positions')
-        sampled = f', gap from {positions} positions' if positions else ''
+        sampled = (f', gap from {row["val/prefix_positions"]} positions'
+                   if 'val/prefix_positions' in row else '')
         return f'final, all {row["val/tokens"]:,} validation tokens{sampled}: {self.describe(row)}'

@@ -223,5 +223,5 @@ def check_save_dir(save_dir, source, kind, overwrite=False):
         raise UserError(
             f"{where}: is there already, and no empty folder (nearest: {unused(save_dir)}" +
             (', or --overwrite=True, which moves it aside)' if a_run else ')'))
-    # new_folder's name for it, while it is filled
+    # under this name new_folder fills it
     check_writable(real.with_name(f'.{real.name}'), where)

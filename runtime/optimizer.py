@@ -25,8 +25,8 @@ def schedule_length(cfg):
 
 def warmup_iters(cfg):
     """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
-    return cfg.warmup_iters if cfg.warmup_iters < schedule_length(
-        cfg) else schedule_length(cfg) // 10
+    length = schedule_length(cfg)
+    return cfg.warmup_iters if cfg.warmup_iters < length else length // 10
 
 
 def get_lr(it, cfg):
@@ -50,7 +50,7 @@ def build_optimizer(cfg, model, device):
 
 
 def new_optimizer(cfg, model, device):
-    """The same without the model's hook."""
+    """The optimizer that cfg names, without the model's hook."""
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
     groups = model.param_groups(cfg.weight_decay)
     if cfg.optimizer == 'muon':
@@ -186,9 +186,7 @@ def restore_optimizer(optimizer, saved, cropped):
     """Load the state dict `saved` of an optimizer. Its options (weight decay, betas) do not count:
     those that `optimizer` was made with do. cropped: a parameter that may have lost its last rows
     since. Raises ValueError for a state that is not this optimizer's."""
-    options = [{k: v
-                for k, v in group.items()
-                if k != 'params'}
+    options = [{key: value for key, value in group.items() if key != 'params'}
                for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)

@@ -143,7 +143,6 @@ def line_panels(path, rows, x_label, line_label, title=None):
     lines are dashed and labelled at the right, upright ones dotted and labelled at the bottom.
     path: as in `save`. Raises UserError if the file cannot be written.
     """
-    from matplotlib.ticker import FormatStrFormatter
     titles = list(rows[0].panels)
     size = 3.1 + 2.3 * max(3, len(titles)), 0.9 + (2.7 if len(rows) < 3 else 1.7) * len(rows)
     figure, axes = page(len(rows), len(titles), size, grid=True, sharex=True, sharey='row')
@@ -155,11 +154,11 @@ def line_panels(path, rows, x_label, line_label, title=None):
         handles = {}
         for ax, panel in zip(own, row.panels.values()):
             ax.set(yscale=row.y_scale, xmargin=0.02)
-            ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))  # short: the next panel is near
-            for x, y, name in panel.lines:                          # words make stairs
+            ax.xaxis.set_major_formatter('{x:g}')                   # short: the next panel is near
+            for x, y, name in panel.lines:                          # words and ranks make stairs
                 handles[name], = ax.plot(x, y, color=colours[name], lw=1.2,
                                          marker='.' if len(x) < 20 else None,
-                                         drawstyle='steps-post' if y and type(y[0]) is str
+                                         drawstyle='steps-post' if y and type(y[0]) in (str, int)
                                          else None)
             for label, y in panel.level.items():
                 ax.axhline(y, **GUIDE, ls='--', lw=0.8)
@@ -176,6 +175,7 @@ def line_panels(path, rows, x_label, line_label, title=None):
                            loc='center left', bbox_to_anchor=(1.1, 0.5), frameon=False)
     for ax, name in zip(axes[0], titles):
         ax.set_title(name, fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=x_label == 'step')
     figure.supxlabel(x_label, fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.align_ylabels()

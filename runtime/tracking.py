@@ -121,6 +121,6 @@ class Tracking:
             work()
         except Exception as e:
             self._run = None
-            words = one_line(e)[:200] if isinstance(
-                e, ImportError) else f'{type(e).__name__}: {one_line(e)[:200]}'
-            self._say(f'wandb does not {what} ({words}); metrics.jsonl has everything')
+            kind = '' if isinstance(e, ImportError) else f'{type(e).__name__}: '
+            self._say(f'wandb does not {what} ({kind}{one_line(e)[:200]}); metrics.jsonl has '
+                      'everything')

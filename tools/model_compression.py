@@ -294,7 +294,7 @@ def compress_model(model, method, windows, modules=None, **options):
     known = model.config.layer_ranks or {}              # products have no more than their rank
     layers = dense_layers(model, layer_names(model, modules))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    # refuses before the work
+    # with any energies: options that do not fit are refused before the work
     rank_policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes, method,
                 **options)
     sequential = method == 'activation'

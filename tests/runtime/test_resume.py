@@ -212,6 +212,11 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, mo
     assert_same_metrics('out', 'whole')
 
 
+def test_a_run_that_never_improves_has_a_ckpt_pt_all_the_same(trained):
+    trained('--always_save_checkpoint=False', '--learning_rate=1', '--decay_lr=False')
+    assert checkpoint()['best_val_loss'] == rows()[0]['val/loss']    # of the evaluation at step 0
+
+
 def test_a_resume_goes_on_from_the_later_of_ckpt_pt_and_last_pt(trained, call, refused):
     trained(*RUN, '--max_iters=3', folder='early'), trained(*RUN, '--max_iters=6')
     os.rename('early/ckpt.pt', 'out/last.pt')
