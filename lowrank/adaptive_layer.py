@@ -14,11 +14,11 @@ from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
 # panels of a figure of a run: label -> names of metrics, guide lines
-CURVES = {'gradient in the\nprincipal space': (['principal_alignment', 'chance'],
+CURVES = {'gradient in the\nprincipal space': ('principal_alignment',
                                                {'danger': DANGER_ALIGNMENT}),
-          'gradient in the\nminor space': (['minor_alignment'], {}),
-          'beyond chance': (['excess'], {'chance': 0.0, 'danger': DANGER_EXCESS}),
-          'mode': (['mode'], {}), 'trained\ncomponents r': (['r'], {})}
+          'gradient in the\nminor space': ('minor_alignment', {}),
+          'beyond chance': ('excess', {'chance': 0.0, 'danger': DANGER_EXCESS}),
+          'mode': ('mode', {}), 'trained\ncomponents r': ('r', {})}
 FLOOR = 1e-3           # of sigma_1: rows of A are no shorter than its root, so no direction is dead
 PATIENCE = 3                # analyses in a row that propose a smaller r, before r becomes smaller
 STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode, before it ends

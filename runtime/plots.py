@@ -186,7 +186,7 @@ def training_curves(folder, series):
     """Write FOLDER/curves.png from FOLDER/metrics.jsonl: losses, learning rate, and those of the
     model's named series that the run has, one line per layer.
 
-    series: label of a panel -> (keys, guides), such as {'rank': (['r'], {'full': 32})}. The panel
+    series: label of a panel -> (key, guides), such as {'rank': ('r', {'full': 32})}. The panel
     shows what rows call '.../LAYER/r', numbers or words, with dashed guide lines. Nothing is drawn
     before the run has logged a loss. Raises UserError if the file cannot be written or matplotlib
     is missing.
@@ -194,10 +194,9 @@ def training_curves(folder, series):
     require_matplotlib('curves.png')
     rows = [row for row in read_metrics(folder) if not row.get('final')]
     wanted = {'loss,\nnats per token': (LOSSES, {}), 'learning rate': ({'lr': 'lr'}, {})}
-    for label, (keys, guides) in series.items():
-        names = sorted({key for row in rows for key in row if key.rpartition('/')[2] in keys})
-        wanted[label] = {name.split('/', 1)[1].removesuffix(f'/{keys[0]}'): name
-                         for name in names}, guides
+    for label, (key, guides) in series.items():
+        names = sorted({name for row in rows for name in row if name.endswith(f'/{key}')})
+        wanted[label] = {name.split('/')[-2]: name for name in names}, guides
     drawn = []
     for label, (names, guides) in wanted.items():
         points = {name: [(row['iter'], row[key]) for row in rows if key in row]
