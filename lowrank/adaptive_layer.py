@@ -13,7 +13,7 @@ from lowrank.layers import AdaptedLinear, FactoredLinear, empty_linear
 from lowrank.svd import balanced_factors
 
 PROTECTIONS = ('left', 'none')
-# panels of a figure of a run: label -> names of metrics, guide lines
+# panels of the figure of a run: label -> metric, guide lines
 CURVES = {'gradient in the\nprincipal space': ('principal_alignment',
                                                {'danger': DANGER_ALIGNMENT}),
           'gradient in the\nminor space': ('minor_alignment', {}),

@@ -90,7 +90,8 @@ def test_an_old_run_is_moved_aside_and_one_line_says_so(trained, fit):
                           ('--out_dir=data/toy', "out_dir='data/toy'"),
                           ('--out_dir=notes.txt', "out_dir='notes.txt'"),
                           ('--out_dir=notes.txt/run', "out_dir='notes.txt/run'"),
-                          ('--out_dir=/proc/run', "out_dir='/proc/run'"), ('--out_dir=data', "out_dir='data'"),
+                          ('--out_dir=/proc/run', "out_dir='/proc/run'"),
+                          ('--out_dir=data', "out_dir='data'"),
                           ('--out_dir=other', "out_dir='other'")])
 def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, options, words):
     """As many characters as the checkpoint's, but others, would silently change the meaning of
