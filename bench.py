@@ -18,13 +18,12 @@ tools/svd_benchmark.py explains its columns. The last line is JSON.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from runtime import cli             # before torch: says what is not installed
 
-from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
@@ -82,12 +81,11 @@ def load_config(argv):
     lora_adapter. Only shapes are taken from there: times do not depend on weights."""
     values, set_by = configuration.parse(BenchConfig, argv)
     where, theirs = values['init_from'], {}
-    if where == 'resume' or huggingface.is_run(where):
-        saved = ckpt.load(Path(values['out_dir'] if where == 'resume' else where) / 'ckpt.pt')
+    if where != 'scratch':
+        saved = (ckpt.load(Path(values['out_dir']) / 'ckpt.pt') if where == 'resume' else
+                 huggingface.read(where))
         theirs = {key: value for key, value in saved.get('config', {}).items()
                   if key not in RUN_LOCAL_FIELDS} | saved['model_args']
-    elif where != 'scratch':
-        theirs = asdict(GPT.from_pretrained(where).config)
     if values['lora_adapter'] is not None:
         theirs |= huggingface.read_adapter(values['lora_adapter'])[0]
     theirs = configuration.check_all(BenchConfig, theirs, where)

@@ -131,8 +131,8 @@ def steps(cfg, device):
     changes = {kind: dict(use_svd=False)} if kind else {}
     scopes = truncating_scopes(cfg, required=not kind and not cfg.peer)
     for scope, method in product(scopes, METHODS):
-        name = ', '.join(filter(None, (method, scope, kind)))
-        changes[name] = dict(use_svd=True, svd_method=method, svd_scope=scope)
+        changes[', '.join(filter(None, (method, scope, kind)))] = dict(
+            use_svd=True, svd_method=method, svd_scope=scope)
     words = header(cfg, device)
     print(f'{words}; {cfg.pairs} pairs')
 
@@ -221,9 +221,8 @@ def costs(model, batch, length, tokens):
     if model is None:
         return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))
     before = length + tokens - 2
-    flops = model.flops_per_token(before, decode=True)
-    if model.config.is_noncausal:                                   # the prefix again, per token
-        flops = model.flops_per_token(before + 1) * (before + 1)
+    flops = (model.flops_per_token(before + 1) * (before + 1)       # the prefix again, per token
+             if model.config.is_noncausal else model.flops_per_token(before, decode=True))
     return {'cache_bytes': model.kv_cache_bytes(batch, before + 1),
             'prefill_flops': model.flops_per_token(length), 'decode_flops': flops}
 

@@ -50,10 +50,6 @@ SPECTRA = {'Gaussian': lambda i, rank: torch.ones_like(i), '1/i': lambda i, rank
            '1/i^2': lambda i, rank: 1 / i ** 2, '0.9^i': lambda i, rank: 0.9 ** i,
            'low rank + noise': lambda i, rank: torch.where(i <= rank, 1.0, 0.1)}
 
-COST_KEYS = ('forward_ms', 'forward_over_gram', 'fwd_bwd_ms', 'fwd_bwd_over_gram', 'peak_bytes')
-COSINE_KEYS = ('cosine_full_mean', 'cosine_full_min',
-               'cosine_constant_mean', 'cosine_constant_min')
-
 Case = namedtuple('Case', 'scope method')
 # v, dv (B, nh, T, hs) and w, dw (nh, hs, C): matrices and upstream gradients; basis (nh, hs, k)
 Source = namedtuple('Source', 'name v dv w dw basis')
@@ -73,24 +69,27 @@ def run(cfg, device):
     timed_on = trained[len(trained) // 2] if trained else synthetic[1]
     print(f'timing a layer, {len(cases)} cases, on {timed_on.name}', flush=True)
     costs, quality = timings(cfg, device, cases, timed_on), []
-    print_costs(costs)
+    print('cost per layer, medians: time over that of gram in the same round')
+    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes'))
+    for row in costs:
+        print_line(label(row), (row['forward_ms'], row['forward_over_gram'], row['fwd_bwd_ms'],
+                                row['fwd_bwd_over_gram'], row['peak_bytes']))
     print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the '
           'exact one,\nwith the basis differentiated (full) and without (constant); mean and worst')
     for source in (*trained, *synthetic):
         quality += source_quality(cfg, cases, source)
-    result = {'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
-              'seed': cfg.seed, 'rounds': cfg.pairs,
-              'shape': {'batch_size': cfg.batch_size, 'n_head': cfg.n_head,
-                        'block_size': cfg.block_size, 'head_size': cfg.n_embd // cfg.n_head,
-                        'svd_rank': cfg.svd_rank},
-              'trained': remark if trained else None, 'timed_on': timed_on.name,
-              'methods': costs, 'quality': quality}
     if cfg.plot:
-        names = [source.name for source in trained] or [timed_on.name]
+        names = [source.name for source in trained or [timed_on]]
         draw(cfg.plot, costs, [row for row in quality if row['source'] in names],
              f'V of {" to ".join([names[0], *names[1:][-1:]])}; {words}')
         print(f'figure: {cfg.plot}')
-    print(json.dumps(result))
+    print(json.dumps({
+        'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
+        'seed': cfg.seed, 'rounds': cfg.pairs,
+        'shape': {'batch_size': cfg.batch_size, 'n_head': cfg.n_head, 'block_size': cfg.block_size,
+                  'head_size': cfg.n_embd // cfg.n_head, 'svd_rank': cfg.svd_rank},
+        'trained': remark if trained else None, 'timed_on': timed_on.name,
+        'methods': costs, 'quality': quality}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,8 +155,8 @@ def synthetic_source(cfg, name, device):
     comes from other draws. W_v^T is drawn alike."""
     B, nh, T, hs = cfg.batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
     gaussian = partial(torch.randn, generator=torch.Generator().manual_seed(cfg.seed))
-    scales = SPECTRA[name](torch.arange(1.0, hs + 1), cfg.svd_rank)
-    axes = torch.linalg.qr(gaussian(nh, hs, hs))[0] * scales        # (nh, hs, hs), columns scaled
+    axes = torch.linalg.qr(gaussian(nh, hs, hs))[0]                 # (nh, hs, hs), columns scaled
+    axes *= SPECTRA[name](torch.arange(1.0, hs + 1), cfg.svd_rank)
 
     def draw_v():
         v = (gaussian(B, nh, T, hs) * T ** -0.5 @ axes.mT).transpose(1, 2).contiguous()
@@ -204,13 +203,16 @@ def capture(model, x, y):
     the cut V, W_v, and the gradient at W_v as it acts: (B, nh, T, hs) twice and (nh, hs, C) twice
     (MLA: U_v, (nh, hs, d))."""
     attentions, values = [block.attn for block in model.transformer.h], []
+
+    def keep_value(module, args, cut):
+        values.append((args[0], cut))
+
     weights = [attn.value_weight().detach().requires_grad_() for attn in attentions]
     with ExitStack() as hooks:
         for attn, weight in zip(attentions, weights):
             hooks.enter_context(attn.c_attn.register_forward_pre_hook(
                 lambda module, args, weight=weight: (args[0], weight)))
-            hooks.enter_context(attn.head_svd.register_forward_hook(
-                lambda module, args, cut: values.append((args[0], cut))))
+            hooks.enter_context(attn.head_svd.register_forward_hook(keep_value))
         loss = model(x, y)[1]
     before, after = zip(*values)
     gradients = torch.autograd.grad(loss, (*after, *weights))
@@ -268,7 +270,8 @@ def source_quality(cfg, cases, source):
                         f'cosine_{name}_min': cosines.min().item()}
             print_line(label(row), (100 * (row['residual_mean'] - 1),
                                     100 * (row['residual_worst'] - 1),
-                                    *(1 - row[key] for key in COSINE_KEYS), row['matrices']))
+                                    *(1 - row[key] for key in row if key.startswith('cosine')),
+                                    row['matrices']))
             rows.append(row)
     return rows
 
@@ -301,13 +304,6 @@ def cosine(a, b):
 # --------------------------------------------------------------------------------------------------
 # output
 
-def print_costs(rows):
-    print('cost per layer, medians: time over that of gram in the same round')
-    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes'))
-    for row in rows:
-        print_line(label(row), map(row.get, COST_KEYS))
-
-
 def label(row):
     return f'{row["method"]}, {row["scope"]}'
 
@@ -315,16 +311,16 @@ def label(row):
 def draw(path, costs, quality, caption):
     """The figure: residual over the best, minus 1, mean over rows of `quality`, against the time of
     the forward pass; a panel per scope."""
-    residual, panels = {}, {}
-    for row in quality:
-        residual.setdefault(label(row), []).append(row['residual_mean'] - 1)
+    best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
     looks = dict(zip(METHODS, zip(plots.COLOURS, plots.MARKERS, repeat(''))))
-    for row in costs:
-        method, scope = label(row).split(', ')
-        best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
-        y = max(ROUNDING, statistics.fmean(residual[label(row)]))
-        panels.setdefault(scope, [best]).append(
-            plots.Curve(method, [row['forward_ms']], [y], looks[method]))
-    charts = [plots.Chart(f'{scope!r} scope', 'forward pass, ms per layer', curves, log=True)
-              for scope, curves in panels.items()]
+    charts = []
+    for scope, own in groupby(costs, lambda row: row['scope']):
+        curves = [best]
+        for row in own:
+            above = [other['residual_mean'] - 1 for other in quality if label(other) == label(row)]
+            curves.append(plots.Curve(row['method'], [row['forward_ms']],
+                                      [max(ROUNDING, statistics.fmean(above))],
+                                      looks[row['method']]))
+        charts.append(plots.Chart(f'{scope!r} scope', 'forward pass, ms per layer', curves,
+                                  log=True))
     plots.charts(path, charts, 'residual / best residual - 1', caption, y_scale='log', sharex=True)
