@@ -162,7 +162,7 @@ def line_panels(path, rows, x_label, line_label, title=None):
         own[0].set_ylabel(row.y_label)
         if len(names) > 1:
             own[-1].legend([handles[name] for name in shown], shown, title=line_label, fontsize=8,
-                           loc='center left', bbox_to_anchor=(1.1, 0.5), frameon=False)
+                           loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False)
     for ax, name in zip(axes[0], titles):
         ax.set_title(name, fontsize=10)
     figure.supxlabel(x_label, fontsize=10)
