@@ -18,13 +18,12 @@ tools/svd_benchmark.py explains its columns. The last line is JSON.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from runtime import cli             # before torch: says what is not installed
 
-from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import device as devices
@@ -62,12 +61,6 @@ class BenchConfig(TrainConfig):
                 ('peer', None, not self.svd, 'not together with --svd')):
             if getattr(self, name) != default and not fits:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {why}')
-        full = min(self.block_size, self.n_embd // self.n_head)
-        if self.svd and not 1 <= (self.svd_rank or full) < full:
-            raise ValueError(f'svd_rank={self.svd_rank}: --svd needs a rank that truncates (valid: '
-                             f'1 to {full - 1})')
-        if self.decode:
-            self.lengths()
         if self.plot is True:
             self.plot = 'bench-svd.png'
         path = Path(self.plot or '.')
@@ -76,20 +69,6 @@ class BenchConfig(TrainConfig):
                              f"'{path.stem}.png')")
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
             raise ValueError(f'peer={self.peer!r}: has no model.py')
-
-    def lengths(self):
-        """`contexts` as a list of int."""
-        most = self.block_size - self.tokens                        # beyond it, the window slides
-        if most < 1:
-            raise ValueError(f'tokens={self.tokens}: leave no room for a prompt in block_size='
-                             f'{self.block_size} (nearest: {self.block_size - 1})')
-        if self.contexts is None:       # within spans of 'causal' scope, whose edges are slower
-            return [max(1, min(most, self.block_size * part // 16)) for part in (3, 6, 14)]
-        lengths = [int(word) if word.isdecimal() else 0 for word in self.contexts.split(',')]
-        if not all(1 <= length <= most for length in lengths):
-            raise ValueError(f"contexts={self.contexts!r}: must be whole numbers, like '16,128', "
-                             f'of at most block_size - tokens = {most}')
-        return lengths
 
 
 def main(argv=None):
@@ -102,12 +81,11 @@ def load_config(argv):
     lora_adapter. Only shapes are taken from there: times do not depend on weights."""
     values, set_by = configuration.parse(BenchConfig, argv)
     where, theirs = values['init_from'], {}
-    if where == 'resume' or huggingface.is_run(where):
-        saved = ckpt.load(Path(values['out_dir'] if where == 'resume' else where) / 'ckpt.pt')
+    if where != 'scratch':
+        saved = (ckpt.load(Path(values['out_dir']) / 'ckpt.pt') if where == 'resume' else
+                 huggingface.read(where))
         theirs = {key: value for key, value in saved.get('config', {}).items()
                   if key not in RUN_LOCAL_FIELDS} | saved['model_args']
-    elif where != 'scratch':
-        theirs = asdict(GPT.from_pretrained(where).config)
     if values['lora_adapter'] is not None:
         theirs |= huggingface.read_adapter(values['lora_adapter'])[0]
     theirs = configuration.check_all(BenchConfig, theirs, where)

@@ -35,13 +35,9 @@ def kinds(n_embd):
 
 
 @unfailing_output()                                     # | head
+@torch.no_grad()
 def main():
     torch.manual_seed(1337)
-    side_by_side()
-    cached_and_uncached()
-
-
-def side_by_side():
     text = torch.tensor(list(Path(__file__).with_name('model.py').read_bytes()))
     print('1. Kinds of attention. Parameters, cache and tokens/s: 2 layers, 512 wide, 8 sequences\n'
           '   after 992 tokens, timed once. Losses of two seeds: 2 layers, 64 wide, after\n'
@@ -58,7 +54,19 @@ def side_by_side():
     print('\n   Latents of n_embd / 4 are 8 times smaller than keys and values. The SVD makes V\n'
           '   smaller, but not a latent, which keys need too: with MLA its bases are added.\n')
 
+    print('2. Logits token by token from a cache, and all at once: largest difference over the\n'
+          '   largest logit')
+    for name, options in kinds(64).items():
+        for dtype in (torch.float32, torch.float64):
+            model = GPT(GPTConfig(**SMALL, **options)).to(dtype).eval()
+            cache, idx = model.new_cache(2, 128), torch.randint(256, (2, 128))
+            uncached = model(idx, idx)[0]                                       # (2, 128, 256)
+            cached = torch.cat([model(new, cache=cache)[0] for new in idx.split(1, dim=1)], dim=1)
+            difference = (cached - uncached).abs().max() / uncached.abs().max()
+            print(f'   {name:24} {str(dtype)[6:]} {difference.item():.1e}')
 
+
+@torch.enable_grad()
 def short_run(config, text, seed):
     """Mean loss on the last tenth of the text after STEPS steps on the rest."""
     torch.manual_seed(seed)
@@ -73,20 +81,6 @@ def short_run(config, text, seed):
     rows = windows[split + 128::128]
     with torch.no_grad():
         return model.eval()(rows[:, :-1], rows[:, 1:])[1].item()
-
-
-@torch.no_grad()
-def cached_and_uncached():
-    print('2. Logits token by token from a cache, and all at once: largest difference over the\n'
-          '   largest logit')
-    for name, options in kinds(64).items():
-        for dtype in (torch.float32, torch.float64):
-            model = GPT(GPTConfig(**SMALL, **options)).to(dtype).eval()
-            cache, idx = model.new_cache(2, 128), torch.randint(256, (2, 128))
-            uncached = model(idx, idx)[0]                                       # (2, 128, 256)
-            cached = torch.cat([model(new, cache=cache)[0] for new in idx.split(1, dim=1)], dim=1)
-            difference = (cached - uncached).abs().max() / uncached.abs().max()
-            print(f'   {name:24} {str(dtype)[6:]} {difference.item():.1e}')
 
 
 if __name__ == '__main__':

@@ -26,15 +26,8 @@ SHAPE = dict(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64)     
 @unfailing_output()                                     # | head
 def main():
     torch.manual_seed(1337)
-    best_approximation()
-    two_smaller_layers()
-    gradient()
-    causality()
-    train_and_truncate()
 
-
-def best_approximation():
-    """Eckart-Young: the squared error of the best rank-k approximation is the energy it cuts."""
+    # Eckart-Young: the squared error of the best rank-k approximation is the energy it cuts
     print('1. A 64 x 32 matrix with singular values 1, 1/2, 1/4, ...: rank, energy kept, error')
     u, v = (torch.linalg.qr(torch.randn(n, 32, dtype=torch.float64))[0] for n in (64, 32))
     x = u * 0.5 ** torch.arange(32) @ v.mT                                      # (64, 32)
@@ -48,15 +41,8 @@ def best_approximation():
     print('   Error at rank 8 for Gaussian numbers: ' + ', '.join(
         f'{method} {relative_error(x, 8, method):.4f}' for method in METHODS))
 
-
-def relative_error(x, rank, method='gram'):
-    error = torch.linalg.norm(x - low_rank_approximation(x, rank, method)) / torch.linalg.norm(x)
-    return error.item()
-
-
-def two_smaller_layers():
-    """y = W x + b, W (m, n) of rank k, is B (A x) + b with B (m, k) and A (k, n): k (m + n) numbers
-    in place of m n."""
+    # y = W x + b, W (m, n) of rank k, is B (A x) + b with B (m, k) and A (k, n): k (m + n) numbers
+    # in place of m n
     linear, x = torch.nn.Linear(10, 10), torch.randn(10)
     linear.weight.data = torch.randn(10, 2) @ torch.randn(2, 10)
     print('\n2. y = W x + b with W 10 x 10 of rank 2, as y = B (A x) + b')
@@ -66,10 +52,8 @@ def two_smaller_layers():
         print(f'   rank {rank}: {layer.A.weight.numel() + layer.B.weight.numel()} numbers in place '
               f'of {linear.weight.numel()}, largest difference of y {difference:.1e}')
 
-
-def gradient():
-    """If the rank of V is below its width, several singular values are zero, and autograd through
-    the SVD divides by their difference."""
+    # If the rank of V is below its width, several singular values are zero, and autograd through
+    # the SVD divides by their difference
     print('\n3. Gradient of the rank-2 approximation of an 8 x 6 matrix of rank 3: largest entry')
     x = (torch.randn(8, 6) * (torch.arange(6) < 3)).requires_grad_()
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
@@ -80,9 +64,7 @@ def gradient():
         print(f'   {name:34} {grad.abs().max().item():.3g}')
     print(f'   {"the exact one, 2 X_k":34} {2 * x_k.abs().max().item():.3g}')
 
-
-def causality():
-    """Change the last token and see whether the outputs before it change."""
+    # Change the last token and see whether the outputs before it change
     print('\n4. Change the last of 64 tokens: largest change of any logit before it')
     idx = torch.randint(256, (1, 64))
     changed = torch.cat((idx[:, :-1], (idx[:, -1:] + 1) % 256), dim=1)
@@ -91,9 +73,7 @@ def causality():
         difference = model(idx, idx)[0] - model(changed, idx)[0]                # (1, 64, 256)
         print(f'   {scope:9} {difference[:, :-1].abs().max().item():.1e}')
 
-
-def train_and_truncate():
-    """The weights stay the same; only V changes."""
+    # The weights stay the same; only V changes
     text = torch.tensor(list(Path(__file__).with_name('model.py').read_bytes()))
     windows = text.unfold(0, 65, 1)                                             # (number, 65)
     model = GPT(GPTConfig(**SHAPE))
@@ -111,6 +91,11 @@ def train_and_truncate():
     for scope in SCOPES:
         losses = [truncated_loss(model, scope, rank, rows) for rank in ranks]
         print(f'   {scope:9} ' + ''.join(f'{loss:8.3f}' for loss in losses))
+
+
+def relative_error(x, rank, method='gram'):
+    error = torch.linalg.norm(x - low_rank_approximation(x, rank, method)) / torch.linalg.norm(x)
+    return error.item()
 
 
 def truncated_loss(model, scope, rank, rows):

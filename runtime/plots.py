@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections import namedtuple
-from contextlib import nullcontext
 from pathlib import Path
 
 from runtime.config import UserError
@@ -57,9 +56,9 @@ def page(rows, columns, size, dpi=110, grid=False, **options):
 
 
 def save(figure, path):
-    """Write a PNG. path: a file name or a binary file. Raises UserError if it cannot be written."""
+    """Write a PNG. Raises UserError if it cannot be written."""
     try:
-        with nullcontext(path) if hasattr(path, 'write') else atomic_open(path) as file:
+        with atomic_open(path) as file:
             figure.savefig(file, format='png')
     except OSError as e:
         raise unwritable(f'{path}: cannot be written', e) from None
@@ -80,7 +79,7 @@ def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex
     bands: a spread is drawn as a band instead of bars. Raises UserError if the file cannot be
     written.
     """
-    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = page(rows, columns, (8.3, 3.3 * rows + 1.2), dpi=150, grid=True, sharex=sharex,
@@ -88,8 +87,7 @@ def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex
     handles = {}
     for ax, chart in zip(axes.flat, panels):
         ax.set_title(textwrap.fill(chart.title, 84 // columns), fontsize=10)
-        ax.set_xlabel(chart.x_label)
-        ax.set_yscale(y_scale)
+        ax.set(xlabel=chart.x_label, yscale=y_scale, xmargin=0.08, ymargin=0.12)
         if chart.log:
             ax.set_xscale('log', base=2)
         for curve in chart.curves:
@@ -98,19 +96,13 @@ def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex
             ax.set_xticks(list(chart.ticks), list(chart.ticks.values()))
         elif chart.log:
             ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))
-        else:
-            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.margins(x=0.08, y=0.12)
-    for ax in axes[:, 0]:
-        ax.set_ylabel(y_label)
+    figure.supylabel(y_label, fontsize=10)
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
-    fit = 110 // (8 + max(map(len, handles)))                       # labels side by side
     figure.legend(handles.values(), handles, loc='outside upper center', frameon=False, fontsize=9,
-                  ncols=max(1, min(len(handles), fit)))
-    width = len(caption) / math.ceil(len(caption) / 115)            # lines of about equal length
-    figure.supxlabel(textwrap.fill(caption, int(width) + 8), fontsize=9, color='0.3')
+                  ncols=max(1, min(len(handles), 110 // (8 + max(map(len, handles))))))
+    figure.supxlabel(textwrap.fill(caption, 115), fontsize=9, color='0.3')
     save(figure, path)
 
 
@@ -140,8 +132,8 @@ def line_panels(path, rows, x_label, line_label, title=None):
     """Write a PNG of PanelRows with the same titles; axes are shared along rows and columns.
 
     A row has a legend of its lines, called line_label, or of some if they are many. Level guide
-    lines are dashed and labelled at the right, upright ones dotted and labelled at the bottom.
-    path: as in `save`. Raises UserError if the file cannot be written.
+    lines are dashed and labelled below, upright ones dotted and labelled at the bottom.
+    Raises UserError if the file cannot be written.
     """
     titles = list(rows[0].panels)
     size = 3.1 + 2.3 * max(3, len(titles)), 0.9 + (2.7 if len(rows) < 3 else 1.7) * len(rows)
@@ -154,7 +146,6 @@ def line_panels(path, rows, x_label, line_label, title=None):
         handles = {}
         for ax, panel in zip(own, row.panels.values()):
             ax.set(yscale=row.y_scale, xmargin=0.02)
-            ax.xaxis.set_major_formatter('{x:g}')                   # short: the next panel is near
             for x, y, name in panel.lines:                          # words and ranks make stairs
                 handles[name], = ax.plot(x, y, color=colours[name], lw=1.2,
                                          marker='.' if len(x) < 20 else None,
@@ -162,9 +153,8 @@ def line_panels(path, rows, x_label, line_label, title=None):
                                          else None)
             for label, y in panel.level.items():
                 ax.axhline(y, **GUIDE, ls='--', lw=0.8)
-                if ax is own[-1]:
-                    ax.annotate(label, (1, y), (3, 0), xycoords=ax.get_yaxis_transform(),
-                                textcoords='offset points', va='center', fontsize=7, **GUIDE)
+                ax.annotate(label, (1, y), (-3, -1), xycoords=ax.get_yaxis_transform(), fontsize=7,
+                            textcoords='offset points', ha='right', va='top', **GUIDE)
             for label, x in panel.upright.items():
                 ax.axvline(x, **GUIDE, ls=':', lw=1.2)
                 ax.annotate(label, (x, 0), (-3, 4), xycoords=ax.get_xaxis_transform(), fontsize=7,
@@ -172,7 +162,7 @@ def line_panels(path, rows, x_label, line_label, title=None):
         own[0].set_ylabel(row.y_label)
         if len(names) > 1:
             own[-1].legend([handles[name] for name in shown], shown, title=line_label, fontsize=8,
-                           loc='center left', bbox_to_anchor=(1.1, 0.5), frameon=False)
+                           loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False)
     for ax, name in zip(axes[0], titles):
         ax.set_title(name, fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=x_label == 'step')

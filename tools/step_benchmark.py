@@ -7,6 +7,7 @@ import statistics
 import sys
 from dataclasses import fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from model import ADAPTER_DEFAULTS, GPT, METHODS, SCOPES, GPTConfig
 from runtime import device as devices
 from runtime.config import UserError
 from runtime.evaluation import FINAL_GAP_POSITIONS, GAP_POSITIONS
-from runtime.optimizer import new_optimizer
 from tools.timing import (generation, interleave, paired_benchmark, print_line, quartiles,
                           time_it)
 from train import new_state, train_step
@@ -45,16 +45,14 @@ def random_tokens(cfg, device):
     return [torch.randint(cfg.vocab_size, shape, generator=generator).to(device) for _ in range(2)]
 
 
-def step_of(cfg, device, warm=True, peer=None, **changes):
+def step_of(cfg, device, peer=None, **changes):
     """-> a function that runs one training step of a new model on random tokens.
 
-    changes: of the configuration. warm: whether 'randomized' starts from the step before. peer: a
-    model to train instead, with nanoGPT's configure_optimizers.
+    changes: of the configuration. peer: a model to train instead, with nanoGPT's
+    configure_optimizers.
     """
     model = new_model(cfg, device, **changes)
     state = new_state(replace(cfg, compile=False, **changes), model, device)
-    if not warm:
-        state.optimizer = new_optimizer(cfg, model, device)
     if peer is not None:
         state.model = state.replica = peer
         state.optimizer = peer.configure_optimizers(
@@ -90,23 +88,25 @@ def run_seconds(cfg, data, device):
 # --------------------------------------------------------------------------------------------------
 # what is compared
 
-def variants(cfg):
-    """Name -> changes of the configuration: '' the baseline, and, if cfg has more than that without
-    the SVD, such as 'MLA' or 'MLA, low-rank', cfg as it is."""
-    extras = {'MLA': cfg.use_mla, 'low-rank': cfg.layer_ranks, 'adaptive SVD': cfg.adaptive_svd,
-              'LoRA': cfg.lora_rank}
-    name = ', '.join(extra for extra, present in extras.items() if present)
-    return {'': DENSE} | ({name: {}} if name else {})
+def kind_of(cfg):
+    """What the model of cfg has beside the SVD on V, such as 'MLA' or 'MLA, low-rank', or ''."""
+    parts = {'MLA': cfg.use_mla, 'low-rank': cfg.layer_ranks, 'adaptive SVD': cfg.adaptive_svd,
+             'LoRA': cfg.lora_rank}
+    return ', '.join(name for name, present in parts.items() if present)
 
 
-def truncating_scopes(cfg):
-    """The scopes in which cfg.svd_rank changes anything; prints which it does not."""
-    if cfg.svd_rank is None:
-        return []
+def truncating_scopes(cfg, required):
+    """The scopes in which cfg.svd_rank changes anything; prints why the others are left out. Raises
+    UserError if there is none, but one is required."""
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
-    for scope in filter(off.get, SCOPES):
-        print(f'{scope!r} is left out: SVD on V {off[scope]}')
-    return [scope for scope in SCOPES if not off[scope]]
+    scopes = [scope for scope in SCOPES if not off[scope]]
+    if required and not scopes:
+        raise UserError(f'svd_rank={cfg.svd_rank}: truncates nothing, so that there is nothing to '
+                        f'compare (valid: 1 to {cfg.n_embd // cfg.n_head - 1})')
+    if cfg.svd_rank is not None:
+        for scope in filter(off.get, SCOPES):
+            print(f'{scope!r} is left out: SVD on V {off[scope]}')
+    return scopes
 
 
 def header(cfg, device):
@@ -114,9 +114,8 @@ def header(cfg, device):
     c, dtype = model_config(cfg), devices.pick_dtype(cfg.dtype, device)
     options = ''.join(f'{f.name}={getattr(c, f.name)!r}, ' for f in fields(c)
                       if getattr(c, f.name) != f.default and f.name not in SIZES)
-    on_cpu = torch.device(device).type == 'cpu'
-    machine = torch.backends.cpu.get_cpu_capability() if on_cpu else (
-        devices.environment(device, dtype)['device_name'])
+    machine = (torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else
+               torch.backends.cpu.get_cpu_capability())
     return (f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, '
             f'context {c.block_size}, batch {cfg.batch_size}, {options}'
             f'{cfg.optimizer}, {dtype}, {device} ({machine}), {torch.get_num_threads()} threads, '
@@ -128,16 +127,12 @@ def header(cfg, device):
 
 def steps(cfg, device):
     """Print step times and ratios, then the same as one line of JSON."""
-    (_, *others), results = variants(cfg).items(), {}
-    changes = {name: dict(use_svd=False, **kind) for name, kind in others}
-    own = [name for name, _ in others[-1:]]                         # the SVD with all else of cfg
-    for scope in truncating_scopes(cfg):
-        for method in METHODS:
-            changes[', '.join([method, scope, *own])] = dict(use_svd=True, svd_method=method,
-                                                             svd_scope=scope)
-    if not changes and not cfg.peer:
-        raise UserError(f'svd_rank={cfg.svd_rank}: an ordinary model has nothing to be compared '
-                        f'with (nearest: --svd_rank={max(1, cfg.n_embd // cfg.n_head // 2)})')
+    kind, results = kind_of(cfg), {}
+    changes = {kind: dict(use_svd=False)} if kind else {}
+    scopes = truncating_scopes(cfg, required=not kind and not cfg.peer)
+    for scope, method in product(scopes, METHODS):
+        changes[', '.join(filter(None, (method, scope, kind)))] = dict(
+            use_svd=True, svd_method=method, svd_scope=scope)
     words = header(cfg, device)
     print(f'{words}; {cfg.pairs} pairs')
 
@@ -166,8 +161,9 @@ def steps(cfg, device):
 @torch.no_grad()
 def decoding(cfg, device):
     """Print tokens/s and cache bytes at several context lengths, then the same as JSON."""
-    words, models, scopes = header(cfg, device), {}, truncating_scopes(cfg)
-    for kind, changes in variants(cfg).items():
+    lengths, scopes = context_lengths(cfg), truncating_scopes(cfg, required=False)
+    words, models = header(cfg, device), {}
+    for kind, changes in {'': DENSE, kind_of(cfg): {}}.items():
         models[kind or 'no SVD'] = new_model(cfg, device, use_svd=False, **changes).eval()
         for scope in scopes:
             models[f'{kind} {scope!r}'.strip()] = new_model(cfg, device, use_svd=True,
@@ -184,7 +180,7 @@ def decoding(cfg, device):
             0.0, time_it(lambda: peer.generate(prompt, few, top_k=1), device) / few)
     print(f'{words}; {cfg.tokens} tokens ({few} where nothing is cached), {cfg.pairs} rounds')
     rows = []
-    for length in cfg.lengths():
+    for length in lengths:
         print_line(f'after {length} tokens', ('tokens/s', 'of no SVD', 'quartiles', '', 'prefill s',
                                              'cache bytes', 'prefill FLOP', 'decode FLOP'))
         prompt = random_tokens(cfg, device)[0][:, :length]
@@ -206,15 +202,27 @@ def decoding(cfg, device):
                       'tokens': cfg.tokens, 'tokens_uncached': few, 'results': rows}))
 
 
+def context_lengths(cfg):
+    """cfg.contexts as a list of int."""
+    most = cfg.block_size - cfg.tokens                              # beyond it, the window slides
+    if cfg.contexts is None:            # within spans of 'causal' scope, whose edges are slower
+        lengths = [max(1, min(most, cfg.block_size * part // 16)) for part in (3, 6, 14)]
+    else:
+        lengths = [int(word) if word.isdecimal() else 0 for word in cfg.contexts.split(',')]
+    if not all(1 <= length <= most for length in lengths):
+        raise UserError(f"contexts={cfg.contexts!r}: must be whole numbers, like '16,128', of at "
+                        f'most block_size - tokens = {most}')
+    return lengths
+
+
 def costs(model, batch, length, tokens):
     """What a model says of itself, per token, for a prompt of `length` and for the last of `tokens`
     tokens after it; nothing if the model is None."""
     if model is None:
         return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))
     before = length + tokens - 2
-    flops = model.flops_per_token(before, decode=True)
-    if model.config.is_noncausal:                                   # the prefix again, per token
-        flops = model.flops_per_token(before + 1) * (before + 1)
+    flops = (model.flops_per_token(before + 1) * (before + 1)       # the prefix again, per token
+             if model.config.is_noncausal else model.flops_per_token(before, decode=True))
     return {'cache_bytes': model.kv_cache_bytes(batch, before + 1),
             'prefill_flops': model.flops_per_token(length), 'decode_flops': flops}
 

@@ -23,6 +23,7 @@ Letters: B batch, nh heads, T tokens, hs head size, C width, k rank; W_v is (nh,
 import json
 import statistics
 from collections import namedtuple
+from contextlib import ExitStack
 from functools import partial
 from itertools import groupby, repeat
 from pathlib import Path
@@ -49,10 +50,6 @@ SPECTRA = {'Gaussian': lambda i, rank: torch.ones_like(i), '1/i': lambda i, rank
            '1/i^2': lambda i, rank: 1 / i ** 2, '0.9^i': lambda i, rank: 0.9 ** i,
            'low rank + noise': lambda i, rank: torch.where(i <= rank, 1.0, 0.1)}
 
-COST_KEYS = ('forward_ms', 'forward_over_gram', 'fwd_bwd_ms', 'fwd_bwd_over_gram', 'peak_bytes')
-COSINE_KEYS = ('cosine_full_mean', 'cosine_full_min',
-               'cosine_constant_mean', 'cosine_constant_min')
-
 Case = namedtuple('Case', 'scope method')
 # v, dv (B, nh, T, hs) and w, dw (nh, hs, C): matrices and upstream gradients; basis (nh, hs, k)
 Source = namedtuple('Source', 'name v dv w dw basis')
@@ -62,36 +59,37 @@ def run(cfg, device):
     """Measure, print the tables, and everything as one line of JSON last. Raises UserError."""
     if cfg.plot:
         plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot)
+    cases = [Case(scope, method) for scope in truncating_scopes(cfg, required=True)
+             for method in METHODS if (scope, method) != ('weight', 'randomized warm')]
     words = f'{header(cfg, device)}; seed {cfg.seed}, {cfg.pairs} rounds'
     print(words)
     trained, remark = trained_sources(cfg, device)
     print(remark, flush=True)
     synthetic = [synthetic_source(cfg, name, device) for name in SPECTRA]
     timed_on = trained[len(trained) // 2] if trained else synthetic[1]
-    cases = [Case(scope, method) for scope in truncating_scopes(cfg) for method in METHODS
-             if (scope, method) != ('weight', 'randomized warm')]
     print(f'timing a layer, {len(cases)} cases, on {timed_on.name}', flush=True)
     costs, quality = timings(cfg, device, cases, timed_on), []
-    print_costs(costs)
+    print('cost per layer, medians: time over that of gram in the same round')
+    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes'))
+    for row in costs:
+        print_line(label(row), (row['forward_ms'], row['forward_over_gram'], row['fwd_bwd_ms'],
+                                row['fwd_bwd_over_gram'], row['peak_bytes']))
+    print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the '
+          'exact one,\nwith the basis differentiated (full) and without (constant); mean and worst')
     for source in (*trained, *synthetic):
-        rows = source_quality(cfg, cases, source)
-        print_quality(source.name, rows)
-        quality += rows
-    result = {'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
-              'seed': cfg.seed, 'rounds': cfg.pairs, 'shape': shape_of(cfg),
-              'trained': remark if trained else None, 'timed_on': timed_on.name,
-              'methods': costs, 'quality': quality}
+        quality += source_quality(cfg, cases, source)
     if cfg.plot:
-        names = [source.name for source in trained] or [timed_on.name]
+        names = [source.name for source in trained or [timed_on]]
         draw(cfg.plot, costs, [row for row in quality if row['source'] in names],
              f'V of {" to ".join([names[0], *names[1:][-1:]])}; {words}')
         print(f'figure: {cfg.plot}')
-    print(json.dumps(result))
-
-
-def shape_of(cfg):
-    return {'batch_size': cfg.batch_size, 'n_head': cfg.n_head, 'block_size': cfg.block_size,
-            'head_size': cfg.n_embd // cfg.n_head, 'svd_rank': cfg.svd_rank}
+    print(json.dumps({
+        'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
+        'seed': cfg.seed, 'rounds': cfg.pairs,
+        'shape': {'batch_size': cfg.batch_size, 'n_head': cfg.n_head, 'block_size': cfg.block_size,
+                  'head_size': cfg.n_embd // cfg.n_head, 'svd_rank': cfg.svd_rank},
+        'trained': remark if trained else None, 'timed_on': timed_on.name,
+        'methods': costs, 'quality': quality}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,10 +153,10 @@ def synthetic_source(cfg, name, device):
     """V with rows drawn from N(0, H diag(s^2) H^T), where s is the spectrum and each head has its
     own orthogonal H: the sequences of a head differ and share a subspace, as in a model. The basis
     comes from other draws. W_v^T is drawn alike."""
-    B, nh, T, hs, k = shape_of(cfg).values()
+    B, nh, T, hs = cfg.batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
     gaussian = partial(torch.randn, generator=torch.Generator().manual_seed(cfg.seed))
-    scales = SPECTRA[name](torch.arange(1.0, hs + 1), k)
-    axes = torch.linalg.qr(gaussian(nh, hs, hs))[0] * scales        # (nh, hs, hs), columns scaled
+    axes = torch.linalg.qr(gaussian(nh, hs, hs))[0]                 # (nh, hs, hs), columns scaled
+    axes *= SPECTRA[name](torch.arange(1.0, hs + 1), cfg.svd_rank)
 
     def draw_v():
         v = (gaussian(B, nh, T, hs) * T ** -0.5 @ axes.mT).transpose(1, 2).contiguous()
@@ -177,7 +175,11 @@ def trained_sources(cfg, device):
     try:
         saved = ckpt.load(path)
         model = GPT.from_checkpoint(saved).to(device).eval()
-        data = data_for(cfg, saved, model.config, path)
+        c, data = model.config, Dataset(locate(cfg.dataset, cfg.tokenizer))
+        huggingface.check_tokenizer(cfg, {}, saved, data, print)
+        if (c.n_head, c.n_embd) != (cfg.n_head, cfg.n_embd) or c.block_size < cfg.block_size:
+            raise UserError(f'{path} has another shape (n_head={c.n_head}, n_embd={c.n_embd}, '
+                            f'block_size={c.block_size})')
     except ValueError as e:
         return [], f'synthetic spectra only: {e}'
     batch = partial(data.batch, batch_size=cfg.batch_size, block_size=cfg.block_size,
@@ -185,26 +187,14 @@ def trained_sources(cfg, device):
     bases, origin = saved.get('svd_basis'), 'its own svd_basis'
     if bases is None or bases.shape[-1] != cfg.svd_rank:
         origin = f'{WARM_STEPS} batches of training windows'
-        bases = warm_bases(cfg, model.config.n_layer,
+        bases = warm_bases(cfg, c.n_layer,
                            lambda: [v for v, *_ in capture(model, *batch('train'))])
     layers = [Source(f'trained, layer {i}', *layer, bases[i])
               for i, layer in enumerate(capture(model, *batch('val')))]
     return layers, (f'trained V: {path}, {saved["iter_num"]} steps, svd '
-                    f'{model.config.svd_scope if model.config.svd_truncates else "off"}, '
+                    f'{c.svd_scope if c.svd_truncates else "off"}, '
                     f'{cfg.batch_size} validation windows of {data.folder.name}; '
                     f"'randomized warm' starts from {origin}")
-
-
-def data_for(cfg, saved, c, path):
-    """The data set of cfg. Raises UserError if a checkpoint, with the GPTConfig c, does not fit it
-    or the shape in cfg."""
-    if (c.n_head, c.n_embd) != (cfg.n_head, cfg.n_embd) or c.block_size < cfg.block_size:
-        raise UserError(f'{path} has another shape (n_head={c.n_head}, n_embd={c.n_embd}, '
-                        f'block_size={c.block_size})')
-    data = Dataset(locate(cfg.dataset, cfg.tokenizer))
-    huggingface.check_tokenizer(cfg, {}, saved, data, print)
-    data.check_length(cfg.block_size)
-    return data
 
 
 @torch.enable_grad()
@@ -212,24 +202,20 @@ def capture(model, x, y):
     """One pass over tokens x, y (B, T) -> per layer V before the cut, the gradient of the loss at
     the cut V, W_v, and the gradient at W_v as it acts: (B, nh, T, hs) twice and (nh, hs, C) twice
     (MLA: U_v, (nh, hs, d))."""
-    attentions, used, hooks = [block.attn for block in model.transformer.h], [], []
-
-    def keep_weight(attn, c_attn, args):
-        """Pass W_v on as an argument, so that it has a gradient."""
-        used.append(attn.value_weight().detach().requires_grad_())
-        return args[0], used[-1]
+    attentions, values = [block.attn for block in model.transformer.h], []
 
     def keep_value(module, args, cut):
-        used.extend((args[0], cut))
+        values.append((args[0], cut))
 
-    for attn in attentions:
-        hooks += [attn.c_attn.register_forward_pre_hook(partial(keep_weight, attn)),
-                  attn.head_svd.register_forward_hook(keep_value)]
-    loss = model(x, y)[1]
-    for hook in hooks:
-        hook.remove()
-    weights, before, after = used[::3], used[1::3], used[2::3]
-    gradients = torch.autograd.grad(loss, after + weights)
+    weights = [attn.value_weight().detach().requires_grad_() for attn in attentions]
+    with ExitStack() as hooks:
+        for attn, weight in zip(attentions, weights):
+            hooks.enter_context(attn.c_attn.register_forward_pre_hook(
+                lambda module, args, weight=weight: (args[0], weight)))
+            hooks.enter_context(attn.head_svd.register_forward_hook(keep_value))
+        loss = model(x, y)[1]
+    before, after = zip(*values)
+    gradients = torch.autograd.grad(loss, (*after, *weights))
     return [(v.detach(), dv, attn.c_attn.value_weight().detach(), dw) for attn, v, dv, dw in
             zip(attentions, before, gradients, gradients[len(after):])]
 
@@ -264,8 +250,9 @@ def timings(cfg, device, cases, source):
 # quality, in float32 against float64 on the CPU, because some devices have no float64
 
 def source_quality(cfg, cases, source):
-    """-> a row per case: the residual over the best, and the cosine of the gradients, over the
-    matrices of a source."""
+    """Print a table and return its rows, one per case: the residual over the best, and the cosine
+    of the gradients, over the matrices of a source."""
+    print_line(source.name, ('residual', 'worst', 'full', 'worst', 'constant', 'worst', 'matrices'))
     source, k, rows = converted(source, torch.Tensor.float), cfg.svd_rank, []
     exact_source = converted(source, lambda x: x.cpu().double())
     for scope, own in groupby(cases, lambda case: case.scope):
@@ -273,21 +260,20 @@ def source_quality(cfg, cases, source):
         exact = {grad: gradient(*truncation(cfg, Case(scope, 'standard'), exact_source, grad))
                  for grad in (True, False)}
         for case in own:
-            row = {'source': source.name, **case._asdict(),
-                   **residuals(solver(cfg, case, source), best)}
+            module = head_svd(cfg, case, source)
+            start = module.warm_start.start() if module.warm_start else {}
+            solve = partial(low_rank_approximation, **module.options | start)
+            row = {'source': source.name, **case._asdict(), **residuals(solve, best)}
             for name, grad in (('full', True), ('constant', False)):
                 cosines = cosine(gradient(*truncation(cfg, case, source, grad)), exact[grad])
                 row |= {f'cosine_{name}_mean': cosines.mean().item(),
                         f'cosine_{name}_min': cosines.min().item()}
+            print_line(label(row), (100 * (row['residual_mean'] - 1),
+                                    100 * (row['residual_worst'] - 1),
+                                    *(1 - row[key] for key in row if key.startswith('cosine')),
+                                    row['matrices']))
             rows.append(row)
     return rows
-
-
-def solver(cfg, case, source):
-    """-> a function that truncates whole matrices as the case does."""
-    module = head_svd(cfg, case, source)
-    start = getattr(module, 'warm_start', None)                     # 'weight' scope has none
-    return partial(low_rank_approximation, **module.options | (start.start() if start else {}))
 
 
 def smallest_residual(x, rank):
@@ -318,23 +304,6 @@ def cosine(a, b):
 # --------------------------------------------------------------------------------------------------
 # output
 
-def print_costs(rows):
-    print('cost per layer, medians: time over that of gram in the same round')
-    print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes'))
-    for row in rows:
-        print_line(label(row), map(row.get, COST_KEYS))
-    print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the '
-          'exact one,\nwith the basis differentiated (full) and without (constant); mean and worst')
-
-
-def print_quality(name, rows):
-    print_line(name, ('residual', 'worst', 'full', 'worst', 'constant', 'worst', 'matrices'))
-    for row in rows:
-        residual = [100 * (row[f'residual_{which}'] - 1) for which in ('mean', 'worst')]
-        distances = [1 - row[key] for key in COSINE_KEYS]
-        print_line(label(row), (*residual, *distances, row['matrices']))
-
-
 def label(row):
     return f'{row["method"]}, {row["scope"]}'
 
@@ -342,16 +311,16 @@ def label(row):
 def draw(path, costs, quality, caption):
     """The figure: residual over the best, minus 1, mean over rows of `quality`, against the time of
     the forward pass; a panel per scope."""
-    residual, panels = {}, {}
-    for row in quality:
-        residual.setdefault(label(row), []).append(row['residual_mean'] - 1)
+    best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
     looks = dict(zip(METHODS, zip(plots.COLOURS, plots.MARKERS, repeat(''))))
-    for row in costs:
-        method, scope = label(row).split(', ')
-        best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
-        y = max(ROUNDING, statistics.fmean(residual[label(row)]))
-        panels.setdefault(scope, [best]).append(
-            plots.Curve(method, [row['forward_ms']], [y], looks[method]))
-    charts = [plots.Chart(f'{scope!r} scope', 'forward pass, ms per layer', curves, log=True)
-              for scope, curves in panels.items()]
+    charts = []
+    for scope, own in groupby(costs, lambda row: row['scope']):
+        curves = [best]
+        for row in own:
+            above = [other['residual_mean'] - 1 for other in quality if label(other) == label(row)]
+            curves.append(plots.Curve(row['method'], [row['forward_ms']],
+                                      [max(ROUNDING, statistics.fmean(above))],
+                                      looks[row['method']]))
+        charts.append(plots.Chart(f'{scope!r} scope', 'forward pass, ms per layer', curves,
+                                  log=True))
     plots.charts(path, charts, 'residual / best residual - 1', caption, y_scale='log', sharex=True)

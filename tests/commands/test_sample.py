@@ -305,8 +305,8 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
                                            ('--decode --contexts=14', '= 12'),
                                            ('--decode --contexts=0', "contexts='0'"),
                                            ('--decode --contexts=', 'contexts='),
-                                           ('--decode --tokens=16', 'nearest: 15'),
-                                           ('', '--svd_rank=4')])
+                                           ('--decode --tokens=16', 'block_size - tokens = 0'),
+                                           ('', 'svd_rank=None: ')])
 def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(
         here, refused, option, words):
     assert words in refused(bench.main, *BENCH, '--tokens=4', *option.split())

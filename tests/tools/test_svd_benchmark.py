@@ -119,7 +119,6 @@ def test_the_peak_counts_what_is_held_at_once():
 
 @pytest.mark.parametrize('options, words', [
     ('--svd_rank=None', 'svd_rank=None: |1 to 7'), ('--svd_rank=8', 'svd_rank=8: |1 to 7'),
-    ('--block_size=3', 'svd_rank=3: |1 to 2'),
     ('--svd=False --plot', 'plot=True: |--svd'), ('--plot', 'pip install matplotlib'),
     ('--plot=figure.pdf', "nearest: 'figure.png'"), ('--plot=nowhere/figure.png', 'nowhere'),
     ('--decode', 'decode=True: |--svd'),
