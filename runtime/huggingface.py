@@ -98,6 +98,9 @@ def read(name):
         return checkpoint.load(Path(name) / 'ckpt.pt') | {'path': name}
     with _reading(f'init_from={name!r}'):
         config = _read_json(Path(name) / 'config.json') if is_folder(name) else {}
+        if config.get('model_type') == ADAPTER:
+            raise ValueError('holds adapters, not a model (nearest: --init_from=BASE '
+                             f'--lora_adapter={name})')
         if config.get('model_type') == OWN:
             args, state = config['model_args'], _read_weights(name)[0]
             state['lm_head.weight'] = state['transformer.wte.weight']

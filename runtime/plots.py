@@ -16,8 +16,9 @@ LEVEL = ('0.25', None, '--')        # colour, marker, line
 GUIDE = dict(color='0.35')          # a line for comparison, and its label
 
 # x None: a level. spread: half of an error bar or of a band's height, one number per point;
-# notes: a word per point; look: colour, marker, line
-Curve = namedtuple('Curve', 'label x y look spread notes', defaults=(None, None))
+# notes: a word per point; across: ends of a bar along x, (low, high) per point; look: colour,
+# marker, line
+Curve = namedtuple('Curve', 'label x y look spread notes across', defaults=(None, None, None))
 # log: of x, base 2; ticks: place -> word
 Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))
 
@@ -125,6 +126,8 @@ def draw_curve(ax, curve, bands):
         low, high = zip(*((y - s, y + s) for y, s in zip(curve.y, spread)))
         ax.fill_between(curve.x, low, high, color=colour, alpha=0.2, lw=0)
         spread = None
+    for y, ends in zip(curve.y, curve.across or ()):
+        ax.plot(ends, (y, y), color=colour, lw=1, alpha=0.5)
     return ax.errorbar(curve.x, curve.y, spread, capsize=3, elinewidth=1, **style)[0]
 
 

@@ -303,7 +303,8 @@ def measure(runs, folder, device):
         baseline = find_baseline(variant, list(variants.values()))
         if (variant is baseline or not {name, baseline.name} <= finished
                 or variant.cfg.adaptive_svd             # its costs are in some of the steps only
-                or times.get(name, {}).get('baseline') == baseline.name):
+                or times.get(name, {}).items() >= {('baseline', baseline.name),
+                                                   ('device', device)}):
             continue
         print(f'timing steps of {name} against {baseline.name}', flush=True)
         found = paired_benchmark(step_of(variant.cfg, device), step_of(baseline.cfg, device), PAIRS,

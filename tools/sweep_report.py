@@ -113,8 +113,12 @@ def fill(pattern, *values):
 
 
 def over_seeds(record):
+    """The seeds and the steps of the runs, for captions."""
     seeds = ', '.join(map(str, record['seeds']))
-    return f'mean +- standard error over seeds {seeds}' if ', ' in seeds else f'one seed, {seeds}'
+    steps = ' or '.join(sorted({f'{arm["config"]["max_iters"]:,}' for arm in
+                                record['arms'].values()}))
+    average = 'mean +- standard error over seeds' if ', ' in seeds else 'one seed,'
+    return f'{average} {seeds}, {steps} steps'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def draw(folder, record, rows):
             ('curves', progress_charts(axis, folder), 'Validation loss on the way, random batches, '
              'prefix-only where that differs', 'two evaluations after the first step'),
             ('pareto', pareto_charts(axis), 'Prefix-only validation loss against cost, '
-             f'{axis.key} beside the points', 'two different costs')):
+             f'{axis.key} beside the points; time: quartiles', 'two different costs')):
         path = folder / f'{name}.png'
         if charts:
             captions[path] = f'{text}; {over_seeds(record)}.'
@@ -249,8 +253,10 @@ def pareto_charts(axis):
             x = [row[cost] / unit for row in rows]
             points += [(cost, row['prefix_only_mean']) for cost, row in zip(x, rows)]
             if rows:
-                curves.append(curve(label, x, rows, look, notes=[
-                    str(row['options'].get(axis.key, '')) for row in rows]))
+                ends = [(row['step_ratio_low'] or 1, row['step_ratio_high'] or 1) for row in rows]
+                notes = [str(row['options'].get(axis.key, '')) for row in rows]
+                curves.append(curve(label, x, rows, look, notes=notes,
+                                    across=ends if cost == 'step_ratio' else None))
         if len({x for x, _ in points}) > 1:
             costs, losses = zip(*sorted(points))
             corners = ([x for x in costs for _ in range(2)][1:],    # of the stairs below all points

@@ -67,3 +67,5 @@ def test_an_export_has_the_loss_of_its_run(call, name):
 def test_adapters_have_the_loss_of_their_run(call):
     loss = loss_of(call, '--init_from=plain', '--lora_adapter=export_lora')
     assert loss == pytest.approx(rows('lora')[-1]['val/loss'], rel=1e-5)
+    refused = call(train.main, '--init_from=export_lora', '--dataset=toy', '--device=cpu')
+    assert refused.code == 2 and '--lora_adapter=export_lora' in refused.err
