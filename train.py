@@ -9,8 +9,8 @@ Train a GPT, with or without a truncated SVD on V:
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Option names and defaults are nanoGPT's. OUT_DIR gets ckpt.pt, config.py (resolved; can be run
-again), environment.json and metrics.jsonl. Ctrl-C and SIGTERM save after the step at hand; what is
-promised beyond that: docs/RELIABILITY.md.
+again), environment.json, metrics.jsonl and curves.png. Ctrl-C and SIGTERM save after the current
+step; docs/RELIABILITY.md has what is promised beyond that.
 """
 
 import json
@@ -679,7 +679,7 @@ def describe(cfg, model, data, dtype, processes):
         f'{processes.device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
-        f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens a step')
+        f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens per step')
     if c.adaptive_svd:
         say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every '
             f'{cfg.adaptive_svd_interval} steps')
