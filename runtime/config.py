@@ -283,21 +283,30 @@ def one_line(error) -> str:
     return ' '.join(str(error).split())
 
 
+def option_groups(cls) -> dict[str, list]:
+    """Heading -> the fields of `cls` under it, in their order."""
+    heading, groups = 'options', {}
+    for f in fields(cls):
+        marks = get_args(hints_of(cls)[f.name])
+        heading = next((mark for mark in marks if isinstance(mark, Section)), heading)
+        groups.setdefault(heading, []).append(f)
+    return groups
+
+
 def help_text(cls, usage: str) -> str:
     """Every option under its heading, with default and meaning, and its type if the default does
     not show it."""
-    heading, sections = 'options', {}
-    for f in fields(cls):
-        hint = hints_of(cls)[f.name]
-        heading = next((mark for mark in get_args(hint) if isinstance(mark, Section)), heading)
-        written = f'  --{f.name}' if SWITCH in get_args(hint) else f'  --{f.name}={f.default!r}'
-        kind = '' if f.default is not None else f' [{describe(hint).removesuffix(" or None")}]'
-        option = textwrap.fill(
-            get_args(hint)[1] + kind, 100, initial_indent=f'{written} '.ljust(36),
-            subsequent_indent=' ' * 36, break_on_hyphens=False, break_long_words=False)
-        sections.setdefault(heading, [f'{heading}:']).append(option)
-    return '\n'.join([usage, '', 'Options, as --key=value or as a line "key = value" of a config '
-                      'file:', *(line for lines in sections.values() for line in lines)])
+    lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
+    for heading, group in option_groups(cls).items():
+        lines.append(f'{heading}:')
+        for f in group:
+            hint = hints_of(cls)[f.name]
+            written = f'  --{f.name}' if SWITCH in get_args(hint) else f'  --{f.name}={f.default!r}'
+            kind = '' if f.default is not None else f' [{describe(hint).removesuffix(" or None")}]'
+            lines.append(textwrap.fill(
+                get_args(hint)[1] + kind, 100, initial_indent=f'{written} '.ljust(36),
+                subsequent_indent=' ' * 36, break_on_hyphens=False, break_long_words=False))
+    return '\n'.join(lines)
 
 
 def dump(cfg, comment='') -> str:

@@ -1,8 +1,9 @@
-"""The commands in README.md and docs/ name files and options that exist, with values that pass the
-checks."""
+"""The commands and links in README.md, CONTRIBUTING.md and docs/ work, and docs/OPTIONS.md is
+current."""
 
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -13,10 +14,9 @@ import compare
 from helpers import ROOT, TEXT
 from runtime import config as configuration
 from tools import sweep
-from train import TrainConfig
 
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
-         for p in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+         for p in (*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': 'TrainConfig', 'sample.py': 'SampleConfig', 'bench.py': 'BenchConfig',
            'export.py': 'ExportConfig', 'compress.py': 'CompressConfig',
            'compare.py': 'CompareConfig'}
@@ -51,11 +51,17 @@ def test_commands_are_valid(tmp_path, monkeypatch):
     assert len(COMMANDS) > 8 and 'train.py config/train_svd_test.py' in COMMANDS  # they are found
 
 
-def test_all_options_of_the_table_exist():
-    cells = re.findall(r'^\| ((?:`\w+`(?:, )?)+) \|', TEXTS['README.md'], re.M)
-    named = set(re.findall(r'\w+', ' '.join(cells))) - {'sequence', 'causal', 'weight'}
-    assert {'use_svd', 'svd_basis_grad', 'optimizer'} <= named <= set(
-        TrainConfig.__dataclass_fields__)
+def test_links_lead_to_files():
+    links = [(page, link) for page, text in TEXTS.items()
+             for link in re.findall(r'\]\(([^)#]+)\)', text) if '://' not in link]
+    assert len(links) > 15                                                          # they are found
+    assert not [(page, link) for page, link in links if not (ROOT / page).parent.joinpath(
+        link).exists()]
+
+
+def test_the_page_of_options_is_what_its_command_writes():
+    assert runpy.run_path(str(ROOT / 'docs/options.py'))['page']() == TEXTS['docs/OPTIONS.md'], (
+        'run python docs/options.py')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,7 +74,7 @@ SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'],
          'bench.py': ['--pairs=2', '--device=cpu'],
          'compress.py': ['--calibration_tokens=64', '--device=cpu'], 'compare.py': SHORT}
 INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '1', '--dataset': 'toy',
-           '--start': 'the', 'None,4,8,16': 'None,8'}
+           '--start': 'the', '--max_iters': '2', 'None,2,16': 'None,8', 'None,4,8,16': 'None,8'}
 # downloads and other repositories, the suites of tests, hours
 ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', 'tests/', 'experiments/',
              'openwebtext')
@@ -87,7 +93,7 @@ def test_the_commands_of_the_readme_run(here, call, monkeypatch):
              for line in block.splitlines() for command in line.split('&&')]
     commands = [shlex.split(line)[1:] for line in lines
                 if '--to=gpt2' in line or line and not any(word in line for word in ELSEWHERE)]
-    assert len(commands) > 30 and {script for script, *_ in commands} >= {*CLASSES}
+    assert len(commands) > 15 and {script for script, *_ in commands} >= {*CLASSES}
     for script, *argv in commands:
         if script.startswith('example'):
             module_of(script).main()

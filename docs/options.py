@@ -1,0 +1,73 @@
+"""
+Write docs/OPTIONS.md from the fields of the commands' options:
+
+    python docs/options.py
+
+A test checks that the page in the repository is what this command writes.
+"""
+
+import importlib
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model import GPTConfig
+from runtime.config import OVERRIDABLE, SWITCH, Needs, describe, hints_of, option_groups
+from train import TrainConfig
+
+COMMANDS = 'train', 'sample', 'compress', 'compare', 'export', 'bench'
+HEAD = """# Options
+
+All options of all commands. `python docs/options.py` writes this page from the source code, and
+`python train.py --help` prints the same list for one command.
+
+Write an option as `--key=value` on the command line or as `key = value` in a config file. The
+command line wins over the config file. Names and defaults are those of nanoGPT, except for the
+default of `lr_decay_iters`.
+
+A resumed run takes its options from the checkpoint. Options that you give again win, except those
+that are fixed by the checkpoint, because they determine the shapes of its weights.
+"""
+
+
+def page():
+    """Return the text of docs/OPTIONS.md."""
+    lines = [HEAD]
+    for command in COMMANDS:
+        cls = getattr(importlib.import_module(command), f'{command.title()}Config')
+        inherited = {f.name for f in fields(TrainConfig)} if command in ('compare', 'bench') else {}
+        lines.append(f'## {command}.py\n')
+        if inherited:
+            lines.append('All options of train.py, and:\n')
+        for heading, group in option_groups(cls).items():
+            rows = [row(cls, f) for f in group if f.name not in inherited]
+            if rows and not inherited and heading != 'options':
+                lines.append(f'### {heading}\n')
+            if rows:
+                lines += ['| option | default | meaning |', '|---|---|---|', *rows, '']
+    return '\n'.join(lines)
+
+
+def row(cls, f):
+    """Return a field's row of the table: its meaning, its conditions, what a checkpoint fixes."""
+    hint = hints_of(cls)[f.name]
+    marks = get_args(hint)
+    default = '' if SWITCH in marks else f'`{f.default!r}`'
+    kind = '' if f.default is not None else f' ({describe(hint).removesuffix(" or None")})'
+    sentences = [marks[1] + kind]
+    needs = [f'`{key}={value!r}`' for need in marks if isinstance(need, Needs)
+             for key, value in need.items()]
+    if needs:
+        conditions = ' and '.join(needs).replace('`has_lora=True`', '`lora_rank`')
+        sentences.append(f'Only with {conditions}')
+    if issubclass(cls, GPTConfig) and f.name in hints_of(GPTConfig) and OVERRIDABLE not in marks:
+        sentences.append('Fixed by a checkpoint')
+    return f'| `{f.name}` | {default} | {". ".join(sentences)} |'
+
+
+if __name__ == '__main__':
+    (ROOT / 'docs/OPTIONS.md').write_text(page())
