@@ -1,5 +1,5 @@
 """Adaptive SVD in train.py: logging, invalid options, runs without a switch, resuming, several
-processes and torch.compile. The switches are not mocked: the gradients of a 20 x 20 layer soon
+processes and torch.compile. The switches are real, because the gradients of a 20 x 20 layer soon
 conflict with its weight."""
 
 import os
@@ -73,8 +73,8 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
 
 @pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .02, 9)])
 def test_what_is_protected_stays_until_the_next_analysis(trained, call, protection, least, most):
-    """Between analyses the protected directions change by at most 1e-5. With protection 'none',
-    which a resume may choose, they change."""
+    """Between analyses U_p^T W, the protected part of a weight, changes by at most 1e-5. With
+    protection 'none', which a resume may choose, it changes by 2% or more."""
     trained(*RUN)
     before = GPT.from_checkpoint(checkpoint()).get_layer(C_PROJ)
     resume(call, 40, f'--adaptive_svd_protection={protection}', '--adaptive_svd_interval=50',
@@ -192,8 +192,8 @@ def test_the_saved_configuration_repeats_the_run(trained, call):
 
 
 def test_an_evaluation_of_a_run_in_low_rank_mode_is_its_last_one(trained, call):
-    """--eval_only of a run in low-rank mode gives its final loss. Options that have no effect are
-    named."""
+    """--eval_only gives the final loss of a run that ended in low-rank mode. Options without effect
+    are named."""
     trained(*RUN)
     out = resume(call, 26, '--eval_only=True', '--lora_alpha=3')
     assert rows(file='eval.jsonl')[0]['val/loss'] == [row for row in rows()

@@ -114,8 +114,8 @@ def variants_of(*argv):
       ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
      ('--learning_rate=1e-2,.01,2e-2', ['learning_rate=0.01', 'learning_rate=0.02'])])
 def test_combinations_that_are_the_same_run_are_one(argv, names):
-    """Variants that are the same run are trained once. Heads are 8 wide, so a rank of 8 is no SVD,
-    and a latent of 4 is the default n_embd / 4."""
+    """Variants that are the same run are trained once. Heads are 8 wide, so rank 8 is full and
+    means no SVD. A latent of 4 is the default, n_embd / 4."""
     assert [variant.name for variant in variants_of(*argv.split())] == names
 
 

@@ -66,8 +66,8 @@ def loss_in(folder):
     (NO_BIAS, ['--to=mla', '--mla_latent_dim=4'], ['activation', 'plain']),
     slow(BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain'])])
 def test_text_helps_and_gradients_help_more(trained, shrink, run, options, methods):
-    """A method that uses more of the calibration data adds less loss: inputs and gradients
-    ('activation') less than inputs ('whitened'), and these less than the plain SVD."""
+    """A method that uses more of the calibration data adds less loss. 'activation' uses inputs and
+    gradients, 'whitened' uses inputs, and 'plain' uses neither."""
     trained(*run)
     found = [
         shrink(*options, f'--method={method}', save_dir=method)['val_loss'] for method in methods]
@@ -76,8 +76,8 @@ def test_text_helps_and_gradients_help_more(trained, shrink, run, options, metho
 
 
 def test_the_seed_decides_and_the_validation_split_teaches_nothing(trained, shrink):
-    """The seed alone decides the result. Another validation split gives the same model and another
-    loss, and another seed gives another model."""
+    """The result depends on the seed but not on the validation split. Another split changes the
+    reported loss only, and another seed changes the model."""
     trained(*NO_BIAS)
     first = shrink('--finetune_iters=3', '--seed=1', '--out_dir=out', save_dir='a')
     np.roll(np.fromfile('data/toy/val.bin', np.uint16)[::-1], 5).tofile('data/toy/val.bin')
@@ -237,7 +237,7 @@ def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, ref
     (dict(use_mla=True), {'query', 'kv_down', 'k_up', 'v_up'}),
     (dict(use_svd=True, svd_scope='weight', svd_rank=2), {'c_q', 'c_k', 'c_v'})])
 def test_spectra_are_of_every_weight(options, kinds):
-    """The spectra include the weights of latents, and W_v if 'weight' scope truncates it."""
+    """The spectra include the weights of latents, and also W_v if 'weight' scope truncates it."""
     weights = model_compression.weights_of(
         GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=31, **options)))
     parts = {'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj', *(f'attn.c_attn.{kind}' for kind in kinds)}

@@ -1,5 +1,5 @@
-"""Any options, config files and folders give a run, or a one-line error and exit code 2. No
-traceback, no hang, and no lost file."""
+"""Any options, config files and folders give a run, or a one-line error and exit code 2. No example
+may give a traceback, hang or lose a file."""
 
 import functools
 import os
@@ -91,8 +91,8 @@ def values(key, hint):
 
 @functools.cache
 def options(cls):
-    """Return pairs of an option and its text. bench.py keeps its invalid peer, which ends it before
-    it times anything."""
+    """Return pairs of an option and its text. bench.py always gets an invalid --peer, so it stops
+    before it times anything."""
     hints = get_type_hints(cls, include_extras=True)
     keys = [f.name for f in fields(cls) if f.name != 'peer']
     return st.sampled_from(keys).flatmap(
@@ -126,7 +126,8 @@ LINES = [
 
 @st.composite
 def examples(draw):
-    """Return main, its class of options, argv, and the config files in argv as name -> lines."""
+    """Draw an example: main, its options class, argv, and a dict of the config files in argv, name
+    -> lines."""
     main, cls, first, last = draw(st.sampled_from(SCRIPTS))
     if cls is train.TrainConfig and draw(st.integers(0, 2)) == 0:
         first = [*first, '--init_from=resume',
@@ -175,7 +176,8 @@ def world(tmp_path_factory, one_thread):
 
 
 def tree(root):
-    """Return every path below root -> its bytes, the target of a link, or None for a folder."""
+    """Return a dict of every path below root: its bytes, the target of a link, or None for a
+    folder."""
     return {str(p.relative_to(root)):
             os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
             for p in sorted(root.rglob('*'))}

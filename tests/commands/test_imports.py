@@ -1,6 +1,6 @@
-"""Imports go in one direction: lowrank/ and runtime/ import nothing else of this repo, model.py
-imports them, then come train.py, tools/ and the other commands. Importing needs only the required
-packages and has no side effects. A missing or old package ends in a one-line error."""
+"""Imports go in one direction. lowrank/ and runtime/ import nothing else of this repo, and model.py
+imports these two. train.py, tools/ and the other commands come after it. Importing needs only the
+required packages and has no side effects. A missing or old package ends in a one-line error."""
 
 import ast
 import re

@@ -87,8 +87,8 @@ def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, c
 def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(
         texts, content):
     """A prompt may come from a file, with any line ends and a byte order mark, and may exceed the
-    context of 16 characters. The text shows that the model saw its end: every line of the data
-    starts with 'the '."""
+    context of 16 characters. Every line of the data starts with 'the ', so a trained model must
+    continue a prompt that ends with a line break by 'the '."""
     Path('my prompt.txt').write_bytes(content)
     start = content.decode('utf-8-sig').replace('\r\n', '\n')
     for text in texts('--start=FILE:my prompt.txt'):
@@ -156,7 +156,7 @@ def test_svd_is_as_trained_unless_it_is_switched_on_or_off(run, texts, call, sco
                                        ('--svd_scope=weight', 'transformer.h.0.attn.c_attn'),
                                        ('--svd_scope=sequence', 'transformer.h.0.attn.c_attn')])
 def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused, svd, name):
-    """Finite weights that give logits which are not finite end in a one-line error."""
+    """Finite weights whose logits overflow end in a one-line error."""
     state = run['model']
     state[f'{name}.weight'].mul_(1e38 / state[f'{name}.weight'].abs().max())
     torch.save(run | dict(model=state | {'transformer.wte.weight': state['lm_head.weight']}),
@@ -169,8 +169,8 @@ def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused
 # output while sampling
 
 def show(*options, stop=None, code=0):
-    """Return what sample.py prints, and a dict of the screen at each flush of new text -> the state
-    of torch's generator. Ctrl-C comes with flush number `stop`."""
+    """Run sample.py and return what it prints, and a dict with an entry per flush of new text: all
+    text printed so far -> the state of torch's generator. Ctrl-C comes with flush number `stop`."""
     screen, seen = io.StringIO(), {}
 
     def flush():
@@ -322,6 +322,6 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
                                            ('', 'svd_rank=None: ')])
 def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(
         here, refused, option, words):
-    """Impossible options end in a one-line error, and so does a model without SVD that has nothing
-    to be compared with."""
+    """Impossible options end in a one-line error, and so does a model without SVD if there is
+    nothing to compare it with."""
     assert words in refused(bench.main, *BENCH, '--tokens=4', *option.split())

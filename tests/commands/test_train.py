@@ -132,8 +132,8 @@ def test_the_loss_falls(trained, options):
 
 def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_weights_and_data(
         trained_once):
-    """Every evaluation uses the same windows and no dropout: with a learning rate of 0 all losses
-    are equal. Another seed gives other initial weights and another data order."""
+    """Every evaluation uses the same windows and no dropout, so all losses are equal if the
+    learning rate is 0. Another seed gives other initial weights and another data order."""
     still = '--learning_rate=0', '--min_lr=0', '--dropout=.2'
     found = [
         row['train/loss'] + row['val/loss']

@@ -166,7 +166,7 @@ def trained(optimizer, steps=3):
 
 
 def states(opt):
-    """Return parameter -> its optimizer state."""
+    """Return a dict: parameter -> its optimizer state."""
     parts = getattr(opt, 'optimizers', (opt,))
     return {p: dict(state) for part in parts for p, state in part.state.items()}
 
@@ -179,7 +179,7 @@ def tensors(model, opt, but):
 
 @each_optimizer
 def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
-    """A switch leaves all other parameters, gradients and optimizer states untouched: they stay the
+    """A switch leaves all other parameters, gradients and optimizer states untouched. They stay the
     same objects with the same values. The gradients after a switch equal those of a new backward
     pass. Every parameter moves in the next step, for which the optimizer state of the switched
     layer starts from zero."""
@@ -298,8 +298,8 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
 
 @pytest.mark.parametrize('protection, least, most', [('none', .01, 1), ('left', 0, 1e-3)])
 def test_protection_keeps_the_update_out_of_the_principal_space(protection, least, most):
-    """With protection the optimizer's update stays out of the principal components, and without it
-    the update does not."""
+    """With protection the optimizer's update has no part in the principal components. Without
+    protection it has."""
     watched = Watched(protection=protection)
     watched.analyze('danger')
     assert least <= watched.analyze('danger')[1]['update_alignment'] <= most
@@ -356,8 +356,8 @@ def test_several_processes_decide_on_their_mean_gradient(protected):
 
 
 def test_the_spaces_of_a_steep_spectrum_are_told_apart():
-    """Noise of float32's size turns the protected directions by less than 0.01 radians, even with k
-    = 226 of 256 directions and singular values from 1 to 1e-3."""
+    """The measured angle stays below 0.01 radians if W changes by noise of float32's size only,
+    even with k = 226 of 256 directions and singular values from 1 to 1e-3."""
     watched = Watched(with_singular_values(torch.logspace(0, -3, 256), 256, 256))
     watched.layer.switch_to_lowrank(30)
     for angle in (None, pytest.approx(0, abs=1e-2)):

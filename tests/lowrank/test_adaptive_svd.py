@@ -108,8 +108,8 @@ def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
 
 
 def test_reconstruction_errors_at_the_edges():
-    """An error of exactly 0.01 is not safe, a zero weight has an error of 0, and the result does
-    not depend on the scale of W: no square overflows or underflows."""
+    """An error of exactly 0.01 is not safe, and a zero weight has an error of 0. The error does not
+    depend on the scale of W, because no square overflows or underflows."""
     S, eye = numbers(64, 62, 45, 5, 3, 1), torch.eye(6)  # the squares have the sum 10,000
     assert compute_reconstruction_error(S.diag(), eye, S, eye, 1) == (.01, False)
     S[-1] = .999
@@ -184,8 +184,7 @@ def test_gradient_alignment_at_the_edges():
 
 
 def test_chance_lift_and_excess():
-    """The share by chance, the lift over it and the normalized excess match values computed by
-    hand."""
+    """The random baseline, the lift and the normalized excess match values computed by hand."""
     assert random_baseline(64, 256) == .25
     assert [lift(*args) for args in ((.5, .25), (.25, .25), (0, .25), (0, 0))] == [2, 1, 0, 1]
     assert [
@@ -307,7 +306,7 @@ def test_each_decision(dtype):
 
 def test_the_first_reason_that_applies_decides():
     """The reasons have a fixed order, and the first that applies decides. At first every reason but
-    'optimal' applies. Each change removes the current one."""
+    'optimal' applies, and the test removes them one by one."""
     given = scene(principal=.9, error=.5, step=3, grad_W=None, U_prev=None)
     for change, want in (
             (dict(), WARMUP), (dict(step=10), NO_GRADIENT),
@@ -336,7 +335,7 @@ def test_on_the_edge_it_is_neither_danger_nor_calm(m, lengths, metric, value, wa
 
 @pytest.mark.parametrize('factor', [0, math.nan, math.inf])
 def test_a_gradient_that_says_nothing_switches_nothing(factor):
-    """A gradient that is zero or not finite gives no decision."""
+    """A gradient that is zero or not finite does not trigger a switch."""
     given = scene(principal=.9, grad_W=torch.ones(16, 16) * factor)
     assert decide(**given | dict(r_current=16)) == UNSAFE           # k = 0: nothing of W is kept
     decision, _, seen = should_use_lowrank_training(**given)

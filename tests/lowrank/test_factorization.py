@@ -1,5 +1,5 @@
-"""Low-rank factors have the least possible error for any statistics, and ranks the least within a
-budget."""
+"""Low-rank factors have the least possible error for any statistics, and the chosen ranks have the
+least error within a budget."""
 
 from itertools import product
 

@@ -30,7 +30,7 @@ def causal_rows(x, rank, block, lengths=1, method='gram', spare=0):
 
 
 def assert_sums(kept, bar=1e-12):
-    """Check that a weighted sum equals the sum over the rows of `all()`."""
+    """Check that `weighted_sum` equals the weighted sum of the rows of `all()`."""
     rows = kept.all()
     weights = normal(*rows.shape[:-2], 1, rows.shape[-2], seed=5).softmax(-1).to(rows)
     torch.testing.assert_close(kept.weighted_sum(weights), weights @ rows, rtol=0,
@@ -105,8 +105,9 @@ X = normal(2, 40, 8)
           for i, x in enumerate((0 * X, X[:, :1].expand_as(X), X[:, :2].repeat(1, 20, 1),
                                  X * torch.tensor([1., 0, 0, 1, 0, 0, 0, 0]))))])
 def test_causal_rows_have_the_precision_of_their_dtype(x, rank, block, bar, lengths, device):
-    """Cached rows have the precision of their dtype, against float64. Autocast does not round the
-    Gram matrix that bases come from. That matrix is float64, except for half precision."""
+    """Cached rows are as exact as their dtype allows. The reference is float64. Autocast does not
+    round the Gram matrix that bases come from. That matrix is float64, except for half
+    precision."""
     kept, expected = causal_rows(x.to(device), rank, block,
                                  lengths), causal_truth(x.double(), rank, block)
     assert ((kept.all().cpu().double() - expected).norm() <= bar * expected.norm()

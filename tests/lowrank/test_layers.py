@@ -35,8 +35,8 @@ def dense(shape, bias=True, dtype=torch.float64, seed=0):
 @each_dtype
 @each_bias
 def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias, device):
-    """At every rank the error is the norm of the discarded singular values, the least possible.
-    Both factors have the scale sqrt(S), and the merged layer computes the same."""
+    """At every rank the error is the norm of the discarded singular values, which is the least
+    possible. Both factors have the scale sqrt(S), and the merged layer computes the same."""
     dtype = torch.float32 if device == 'mps' else dtype
     layer, x = dense(shape, bias, dtype).to(device), torch.randn(3, shape[1],
                                                                  dtype=dtype).to(device)

@@ -54,8 +54,8 @@ def trained(layer):
 @each_case
 def test_it_starts_as_the_layer_it_is_made_of(init, shape, dtype, bias, device):
     """At the start a LoRALinear computes what the original layer does. For 'pissa' and 'milora', A
-    and B hold the largest or smallest singular values, as sqrt(S) each, and the base weight holds
-    the rest."""
+    and B hold the largest or smallest singular values, with sqrt(S) in each, and the base weight
+    holds the rest."""
     dtype = torch.float32 if device == 'mps' else dtype
     base, x = dense(shape, bias, dtype).to(device), normal(5, 3, shape[1]).to(device, dtype)
     sigma = torch.linalg.svdvals(base.weight.detach().cpu().double())
@@ -127,7 +127,7 @@ def test_every_pair_of_factors_can_learn_where_there_is_nothing_to_take_out(init
 @each_case
 def test_an_adapter_of_the_residual_is_a_plain_one_of_the_original(init, shape, dtype, bias):
     """`to_standard_lora` turns an adapter into a plain LoRA of the original weight with the same
-    output. For PiSSA and MiLoRA its rank is twice as large."""
+    output. For PiSSA and MiLoRA the rank is up to twice as large."""
     base, x = dense(shape, bias, dtype), normal(20, shape[1]).to(dtype)
     for rank in (1, 3, 7):
         layer = trained(adapted(base, rank, 6.0, init=init))

@@ -21,8 +21,8 @@ def written(weights, folder):
 
 
 def test_ranks_and_parameters_of_known_spectra(tmp_path):
-    """The table and the CSV file match a count by hand. Ranks follow the energy: here two of the
-    values hold 80% of it."""
+    """The table and the CSV file match a count by hand. Ranks depend on the energy of the singular
+    values, not on their number. Here two of them hold 80% of the energy."""
     sigma = torch.tensor([8., 4, 2, *[1.] * 15, 0, 0])              # squares 64 + 16 + 4 + 15 = 99
     v = torch.linalg.qr(torch.randn(60, 20, generator=torch.Generator().manual_seed(0)))[0]
     uneven = torch.diag(torch.tensor([2.] + [1.] * 19))             # squares 4 + 19 = 23
@@ -76,8 +76,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path):
 
 
 def test_the_table_of_a_large_model_stays_within_the_width():
-    """The table fits in 120 columns for GPT-2 XL with latents, which has the longest names and
-    numbers."""
+    """The table fits in 120 columns for GPT-2 XL with latents, whose names and figures are the
+    longest."""
     sigma = torch.linspace(12, 1e-9, 1600, dtype=torch.float64)
     spectra = [spectrum_report.Spectrum(f'h.{i}.attn.c_attn.kv_down', 6400, 1600, sigma, None, 1600)
                for i in range(240)]

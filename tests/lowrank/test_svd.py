@@ -44,8 +44,8 @@ each_branch, exact_branch = (
 def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batch, rank, block,
                                                              seed, method):
     """Values and gradients equal those of torch.linalg.svd and autograd, for random shapes, ranks
-    and blocks. The tolerance of the gradient is wider because autograd divides by differences of
-    squared singular values. It allows a gap of 1e-4."""
+    and blocks. The tolerance of the gradient is wider and leaves room for gaps down to 1e-4,
+    because autograd divides by differences of squared singular values."""
     x, dy = normal(*batch, rows, columns, seed=seed), normal(*batch, rows, columns, seed=seed + 1)
     for ours, truth in ((lambda x: whole(x, rank, method), lambda x: whole_truth(x, rank)),
                         (lambda x: causal(x, rank, method, block=block),
@@ -156,7 +156,8 @@ def test_double_backward_raises(method):
 # ill-conditioned matrices
 
 def hostile(rank):
-    """Return name -> (4, 12, 8) float32: four different matrices of each ill-conditioned kind."""
+    """Return a dict: name of an ill-conditioned kind -> four different matrices (4, 12, 8) in
+    float32."""
     x, row, ramp = normal(4, 12, 8), normal(4, 1, 8, seed=1), torch.logspace(-6, 4,
                                                                              12).double()[:, None]
     orthonormal = torch.linalg.qr(x)[0]
@@ -285,8 +286,8 @@ def test_u_is_orthonormal_where_singular_values_are_small(method, float64_here, 
 @pytest.mark.parametrize('scale', [1e-9, 1, 1e9])
 def test_energy_is_the_share_of_the_squared_norm(scale):
     """`energy` and `rank_for_energy` match values computed by hand. Fraction 1 asks for every
-    singular value that contributes, but never for more than there are. A zero matrix needs rank
-    1."""
+    singular value that contributes, but never for more values than there are. A zero matrix needs
+    rank 1."""
     s = scale * torch.tensor([[2., 1, 1, 0], [1, 1e-4, 1e-4, 1e-4], [4, 3, 0, 0], [0, 0, 0, 0]
                               ]).double()
     expected = [[4 / 6, 5 / 6, 1, 1], [1 - 3e-8, 1 - 2e-8, 1 - 1e-8, 1], [.64, 1, 1, 1],

@@ -26,8 +26,8 @@ CONSTANT_BASIS = [
 
 @pytest.fixture
 def fresh():
-    """Forget all compiled code: torch recompiles a forward method only eight times, and all models
-    share one."""
+    """Forget all compiled code. All models share one forward method, which torch recompiles only
+    eight times."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -95,8 +95,7 @@ def test_a_cache_gives_logits_and_loss_without_gradients(device, options):
 @torch.no_grad()
 def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
     """In half precision and under autocast a cache at most quadruples the distance to the float64
-    logits. The two differ because cached rows are rounded when they are stored, and sums are taken
-    in another order."""
+    logits. A cache rounds rows when it stores them, and sums are taken in another order."""
     idx = tokens(4)
     for dtype, cast in (
         (torch.float32, None),
@@ -252,7 +251,7 @@ def test_values_that_later_tokens_change_have_no_cache(latents):
 
 def bytes_held(cache, scope):
     """Return the bytes of all storages that a cache refers to, found by walking it. Weights of the
-    model do not count, and in 'weight' scope the basis is one."""
+    model do not count. In 'weight' scope the basis is such a weight."""
     weights, storages = ('bias', 'down_proj', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
 
     def walk(x):
@@ -470,8 +469,8 @@ def test_sequence_scope_warns_and_recomputes():
 def test_operations_are_those_that_torch_counts(options):
     """`flops_per_token` equals torch's FLOP counter for a prompt, with and without a cache, and for
     the next token, where latents are absorbed. Torch also counts attention to later tokens, which
-    is masked: T^2 pairs instead of T (T + 1) / 2, except in the last layer, which has a single
-    query."""
+    is masked. So it counts T^2 pairs instead of T (T + 1) / 2, except in the last layer, which has
+    a single query."""
     for layers, heads, width, T in ((1, 2, 8, 16), (2, 2, 8, 11), (3, 4, 32, 40), (2, 1, 12, 1)):
         shape = dict(n_layer=2 if 'layer_ranks' in options else layers, n_head=heads, n_embd=width,
                      block_size=64)
@@ -522,8 +521,8 @@ def test_options_that_cannot_be(options):
 @pytest.mark.parametrize('use_cache', [True, False])
 @pytest.mark.parametrize('options', [svd('causal'), svd('weight'), mla(**svd('causal'))], ids=str)
 def test_logits_and_values_that_are_not_finite_raise(options, use_cache):
-    """NaN or inf raise an error: FloatingPointError in logits, torch.linalg.LinAlgError in
-    values."""
+    """NaN and inf in the logits raise FloatingPointError, and in the values
+    torch.linalg.LinAlgError."""
     for temperature in (0, 1):
         model = make(**options)
         torch.nn.init.constant_(model.transformer.ln_f.weight, math.inf)

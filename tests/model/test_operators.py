@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
     """Record every operator below autograd and autocast.
 
     The C++ side of torch may be built without the device, so it sees meta tensors instead. Python
-    sees the device. Reading a value gives True, that is finite and ordinary."""
+    sees the device. Reading a value returns True, so checks such as isfinite pass."""
 
     def __init__(self, device):
         super().__init__()

@@ -66,9 +66,9 @@ def put(tree, place, value):
 
 @pytest.mark.parametrize('stride', [37, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_cut_is_refused_and_a_flipped_bit_too_unless_it_changes_nothing(good, check, stride):
-    """A truncated checkpoint ends in a one-line error. So does a flipped bit, unless it changes no
-    value: times, padding and attributes of the zip file have no checksum. The damaged places are a
-    grid over the file, each local header of the zip, and its whole directory."""
+    """A truncated checkpoint ends in a one-line error. So does a flipped bit, unless no value
+    changes, because times, padding and attributes of the zip file have no checksum. The damaged
+    places are a grid over the file, each local header of the zip, and its whole directory."""
     content, harmless = PATH.read_bytes(), []
     places = {
         *range(0, len(content),

@@ -26,7 +26,7 @@ def assert_follows(counts, p):
     """Check counts against p, which is proportional to probabilities, by a chi-squared test.
 
     Only 1 in 10,000 samples exceeds the bound, about dof + 5 sqrt(2 dof) for the few degrees of
-    freedom here. Ids with p = 0 must not occur."""
+    freedom (dof) here. Ids with p = 0 must not occur."""
     expected = torch.as_tensor(p, dtype=torch.float64) * counts.sum() / sum(p)
     dof = (expected > 0).sum().item() - 1
     assert (counts[expected == 0] == 0).all()

@@ -1,5 +1,5 @@
-"""Models in Hugging Face's GPT-2 format against transformers in both directions, damaged folders,
-and export.py."""
+"""Models in Hugging Face's GPT-2 format, compared with transformers in both directions. Also
+damaged folders and export.py."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def hub(tmp_path, monkeypatch, hf):
 
 @pytest.fixture(scope='module')
 def hf():
-    """transformers, which takes seconds to import."""
+    """The transformers package, which takes seconds to import."""
     return pytest.importorskip('transformers')
 
 

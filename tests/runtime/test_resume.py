@@ -101,8 +101,8 @@ def test_what_a_killed_run_left_behind_goes(trained, call):
 
 
 def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained, call):
-    """Options on the command line replace those of the checkpoint. With another eval_interval no
-    evaluation is lost."""
+    """Options on the command line replace those of the checkpoint. Earlier evaluations stay if
+    eval_interval changes."""
     trained(*RUN, '--max_iters=8')
     resume(call, f'--max_iters={STEPS}', '--eval_interval=5', '--weight_decay=.5', '--beta2=.5')
     assert [row['iter'] for row in rows() if 'train/loss' in row] == [0, 4, 8, 10, 13]
@@ -236,7 +236,7 @@ def test_a_resume_goes_on_from_the_later_of_ckpt_pt_and_last_pt(trained, call, r
 
 
 def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(trained, fit):
-    """A new run moves an old last.pt aside with its run."""
+    """A new run moves the old run aside together with its last.pt."""
     os.rename(trained() / 'ckpt.pt', 'out/last.pt')
     os.remove('out/metrics.jsonl')
     fit('--eval_interval=100', '--always_save_checkpoint=False')

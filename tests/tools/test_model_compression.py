@@ -168,8 +168,8 @@ def least_loss(x, targets, R, rank):
 @pytest.mark.parametrize('bias, options', [(False, {}), (True, {}), (False, dict(use_mla=True)),
                                            (True, svd('causal', 3, svd_block=4))], ids=str)
 def test_each_layer_is_the_best_for_the_inputs_it_gets(windows, bias, options):
-    """With method 'activation' each layer has the least error of its rank. The error is measured
-    between the outputs of the new layer, whose earlier layers are compressed too, and those of the
+    """Each layer that method 'activation' makes has the least error of its rank. The error is the
+    difference between its outputs, after earlier layers were compressed, and the outputs of the
     original dense layer, weighted by the gradients of the loss. The reference is reduced-rank
     regression, in which the ridge counts as extra samples with the outputs of the dense weight. A
     bias keeps the mean output."""
@@ -322,8 +322,8 @@ def test_latents_are_the_best_for_keys_and_values(windows, bias):
 
 def test_weight_scope_finds_nothing_more_to_cut(windows):
     """A conversion truncates value products to the rank of 'weight' scope, so the scope has nothing
-    left to truncate. Without MLA, W_v cannot be factored in 'weight' scope, because the scope
-    truncates it at each step. At full rank it can."""
+    left to truncate. Without MLA, W_v can only be factored if the rank of 'weight' scope is full.
+    Otherwise the scope truncates W_v at each step."""
     model = reloaded(layers.apply_svd_compression(random_model(), 5), **svd('weight', 3))
     new = converted(model, 6, windows(128))
     assert new.config.svd_truncates and difference(new, reloaded(new,

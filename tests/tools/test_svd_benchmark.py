@@ -114,8 +114,8 @@ def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, o
 
 
 def test_the_peak_counts_what_is_held_at_once():
-    """The peak counts bytes that are held at the same time: 8,000 twice, after the 4,000 of float32
-    are freed."""
+    """The peak counts the bytes that are held at the same time. Here these are two tensors of 8,000
+    bytes, because the float32 tensor of 4,000 bytes is freed before the second one exists."""
     found = timing.peak_bytes(lambda: torch.ones(1000).double() + 1, 'cpu')
     assert found == pytest.approx(16_000, abs=500)
 
