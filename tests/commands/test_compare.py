@@ -338,9 +338,9 @@ def start(*argv):
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_three_random_moments_ends_with_the_same_table():
-    """A sweep that is killed three times at random moments ends with the same table. Kills hit in
-    turn compare.py alone and its whole process group with all runs. They come within a third of the
-    sweep's duration, so that some work is left each time."""
+    """A sweep that is killed three times at random moments ends with the same table. The kills hit
+    compare.py alone, then its whole process group with all runs, then compare.py alone again. They
+    come within a third of the sweep's duration, so that some work is left each time."""
     began, whole = time.monotonic(), start('--sweep=whole', '--jobs=2')
     output = whole.communicate()[0]
     assert whole.returncode == 0, output

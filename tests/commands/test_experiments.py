@@ -129,8 +129,8 @@ def test_auc_and_roc_have_known_answers(positive, negative, area):
 
 @pytest.mark.slow
 def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, here, one_thread):
-    """Each variant is trained once per seed, over several calls, and the record becomes tables and
-    a figure. Variants that are the same run share one record, and all start at the same losses."""
+    """Several calls train each variant once per seed, and the record becomes tables and a figure.
+    Variants that are the same run share one record, and all start at the same losses."""
     continual, options = tiny_continual(), [
         '--dataset=toy', '--learn_steps=4', '--steps=6', '--out_dir=runs']
     names = ['full training', 'adaptive', 'adaptive, no protection', 'half from the start',

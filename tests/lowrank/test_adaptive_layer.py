@@ -181,8 +181,8 @@ def tensors(model, opt, but):
 def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
     """A switch leaves all other parameters, gradients and optimizer states untouched. They stay the
     same objects with the same values. The gradients after a switch equal those of a new backward
-    pass. Every parameter moves in the next step, for which the optimizer state of the switched
-    layer starts from zero."""
+    pass. The optimizer state of the switched layer starts from zero, and every parameter moves in
+    the next step."""
     model, opt, backward = trained(optimizer)
     layers, seen = list(adaptive_layers(model).values()), set()
     for step, (i, r) in enumerate([(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None),
@@ -298,8 +298,8 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
 
 @pytest.mark.parametrize('protection, least, most', [('none', .01, 1), ('left', 0, 1e-3)])
 def test_protection_keeps_the_update_out_of_the_principal_space(protection, least, most):
-    """With protection the optimizer's update has no part in the principal components. Without
-    protection it has."""
+    """With protection at most 0.1% of the energy of the optimizer's update lies in the principal
+    components. Without protection it is at least 1%."""
     watched = Watched(protection=protection)
     watched.analyze('danger')
     assert least <= watched.analyze('danger')[1]['update_alignment'] <= most

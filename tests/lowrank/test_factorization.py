@@ -88,8 +88,8 @@ def test_full_rank_reproduces_the_weight_whatever_was_seen(M, N, tokens):
 @each_shape
 def test_what_was_seen_comes_first_and_the_rest_as_in_the_plain_svd(M, N):
     """Inputs in the statistics come first, and the remaining rank is spent as in the plain SVD.
-    With two inputs and rank 4, both outputs are exact and the rest has the error of the best rank-2
-    approximation."""
+    With two inputs and rank 4, the outputs for both inputs are exact. The error in all other
+    directions is that of the best rank-2 approximation."""
     weight, x = rand(M, N), rand(2, N, seed=4)
     product, plain = (torch.matmul(*decomposed(weight, seen).factors(4))
                       for seen in (x.mT @ x, None))
@@ -208,8 +208,8 @@ FLAT, STEEP, REST = torch.ones(10), torch.tensor([5., *[0] * 9]), torch.tensor([
     ((FLAT, REST), 10 ** 6, 1, (None, 3)), ((FLAT, REST), 10 ** 6, 2, (None, 3)),
     ((0 * FLAT, 0 * FLAT), 10 ** 6, 2, (2, 2)), ((0 * FLAT, 0 * FLAT), 10 ** 6, 1, (1, 1))])
 def test_a_dense_layer_is_a_choice_like_others(energies, budget, step, expected):
-    """A layer stays dense if that is the best use of the budget, and parameters that reduce no
-    error are not spent."""
+    """A layer stays dense if that is the best use of the budget. The budget is not spent on
+    parameters that reduce no error."""
     named = dict(zip(('first', 'second'), energies))
     ranks = allocate_ranks(named, dict.fromkeys(named, (10, 10)), budget, step)
     assert tuple(ranks.values()) == expected

@@ -52,10 +52,10 @@ def test_ranks_and_parameters_of_known_spectra(tmp_path):
 
 
 def test_weights_of_low_rank_of_zeros_and_of_one_row(tmp_path):
-    """Weights of low rank, of zeros and of one row have sensible ranks. The entries of a product
-    are rounded to float32, so no singular value is exactly zero, and the CSV file has full
-    precision. A zero weight has rank 0, and a product of rank 1 reproduces it. No rank saves
-    parameters for one row."""
+    """Weights of low rank, of zeros and of one row have the ranks computed by hand. A zero weight
+    has rank 0, and a product of rank 1 reproduces it. No rank saves parameters for one row. The CSV
+    file has full precision. It shows singular values above zero beyond the rank, because the
+    entries of the weight are rounded to float32."""
     product = normal(40, 3).float() @ normal(3, 30, seed=1).float()
     rows, lines = written({'h.0.attn.c_attn': product, 'h.0.attn.c_proj': torch.zeros(6, 4),
                            'h.0.mlp.c_fc': torch.full((1, 9), 2.0)}, tmp_path)

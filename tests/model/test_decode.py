@@ -95,7 +95,8 @@ def test_a_cache_gives_logits_and_loss_without_gradients(device, options):
 @torch.no_grad()
 def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
     """In half precision and under autocast a cache at most quadruples the distance to the float64
-    logits. A cache rounds rows when it stores them, and sums are taken in another order."""
+    logits. It grows because a cache rounds the rows it stores and sums are taken in another
+    order."""
     idx = tokens(4)
     for dtype, cast in (
         (torch.float32, None),

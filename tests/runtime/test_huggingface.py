@@ -360,9 +360,9 @@ def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(
 
 
 def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, bad, monkeypatch):
-    """An exported BPE encodes in transformers as in tiktoken, and another BPE than GPT-2's ends in
-    a one-line error. An encoding with a few real merges stands in for GPT-2's, which would need a
-    download."""
+    """An exported BPE encodes in transformers as in tiktoken. Sampling from an export with another
+    BPE than GPT-2's ends in a one-line error. An encoding with a few real merges stands in for
+    GPT-2's, which would need a download."""
     tiktoken = pytest.importorskip('tiktoken')
     merged = [
         b'th', b'the', b' t', b' the', b'an', b'and', b' a', b' and', b'\xf0\x9f', b'\xf0\x9f\x99',

@@ -89,8 +89,8 @@ def centred(x):
 # statistics
 
 def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_path):
-    """The seed draws whole windows from the training split, as many as hold the requested tokens
-    and at most all of them, in batches of 4,096 tokens."""
+    """The seed decides which windows of the training split are used for calibration. There are as
+    many whole windows as the requested tokens need, at most all, in batches of 4,096 tokens."""
     write_dataset(tmp_path / 'data', 5 * TEXT, 'char', source='tests')
     data = Dataset(tmp_path / 'data')
     for asked, seed, counts in ((1, 1, [1]), (16, 1, [1]), (17, 1, [2]), (4097, 2, [256, 1]),
