@@ -1,6 +1,6 @@
-"""Adaptive SVD in train.py: what is logged, refused options, the same bits without a switch and
-after a resume, several processes, torch.compile. All switches are real: a layer of 20 x 20 is in
-danger soon."""
+"""Adaptive SVD in train.py: logging, invalid options, runs without a switch, resuming, several
+processes and torch.compile. The switches are real, because the gradients of a 20 x 20 layer soon
+conflict with its weight."""
 
 import os
 import subprocess
@@ -33,18 +33,19 @@ def resume(call, steps, *options):
 
 
 def actions(name, folder='out'):
-    """(step, r, action) at each analysis of a layer, but those that change nothing."""
+    """Return (step, r, action) of the analyses of a layer, without those that repeat the previous
+    one."""
     seen = [(row['iter'], row[f'svd/{name}/r'], row[f'svd/{name}/action']) for row in rows(folder)
             if f'svd/{name}/r' in row]
     return [seen[0], *(b for a, b in zip(seen, seen[1:]) if a[1:] != b[1:])]
 
 
 # --------------------------------------------------------------------------------------------------
-# what is logged
+# logging and options
 
 def test_layers_in_danger_are_switched_and_it_is_logged(trained):
-    """To low-rank mode, a smaller r, full mode and low-rank mode again: rows, checkpoint and
-    losses."""
+    """A layer switches to low-rank mode, then to a smaller r, to full mode and to low-rank mode
+    again. The metrics and the checkpoint say so, and the loss has no jumps."""
     trained(*RUN)
     assert actions('block0.attn.c_proj') == [(1, 20, 'initial'), (2, 20, 'none'),
                                              (15, 10, 'lowrank'), (16, 10, 'refactored'),
@@ -65,15 +66,15 @@ def test_layers_in_danger_are_switched_and_it_is_logged(trained):
     assert saved['model_args']['adaptive_svd_ranks'] == saved['config'][
         'adaptive_svd_ranks'] == ranks
     assert len(losses) == 26 and losses[-1] < losses[0]
-    assert max(b - a for a, b in zip(losses, losses[1:])) < .2     # no switch disturbs training
-    # factors that are analysed at each step have a new state each time
+    assert max(b - a for a, b in zip(losses, losses[1:])) < .2     # no jump at a switch
+    # each analysis gives factors a new optimizer state: with one analysis per step its count is 1
     assert {float(state['step']) for state in saved['optimizer']['state'].values()} == {1, 26}
 
 
 @pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .02, 9)])
 def test_what_is_protected_stays_until_the_next_analysis(trained, call, protection, least, most):
-    """The same steps with the factors free change it. Protection may change when a run is
-    resumed."""
+    """Between analyses U_p^T W, the protected part of a weight, changes by at most 1e-5. With
+    protection 'none', which a resume may choose, it changes by 2% or more."""
     trained(*RUN)
     before = GPT.from_checkpoint(checkpoint()).get_layer(C_PROJ)
     resume(call, 40, f'--adaptive_svd_protection={protection}', '--adaptive_svd_interval=50',
@@ -93,6 +94,8 @@ def test_what_is_protected_stays_until_the_next_analysis(trained, call, protecti
     ('query,c_proj', 1, ['block1.attn.query', 'block1.attn.c_proj'])
 ])
 def test_which_layers_are_watched(targets, block, names):
+    """adaptive_svd_targets and adaptive_svd_target_layer select the layers, and -1 means every
+    block."""
     model = GPT(
         GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8, adaptive_svd=True,
                   use_mla='query' in targets, adaptive_svd_targets=targets,
@@ -117,13 +120,14 @@ def test_which_layers_are_watched(targets, block, names):
      (["--adaptive_svd_ranks={'h.0.attn.c_attn.c_q': 20}"
        ], ['adaptive_svd_ranks=', 'must be 1 to 19'])])
 def test_invalid_options_are_refused(refused, options, words):
+    """Invalid options end in a one-line error with the valid choices, and nothing is written."""
     line = refused(train.main, *TINY, *RUN, *options)
     assert all(word in line for word in words), line
     assert not Path('out').exists()
 
 
 # --------------------------------------------------------------------------------------------------
-# what does not change
+# analyses without a switch
 
 
 @pytest.mark.parametrize('options', [
@@ -131,7 +135,8 @@ def test_invalid_options_are_refused(refused, options, words):
     slow(['--optimizer=muon']), ['--dropout=.2', '--bias=True', '--gradient_accumulation_steps=3']
 ])
 def test_analyses_without_a_switch_change_nothing(trained, options):
-    """To the bit. The first nine steps are a warm-up, in which nothing switches."""
+    """Analyses without a switch leave training bit-identical. The first nine steps are a warmup, in
+    which nothing switches."""
     options = [*RUN, '--adaptive_svd_targets=c_proj', '--max_iters=9', *options]
     trained(*options, '--adaptive_svd=False', folder='plain')
     trained(*options)
@@ -163,8 +168,9 @@ def assert_same_run(folder, other):
                           ], (20, 23)), *(slow(['--optimizer=muon'], stops)
                                           for stops in ((9, 14), (18, 25), (3, )))])
 def test_a_resumed_run_is_the_undisturbed_one(fit, trained, call, options, stops):
-    """In full mode, in low-rank mode, before and after r shrinks, and after a return to full
-    mode."""
+    """A run that was stopped in any mode and resumed is bit-identical to the uninterrupted run. The
+    stops come in full mode, in low-rank mode, before and after r shrinks, and after a return to
+    full mode."""
     trained(*RUN, *options, folder='whole')
     modes = {
         value for row in rows('whole') for key, value in row.items() if key.endswith('/action')}
@@ -178,14 +184,16 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, trained, call, options, stops
 
 
 def test_the_saved_configuration_repeats_the_run(trained, call):
-    """From the start, although it says which layers are in low-rank mode."""
+    """The saved config.py repeats the run from the start, although it lists the layers that ended
+    in low-rank mode."""
     trained(*RUN, folder='whole')
     assert call(train.main, 'whole/config.py', '--out_dir=out', '--init_from=scratch').code == 0
     assert_same_run('out', 'whole')
 
 
 def test_an_evaluation_of_a_run_in_low_rank_mode_is_its_last_one(trained, call):
-    """Options without their switch are named."""
+    """--eval_only gives the final loss of a run that ended in low-rank mode. Options without effect
+    are named."""
     trained(*RUN)
     out = resume(call, 26, '--eval_only=True', '--lora_alpha=3')
     assert rows(file='eval.jsonl')[0]['val/loss'] == [row for row in rows()
@@ -201,8 +209,9 @@ def test_an_evaluation_of_a_run_in_low_rank_mode_is_its_last_one(trained, call):
      ('plain', '--adaptive_svd=True', 'plain/config.py --in'),
      ('plain', 'c.py', 'plain/config.py --in')])
 def test_options_of_a_resumed_run_are_fixed(trained, refused, folder, option, way_out):
-    """A run without adaptive SVD cannot go on with it, not even from a config file: it would train
-    unwatched."""
+    """Adaptive SVD cannot be turned on or off in a resumed run, or moved to other layers. This
+    holds for options in a config file too, because ignoring them would train without any
+    analysis."""
     trained(*(RUN if folder == 'out' else []), folder=folder)
     Path('c.py').write_text('adaptive_svd = True')
     line = refused(train.main, option, *RESUME, f'--out_dir={folder}')
@@ -215,6 +224,7 @@ def test_options_of_a_resumed_run_are_fixed(trained, refused, folder, option, wa
     lambda s: s['model_args'].update(adaptive_svd_ranks={'h.0.attn.c_attn.c_q': 3}),
     lambda s: s['model'].pop('transformer.h.0.attn.c_attn.c_q.protected')])
 def test_a_damaged_state_is_refused(trained, refused, damage):
+    """A checkpoint whose adaptive state is damaged ends in a one-line error."""
     trained(*RUN)
     saved = checkpoint()
     damage(saved)
@@ -230,7 +240,8 @@ def test_a_damaged_state_is_refused(trained, refused, damage):
 @pytest.mark.parametrize('options',
                          [['--optimizer=adamw', '--seed=1'], ['--optimizer=muon', '--seed=4']])
 def test_two_processes_train_what_one_does(trained, options):
-    """With these seeds no alignment is so close to its threshold that rounding decides."""
+    """Two processes train as one process does, up to rounding, with the same switches. With these
+    seeds no alignment is so close to its threshold that rounding could change a decision."""
     options = [*RUN, '--gradient_accumulation_steps=2', *options]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     result = subprocess.run([*command, ROOT / 'train.py', *TINY, *options, '--out_dir=two'],
@@ -241,7 +252,7 @@ def test_two_processes_train_what_one_does(trained, options):
     one, two = checkpoint('one'), checkpoint('two')
     assert one['model_args'] == two['model_args']
     weights = [GPT.from_checkpoint(saved) for saved in (one, two)]
-    for name in one['model_args']['adaptive_svd_ranks']:  # their factors may differ by more
+    for name in one['model_args']['adaptive_svd_ranks']:  # factors may differ more
         torch.testing.assert_close(*(model.get_layer(name).weight for model in weights), rtol=0,
                                    atol=1e-4)
     for a, b in zip(rows('one'), rows('two'), strict=True):
@@ -254,8 +265,8 @@ def test_two_processes_train_what_one_does(trained, options):
 
 @pytest.fixture
 def aot_eager(monkeypatch):
-    """torch.compile traces forward and backward and runs them in torch's own kernels: quick, and to
-    the bit."""
+    """Make torch.compile trace forward and backward and run torch's own kernels, which is fast and
+    bit-identical."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
     yield
@@ -265,7 +276,8 @@ def aot_eager(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [[], ['--optimizer=muon', '--bias=True']])
 def test_a_compiled_run_is_the_eager_one(fit, trained, aot_eager, options):
-    """fullgraph, over all switches and 40 analyses: no limit of recompilations is reached."""
+    """A compiled run is bit-identical to the eager one over all switches, as one graph. 40 analyses
+    do not reach the limit of recompilations."""
     trained(*RUN, *options, '--max_iters=40', folder='eager')
     fit(*RUN, *options, '--max_iters=40', '--compile=True')
     assert equal(checkpoint()['model'], checkpoint('eager')['model'])

@@ -1,5 +1,5 @@
-"""compare.py: every combination is trained once and named, interrupted sweeps end as undisturbed
-ones, and wrong input is one line before anything is trained."""
+"""compare.py: every variant is trained once and named, an interrupted sweep ends as an
+uninterrupted one, and wrong input ends in a one-line error before anything is trained."""
 
 import csv
 import itertools
@@ -32,9 +32,9 @@ LIST = '--svd_rank=None,2,4'
 
 @pytest.fixture
 def inline(in_process, monkeypatch, call):
-    """inline(*argv) is compare.py whose runs are trained in this process, one after the other, and
-    whose clock finds that the first step it times takes as long as the baseline's, the second
-    twice, ... -> code, out, err, and the names of the runs that were trained."""
+    """inline(*argv) runs compare.py in this process, one run after the other, and returns code,
+    out, err and the names of the trained runs. Step times are fake: the first timed variant takes
+    as long as the baseline, the second twice as long, and so on."""
     def inline(*argv):
         in_process.clear()
         ratios = itertools.count(1.0)
@@ -46,7 +46,7 @@ def inline(in_process, monkeypatch, call):
 
 @pytest.fixture
 def swept(inline, trained_once):
-    """`inline`, with a finished sweep of LIST in out-compare, made once."""
+    """`inline` with a finished sweep of LIST in out-compare, which is made once per session."""
     kept = trained_once().parent / 'out-compare'
     if not kept.exists():
         assert inline(*SVD, LIST).code == 0
@@ -61,7 +61,7 @@ def no_matplotlib(monkeypatch):
 
 
 def results(folder='out-compare'):
-    """The rows of results.json without what a clock says."""
+    """Return the rows of results.json without times."""
     rows = json.loads(Path(folder, 'results.json').read_text())['rows']
     return [{key: value
              for key, value in row.items()
@@ -75,13 +75,14 @@ def pictures():
 
 
 # --------------------------------------------------------------------------------------------------
-# which runs
+# planning the runs
 
 @pytest.mark.parametrize('text, parts', [
     ('4', ['4']), ('None,4', ['None', '4']), ("'a,b',c", ['a,b', 'c']), ('"a,b"', ["'a,b'"]),
     ("'a,b','c'", ["'a,b'", "'c'"]), ('gram, randomized', ['gram', 'randomized']),
     ("{'c':8,'d':8},None", ["{'c': 8, 'd': 8}", 'None']), ('', []), ('4,,8', ['4', '', '8'])])
 def test_values_are_split_at_commas_of_their_own(text, parts):
+    """A list is split at commas, except inside quotes and brackets."""
     assert compare.split_list(text) == parts
 
 
@@ -113,7 +114,8 @@ def variants_of(*argv):
       ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
      ('--learning_rate=1e-2,.01,2e-2', ['learning_rate=0.01', 'learning_rate=0.02'])])
 def test_combinations_that_are_the_same_run_are_one(argv, names):
-    """A full rank is no SVD: heads are 8 wide. A latent of n_embd / 4 is the default."""
+    """Variants that are the same run are trained once. Heads are 8 wide, so rank 8 is full and
+    means no SVD. A latent of 4 is the default, n_embd / 4."""
     assert [variant.name for variant in variants_of(*argv.split())] == names
 
 
@@ -123,6 +125,8 @@ def test_combinations_that_are_the_same_run_are_one(argv, names):
                                    '--dtype=auto,bfloat16'],
                                   ['config.py', '--n_embd=32,16', '--svd_rank=3']])
 def test_train_py_is_given_what_was_planned(argv):
+    """train.py gets exactly the options of the planned variant, with the seed, folder and names of
+    its run."""
     Path('config.py').write_text('use_svd = True\nsvd_scope = "causal"\n')
     for variant in variants_of(*argv):
         name = f'{variant.name},seed=7'
@@ -141,6 +145,7 @@ def test_train_py_is_given_what_was_planned(argv):
      (['--use_mla=True,False', '--use_svd=True', '--svd_rank=2,None'
        ], ['use_mla=False,svd_rank=None'] * 4)])
 def test_the_baseline_is_the_ordinary_model_with_the_same_other_options(argv, baselines):
+    """The baseline of a variant is the model without SVD or MLA and with the same other options."""
     variants = variants_of(*argv)
     assert [sweep.find_baseline(variant, variants).name for variant in variants] == baselines
 
@@ -179,10 +184,12 @@ def test_a_folder_with_a_sweep_going_on_is_refused(refused):
 
 
 # --------------------------------------------------------------------------------------------------
-# what comes of them
+# results
 
 @pytest.mark.slow
 def test_a_finished_sweep_is_not_repeated_but_grows(swept, refused):
+    """A finished sweep is not trained again. It can get more values and seeds, and nothing else can
+    change."""
     first = results()
     for argv in ([*SVD, LIST], ['--sweep=out-compare']):
         again = swept(*argv)
@@ -195,12 +202,12 @@ def test_a_finished_sweep_is_not_repeated_but_grows(swept, refused):
     check_table(grown.out)
     for other in ([LIST, '--seeds=2'], [LIST + ',5'], [LIST + ',5', '--seeds=2', '--max_iters=3']):
         assert "sweep='out-compare'" in refused(compare.main, *SVD, *other)
-    write_dataset('data/toy', TEXT[::-1], 'char', source='tests')   # the same command, another text
+    write_dataset('data/toy', TEXT[::-1], 'char', source='tests')   # another text
     assert "sweep='out-compare'" in refused(compare.main, *SVD, LIST + ',5', '--seeds=2')
 
 
 def check_table(printed):
-    """Means and standard errors of two seeds, in each of the files."""
+    """Check the means and standard errors of two seeds in every result file."""
     finals = [rows(f'out-compare/runs/svd_rank=2,seed={seed}')[-1] for seed in (1337, 1338)]
     prefix = [final['val/prefix_loss'] for final in finals]
     mean, error, row = statistics.mean(prefix), statistics.stdev(prefix) / 2 ** .5, results()[1]
@@ -218,6 +225,7 @@ def check_table(printed):
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_what_was_interrupted_ends_as_what_was_not(swept, monkeypatch):
+    """A sweep that was interrupted by SIGTERM ends with the results of an uninterrupted one."""
     Path('out-compare').rename('whole')
     interrupt(monkeypatch, 7, signal.SIGTERM)  # in the third step of the second run
     stopped = swept(*SVD, LIST)
@@ -230,7 +238,8 @@ def test_what_was_interrupted_ends_as_what_was_not(swept, monkeypatch):
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_failed_run_is_named_and_the_rest_is_compared(inline):
-    """With a learning rate of 1e30 the loss is not finite. Seeds may be listed."""
+    """A failed run is named with its last line, and the other runs are compared. With a learning
+    rate of 1e30 the loss is not finite. Seeds may be given as a list."""
     for trained in (4, 2):
         found = inline(*TINY, '--learning_rate=1e-2,1e30', '--seed=5,9', '--grad_clip=0')
         assert found.code == 1 and len(found.names) == trained
@@ -241,6 +250,7 @@ def test_a_failed_run_is_named_and_the_rest_is_compared(inline):
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_dry_run_lists_states_and_times_and_changes_nothing(swept):
+    """--dry_run lists the state and the estimated time of each run, and changes no file."""
     new = swept(*SVD, LIST, '--dry_run', '--sweep=new')
     assert (new.code, new.out.count(': to do, 0 of '), Path('new').exists()) == (0, 3, False)
     Path('out-compare/runs/svd_rank=4,seed=1337/metrics.jsonl').write_text(
@@ -253,6 +263,8 @@ def test_a_dry_run_lists_states_and_times_and_changes_nothing(swept):
 
 @pytest.mark.usefixtures('no_matplotlib')
 def test_a_folder_that_lacks_files_is_read_as_far_as_it_goes(swept):
+    """A sweep folder with missing files gives a table of what is left and names the unfinished
+    runs."""
     for number, name in enumerate(
         ('runs/svd_rank=2,seed=1337', 'runs/svd_rank=4,seed=1337/metrics.jsonl', 'timing.json',
          *(f'{name}.png' for name in pictures()))):
@@ -268,6 +280,7 @@ def test_a_folder_that_lacks_files_is_read_as_far_as_it_goes(swept):
                                         ('sweep.json', '{"seeds": []}'), ('timing.json', '{'),
                                         ('sweep.json', None), ('runs', None)])
 def test_a_damaged_folder_is_one_line(name, text, swept, refused):
+    """A damaged sweep folder ends in a one-line error."""
     Path('out-compare', name).rename('lost')
     if text:
         Path('out-compare', name).write_text(text)
@@ -279,6 +292,7 @@ def test_a_damaged_folder_is_one_line(name, text, swept, refused):
 @pytest.mark.parametrize('lists, step', [
     ('--gradient_accumulation_steps=1,3', [3, 1.5, 12]), ('--adaptive_svd=False,True', [None] * 3)])
 def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, lists, step):
+    """Step times count all micro-batches of a step. Adaptive SVD is not timed."""
     inline(*TINY, lists)
     one, other = ([row[f'step_ratio{end}'] for end in ('', '_low', '_high')]
                   for row in json.loads(Path('out-compare/results.json').read_text())['rows'])
@@ -287,7 +301,7 @@ def test_micro_batches_count_and_adaptive_steps_are_not_timed(inline, lists, ste
 
 @pytest.mark.slow
 def test_a_sweep_at_wandb_is_a_group_with_the_figures(swept, monkeypatch):
-    """The runs that are trained, and the sweep itself, which has the figures."""
+    """On wandb a sweep is a group of its trained runs and one more run with the figures."""
     made, logged = [], {}
     run = SimpleNamespace(define_metric=lambda *args, **options: None,
                           finish=lambda exit_code: None, log=logged.update)
@@ -304,13 +318,14 @@ def test_a_sweep_at_wandb_is_a_group_with_the_figures(swept, monkeypatch):
                     pytest.param(['--layer_ranks=None,{"h.0.mlp.c_fc":3}', '--gelu=exact,tanh'],
                                  {'loss', 'curves', 'pareto'}, marks=pytest.mark.slow)])
 def test_figures_that_make_no_sense_are_not_drawn(argv, drawn, inline):
+    """A figure is only drawn if the data allow it. Otherwise a line says why not."""
     found = inline(*TINY, *argv)
     assert found.code == 0 and pictures() == drawn
     assert all(f'{name}.png: ' in found.out for name in {'loss', 'curves', 'pareto'} - drawn)
 
 
 # --------------------------------------------------------------------------------------------------
-# as users start it, and as it is killed
+# as a separate process
 
 def start(*argv):
     real = [*SVD, '--svd_rank=None,2', '--seeds=2', '--max_iters=200', '--lr_decay_iters=200',
@@ -323,8 +338,9 @@ def start(*argv):
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_three_random_moments_ends_with_the_same_table():
-    """By turns compare.py alone, and the whole process group, its runs with it. A third of the time
-    that the sweep needs is the most between two kills, so that there is work left to disturb."""
+    """A sweep that is killed three times at random moments ends with the same table. The kills hit
+    compare.py alone, then its whole process group with all runs, then compare.py alone again. They
+    come within a third of the sweep's duration, so that some work is left each time."""
     began, whole = time.monotonic(), start('--sweep=whole', '--jobs=2')
     output = whole.communicate()[0]
     assert whole.returncode == 0, output

@@ -1,5 +1,5 @@
-"""tests/compare_checkouts.py finds what differs between two trees, and nothing between two that are
-the same."""
+"""tests/compare_checkouts.py finds a planted difference between two trees, and none between equal
+trees."""
 
 import shutil
 
@@ -8,8 +8,7 @@ import pytest
 import compare_checkouts
 from helpers import ROOT
 
-# appended to model.py: each changes one thing by little, in a way that no name of the repo but GPT
-# and nanoGPT's is needed
+# appended to model.py: each makes one small change and uses only GPT and names of nanoGPT
 HEAD = '''
 _init, _forward = GPT.__init__, GPT.forward
 def changed(self, config):
@@ -33,6 +32,8 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize('change', PLANTED)
 def test_a_planted_change_is_found(tmp_path, capfd, change):
+    """Each small planted change is found: an initial weight, a gradient, a random number, the data
+    order, a checkpoint and a cached row."""
     tree = shutil.copytree(
         ROOT, tmp_path / 'tree', ignore=shutil.ignore_patterns('.git', 'tests', 'docs', 'data',
                                                                'out', 'out-*'))
@@ -45,6 +46,8 @@ def test_a_planted_change_is_found(tmp_path, capfd, change):
 
 
 def test_a_name_in_a_file_may_change_but_no_value_is_lost():
+    """Entries of a file may be added and renamed, but a missing or changed value counts as a
+    difference."""
     old = {'a.pt step 0': '1', 'a.pt step 1': '1', 'a.pt config seed': '2', '00001 logits': 'x'}
     for new, different in [({'a.pt steps': '1', 'a.pt steps 1': '1'}, []),
                            ({'a.pt steps': '1'}, ['a.pt step 1'])]:

@@ -1,5 +1,5 @@
-"""compress.py, the command: what it writes, says and refuses, and what its methods lose of a
-trained model."""
+"""compress.py as a command: what it writes and prints, what it refuses, and how much loss its
+methods add to a trained model."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from runtime.files import locked_folder
 from tools import model_compression
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-# runs that have learnt something
+# enough training to beat chance clearly
 LEARN = ('--max_iters=100', '--lr_decay_iters=100', '--eval_interval=100', '--learning_rate=2e-2',
          '--optimizer=muon')
 NO_BIAS, BIAS = (*LEARN, '--bias=False'), (*LEARN, '--bias=True')
@@ -38,8 +38,8 @@ def report_of(folder):
 
 @pytest.fixture
 def shrink(call, monkeypatch):
-    """shrink(*options, save_dir) -> the report of compress.py. The samples are left out: they take
-    longer than the compression."""
+    """shrink(*options, save_dir) runs compress.py and returns its report. It leaves the samples
+    out, which take longer than the compression."""
     monkeypatch.setattr(model_compression, 'sample_text', lambda *args: 'a text')
 
     def shrink(*options, save_dir='small'):
@@ -58,7 +58,7 @@ def loss_in(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# what is lost
+# added loss
 
 @pytest.mark.parametrize('run, options, methods', [
     (NO_BIAS, ['--keep=.5'], ['activation', 'whitened', 'plain']),
@@ -66,6 +66,8 @@ def loss_in(folder):
     (NO_BIAS, ['--to=mla', '--mla_latent_dim=4'], ['activation', 'plain']),
     slow(BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain'])])
 def test_text_helps_and_gradients_help_more(trained, shrink, run, options, methods):
+    """A method that uses more of the calibration data adds less loss. 'activation' uses inputs and
+    gradients, 'whitened' uses inputs, and 'plain' uses neither."""
     trained(*run)
     found = [
         shrink(*options, f'--method={method}', save_dir=method)['val_loss'] for method in methods]
@@ -74,7 +76,8 @@ def test_text_helps_and_gradients_help_more(trained, shrink, run, options, metho
 
 
 def test_the_seed_decides_and_the_validation_split_teaches_nothing(trained, shrink):
-    """Another split gives the same model and another loss, another seed another model."""
+    """The result depends on the seed but not on the validation split. Another split changes the
+    reported loss only, and another seed changes the model."""
     trained(*NO_BIAS)
     first = shrink('--finetune_iters=3', '--seed=1', '--out_dir=out', save_dir='a')
     np.roll(np.fromfile('data/toy/val.bin', np.uint16)[::-1], 5).tofile('data/toy/val.bin')
@@ -86,20 +89,21 @@ def test_the_seed_decides_and_the_validation_split_teaches_nothing(trained, shri
 
 @pytest.mark.slow
 def test_where_v_sees_the_future_the_loss_is_prefix_only(trained, shrink):
-    """And there is no cache to report on."""
+    """In 'sequence' scope the reported loss is the prefix-only loss, and the report has no
+    cache."""
     trained(*NO_BIAS)
     change(model_args=checkpoint()['model_args'] | dict(use_svd=True, svd_rank=2))
-    report = shrink('--keep=1')                                     # all layers stay as they were
+    report = shrink('--keep=1')                                     # all layers stay dense
     assert report['prefix_only'] and report['cache_bytes'] == [0, 0]
     assert report['val_loss'] == pytest.approx([loss_in('out'), loss_in('small')], abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
-# what is written
+# checkpoint and report
 
 def check_checkpoint(folder, **changed):
-    """It starts a run at step 0, with the settings of the run that it was made from and these
-    changes."""
+    """Check that the new checkpoint starts a run at step 0 with the settings of the original run
+    and these changes."""
     saved, old, report = checkpoint(folder), checkpoint('out'), report_of(folder)
     assert saved == saved | {'iter_num': 0, 'tokenizer': old['tokenizer'],
                              'model_args': old['model_args'] | changed,
@@ -109,12 +113,14 @@ def check_checkpoint(folder, **changed):
                                                                             abs=1e-6)
     numbers = sum(w.numel() for name, w in saved['model'].items() if name != 'lm_head.weight')
     size = Path(folder, 'ckpt.pt').stat().st_size
-    assert report['bytes'][1] == 4 * numbers < size < 4 * numbers + 40_000  # and no larger tensors
+    assert report['bytes'][1] == 4 * numbers < size < 4 * numbers + 40_000  # no larger tensors
 
 
 @pytest.mark.parametrize('run, options, keep',
                          [(NO_BIAS, [], .6), slow(BIAS, ['--method=whitened', '--keep=.3'], .3)])
 def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, keep):
+    """Parameters, losses, perplexities, ranks and bytes in the report equal those of the two
+    checkpoints."""
     trained(*run)
     result = call(compress.main, *QUICK, '--out_dir=out', *options)
     report, models = report_of('out-lowrank'), (model_of('out'), model_of('out-lowrank'))
@@ -141,6 +147,8 @@ def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, kee
 
 
 def test_mla_is_written_with_a_latent_of_a_quarter_of_the_width(trained, call):
+    """--to=mla writes a model with a latent of n_embd / 4 by default, and reports the smaller
+    cache."""
     trained(*NO_BIAS)
     out = call(compress.main, *QUICK, '--out_dir=out', '--to=mla').out
     assert 'context 2,048 256' in ' '.join(out.split())
@@ -152,7 +160,8 @@ def test_mla_is_written_with_a_latent_of_a_quarter_of_the_width(trained, call):
 @pytest.mark.parametrize('method, option', [('activation', '--keep=1'), ('whitened', '--keep=.9'),
                                             ('plain', '--rank=5'), ('activation', '--energy=1')])
 def test_a_product_keeps_at_most_its_rank(trained, shrink, method, option):
-    """Whatever is asked for the second time: nothing is lost, and no file grows."""
+    """Compressing a compressed model again adds no loss and increases no rank, whatever is
+    requested."""
     trained(*NO_BIAS)
     shrink('--rank=3', f'--method={method}', '--out_dir=out', save_dir='three')
     report = shrink('--out_dir=three', f'--method={method}', option)
@@ -162,7 +171,7 @@ def test_a_product_keeps_at_most_its_rank(trained, shrink, method, option):
 
 
 # --------------------------------------------------------------------------------------------------
-# fine-tuning, and what goes on from the new checkpoint
+# fine-tuning, and use of the new checkpoint
 
 @pytest.mark.parametrize('run', [NO_BIAS, slow(BIAS)])
 def test_fine_tuning_lowers_the_loss(trained, shrink, run):
@@ -177,6 +186,7 @@ def test_fine_tuning_lowers_the_loss(trained, shrink, run):
 
 @pytest.mark.parametrize('options', [['--keep=0.5'], slow(['--to=mla'])])
 def test_train_and_sample_and_export_take_it(trained, shrink, call, options):
+    """train.py, sample.py and export.py accept the new checkpoint, with the reported loss."""
     trained(*NO_BIAS)
     loss, own = shrink(*options)['val_loss'][1], ['--out_dir=small', '--device=cpu']
     result = call(train.main, '--eval_only=True', '--init_from=resume', *own)
@@ -190,8 +200,8 @@ def test_train_and_sample_and_export_take_it(trained, shrink, call, options):
 
 
 def test_factors_are_compressed_again_and_become_latents(trained, shrink):
-    """Products of keys and values are multiplied out; the others stay, and so does that of the
-    queries."""
+    """A compressed model can be converted to MLA and compressed again. The conversion multiplies
+    out the products of keys and values and keeps the others, including those of queries."""
     trained(*NO_BIAS)
     first = shrink('--keep=0.5', '--out_dir=out')
     report = shrink('--out_dir=small', '--to=mla', '--mla_latent_dim=16', save_dir='latents')
@@ -205,6 +215,7 @@ def test_factors_are_compressed_again_and_become_latents(trained, shrink):
 
 @pytest.mark.slow
 def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, refused):
+    """--spectrum reports dense weights and products, and writes into a new folder only."""
     trained(*NO_BIAS)
     shrink('--rank=3', '--modules=mlp')
     before = folder_bytes('small')
@@ -217,7 +228,7 @@ def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, ref
         if line.startswith('h.0')}
     assert [*cells] == PARTS and cells[PARTS[4]][:3] == ['64', 'x', '16'
                                                          ] and cells[PARTS[4]][4] == '3'
-    for options in ([], ['--save_dir=small']):  # is there already, has the model in it
+    for options in ([], ['--save_dir=small']):  # the first exists, the second holds the model
         assert 'save_dir' in refused(compress.main, '--spectrum', '--out_dir=small', *options)
     assert folder_bytes('small') == before
 
@@ -226,7 +237,7 @@ def test_spectra_are_of_dense_weights_and_of_products(trained, shrink, call, ref
     (dict(use_mla=True), {'query', 'kv_down', 'k_up', 'v_up'}),
     (dict(use_svd=True, svd_scope='weight', svd_rank=2), {'c_q', 'c_k', 'c_v'})])
 def test_spectra_are_of_every_weight(options, kinds):
-    """Those of MLA's latents, too, and W_v where 'weight' scope cuts it."""
+    """The spectra include the weights of latents, and also W_v if 'weight' scope truncates it."""
     weights = model_compression.weights_of(
         GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=31, **options)))
     parts = {'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj', *(f'attn.c_attn.{kind}' for kind in kinds)}
@@ -237,6 +248,7 @@ def test_spectra_are_of_every_weight(options, kinds):
 # other sources
 
 def test_a_checkpoint_of_nanogpt_needs_its_text(trained, shrink, refused):
+    """A checkpoint of nanoGPT needs --dataset if its own data set is missing."""
     trained(*NO_BIAS)
     change(without=['tokenizer', 'random', 'scaler'],
            config=checkpoint()['config'] | dict(dataset='gone'))
@@ -247,12 +259,14 @@ def test_a_checkpoint_of_nanogpt_needs_its_text(trained, shrink, refused):
 
 
 def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, refused):
+    """An existing run is only replaced with --overwrite=True. It is moved aside as a whole, and
+    never while a run is active in its folder."""
     trained(*NO_BIAS)
     shrink('--out_dir=out')
     first = folder_bytes('small')
     again = ['--out_dir=out', '--save_dir=small', '--overwrite=True', '--to=mla']
     assert 'save_dir' in refused(compress.main, *QUICK, *again, '--overwrite=False')
-    with locked_folder('small'):                                    # a run is going on there
+    with locked_folder('small'):                                    # as if a run were active there
         assert 'save_dir' in refused(compress.main, *QUICK, *again)
     assert folder_bytes('small') == first and sorted(os.listdir()) == ['data', 'out', 'small']
     shrink(*again)
@@ -294,7 +308,8 @@ def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, re
                     ('--spectrum --dataset=toy', "dataset='toy': |--spectrum"),
                     ('--device=cuda:77', 'cuda:77')])
 def test_wrong_input_is_one_line_and_writes_nothing(trained, refused, argv, words):
-    """Which names what is wrong, and what is valid."""
+    """Wrong input ends in a one-line error that names what is wrong and what is valid, and nothing
+    is written."""
     for folder in ('out', 'latent', 'large'):
         trained(*NO_BIAS, folder=folder)
     args, weights = checkpoint()['model_args'] | dict(use_mla=True), checkpoint()['model']

@@ -1,6 +1,5 @@
-"""experiments/: controls and arms are what they are called, known numbers have known answers,
-records are made once and become tables and figures, wrong input is one line. All run on tiny
-models."""
+"""experiments/, on tiny models: controls compute what their names say, and records are made once
+and become tables and figures. Wrong input ends in a one-line error."""
 
 import importlib.util
 import json
@@ -18,8 +17,7 @@ SHAPE = dict(n_layer=1, n_head=2, n_embd=24, block_size=16, bias=False)
 
 
 def experiment(name, **constants):
-    """A copy of experiments/NAME.py of its own, with these constants in place of those at its
-    top."""
+    """Return a fresh copy of experiments/NAME.py with these constants replaced."""
     spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,7 +26,8 @@ def experiment(name, **constants):
 
 
 def tiny_continual():
-    """Evaluations and analyses every two steps; one learning rate."""
+    """Return continual_learning.py with evaluations and analyses every two steps and one learning
+    rate per kind of training."""
     return experiment('continual_learning', MODEL=SHAPE, BATCH=4, WARMUP=2, INTERVAL=2,
                       EVAL_WINDOWS=4, GRADIENTS=3, LORA_RANK=4, TEXT_B=5000, SPACES=(10, 12),
                       RATES={'everything': (1e-3, ), 'attention': (3e-3, )})
@@ -56,6 +55,8 @@ def test_wrong_input_is_one_line(name, options, refused, here, byte_bpe):
 
 
 def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here):
+    """A result is computed once and then read from the record. A record made with other settings
+    raises a ValueError."""
     for _ in range(2):
         record = Record(Path('record.jsonl'), lambda row, key: 'made', steps=3)
         made = record.make(lambda: {'loss': 2.}, seed=1)
@@ -67,6 +68,8 @@ def test_a_result_is_made_once_and_never_beside_those_of_other_settings(here):
 
 @pytest.mark.any_device
 def test_absorbed_and_expanded_are_equal_and_timed(call, device):
+    """The absorbed and the expanded form of latent attention give the same result, and both are
+    timed."""
     absorb, generator = experiment('absorb_or_expand'), torch.Generator().manual_seed(0)
     q, w_k, w_v, c = (torch.randn(*shape, generator=generator).to(device) / 2
                       for shape in ((2, 3, 4, 8), (3, 8, 5), (3, 8, 5), (2, 7, 5)))
@@ -82,13 +85,14 @@ def test_absorbed_and_expanded_are_equal_and_timed(call, device):
 # compression_table.py
 
 def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of_their_inputs():
-    """Against autograd's gradient of each window's loss, the inputs of the layer, and the SVD of
-    the scaled weight. Two batches of three windows each."""
+    """The controls FWSVD and ASVD match their definitions. The references are autograd's gradient
+    of each window's loss, the recorded inputs of the layer, and the SVD of the scaled weight, over
+    two batches of three windows."""
     torch.manual_seed(0)
     dense = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17,
                           bias=False)).eval()
     for p in dense.requires_grad_(False).parameters():
-        torch.nn.init.normal_(p, std=0.3)                           # all weights count
+        torch.nn.init.normal_(p, std=0.3)                           # so that all weights matter
     windows = [tuple(torch.randint(17, (2, 3, 8))) for _ in range(2)]
     compression, layer, inputs = experiment(
         'compression_table'), dense.transformer.h[1].mlp.c_fc, []
@@ -114,6 +118,7 @@ def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of
     ([3., 4.], [1., 2.], 1), ([1., 2.], [3., 4.], 0), ([1., 1.], [1., 1.], .5),
     ([1., 2., 3.], [1., 2., 3.], .5), ([2., 2.], [1., 2.], .75)], ids=str)
 def test_auc_and_roc_have_known_answers(positive, negative, area):
+    """The area under the ROC curve and the curve match values computed by hand."""
     continual, scores = experiment('continual_learning'), (torch.tensor(positive),
                                                            torch.tensor(negative))
     curve = continual.roc(*scores)
@@ -124,6 +129,8 @@ def test_auc_and_roc_have_known_answers(positive, negative, area):
 
 @pytest.mark.slow
 def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, here, one_thread):
+    """Several calls train each variant once per seed, and the record becomes tables and a figure.
+    Variants that are the same run share one record, and all start at the same losses."""
     continual, options = tiny_continual(), [
         '--dataset=toy', '--learn_steps=4', '--steps=6', '--out_dir=runs']
     names = ['full training', 'adaptive', 'adaptive, no protection', 'half from the start',
@@ -135,7 +142,7 @@ def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, h
     keys = {tuple(row.get(k) for k in ('kind', 'arm', 'rate', 'seed')) for row in made}
     assert len(keys) == len(made) == 2 + 2 * len(names) and len(list(
         Path('runs').glob('*.pt'))) == 2
-    # no switch in six steps: the same run; all arms begin at the same losses
+    # without a switch in six steps, adaptive training with and without protection is the same run
     assert [row['arm'] for row in made if 'same_as' in row] == ['adaptive, no protection'] * 2
     assert len({(row['seed'], *(round(x, 3) for x in row['curve'][0]))
                 for row in made if 'curve' in row}) == 2

@@ -1,5 +1,5 @@
-"""Any options, config files and folders: a run, or one line and exit code 2; no traceback, no hang,
-no lost file."""
+"""Any options, config files and folders give a run, or a one-line error and exit code 2. No example
+may give a traceback, hang or lose a file."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ SCRIPTS = [(train.main, train.TrainConfig, QUICK, [])] * 8 + [
 
 
 # --------------------------------------------------------------------------------------------------
-# values and lines: right, at the border, of another type, absurd
+# values and lines: valid, at the limit, of a wrong type, absurd
 
 ODD = [
     '', ' ', '0', '-1', '1', '2', '3', '3.5', '1e-300', '1e30', '1e300', '-1e300', '1e999', 'nan',
@@ -53,18 +53,18 @@ GOOD = {
     'out_dir': ['out', 'run', 'run', 'link', 'dangling', 'a/b/c', 'new\nline', 'größer 🙂', '../x'],
     'device': ['auto', 'cpu', 'cpu:0'], 'start': ['the', '\n', 'FILE:my.txt']
 }
-# what would only take long is small, or so large that it cannot be
+# values that only cost time are small, or so large that they are refused
 ABSURD = [str(10 ** n) for n in (12, 18, 30, 120)]
 LONG = {
     'max_iters': 3, 'eval_iters': 3, 'batch_size': 5, 'gradient_accumulation_steps': 3,
     'n_layer': 3, 'n_embd': 24, 'block_size': 20, 'vocab_size': 300, 'num_samples': 3,
     'max_new_tokens': 4
 }
-ENDLESS = ('max_iters', 'eval_iters')  # they only take time: no size is refused
+ENDLESS = ('max_iters', 'eval_iters')  # no value of these is refused
 
 
 def harmless(key, text):
-    """Whether a run with this value ends soon, one way or the other."""
+    """Return whether a run with this value ends soon, with or without an error."""
     try:
         number = int(text, 0)
     except ValueError:
@@ -73,7 +73,8 @@ def harmless(key, text):
 
 
 def values(key, hint):
-    """Texts for an option: mostly of its type, also at its borders, sometimes of no type at all."""
+    """Return texts for an option: mostly of its type, some at its limits, and a few of no type at
+    all."""
     kinds = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     kinds = [kinds] if get_origin(kinds) in (None, Literal) else get_args(kinds)
     of_kind = {bool: ['True', 'False'], str: GOOD.get(key, PATHS),
@@ -83,15 +84,15 @@ def values(key, hint):
         st.sampled_from([str(choice)
                          for choice in get_args(kind)] or of_kind.get(kind, ['None']))
         for kind in kinds]
-    # nothing outside the working directory, and what a shell can pass
+    # only text that a shell can pass, and no path outside the working directory
     text = st.text(st.characters(exclude_characters='/\0', codec='utf-8'), max_size=12)
     return st.one_of(*own * 6, st.sampled_from(ODD), text).filter(lambda s: harmless(key, s))
 
 
 @functools.cache
 def options(cls):
-    """Pairs of an option and its text. bench.py keeps its peer, which stops it before it times
-    anything."""
+    """Return pairs of an option and its text. bench.py always gets an invalid --peer, so it stops
+    before it times anything."""
     hints = get_type_hints(cls, include_extras=True)
     keys = [f.name for f in fields(cls) if f.name != 'peer']
     return st.sampled_from(keys).flatmap(
@@ -125,7 +126,8 @@ LINES = [
 
 @st.composite
 def examples(draw):
-    """-> main, its options' class, argv, and the config files that argv names: name -> lines."""
+    """Draw an example: main, its options class, argv, and a dict of the config files in argv, name
+    -> lines."""
     main, cls, first, last = draw(st.sampled_from(SCRIPTS))
     if cls is train.TrainConfig and draw(st.integers(0, 2)) == 0:
         first = [*first, '--init_from=resume',
@@ -141,17 +143,17 @@ def examples(draw):
 
 
 # --------------------------------------------------------------------------------------------------
-# where they run, and what must hold
+# the folder for the examples, and the checks
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, one_thread):
-    """A folder with data sets, a run and what else may lie about. Nothing is compiled, no network
-    is asked."""
+    """A folder with data sets, a run and unrelated files. Nothing is compiled and no network is
+    used."""
     root = tmp_path_factory.mktemp('world')
     work = root / 'work'
     for folder in ('mine', 'twisted/ckpt.pt'):
         (work / folder).mkdir(parents=True)
-    (work / 'locked').mkdir(mode=0o555)                             # but root may write everywhere
+    (work / 'locked').mkdir(mode=0o555)                             # root may still write there
     write_dataset(work / 'data' / 'toy', TEXT, 'char', source='tests')
     for name, content in {
             'notes.txt': b'mine', 'one.txt': b'a', 'empty.txt': b'', 'latin1.txt': b'\xe9' * 99,
@@ -164,24 +166,25 @@ def world(tmp_path_factory, one_thread):
     download.gpt2_encoding.cache_clear()
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance('force_eager'):
         patch.chdir(work)
-        patch.setenv('HOME', str(work))                             # '~' is a word, too
+        patch.setenv('HOME', str(work))                             # '~' is among the values
         for module in ('wandb', 'tiktoken'):
             patch.setitem(sys.modules, module, None)
-        for text in ('my.txt', 'notes.txt'):  # else they are prepared in the repo's data/
+        for text in ('my.txt', 'notes.txt'):  # otherwise they would go to the repo's data/
             locate(text, 'char', (Path('data'),))
         assert train.main([*QUICK, '--out_dir=run']) == 0
         yield root
 
 
 def tree(root):
-    """Every path below root -> its bytes, its target if it is a link, None for a folder."""
+    """Return a dict of every path below root: its bytes, the target of a link, or None for a
+    folder."""
     return {str(p.relative_to(root)):
             os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
             for p in sorted(root.rglob('*'))}
 
 
 def check(world, call, main, cls, argv, files):
-    """Run one example, in a copy of the world. What draws the progress bar is left out."""
+    """Run one example in a copy of the world. Lines of a progress bar are ignored."""
     root, script = world.with_name('copy'), main.__module__
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(world, root, symlinks=True)
@@ -202,8 +205,8 @@ def check(world, call, main, cls, argv, files):
 
 
 def keep_all_but_the_run(root, before, after, said):
-    """Only OUT_DIR has changed, and OUT_DIR.1 where a run was moved aside; every file is still
-    there somewhere."""
+    """Check that only OUT_DIR has changed, and OUT_DIR.1 if a run was moved aside. The content of
+    every other file still exists somewhere."""
     out = os.path.relpath(os.path.realpath(root / 'work' / said['out_dir']), root)
     inside = tuple(f'{place}{os.sep}' for place in (out, f'{out}.1'))
     for path in (path for path in before.keys() | after.keys()

@@ -1,6 +1,6 @@
-"""Arrows go one way: lowrank and runtime are leaves, model.py stands on them, then train.py, tools/
-and the doors. Importing needs the few required packages and does no work; what is missing or too
-old is one line."""
+"""Imports go in one direction. lowrank/ and runtime/ import nothing else of this repo, and model.py
+imports these two. train.py, tools/ and the other commands come after it. Importing needs only the
+required packages and has no side effects. A missing or old package ends in a one-line error."""
 
 import ast
 import re
@@ -16,13 +16,13 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.py')
 DOORS = [
     'sample', 'compress', 'compare', 'export', 'bench', 'example_svd_usage', 'example_mla_usage'
 ]
-# a part may import itself, and what is left of it here; experiments take the doors, too
+# each part may import itself and those to its left; experiments/ may also import DOORS
 LAYERS = ['lowrank', 'runtime', 'data', 'model', 'train', 'tools']
 LEAVES = {
     'lowrank': [], 'runtime': [], 'config': [], 'data': ['runtime'],
     'model': ['lowrank', 'runtime']
 }
-# the words of this model: what runtime/ must not know. huggingface.py knows GPT-2's format
+# words of this model that must not appear in runtime/, except in huggingface.py (GPT-2's format)
 OWN_WORDS = r'(?i)svd_|_svd|latent|lora|adaptive|transformer\.[hw]|\bmla|low_?rank'
 OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'transformers', 'peft',
             'huggingface_hub',
@@ -30,7 +30,7 @@ OPTIONAL = ['tiktoken', 'safetensors', 'datasets', 'wandb', 'matplotlib', 'trans
 
 
 def imports(file):
-    """The modules that a file imports, in functions too."""
+    """Return the modules that a file imports, including imports inside functions."""
     nodes = [node for node in ast.walk(ast.parse((ROOT / file).read_text()))
              if isinstance(node, (ast.Import, ast.ImportFrom))]
     return {
@@ -44,12 +44,14 @@ def module(file):
 
 
 def part(name):
-    """The part of the house of a file or module: 'lowrank/svd.py' and 'lowrank.svd' ->
-    'lowrank'."""
+    """Return the package or file that a path or module belongs to: 'lowrank/svd.py' and
+    'lowrank.svd' -> 'lowrank'."""
     return re.split(r'[./]', name)[0]
 
 
 def test_the_root_has_nine_doors():
+    """The root folder has nine Python files: model.py, train.py and seven other commands and
+    examples."""
     assert sorted(file for file in FILES if '/' not in file) == sorted(
         f'{name}.py' for name in [*DOORS, 'model', 'train'])
 
@@ -64,11 +66,12 @@ def test_imports_go_one_way_and_in_no_circle():
         assert {part(name) for name in imports(file)} & {*parts, 'tests'} <= allowed, file
         graph[module(file)] = imports(file) & {module(other) for other in FILES if other != file}
     assert len([*TopologicalSorter(graph).static_order()]) == len(FILES)  # raises CycleError
-    # they are found
+    # `imports` finds both forms of import
     assert {'lowrank.head_svd', 'runtime.config'} <= graph['model'] and 'model' in graph['train']
 
 
 def test_runtime_names_nothing_of_this_model():
+    """runtime/ does not mention SVD, latents, LoRA or layer names, except in huggingface.py."""
     for file in FILES:
         if part(file) == 'runtime' and file != 'runtime/huggingface.py':
             code = ast.unparse(ast.parse(
@@ -83,8 +86,9 @@ def python(code, folder, path=''):
 
 
 def test_every_module_is_imported_without_optional_packages_and_does_no_work(tmp_path):
-    """It prints nothing, writes no file, draws no number and sets no signal handler or number of
-    threads."""
+    """Every module can be imported without the optional packages. Importing prints nothing, writes
+    no file, draws no random number and leaves signal handlers and the number of threads
+    unchanged."""
     modules = [module(file) for file in FILES if not file.startswith('config/')]
     done = python(f'''
 import importlib, signal, sys, torch
@@ -102,7 +106,8 @@ assert state() == before
 
 
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
-    """torch 2.8.1, which lacks Muon, or no torch, or neither of two others."""
+    """Every command ends in a one-line error if torch is missing or too old (2.8.1 lacks Muon), or
+    if numpy and tqdm are missing."""
     commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()]
     assert {'train.py', 'sample.py', 'bench.py', 'compare.py',
             'data/shakespeare/prepare.py'} <= {*commands}

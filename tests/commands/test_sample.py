@@ -1,4 +1,4 @@
-"""sample.py and bench.py: which run, which prompt, which SVD; what a comparison prints."""
+"""sample.py and bench.py: which run, prompt and SVD they use, and what a comparison prints."""
 
 import io
 import json
@@ -25,15 +25,15 @@ END = '\n---------------\n'
 
 @pytest.fixture
 def run(trained):
-    """The checkpoint of a run that has learnt something, which is in out/."""
+    """The checkpoint of a trained run in out/."""
     return checkpoint(trained('--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150',
                               '--learning_rate=2e-2', '--optimizer=muon'))
 
 
 @pytest.fixture
 def texts(call, run):
-    """texts(*options) -> the samples that sample.py prints, after the line that says which model it
-    is."""
+    """texts(*options) returns the samples that sample.py prints, without the line about the
+    model."""
     def texts(*options):
         result = call(sample.main, *SHORT, *options)
         assert result.code == 0, result.err
@@ -42,9 +42,10 @@ def texts(call, run):
 
 
 # --------------------------------------------------------------------------------------------------
-# which model
+# the model
 
 def test_a_run_is_named_and_found_from_another_folder(texts, call, here, monkeypatch):
+    """The first line names the run, and a run can be sampled from another working directory."""
     assert call(sample.main, *SHORT).out.startswith('out/ckpt.pt: 150 steps, ')
     inside = texts()
     monkeypatch.chdir('data')
@@ -53,22 +54,25 @@ def test_a_run_is_named_and_found_from_another_folder(texts, call, here, monkeyp
 
 
 def test_a_checkpoint_of_nanogpt_away_from_its_data_set_says_what_is_missing(run, refused):
+    """A checkpoint of nanoGPT without its data set ends in a one-line error that names meta.pkl."""
     del run['tokenizer']
     torch.save(run | {'config': {'dataset': 'theirs'}}, 'out/ckpt.pt')
     assert 'meta.pkl' in refused(sample.main)
 
 
 # --------------------------------------------------------------------------------------------------
-# which text
+# the text
 
 
 @pytest.mark.parametrize('svd', [{},
                                  dict(use_svd=True, svd_rank=2, svd_scope='causal', svd_block=4),
                                  dict(use_svd=True, svd_rank=2, svd_scope='sequence')], ids=str)
 def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, call, svd):
+    """sample.py prints the texts that `model.generate` makes from the same seed, each followed by a
+    line."""
     out = call(sample.main, *SHORT, '--num_samples=3', '--start=the toad',
                *(f'--{k}={v}' for k, v in svd.items())).out
-    torch.manual_seed(1337)  # making a model draws from it, too
+    torch.manual_seed(1337)  # a new model draws from the generator, too
     model, tokenizer = GPT.from_checkpoint(run, **svd).eval(), Tokenizer(run['tokenizer'])
     idx = torch.tensor(tokenizer.encode('the toad')).repeat(3, 1)
     rows = model.generate(idx, 30, .8, 200, use_cache=not model.config.is_noncausal).tolist()
@@ -82,8 +86,9 @@ def test_what_is_printed_is_the_texts_that_generate_makes_and_their_lines(run, c
 ])
 def test_a_trained_model_continues_a_prompt_from_a_file_that_may_be_longer_than_its_context(
         texts, content):
-    """Every line of the data starts with 'the '; the context is 16 characters. Any line ends, and a
-    byte order mark."""
+    """A prompt may come from a file, with any line ends and a byte order mark, and may exceed the
+    context of 16 characters. Every line of the data starts with 'the ', so a trained model must
+    continue a prompt that ends with a line break by 'the '."""
     Path('my prompt.txt').write_bytes(content)
     start = content.decode('utf-8-sig').replace('\r\n', '\n')
     for text in texts('--start=FILE:my prompt.txt'):
@@ -110,6 +115,8 @@ def test_what_cannot_be_is_refused(run, refused, options, words):
 
 
 def test_seeds_and_options_choose_the_draws_and_the_likeliest_text_needs_none(texts):
+    """Seed, temperature, top_k and top_p change the samples. All ways to ask for the likeliest text
+    give the same one."""
     plain, greedy = texts('--seed=1'), texts('--top_k=1')
     assert texts('--seed=1', '--top_p=1') == plain and greedy[0] == greedy[1] and len(
         greedy[0]) == 31
@@ -121,12 +128,13 @@ def test_seeds_and_options_choose_the_draws_and_the_likeliest_text_needs_none(te
 
 
 # --------------------------------------------------------------------------------------------------
-# which SVD
+# the SVD
 
 @pytest.mark.parametrize('scope, method',
                          [('sequence', 'gram'), ('causal', 'standard'), ('weight', 'randomized')])
 def test_svd_is_as_trained_unless_it_is_switched_on_or_off(run, texts, call, scope, method):
-    """Rank 2 of 8 changes the text; full rank, None and off leave it as it was."""
+    """sample.py uses the SVD of the run unless an option changes it. Rank 2 of 8 changes the text.
+    Full rank, None and use_svd=False give the text without SVD."""
     options, plain = (f'--svd_scope={scope}', f'--svd_method={method}', '--svd_block=2'), texts()
     out = call(sample.main, *SHORT, *options, '--use_svd=True', '--svd_rank=2').out
     assert f'SVD on V rank 2 of 8, {method}, {scope} (' in out and plain[0] not in out
@@ -148,7 +156,7 @@ def test_svd_is_as_trained_unless_it_is_switched_on_or_off(run, texts, call, sco
                                        ('--svd_scope=weight', 'transformer.h.0.attn.c_attn'),
                                        ('--svd_scope=sequence', 'transformer.h.0.attn.c_attn')])
 def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused, svd, name):
-    """Each weight is a number; the logits are not."""
+    """Finite weights whose logits overflow end in a one-line error."""
     state = run['model']
     state[f'{name}.weight'].mul_(1e38 / state[f'{name}.weight'].abs().max())
     torch.save(run | dict(model=state | {'transformer.wte.weight': state['lm_head.weight']}),
@@ -158,11 +166,11 @@ def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused
 
 
 # --------------------------------------------------------------------------------------------------
-# as it is drawn
+# output while sampling
 
 def show(*options, stop=None, code=0):
-    """What sample.py prints, and what can be seen of it, with the state of torch's generator, at
-    every flush of something new. Ctrl-C comes with flush number `stop`."""
+    """Run sample.py and return what it prints, and a dict with an entry per flush of new text: all
+    text printed so far -> the state of torch's generator. Ctrl-C comes with flush number `stop`."""
     screen, seen = io.StringIO(), {}
 
     def flush():
@@ -173,23 +181,25 @@ def show(*options, stop=None, code=0):
     screen.flush = flush
     with redirect_stdout(screen):
         assert sample.main([*SHORT, '--start=the toad', *options]) == code
-        assert sys.stdout is screen  # and no longer what hides its errors
+        assert sys.stdout is screen  # sample.py has restored stdout
     return screen.getvalue(), seen
 
 
 def test_the_first_sample_appears_as_it_is_drawn_and_ctrl_c_leaves_it(run):
+    """The first sample is shown token by token as it is drawn, and Ctrl-C keeps what is shown."""
     text, seen = show('--num_samples=3')
     head, _, body = text.partition('\n')
     first, states = body.partition(END)[0], list(seen.values())
     assert body.count(END) == 3 and len(first) == 8 + 30
     assert list(seen)[:30] == [f'{head}\n{first[:8 + n]}' for n in range(1, 31)]
-    assert len(set(states[:30])) == 30  # one more token is drawn each time
+    assert len(set(states[:30])) == 30  # each flush follows one more draw
     for stop in (1, 17):
         assert show('--num_samples=3', stop=stop, code=130)[0] == list(seen)[stop - 1]
 
 
 def test_a_reader_who_leaves_ends_the_sampling(run):
-    """| head"""
+    """Sampling stops after at most two tokens if the reader of a pipe closes it, as `| head`
+    does."""
     states = list(show()[1].values())
     reader, writer = os.pipe()
     os.close(reader)
@@ -236,7 +246,8 @@ class GPT(torch.nn.Module):
 
 @pytest.fixture
 def results(call, here):
-    """results(*options) -> what bench.py's last line says; there is another model in peer/."""
+    """results(*options) runs bench.py and returns the JSON of its last line. peer/ has another
+    model."""
     Path('peer').mkdir()
     Path('peer/model.py').write_text(PEER)
 
@@ -250,6 +261,7 @@ def results(call, here):
 
 @pytest.mark.any_device
 def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseline(results, device):
+    """bench.py times every method and scope and the model in --peer against the baseline."""
     found = results('--svd_rank=2', '--peer=peer', '--optimizer=muon', f'--device={device}')
     assert found.keys() == {'header', 'device', 'torch', 'pairs', 'seed', 'results'
                             } and found['pairs'] == 2
@@ -261,7 +273,8 @@ def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseli
 
 @pytest.mark.any_device
 def test_bench_times_decoding(results, device):
-    """A row for each context and model; bytes as the models say; the peer has no cache."""
+    """--decode has a row per context and model, and the bytes are those that the models report. The
+    peer has no cache."""
     found = results('--decode', '--svd_rank=2', '--contexts=3,8', '--tokens=4', '--peer=peer',
                     '--batch_size=2',
                     f'--device={device}', '--dtype=float32')
@@ -279,8 +292,8 @@ def test_bench_times_decoding(results, device):
 
 
 def test_bench_times_the_models_that_it_is_told(trained, call):
-    """The vocabulary is the data set's, 17; a run, its export and a continued one have a shape of
-    their own."""
+    """bench.py takes the vocabulary of the data set, here 17, or the shape of a run, an export or a
+    resumed run."""
     decode = '--decode', '--contexts=3', '--tokens=2', '--pairs=2', '--device=cpu'
     assert ', 16 wide, vocabulary 17, ' in call(bench.main, *TINY, *decode).out
     trained('--n_layer=3', '--n_embd=24', '--vocab_size=19')
@@ -309,4 +322,6 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
                                            ('', 'svd_rank=None: ')])
 def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(
         here, refused, option, words):
+    """Impossible options end in a one-line error, and so does a model without SVD if there is
+    nothing to compare it with."""
     assert words in refused(bench.main, *BENCH, '--tokens=4', *option.split())

@@ -1,6 +1,6 @@
-"""What scripts of users rely on is what tests/commands/surface.json says: options with types and
-defaults, keys of metrics and checkpoints, files in OUT_DIR. Who changes it on purpose changes that
-file, and says so in the commit."""
+"""Scripts of users rely on the options with types and defaults, the keys of metrics and
+checkpoints, and the files in OUT_DIR. tests/commands/surface.json lists them. A deliberate change
+edits that file, and its commit message says so."""
 
 import importlib
 import json

@@ -1,5 +1,5 @@
-"""train.py and its runtime: what a run writes, what its numbers mean, what resumes, what is
-refused."""
+"""train.py and runtime/: what a run writes, what its metrics mean, what it resumes and what it
+refuses."""
 
 import json
 import math
@@ -34,11 +34,13 @@ def losses(name='loss'):
 
 
 # --------------------------------------------------------------------------------------------------
-# what a run leaves behind
+# files of a run
 
 
 def test_a_run_has_a_row_per_step_and_evaluation_describes_its_machine_and_closes_with_a_sample(
         call):
+    """A run writes one row per logged step and evaluation and a description of its machine, and
+    ends with a sample."""
     out = call(train.main, *TINY, '--log_interval=2', '--dataset=data/toy/').out
     *found, last = rows()
     assert [(row['iter'], 'lr' in row, 'val/loss' in row) for row in found] == [
@@ -54,6 +56,8 @@ def test_a_run_has_a_row_per_step_and_evaluation_describes_its_machine_and_close
 
 def test_a_checkpoint_has_the_best_loss_and_the_written_configuration_repeats_the_run(
         trained, call):
+    """The checkpoint has the tokenizer and the best loss. Training again from the written config.py
+    gives bit-identical weights and moves the first run aside."""
     trained(*SVD, '--vocab_size=None')
     first, saved = folder_bytes(), checkpoint()                     # weights_only=True
     assert saved['tokenizer']['chars'] == sorted(set(TEXT))
@@ -67,8 +71,8 @@ def test_a_checkpoint_has_the_best_loss_and_the_written_configuration_repeats_th
 
 
 def test_an_old_run_is_moved_aside_and_one_line_says_so(trained, fit):
-    """A symbolic link as OUT_DIR stays one: its target may be a larger disk, where old run and new
-    run belong."""
+    """A new run moves the old one aside and prints where. If OUT_DIR is a symbolic link, for
+    example to a larger disk, both runs go to its target and the link stays."""
     place = trained(folder='disk')
     Path('out').symlink_to(place, target_is_directory=True)
     for n in (1, 2):
@@ -94,12 +98,13 @@ def test_an_old_run_is_moved_aside_and_one_line_says_so(trained, fit):
                           ('--out_dir=data', "out_dir='data'"),
                           ('--out_dir=other', "out_dir='other'")])
 def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, options, words):
-    """As many characters as the checkpoint's, but others, would silently change the meaning of
-    every id."""
+    """Wrong input ends in a one-line error that names it, and no file changes. A data set with as
+    many characters as the checkpoint's but different ones is refused too, because every id would
+    mean another character."""
     trained()
     write_dataset('data/capitals', TEXT.replace('a', 'A'), 'char', source='tests')
     Path('notes.txt').write_text('mine')
-    Path('other/config.py').mkdir(parents=True)                     # cannot be replaced
+    Path('other/config.py').mkdir(parents=True)                     # a folder cannot be replaced
     before = folder_bytes('.')
     assert words in refused(train.main, *TINY, *options.split()) and folder_bytes('.') == before
 
@@ -115,19 +120,20 @@ def test_wrong_input_is_named_and_nothing_is_moved_or_written(trained, refused, 
                           [*SVD, '--svd_scope=causal', '--svd_block=4', '--dtype=bfloat16'],
                           slow([*SVD, '--svd_scope=weight', '--dtype=bfloat16'])], ids=' '.join)
 def test_the_loss_falls(trained, options):
-    """Every scope and optimizer learns the toy text; chance is log(17) = 2.83."""
+    """Every scope and optimizer learns the toy text. Chance is log(17) = 2.83 nats per
+    character."""
     trained(*LONG, *options)
     first, *_, a, b, c = losses()
     assert 2.6 < first < 3.1 and (a + b + c) / 3 < 2.2 and rows()[-1]['val/loss'] < 2.2
-    # sequence scope
+    # only the sequence scope has it
     assert ('val/prefix_loss' in rows()[-1]) == (options == [*SVD, '--dtype=bfloat16'])
     assert all(p.dtype == torch.float32 for p in checkpoint()['model'].values())
 
 
 def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_weights_and_data(
         trained_once):
-    """Without a learning rate the curve is flat and the weights are the initial ones. An evaluation
-    has no dropout."""
+    """Every evaluation uses the same windows and no dropout, so all losses are equal if the
+    learning rate is 0. Another seed gives other initial weights and another data order."""
     still = '--learning_rate=0', '--min_lr=0', '--dropout=.2'
     found = [
         row['train/loss'] + row['val/loss']
@@ -148,6 +154,8 @@ def test_an_evaluation_uses_the_same_windows_each_time_and_other_seeds_change_we
     '--svd_rank=2 --svd_scope=causal --svd_block=16'
 ])
 def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(trained_once, fit, options):
+    """Training without SVD, at full rank or with a context too short for a basis is bit-identical
+    to the baseline."""
     baseline, truncating = trained_once('--dropout=.1'), trained_once('--dropout=.1', *SVD)
     out = fit('--use_svd=True', '--dropout=.1', *options.split())
     assert equal(checkpoint()['model'], checkpoint(baseline)['model']) and 'SVD on V: off (' in out
@@ -160,6 +168,8 @@ def test_svd_off_and_full_rank_train_to_the_bits_of_the_baseline(trained_once, f
     ids=['sequence', 'randomized'])
 def test_evaluating_more_often_changes_no_parameter_and_dropout_acts_after_it(
         trained_once, fit, options):
+    """Evaluating more often does not change the trained weights or the random state, and dropout
+    stays on after an evaluation."""
     fit('--dropout=.2', *options, '--eval_interval=1', '--eval_iters=3')
     often = checkpoint()
     assert not equal(often['model'], checkpoint(trained_once(*options))['model'])
@@ -171,9 +181,9 @@ def test_evaluating_more_often_changes_no_parameter_and_dropout_acts_after_it(
 @pytest.mark.any_device
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_two_micro_batches_of_four_are_one_batch_of_eight(fit, optimizer, device):
-    """The generator deals the same eight windows either way, so losses and parameters agree to
-    rounding."""
-    # no TF32
+    """Two micro-batches of four train like one batch of eight, up to rounding. The generator draws
+    the same eight windows either way."""
+    # float32 without SVD would use TF32 on CUDA
     options = f'--device={device}', '--dtype=float32', '--use_svd=True', f'--optimizer={optimizer}'
     fit('--gradient_accumulation_steps=2', *options)
     expected, weights = losses(), checkpoint()['model']
@@ -183,7 +193,8 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(fit, optimizer, device
 
 
 def test_gradients_are_clipped_to_grad_clip_and_0_means_not_at_all(fit):
-    """After one step AdamW's exp_avg is 1 - beta1 times the gradient."""
+    """The gradient norm is clipped to grad_clip, and 0 turns clipping off. After one step AdamW's
+    exp_avg is 1 - beta1 times the gradient."""
     norms = []
     for grad_clip in (1e-3, 0, 1e9):
         fit('--max_iters=1', '--beta1=.9', f'--grad_clip={grad_clip}')
@@ -219,6 +230,8 @@ def nanogpt_lr(it, c):
                                              (dict(warmup_iters=5, lr_decay_iters=3), 0)], ids=str)
 def test_the_learning_rate_is_nanogpts_and_a_warm_up_that_does_not_fit_is_a_tenth_of_the_run(
         changes, warmup):
+    """The learning rate follows nanoGPT's schedule. A warmup that does not fit is shortened to a
+    tenth of the run."""
     expected = [
         nanogpt_lr(it, schedule(**changes | dict(warmup_iters=warmup))) for it in range(121)]
     assert [train.get_lr(it, schedule(**changes)) for it in range(121)] == pytest.approx(expected)
@@ -226,6 +239,8 @@ def test_the_learning_rate_is_nanogpts_and_a_warm_up_that_does_not_fit_is_a_tent
 
 
 def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(fit, call):
+    """By default the schedule is max_iters long and a warmup that does not fit is shortened. A
+    resume with a larger max_iters keeps the schedule."""
     out = fit('--max_iters=20', '--warmup_iters=50', '--eval_interval=20', '--min_lr=1e-3',
               '--lr_decay_iters=None')
     assert 'warmup_iters=50 ' in out and ' 2\n' in out and 'lr_decay_iters' not in out
@@ -245,8 +260,9 @@ def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(f
                          [('--block_size=235', '--max_iters=1', '--use_svd=True', '--svd_rank=8'),
                           ('--block_size=13', '--batch_size=1', *SVD)], ids=' '.join)
 def test_the_final_loss_is_that_of_every_validation_token(trained, options, device):
-    """With a block as long as the data, too."""
-    trained(*options, f'--device={device}', '--dtype=float32')      # with SVD no TF32
+    """The final loss covers every validation token once, also with a block as long as the data. The
+    reference is a sum over windows by hand."""
+    trained(*options, f'--device={device}', '--dtype=float32')      # the SVD turns TF32 off
     model, last = GPT.from_checkpoint(checkpoint()).eval(), rows()[-1]
     ids = torch.frombuffer(bytearray(Path('data/toy/val.bin').read_bytes()),
                            dtype=torch.uint16).long()
@@ -257,6 +273,8 @@ def test_the_final_loss_is_that_of_every_validation_token(trained, options, devi
 
 
 def test_a_prefix_loss_is_reported_where_a_token_sees_the_future(fit):
+    """In 'sequence' scope every evaluation also reports the prefix-only loss and its gap to the
+    parallel loss."""
     out = fit(*SVD)
     for row in [row for row in rows() if 'val/loss' in row]:
         assert row['val/prefix_loss'] == pytest.approx(row['val/loss'] + row['val/prefix_gap'])
@@ -267,7 +285,8 @@ def test_a_prefix_loss_is_reported_where_a_token_sees_the_future(fit):
 
 
 class Reader(torch.nn.Module):
-    """Sure of the next token where it can look at it (`peeks`), else of the one it stands on."""
+    """A model that predicts the next token with certainty if it can see it (`peeks`), and otherwise
+    repeats the current token."""
     peeks = False
 
     def forward(self, idx, targets=None):
@@ -276,6 +295,8 @@ class Reader(torch.nn.Module):
 
 
 def test_the_prefix_gap_is_zero_for_a_causal_model_and_for_one_that_peeks_scatters_as_estimated():
+    """The gap of a causal model is exactly 0. For a model that sees later tokens the gaps of 60
+    seeds scatter as the estimated standard error says."""
     data, reader = Dataset('data/toy'), Reader()
     causal = prefix_gap(reader, data, 'val', 200, 16, 'cpu', nullcontext(), seed=0)
     assert causal['gap'] == causal['gap_se'] == 0 and causal['parallel'] == causal['prefix'] > 3
@@ -300,6 +321,8 @@ def test_a_warning_appears_exactly_when_the_gap_exceeds_two_standard_errors(gap,
 
 @pytest.mark.parametrize('scope', SCOPES)
 def test_eval_only_measures_what_a_rank_costs_and_leaves_the_run_alone(trained, fit, scope):
+    """--eval_only measures the loss with another rank, appends it to eval.jsonl and changes no
+    other file."""
     trained(*LONG)
     before, loss = folder_bytes(), rows()[-1]['val/loss']
     for rank in (1, 8):
@@ -325,7 +348,8 @@ def test_eval_only_prints_the_loss_that_it_cannot_write(trained, call):
 @pytest.mark.any_device
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, device):
-    """Several steps, shapes in one batch and alone, decay and momentum included."""
+    """Muon's steps equal those of torch.optim.Muon up to bfloat16 rounding, over several steps,
+    with decay and momentum, for shapes that are batched and for single ones."""
     torch.manual_seed(0)
     start, grads = ([
         torch.randn(shape).to(device) for shape in ((24, 16), (24, 16), (16, 24), (8, 8))
@@ -346,8 +370,8 @@ def test_a_muon_step_is_torchs_own_to_bfloat16_rounding(dtype, device):
 # resuming
 
 def test_a_checkpoint_of_nanogpt_resumes(trained, call):
-    """As nanoGPT writes it after torch.compile on a GPU. There was no choice of gelu, which was
-    exact."""
+    """A checkpoint as nanoGPT writes it after torch.compile on a GPU resumes. It has no gelu
+    option, which means the exact gelu."""
     trained()
     before = checkpoint()
     args = {k: before['model_args'][k] for k in (
@@ -369,14 +393,16 @@ def test_a_checkpoint_of_nanogpt_resumes(trained, call):
     assert saved['iter_num'] == saved['optimizer']['state'][0]['step'] == 5
     assert type(saved['best_val_loss']) is float and saved['model_args']['gelu'] == 'exact'
     moved = [(saved['model'].pop(name) - w).abs().max() for name, w in before['model'].items()]
-    # one step of a learning rate of at most 0.01
+    # one step with a learning rate of at most 0.01
     assert 0 < max(moved) < .02 and not saved['model']
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_at_resume_a_shape_is_fixed_but_the_context_can_be_cropped_and_svd_changed(
         trained, call, optimizer):
-    """Another shape gives way in a config file; one that agrees may be given."""
+    """On resume the shape is fixed, but block_size can be cropped, and SVD and dropout changed.
+    Another shape in a config file is ignored with a message, and the same shape on the command line
+    is accepted."""
     trained('--gelu=tanh', f'--optimizer={optimizer}')
     Path('two.py').write_text('n_layer = 2\nmax_iters = 6\n')
     changes = dict(svd_rank=3, use_svd=True, svd_scope='causal', dropout=.5, n_embd=16,
@@ -395,11 +421,12 @@ def test_at_resume_a_shape_is_fixed_but_the_context_can_be_cropped_and_svd_chang
 # data sets
 
 @pytest.mark.parametrize('tokenizer, end, vocab_size', [('char', '\n', 17), ('char', '\r\n', 17),
-                                                        # 50257 rounded up to 64s
+                                                        # 50257 rounded up to a multiple of 64
                                                         ('gpt2', '\n', 50304)])
 def test_a_run_on_a_text_file_goes_on_without_it_from_another_folder(
         fit, call, capsys, here, monkeypatch, byte_bpe, tokenizer, end, vocab_size):
-    """The text is encoded once, here below this folder, not in the repository's data/."""
+    """A run on a text file resumes without that file and from another folder. The text is encoded
+    once, here below the working directory instead of the repository's data/."""
     Path('my text.txt').write_bytes(TEXT.replace('\n', end).encode())
     folder = locate('my text.txt', tokenizer, roots=(here / 'data',))
     assert '2,360 characters' in capsys.readouterr().out
@@ -437,6 +464,7 @@ def wandb(monkeypatch):
 
 
 def test_wandb_gets_the_rows_of_metrics_and_the_resolved_options(fit, wandb):
+    """wandb gets the resolved options and exactly the rows of metrics.jsonl."""
     fit('--wandb_log=True', '--wandb_project=ours', '--wandb_run_name=7', '--wandb_group=sweep',
         '--wandb_tags=a, b')
     options, resolved = wandb.init.call_args.kwargs, asdict(train.load_config(['out/config.py'])[0])
@@ -448,18 +476,20 @@ def test_wandb_gets_the_rows_of_metrics_and_the_resolved_options(fit, wandb):
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(
         fit, call, wandb, monkeypatch):
+    """A resumed run continues the same wandb run, which gets the exit code. A damaged run id is
+    replaced by a new one."""
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         assert call(train.main, *TINY, '--wandb_log=True').code == 130
     assert call(train.main, *RESUME).code == 0
-    Path('out/wandb/run-id').write_bytes(b'\xff../x')               # none: it is replaced
+    Path('out/wandb/run-id').write_bytes(b'\xff../x')               # no valid id
     fit(*RESUME, '--wandb_log=True')
     first, second, other = [each.kwargs['id'] for each in wandb.init.call_args_list]
     assert first == second != other == Path('out/wandb/run-id').read_text()
     assert re.fullmatch('[0-9a-f]{8}', other)
     assert wandb.init.call_args.kwargs.items() >= {'resume': 'allow',
                                                    'allow_val_change': True}.items()
-    # wandb's own step only grows; with 'iter' as axis, a step that is taken again is no fault
+    # wandb's own step may only grow; with 'iter' as axis a step can be logged again after a resume
     wandb.define_metric.assert_called_with('*', step_metric='iter')
     spoilt = '--learning_rate=1e38', '--grad_clip=0', '--warmup_iters=0', '--wandb_log=True'
     assert call(train.main, *TINY, *spoilt).code == 1
@@ -471,6 +501,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(
     ('log', OSError(28, 'No space left'), 'OSError: [Errno 28] No space left'),
     ('finish', ValueError('why'), 'ValueError: why')])
 def test_a_wandb_that_breaks_does_not_stop_training(fit, wandb, name, effect, words):
+    """An error in wandb gives one line and does not stop training."""
     getattr(wandb, name).side_effect = effect
     out = fit('--wandb_log=True')
     assert out.count(
@@ -485,11 +516,11 @@ def test_a_missing_wandb_does_not_stop_training(fit, monkeypatch, module):
 
 
 # --------------------------------------------------------------------------------------------------
-# devices, by fakes
+# devices, with fake hardware
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(cuda=number of GPUs, mps, name, bf16): what torch will say is here."""
+    """machine(cuda=number of GPUs, mps, name, bf16) sets what torch reports about the hardware."""
     def machine(cuda=0, mps=False, name='NVIDIA A100-SXM4-80GB', bf16=True):
         monkeypatch.setattr('torch.cuda.is_available', lambda: cuda > 0)
         monkeypatch.setattr('torch.cuda.device_count', lambda: cuda)
@@ -511,12 +542,15 @@ def machine(monkeypatch):
                           ({}, 'cuda', None, None), (dict(cuda=1), 'cuda:x', None, None)])
 def test_cuda_comes_before_mps_and_the_cpu_with_the_dtype_of_the_hardware(
         machine, here_is, wanted, device, dtype):
+    """'auto' chooses CUDA, then MPS, then the CPU, with a dtype that the hardware supports. A
+    device that does not exist is an error."""
     machine(**here_is)
     with nullcontext() if device else pytest.raises(UserError, match=f'device={wanted}: '):
         assert devices.pick_device(wanted) == device and devices.pick_dtype('auto', device) == dtype
 
 
 def test_peak_flops_are_the_data_sheets_and_unknown_names_have_none(machine):
+    """The peak FLOPS of a GPU are those of its data sheet. Unknown names and float32 have none."""
     for name, tera in (('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312),
                        ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe',
                                                         756), ('NVIDIA GeForce RTX 4090', 165),

@@ -1,5 +1,5 @@
-"""Adaptive layers: no switch changes the function, what is protected stays, the optimizer follows a
-switch, and analyses decide when to switch."""
+"""Adaptive layers: a switch does not change the function, protected directions stay, the optimizer
+follows a switch, and the analyses decide when to switch."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ each_case = pytest.mark.parametrize(
 
 
 def weight(kind, shape):
-    """A float64 matrix with singular values as evenly spread as in a trained layer."""
+    """Return a float64 matrix with singular values as evenly spread as those of a trained layer."""
     U, _, Vh = torch.linalg.svd(normal(*shape), full_matrices=False)
     S = torch.linspace(2, .2, min(shape), dtype=torch.float64)
     S[{'rank 1': 1, 'rank 5': 5}.get(kind, len(S)):] = 0
@@ -43,7 +43,7 @@ def make_layer(W, protection='left', dtype=torch.float64):
 
 
 def gradient_step(layer, seed, lr=1e-2):
-    """Take a step of a fresh AdamW towards random targets, and leave the gradients."""
+    """Take a step of a new AdamW towards random targets, and keep the gradients."""
     layer.zero_grad()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=lr)
     x = normal(64, layer.base.in_features, seed=seed).to(layer.weight)
@@ -53,7 +53,7 @@ def gradient_step(layer, seed, lr=1e-2):
 
 
 def relative(a, b):
-    """|a - b| / |b|; |a| where b is zero."""
+    """Return |a - b| / |b|, or |a| if b is zero."""
     return ((a - b).norm() / (b.norm() or 1)).item()
 
 
@@ -63,8 +63,8 @@ def relative(a, b):
 @pytest.mark.any_device
 @each_case
 def test_no_switch_changes_the_function(kind, shape, dtype, device):
-    """Weight, outputs and bias stay, and no random number is drawn. The layer is trained between
-    switches."""
+    """A switch changes neither the weight, the outputs nor the bias, up to 1e-6, and it draws no
+    random number. The layer is trained between switches."""
     dtype, g = torch.float32 if device == 'mps' else dtype, min(shape)
     layer, x = make_layer(weight(kind, shape),
                           dtype=dtype).to(device), normal(3, shape[1]).to(device, dtype)
@@ -86,8 +86,8 @@ def test_no_switch_changes_the_function(kind, shape, dtype, device):
 
 @each_case
 def test_every_pair_of_factors_can_learn(kind, shape, dtype):
-    """Even where sigma is zero, each row of A and column of B has a gradient after two steps, and
-    moves."""
+    """Every row of A and column of B gets a gradient and moves, even if its singular value is
+    zero."""
     layer = make_layer(weight(kind, shape), dtype=dtype)
     layer.switch_to_lowrank(min(shape) - 2)
     A, B = (p.detach().clone() for p in layer.factor_params())
@@ -102,7 +102,9 @@ def test_every_pair_of_factors_can_learn(kind, shape, dtype):
 
 @each_case
 def test_factors_are_the_minor_components_and_the_protected_space_is_the_rest(kind, shape, dtype):
-    """Whatever the scale: no square overflows or underflows."""
+    """B A starts as the minor components, and `protected` holds the principal left singular
+    vectors. The reference is torch.linalg.svd. Scales of 1e-200 and 1e150 show that no square
+    overflows or underflows."""
     W, g = weight(kind, shape), min(shape)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     near = 1e-6 * (S[0].item() or 1)
@@ -114,7 +116,7 @@ def test_factors_are_the_minor_components_and_the_protected_space_is_the_rest(ki
         torch.testing.assert_close(space.mT @ space, torch.eye(k).double(), rtol=0, atol=1e-12)
         assert (B @ A - U[:, k:] * S[k:] @ Vh[k:]).norm() <= near >= (space.mT @ B).norm()
         assert (space @ (space.mT @ W) - U[:, :k] * S[:k] @ Vh[:k]).norm() <= near
-        if S[0] > 0:  # sigma's root, or that of the floor
+        if S[0] > 0:  # rows of A have the norm sqrt(max(sigma, floor))
             torch.testing.assert_close(A.norm(dim=1), S[k:].clamp_min(1e-3 * S[0]).sqrt(),
                                        rtol=1e-6, atol=0)
 
@@ -126,8 +128,8 @@ def test_factors_are_the_minor_components_and_the_protected_space_is_the_rest(ki
                                           ((40, 16), torch.float32), ((12, 11), torch.float64)])
 @pytest.mark.parametrize('protection, least, most', [('left', 0, 1e-5), ('none', .1, 10)])
 def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection, least, most):
-    """100 steps of AdamW on a loss that turns the principal components around: with protection
-    U_p^T W stays, although the rest moves, without it the principal components are lost."""
+    """U_p^T W stays within 1e-5 over 100 AdamW steps on a loss that reverses the principal
+    components. The rest of W moves. Without protection the principal components are overwritten."""
     layer = make_layer(weight('random', shape), protection, dtype)
     layer.switch_to_lowrank(max(1, min(shape) - 6))
     W, U = layer.weight.detach().clone(), layer.protected.clone()
@@ -146,7 +148,8 @@ def test_what_is_protected_survives_a_hostile_optimizer(shape, dtype, protection
 # the optimizer
 
 def trained(optimizer, steps=3):
-    """A float64 GPT with adaptive layers, its optimizer after some steps, and a backward pass."""
+    """Return a float64 GPT with adaptive layers, its optimizer after some steps, and a function
+    that runs a backward pass."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=24, bias=False,
                           adaptive_svd=True, adaptive_svd_target_layer=-1,
@@ -163,21 +166,23 @@ def trained(optimizer, steps=3):
 
 
 def states(opt):
+    """Return a dict: parameter -> its optimizer state."""
     parts = getattr(opt, 'optimizers', (opt,))
     return {p: dict(state) for part in parts for p, state in part.state.items()}
 
 
 def tensors(model, opt, but):
-    """All parameters but some, with their gradients and optimizer states."""
+    """Return all parameters except `but`, with their gradients and optimizer states."""
     return [t for p in model.parameters() if p not in but
             for t in (p, p.grad, *states(opt).get(p, {}).values()) if t is not None]
 
 
 @each_optimizer
 def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
-    """The other parameters, gradients and states are the same objects with the same numbers;
-    gradients are those of a backward pass after it. Every parameter moves in the next step, the
-    layer's as in a first one."""
+    """A switch leaves all other parameters, gradients and optimizer states untouched. They stay the
+    same objects with the same values. The gradients after a switch equal those of a new backward
+    pass. The optimizer state of the switched layer starts from zero, and every parameter moves in
+    the next step."""
     model, opt, backward = trained(optimizer)
     layers, seen = list(adaptive_layers(model).values()), set()
     for step, (i, r) in enumerate([(0, 14), (0, 14), (1, 5), (0, 8), (3, 23), (1, None), (0, None),
@@ -207,7 +212,8 @@ def test_a_switch_leaves_other_parameters_alone_and_skips_no_step(optimizer):
 
 @each_optimizer
 def test_decay_shrinks_the_product_as_much_as_a_weight(optimizer):
-    """Without a gradient B A becomes (1 - lr decay / 2)^2 B A, and W_p stays to the bit."""
+    """Weight decay shrinks B A as much as it would shrink a weight. With a zero gradient B A is
+    multiplied by (1 - lr * decay / 2)^2, and W_p stays bit-identical."""
     model, opt, _ = trained(optimizer, steps=0)
     layer = adaptive_layers(model)['block0.attn.c_q']
     for r in (14, None, 5, 14):
@@ -225,9 +231,11 @@ def test_decay_shrinks_the_product_as_much_as_a_weight(optimizer):
 # when to switch
 
 class Watched:
-    """A float32 layer, its AdamW and its analyses. `analyze(kind)` makes one analysis: with a
-    gradient inside ('danger') or outside ('calm') the components that are protected or would be, or
-    a given one."""
+    """A float32 layer with its AdamW and its analyses.
+
+    `analyze(kind)` runs one analysis. For 'danger' the gradient lies inside the span of the
+    components that are protected, or would be after a switch. For 'calm' it lies outside. `kind`
+    may also be the gradient itself."""
 
     def __init__(self, W=None, protection='left'):
         self.layer = make_layer(
@@ -236,7 +244,7 @@ class Watched:
         self.control, self.step = AdaptiveSVD({'c_q': self.layer}, 20), 0
 
     def swap(self, old):
-        """Give the optimizer the parameters that the layer has now."""
+        """Give the optimizer the current parameters of the layer."""
         for p in old:
             self.optimizer.state.pop(p, None)
         self.optimizer.param_groups[0]['params'] = [
@@ -265,13 +273,15 @@ class Watched:
 
 @pytest.fixture
 def protected():
-    """A layer after two analyses in danger."""
+    """A layer after two analyses with gradients in the principal components."""
     watched = Watched()
     watched.analyze('danger'), watched.analyze('danger')
     return watched
 
 
 def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
+    """The first analysis only records the SVD. The second one switches the layer to low-rank mode
+    if the gradient lies in the principal components, and the report and the metrics say so."""
     watched = Watched()
     for expected in ((False, 'initial', 'full', 40, 'initial_svd_computation'),
                      (True, 'lowrank', 'lowrank', 30, 'gradient_clobbering_risk')):
@@ -288,13 +298,16 @@ def test_a_gradient_in_the_principal_space_switches_at_the_second_analysis():
 
 @pytest.mark.parametrize('protection, least, most', [('none', .01, 1), ('left', 0, 1e-3)])
 def test_protection_keeps_the_update_out_of_the_principal_space(protection, least, most):
+    """With protection at most 0.1% of the energy of the optimizer's update lies in the principal
+    components. Without protection it is at least 1%."""
     watched = Watched(protection=protection)
     watched.analyze('danger')
     assert least <= watched.analyze('danger')[1]['update_alignment'] <= most
 
 
 def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
-    """From 30 to 0.8 of it each time, and to 8 in the end."""
+    """While gradients lie in the principal components, r shrinks from 30 by a fifth at every third
+    analysis, down to 8."""
     ranks = [protected.layer.r]
     for _ in range(23):
         factors_before = protected.layer.factor_params()
@@ -308,8 +321,8 @@ def test_r_shrinks_at_every_third_analysis_while_danger_lasts(protected):
 
 
 def test_low_rank_mode_ends_after_five_calm_analyses_in_a_row(protected):
-    """A danger in between starts the count again. One later switches low-rank mode on again, with
-    that r."""
+    """Low-rank mode ends after five calm analyses in a row. An analysis that finds danger restarts
+    the count. A later switch to low-rank mode uses the last r."""
     for kind in ['calm'] * 4 + ['danger'] + ['calm'] * 4:
         assert protected.analyze(kind)[1]['mode'] == 'lowrank'
     r = protected.layer.r
@@ -323,6 +336,7 @@ def test_low_rank_mode_ends_after_five_calm_analyses_in_a_row(protected):
 
 @pytest.mark.parametrize('nothing', [0.0, float('nan'), float('inf')])
 def test_gradients_without_information_are_not_calm(protected, nothing):
+    """Gradients that are zero, NaN or inf do not count as calm analyses."""
     for _ in range(7):
         protected.control.track_weight_grads()
         (protected.layer.weight * nothing).sum().backward()
@@ -331,8 +345,8 @@ def test_gradients_without_information_are_not_calm(protected, nothing):
 
 
 def test_several_processes_decide_on_their_mean_gradient(protected):
-    """`mean` is that of a gradient over processes; `first` makes the analysis on the first process
-    alone."""
+    """With several processes the decision uses the gradient that `mean` averages over them.
+    `on_main` lets process 0 alone run the analysis, and all processes use its result."""
     _, seen = protected.analyze('calm', mean=lambda grad: protected.gradient('danger'))
     assert seen['reason'] == 'gradient_clobbering_risk'
     _, seen = protected.analyze(
@@ -342,8 +356,8 @@ def test_several_processes_decide_on_their_mean_gradient(protected):
 
 
 def test_the_spaces_of_a_steep_spectrum_are_told_apart():
-    """k = 226 of 256, sigma from 1 to 1e-3: noise of float32's size turns the protected space by
-    little."""
+    """The measured angle stays below 0.01 radians if W changes by noise of float32's size only,
+    even with k = 226 of 256 directions and singular values from 1 to 1e-3."""
     watched = Watched(with_singular_values(torch.logspace(0, -3, 256), 256, 256))
     watched.layer.switch_to_lowrank(30)
     for angle in (None, pytest.approx(0, abs=1e-2)):
@@ -353,6 +367,7 @@ def test_the_spaces_of_a_steep_spectrum_are_told_apart():
 
 @pytest.mark.parametrize('shape', [(2, 2), (2, 9), (9, 2), (11, 11)])
 def test_a_narrow_layer_can_be_watched(shape):
+    """Layers with as few as two rows or columns can switch to low-rank mode."""
     watched = Watched(weight('random', shape))
     for _ in range(4):
         watched.analyze('danger')
@@ -360,6 +375,8 @@ def test_a_narrow_layer_can_be_watched(shape):
 
 
 def test_a_state_comes_back_and_needs_every_layer(protected):
+    """The state dict restores the controller, and a state without one of the layers raises
+    KeyError."""
     other, state = Watched(), protected.control.state_dict()
     other.control.load_state_dict(state)
     assert other.control.state_dict() == state

@@ -1,5 +1,5 @@
-"""The measurements and decisions of adaptive SVD: cases with a known answer, and thresholds at
-their edge."""
+"""The measurements and decisions of adaptive SVD, on cases with a known answer and on both sides of
+each threshold."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def numbers(*values):
 
 
 def svd(W):
-    """U (m, g), S (g), V (n, g)."""
+    """Return U (m, g), S (g) and V (n, g)."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U, S, Vh.mT
 
@@ -40,13 +40,14 @@ def svd(W):
 @pytest.mark.parametrize('angle', [0, 1e-6, .01, .1, math.pi / 4 - 1e-6, math.pi / 4 + 1e-6, 1.2,
                                    math.pi / 2 - 1e-6, math.pi / 2])
 def test_the_largest_of_known_angles(angle, dtype):
-    """Whole planes of a random frame turn, and each basis is mixed."""
+    """The result is the largest principal angle, for planes turned by known angles. Each basis is
+    also rotated within its span."""
     frame, angles = orthonormal(24, 24), numbers(angle / 3, angle, 0, angle / 2)
     turned = frame[:, :4] * angles.cos() + frame[:, 4:8] * angles.sin()
     first, second = (frame[:, :4] @ orthonormal(4, 4, 1)).to(dtype), (
         turned @ orthonormal(4, 4, 2)).to(dtype)
     near = pytest.approx(angle, abs=1e-6 if dtype == torch.float32 else 1e-13)
-    # a little too long
+    # columns need not have exactly unit length
     for pair in ((first, second), (second, first), (first * 1.001, second * .999)):
         found = compute_subspace_angle(*pair, 4)
         assert found == near and type(found) is float
@@ -54,6 +55,8 @@ def test_the_largest_of_known_angles(angle, dtype):
 
 @pytest.mark.parametrize('k', [1, 10, 246, 256])
 def test_a_float32_space_is_at_no_angle_from_itself(k):
+    """The angle between a float32 basis and itself is below 1e-13, and below 2e-6 for another basis
+    of the same span."""
     U = torch.linalg.svd(normal(256, 256).float())[0]  # columns are orthonormal to 3e-6
     assert compute_subspace_angle(U, U, k) < 1e-13
     other = (U[:, :k].double() @ orthonormal(k, k)).float()         # elements rounded to 6e-8
@@ -61,6 +64,7 @@ def test_a_float32_space_is_at_no_angle_from_itself(k):
 
 
 def test_the_leading_columns_make_the_space():
+    """Only the k leading columns count."""
     frame = orthonormal(12, 12)
     swapped = frame[:, [0, 1, 3, 2, *range(4, 12)]]
     for k, angle in ((0, 0), (2, 0), (3, math.pi / 2), (4, 0)):
@@ -79,6 +83,8 @@ def test_the_leading_columns_make_the_space():
         (.74, 1), (.75, 1), (.76, 2), (.84, 3), (.92, 4))),
     (torch.zeros(4), .95, (0, 0)), (torch.zeros(0), .95, (0, 0))])
 def test_concentration_of_known_spectra(S, percentile, expected):
+    """The number of singular values that hold a percentile of the energy, and its share of all
+    singular values, match values computed by hand."""
     found = compute_singular_value_concentration(S, percentile)
     assert found == expected and type(found[0]) is float
     assert percentile != .95 or compute_singular_value_concentration(S) == expected  # the default
@@ -87,6 +93,8 @@ def test_concentration_of_known_spectra(S, percentile, expected):
 @each_dtype
 @pytest.mark.parametrize('m, n', [(9, 6), (6, 9), (6, 6)])
 def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
+    """The error is the norm of the r smallest singular values relative to the norm of all. Here
+    only r = 0 counts as safe."""
     S, U, V = numbers(8, 4, 2, 1, .5, .25), orthonormal(m, 6), orthonormal(n, 6, 1)
     W, U, V = (t.to(dtype) for t in (U * S @ V.mT, U, V))
     for r in range(7):
@@ -100,7 +108,8 @@ def test_reconstruction_error_is_what_the_minor_values_hold(m, n, dtype):
 
 
 def test_reconstruction_errors_at_the_edges():
-    """The bound itself, and a weight of zero. Squares neither overflow nor underflow."""
+    """An error of exactly 0.01 is not safe, and a zero weight has an error of 0. The error does not
+    depend on the scale of W, because no square overflows or underflows."""
     S, eye = numbers(64, 62, 45, 5, 3, 1), torch.eye(6)  # the squares have the sum 10,000
     assert compute_reconstruction_error(S.diag(), eye, S, eye, 1) == (.01, False)
     S[-1] = .999
@@ -117,6 +126,8 @@ def test_reconstruction_errors_at_the_edges():
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_what_is_not_finite_is_refused_by_name(bad):
+    """NaN and inf in W, U, S or V, and percentiles outside (0, 1], raise a ValueError. The message
+    names the tensor."""
     S, wrong, eye, bad_eye = numbers(3, 2, 1), numbers(3, bad, 1), torch.eye(3), torch.eye(3) * bad
     for function, arguments, message in (
             (compute_reconstruction_error, (bad_eye, eye, S, eye, 1), 'W must be finite'),
@@ -140,7 +151,9 @@ def test_what_is_not_finite_is_refused_by_name(bad):
 @each_dtype
 @pytest.mark.parametrize('columns', [6, 2])
 def test_gradients_inside_outside_and_between(dtype, columns):
-    """9 outputs, 6 components, of which 2 are protected: 3 outputs have no component."""
+    """The alignment equals the share of the gradient's energy in the protected directions, for
+    gradients inside, outside and between them. There are 9 outputs and 6 components, of which 2 are
+    protected, so 3 outputs belong to no component."""
     frame = orthonormal(9, 9)
     inside, minor, beside = (frame[:, a:b] @ normal(b - a, 7) for a, b in ((0, 2), (2, 6), (6, 9)))
     between = 3 * inside / inside.norm() + 4 * minor / minor.norm()
@@ -154,7 +167,9 @@ def test_gradients_inside_outside_and_between(dtype, columns):
 
 
 def test_gradient_alignment_at_the_edges():
-    """Gradients without information, everything or nothing protected, columns that are too long."""
+    """Gradients that are missing, zero or not finite give (0, 0). The cases with everything or
+    nothing protected are exact, and columns slightly longer than 1 do not raise the share above
+    1."""
     U, S, nan = orthonormal(6, 4), torch.ones(4), torch.ones(6, 5).index_fill(
         1, torch.tensor(2), math.nan)
     for gradient in (None, torch.zeros(6, 5), nan, nan.nan_to_num(math.inf),
@@ -169,6 +184,7 @@ def test_gradient_alignment_at_the_edges():
 
 
 def test_chance_lift_and_excess():
+    """The random baseline, the lift and the normalized excess match values computed by hand."""
     assert random_baseline(64, 256) == .25
     assert [lift(*args) for args in ((.5, .25), (.25, .25), (0, .25), (0, 0))] == [2, 1, 0, 1]
     assert [
@@ -181,6 +197,7 @@ def test_chance_lift_and_excess():
 # the next r
 
 def test_r_begins_ten_below_g_and_decreases_by_a_fifth_between_its_bounds():
+    """r starts at g - 10 and shrinks by a fifth, but stays between r_min and g - 1."""
     for g, r in ((1, 0), (2, 1), (5, 4), (8, 7), (9, 8), (10, 8), (18, 8), (19, 9), (32, 22),
                  (256, 246)):
         assert determine_next_r(torch.ones(g), None, 5)[0] == r, g
@@ -197,12 +214,12 @@ def test_r_begins_ten_below_g_and_decreases_by_a_fifth_between_its_bounds():
 @pytest.mark.parametrize(
     'place, by, r, stable',
     [
-        # a tenth of what was is still stable, whichever way: of 16 ones four are watched, of norm 2
+        # a change of up to a tenth is stable: four of the 16 ones are watched, their norm is 2
         (-1, .1999, 12, True),
         (-1, -.1999, 12, True),
         (-1, .2001, 12, False),
         (-1, -.2001, 12, False),
-        # the smallest min(r, 4) are watched, but one at least
+        # the smallest min(r, 4) values are watched, and at least one
         (slice(0, 12), 9, 12, True),
         (12, 9, 12, False),
         (13, 9, 2, True),
@@ -212,6 +229,7 @@ def test_r_begins_ten_below_g_and_decreases_by_a_fifth_between_its_bounds():
         (15, 9, 0, False),
         (14, 9, 0, True)])
 def test_r_stays_while_the_smallest_values_change(place, by, r, stable):
+    """r only shrinks if the smallest singular values changed by at most a tenth."""
     now = torch.ones(16)
     now[place] += by
     found, why = determine_next_r(now, torch.ones(16), r, 1)
@@ -220,6 +238,7 @@ def test_r_stays_while_the_smallest_values_change(place, by, r, stable):
 
 
 def test_change_is_relative_to_what_was():
+    """The change is measured relative to the previous singular values, at any scale."""
     for now, before, stable in (
         (numbers(11, 11, 11, 11), numbers(10, 10, 10, 10), True),  # 0.1 to the bit
         (numbers(99, 99, 2), numbers(99, 99, 1), False),  # g // 4 = 0
@@ -236,13 +255,13 @@ def test_change_is_relative_to_what_was():
 # the decision
 
 def scene(principal=.1, angle=.05, error=.005, m=16, k=2, dtype=torch.float64, **given):
-    """Arguments for `should_use_lowrank_training` with these metrics, calm and safe unless told
-    otherwise."""
+    """Return arguments for `should_use_lowrank_training` with these metrics. The defaults are calm
+    and safe."""
     S = torch.full((m,), math.sqrt(error ** 2 / (m - k)), dtype=torch.float64)
     S[:k] = math.sqrt((1 - error ** 2) / k)
     U_prev, gradient = torch.eye(m).double(), torch.zeros(m, m).double()
     c, s = math.cos(angle), math.sin(angle)
-    # the last protected direction turns
+    # turn the last protected direction by `angle`
     U_prev[k - 1:k + 1, k - 1:k + 1] = numbers(c, -s, s, c).view(2, 2)
     gradient[0, 3], gradient[-1, 5] = math.sqrt(principal), math.sqrt(1 - principal)
     tensors = dict(W=S.diag(), U=torch.eye(m), S=S, V=torch.eye(m), U_prev=U_prev, S_prev=S,
@@ -266,6 +285,7 @@ WARMUP, NO_GRADIENT, INITIAL, DANGER, OPTIMAL, UNSAFE, CONTINUE = (
 
 @each_dtype
 def test_each_decision(dtype):
+    """The decision and its reason are as documented on both sides of every threshold."""
     for given, want in ((dict(), OPTIMAL), (dict(step=9), WARMUP), (dict(step=0), WARMUP),
                         (dict(step=10), OPTIMAL), (dict(grad_W=None), NO_GRADIENT),
                         (dict(U_prev=None), INITIAL), (dict(S_prev=None), INITIAL),
@@ -285,7 +305,8 @@ def test_each_decision(dtype):
 
 
 def test_the_first_reason_that_applies_decides():
-    """Everything but 'optimal' applies; then one after the other is taken away."""
+    """The reasons have a fixed order, and the first that applies decides. At first every reason but
+    'optimal' applies, and the test removes them one by one."""
     given = scene(principal=.9, error=.5, step=3, grad_W=None, U_prev=None)
     for change, want in (
             (dict(), WARMUP), (dict(step=10), NO_GRADIENT),
@@ -304,8 +325,9 @@ def test_the_first_reason_that_applies_decides():
         (8, {0: 5, 1: 5, 7: 6}, 'excess', .25, CONTINUE),
         (8, {0: 6, 1: 5, 7: 6}, 'chance', .5, DANGER)])
 def test_on_the_edge_it_is_neither_danger_nor_calm(m, lengths, metric, value, want):
-    """Rows of the gradient are so many ones: 4 of 10 are protected, and k/m = 1/16; 10 of 16, and
-    k/m = 1/2."""
+    """Exactly at a threshold an analysis finds neither danger nor calm, and just above it finds
+    danger. The gradient contains only zeros and ones, so the protected shares are exact: 4 of 10
+    with k/m = 1/16, 10 of 16 with k/m = 1/2, and 11 of 17."""
     gradient = torch.stack([torch.arange(m) < lengths.get(row, 0) for row in range(m)]).double()
     given = scene(m=m, k=4, grad_W=gradient)
     assert should_use_lowrank_training(**given)[2][metric] == value and decide(**given) == want
@@ -313,6 +335,7 @@ def test_on_the_edge_it_is_neither_danger_nor_calm(m, lengths, metric, value, wa
 
 @pytest.mark.parametrize('factor', [0, math.nan, math.inf])
 def test_a_gradient_that_says_nothing_switches_nothing(factor):
+    """A gradient that is zero or not finite does not trigger a switch."""
     given = scene(principal=.9, grad_W=torch.ones(16, 16) * factor)
     assert decide(**given | dict(r_current=16)) == UNSAFE           # k = 0: nothing of W is kept
     decision, _, seen = should_use_lowrank_training(**given)
@@ -321,7 +344,8 @@ def test_a_gradient_that_says_nothing_switches_nothing(factor):
 
 
 def test_the_diagnostics():
-    """Early decisions know less. r_next follows the spectrum alone."""
+    """The diagnostics have the expected values. An early decision leaves out metrics that it did
+    not compute, and r_next depends on the spectrum alone."""
     _, r_next, seen = should_use_lowrank_training(
         **scene(principal=.3, angle=.07, error=.004, m=20, k=4))
     assert seen == dict(
@@ -335,7 +359,7 @@ def test_the_diagnostics():
         subspace_angle=pytest.approx(.07),
         reconstruction_error=pytest.approx(.004),
         reconstruction_safe=True,
-        # of the 16 minor values, all the same, 10
+        # 10 of the 16 minor values, which are all equal
         dropped_error=pytest.approx(.004 * math.sqrt(10 / 16)),
         concentration=.2,
         concentration_rank=4)
@@ -350,6 +374,7 @@ def test_the_diagnostics():
 
 
 def test_what_is_not_needed_may_be_missing():
+    """The k leading columns of U, V and U_prev are enough, and tensors may require gradients."""
     given = scene(m=16, k=5)
     given |= {
         name: given[name].requires_grad_()
@@ -361,7 +386,8 @@ def test_what_is_not_needed_may_be_missing():
 
 @pytest.mark.parametrize('m, n', [(1, 1), (1, 7), (7, 1), (5, 8), (8, 5)])
 def test_layers_of_any_shape(m, n):
-    """Down to one component, of which r = 0 is trainable, and r above g, which protects none."""
+    """Layers of any shape get a decision, down to a single component. r may be 0, and r above g
+    protects nothing."""
     W, g = normal(m, n), min(m, n)
     U, S, V = svd(W)
     for r in (0, g - 1, g, g + 10):

@@ -1,5 +1,5 @@
-"""lowrank/layers.py: products of two layers in the place of one, and queries, keys and values
-apart."""
+"""lowrank/layers.py: products of two layers in place of one, and separate layers for queries, keys
+and values."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ each_bias = pytest.mark.parametrize('bias', [True, False])
 
 
 def fused(layer):
-    """A linear layer as a projection to queries, keys and values."""
+    """Mark a linear layer as a projection to queries, keys and values."""
     layer.n_head = 1
     return layer
 
@@ -35,8 +35,8 @@ def dense(shape, bias=True, dtype=torch.float64, seed=0):
 @each_dtype
 @each_bias
 def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias, device):
-    """What is lost is the tail of the singular values, at every rank. Both factors have the scale
-    of sqrt(S); the merged layer computes the same."""
+    """At every rank the error is the norm of the discarded singular values, which is the least
+    possible. Both factors have the scale sqrt(S), and the merged layer computes the same."""
     dtype = torch.float32 if device == 'mps' else dtype
     layer, x = dense(shape, bias, dtype).to(device), torch.randn(3, shape[1],
                                                                  dtype=dtype).to(device)
@@ -58,8 +58,8 @@ def test_no_weight_of_that_rank_is_nearer(shape, dtype, bias, device):
 
 @pytest.mark.parametrize('trained', [True, False])
 def test_no_larger_tensor_is_kept_and_all_are_of_the_layers_kind(trained):
-    """Factors and parts that were cut from a larger tensor, or shared with it, would take all of it
-    with them."""
+    """Factors and parts own their memory and have the dtype and requires_grad of the original
+    layer. A view would keep all of the larger tensor in memory."""
     layer = dense((300, 200), dtype=torch.bfloat16).requires_grad_(trained)
     product, parts = LowRankLinear.from_linear(layer, 2), SplitProjection(fused(layer)).children()
     for module, numbers in ((product, 2 * 500 + 300), (product.merge(), 300 * 201),
@@ -74,7 +74,8 @@ def test_no_larger_tensor_is_kept_and_all_are_of_the_layers_kind(trained):
 @each_bias
 @each_dtype
 def test_split_and_fused_again_it_is_the_same_to_the_bit(bias, dtype):
-    """A part may be a product."""
+    """Splitting a projection and fusing it again gives bit-identical weights. A part may be a
+    product of two layers."""
     whole, x = dense((12, 5), bias, dtype), torch.randn(2, 5, dtype=dtype)
     parts = [*SplitProjection(fused(whole)).children()]
     assert same(fuse(parts), (whole.weight, whole.bias))
@@ -87,7 +88,8 @@ def test_split_and_fused_again_it_is_the_same_to_the_bit(bias, dtype):
 @each_bias
 @pytest.mark.parametrize('scope', [None, 'weight', 'causal', 'sequence'])
 def test_a_model_with_queries_keys_and_values_apart_is_the_same_model(scope, bias):
-    """Logits, cached ones at every position, and the bytes of the cache."""
+    """A model with separate query, key and value layers has the logits of the fused model, with and
+    without a cache, and a cache of the same size."""
     options = dict(bias=bias, **(svd(scope) if scope else {}))
     model, apart, idx = make(**options), make(**options), tokens(3)
     for block in apart.transformer.h:

@@ -1,4 +1,5 @@
-"""Adapters of frozen layers: what they start from, and what they are for the original weight."""
+"""LoRA adapters on frozen layers: how they start, what they compute, and how they merge into the
+original weight."""
 
 import copy
 
@@ -28,7 +29,7 @@ def relative(y, expected):
 
 
 def dense(shape=(12, 9), bias=True, dtype=torch.float32, kind='full'):
-    """A layer with a weight that is random, zero or of rank 3."""
+    """Return a layer whose weight is random, zero or of rank 3."""
     layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
     rank = {'full': min(shape), 'zero': 0, 'rank 3': 3}[kind]
     with torch.no_grad():
@@ -37,12 +38,12 @@ def dense(shape=(12, 9), bias=True, dtype=torch.float32, kind='full'):
 
 
 def adapted(base, *args, **options):
-    """A LoRALinear made of a copy of the layer."""
+    """Return a LoRALinear made from a copy of the layer."""
     return LoRALinear(copy.deepcopy(base), *args, **options)
 
 
 def trained(layer):
-    """The layer with an adapter well away from where it began."""
+    """Move the adapter of a layer far from its initial values, and return the layer."""
     with torch.no_grad():
         for seed, p in enumerate((layer.A.weight, layer.B.weight)):
             p += (.3 * normal(*p.shape, seed=seed + 1)).to(p)
@@ -52,8 +53,9 @@ def trained(layer):
 @pytest.mark.any_device
 @each_case
 def test_it_starts_as_the_layer_it_is_made_of(init, shape, dtype, bias, device):
-    """A and B show what was taken out: the largest or the smallest singular values, half on either
-    side."""
+    """At the start a LoRALinear computes what the original layer does. For 'pissa' and 'milora', A
+    and B hold the largest or smallest singular values, with sqrt(S) in each, and the base weight
+    holds the rest."""
     dtype = torch.float32 if device == 'mps' else dtype
     base, x = dense(shape, bias, dtype).to(device), normal(5, 3, shape[1]).to(device, dtype)
     sigma = torch.linalg.svdvals(base.weight.detach().cpu().double())
@@ -78,7 +80,8 @@ def test_it_starts_as_the_layer_it_is_made_of(init, shape, dtype, bias, device):
 
 
 def test_lora_draws_a_as_its_authors_do():
-    """Kaiming-uniform with a = sqrt(5), within 1 / sqrt(n), from the global generator."""
+    """A is drawn as in the LoRA paper's code: Kaiming-uniform with a = sqrt(5), so within 1 /
+    sqrt(n), from torch's global generator."""
     base, a = dense((300, 400)), []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -91,7 +94,7 @@ def test_lora_draws_a_as_its_authors_do():
 @pytest.mark.any_device
 @each_case
 def test_merged_it_computes_the_same(init, shape, dtype, bias, device):
-    """The adapter as W x + b + s B A x, by hand, and as one weight."""
+    """The layer, its merged nn.Linear and W x + b + s B A x computed by hand agree."""
     dtype = torch.float32 if device == 'mps' else dtype
     base, x = dense(shape, bias, dtype).to(device), normal(5, 3, shape[1]).to(device, dtype)
     layer = trained(adapted(base, 3, 6.0, .5, init)).eval()
@@ -107,8 +110,8 @@ def test_merged_it_computes_the_same(init, shape, dtype, bias, device):
 @each_svd
 @pytest.mark.parametrize('kind', ['zero', 'rank 3'])
 def test_every_pair_of_factors_can_learn_where_there_is_nothing_to_take_out(init, kind):
-    """Rows of A are no shorter than the root of the floor, 1e-4 of sigma_1, although B A is zero
-    there."""
+    """Adapters get a gradient even if the singular values they take out are zero. B A is zero
+    there, but the rows of A keep the norm sqrt(1e-4 * sigma_1 / scale)."""
     base, x = dense(kind=kind), normal(20, 9).float()
     floor = 1e-4 * torch.linalg.matrix_norm(base.weight.detach(), 2).item() or 1.0
     layer = adapted(base, 8, 4.0, init=init)
@@ -123,6 +126,8 @@ def test_every_pair_of_factors_can_learn_where_there_is_nothing_to_take_out(init
 
 @each_case
 def test_an_adapter_of_the_residual_is_a_plain_one_of_the_original(init, shape, dtype, bias):
+    """`to_standard_lora` turns an adapter into a plain LoRA of the original weight with the same
+    output. For PiSSA and MiLoRA the rank is up to twice as large."""
     base, x = dense(shape, bias, dtype), normal(20, shape[1]).to(dtype)
     for rank in (1, 3, 7):
         layer = trained(adapted(base, rank, 6.0, init=init))
@@ -136,6 +141,8 @@ def test_an_adapter_of_the_residual_is_a_plain_one_of_the_original(init, shape, 
 
 @each_svd
 def test_only_the_weight_it_was_made_of_is_an_original(init):
+    """`to_standard_lora` raises a ValueError for any weight but the one that the adapter was made
+    from."""
     base = dense((9, 12))
     layer = trained(adapted(base, 3, 3.0, init=init))
     own, converted = (to_standard_lora(made, base.weight)
@@ -153,6 +160,8 @@ def test_only_the_weight_it_was_made_of_is_an_original(init):
 
 
 def test_dropout_is_of_the_adapters_input_and_in_training():
+    """Dropout acts in training only, and only on the input of the adapter. W gets the full
+    input."""
     base, x = dense().eval(), normal(4, 9).float()
     layer = trained(adapted(base, 3, 6.0, .4))
     assert not layer.training and torch.equal(layer(x), layer(x))
@@ -163,10 +172,11 @@ def test_dropout_is_of_the_adapters_input_and_in_training():
     assert relative(y,
                     base(x) + 2 * F.dropout(x, .4) @ layer.A.weight.mT @ layer.B.weight.mT) <= 1e-6
     nn.init.zeros_(layer.B.weight)
-    assert torch.equal(layer(x), base(x))                           # W sees all of x
+    assert torch.equal(layer(x), base(x))                           # W gets x without dropout
 
 
 def test_autocast_changes_outputs_alone():
+    """Autocast rounds the outputs of a layer, but not its merged weight or its plain LoRA."""
     base, x = dense((32, 24)), normal(20, 24).float()
     layer = trained(adapted(base, 4, 8.0, init='pissa'))
     with torch.autocast('cpu', torch.bfloat16):

@@ -1,5 +1,5 @@
-"""LoRA and adaptive SVD from one command to the next: train.py --init_from=FOLDER, sample.py,
-export.py, compress.py, bench.py."""
+"""LoRA and adaptive SVD across the commands: train.py --init_from=FOLDER, sample.py, export.py,
+compress.py and bench.py."""
 
 import json
 import math
@@ -34,7 +34,7 @@ DATA = ['--dataset=toy', '--device=cpu']
 
 @pytest.fixture
 def finished(trained, trained_once):
-    """finished(kind) copies a run of that kind into out/ -> its final loss."""
+    """finished(kind) copies a finished run of that kind into out/ and returns its final loss."""
     def finished(kind):
         mla = ['--use_mla=True'] if 'MLA' in kind else []
         words = 'query,c_proj,c_fc' if mla else ','.join(WORDS)
@@ -51,7 +51,7 @@ def finished(trained, trained_once):
 
 @pytest.fixture
 def done(call):
-    """done(main, *argv) -> the output of a command that succeeds."""
+    """done(main, *argv) runs a command that must succeed, and returns its output."""
     def done(main, *argv):
         result = call(main, *argv)
         assert result.code == 0, result.err
@@ -60,7 +60,7 @@ def done(call):
 
 
 def interim(folder):
-    """Training and validation losses of the evaluations on the way."""
+    """Return the training and validation losses of all evaluations before the final one."""
     return [(row['train/loss'], row['val/loss']) for row in rows(folder) if 'train/loss' in row]
 
 
@@ -69,19 +69,19 @@ def final(folder):
 
 
 def loss_in(folder):
-    """Loss over all of val, as at the end of a run."""
+    """Return the loss on the whole validation split, as at the end of a run."""
     return validation_loss(GPT.from_pretrained(str(folder)), Dataset('data/toy'), 'cpu', 1337)
 
 
 # --------------------------------------------------------------------------------------------------
-# LoRA: what is trained
+# LoRA: trained parameters
 
 
 @pytest.mark.parametrize('init, optimizer', [('lora', 'adamw'), ('pissa', 'muon'),
                                              ('milora', 'adamw')])
 def test_lora_trains_its_adapters_alone(trained, fit, init, optimizer):
-    """It starts with the loss of the base. Everything else stays to the bit, and so does the folder
-    of the base."""
+    """LoRA starts with the loss of its base and changes the adapters alone. All other weights stay
+    bit-identical, and so does the folder of the base."""
     before = folder_bytes(trained(*BASE, folder='base'))
     fit(*LORA, f'--lora_init={init}', f'--optimizer={optimizer}', '--lora_targets=c_q,mlp.c_proj')
     assert folder_bytes('base') == before
@@ -104,6 +104,8 @@ def test_lora_trains_its_adapters_alone(trained, fit, init, optimizer):
     ('query,c_proj,c_fc,mlp.c_proj', ['query', 'c_proj', 'c_fc', 'mlp.c_proj'])
 ])
 def test_lora_targets(words, names):
+    """lora_targets selects the layers that get adapters, in every block, and nothing else is
+    trained."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8,
                           use_mla='query' in words, lora_rank=3, lora_targets=words))
     expected = [f'h.{i}.{TARGETS[name]}' for i in range(2) for name in names]
@@ -116,7 +118,8 @@ def test_lora_targets(words, names):
 
 
 def test_lora_with_a_shorter_context_trains_no_positions(trained, fit):
-    """In the folder of its base it moves that aside."""
+    """A shorter block_size crops the position embedding without training it. A LoRA run into the
+    folder of its base moves the base aside first."""
     before = folder_bytes(trained(*BASE, folder='base'))
     out = fit(*LORA, '--block_size=8', '--lora_alpha=12', '--out_dir=base')
     assert '384 trained parameters' in out and folder_bytes('base.1') == before
@@ -127,12 +130,13 @@ def test_lora_with_a_shorter_context_trains_no_positions(trained, fit):
 
 
 # --------------------------------------------------------------------------------------------------
-# LoRA: going on
+# LoRA: resuming and exporting
 
 @pytest.mark.parametrize('options, stop', [
     slow([], 4), (['--optimizer=muon', '--lora_init=pissa', '--gradient_accumulation_steps=2'], 3),
     slow(['--lora_init=milora'], 5)])
 def test_a_resumed_lora_run_is_the_undisturbed_one(trained, fit, options, stop):
+    """A LoRA run that was stopped and resumed equals the uninterrupted run, bit by bit."""
     trained(*BASE, folder='base')
     options = [
         *LORA, *options, '--dropout=.2', '--lora_dropout=.3', '--lora_alpha=5',
@@ -154,8 +158,8 @@ def test_a_resumed_lora_run_is_the_undisturbed_one(trained, fit, options, stop):
 @pytest.mark.parametrize('init, rank, form', [slow('lora', 3, 'gpt2'), ('pissa', 6, 'nanogpt'),
                                               slow('milora', 6, 'safetensors')])
 def test_exported_adapters_make_the_same_model_of_the_base(trained, fit, done, init, rank, form):
-    """In any format of the base. To the bit if they began with its weights; those of PiSSA and
-    MiLoRA have twice the rank."""
+    """Exported adapters on the base give the model that was trained, for every format of the base.
+    They are bit-identical with init 'lora'. Those of PiSSA and MiLoRA have twice the rank."""
     trained(*BASE, folder='base')
     fit(*LORA, f'--lora_init={init}', '--lora_alpha=7')
     done(export.main, '--out_dir=out', '--to=lora', '--save_dir=adapter')
@@ -174,6 +178,8 @@ def test_exported_adapters_make_the_same_model_of_the_base(trained, fit, done, i
 
 
 def test_adapters_that_do_not_fit_are_refused(trained, fit, done, refused):
+    """Adapters of another base, or folders without adapters, end in a one-line error. An adapter
+    file without a checksum gives a warning instead."""
     trained(*BASE, folder='base')
     trained('--n_layer=2', '--n_embd=32', folder='wider')
     trained(*BASE, '--seed=1', folder='other')
@@ -198,13 +204,14 @@ def test_adapters_that_do_not_fit_are_refused(trained, fit, done, refused):
                                                             '--to=lora'], ['--to=safetensors'])):
         line = refused(main, *argv)
         assert all(word in line for word in words), line
-    save_file(load_file('adapter/model.safetensors'), 'adapter/model.safetensors')  # as older ones
+    # without a checksum, as in older exports
+    save_file(load_file('adapter/model.safetensors'), 'adapter/model.safetensors')
     out = done(sample.main, *drawn, '--out_dir=other', '--max_new_tokens=5')
     assert "lora_adapter='adapter': does not say" in out
 
 
 # --------------------------------------------------------------------------------------------------
-# LoRA: what is refused
+# LoRA: invalid options
 
 
 @pytest.mark.parametrize('base, options, words', [
@@ -234,6 +241,8 @@ def test_adapters_that_do_not_fit_are_refused(trained, fit, done, refused):
                    (['--adaptive_svd=True'], '--lora_rank=2', ['lora_rank=2', 'base'])])
 ])
 def test_invalid_lora_options_are_refused(trained, refused, base, options, words):
+    """Invalid LoRA options end in a one-line error with the valid choices, and nothing is
+    written."""
     before = folder_bytes(trained(*BASE, *base, folder='base'))
     line = refused(train.main, *TINY, '--n_layer=2', '--init_from=base', *options.split())
     assert all(word in line for word in words), line
@@ -242,8 +251,8 @@ def test_invalid_lora_options_are_refused(trained, refused, base, options, words
 
 @pytest.mark.slow
 def test_what_a_run_has_stays_when_it_goes_on(trained, finished, refused):
-    """LoRA needs weights. Neither it nor the shape or the characters of a run can change; nothing
-    is written."""
+    """LoRA needs a trained base, and a run's LoRA options, shape and characters cannot change
+    later. Each attempt ends in a one-line error and writes nothing."""
     trained(*BASE, folder='base')
     finished('LoRA')
     Path('other.txt').write_text('quick brown foxes jump over lazy dogs\n' * 40)
@@ -273,6 +282,7 @@ def test_what_a_run_has_stays_when_it_goes_on(trained, finished, refused):
 
 @pytest.mark.parametrize('kind', ['LoRA', *(slow(kind) for kind in KINDS if kind != 'LoRA')])
 def test_exports_have_the_loss_and_samples_of_the_run(finished, done, kind):
+    """Every export of a LoRA or adaptive run has the loss and the samples of that run."""
     expected, args = finished(kind), [
         '--device=cpu', '--max_new_tokens=30', '--start=the', '--temperature=0']
     assert loss_in('out') == pytest.approx(expected, abs=1e-6)
@@ -300,6 +310,7 @@ def test_exports_have_the_loss_and_samples_of_the_run(finished, done, kind):
                                           marks=pytest.mark.slow)
                              for kind in ('LoRA', 'adaptive'))])
 def test_compress_makes_plain_layers_of_them(finished, done, kind, options):
+    """compress.py merges adapters into plain layers and leaves the run as it is."""
     expected, before = finished(kind), folder_bytes('out')
     done(compress.main, *options, '--save_dir=small', '--device=cpu', '--calibration_tokens=256')
     report, args = json.loads(
@@ -310,7 +321,7 @@ def test_compress_makes_plain_layers_of_them(finished, done, kind, options):
 
 
 # --------------------------------------------------------------------------------------------------
-# init_from a run's folder
+# --init_from=FOLDER of a run
 
 
 @pytest.mark.parametrize('kind, options',
@@ -319,7 +330,8 @@ def test_compress_makes_plain_layers_of_them(finished, done, kind, options):
                               *ADAPTIVE, '--adaptive_svd_targets=c_q,c_k,c_v,c_proj',
                               '--adaptive_svd_interval=50', '--max_iters=4'])])
 def test_a_run_as_the_start_of_another(trained, finished, fit, kind, options):
-    """It goes on with the same loss, from step 0, and trains what the first one trained last."""
+    """A run that starts from another one begins with its loss at step 0, and trains the parameters
+    that were trained last."""
     trained(*BASE) if kind == 'plain' else finished(kind)
     fit(*options, '--init_from=out', '--out_dir=more')
     assert interim('more')[0] == pytest.approx(interim('out')[-1], abs=1e-6)
@@ -331,7 +343,8 @@ def test_a_run_as_the_start_of_another(trained, finished, fit, kind, options):
 
 
 def test_its_svd_comes_along_unless_the_command_line_has_another(trained, fit):
-    """So does the basis that the method 'randomized' starts from: the loss is the same."""
+    """A run that starts from another one keeps its SVD and the basis of 'randomized', so the loss
+    is the same. Options on the command line replace them."""
     trained(*BASE, '--use_svd=True', '--svd_rank=3', '--svd_scope=causal', '--svd_block=4',
             '--svd_method=randomized', folder='base')
     fit(*BASE, '--init_from=base', '--out_dir=kept', '--max_iters=0')
@@ -357,6 +370,8 @@ def test_its_svd_comes_along_unless_the_command_line_has_another(trained, fit):
                 lambda saved: saved.update(tokenizer=dict(tokenizer='char'))))
 ])
 def test_a_damaged_checkpoint_is_refused_by_all_commands(trained, refused, damage):
+    """A damaged checkpoint as --init_from ends in a one-line error in every command, and nothing is
+    written."""
     trained(*BASE, folder='base')
     saved = checkpoint('base')
     damage(saved)

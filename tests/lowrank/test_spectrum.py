@@ -1,4 +1,4 @@
-"""python compress.py --spectrum: ranks, parameters and files, from weights with known spectra."""
+"""python compress.py --spectrum: ranks, parameters and files for weights with known spectra."""
 
 import csv
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def written(weights, folder):
-    """-> the table's rows, name -> cells, and the CSV's, as dicts."""
+    """Return the rows of the table, name -> cells, and the rows of the CSV file as dicts."""
     table = spectrum_report.report_spectrum(weights, folder, 'title').splitlines()
     with open(folder / 'spectrum.csv', newline='') as f:
         lines = list(csv.DictReader(f))
@@ -21,19 +21,20 @@ def written(weights, folder):
 
 
 def test_ranks_and_parameters_of_known_spectra(tmp_path):
-    """Two of the values are 80% of the energy: that counts, not their number."""
+    """The table and the CSV file match a count by hand. Ranks depend on the energy of the singular
+    values, not on their number. Here two of them hold 80% of the energy."""
     sigma = torch.tensor([8., 4, 2, *[1.] * 15, 0, 0])              # squares 64 + 16 + 4 + 15 = 99
     v = torch.linalg.qr(torch.randn(60, 20, generator=torch.Generator().manual_seed(0)))[0]
     uneven = torch.diag(torch.tensor([2.] + [1.] * 19))             # squares 4 + 19 = 23
     rows, lines = written(
         {'h.0.mlp.c_fc': v * sigma, 'h.0.mlp.c_proj': (v * sigma).mT, 'h.1.mlp.c_proj': uneven},
         tmp_path)
-    # 84 + 6 of the ones are 90% of 99, 84 + 11 are 95%; a rank costs 80 of 1,200 parameters
+    # 84 + 6 is 90% of 99, and 84 + 11 is 95%; each rank costs 80 of the 1,200 parameters
     found = ['8.00', '18', '9', '14', '14', '1,200', '720', '40.0%', '1,120', '6.7%']
     assert rows == {
         'h.0.mlp.c_fc': ['60', 'x', '20', *found],
         'h.0.mlp.c_proj': ['20', 'x', '60', *found],
-        # 20 x 20 breaks even at rank 10, so that 9 is the largest that saves anything
+        # 20 x 20 breaks even at rank 10, so 9 is the largest rank that saves parameters
         'h.1.mlp.c_proj': [
             '20', 'x', '20', '2.00', '20', '18', '19', '9', '400', '720', 'nothing', '760',
             'nothing'
@@ -51,8 +52,10 @@ def test_ranks_and_parameters_of_known_spectra(tmp_path):
 
 
 def test_weights_of_low_rank_of_zeros_and_of_one_row(tmp_path):
-    """A product's entries are rounded to float32, so that no singular value is zero; full precision
-    is written. Zeros have rank 0 and a layer of rank 1 does; one row saves at no rank."""
+    """Weights of low rank, of zeros and of one row have the ranks computed by hand. A zero weight
+    has rank 0, and a product of rank 1 reproduces it. No rank saves parameters for one row. The CSV
+    file has full precision. It shows singular values above zero beyond the rank, because the
+    entries of the weight are rounded to float32."""
     product = normal(40, 3).float() @ normal(3, 30, seed=1).float()
     rows, lines = written({'h.0.attn.c_attn': product, 'h.0.attn.c_proj': torch.zeros(6, 4),
                            'h.0.mlp.c_fc': torch.full((1, 9), 2.0)}, tmp_path)
@@ -73,7 +76,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path):
 
 
 def test_the_table_of_a_large_model_stays_within_the_width():
-    """GPT-2 XL with latents: the widest names and numbers there are here."""
+    """The table fits in 120 columns for GPT-2 XL with latents, whose names and figures are the
+    longest."""
     sigma = torch.linspace(12, 1e-9, 1600, dtype=torch.float64)
     spectra = [spectrum_report.Spectrum(f'h.{i}.attn.c_attn.kv_down', 6400, 1600, sigma, None, 1600)
                for i in range(240)]

@@ -1,6 +1,6 @@
-"""'randomized': lowrank/subspace_iteration.py and what svd.py and model.py make of it, against the
-best approximation, finite differences and the exact gradient. What it shares with the exact methods
-is tested beside them."""
+"""The method 'randomized': lowrank/subspace_iteration.py and its use in svd.py and model.py. The
+references are the best approximation, finite differences and the exact gradient. test_svd.py has
+the tests that 'randomized' shares with the exact methods."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ causal = partial(causal_low_rank_approximation, method='randomized', block=4)
 # quality
 
 def matrices(n, count):
-    """kind -> float32 (count, 2n, n)."""
+    """Return a dict: kind of spectrum -> float32 matrices (count, 2n, n)."""
     i, low = torch.arange(
         1, n + 1).double(), normal(count, 2 * n, n // 4) @ normal(count, n // 4, n, seed=1)
     u, v = torch.linalg.qr(normal(count, 2 * n, n))[0], torch.linalg.qr(normal(count, n, n,
@@ -37,7 +37,7 @@ def matrices(n, count):
 
 
 def residuals(x, y, rank):
-    """Frobenius norm of x - y over that of the best approximation: (...)."""
+    """Return the Frobenius norm of x - y divided by that of the best approximation, per matrix."""
     best = torch.linalg.svdvals(x.double())[..., rank:].square().sum(-1).sqrt()
     return torch.linalg.matrix_norm(x.double() - y.double()) / best
 
@@ -52,6 +52,9 @@ def residuals(x, y, rank):
                          indirect=['float64_here'])
 def test_a_cold_start_is_nearly_the_best_where_sigma_k_is_large_enough(
         n, count, float64_here, device):
+    """From a cold start the residual is at most 6% above that of the best approximation, and on
+    average at most 4% (rank n / 2) or 3% (lower ranks). This holds if sigma_k is at least 1e-3 of
+    sigma_1, or 3e-3 without float64."""
     for kind, x in matrices(n, count).items():
         s = torch.linalg.svdvals(x.double())
         for rank, mean in ((n // 2, 1.04), (n // 4, 1.03), (n // 8, 1.03)):
@@ -64,16 +67,20 @@ def test_a_cold_start_is_nearly_the_best_where_sigma_k_is_large_enough(
 @pytest.mark.parametrize('kind', ['Gaussian', 'i^-0.25', 'low rank + noise'])
 @pytest.mark.parametrize('options, least', [
     ([dict(power_iters=i) for i in (0, 1, 2, 4, 8)], .005),
-    # 12: all 32 columns
+    # a rank of 16, the 4 default columns and 12 more are all 32 columns
     ([dict(oversample=p) for p in (0, 4, 12)], .006)], ids=['iterations', 'columns'])
 def test_more_iterations_and_more_columns_bring_it_nearer(kind, options, least):
+    """Each step of more power iterations or more extra columns reduces the excess residual by a
+    fifth or more."""
     x = matrices(32, 16)[kind]
     excess = [residuals(x, whole(x, 16, **given), 16).mean().item() - 1 for given in options]
     assert all(b < .8 * a for a, b in zip(excess, excess[1:])) and excess[-1] < least
 
 
 def test_a_warm_start_from_similar_matrices_is_nearly_the_best_in_one_iteration():
-    """Batches of one distribution, each with noise of its own; the start is of the batch before."""
+    """A warm start needs one iteration to come within 2% of the best residual on average. The
+    batches come from one distribution with different noise, and the start is the basis of the
+    previous batch."""
     common = torch.stack([normal(32, 32, seed=i) * .8 ** torch.arange(32) for i in (0, 1)])
     before, x = (normal(8, 2, 64, 32, seed=seed) @ common for seed in (2, 3))
     start = leading_eigenvectors((before.mT @ before).sum(0), 8)  # (2, 32, 8)
@@ -83,6 +90,8 @@ def test_a_warm_start_from_similar_matrices_is_nearly_the_best_in_one_iteration(
 
 
 def test_truncated_svd_is_orthonormal_and_descending():
+    """With 'randomized', `truncated_svd` returns orthonormal factors and descending singular values
+    that do not exceed the exact ones."""
     x = normal(3, 40, 16)
     u, s, vh = truncated_svd(x, 6, 'randomized')
     for gram in (u.mT @ u, vh @ vh.mT):
@@ -95,6 +104,8 @@ def test_truncated_svd_is_orthonormal_and_descending():
                          ids=['square', 'tall', 'wide'])
 @pytest.mark.parametrize('f', [whole, causal, truncated_svd, leading_eigenvectors])
 def test_the_default_is_two_iterations_and_four_columns_more_than_the_rank(f, x):
+    """The default is power_iters=2 and a start with four columns more than the rank, for every
+    function that takes these options."""
     gram = x @ x.mT if f is leading_eigenvectors else x
     for options, equal in ((dict(power_iters=2), True), (dict(oversample=0), True),
                            (dict(power_iters=1), False), (dict(power_iters=3),
@@ -112,8 +123,9 @@ def test_the_default_is_two_iterations_and_four_columns_more_than_the_rank(f, x)
     (whole, (2, 9, 5), (5, 2)), (whole, (2, 2, 7, 4), (2, 4, 2)), (whole, (4, 6), (6, 2)),
     (causal, (2, 2, 9, 4), (2, 4, 2)), (causal, (9, 7), (7, 3))])
 def test_the_gradient_is_that_of_the_last_iteration(approximate, shape, start):
-    """The basis before it is a constant, here by `start`, which each head may have of its own; the
-    last shapes have bases of fewer rows than columns."""
+    """The gradient is that of the last iteration, with the basis before it held constant. The
+    reference is finite differences from a fixed `start`, which may be different for each head. In
+    the last two cases a basis comes from fewer rows than columns."""
     x, start = normal(*shape).requires_grad_(), normal(*start, seed=1)
     assert torch.autograd.gradcheck(
         lambda x: approximate(x, start.shape[-1], start=start, power_iters=0), x)
@@ -127,8 +139,9 @@ def test_the_gradient_is_that_of_the_last_iteration(approximate, shape, start):
 @pytest.mark.parametrize('below, least', [(.1, .99), (.3, .97), (.6, .9), (1, -1)])
 def test_the_gradient_points_where_the_exact_one_does_and_is_bounded_where_the_gap_closes(
         below, least, seed):
-    """sigma is 1 ... 0.8 up to the cut, and `below` times that after it, backwards where there is
-    no gap."""
+    """The gradient points in nearly the direction of the exact one if there is a gap at the cut,
+    and it stays bounded if there is none. Singular values go from 1 to 0.8 up to the cut. After it
+    they are `below` times these values, in reverse order if there is no gap."""
     head, dy = torch.linspace(1, .8, 8), normal(64, 16, seed=7)
     x = with_singular_values(torch.cat((head, below * (head if below < 1 else head.flip(0)))), 64,
                              16, seed)
@@ -146,7 +159,8 @@ def randomized(scope, rank=2, **overrides):
 
 
 def take_step(model, seed=0):
-    """As train.py does, but for the weights."""
+    """Take an optimizer step as train.py does, with a learning rate of 0, so only the basis
+    moves."""
     optimizer = model.configure_optimizers(0, 0., (.9, .95), 'cpu')
     model.train()(tokens(seed=seed), tokens(seed=-seed))[1].backward()
     optimizer.step()
@@ -154,13 +168,14 @@ def take_step(model, seed=0):
 
 
 def span(basis):
-    """The projector on the columns."""
+    """Return the projector on the span of the columns."""
     q = torch.linalg.qr(basis.double())[0]
     return q @ q.mT
 
 
 def test_the_gram_matrix_that_is_returned_is_that_of_v():
-    """'causal': of the rows that the last basis comes from."""
+    """return_gram=True returns V^T V of the rows that the last basis comes from. In 'causal' scope
+    these are the first 8 of 12 rows."""
     x = normal(2, 3, 12, 4)
     for f, stop in ((whole, 12), (causal, 8)):
         y, gram = f(x, 2, return_gram=True)
@@ -169,16 +184,19 @@ def test_the_gram_matrix_that_is_returned_is_that_of_v():
 
 
 def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none():
-    """It is cold until every head has something. It stays where it was after a step that was not
-    completed, that noted nothing or what is not finite. A head whose values were zero comes back.
-    What it follows is the average over processes."""
+    """The warm basis converges to the leading eigenvectors of the Gram matrix averaged over
+    processes.
+
+    The start stays cold until every head has had a non-zero Gram matrix. A step that was not
+    completed, had no Gram matrix or had a non-finite one does not move the basis. A head whose
+    values were zero can recover."""
     own, x = WarmStartBasis(2, 16, 4, 5,
                             oversample=1).eval(), with_singular_values([5, 4, 3, 2] + [.1] * 12, 16,
                                                                        16)
     gram, other = (x @ x.mT).float(), (x.mT @ x).float()
 
     def moved(*grams, completed=True, **options):
-        """Which heads move in a step of two micro-batches."""
+        """Return which heads move in a step of two micro-batches."""
         before = own.basis.clone()
         for part in (.3, .7)[:2 * len(grams)]:
             own.accumulate_gram(part * torch.stack(grams).unsqueeze(0))
@@ -203,8 +221,9 @@ def test_a_warm_start_follows_the_leading_subspace_and_stays_where_there_is_none
 
 @each_scope
 def test_only_completed_steps_of_its_optimizer_move_the_basis(scope):
-    """Not a step that a GradScaler skips, here for a scale that overflows, and no step of another
-    optimizer, under which a basis that was loaded is not used in training either."""
+    """Only completed steps of the model's own optimizer move the basis. A step that a GradScaler
+    skips, here because its scale overflows, does not move it, and neither does a step of another
+    optimizer. Without its own optimizer the model does not use a loaded basis in training."""
     model, cold = (randomized(scope, dtype=torch.float32).train() for _ in range(2))
     optimizer, scaler = model.configure_optimizers(0, 0., (.9, .95),
                                                    'cpu'), torch.amp.GradScaler('cpu', 2. ** 127)
@@ -219,6 +238,8 @@ def test_only_completed_steps_of_its_optimizer_move_the_basis(scope):
 
 @each_scope
 def test_looking_between_steps_changes_no_bit(scope):
+    """Evaluating, generating or running a forward pass between steps does not change a bit of the
+    basis."""
     model, watched = randomized(scope), randomized(scope)
     for step in range(3):
         take_step(model, step)
@@ -231,7 +252,9 @@ def test_looking_between_steps_changes_no_bit(scope):
 
 @each_scope
 def test_a_checkpoint_brings_it_back_unless_it_does_not_fit(scope):
-    """It is no part of parameters or state, and the model gets a copy of the checkpoint's."""
+    """A checkpoint restores the basis, and a model with another rank, method or scope starts cold.
+    The basis is neither a parameter nor in the state dict, and the model keeps a copy of the
+    checkpoint's tensor."""
     model = take_step(take_step(randomized(scope, dtype=torch.float32)), 1)
     assert model.state_dict().keys() == make().state_dict().keys(
     ) and not model.svd_basis.requires_grad
@@ -249,6 +272,7 @@ def test_a_checkpoint_brings_it_back_unless_it_does_not_fit(scope):
 
 @pytest.mark.parametrize('scope', SCOPES)
 def test_weights_and_random_numbers_do_not_depend_on_the_method(scope):
+    """The method changes neither the initial weights nor the state of torch's random generator."""
     found = []
     for method in ('gram', 'randomized'):
         config = make(use_svd=True, svd_rank=2, svd_scope=scope, svd_method=method,

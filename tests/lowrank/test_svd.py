@@ -1,8 +1,8 @@
-"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality, hostile
-matrices. What only 'randomized' promises is in test_subspace.py.
+"""lowrank/svd.py against torch.linalg.svd in float64: values, gradients, causality and
+ill-conditioned matrices. test_subspace.py has the tests of 'randomized' alone.
 
-Apple's MPS has no float64; tests marked `each_branch` or `exact_branch` also run what is done
-there, on CPU tensors."""
+Apple's MPS has no float64. Tests marked `each_branch` or `exact_branch` also run the code for such
+devices, on CPU tensors."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ TRUTH = {whole: whole_truth, causal: causal_truth}
 each_method = pytest.mark.parametrize('method', METHODS)
 exact_method = pytest.mark.parametrize('method', EXACT_METHODS)
 each_map = pytest.mark.parametrize('approximate', [whole, causal], ids=['whole', 'causal'])
-# with float64 and, for what then differs, without
+# (method, whether the device has float64); 'standard' computes in float64 either way
 BRANCHES = [('standard', True), ('gram', True), ('gram', False), ('randomized', True),
             ('randomized', False)]
 each_branch, exact_branch = (
@@ -43,8 +43,9 @@ each_branch, exact_branch = (
        seed=st.integers(0, 99), method=st.sampled_from(EXACT_METHODS))
 def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batch, rank, block,
                                                              seed, method):
-    """The bar of the gradient, in which autograd divides by differences of squares, leaves room for
-    a gap of 1e-4."""
+    """Values and gradients equal those of torch.linalg.svd and autograd, for random shapes, ranks
+    and blocks. The tolerance of the gradient is wider and leaves room for gaps down to 1e-4,
+    because autograd divides by differences of squared singular values."""
     x, dy = normal(*batch, rows, columns, seed=seed), normal(*batch, rows, columns, seed=seed + 1)
     for ours, truth in ((lambda x: whole(x, rank, method), lambda x: whole_truth(x, rank)),
                         (lambda x: causal(x, rank, method, block=block),
@@ -61,8 +62,10 @@ def test_any_matrix_has_the_values_and_gradient_of_torch_svd(rows, columns, batc
                          [pytest.param(1, 1e-4, marks=pytest.mark.any_device), (1e-6, 1), (1e4, 1)])
 def test_float32_has_the_values_and_gradient_of_float64(approximate, method, float64_here, c, early,
                                                         device):
-    """The first rows may be smaller: a basis has the scale of the rows it comes from. No gap at a
-    cut is below 1%, so that two digits at most are lost to it."""
+    """In float32, values and gradients equal those of float64 to 100 roundings, for inputs of size
+    1, 1e-6 and 1e4. In one case the first rows are 1e4 times smaller than the rest, because a
+    causal basis has the scale of the rows that it comes from. Every gap at a cut is at least 1%, so
+    rounding costs at most two digits."""
     x, dy = (c * normal(20, 6).clamp(-3, 3)).float(), normal(20, 6, seed=1).float()
     x[:4] *= early
     y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x.to(device),
@@ -76,8 +79,9 @@ def test_float32_has_the_values_and_gradient_of_float64(approximate, method, flo
 @exact_branch
 @pytest.mark.parametrize('ratio, gap', [(1, .1), (100, .1), (10, .01), (100, .02), (100, .01)])
 def test_precision_is_that_of_the_gap_at_the_cut(method, float64_here, ratio, gap):
-    """sigma_1 / sigma_k = ratio, sigma_k and sigma_k+1 a relative gap apart. Only a Gram matrix
-    that is summed in float32 makes an error of eps ratio / gap."""
+    """The error stays at 8 roundings even if sigma_1 / sigma_k = ratio is large and the relative
+    gap between sigma_k and sigma_k+1 is small. Only a Gram matrix summed in float32 adds an error
+    of eps * ratio / gap. The reference is torch.linalg.svd in float64."""
     sigma = [ratio ** (-i / 15) for i in range(16)] + [(1 - gap) / ratio] + [.5 / ratio] * 15
     x = with_singular_values(sigma, 256, 32).float()
     lost = ratio / gap if method == 'gram' and not float64_here else 0
@@ -87,6 +91,8 @@ def test_precision_is_that_of_the_gap_at_the_cut(method, float64_here, ratio, ga
 @exact_method
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_a_closed_gap_counts_as_n_eps_of_the_largest_eigenvalue(method, dtype):
+    """If the singular values at the cut are equal, the gradient divides by n * eps * lambda_1
+    instead of by zero. The expected entry is computed by hand."""
     x, dy = 3 * torch.eye(2, dtype=dtype), torch.tensor([[0, 1], [0, 0]], dtype=dtype)
     gradient = value_and_gradient(lambda x: whole(x, 1, method), x, dy)[1]
     assert gradient[1, 0].item() == pytest.approx(1 / (2 * torch.finfo(dtype).eps), rel=1e-6)
@@ -96,6 +102,7 @@ def test_a_closed_gap_counts_as_n_eps_of_the_largest_eigenvalue(method, dtype):
 @pytest.mark.parametrize('approximate, shape', [
     (whole, (9, 5)), (whole, (5, 9)), (whole, (2, 3, 5, 5)), (causal, (64, 5))])
 def test_full_rank_returns_the_very_tensor(approximate, shape, rank):
+    """At full rank or rank None the result is the input tensor itself, not a copy."""
     x = normal(*shape)
     assert approximate(x, rank) is x
 
@@ -105,7 +112,9 @@ def test_full_rank_returns_the_very_tensor(approximate, shape, rank):
 @pytest.mark.parametrize('dtype, exponents', [(torch.float32, (-20, 14)),
                                               (torch.float64, (-60, 60))])
 def test_scaling_leaves_the_gradient_as_it_is(approximate, method, float64_here, dtype, exponents):
-    """'gram' does it to the bit, LAPACK's svd scales by other factors."""
+    """Scaling the input by a power of two scales the values by it and does not change the gradient.
+    'gram' is bit-identical. The other methods are compared with a tolerance, because LAPACK's svd
+    scales by other factors."""
     x, dy = normal(20, 6).to(dtype), normal(20, 6, seed=1).to(dtype)
     bar = 0 if method == 'gram' else 100 * torch.finfo(dtype).eps
     y, gradient = value_and_gradient(lambda x: approximate(x, 2, method), x, dy)
@@ -121,7 +130,8 @@ def test_scaling_leaves_the_gradient_as_it_is(approximate, method, float64_here,
                                                 (causal, [(4, 4, 8), (8, 8, 16), (16, 16, 20)])],
                          ids=['whole', 'causal'])
 def test_without_basis_grad_the_projectors_are_constants(approximate, spans, method):
-    """Then the map is linear and symmetric, so its gradient is the same map of dy."""
+    """With basis_grad=False the projectors are constants. The map is then linear and symmetric, so
+    its gradient is the same map applied to dy."""
     x, dy = normal(20, 6), normal(20, 6, seed=1)
     y, gradient = value_and_gradient(lambda x: approximate(x, 2, method, basis_grad=False), x, dy)
     expected = dy.clone()
@@ -134,7 +144,8 @@ def test_without_basis_grad_the_projectors_are_constants(approximate, spans, met
 
 @each_method
 def test_double_backward_raises(method):
-    """It is not implemented; silence would mean wrong Hessians."""
+    """A second derivative raises an error. It is not implemented, and without the error Hessians
+    would be wrong."""
     x = normal(20, 6).requires_grad_()
     gradient, = torch.autograd.grad(whole(x, 2, method).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
@@ -142,10 +153,11 @@ def test_double_backward_raises(method):
 
 
 # --------------------------------------------------------------------------------------------------
-# hostile matrices
+# ill-conditioned matrices
 
 def hostile(rank):
-    """name -> (4, 12, 8) float32, of each kind 4 of different numbers."""
+    """Return a dict: name of an ill-conditioned kind -> four different matrices (4, 12, 8) in
+    float32."""
     x, row, ramp = normal(4, 12, 8), normal(4, 1, 8, seed=1), torch.logspace(-6, 4,
                                                                              12).double()[:, None]
     orthonormal = torch.linalg.qr(x)[0]
@@ -173,9 +185,9 @@ def hostile(rank):
 @each_branch
 @pytest.mark.parametrize('rank', [2, 5])
 def test_hostile_matrices_give_finite_values_and_gradients(approximate, method, float64_here, rank):
-    """Of each kind by itself, where all are of one size, and of all at once. Matrices of no more
-    than the rank pass, to the precision that Cholesky QR leaves to directions of very different
-    size."""
+    """Ill-conditioned matrices give finite values and gradients. Each kind runs in a batch of its
+    own, where all matrices have the same size, and then in one batch with all others. Matrices
+    whose rank is at most the given rank come back unchanged, up to the error of Cholesky QR."""
     dy, kinds = normal(12, 8, seed=5).float(), hostile(rank)
     starts = (dict(start=torch.zeros(8, rank)), dict(start=normal(8, rank), power_iters=1))
     for name, x in (kinds | {'all': torch.cat(list(kinds.values()))}).items():
@@ -195,6 +207,8 @@ def test_hostile_matrices_give_finite_values_and_gradients(approximate, method, 
                                           (torch.float64, float('inf')),
                                           (torch.float32, -float('inf'))])
 def test_what_is_not_finite_raises(method, float64_here, dtype, value):
+    """On the CPU, NaN and inf in the input raise torch.linalg.LinAlgError in every function and
+    method."""
     for shape in ((2, 20, 6), (2, 20, 2), (2, 5, 6)):
         x = normal(*shape).to(dtype)
         x[1, 3, 1] = value
@@ -211,9 +225,10 @@ def test_what_is_not_finite_raises(method, float64_here, dtype, value):
 @pytest.mark.parametrize('dtype, scale', [(torch.float32, 1e-6), (torch.float32, 1e4),
                                           (torch.float64, 1)])
 def test_no_bit_of_a_causal_row_depends_on_a_later_one(method, float64_here, dtype, scale):
-    """Nor on the scale of later rows. NaN stays in its row where no basis comes from it: from row
-    32 on. How many rows come later only changes the order of sums, in which bases with gaps above
-    1% lose two digits."""
+    """Changing later rows, or their scale, does not change a single bit of an earlier row. NaN in
+    row 33 or later stays in its row, because no basis is computed from these rows. Cutting the
+    later rows off only changes the order of sums, which costs at most two digits at gaps above
+    1%."""
     x = (scale * normal(2, 40, 6)).to(dtype)
     y = causal(x, 2, method)
     for j in (1, 5, 8, 9, 17, 33, 39):
@@ -242,7 +257,9 @@ def test_rows_pass_until_there_are_block_rows_and_more_rows_than_the_rank(
     (torch.float16, (40, 8)), (torch.bfloat16, (8, 8)), (torch.float32, (2, 3, 8, 12)),
     (torch.float64, (40, 8)), (torch.float64, (2, 3, 8, 12))])
 def test_truncated_svd_is_orthonormal_descending_and_the_best_in_its_dtype(method, dtype, shape):
-    """It is computed in float64 and rounded once."""
+    """The factors are orthonormal, the singular values descend, and the product is the best
+    approximation that the dtype can hold. The result is computed in float64 and rounded once, so
+    the reference is torch.linalg.svd in float64."""
     x, bar = normal(*shape).to(dtype), 2 * torch.finfo(dtype).eps + 1e-11
     for rank in (1, 5, 8):
         parts = truncated_svd(x, rank, method)
@@ -259,7 +276,8 @@ def test_truncated_svd_is_orthonormal_descending_and_the_best_in_its_dtype(metho
 @exact_branch
 @pytest.mark.parametrize('condition', [1e3, 1e5])
 def test_u_is_orthonormal_where_singular_values_are_small(method, float64_here, condition):
-    """A column of U is x w / sigma: small sigma bring out what x w lost."""
+    """U is orthonormal in float32 even for a condition number of 1e5. A column of U is x w / sigma,
+    so a small sigma magnifies every error in x w."""
     x = with_singular_values([condition ** (-i / 7) for i in range(8)], 40, 8).float()
     u = truncated_svd(x, 8, method)[0]
     torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=32 * EPS)
@@ -267,8 +285,9 @@ def test_u_is_orthonormal_where_singular_values_are_small(method, float64_here, 
 
 @pytest.mark.parametrize('scale', [1e-9, 1, 1e9])
 def test_energy_is_the_share_of_the_squared_norm(scale):
-    """fraction 1 asks for every singular value that counts, never more than there are; a zero
-    matrix needs rank 1."""
+    """`energy` and `rank_for_energy` match values computed by hand. Fraction 1 asks for every
+    singular value that contributes, but never for more values than there are. A zero matrix needs
+    rank 1."""
     s = scale * torch.tensor([[2., 1, 1, 0], [1, 1e-4, 1e-4, 1e-4], [4, 3, 0, 0], [0, 0, 0, 0]
                               ]).double()
     expected = [[4 / 6, 5 / 6, 1, 1], [1 - 3e-8, 1 - 2e-8, 1 - 1e-8, 1], [.64, 1, 1, 1],
@@ -282,6 +301,7 @@ def test_energy_is_the_share_of_the_squared_norm(scale):
 
 @pytest.mark.parametrize('shape, rank', [((12, 8), 1), ((8, 12), 8), ((2, 3, 12, 8), 3)])
 def test_energy_kept_is_what_energy_says_of_the_best_approximation(shape, rank):
+    """`energy_kept` of the best approximation equals `energy` of the singular values."""
     x = normal(*shape)
     expected = energy(torch.linalg.svdvals(x))[..., rank - 1]
     torch.testing.assert_close(energy_kept(1e4 * x, 1e4 * whole_truth(x, rank)), expected)
@@ -289,6 +309,8 @@ def test_energy_kept_is_what_energy_says_of_the_best_approximation(shape, rank):
 
 
 def test_effective_rank_is_the_exponential_of_the_entropy():
+    """`effective_rank` equals the perplexity of the normalized singular values, and is exact for
+    matrices with a known answer."""
     many = [
         torch.outer(normal(8), normal(8, seed=1)),
         torch.linalg.qr(normal(8, 8))[0], 0 * normal(8, 8),
@@ -315,6 +337,8 @@ FULL = torch.zeros(8, 4)
     *((rank_for_energy, torch.tensor([[3., 2], [value, 1]]), .5, {}, 'singular values .*finite')
       for value in (float('nan'), float('inf')))])
 def test_arguments_that_cannot_be_are_refused(f, x, rank, options, words):
+    """Invalid ranks, methods, fractions and singular values raise a ValueError that names the valid
+    choice."""
     with pytest.raises(ValueError, match=words):
         f(x, rank, **options)
 
@@ -323,7 +347,8 @@ def test_arguments_that_cannot_be_are_refused(f, x, rank, options, words):
 @each_map
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(approximate, method, dtype):
-    """A float32 tensor stays at full precision, a bfloat16 one loses only its own two casts."""
+    """Under autocast a float32 tensor keeps full precision, and a bfloat16 tensor only loses the
+    casts of its input and output. The reference is the float32 result without autocast."""
     x, dy = normal(20, 6).to(dtype), normal(20, 6, seed=1).to(dtype)
     expected = value_and_gradient(lambda x: approximate(x, 2, method), x.float(), dy.float())
     with torch.autocast('cpu', torch.bfloat16):
@@ -337,10 +362,11 @@ def test_autocast_changes_nothing(approximate, method, dtype):
         (whole, 'randomized', 'eager'), *zip((whole, causal, whole), METHODS, ('inductor', ) * 3)))
 ])
 def test_compiles_to_one_graph_with_the_same_result(approximate, method, backend):
-    """inductor generates code, and so can fail where the others pass; it needs a C++ compiler,
-    hence slow."""
+    """torch.compile makes one graph whose values and gradients equal the eager ones. inductor
+    generates code, so it can fail where the other backends pass. It needs a C++ compiler and is
+    marked slow."""
     x, dy = normal(2, 20, 6).float(), normal(2, 20, 6, seed=1).float()
-    torch.compiler.reset()  # else the limit of recompilations is hit
+    torch.compiler.reset()  # earlier cases count towards the limit of recompilations
     compiled = torch.compile(lambda x: approximate(x, 2, method), fullgraph=True, backend=backend)
     for actual, expected in zip(value_and_gradient(compiled, x, dy),
                                 value_and_gradient(lambda x: approximate(x, 2, method), x, dy)):

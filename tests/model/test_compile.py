@@ -26,14 +26,15 @@ CONSTANT_BASIS = [
 
 @pytest.fixture
 def fresh():
-    """Many models share one forward, which torch recompiles only eight times."""
+    """Forget all compiled code. All models share one forward method, which torch recompiles only
+    eight times."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def outcome(model, dtype=None):
-    """-> loss, every gradient."""
+    """Return the loss and all gradients."""
     model.zero_grad()
     with torch.autocast('cpu', dtype=dtype, enabled=dtype is not None):
         _, loss = model(tokens(), tokens(seed=1))
@@ -62,10 +63,12 @@ def outcome(model, dtype=None):
     ids=str,
 )
 def test_the_compiled_model_is_the_model_as_one_graph(fresh, options, backend, dtype):
-    """aot_eager traces forward and backward and runs them in torch's own kernels, so to the bit;
-    inductor makes kernels that add in another order, and needs a compiler. Under autocast the SVD
-    leaves it inside the graph. Gradients are compared to the largest of all: those of the key
-    biases are zero except for rounding."""
+    """The compiled model is one graph with the eager loss and gradients.
+
+    aot_eager traces forward and backward but runs torch's own kernels, so it is bit-identical.
+    inductor generates kernels that add in another order, and it needs a compiler. Under autocast
+    the SVD turns autocast off inside the graph. Gradients are compared relative to the largest of
+    all, because those of key biases are zero up to rounding."""
     model, tolerance = make(dtype=torch.float32, n_layer=1,
                             **options), 1e-4 if backend == 'inductor' else 0
     loss, gradients = outcome(torch.compile(model, fullgraph=True, backend=backend), dtype)
@@ -77,8 +80,8 @@ def test_the_compiled_model_is_the_model_as_one_graph(fresh, options, backend, d
 
 @pytest.mark.parametrize('options', MODELS.values(), ids=MODELS)
 def test_half_precision_gives_finite_gradients_and_nearly_the_loss(options):
-    """Gradients are only finite here: at a small gap they may differ by more than a rounding, and
-    rightly so."""
+    """In half precision the loss is within 2% of the float32 loss and all gradients are finite.
+    Their values are not compared, because at a small gap they may differ by more than rounding."""
     model = make(dtype=torch.float32, n_layer=1, **options)
     for dtype in (torch.bfloat16, torch.float16):
         loss, gradients = outcome(model, dtype)

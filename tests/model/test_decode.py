@@ -1,4 +1,4 @@
-"""Generation and its cache: with a cache model.py gives what it gives without, in fewer bytes and
+"""Generation with a cache gives what generation without a cache gives, with fewer bytes and
 operations."""
 
 import math
@@ -50,8 +50,9 @@ each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
 def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_head, bias,
                                              block_size, svd_block, rows, one_prompt, latents,
                                              seed):
-    """Whatever the room that is left. 'randomized' is left out for latents, since one below the
-    rank leaves it with columns that are only rounding."""
+    """Cached logits equal uncached ones for random models, prompts and cache sizes. 'randomized' is
+    left out for latents, because a latent narrower than the rank leaves columns of the basis that
+    are only rounding."""
     width, T = n_head * head_size, data.draw(st.integers(1, block_size))
     prompt, room = data.draw(st.integers(1, T)), data.draw(st.integers(T, block_size))
     latent = mla(data.draw(st.integers(1, width))) if latents and method != 'randomized' else {}
@@ -69,7 +70,8 @@ def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_h
 @pytest.mark.any_device
 @each_cached
 def test_a_cache_gives_logits_and_loss_without_gradients(device, options):
-    """For a prompt of any length."""
+    """With a cache the model returns the logits and the loss of a pass without one, for prompts of
+    any length, and no tensor requires gradients."""
     dtype, bar = precision(device)
     model, idx, targets = (
         make(dtype=dtype, **options).to(device),
@@ -85,15 +87,16 @@ def test_a_cache_gives_logits_and_loss_without_gradients(device, options):
         logits = [actual[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(prompt, 16))]
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=bar, atol=bar)
         assert loss.requires_grad and not any(x.requires_grad for x in (actual[1], *logits))
-    # one prompt for three
+    # one prompt for three rows
     assert model(idx[:1, :4], cache=model.new_cache(3, 16))[0].shape == (1, 1, 11)
 
 
 @each_cached
 @torch.no_grad()
 def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
-    """At most four times as far as without: rows are rounded as they are stored, and sums taken in
-    another order."""
+    """In half precision and under autocast a cache at most quadruples the distance to the float64
+    logits. It grows because a cache rounds the rows it stores and sums are taken in another
+    order."""
     idx = tokens(4)
     for dtype, cast in (
         (torch.float32, None),
@@ -124,7 +127,8 @@ def test_with_a_cache_lower_precision_is_as_near_to_float64(options):
     ids=str,
 )
 def test_cached_logits_of_heads_of_gpt2(options):
-    """Head size 64, rank 16, 200 tokens, blocks of 32."""
+    """Cached logits equal uncached ones for heads as in GPT-2: size 64, rank 16, 200 tokens, causal
+    blocks of 32."""
     model = make(1, n_embd=128, block_size=200, vocab_size=64, **{'svd_block': 32, **options})
     assert error(model, torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(2)),
                  70) <= 1e-9
@@ -132,7 +136,8 @@ def test_cached_logits_of_heads_of_gpt2(options):
 
 @pytest.mark.parametrize('latents', [{}, mla(20)], ids=['dense', 'MLA'])
 def test_randomized_starts_from_the_same_basis_with_a_cache(latents):
-    """Before and after a training step."""
+    """With 'randomized', cached logits equal uncached ones, from a cold start and from the basis
+    that a training step left."""
     model, idx = make(1, n_embd=32, block_size=64, **svd('causal', 5, 'randomized'),
                       **latents), tokens(2, 64)
     cold = model(idx, idx)
@@ -147,12 +152,13 @@ def test_randomized_starts_from_the_same_basis_with_a_cache(latents):
 
 
 # --------------------------------------------------------------------------------------------------
-# value projections out of the ordinary
+# special value projections
 
 
 @torch.no_grad()
 def change_values(model, change):
-    """change(weight (nh, hs, C), bias (nh, hs), c_proj) of every value projection, in place."""
+    """Call change(weight (nh, hs, C), bias (nh, hs), c_proj) for every value projection, which it
+    edits in place."""
     C, nh = model.config.n_embd, model.config.n_head
     for block in model.transformer.h:
         change(
@@ -165,6 +171,8 @@ def change_values(model, change):
 @pytest.mark.parametrize('scope', ['weight', 'causal'])
 @pytest.mark.parametrize('method, rank', [('standard', 3), ('gram', 2), ('randomized', 2)])
 def test_value_weights_of_rank_one_and_zero_are_not_changed(scope, method, rank):
+    """Value weights of rank one and zero are not changed by an SVD of a higher rank, with and
+    without a cache."""
     plain, cut, idx = make(), make(**svd(scope, rank, method)), tokens()
     for left in (1, 0):
         for model in (plain, cut):
@@ -175,8 +183,9 @@ def test_value_weights_of_rank_one_and_zero_are_not_changed(scope, method, rank)
 
 @pytest.mark.parametrize('method, n_head', [('standard', 1), ('gram', 2), ('randomized', 4)])
 def test_a_cut_that_is_not_unique_is_that_of_training(method, n_head):
-    """All singular values are equal, which Muon strives for. Another subspace would give an error
-    of about 1."""
+    """Decoding uses the basis of training even if all singular values are equal and the basis is
+    not unique. Muon drives weights towards such spectra. Another basis would give an error of about
+    1."""
     model = make(dtype=torch.float32, n_embd=16, n_head=n_head, **svd('weight', 8 // n_head,
                                                                       method))
     change_values(model, lambda w, b, _: w.copy_(torch.linalg.qr(w.mT)[0].mT))
@@ -195,7 +204,8 @@ def test_a_cut_that_is_not_unique_is_that_of_training(method, n_head):
     ],
 )
 def test_values_of_other_sizes(scope, method, dtype, scale):
-    """c_proj takes the scale back, so the logits stay the same."""
+    """Values 1e-6 or 1e4 times as large give the same logits if c_proj reverses the scale, with and
+    without a cache."""
     model, idx = make(dtype=dtype, **svd(scope, 2, method)), tokens()
     before, bar = model(idx, idx)[0].detach(), 1e4 * torch.finfo(dtype).eps
     change_values(model, lambda w, b, c_proj: (w.mul_(scale), b.mul_(scale), c_proj.div_(scale)))
@@ -204,13 +214,14 @@ def test_values_of_other_sizes(scope, method, dtype, scale):
 
 
 # --------------------------------------------------------------------------------------------------
-# what does not fit a cache
+# input that does not fit a cache
 
 
 @each_cached
 @torch.no_grad()
 def test_what_does_not_fit_a_cache_is_refused_and_changes_nothing(options):
-    """A prompt comes first, then one token at a time: 12 here. block_size is 16."""
+    """Input that does not fit raises a ValueError and leaves the cache unchanged. A prompt comes
+    first, then one token at a time, up to the size of the cache, here 12. block_size is 16."""
     model, idx = make(**options), tokens(3, 20)
     cache, expected = model.new_cache(3, 12), model(idx[:, :12], idx[:, :12])[0]
     for t in (0, *range(4, 13)):
@@ -229,6 +240,8 @@ def test_what_does_not_fit_a_cache_is_refused_and_changes_nothing(options):
 
 @pytest.mark.parametrize('latents', [{}, mla()], ids=['dense', 'MLA'])
 def test_values_that_later_tokens_change_have_no_cache(latents):
+    """In 'sequence' scope `new_cache` raises a ValueError, because later tokens change earlier
+    values."""
     with pytest.raises(ValueError, match='^svd_scope='):
         make(**svd('sequence'), **latents).new_cache(2, 16)
 
@@ -238,8 +251,8 @@ def test_values_that_later_tokens_change_have_no_cache(latents):
 
 
 def bytes_held(cache, scope):
-    """Bytes of all storages that a cache refers to, found by walking it, apart from weights: in
-    'weight' scope the basis is one."""
+    """Return the bytes of all storages that a cache refers to, found by walking it. Weights of the
+    model do not count. In 'weight' scope the basis is such a weight."""
     weights, storages = ('bias', 'down_proj', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
 
     def walk(x):
@@ -256,8 +269,8 @@ def bytes_held(cache, scope):
 
 
 def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
-    """Bytes of a layer's cache for one sequence, `each` per number; squares are summed in float64,
-    for halves float32."""
+    """Return the bytes of one layer's cache for one sequence, with `each` bytes per value. Gram
+    matrices are float64, or float32 in half precision."""
     starts = [block * 2 ** i
               for i in range(20)
               if rank < block * 2 ** i < T] if scope == 'causal' else []
@@ -283,7 +296,8 @@ def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
     ids=['float32', 'float64', 'bfloat16', 'autocast'],
 )
 def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
-    """And nothing grows with the tokens."""
+    """`kv_cache_bytes` equals a formula written by hand and the bytes that the cache allocates,
+    before and after it is filled."""
     for head_size, rank, block, T, B, latent in (
         (5, 2, 4, 16, 3, None),
         (4, 3, 1, 16, 1, None),
@@ -314,7 +328,8 @@ def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
 
 
 def test_bytes_are_counted_without_being_allocated():
-    """Of block_size tokens at most. 'sequence' scope has no cache where it truncates."""
+    """`kv_cache_bytes` allocates nothing and counts at most block_size tokens. 'sequence' scope has
+    no cache if it truncates."""
     model, sequence = make(), svd('sequence')
     full = model.kv_cache_bytes(1, 16)
     assert model.kv_cache_bytes(
@@ -329,10 +344,10 @@ def test_bytes_are_counted_without_being_allocated():
 
 @torch.no_grad()
 def lively(**options):
-    """A model whose likeliest token varies with the prompt and the position, which that of `make`
-    hardly does."""
+    """Return a model whose likeliest token changes with the prompt and the position. In a model of
+    `make` it hardly changes."""
     model = make(**options)
-    # not the embedding
+    # untie the head from the embedding
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.transformer.ln_f.bias.zero_()
     model.transformer.wpe.weight.mul_(4)
@@ -342,8 +357,8 @@ def lively(**options):
 @pytest.mark.any_device
 @each_cached
 def test_the_cache_changes_no_token(device, options):
-    """Up to block_size and beyond, one prompt for all and one for each; an expanded prompt is the
-    prompt repeated."""
+    """Generation gives the same tokens with and without a cache, up to block_size and beyond. A
+    prompt expanded to several rows gives the tokens of a repeated prompt."""
     dtype, _ = precision(device)
     model = lively(dtype=dtype, **options).to(device)
     draws = [
@@ -365,7 +380,8 @@ def test_the_cache_changes_no_token(device, options):
 
 @pytest.mark.parametrize('options', [{}, svd('sequence')], ids=str)
 def test_a_seed_is_of_a_generator_of_its_own(options):
-    """Without one the tokens come from torch's global generator."""
+    """A seed makes generation repeatable and leaves torch's global generator unchanged. Without a
+    seed the tokens come from the global generator."""
     model, idx = make(**options), tokens(columns=4)
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -376,7 +392,8 @@ def test_a_seed_is_of_a_generator_of_its_own(options):
 
 
 def test_in_training_mode_nothing_is_cached():
-    """Dropout differs between passes, and between rows of an expanded prompt."""
+    """In training mode nothing is cached, because dropout differs between passes and between the
+    rows of an expanded prompt."""
     model = make(dropout=0.5).train()
     found = counts(model)
     model.generate(tokens(1, 3).expand(4, -1), 3, temperature=0)
@@ -386,11 +403,11 @@ def test_in_training_mode_nothing_is_cached():
 
 
 # --------------------------------------------------------------------------------------------------
-# how much is computed
+# amount of computation
 
 
 def counts(model):
-    """-> a dict that follows how many tokens, times rows, each part of the model has computed."""
+    """Return a dict that counts the tokens, times rows, that each part of the model computes."""
     found, (first, last) = Counter(), model.transformer.h
     for name, part in {
         'layer 0': first.ln_1,
@@ -407,7 +424,7 @@ def counts(model):
 @pytest.mark.parametrize(
     'columns, new, use_cache, expand, layers, last',
     [
-        (5, 11, True, False, 3 * 15, 3 * 11),  # 15 tokens pass, since nothing follows the last
+        (5, 11, True, False, 3 * 15, 3 * 11),  # the last of 16 tokens is not fed back
         (5, 11, False, False, 3 * sum(range(5, 16)), 3 * 11),
         (5, 11, True, True, 5 + 3 * 10, 1 + 3 * 10),
         (16, 3, True, False, 3 * 3 * 16, 3 * 3),
@@ -418,9 +435,10 @@ def counts(model):
     ],
 )
 def test_every_token_is_computed_once(columns, new, use_cache, expand, layers, last):
-    """Beyond block_size all positions move, so the window is computed again. The MLP of the last
-    layer and the head compute one position per pass. One cache is made, for the tokens that pass;
-    for none if the prompt is longer than that."""
+    """With a cache each token passes through the layers once, up to block_size. Beyond it all
+    positions shift, so the window is computed again for each token. The MLP of the last layer and
+    the head compute one position per pass. One cache is made for all tokens that pass, and none if
+    the prompt is longer than block_size."""
     for options in CACHED.values():
         model, prompts, asked = make(**options), tokens(3, columns), []
         found, new_cache = counts(model), model.new_cache
@@ -434,7 +452,9 @@ def test_every_token_is_computed_once(columns, new, use_cache, expand, layers, l
 
 
 def test_sequence_scope_warns_and_recomputes():
-    """Not without a cache, and not where it truncates nothing: see pytestmark."""
+    """'sequence' scope warns and computes the prefix again for every token. There is no warning
+    with use_cache=False or if the SVD truncates nothing. `pytestmark` turns an unexpected warning
+    into an error."""
     model, idx = make(**svd('sequence')), tokens(columns=3)
     found = counts(model)
     with pytest.warns(UserWarning, match='svd_scope'):
@@ -448,9 +468,10 @@ def test_sequence_scope_warns_and_recomputes():
     'options', [{}, mla(), mla(8), dict(layer_ranks=RANKS), mla(layer_ranks=MLA_RANKS)], ids=str
 )
 def test_operations_are_those_that_torch_counts(options):
-    """A prompt with and without a cache, and the token after it, with latents absorbed. Torch also
-    counts attention to later tokens, which is masked: T^2 pairs for T (T + 1) / 2 in all layers but
-    the last, which has a single query."""
+    """`flops_per_token` equals torch's FLOP counter for a prompt, with and without a cache, and for
+    the next token, where latents are absorbed. Torch also counts attention to later tokens, which
+    is masked. So it counts T^2 pairs instead of T (T + 1) / 2, except in the last layer, which has
+    a single query."""
     for layers, heads, width, T in ((1, 2, 8, 16), (2, 2, 8, 11), (3, 4, 32, 40), (2, 1, 12, 1)):
         shape = dict(n_layer=2 if 'layer_ranks' in options else layers, n_head=heads, n_embd=width,
                      block_size=64)
@@ -470,16 +491,18 @@ def test_operations_are_those_that_torch_counts(options):
 
 @each_cached
 def test_a_stream_yields_tokens_as_they_are_drawn_and_can_be_abandoned(options):
+    """A stream yields each token as soon as it is drawn, makes no graph, and can be closed early.
+    The tokens are those of `generate`."""
     model, idx = make(**options), tokens(3, 5)
     expected = model.generate(idx, 20, seed=2)
     found, stream, drawn, graphs = counts(model), model.stream(idx, 20, seed=2), [], []
     model.lm_head.register_forward_hook(lambda _, args, logits: graphs.append(logits.requires_grad))
     for n, new in zip(range(1, 14), stream):
         assert new.shape == (3, 1) and new.dtype == torch.int64 and found['head'] == 3 * n
-        assert torch.is_grad_enabled()  # no_grad is for the stream, not its reader
+        assert torch.is_grad_enabled()  # no_grad does not leak to the caller
         drawn.append(new)
     stream.close()
-    # the first are still what they were
+    # later steps do not overwrite tokens that were already yielded
     assert torch.equal(torch.cat(drawn, dim=1), expected[:, 5:18])
     assert torch.is_grad_enabled() and not any(graphs)
     assert torch.equal(model.generate(idx, 20, seed=2), expected)
@@ -489,6 +512,7 @@ def test_a_stream_yields_tokens_as_they_are_drawn_and_can_be_abandoned(options):
     'options', [dict(max_new_tokens=-1), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)]
 )
 def test_options_that_cannot_be(options):
+    """Invalid sampling options and an empty prompt raise a ValueError that names the option."""
     with pytest.raises(ValueError, match=f'^{next(iter(options))}='):
         make().generate(tokens(), **{'max_new_tokens': 2, **options})
     with pytest.raises(ValueError, match='0 tokens'):
@@ -498,6 +522,8 @@ def test_options_that_cannot_be(options):
 @pytest.mark.parametrize('use_cache', [True, False])
 @pytest.mark.parametrize('options', [svd('causal'), svd('weight'), mla(**svd('causal'))], ids=str)
 def test_logits_and_values_that_are_not_finite_raise(options, use_cache):
+    """NaN and inf in the logits raise FloatingPointError, and in the values
+    torch.linalg.LinAlgError."""
     for temperature in (0, 1):
         model = make(**options)
         torch.nn.init.constant_(model.transformer.ln_f.weight, math.inf)
@@ -511,6 +537,8 @@ def test_logits_and_values_that_are_not_finite_raise(options, use_cache):
 
 @pytest.mark.parametrize('latents', [{}, mla(3)], ids=['dense', 'MLA'])
 def test_a_context_cropped_to_the_rank_is_not_truncated_and_cached(latents):
+    """In 'sequence' scope a model cropped to a context no longer than the rank truncates nothing,
+    so it has a cache that changes no token."""
     model = make(**svd('sequence', 3, 'gram'), **latents)
     model.crop_block_size(3)
     texts = [model.generate(tokens(1, 1), 5, top_k=1, use_cache=cached) for cached in (True, False)]

@@ -1,10 +1,8 @@
-"""What the device at hand must do like the CPU. With the other tests marked any_device this is the
-self-test of a machine:
-python -m pytest --device=cuda
+"""The device must compute what the CPU computes. Together with the other tests marked any_device
+this is the self-test of a machine: python -m pytest --device=cuda
 
-Bounds are relative to the largest entry of each tensor that is compared. MPS has no float64 and
-sums V^T V in float32, which costs a gradient up to 1 / gap^2 roundings, so bounds are wider
-there."""
+Bounds are relative to the largest entry of each compared tensor. They are wider on MPS, which has
+no float64 and sums V^T V in float32. That costs a gradient up to 1 / gap^2 roundings."""
 
 import copy
 
@@ -29,9 +27,9 @@ each_model = pytest.mark.parametrize('options', MODELS.values(), ids=MODELS)
 
 
 def well_separated(**options):
-    """A float32 model whose value projections halve from one column of a head to the next: the
-    singular values of V fall as fast, so that the gap at the cut is wide and only rounding
-    differs."""
+    """Return a float32 model whose value projections halve from one column of a head to the next.
+    The singular values of V fall as fast, so the gap at the cut is wide and devices differ by
+    rounding only."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE | options)).eval()
     with torch.no_grad():
@@ -44,8 +42,8 @@ def well_separated(**options):
 
 
 def outcome(model, device, dtype='float32', replica=None):
-    """-> [logits, loss, a gradient for each parameter], float32 on the CPU. float16 needs the loss
-    scaled, as in training."""
+    """Return [logits, loss, gradient of each parameter] as float32 on the CPU. For float16 the loss
+    is scaled, as in training."""
     x, y = torch.randint(17, (2, 4, 32), generator=torch.Generator().manual_seed(0)).to(device)
     scale = 2.0 ** 10 if dtype == 'float16' else 1.0
     model.zero_grad()
@@ -58,8 +56,8 @@ def outcome(model, device, dtype='float32', replica=None):
 
 
 def assert_near(actual, expected, bound):
-    """Of each gradient, too. Some are zero but for rounding, those of key biases: hence a floor for
-    their scale."""
+    """Compare each tensor relative to its largest entry. Gradients of key biases are zero up to
+    rounding, so their scale has a floor."""
     floor = .1 * max(gradient.abs().max() for gradient in expected[2:])
     for a, b in zip(actual, expected, strict=True):
         assert (a - b).abs().max() <= bound * max(b.abs().max(), floor)      # false for NaN
@@ -67,6 +65,7 @@ def assert_near(actual, expected, bound):
 
 @each_model
 def test_the_device_computes_what_the_cpu_does(device, options):
+    """Logits, loss and gradients on the device equal those on the CPU to 1e-4, or 1e-3 on MPS."""
     if device == 'cpu':
         pytest.skip('the device is the CPU')
     model = well_separated(**options)
@@ -74,11 +73,12 @@ def test_the_device_computes_what_the_cpu_does(device, options):
     assert_near(outcome(model.to(device), device), expected, 1e-3 if device == 'mps' else 1e-4)
 
 
-# some dozens of their roundings
 @pytest.mark.parametrize('dtype, bound', [('bfloat16', .2), ('float16', .03)])
 @pytest.mark.parametrize('name',
                          ['dense', 'mla', 'sequence standard', 'causal gram', 'weight randomized'])
 def test_half_precision_is_near_float32(device, dtype, bound, name):
+    """Under autocast, bfloat16 and float16 differ from float32 by a few dozen of their
+    roundings."""
     model = well_separated(**MODELS[name]).to(device)
     assert_near(outcome(model, device, dtype), outcome(model, device), bound)
 
@@ -86,6 +86,7 @@ def test_half_precision_is_near_float32(device, dtype, bound, name):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('method', METHODS)
 def test_the_svd_of_half_precision_is_that_of_float32_rounded_once(device, method, dtype):
+    """The SVD of half-precision values is bit-identical to the float32 one, rounded once."""
     v, dy = torch.randn(2, 8, 64, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     half, single = v.clone().requires_grad_(), v.float().requires_grad_()
     with autocast(device, str(dtype).removeprefix('torch.')):
@@ -96,9 +97,10 @@ def test_the_svd_of_half_precision_is_that_of_float32_rounded_once(device, metho
     assert torch.equal(low, expected.to(dtype)) and torch.equal(half.grad, single.grad.to(dtype))
 
 
-# float16: the scaler's state is resumed, too
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_a_resumed_run_is_the_undisturbed_one(device, fit, here, dtype):
+    """On the device a stopped and resumed run ends near the uninterrupted run, including the state
+    of a float16 gradient scaler."""
     if device == 'cpu':
         pytest.skip('tests/runtime/test_resume.py does it there, to the bit')
     options = [
@@ -109,14 +111,15 @@ def test_a_resumed_run_is_the_undisturbed_one(device, fit, here, dtype):
     half = checkpoint()['model']
     fit(*options, '--max_iters=6', '--init_from=resume')
     whole, parts = checkpoint('whole')['model'], checkpoint()['model']
-    # a backward pass may add in no fixed order; lost dropout, batches or optimizer state would move
-    # weights by a third
+    # a backward pass may add in any order; a lost random state, data order or optimizer state would
+    # move weights by a third of the way
     for name, weight in whole.items():
         assert (parts[name] - weight).norm() <= .1 * (weight - half[name]).norm()
 
 
 @pytest.mark.parametrize('name', ['dense', 'causal gram', 'mla'])
 def test_the_compiled_model_is_the_eager_one(device, name):
+    """torch.compile on the device gives one graph with the eager logits, loss and gradients."""
     if device == 'cpu':
         pytest.skip('tests/model/test_compile.py compiles on the CPU')
     model = well_separated(n_layer=1, **MODELS[name] | dict(layer_ranks=None)).to(device)

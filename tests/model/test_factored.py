@@ -1,5 +1,5 @@
-"""model.py with layer_ranks: layers that are products of two, from configuration to training. That
-they are optimized, cached and counted is in test_model.py and test_decode.py."""
+"""model.py with layer_ranks: layers that are products of two, from configuration to training.
+test_model.py and test_decode.py test their optimizer groups, cache and operation counts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
     ],
 )
 def test_layers_and_ranks_that_cannot_be(name, rank, hint, options):
+    """Unknown layer names and impossible ranks raise a ValueError that names them."""
     with pytest.raises(ValueError, match='^layer_ranks=') as e:
         GPTConfig(n_layer=2, n_embd=8, n_head=2, layer_ranks={'h.0.attn.c_proj': 1, name: rank},
                   **options)
@@ -49,7 +50,8 @@ def test_layers_and_ranks_that_cannot_be(name, rank, hint, options):
 
 @pytest.mark.parametrize('options, count', [({}, 6), (mla(), 4)], ids=['dense', 'MLA'])
 def test_every_layer_that_can_be_named_is_there(options, count):
-    """With the shape that is said; the others keep theirs."""
+    """Every name in `layer_shapes` can be factored, with the stated shape, and the other layers
+    stay dense."""
     names = [*make(**options).config.layer_shapes]
     assert len(names) == 2 * count
     for name in names:
@@ -79,7 +81,8 @@ def test_every_layer_that_can_be_named_is_there(options, count):
     ],
 )
 def test_other_values_on_the_command_line_and_in_a_file_are_one_line(here, refused, value):
-    """The last is of the right type, but TINY has one block."""
+    """A wrong value ends in a one-line error, on the command line and in a config file. The last
+    value has the right type, but the model has one block only."""
     hint = "nearest: 'h.0.mlp.c_fc'" if 'h.1' in value else "{'name': 1} or None"
     line = refused(train.main, *TINY, f'--layer_ranks={value}')
     assert 'layer_ranks=' in line and '[the command line]' in line and hint in line
@@ -102,7 +105,8 @@ def test_other_values_on_the_command_line_and_in_a_file_are_one_line(here, refus
     ids=str,
 )
 def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options):
-    """With as many bytes of cache. Without that, test_mla.py has export.py's model."""
+    """A factored model with an SVD on V computes what the model with dense weights computes, with a
+    cache of the same size. test_mla.py tests this without an SVD on V."""
     ranks, idx = MLA_RANKS if 'use_mla' in options else RANKS, tokens(3)
     model, whole = (
         make(layer_ranks=ranks, **options),
@@ -119,7 +123,8 @@ def test_where_v_is_cut_it_is_the_model_with_its_products_multiplied_out(options
 
 @pytest.mark.parametrize('rank', [4, 40])
 def test_initially_products_have_the_scale_of_a_dense_weight(rank):
-    """Also where a weight writes to the residual stream."""
+    """At the start a product has the standard deviation of the dense weight, also in projections to
+    the residual stream."""
     shape = dict(n_layer=2, n_head=2, n_embd=96, vocab_size=16, block_size=8)
     names = [*GPTConfig(**shape).layer_shapes]
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
-"""Multi-head latent attention: parameters, training, runs, export and config files. Its logits are
-in test_model.py, its cache in test_decode.py."""
+"""Multi-head latent attention: parameters, training, runs, export and config files. test_model.py
+tests its logits, test_decode.py its cache."""
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ CUT = ['--use_svd=True', '--svd_rank=2', '--svd_scope=causal', '--svd_block=4']
 
 
 def test_parameter_names_and_shapes():
-    """Keys have no bias, since it would change no attention weight; an SVD adds no parameter."""
+    """Parameters have the documented names and shapes. Keys have no bias, because it would not
+    change the attention weights, and an SVD adds no parameter."""
     weights = {
         'c_attn.query.weight': (8, 8),
         'c_attn.kv_down.weight': (3, 8),
@@ -45,7 +46,8 @@ def test_parameter_names_and_shapes():
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_attention_has_a_fifth_to_a_half_fewer_parameters(bias):
-    """4 C^2 become 2 C^2 + 3 C d, with d = C / 4 by default; nothing else changes."""
+    """Attention has 2 C^2 + 3 C d parameters instead of 4 C^2, and no other count changes. With the
+    default d = C / 4 that is 20% to 50% fewer."""
     for layers, heads, width, latent in (
         (12, 12, 768, None),
         (4, 4, 128, None),
@@ -68,7 +70,8 @@ def test_attention_has_a_fifth_to_a_half_fewer_parameters(bias):
 
 @pytest.mark.parametrize('latent', [16, 128])
 def test_initially_keys_and_values_have_the_variance_of_ordinary_ones(latent):
-    """The products have a standard deviation of 0.02, as W_k and W_v of ordinary attention."""
+    """At the start U_k W_a and U_v W_a have a standard deviation of 0.02, as W_k and W_v in
+    ordinary attention."""
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=64, block_size=16, **mla(latent)))
@@ -106,9 +109,10 @@ def test_initially_keys_and_values_have_the_variance_of_ordinary_ones(latent):
     ],
 )
 def test_training_stays_finite_and_learns(method, scope, kind, steps):
-    """The default latent, 4 numbers, with heads of 2 and of 16: V then has singular values that are
-    exactly zero, where a gradient by autograd through torch.linalg.svd is NaN at once. Without
-    biases, which would add a dimension."""
+    """Training with latents and an SVD keeps every gradient finite and lowers the loss by a fifth
+    or more. The latent has 4 values and the heads have size 2 and 16, so V has singular values of
+    exactly zero. Autograd through torch.linalg.svd gives NaN there at once. Biases are off because
+    they would add a dimension."""
     for n_head, rank in ((8, 1), (1, 6)):
         torch.manual_seed(0)
         model = GPT(
@@ -129,6 +133,7 @@ def test_training_stays_finite_and_learns(method, scope, kind, steps):
 
 
 def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, call, refused):
+    """A checkpoint written before latents and layer_ranks existed loads as a model without them."""
     trained()
     saved, new = checkpoint(), dict(use_mla=False, mla_latent_dim=None, layer_ranks=None)
     old = saved | {
@@ -161,7 +166,8 @@ def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, ca
     ids=str,
 )
 def test_multiplied_out_it_is_a_plain_model(options):
-    """Latents, layers of two factors and the SVD of 'weight' scope become dense weights."""
+    """`plain_model` turns latents, layers of two factors and the SVD of 'weight' scope into dense
+    weights with the same logits."""
     for dtype in (torch.float64, torch.float32):
         model, idx = make(dtype=dtype, **options), tokens()
         expected = model(idx, idx)[0]
@@ -175,8 +181,8 @@ def test_multiplied_out_it_is_a_plain_model(options):
 
 @pytest.mark.parametrize('to', ['gpt2', 'nanogpt'])
 def test_a_run_is_exported(trained, call, refused, to):
-    """Without its AdamW's state, which is of parameters that are no more; not where V itself is
-    cut."""
+    """A run with latents can be exported with the same logits. The AdamW state is left out because
+    its parameters no longer exist. Scopes that truncate V itself end in a one-line error."""
     trained(*RUN)
     result = call(export.main, f'--to={to}', '--save_dir=new')
     assert result.code == 0 and 'optimizer state' in result.out, result.out

@@ -1,5 +1,5 @@
-"""model.py against a GPT written out by hand, against nanoGPT's conventions, and for what each SVD
-scope promises."""
+"""model.py against a GPT written by hand and against nanoGPT's conventions, and the promises of
+each SVD scope."""
 
 import math
 
@@ -38,7 +38,7 @@ def tanh_gelu_by_hand(x):
 
 
 def assert_same_as_by_hand(device, options, **by_hand):
-    """Logits, loss and the gradient of every parameter."""
+    """Check the logits, the loss and the gradient of every parameter."""
     dtype, bar = precision(device)
     model, idx, targets = (
         make(dtype=dtype, **options).to(device),
@@ -87,7 +87,8 @@ def test_it_is_a_gpt_by_hand(device, options, by_hand):
 def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(
     device, scope, method, basis_grad, latents, bias
 ):
-    """V, W_v or U_v of each head is replaced by U_k S_k V_k^T of torch.linalg.svd."""
+    """The SVD replaces V, W_v or U_v of each head by U_k S_k V_k^T. The reference is
+    torch.linalg.svd in a GPT written by hand."""
     options = dict(
         bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad),
         **(mla(5) if latents else {}))
@@ -95,6 +96,7 @@ def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(
 
 
 def test_the_svd_of_v_is_a_method_of_attention():
+    """Attention has public methods that truncate V to the configured rank or to a given one."""
     attention, v = make(**svd('sequence', 2)).transformer.h[0].attn, torch.randn(2, 2, 16,
                                                                                  4).double()
     assert torch.linalg.matrix_rank(attention.apply_svd_to_v(v)).eq(2).all()
@@ -110,8 +112,8 @@ def test_the_svd_of_v_is_a_method_of_attention():
      (3, [(None, 'gram'), (4, 'standard')])],
 )
 def test_full_rank_is_the_baseline_to_the_bit(scope, latent, options):
-    """In 'weight' scope that is the width of the latent, if it is smaller than a head. So is
-    use_svd=False."""
+    """Full rank, rank None and use_svd=False are bit-identical to the model without SVD. In
+    'weight' scope the full rank is the width of the latent if that is smaller than a head."""
     kind, idx = mla(latent) if latent else {}, tokens()
     rank = 3 if latent and scope == 'weight' else 4
     baseline = make(**kind)
@@ -144,16 +146,15 @@ def test_full_rank_is_the_baseline_to_the_bit(scope, latent, options):
     ],
 )
 def test_a_rank_that_latents_do_not_reach_changes_nothing(method, scope, latent):
-    """V of latents of two numbers has rank two, and all the singular values that are cut are
-    zero."""
+    """An SVD changes nothing if the latents are no wider than the rank. V then has at most that
+    rank, and all discarded singular values are zero."""
     plain, idx = make(**mla(latent, bias=False)), tokens()
     cut = make(**mla(latent, bias=False, **svd(scope, 2, method)))
     for model in (plain, cut):
         model(idx, idx)[1].backward()
     torch.testing.assert_close(cut(idx, idx)[0], plain(idx, idx)[0], rtol=0, atol=1e-9)
     for p, q in zip(cut.parameters(), plain.parameters(), strict=True):
-        # 'randomized' differentiates one iteration: nothing is cut except what its last rounding
-        # leaves
+        # 'randomized' differentiates one iteration, whose rounding leaves a small gradient
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-6)
 
 
@@ -172,6 +173,8 @@ def test_a_rank_that_latents_do_not_reach_changes_nothing(method, scope, latent)
     ],
 )
 def test_causal_scope_truncates_where_a_basis_is_due(context, rank, block, truncates):
+    """'causal' scope truncates only if the context is long enough for a basis of more rows than the
+    rank, and `svd_truncates` says so."""
     shape = dict(block_size=context, n_head=1, n_embd=rank + 2)
     idx, cut = tokens(1, context), make(**shape | svd('causal', rank, svd_block=block))
     assert torch.equal(cut(idx, idx)[0],
@@ -181,6 +184,8 @@ def test_causal_scope_truncates_where_a_basis_is_due(context, rank, block, trunc
 @pytest.mark.parametrize('latents', [False, True], ids=['dense', 'MLA'])
 @pytest.mark.parametrize('method', METHODS)
 def test_only_sequence_scope_sees_the_future(method, latents):
+    """Changing a token changes earlier logits in 'sequence' scope only, and `is_noncausal` says
+    so."""
     for scope in (None, *SCOPES):
         model = make(**(svd(scope, 2, method) if scope else {}), **(mla() if latents else {}))
         changed = leak(model)
@@ -193,7 +198,8 @@ def test_only_sequence_scope_sees_the_future(method, latents):
 
 
 def test_parameter_names_shapes_and_order_are_those_of_nanogpt():
-    """The head is the token embedding; a SVD adds nothing to a state dict, and changes no draw."""
+    """Names, shapes and order of parameters are nanoGPT's, and the head is tied to the token
+    embedding. An SVD adds nothing to the state dict and does not change the initial weights."""
     block = [
         ('ln_1.weight', (8,)),
         ('ln_1.bias', (8,)),
@@ -228,6 +234,8 @@ def test_parameter_names_shapes_and_order_are_those_of_nanogpt():
 
 
 def test_initial_weights_follow_gpt2():
+    """Initial weights have the standard deviations of GPT-2: 0.02, and 0.02 / sqrt(2 n_layer) for
+    projections to the residual stream."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=64))
     for name, p in model.named_parameters():
@@ -242,6 +250,7 @@ def test_initial_weights_follow_gpt2():
 
 
 def test_number_of_parameters_and_mfu():
+    """`get_num_params` and `estimate_mfu` match a count by hand with nanoGPT's formula."""
     model, a_block = make(), 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)
     assert model.get_num_params() == 11 * 8 + 2 * a_block + 16
     assert model.get_num_params(non_embedding=False) == 16 * 8 + model.get_num_params()
@@ -253,6 +262,8 @@ def test_number_of_parameters_and_mfu():
 
 
 def test_context_can_be_cropped_and_is_a_limit():
+    """`crop_block_size` keeps the logits of shorter inputs, and inputs longer than block_size raise
+    a ValueError."""
     model, idx = make(), tokens(columns=6)
     before = model(idx, idx)[0]
     for columns, limit in ((0, 16), (17, 16), (7, 6)):
@@ -274,7 +285,8 @@ def test_context_can_be_cropped_and_is_a_limit():
     ],
 )
 def test_dropout_acts_in_training_in_the_places_of_nanogpt(place):
-    """Each alone makes two passes differ; 'attn' stands for the attention weights."""
+    """Dropout in each of nanoGPT's places makes two training passes differ. 'attn' stands for the
+    attention weights."""
     model, idx = make().train(), tokens()
     assert torch.equal(model(idx)[0], model(idx)[0])
     module, full = model.get_submodule(place), make(dropout=0.5)
@@ -302,7 +314,8 @@ def test_dropout_acts_in_training_in_the_places_of_nanogpt(place):
     ids=str,
 )
 def test_optim_groups_hold_every_parameter_once(options, hidden):
-    """Both Muon's and AdamW's. A frozen parameter is in none."""
+    """The groups for Muon and for AdamW hold every trained parameter exactly once. Frozen
+    parameters are in none."""
     model = make(**options)
     names = {id(p): name for name, p in model.named_parameters()}
     own = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
@@ -324,8 +337,8 @@ def test_optim_groups_hold_every_parameter_once(options, hidden):
 
 
 def test_configure_optimizers_groups_in_the_order_of_nanogpt():
-    """Matrices, then vectors, both in the order of named_parameters: optimizer states are stored by
-    position."""
+    """AdamW gets matrices first and vectors second, both in the order of named_parameters, as in
+    nanoGPT. Optimizer states are stored by position, so the order matters for checkpoints."""
     model = make()
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
@@ -360,8 +373,10 @@ def test_configure_optimizers_groups_in_the_order_of_nanogpt():
         (14, dict(top_k=5)),  # grows beyond block_size = 16
         (20, {}),
     ],
-)  # starts beyond it
+)  # the prompt is longer than block_size
 def test_generate_draws_the_tokens_of_nanogpt(columns, options):
+    """With the same seed `generate` draws the tokens of nanoGPT's loop, written by hand, also
+    beyond block_size."""
     model, idx = make(), tokens(columns=columns)
     torch.manual_seed(1)
     actual = model.generate(idx, 12, **options)
@@ -405,6 +420,7 @@ def test_generate_draws_the_tokens_of_nanogpt(columns, options):
     ],
 )
 def test_impossible_values_are_refused_by_name(field, overrides, hint):
+    """An impossible value raises a one-line ValueError that names the field and a valid value."""
     with pytest.raises(ValueError) as e:
         GPTConfig(**{**SMALL, **overrides})
     message = str(e.value)
@@ -432,6 +448,8 @@ def test_impossible_values_are_refused_by_name(field, overrides, hint):
     ids=str,
 )
 def test_model_args_and_weights_give_the_model_back_if_they_fit(options, changes):
+    """A checkpoint gives the same model, and weights that do not fit the configuration raise a
+    one-line ValueError."""
     model, idx = make(dtype=torch.float32, **options), tokens()
     saved = checkpoint_of(model)
     again = GPT.from_checkpoint(saved).eval()
@@ -444,6 +462,8 @@ def test_model_args_and_weights_give_the_model_back_if_they_fit(options, changes
 
 
 def test_a_checkpoint_of_nanogpt_is_enough_and_svd_and_dropout_can_be_chosen():
+    """A checkpoint with nanoGPT's fields alone can be loaded, with an SVD and dropout chosen at
+    that time."""
     model, idx = make(dtype=torch.float32), tokens()
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
     saved = {

@@ -1,14 +1,13 @@
-"""Which operators a training step and generation call on CUDA and MPS, and whether torch has
-kernels for them there.
+"""Torch has a kernel on CUDA and MPS for every operator of a training step and of generation.
 
-Fake tensors say that they are on a device and carry shapes but no values, so the code under test
-takes the branches it would take there. Every operator that reaches the dispatcher is recorded and
-looked up in native_functions.yaml, torch's own list of the kernels each device has.
+The tests run on fake tensors, which claim to be on a device and carry shapes but no values, so the
+code takes the branches of that device. Every operator that reaches the dispatcher is recorded and
+looked up in native_functions.yaml, torch's own list of kernels per device.
 
-Not covered: numbers (the tests marked any_device run on the device itself), kernels that exist but
-refuse a shape or a type, what a composite kernel of torch calls inside, GradScaler (it reads a
-value), and three things that C++ does by a device it is not told here: autocast (adds casts), fused
-attention and fused dropout. What the last two can end in is looked up by name. """
+Not covered are values (the tests marked any_device run on the device itself), kernels that exist
+but reject a shape or a dtype, operators that torch's composite kernels call inside, and GradScaler,
+which reads a value. Autocast, fused attention and fused dropout are chosen in C++, which does not
+see the fake device. The kernels that attention and dropout may end in are looked up by name."""
 
 import re
 from collections import namedtuple
@@ -26,10 +25,10 @@ from lowrank.svd import EXACT_METHODS, METHODS, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 from runtime.optimizer import MuonAdamW
 
-# Muon's matrix norm, by a route that only fake tensors take
+# from Muon's matrix norm, only with fake tensors
 pytestmark = pytest.mark.filterwarnings('ignore:at..frobenius_norm is deprecated')
 
-# what C++ may pick on the device in place of the operators recorded here
+# kernels that C++ may choose on the device in place of the recorded operators
 CHOSEN_IN_C = {
     'mps': ('_scaled_dot_product_attention_math_for_mps', 'native_dropout',
             'native_dropout_backward'),
@@ -53,8 +52,8 @@ Operand = namedtuple('Operand', 'device dtype dim')
 
 @pytest.fixture(scope='module')
 def kernels():
-    """Operator -> the dispatch keys it has kernels for; what has no dispatch section is made of
-    other operators."""
+    """Map each operator to the dispatch keys it has kernels for. An operator without a dispatch
+    section is made of other operators."""
     text = (resources.files('torchgen') / 'packaged/ATen/native/native_functions.yaml').read_text()
     entries = {
         e['func'].split('(')[0]: e
@@ -62,7 +61,7 @@ def kernels():
 
     def keys(entry):
         entry = entries[entry['structured_delegate']] if 'structured_delegate' in entry else entry
-        generated = 'ufunc_inner_loop' in entry  # kernels that torch generates
+        generated = 'ufunc_inner_loop' in entry  # torch generates these kernels
         names = [*entry.get('dispatch', () if generated else ('CompositeImplicitAutograd',))]
         return {
             key.strip() for name in names + ['CPU, CUDA'] * generated for key in name.split(',')}
@@ -71,8 +70,8 @@ def kernels():
 
 
 def faults(calls, kernels, device):
-    """What would fail on the device: operators without a kernel, types it lacks, operands on two
-    devices."""
+    """Return what would fail on the device: operators without a kernel, dtypes it lacks, and
+    operands on two devices."""
     found = set()
     for op, arguments, results in calls:
         there = [operand for operand in (*arguments, *results) if operand.device == device]
@@ -92,21 +91,22 @@ def faults(calls, kernels, device):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operator below autograd and autocast, and lets the C++ side of torch, which has
-    no guard for a device that it was built without, take tensors of this device for meta tensors.
-    Python sees the device. A value that anybody looks at is true: finite, ordinary."""
+    """Record every operator below autograd and autocast.
+
+    The C++ side of torch may be built without the device, so it sees meta tensors instead. Python
+    sees the device. Reading a value returns True, so checks such as isfinite pass."""
 
     def __init__(self, device):
         super().__init__()
-        # one without an index needs the device
+        # with an index, because without one torch asks the real device
         self.device, self.calls = torch.device(device, 0), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default:  # how C++ asks a fake tensor for its device
+        if func is torch.ops.prim.device.default:  # C++ asks a fake tensor for its device
             device = args[0].fake_device
             return torch.device('meta') if device == self.device else device
         kwargs = dict(kwargs or {})
-        if kwargs.get('device') == torch.device('meta'):  # C++ makes a tensor "where that one is"
+        if kwargs.get('device') == torch.device('meta'):  # C++ makes one like another
             kwargs['device'] = self.device
         args, kwargs = tree_map(self.fake, (args, kwargs))
         looks = func is torch.ops.aten._local_scalar_dense.default
@@ -118,7 +118,8 @@ class Recorder(TorchDispatchMode):
         return results
 
     def fake(self, x):
-        """x[:, [-1]] makes its index in C++, without the dispatcher."""
+        """Replace a meta tensor by a fake one. x[:, [-1]] makes its index in C++, past the
+        dispatcher."""
         if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and x.is_meta:
             return torch.empty(x.shape, dtype=x.dtype, device=self.device)
         return x
@@ -132,7 +133,7 @@ def operands(tree):
 
 
 def record(device, f):
-    """The operators that f(device) calls."""
+    """Return the operators that f(device) calls."""
     with FakeTensorMode(), Recorder(device) as recorder:
         f(recorder.device)
     return recorder.calls
@@ -140,8 +141,8 @@ def record(device, f):
 
 @pytest.fixture(autouse=True)
 def like_the_device(monkeypatch):
-    """clip_grad_norm_ and the optimizers group tensors by device in C++ and are wary of subclasses:
-    let them take the path, foreach or not, that they take there."""
+    """Make clip_grad_norm_ and the optimizers take the path, foreach or not, of the real device.
+    They group tensors by device in C++ and treat subclasses of Tensor differently."""
     monkeypatch.setattr(_foreach_utils, '_foreach_supported_types',
                         [*_foreach_utils._foreach_supported_types, FakeTensor])
     group = torch._C._group_tensors_by_device_and_dtype
@@ -154,12 +155,14 @@ def like_the_device(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# what is run
+# the code under test
 
 
 def train_and_generate(device, **options):
-    """Two bases in 'causal' scope, fewer rows than columns in the first. Muon sees the same
-    parameters in all cases."""
+    """Run two training steps and generate.
+
+    In 'causal' scope there are two bases, the first from fewer rows than columns. Muon runs without
+    an SVD only, because its parameters are the same in all cases."""
     model = GPT(
         GPTConfig(
             block_size=16,
@@ -172,7 +175,7 @@ def train_and_generate(device, **options):
             svd_rank=3,
             **options,
         ))
-    moved = {}  # fake parameters cannot be swapped, as .to() does
+    moved = {}  # .to() swaps parameters, which fake ones do not allow
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -186,14 +189,14 @@ def train_and_generate(device, **options):
         MuonAdamW(model.param_groups(0.1), 1e-3, betas, device.type, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         if not options]
-    for _ in range(2):  # from a random basis, and from that of the first
+    for _ in range(2):  # a cold and a warm start
         model(tokens, tokens)[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
     assert all(p.grad.device == p.device == device for p in model.parameters())
     model.eval()
-    # seven tokens: a window that slides; a cache, up to its first basis; one prompt for two rows
+    # seven tokens: a sliding window, a cache up to its first basis, and one prompt for two rows
     for prompt, n in ((tokens, 2), (tokens[:, :3], 3), (tokens[:1, :2].expand(2, 2), 2)):
         use_cache = not model.config.is_noncausal
         assert model.generate(prompt, n, 0.8, top_k=5, top_p=0.9,
@@ -235,6 +238,9 @@ CASES = (
     ],
 )
 def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kernels, device, name):
+    """Every operator of training and generating has a kernel on the device. Exact decompositions
+    run in float64, on the CPU for MPS. Cholesky runs on the device in the widest dtype that it
+    has."""
     options = CASES[name] and dict(use_svd=True) | CASES[name]
     method = options['svd_method'] if options.get('use_svd') else None
     calls = record(device, lambda device: train_and_generate(device, **options))
@@ -296,6 +302,7 @@ def test_the_device_has_every_operator_of_truncated_svd(kernels, device, method)
     ],
 )
 def test_the_checker_finds_what_a_device_lacks(kernels, device, f, expected):
+    """The checker reports a missing kernel, a missing dtype and mixed devices, and nothing else."""
     assert faults(record(device, f), kernels, device) == expected
     unknown = Call('made_up', [Operand(device, torch.float32, 1)], [])
     assert faults([unknown], kernels, device) == {f'made_up: not on {device}'}

@@ -1,5 +1,5 @@
-"""Options: defaults < config files < --key=value; wrong ones end in one line that names the way
-out."""
+"""Options: config files replace defaults, and --key=value replaces both. A wrong option ends in a
+one-line error that names a valid choice."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -44,9 +44,11 @@ def workdir(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# who wins, and which types pass
+# precedence and types
 
 def test_defaults_give_way_to_files_in_their_order_and_files_to_the_last_option():
+    """Later config files replace earlier ones, the last option on the command line wins, and
+    `set_by` names the place of each value."""
     cfg, set_by = configuration.load(TrainConfig,
                                      ['--n_layer=5', '--n_layer=4', 'first.py', 'second.py'])
     assert (cfg.n_head, cfg.batch_size, cfg.block_size, cfg.n_layer) == (12, 2, 6, 4)
@@ -67,14 +69,14 @@ def test_defaults_give_way_to_files_in_their_order_and_files_to_the_last_option(
                                            ('wandb_run_name=a=b', 'a=b'), ('wandb_run_name=', ''),
                                            ('dataset=007', '007')])
 def test_a_value_arrives_in_the_type_of_its_option(option, value):
-    """A whole number passes for a float; what is meant as text stays text even if it looks like a
-    number."""
+    """A value gets the type of its option. A whole number is a valid float, and a text option keeps
+    text that looks like a number."""
     cfg, key = configuration.load(TrainConfig, [f'--{option}'])[0], option.partition('=')[0]
     assert (getattr(cfg, key), type(getattr(cfg, key))) == (value, type(value))
 
 
 WRONG = {
-    # another type
+    # wrong types
     'train': [
         ('max_iters=1e3', 'a whole number (nearest: 1000)'),
         ('max_iters=2.6', '(nearest: 3)'),
@@ -95,7 +97,7 @@ WRONG = {
         ('svd_method=Gram', "(nearest: 'gram')"),
         ('svd_method=randomised', "(nearest: 'randomized')"),
         ('init_from=gpt3', "(nearest: 'gpt2')"),
-        # values that cannot be
+        # impossible values
         ('svd_rank=0', 'nearest: 1'),
         ('svd_rank=-3', 'nearest: 1'),
         ('n_embd=100', '(nearest: 96)'),
@@ -122,6 +124,8 @@ WRONG = {
 
 @pytest.mark.parametrize('script', MAINS)
 def test_a_value_that_cannot_be_is_refused_with_its_option_and_one_that_can(refused, script):
+    """A wrong value ends in a one-line error with the option, a valid value and the place where it
+    was set."""
     for option, words in WRONG[script]:
         line = refused(MAINS[script], f'--{option}')
         assert line.startswith(f'{script}.py: {option.partition("=")[0]}=') and words in line, line
@@ -140,7 +144,7 @@ ARGUMENTS = {
         ('--=3', '--key=value'),
         ('max_iters=3', '(nearest: --max_iters=3)'),
         ('max-iters=3', '(nearest: --max_iters=3)'),
-        # no config file are scripts, as train.py
+        # scripts such as train.py are not suggested as config files
         (f'{ROOT}/train_.py', '(nearest: config/train_small.py)'),
         ('use_svd', '(nearest: --use_svd=VALUE)'),
         ('--svd_rank 4', '--svd_rank=VALUE')
@@ -161,7 +165,7 @@ ARGUMENTS = {
                     ('typo.py', '(nearest: seed)'), ('unknown.py', 'underscore'),
                     ('latin1.py', 'latin1.py: '), ('null.py', 'null.py')],
     'train places': [
-        ('heads.py', '(nearest: 770) [default]'),  # n_embd = 768 is to blame
+        ('heads.py', '(nearest: 770) [default]'),  # n_embd = 768 is the wrong value
         ('width.py', '(nearest: 12) [width.py]'),
         ('width7.py width.py', '(nearest: 12) [width.py]'),
         ('width.py --n_embd=7', '(nearest: 12) [the command line]'),
@@ -181,6 +185,8 @@ ARGUMENTS = {
 @pytest.mark.parametrize('what', ARGUMENTS)
 def test_wrong_arguments_and_config_files_are_refused_with_their_place_and_the_nearest(
         refused, what):
+    """A wrong argument or config file ends in a one-line error with its place and the nearest valid
+    choice."""
     script = what.split()[0]
     for arguments, words in ARGUMENTS[what]:
         line = refused(MAINS[script], *arguments.split())
@@ -217,14 +223,16 @@ def test_a_switch_may_be_written_bare(arguments, value):
      (b'n_layer = 3\r\nn_embd = 24\r\n', 'n_embd', 24),
      (b'\xef\xbb\xbfn_layer = 3\r\n', 'n_layer', 3)])
 def test_a_config_file_is_python(source, key, value):
-    """It may import modules, define functions, use _underscore helpers, read the values before its
-    own, and come from Windows, with its line ends and byte order mark."""
+    """A config file is Python. It may import modules, define functions, use _underscore helpers and
+    read values set before its own. Line ends and the byte order mark of Windows are allowed."""
     Path('my.py').write_bytes(source if isinstance(source, bytes) else source.encode())
     assert getattr(configuration.load(TrainConfig, ['my.py'])[0], key) == value
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_the_config_files_that_come_along_are_valid(path):
+    """Every file in config/ is valid, and a run from scratch decays its learning rate until its
+    last step."""
     cfg, set_by = configuration.load(TrainConfig, [str(path)])
     assert set(set_by.values()) == {str(path)}
     assert cfg.init_from != 'scratch' or cfg.lr_decay_iters == cfg.max_iters
@@ -240,10 +248,12 @@ CONFIGS = [bench.BenchConfig, compress.CompressConfig, export.ExportConfig, samp
     (train.main, TrainConfig),
     *zip((bench.main, compress.main, export.main, sample.main), CONFIGS, strict=True)])
 def test_help_lists_every_option_with_its_default_and_meaning(call, main, config):
+    """--help lists every option once, with its default, meaning and choices. train.py's help has at
+    most 100 lines of at most 100 characters."""
     result = call(main, '--seed=nonsense', '--help')
     assert result.out == call(main, '-h').out and result.code == 0 and not result.err
     printed, hints = ' '.join(result.out.split()) + ' ', get_type_hints(config, include_extras=True)
-    if main is train.main:                                          # two screens
+    if main is train.main:
         assert len(result.out.splitlines()) <= 100 >= max(map(len, result.out.splitlines()))
     for f in fields(config):
         _, about, *marks = get_args(hints[f.name])
@@ -256,6 +266,8 @@ def test_help_lists_every_option_with_its_default_and_meaning(call, main, config
 
 @pytest.mark.parametrize('config', [*CONFIGS, compare.CompareConfig])
 def test_a_tilde_is_the_home_folder_in_paths_alone(config, monkeypatch):
+    """In options that are paths, '~' stands for the home folder. In other text options it is an
+    ordinary character."""
     monkeypatch.setenv('HOME', '/home/me')
     hints = get_type_hints(config, include_extras=True)
     paths = {
@@ -267,6 +279,8 @@ def test_a_tilde_is_the_home_folder_in_paths_alone(config, monkeypatch):
 
 
 def test_names_and_defaults_are_nanogpts():
+    """Names and defaults of nanoGPT's options are unchanged, except device, dtype and compile,
+    which are 'auto'."""
     nanogpt = dict(out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200,
                    eval_only=False, always_save_checkpoint=True, init_from='scratch',
                    wandb_log=False, wandb_project='owt', wandb_run_name='gpt2',
@@ -277,7 +291,7 @@ def test_names_and_defaults_are_nanogpts():
                    min_lr=6e-5, backend='nccl')
     ours = asdict(TrainConfig())
     assert nanogpt == {key: ours[key] for key in nanogpt}
-    # where it names a machine
+    # nanoGPT's defaults name one kind of machine
     assert [ours[key] for key in ('device', 'dtype', 'compile')] == ['auto'] * 3
 
 
@@ -290,6 +304,7 @@ def test_names_and_defaults_are_nanogpts():
                                          '--out_dir=it\'s "C:\\new"\tgrößer', '--wandb_run_name=\n',
                                          '--weight_decay=1e-300', '--max_iters=1' + '0' * 30]])
 def test_a_dumped_configuration_is_a_config_file_that_gives_it_back(options):
+    """A dumped configuration is a config file that loads to the same configuration."""
     cfg = configuration.load(TrainConfig, options)[0]
     Path('my.py').write_text(configuration.dump(cfg, '# a comment\n'))
     assert configuration.load(TrainConfig, ['my.py'])[0] == cfg

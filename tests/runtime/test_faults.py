@@ -1,4 +1,4 @@
-"""Numbers that go bad, disks that are full, networks that nobody asked for."""
+"""Values that are not finite, full disks and missing networks."""
 
 import copy
 import importlib
@@ -28,10 +28,10 @@ TWO_LAYERS = [*TINY, '--n_layer=2', '--max_iters=8']
 
 
 # --------------------------------------------------------------------------------------------------
-# numbers
+# values that are not finite
 
 def in_step(number, spoil):
-    """Within the block spoil(model) runs before the forward pass of training step `number`."""
+    """Within the block, spoil(model) runs before the forward pass of training step `number`."""
     steps = itertools.count(1)
 
     def look(model):
@@ -68,15 +68,17 @@ SVD = ['--use_svd=True', '--svd_rank=2', '--svd_block=4']
         (poison_gradient('transformer.h.1.mlp.c_fc.weight'),
          'transformer.h.1.mlp.c_fc.weight (its gradient)', ['--optimizer=muon']),
         (overflow('transformer.h.1.mlp.c_fc.weight'), 'transformer.h.1.mlp.c_fc (its output)', []),
-        # 1e37 is a number, its square is not
+        # 1e37 is finite in float32, its square is not
         (overflow('transformer.h.0.mlp.c_proj.weight'), 'transformer.h.1.ln_1 (its output)', []),
         (overflow('transformer.h.0.attn.c_proj.weight'), 'transformer.h.0.ln_2 (its output)', []),
-        # no decomposition
+        # the SVD refuses the values
         *((overflow('transformer.h.1.attn.c_attn.weight'), 'transformer.h.1.attn',
            [*SVD, f'--svd_method={method}', f'--svd_scope={scope}'])
           for method, scope in zip(METHODS, SCOPES))])
 def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named(
         call, spoil, bad, options):
+    """A step with NaN or inf is not taken. The run ends with a one-line error that names the first
+    bad layer, and keeps the last checkpoint."""
     seen = []
 
     def look(model):
@@ -93,7 +95,8 @@ def test_a_step_that_is_not_finite_is_not_taken_and_its_first_bad_layer_is_named
 
 
 def test_weights_that_no_step_has_found_spoilt_are_not_saved(call):
-    """At step 4, whose own loss was fine, by the losses of its evaluation."""
+    """Weights that become NaN in a step with a finite loss are found by the next evaluation, here
+    at step 4, and not saved."""
     bad = 'transformer.ln_f.weight (the parameter)'
 
     def spoil(model):
@@ -107,8 +110,8 @@ def test_weights_that_no_step_has_found_spoilt_are_not_saved(call):
 
 
 def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):
-    """On CUDA the gradient scaler starts too high on purpose: its first overflows are skipped
-    steps, no fault."""
+    """A float16 overflow is a skipped step, not an error. The gradient scaler on CUDA starts too
+    high on purpose."""
     scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 127, backoff_factor=2. ** -99)
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda *_, **__: scaler)     # overflows once
     fit('--max_iters=4')
@@ -119,7 +122,7 @@ def test_float16_overflow_is_the_scalers_business(fit, monkeypatch):
 # disks
 
 def temporary(name):
-    """The file that becomes `name` once this process has written it."""
+    """Return the temporary file that becomes `name` when this process has written it."""
     return Path(f'{name}.{os.getpid()}.tmp')
 
 
@@ -134,6 +137,8 @@ def full_disk(path):
 @pytest.mark.parametrize(
     'path', [temporary('out/ckpt.pt'), Path('out/metrics.jsonl')], ids=['ckpt.pt', 'metrics.jsonl'])
 def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, make, words):
+    """If OUT_DIR stops accepting files during a run, the run ends with a one-line error that names
+    the last checkpoint. If the disk is full the error also gives the command to resume."""
     def stop(model):
         path.unlink(missing_ok=True)
         make(path)
@@ -158,7 +163,7 @@ def test_an_out_dir_that_stops_taking_files_ends_the_run_in_order(call, path, ma
     ids=['checkpoint', 'options', 'evaluation', 'data set'])
 def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, path, options,
                                                            words):
-    """Exit code 1 and one line."""
+    """A full disk ends any command with exit code 1 and a one-line error that asks for space."""
     trained(folder='out' if path.name == 'eval.jsonl' else 'another')
     Path('my.txt').write_text(TEXT)
     path.parent.mkdir(exist_ok=True)
@@ -171,6 +176,7 @@ def test_a_full_disk_is_no_wrong_input_and_says_what_to_do(call, trained, main, 
 
 @needs_full
 def test_a_figure_that_does_not_fit_leaves_the_old_one():
+    """If a figure cannot be written the old one stays."""
     Path('figure.png').write_bytes(b'old')
     full_disk(temporary('figure.png'))
     with pytest.raises(Failure, match='figure.png: .*make room there'):
@@ -187,7 +193,8 @@ def test_a_figure_that_does_not_fit_leaves_the_old_one():
     ('experiments.continual_learning', ['--dataset=none', '--out_dir={}']),
     ('experiments.compression_table', ['--dataset=none', '--out_dir={}'])])
 def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, argv):
-    """Work would begin with a data set that is not there, or a checkpoint that is empty."""
+    """A place that cannot be written ends in a one-line error before the work starts. Otherwise the
+    error would be about the data set, which is missing here, or the checkpoint, which is empty."""
     main, option = importlib.import_module(command).main, argv[-1].strip('-').partition('=')[0]
     Path('file').touch(), Path('out').mkdir(), Path('out/ckpt.pt').touch()
     before = sorted(Path('.').rglob('*'))
@@ -202,7 +209,8 @@ def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, 
 @needs_full
 @pytest.mark.parametrize('module', ['train', 'sample', 'bench', 'compress', 'export'])
 def test_nobody_has_to_listen(module):
-    """A disk that is full: no traceback, and the same exit code."""
+    """A command whose output cannot be written, here because the disk is full, ends with the usual
+    exit code and no traceback."""
     main = importlib.import_module(module).main
     for options, code in ((['--help'], 0), (['--no_such_option'], 2)):
         with open('/dev/full', 'w') as full, redirect_stdout(full), redirect_stderr(full):
@@ -227,7 +235,7 @@ for name, *argv in json.loads(sys.argv[1]):
 @pytest.mark.parametrize(
     'code, commands',
     [
-        (99, [['socket']]),  # socket.socket(): the alarm works
+        (99, [['socket']]),  # socket.socket() ends with 99
         (0,
          [['train', *TINY, '--use_svd=True', '--svd_rank=2', '--optimizer=muon'],
           ['train', '--init_from=resume', '--device=cpu', '--max_iters=6'],
@@ -239,6 +247,8 @@ for name, *argv in json.loads(sys.argv[1]):
           ['compress', '--device=cpu', '--out_dir=plain', '--save_dir=mla'],
           ['example_svd_usage']])])
 def test_no_socket_is_opened_by_anything_on_local_data(code, commands):
+    """No command opens a socket if all data are local. The first case shows that a socket would be
+    noticed."""
     done = subprocess.run(
         [sys.executable, '-c', OFFLINE, json.dumps(commands)], capture_output=True, text=True,
         timeout=250, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})

@@ -1,5 +1,5 @@
-"""Checkpoints and exports of earlier versions (tests/fixtures/make.py) go on being read: same loss,
-and training goes on."""
+"""Checkpoints and exports of earlier versions, made by tests/fixtures/make.py, can still be loaded,
+with the same loss, and trained further."""
 
 import shutil
 
@@ -31,6 +31,7 @@ def loss_of(call, *options):
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_has_its_loss_and_goes_on(call, name):
+    """A run of an earlier version has its recorded loss, resumes and gives samples."""
     steps, trained = checkpoint(name)['iter_num'], rows(name)[-1]['val/loss']
     resumed = ['--init_from=resume', f'--out_dir={name}', '--device=cpu']
     assert call(train.main, *resumed, '--eval_only=True').code == 0
@@ -50,11 +51,12 @@ def test_the_adaptive_run_is_in_low_rank_mode_and_stays_there(call):
 
 
 def test_a_stopped_run_goes_on_from_last_pt(call):
+    """A run that was stopped by Ctrl-C resumes from last.pt, not from the older ckpt.pt."""
     best, before = checkpoint('last')['iter_num'], rows('last')
     result = call(train.main, '--init_from=resume', '--out_dir=last', '--device=cpu',
                   '--max_iters=13')
     assert result.code == 0, result.err
-    # from ckpt.pt, of step 10, steps 11 and 12 would be taken again: other times in their rows
+    # a resume from ckpt.pt, of step 10, would repeat steps 11 and 12 with other times in the rows
     assert best == 10 and rows('last')[:len(before)] == before and rows('last')[-1]['iter'] == 13
 
 
@@ -65,6 +67,8 @@ def test_an_export_has_the_loss_of_its_run(call, name):
 
 
 def test_adapters_have_the_loss_of_their_run(call):
+    """Exported adapters on their base have the recorded loss. Without a base they end in a one-line
+    error."""
     loss = loss_of(call, '--init_from=plain', '--lora_adapter=export_lora')
     assert loss == pytest.approx(rows('lora')[-1]['val/loss'], rel=1e-5)
     refused = call(train.main, '--init_from=export_lora', '--dataset=toy', '--device=cpu')

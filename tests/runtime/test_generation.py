@@ -1,4 +1,4 @@
-"""runtime/generation.py: which tokens can come and how often, and options at their limits."""
+"""runtime/generation.py: which tokens can be drawn and how often, and options at their limits."""
 
 import math
 
@@ -8,14 +8,14 @@ import torch
 from runtime.generation import sample_token, validate_sampling
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-P = torch.tensor([.2, .3, .1, .4])                                  # in order: 3, 1, 0, 2
+P = torch.tensor([.2, .3, .1, .4])                                  # likeliest first: 3, 1, 0, 2
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = [dict(temperature=0), dict(top_k=1), dict(temperature=1e-300), {}, dict(temperature=100.),
            dict(top_k=2), dict(top_p=.9), dict(top_k=2, top_p=.9)]
 
 
 def drawn(logits, count=1000, **options):
-    """How often each id comes in `count` draws from a row of logits: (vocab)."""
+    """Return how often each id occurs in `count` draws from a row of logits: (vocab)."""
     generator = torch.Generator(logits.device).manual_seed(0)
     ids = sample_token(logits.expand(count, -1), generator=generator, **options)
     assert ids.shape == (count, 1) and ids.dtype == torch.int64
@@ -23,9 +23,10 @@ def drawn(logits, count=1000, **options):
 
 
 def assert_follows(counts, p):
-    """Chi-squared against p, in proportion to probabilities: at most what 1 in 10,000 samples
-    exceeds, about dof + 5 sqrt(2 dof) for the few degrees of freedom here; where p is 0 nothing may
-    come."""
+    """Check counts against p, which is proportional to probabilities, by a chi-squared test.
+
+    Only 1 in 10,000 samples exceeds the bound, about dof + 5 sqrt(2 dof) for the few degrees of
+    freedom (dof) here. Ids with p = 0 must not occur."""
     expected = torch.as_tensor(p, dtype=torch.float64) * counts.sum() / sum(p)
     dof = (expected > 0).sum().item() - 1
     assert (counts[expected == 0] == 0).all()
@@ -33,7 +34,7 @@ def assert_follows(counts, p):
 
 
 # --------------------------------------------------------------------------------------------------
-# how often, and which
+# which tokens are drawn, and how often
 
 
 @pytest.mark.any_device
@@ -46,6 +47,8 @@ def assert_follows(counts, p):
      (torch.float32, dict(top_p=.6), [0, .3, 0, .4]),
      (torch.float32, dict(temperature=2., top_k=3, top_p=.6), [0, .3 ** .5, 0, .4 ** .5])], ids=str)
 def test_draws_follow_the_softmax_of_what_is_left(device, dtype, options, p):
+    """Draws follow softmax(logits / temperature) over the tokens that top_k and top_p keep, by a
+    chi-squared test."""
     dtype = torch.float32 if (device, dtype) == ('mps', torch.float64) else dtype
     assert_follows(drawn(P.log().to(device, dtype), 20000, **options), p)
 
@@ -60,11 +63,14 @@ def test_draws_follow_the_softmax_of_what_is_left(device, dtype, options, p):
     (dict(top_k=2, top_p=.52, temperature=9.), {3, 1}),
     (dict(top_p=.39, temperature=9.), {3, 1})], ids=str)
 def test_top_k_counts_after_the_temperature_and_top_p_after_both(device, options, left):
+    """top_k and top_p keep exactly the expected tokens. top_p applies after top_k and the
+    temperature."""
     assert set(drawn(P.log().to(device), **options).nonzero()[:, 0].tolist()) == left
 
 
 def test_of_equally_likely_tokens_top_k_leaves_all_and_top_p_as_many_as_it_needs():
-    """The first is nanoGPT's definition."""
+    """If tokens are equally likely, top_k keeps all of them, as in nanoGPT, and top_p keeps no more
+    than it needs."""
     assert drawn(torch.tensor([1., 2, 1, 0, 1]), top_k=2).nonzero()[:, 0].tolist() == [0, 1, 2, 4]
     assert drawn(torch.zeros(8), top_p=.5).count_nonzero() == 4
     counts = drawn(torch.tensor([1., 0, 0, 0, 0]), top_p=.6)        # .40, .15, .15, ...
@@ -73,6 +79,7 @@ def test_of_equally_likely_tokens_top_k_leaves_all_and_top_p_as_many_as_it_needs
 
 @pytest.mark.any_device
 def test_rows_are_drawn_each_from_its_own_logits_which_stay_as_they_are(device):
+    """Each row is drawn from its own logits, which are not modified."""
     rows = [[0., 9, 0], [9, 0, 0], [0, 0, 9]]
     logits = torch.tensor(rows, device=device)
     for options in (dict(temperature=0), dict(temperature=.01), dict(top_k=1), dict(top_p=.5)):
@@ -82,11 +89,12 @@ def test_rows_are_drawn_each_from_its_own_logits_which_stay_as_they_are(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# ends of ranges
+# options at their limits
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('scale', [1, 1e-4, 1e4])
 def test_a_temperature_or_top_p_of_nearly_nothing_is_the_likeliest(dtype, scale):
+    """A temperature or top_p near zero gives the likeliest token, down to the smallest float64."""
     logits = (torch.tensor([1., 3, 2, -6]) * scale).to(dtype)
     for tiny in (5e-324, 1e-300, 1e-45, 1e-40, 1e-37):
         for options in (dict(temperature=tiny), dict(temperature=tiny, top_k=2, top_p=.5),
@@ -118,6 +126,8 @@ def test_at_a_huge_temperature_all_that_is_left_is_equally_likely(logits, temper
     torch.tensor([1 + 1e-12, 1, 1], dtype=torch.float64)
 ], ids=lambda x: f'{x.dtype}, {x[0]:.0e}')
 def test_huge_logits_and_those_that_float32_does_not_tell_apart(logits):
+    """Logits near the limits of their dtype, and float64 logits that float32 cannot tell apart,
+    give the likeliest token."""
     for options in OPTIONS if logits[0].abs() > 2 else OPTIONS[:2]:
         assert drawn(logits, 20, **options).tolist() == [20, 0, 0]
 
@@ -125,7 +135,8 @@ def test_huge_logits_and_those_that_float32_does_not_tell_apart(logits):
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
 def test_logits_that_are_not_finite_are_refused(value, dtype):
-    """In any row, and also where it would not be the likeliest."""
+    """NaN or inf in the logits raises FloatingPointError, in any row and even for an unlikely
+    token."""
     logits = torch.zeros(3, 4).to(dtype)
     logits[1, 2] = value
     for options in OPTIONS:
@@ -139,6 +150,7 @@ def test_logits_that_are_not_finite_are_refused(value, dtype):
     *(('top_p', value, .01) for value in (0., -.5, math.nan)),
     ('top_p', 1.0001, 1.), ('top_p', math.inf, 1.)])
 def test_options_that_cannot_be_are_refused_with_the_nearest(name, value, nearest):
+    """An invalid option raises a ValueError that names the nearest valid value."""
     right = dict(temperature=1e300, top_k=None, top_p=None)
     with pytest.raises(ValueError, match=f'^{name}={value}: .*nearest: {nearest}\\)$'):
         validate_sampling(**right | {name: value})

@@ -1,5 +1,5 @@
-"""Models in Hugging Face's GPT-2 format against transformers, both ways; what is refused;
-export.py."""
+"""Models in Hugging Face's GPT-2 format, compared with transformers in both directions. Also
+damaged folders and export.py."""
 
 import copy
 import json
@@ -28,14 +28,14 @@ from tools.export_formats import NANOGPT_CONFIG, to_gpt2, to_safetensors
 
 pytestmark = [pytest.mark.usefixtures('one_thread', 'hub'), pytest.mark.filterwarnings('ignore')]
 SMALL = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
-CHARS = '\n abcdefghi'                                              # as many as SMALL has ids
+CHARS = '\n abcdefghi'                                              # one per id of SMALL
 SAMPLE = ('--device=cpu', '--num_samples=1', '--max_new_tokens=3')
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, hf):
-    """The Hugging Face cache is an empty folder, and the hub out of reach -> where the cache keeps
-    'gpt2'."""
+    """Make the Hugging Face cache an empty folder and the hub unreachable, and return the cache
+    folder of 'gpt2'."""
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
@@ -46,12 +46,12 @@ def hub(tmp_path, monkeypatch, hf):
 
 @pytest.fixture(scope='module')
 def hf():
-    """transformers, which takes seconds to load."""
+    """The transformers package, which takes seconds to import."""
     return pytest.importorskip('transformers')
 
 
 def make(**config):
-    """A small float32 model with every parameter well away from its initial value."""
+    """Return a small float32 model with every parameter far from its initial value."""
     return helpers.make(dtype=torch.float32, **dict(svd_block=GPTConfig.svd_block) | config)
 
 
@@ -64,15 +64,15 @@ def char_meta(chars):
 
 
 def write(folder, model, meta=None, to=to_gpt2):
-    """The model in Hugging Face's format -> the folder, as text."""
+    """Write the model in Hugging Face's format and return the folder as text."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     to(Path(folder), copy.deepcopy(model), {}, meta, [])
     return str(folder)
 
 
 def assert_same_logits(ours, theirs):
-    """In float64, to which both are converted: far nearer than with another gelu or order of
-    weights."""
+    """Compare logits in float64. Another gelu or order of weights would differ far more than the
+    bound."""
     idx = tokens(ours.config)
     with torch.no_grad():
         a, b = ours.double()(idx, idx)[0], theirs.eval().double()(idx).logits
@@ -91,6 +91,8 @@ def assert_same_logits(ours, theirs):
 ], ids=range(4))
 def test_transformers_computes_and_generates_the_same_and_what_it_saves_is_read(
         hf, tmp_path, shape):
+    """transformers loads an exported model with the same logits and greedy tokens. What it saves,
+    also in several shards, gives the same weights here."""
     model = make(**shape)
     theirs, report = hf.GPT2LMHeadModel.from_pretrained(write(tmp_path / 'a', model),
                                                         output_loading_info=True)
@@ -111,12 +113,14 @@ def test_transformers_computes_and_generates_the_same_and_what_it_saves_is_read(
 
 def test_a_model_that_transformers_makes_is_read_with_biases_unless_a_mark_says_that_all_are_0(
         hf, tmp_path):
+    """A model made by transformers loads here, without biases if they are all zero and its config
+    has bias=False."""
     theirs = hf.GPT2LMHeadModel(
         hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, bias=False))
     theirs.save_pretrained(tmp_path)
     expected = GPTConfig(**SMALL, gelu='tanh', dropout=.1, bias=False)
     assert GPT.from_pretrained(str(tmp_path)).config == expected
-    theirs.transformer.h[1].mlp.c_fc.bias.data[3] = 1               # trained there, with all biases
+    theirs.transformer.h[1].mlp.c_fc.bias.data[3] = 1               # as after training there
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(tmp_path)).eval()
     assert ours.config.bias is True
@@ -131,6 +135,8 @@ def test_a_model_that_transformers_makes_is_read_with_biases_unless_a_mark_says_
        for options in (dict(svd_rank=None), dict(svd_rank=4), dict(svd_rank=4, svd_scope='causal'),
                        dict(svd_rank=4, svd_scope='weight')))])
 def test_what_is_written_is_float32_without_an_svd_that_changes_nothing(tmp_path, options, dtype):
+    """An export is float32 whatever the model's dtype, and an SVD that truncates nothing is left
+    out."""
     model = make(**options).to(dtype)
     read = GPT.from_pretrained(write(tmp_path, model))
     assert read.config == GPTConfig(**SMALL)
@@ -139,6 +145,8 @@ def test_what_is_written_is_float32_without_an_svd_that_changes_nothing(tmp_path
 
 @pytest.mark.parametrize('method', METHODS)
 def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
+    """An export contains the SVD of 'weight' scope in its weights, so transformers gives the same
+    logits."""
     model = make(use_svd=True, svd_rank=2, svd_scope='weight', svd_method=method).double()
     assert_same_logits(
         model, hf.GPT2LMHeadModel.from_pretrained(write(tmp_path, model), dtype=torch.float64))
@@ -152,11 +160,13 @@ def test_weight_scope_becomes_part_of_the_weights(hf, tmp_path, method):
 # names
 
 def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good):
+    """A name such as 'gpt2' means a folder here if there is one, and otherwise the model in the
+    Hugging Face cache."""
     model, commit = make(gelu='tanh', dropout=.3), '0123456789' * 4
     write(hub / 'snapshots' / commit, model)
     (hub / 'refs').mkdir()
     (hub / 'refs' / 'main').write_text(commit)
-    for overrides, dropout in (({}, 0), (dict(dropout=.1), .1)):    # as in nanoGPT
+    for overrides, dropout in (({}, 0), (dict(dropout=.1), .1)):    # 0 as in nanoGPT
         read = GPT.from_pretrained('gpt2', overrides)
         assert read.config == GPTConfig(**SMALL, gelu='tanh', dropout=dropout)
         assert equal(read.state_dict(), model.state_dict())
@@ -176,6 +186,8 @@ def test_a_name_is_a_folder_here_or_found_in_the_cache(hub, good):
         ('gpt2', dict(gelu='exact'), 'gelu')])
 def test_what_has_no_weights_or_another_shape_is_refused(tmp_path, monkeypatch, name, overrides,
                                                          words):
+    """An unknown name, a missing model, and an option that contradicts the model's shape raise a
+    one-line ValueError."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='^.*$') as e:              # one line
         GPT.from_pretrained(name, overrides)
@@ -185,6 +197,7 @@ def test_what_has_no_weights_or_another_shape_is_refused(tmp_path, monkeypatch, 
 @pytest.mark.parametrize('package, name', [('safetensors', 'own'), ('transformers', 'good'),
                                            ('transformers', 'gpt2')])
 def test_a_missing_package_is_named(good, monkeypatch, package, name):
+    """If a package is missing the error gives the pip command."""
     write('own', make(), to=to_safetensors)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"^init_from='{name}': .*: pip install {package}$"):
@@ -196,7 +209,7 @@ def test_a_missing_package_is_named(good, monkeypatch, package, name):
 
 @pytest.fixture
 def good(tmp_path, monkeypatch):
-    """A folder 'good' in an empty working directory."""
+    """A valid folder 'good' in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     write('good', make(), char_meta(CHARS))
     return Path('good')
@@ -204,7 +217,7 @@ def good(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bad(refused):
-    """bad(words): sampling from 'good' is refused in a line with `words`."""
+    """bad(words): sampling from 'good' ends in a one-line error with `words`."""
     def bad(words):
         line = refused(sample.main, *SAMPLE, '--init_from=good')
         assert line.startswith("sample.py: init_from='good': ") and words in line and len(
@@ -215,6 +228,8 @@ def bad(refused):
 @pytest.mark.parametrize('stride', [199, pytest.param(11, marks=pytest.mark.slow)])
 def test_weights_cut_off_anywhere_or_with_a_flipped_bit_in_the_header_are_refused_or_the_same(
         good, stride):
+    """A truncated file of weights or a flipped bit in its header raises a ValueError, or the
+    weights are unchanged."""
     path = good / 'model.safetensors'
     content = path.read_bytes()
     places = range(0, 8 + int.from_bytes(content[:8], 'little'), stride)
@@ -244,6 +259,8 @@ NAMED = ('n_inner', 'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_i
         None, dict(vocab=[['a', 0.1]]), dict(vocab={'ab': 0}),
         dict(vocab={'a': 0}, merges=[]))], '')])
 def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, words):
+    """A damaged config.json or tokenizer.json, or one of another architecture, ends in a one-line
+    error."""
     before = json.loads((good / name).read_text())
     for change in changes:
         content = change if isinstance(change, bytes) else json.dumps(before | change).encode()
@@ -252,13 +269,15 @@ def test_a_damaged_or_foreign_json_file_is_refused(good, bad, name, changes, wor
 
 
 def test_what_changes_nothing_in_a_folder_is_read(good):
+    """Config entries without effect, a tied head that is stored twice, and the names in OpenAI's
+    files do not prevent loading."""
     config = json.loads((good / 'config.json').read_text())
     state = {name: w.clone() for name, w in load_file(good / 'model.safetensors').items()}
     (good / 'config.json').write_text(
         json.dumps(config | dict(n_inner=32, reorder_and_upcast_attn=True, attn_pdrop=.5,
                                  activation_function='gelu_pytorch_tanh', summary_type='mean')))
     assert GPT.from_pretrained('good').config == make(gelu='tanh').config
-    # a head that is equal; names without a prefix and the buffers of OpenAI's files
+    # an equal head stored separately; OpenAI's files have no name prefix and extra buffers
     openai = {name.removeprefix('transformer.'): w for name, w in state.items()} | {
         'h.0.attn.bias': torch.ones(1, 1, 16, 16), 'h.0.attn.masked_bias': -torch.ones(1)}
     for tied, weights in ((False, state | {'lm_head.weight': state[W].clone()}), (True, openai)):
@@ -282,6 +301,8 @@ SPOILS = {
 
 @pytest.mark.parametrize('spoil, words', SPOILS.values(), ids=SPOILS)
 def test_weights_that_do_not_fit_are_refused(good, bad, spoil, words):
+    """Weights with missing, unknown or wrongly shaped tensors end in a one-line error that names
+    the tensor."""
     state = {name: w.clone() for name, w in load_file(good / 'model.safetensors').items()}
     spoil(state)
     (good / 'model.safetensors').write_bytes(save(state))
@@ -289,6 +310,8 @@ def test_weights_that_do_not_fit_are_refused(good, bad, spoil, words):
 
 
 def test_missing_and_foreign_files_are_refused(hf, good, bad):
+    """A missing file, a pickle of weights or an untied head ends in a one-line error. Pickles are
+    never read."""
     config = hf.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16,
                            tie_word_embeddings=False)
     hf.GPT2LMHeadModel(config).save_pretrained('good')
@@ -322,6 +345,8 @@ TEXTS = [
         st.sampled_from(HARD) | st.characters(exclude_categories=['Cs']), min_size=1, max_size=40))
 def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(
         hf, tmp_path_factory, data, chars):
+    """An exported character vocabulary encodes and decodes in transformers as it does here, for any
+    characters, and can be read back."""
     meta, folder = char_meta(sorted(chars)), tmp_path_factory.mktemp('chars')
     (folder / 'config.json').write_text('{"model_type": "gpt2"}')
     huggingface.write_tokenizer(folder, meta, 16)
@@ -335,7 +360,9 @@ def test_a_vocabulary_of_characters_encodes_and_decodes_as_in_transformers(
 
 
 def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, bad, monkeypatch):
-    """An encoding with a few real merges stands for GPT-2's, which is a download."""
+    """An exported BPE encodes in transformers as in tiktoken. Sampling from an export with another
+    BPE than GPT-2's ends in a one-line error. An encoding with a few real merges stands in for
+    GPT-2's, which would need a download."""
     tiktoken = pytest.importorskip('tiktoken')
     merged = [
         b'th', b'the', b' t', b' the', b'an', b'and', b' a', b' and', b'\xf0\x9f', b'\xf0\x9f\x99',
@@ -357,6 +384,8 @@ def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, b
 
 def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_file(
         good, bad, call, byte_bpe):
+    """A tokenizer that does not match the model's vocabulary size, or no tokenizer, ends in a
+    one-line error. A vocabulary of 50,257 tokens means GPT-2's tokenizer and needs no file."""
     write('good', make(vocab_size=5), char_meta(CHARS))
     bad('its tokenizer has 11 token ids, its model 5')
     (good / 'tokenizer.json').unlink()
@@ -369,6 +398,8 @@ def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_fil
 # train.py and export.py
 
 def test_training_goes_on_from_a_folder_in_its_tokens(trained, call, refused):
+    """train.py can start from an exported folder and its tokenizer. A data set with another
+    tokenizer, or another gelu, ends in a one-line error."""
     trained('--gelu=tanh', '--dropout=.1')
     assert call(export.main, '--out_dir=out', '--save_dir=mine').code == 0
     data, options = ('--dataset=toy', '--device=cpu'), ('--max_iters=2', '--eval_iters=1',
@@ -381,10 +412,11 @@ def test_training_goes_on_from_a_folder_in_its_tokens(trained, call, refused):
 
 
 def test_a_run_is_exported_for_transformers_into_an_empty_folder(hf, trained, call, monkeypatch):
-    """What is beside it stays: whoever has folders named like those of a killed export may need
-    them."""
+    """An export runs in transformers and here, with the text that the run itself generates. It may
+    go to an existing empty folder. Folders beside it stay, even if their names look like leftovers
+    of a killed export."""
     trained()
-    # beyond any process number
+    # larger than any process id
     others = ['mine.4194305.tmp', '.mine.4194305.tmp', 'other.4194305.tmp']
     for name in ('mine', *others):
         Path(name).mkdir()
@@ -402,13 +434,15 @@ def test_a_run_is_exported_for_transformers_into_an_empty_folder(hf, trained, ca
     assert call(export.main, '--to=safetensors', '--save_dir=own').code == 0
     for name in ('mine', 'out', 'own'):
         if name != 'mine':
-            monkeypatch.setitem(sys.modules, 'transformers', None)  # only its own format needs it
+            monkeypatch.setitem(sys.modules, 'transformers', None)  # only 'mine' needs it
         result = call(sample.main, *SAMPLE, f'--init_from={name}', '--start=the cat',
                       '--temperature=0')
         assert result.out.startswith(f'{name}; SVD on V off\n{text}\n')
 
 
 def test_a_run_is_exported_for_nanogpt(trained, call):
+    """An export for nanoGPT has its checkpoint keys, its options, its order of optimizer states and
+    a meta.pkl."""
     trained()
     result = call(export.main, '--out_dir=out', '--to=nanogpt', '--save_dir=nano/gpt')
     assert result.code == 0 and 'data/toy/meta.pkl' in result.out and 'left out' not in result.out
@@ -417,7 +451,7 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
     assert equal(saved['model'], own['model'])
     assert (saved['iter_num'], saved['best_val_loss']) == (4, float(own['best_val_loss']))
     assert set(saved['config']) == set(NANOGPT_CONFIG) and saved['config']['dataset'] == 'toy'
-    # in nanoGPT's order: first what decays
+    # in nanoGPT's order: parameters with weight decay come first
     shapes = [
         p.shape for p in sorted(GPT.from_checkpoint(saved).parameters(), key=lambda p: p.dim() < 2)]
     states = [saved['optimizer']['state'][i] for i in range(len(shapes))]
@@ -435,6 +469,8 @@ def test_a_run_is_exported_for_nanogpt(trained, call):
      ('nanogpt', ('--optimizer=muon', ), 'Muon')])
 def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(
         trained, call, to, options, words):
+    """export.py says what it leaves out because the format cannot store it, and the logits are
+    bit-identical."""
     trained(*options)
     result = call(export.main, f'--to={to}')
     assert result.code == 0 and words in result.out
@@ -449,7 +485,8 @@ def test_what_a_format_cannot_say_of_a_run_is_left_out_and_that_is_said(
                                                     (17, dict(config=dict(dataset='gone')), None)])
 def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, vocab_size, extra,
                                                     end):
-    """GPT-2's without tiktoken, and that of nanoGPT's checkpoint without its data."""
+    """An export without its tokenizer says so. GPT-2's needs tiktoken, and the one of a nanoGPT
+    checkpoint needs its data set."""
     download.gpt2_encoding.cache_clear()
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
     Path('out').mkdir()
@@ -475,6 +512,8 @@ def test_a_tokenizer_that_cannot_be_had_is_left_out(here, call, monkeypatch, voc
                                ('--too=gpt2', '--to'), ('gpt2', '--help')])])
 def test_what_cannot_be_exported_is_refused_and_nothing_written(trained, refused, options, argument,
                                                                 words):
+    """What cannot be exported ends in a one-line error with a valid choice, and nothing is
+    written."""
     trained(*options)
     Path('file').touch(), Path('link').symlink_to('nowhere')
     before = folder_bytes('.')
@@ -486,7 +525,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(trained, refused
 @pytest.mark.parametrize('error, code', [(OSError(28, 'full'), 1), (KeyboardInterrupt(), 130)])
 @pytest.mark.parametrize('to, flushes', [('gpt2', 2), ('gpt2', 5), ('nanogpt', 4)])
 def test_a_full_disk_or_ctrl_c_leaves_nothing(trained, call, monkeypatch, to, flushes, error, code):
-    """Two flushes to disk are of the trial before the work, and each file has two."""
+    """A full disk or Ctrl-C during an export leaves no file. The first two flushes belong to a
+    trial write before the work starts, and each file has two."""
     trained()
     before = folder_bytes('.')
     monkeypatch.setattr(os, 'fsync', mock.Mock(side_effect=[None] * flushes + [error]))

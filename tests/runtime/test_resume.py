@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was never stopped, to the last bit."""
+"""A run that was stopped and resumed is bit-identical to the run that was never stopped."""
 
 import os
 import random
@@ -26,7 +26,7 @@ SVD = '--use_svd=True --svd_rank=2 --svd_block=4 --svd_scope='
 
 
 def random_features(seed):
-    """A point of the grid of all features."""
+    """Return options drawn from the grid of all features."""
     values = dict(warmup_iters=(0, 2, 2000), eval_interval=(1, 3, 5, 12), log_interval=(1, 2, 4),
                   dropout=(0, .1, .5), gradient_accumulation_steps=(1, 2, 4),
                   optimizer=('adamw', 'muon'), grad_clip=(0, .1, 1), n_layer=(1, 2, 3),
@@ -49,9 +49,8 @@ FEATURES = [
     f'{SVD}causal --svd_method=standard',
     f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {SVD}weight --svd_method=gram'
 ]
-# not 3: its loss at the stop, off the grid of evaluations, is the best one, which ckpt.pt then
-# keeps
-# inductor draws other masks
+# seed 3 is left out: its extra evaluation at the stop has the best loss, so ckpt.pt keeps that step
+# compile=True: inductor draws other dropout masks than eager PyTorch
 SLOW = [
     *map(random_features, (0, 1, 2, 4)), '--compile=True --dropout=.2',
     *(f'--dropout=.1 --optimizer=muon {SVD}{scope} --svd_method={method} --svd_basis_grad={grad}'
@@ -62,20 +61,20 @@ SLOW = [
 
 
 def resume(call, *options, code=0):
-    """What a resume of out/ prints; it ends with the exit code `code`."""
+    """Resume out/, check the exit code, and return what is printed."""
     result = call(train.main, *RESUME, *options)
     assert result.code == code, result.err
     return result.out
 
 
 # --------------------------------------------------------------------------------------------------
-# stops and resumes
+# stopping and resuming
 
 @pytest.mark.parametrize('options', [*FEATURES[:3], *map(slow, FEATURES[3:] + SLOW)])
 def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
-    """Stopped by a small max_iters, which evaluates and ends in order, then by Ctrl-C. Checkpoint
-    (parameters, optimizer, best loss, random states, data order) and metrics are equal at the
-    end."""
+    """A run stopped twice and resumed ends with the checkpoint and the metrics of the uninterrupted
+    run. The first stop is a small max_iters, which ends the run with an evaluation. The second is
+    Ctrl-C."""
     options = [*RUN, *options.split()]
     fit(*options, '--out_dir=whole')
     first, second = sorted(random.Random(str(options)).sample(range(1, STEPS), 2))
@@ -88,8 +87,8 @@ def test_a_resumed_run_is_the_undisturbed_one(fit, call, monkeypatch, options):
 
 
 def test_what_a_killed_run_left_behind_goes(trained, call):
-    """Metrics of steps after the last checkpoint, the half line that was being written, and
-    temporary files."""
+    """A resume removes what a killed run left behind: metrics of steps after the last checkpoint, a
+    half written line and the run's temporary files. Other files stay."""
     trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     os.truncate('out/metrics.jsonl', Path('out/metrics.jsonl').stat().st_size - 7)
     with open('out/metrics.jsonl', 'a') as f:
@@ -102,7 +101,8 @@ def test_what_a_killed_run_left_behind_goes(trained, call):
 
 
 def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained, call):
-    """Options of the optimizer, and another eval_interval, which loses no evaluation."""
+    """Options on the command line replace those of the checkpoint. Earlier evaluations stay if
+    eval_interval changes."""
     trained(*RUN, '--max_iters=8')
     resume(call, f'--max_iters={STEPS}', '--eval_interval=5', '--weight_decay=.5', '--beta2=.5')
     assert [row['iter'] for row in rows() if 'train/loss' in row] == [0, 4, 8, 10, 13]
@@ -117,11 +117,13 @@ def test_what_a_resumed_run_asks_for_counts_not_what_the_checkpoint_says(trained
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143),
                                           (signal.SIGHUP, 129)])
 def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
+    """SIGINT, SIGTERM and SIGHUP end the run after the current step, with a checkpoint and a curve.
+    The printed command resumes it."""
     interrupt(monkeypatch, 3, number)
     result = call(train.main, *TINY, '--eval_interval=100', "--out_dir=it's mine")
     assert result.code == code and checkpoint("it's mine")['iter_num'] == 3
     assert number.name in result.err.splitlines()[-1] and Path("it's mine/curves.png").exists()
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)     # as it was
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)     # restored
     advice = shlex.split(result.out.rpartition('to go on: ')[2])
     assert call(train.main, *advice, '--device=cpu', '--max_iters=3').code == 0
 
@@ -130,6 +132,7 @@ def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
                                                  (signal.SIGINT, 130, False)])
 def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not(call, monkeypatch, number, code,
                                                              saved):
+    """A second SIGTERM waits for the checkpoint, and a second Ctrl-C ends the run at once."""
     interrupt(monkeypatch, 1, number)
     interrupt(monkeypatch, 1, number)
     assert call(train.main, *TINY).code == code
@@ -137,8 +140,8 @@ def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not(call, monkeypatch, 
 
 
 def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(trained, call, monkeypatch):
-    """The signal comes within the evaluation of step 8; one in the step before an evaluation does
-    not wait for it."""
+    """A signal ends an evaluation at once, and the resumed run repeats it. A signal in the step
+    before an evaluation ends the run without it."""
     trained(*RUN, folder='whole')
     modes = []
 
@@ -158,6 +161,7 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(trained, 
 
 
 def test_nohup_stays_in_force(fit, monkeypatch):
+    """A run that was started with nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupt(monkeypatch, 3, signal.SIGHUP)
     fit()
@@ -166,7 +170,8 @@ def test_nohup_stays_in_force(fit, monkeypatch):
 
 
 def test_before_training_and_after_it_a_signal_ends_at_once(call):
-    """While the data set is prepared, and while the closing sample is drawn."""
+    """A signal ends the run at once while the data set is prepared and while the closing sample is
+    drawn."""
     Path('data/slow').mkdir()
     Path('data/slow/prepare.py').write_text(
         f'import os, time\nos.kill({os.getpid()}, {signal.SIGTERM:d})\ntime.sleep(.2)')
@@ -183,11 +188,11 @@ def test_before_training_and_after_it_a_signal_ends_at_once(call):
 @pytest.mark.slow
 def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(
         endless, refused, monkeypatch):
-    """A whole process, and a signal from outside. `2>&1 | tee log`, and Ctrl-C ends tee first:
-    nobody reads what the run says, and it saves all the same."""
+    """A second run into the same folder ends in a one-line error. A run saves on Ctrl-C even if
+    nothing reads its output any more, as with `2>&1 | tee log`, where Ctrl-C ends tee first."""
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     process = endless([sys.executable, str(ROOT / 'train.py')])
-    assert process.stdout.readline().startswith('model: ')          # at once: the run has no end
+    assert process.stdout.readline().startswith('model: ')          # it is not buffered
     assert 'out_dir=' in refused(train.main, *TINY)
     process.stdout.close(), process.stderr.close()
     process.send_signal(signal.SIGINT)
@@ -196,11 +201,11 @@ def test_two_runs_do_not_share_a_folder_and_a_run_outlives_its_readers(
 
 
 # --------------------------------------------------------------------------------------------------
-# which checkpoint is kept, and which one counts
+# ckpt.pt and last.pt
 
 def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, monkeypatch):
-    """always_save_checkpoint=False: ckpt.pt is the best, so the state goes to last.pt, from which a
-    resume goes on."""
+    """With always_save_checkpoint=False an interrupted run keeps the best model in ckpt.pt and
+    saves its state to last.pt, from which it resumes."""
     trained(*RUN, folder='whole'), trained(*RUN, '--max_iters=6')
     change(best_val_loss=0.)
     with monkeypatch.context() as patch:
@@ -213,8 +218,9 @@ def test_the_best_checkpoint_is_kept_when_a_run_is_interrupted(trained, call, mo
 
 
 def test_a_run_that_never_improves_has_a_ckpt_pt_all_the_same(trained):
+    """A run whose loss never improves has the checkpoint of step 0."""
     trained('--always_save_checkpoint=False', '--learning_rate=1', '--decay_lr=False')
-    assert checkpoint()['best_val_loss'] == rows()[0]['val/loss']    # of the evaluation at step 0
+    assert checkpoint()['best_val_loss'] == rows()[0]['val/loss']    # at step 0
 
 
 def test_a_resume_goes_on_from_the_later_of_ckpt_pt_and_last_pt(trained, call, refused):
@@ -230,6 +236,7 @@ def test_a_resume_goes_on_from_the_later_of_ckpt_pt_and_last_pt(trained, call, r
 
 
 def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(trained, fit):
+    """A new run moves the old run aside together with its last.pt."""
     os.rename(trained() / 'ckpt.pt', 'out/last.pt')
     os.remove('out/metrics.jsonl')
     fit('--eval_interval=100', '--always_save_checkpoint=False')
@@ -238,7 +245,7 @@ def test_a_stale_last_pt_belongs_to_the_run_that_is_moved_aside(trained, fit):
 
 
 # --------------------------------------------------------------------------------------------------
-# advice and leftovers
+# corrections in error messages
 
 HERE = "--out_dir=it's my run"
 
@@ -256,6 +263,8 @@ HERE = "--out_dir=it's my run"
      (export.main, ['--out_dir=none'], ''),
      (compare.main, [*TINY, f'--sweep={HERE[10:]}/', '--dry_run'], '--sweep=')])
 def test_advice_works_when_it_is_pasted(trained, call, refused, main, argv, option):
+    """The correction in an error message works when it is pasted into the command, even for folder
+    names with quotes and spaces."""
     folder = trained(*RUN, '--optimizer=muon', '--max_iters=2', folder=HERE[10:])
     Path('file').touch(), Path(f'{folder}-2/file').mkdir(parents=True)
     Path('mine').mkdir(), Path('mine/config.py').touch()

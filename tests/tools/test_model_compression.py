@@ -1,4 +1,4 @@
-"""Low-rank layers and MLA in a model, each as good as linear algebra allows."""
+"""Low-rank layers and MLA in a model have the least error that linear algebra allows."""
 
 import copy
 import math
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def windows(toy):
-    """windows(tokens, device) of the training split."""
+    """windows(tokens, device) returns calibration windows of the training split."""
     return lambda tokens=512, device='cpu': layers.calibration_windows(
         Dataset(toy), tokens, 16, 1337, device)
 
 
 def random_model(dtype=torch.float32, device='cpu', **options):
-    """Weights and biases of a size that makes every one of them count. MPS has no float64."""
+    """Return a model whose weights and biases are large enough that each affects the logits."""
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=17) | options))
@@ -38,7 +38,7 @@ def random_model(dtype=torch.float32, device='cpu', **options):
 
 
 def reloaded(model, **changes):
-    """The model that its configuration, with these changes, and its weights make."""
+    """Return a new model with the same weights and a changed configuration."""
     new = GPT(replace(model.config, **changes)).to(model.lm_head.weight)
     new.load_state_dict(model.state_dict())
     return new.eval()
@@ -46,21 +46,23 @@ def reloaded(model, **changes):
 
 @torch.no_grad()
 def difference(a, b):
-    """Largest difference of logits on tokens that no calibration has seen."""
+    """Return the largest difference of logits, on tokens that no calibration has seen."""
     idx = torch.randint(17, (8, 16),
                         generator=torch.Generator().manual_seed(5)).to(a.lm_head.weight.device)
     return (a(idx, idx)[0] - b(idx, idx)[0]).abs().max().item()
 
 
 def rounding(model):
-    """What differences of logits may come to. The SVD of V works in float32."""
+    """Return the largest difference of logits that rounding can cause. The SVD of V works in
+    float32."""
     return 1000 * torch.finfo(
         torch.float32 if model.config.svd_truncates else model.lm_head.weight.dtype).eps
 
 
 def seen(model, names, windows):
-    """What hooks see of each layer: name -> inputs (N, n), outputs (N, m), gradients of the loss
-    there (N, m); of a projection that gives queries, keys and values, those of keys and values."""
+    """Return what hooks record for each layer: name -> inputs (N, n), outputs (N, m) and gradients
+    of the loss at the outputs (N, m). For a projection to queries, keys and values the outputs are
+    keys and values."""
     model, found = copy.deepcopy(model).requires_grad_(True), {}
 
     def look(name, module, args, output):
@@ -87,7 +89,8 @@ def centred(x):
 # statistics
 
 def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_path):
-    """As many whole ones as hold the tokens asked for, at most all, in batches of 4,096 tokens."""
+    """The seed decides which windows of the training split are used for calibration. There are as
+    many whole windows as the requested tokens need, at most all, in batches of 4,096 tokens."""
     write_dataset(tmp_path / 'data', 5 * TEXT, 'char', source='tests')
     data = Dataset(tmp_path / 'data')
     for asked, seed, counts in ((1, 1, [1]), (16, 1, [1]), (17, 1, [2]), (4097, 2, [256, 1]),
@@ -99,10 +102,10 @@ def test_calibration_windows_are_drawn_from_the_training_split_by_the_seed(tmp_p
 
 
 # --------------------------------------------------------------------------------------------------
-# by the SVD alone
+# SVD without calibration
 
 def cut_by_hand(model, rank):
-    """Each weight cut by torch.linalg.svd where that saves numbers, in place."""
+    """Truncate each weight in place by torch.linalg.svd if that saves parameters."""
     for i, part in product(range(2), ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')):
         weight = model.transformer.h[i].get_submodule(part).weight.data
         for own in weight.chunk(3 if part == 'attn.c_attn' else 1):
@@ -114,8 +117,8 @@ def cut_by_hand(model, rank):
 @pytest.mark.any_device
 @pytest.mark.parametrize('bias, dtype', [(False, torch.float32), (True, torch.float64)])
 def test_svd_compression_is_the_svd_by_hand(device, bias, dtype):
-    """In place. Square layers (16, 16) stay dense at rank 8, those of the MLP (64, 16) at rank
-    13."""
+    """`apply_svd_compression` equals a truncation by torch.linalg.svd, and works in place. Square
+    layers (16, 16) stay dense from rank 8, those of the MLP (64, 16) from rank 13."""
     for rank, factored in ((1, 12), (7, 12), (8, 4), (12, 4), (13, 0), (16, 0)):
         model, before = random_model(dtype, device,
                                      bias=bias), random_model(dtype, device, bias=bias)
@@ -129,8 +132,8 @@ def test_svd_compression_is_the_svd_by_hand(device, bias, dtype):
 
 @pytest.mark.parametrize('trained', [True, False])
 def test_svd_compression_of_some_modules_and_of_what_is_compressed(trained):
-    """Products of that rank or less stay, none grows, and parameters are trained or not as they
-    were."""
+    """`modules` selects the layers. Products of at most the given rank stay, none grows, and
+    requires_grad does not change."""
     model = layers.apply_svd_compression(random_model().requires_grad_(trained), 6, ['mlp'])
     names, mlp = layers.layer_names(model), model.transformer.h[0].mlp.state_dict()
     assert model.config.layer_ranks == dict.fromkeys((name for name in names if 'mlp' in name), 6)
@@ -152,10 +155,11 @@ def test_ranks_and_modules_that_do_not_exist_are_refused(rank, modules, words):
 
 
 # --------------------------------------------------------------------------------------------------
-# for inputs, and gradients
+# calibration with inputs and gradients
 
 def least_loss(x, targets, R, rank):
-    """The least |(Y - X A^T B^T) R^T|^2 of all B A of that rank: reduced-rank regression."""
+    """Return the least |(Y - X A^T B^T) R^T|^2 of all B A of that rank, by reduced-rank
+    regression."""
     fitted = x @ torch.linalg.lstsq(x, targets, driver='gelsd').solution
     cut = torch.linalg.svdvals(fitted @ R.mT)[rank:]
     return ((targets - fitted) @ R.mT).square().sum() + cut.square().sum()
@@ -164,9 +168,11 @@ def least_loss(x, targets, R, rank):
 @pytest.mark.parametrize('bias, options', [(False, {}), (True, {}), (False, dict(use_mla=True)),
                                            (True, svd('causal', 3, svd_block=4))], ids=str)
 def test_each_layer_is_the_best_for_the_inputs_it_gets(windows, bias, options):
-    """'activation': of what a layer gets, now that those before it are replaced, it makes what is
-    nearest, as the loss sees it, to what the dense layer gave for its own inputs. The ridge is
-    samples whose targets are those of the dense weight. A bias keeps the mean output."""
+    """Each layer that method 'activation' makes has the least error of its rank. The error is the
+    difference between its outputs, after earlier layers were compressed, and the outputs of the
+    original dense layer, weighted by the gradients of the loss. The reference is reduced-rank
+    regression, in which the ridge counts as extra samples with the outputs of the dense weight. A
+    bias keeps the mean output."""
     model, dense = (random_model(torch.float64, bias=bias, **options) for _ in range(2))
     names, (batch,) = [*layers.dense_layers(dense, layers.layer_names(dense))], windows()
     parts = [[t[part] for t in batch] for part in (slice(0, 12), slice(12, None))]
@@ -191,7 +197,7 @@ SCALES = torch.logspace(-4, 4, 16)
     'spoil',
     [
         lambda norm, layer: layer.weight.zero_(
-        ),  # nothing but biases: all that follows is constant
+        ),  # only biases are left, so everything that follows is constant
         lambda norm, layer: norm.weight.mul_(1e-7) + norm.bias.fill_(1),
         lambda norm, layer: layer.weight[8:].copy_(layer.weight[:-8].clone()),
         lambda norm, layer: layer.weight.copy_(layer.weight[:, :1] * layer.weight[:1]),
@@ -200,7 +206,8 @@ SCALES = torch.logspace(-4, 4, 16)
     ],
     ids='constant 1e-7 duplicates deficient scales'.split())
 def test_the_default_method_takes_what_whitened_does(windows, spoil):
-    """Whatever a model's activations are. And it loses no more."""
+    """The default method works for every kind of activation that 'whitened' works for, and adds no
+    more loss."""
     models = [random_model(bias=True) for _ in range(3)]
     for block in (block for model in models for block in model.transformer.h):
         spoil(block.ln_1, block.attn.c_attn), spoil(block.ln_2, block.mlp.c_fc)
@@ -221,7 +228,7 @@ STEEP = dict.fromkeys(SHAPES, torch.tensor([8.0, 1, 1, *[0] * 13]))
 
 
 def kept(ranks, shapes):
-    """The share of numbers that layers of these ranks have; None: dense."""
+    """Return the fraction of parameters that layers of these ranks have. None stands for dense."""
     return (sum(m * n if ranks[name] is None else ranks[name] * (m + n)
                 for name, (m, n) in shapes.items()) / sum(m * n for m, n in shapes.values()))
 
@@ -235,6 +242,8 @@ def kept(ranks, shapes):
     *((dict(energy=share), STEEP, (rank,) * 3)
       for share, rank in ((.79, 1), (.81, 2), (.89, 2), (.91, 3)))], ids=str)
 def test_ranks_are_those_asked_for_where_they_save(options, energies, expected):
+    """A layer gets the requested rank, or the one that keeps the requested fraction or energy, if
+    that saves parameters. Otherwise it stays dense."""
     ranks = layers.rank_policy(energies, SHAPES, **dict(method='whitened') | options)
     assert ranks == dict(zip(SHAPES, expected))
 
@@ -242,7 +251,8 @@ def test_ranks_are_those_asked_for_where_they_save(options, energies, expected):
 @pytest.mark.parametrize('choose, least', [(layers.uniform_share, .125),
                                            (layers.best_share, .0834)])
 def test_shares_are_kept(choose, least):
-    """Never more and little less. A refusal names the nearest share that is possible."""
+    """The kept fraction is never above the requested one and at most 0.1 below it. An impossible
+    fraction raises a ValueError that names the nearest possible one."""
     for keep in (.2, .25, .5, .8, .99):
         assert keep - .1 < kept(choose(ENERGIES, SHAPES, keep), SHAPES) <= keep
     assert {*choose(ENERGIES, SHAPES, least).values()} <= {1, None}
@@ -253,6 +263,7 @@ def test_shares_are_kept(choose, least):
 
 @pytest.mark.parametrize('width', [127, 128])
 def test_layers_of_128_and_wider_get_ranks_in_multiples_of_eight(width):
+    """If all layers are at least 128 wide, ranks are multiples of 8."""
     shapes = {'a': (128, 128), 'b': (width, 512)}
     energies = {
         name: torch.exp(-.05 * torch.arange(shape[0])) * shape[0] for name, shape in shapes.items()}
@@ -277,8 +288,9 @@ def converted(model, latent, windows=()):
     (None, True, torch.float32, svd('sequence', 3, 'randomized', svd_power_iters=0),
      torch.linalg.qr(normal(2, 2, 8, 3))[0].float())], ids=str)
 def test_at_full_width_the_logits_stay(windows, device, tokens, bias, dtype, options, basis):
-    """On any input, with one calibration window of 16 too; tokens None: by the SVD of the weights.
-    A running basis comes along, without which 'randomized' finds another approximation."""
+    """With latents of full width the logits do not change for any input, even after a single
+    calibration window of 16 tokens. tokens=None means conversion by the SVD of the weights. A
+    running basis is kept, because without it 'randomized' would find another approximation."""
     model, found = random_model(dtype, device, bias=bias,
                                 **options), windows(tokens, device) if tokens else ()
     model.svd_basis = basis if basis is None else basis.to(device)
@@ -290,9 +302,9 @@ def test_at_full_width_the_logits_stay(windows, device, tokens, bias, dtype, opt
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_latents_are_the_best_for_keys_and_values(windows, bias):
-    """tr(G E C E^T) of the error E of [W_k; W_v] is the least there is, for the gradients G at keys
-    and values and the inputs' second moment C. A bias keeps the mean of the values, hence only the
-    inputs' covariance counts then."""
+    """The error E of [W_k; W_v] has the least possible tr(G E C E^T), for the gradients G at keys
+    and values and the second moment C of the inputs. A bias keeps the mean of the values, so with a
+    bias C is the covariance of the inputs."""
     model = random_model(torch.float64, bias=bias)
     new, names = converted(model, 4, windows()), [f'h.{i}.attn.c_attn' for i in range(2)]
     for name, (x, outputs, g) in seen(model, names, windows()).items():
@@ -309,8 +321,9 @@ def test_latents_are_the_best_for_keys_and_values(windows, bias):
 
 
 def test_weight_scope_finds_nothing_more_to_cut(windows):
-    """Products of values, too, are multiplied out and cut to its rank. Without MLA W_v, which it
-    cuts at each step, is no layer to factor, unless its rank is full."""
+    """A conversion truncates value products to the rank of 'weight' scope, so the scope has nothing
+    left to truncate. Without MLA, W_v can only be factored if the rank of 'weight' scope is full.
+    Otherwise the scope truncates W_v at each step."""
     model = reloaded(layers.apply_svd_compression(random_model(), 5), **svd('weight', 3))
     new = converted(model, 6, windows(128))
     assert new.config.svd_truncates and difference(new, reloaded(new,

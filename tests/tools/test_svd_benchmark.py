@@ -1,5 +1,5 @@
-"""python bench.py --svd: every method and scope is there, the exact ones are exact, what does not
-exist is refused."""
+"""python bench.py --svd: every method and scope is measured, the exact methods are exact, and wrong
+input ends in a one-line error."""
 
 import json
 import sys
@@ -32,15 +32,16 @@ def settings(*options):
 
 
 def measured(call, *options):
-    """What is printed before the last line, and what that says."""
+    """Return what is printed before the last line, and the JSON of the last line."""
     *lines, last = call(bench.main, *TINY_SVD, *options).out.splitlines()
     return lines, json.loads(last, parse_constant=pytest.fail)      # NaN is not JSON
 
 
 @pytest.mark.slow
 def test_every_method_and_scope_is_measured(call, trained):
-    """On V of a trained checkpoint with a running basis, and on known spectra: nothing is better
-    than the best; the exact methods are as good."""
+    """Every method and scope is measured on V of a trained checkpoint with a running basis and on
+    known spectra. No residual is below that of the best approximation, and the exact methods reach
+    it."""
     trained('--use_svd=True', '--svd_rank=3', '--svd_block=4', '--n_layer=2', '--dropout=0.1',
             '--svd_method=randomized', '--svd_scope=causal')
     lines, found = measured(call, '--batch_size=3', '--plot=figure.png')
@@ -53,7 +54,7 @@ def test_every_method_and_scope_is_measured(call, trained):
     } == {(source, *case, MATRICES[case[0]]) for source in SOURCES for case in CASES}
     for row in found['quality']:
         cosines = [value for key, value in row.items() if key.startswith('cosine')]
-        exact = not row['method'].startswith('randomized')  # where a gap is small, float32 tells
+        exact = not row['method'].startswith('randomized')  # float32 loses digits at a small gap
         assert 1 - 1e-6 <= row['residual_mean'] <= row['residual_worst'] <= (1 +
                                                                              1e-6 if exact else 100)
         assert (1 - 1e-4 if exact else -1) <= min(cosines) <= max(cosines) <= 1 + 1e-9
@@ -61,8 +62,8 @@ def test_every_method_and_scope_is_measured(call, trained):
 
 
 def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
-    """And never by those that are measured; in 'weight' scope the gradient is that at the cut
-    W_v."""
+    """A checkpoint without a basis gets one from training windows, never from the measured
+    validation windows. In 'weight' scope the gradient is taken at the truncated W_v."""
     trained(*RUN, '--svd_scope=weight')
     (source,), words = svd_benchmark.trained_sources(settings(), 'cpu')
     assert words.endswith('8 batches of training windows')
@@ -74,8 +75,8 @@ def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
 
 
 def test_the_captured_gradients_are_those_of_the_loss(trained):
-    """Moving the cut V along its gradient changes the loss as that says, and nothing of the pass is
-    left behind."""
+    """The captured gradient predicts the change of the loss when the truncated V moves along it,
+    and the capture leaves no hooks behind."""
     trained(*RUN)
     model = svd_benchmark.GPT.from_checkpoint(checkpoint()).double().eval()
     x, y = (torch.randint(17, (2, 16), generator=torch.Generator().manual_seed(i))
@@ -100,7 +101,8 @@ def test_the_captured_gradients_are_those_of_the_loss(trained):
                           ('--dataset=toy', 'gone', CHARS, 'windows of toy')])
 def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, options, dataset,
                                                                       chars, words):
-    """With a line that says why. Data of the same vocabulary will do."""
+    """A checkpoint that cannot be used is skipped with a line that says why. Another data set with
+    the same vocabulary is accepted."""
     trained(*RUN)
     Path('damaged').mkdir()
     Path('damaged/ckpt.pt').write_bytes(b'no')
@@ -112,7 +114,8 @@ def test_a_checkpoint_of_another_shape_or_without_data_is_passed_over(trained, o
 
 
 def test_the_peak_counts_what_is_held_at_once():
-    """8,000 bytes and 8,000 more; the 4,000 of float32 are gone by then."""
+    """The peak counts the bytes that are held at the same time. Here these are two tensors of 8,000
+    bytes, because the float32 tensor of 4,000 bytes is freed before the second one exists."""
     found = timing.peak_bytes(lambda: torch.ones(1000).double() + 1, 'cpu')
     assert found == pytest.approx(16_000, abs=500)
 

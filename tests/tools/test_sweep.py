@@ -1,5 +1,5 @@
-"""tools/sweep.py: finished runs are not repeated, interrupted ones go on, failed ones are named,
-and no process outlives the one that started it. The runs are those of a script of a few lines."""
+"""tools/sweep.py: finished runs are not repeated, interrupted runs continue, failed runs are named,
+and no process outlives its parent. The runs here are short scripts."""
 
 import json
 import signal
@@ -52,9 +52,9 @@ with open(folder / 'metrics.jsonl', 'a') as f:
 
 @pytest.fixture
 def job(tmp_path):
-    """job(name, what) -> a Job of the script that does that; its resume ends well."""
+    """job(name, what) returns a Job whose script does `what`. Its resume ends well."""
     (tmp_path / 'script.py').write_text(SCRIPT)
-    (tmp_path / 'beside.py').touch()  # a script finds what is beside it
+    (tmp_path / 'beside.py').touch()  # scripts can import files next to them
 
     def job(name, what='ends', resume='ends'):
         folder, script = tmp_path / 'sweep' / 'runs' / name, str(tmp_path / 'script.py')
@@ -64,14 +64,15 @@ def job(tmp_path):
 
 
 def run(jobs, at_once=1, **others):
-    """-> names of failed jobs, and of ended ones with their exit codes."""
+    """Return the names of the failed jobs, and of the ended jobs with their exit codes."""
     ended = []
     return sweep.run_all(jobs, at_once, lambda job, code, seconds: ended.append((job.name, code)),
                          **others), ended
 
 
 def test_what_is_finished_is_not_repeated_and_a_failed_run_is_named(job):
-    """A run that ends without the result of its last step has failed, too."""
+    """A second call repeats failed runs only, and a failure is reported with its last line or
+    signal. A run without the metrics of its last step counts as failed."""
     jobs = [job('a'), job('b', 'fails'), job('c', 'dies'), job('d')._replace(steps=6)]
     assert run(jobs) == (['b', 'c', 'd'], [('a', 0), ('b', 3), ('c', -signal.SIGKILL), ('d', 0)])
     assert sweep.failure(jobs[1], 3).startswith('b: failed, exit code 3: the reason (')
@@ -82,7 +83,8 @@ def test_what_is_finished_is_not_repeated_and_a_failed_run_is_named(job):
 @pytest.mark.parametrize('saved, what, resume, steps', [
     ('last.pt', 'fails', 'ends', 2), ('other', 'ends', 'fails', 1), ('ckpt.pt', 'ends', None, 2)])
 def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what, resume, steps):
-    """Where a run can go on, its rows and its log are kept."""
+    """A run with a checkpoint is resumed and keeps its metrics and its log. A run without one
+    starts again."""
     one = job('one', what, resume)
     one.folder.mkdir(parents=True)
     (one.folder / saved).touch()
@@ -95,6 +97,7 @@ def test_what_has_a_checkpoint_goes_on_and_what_has_none_begins(job, saved, what
 
 
 def test_threads_and_slots_are_shared_out(job, one_thread):
+    """Parallel runs share the CPU's threads, and each has its own environment."""
     torch.set_num_threads(7)
     jobs = [job(name) for name in 'abc']
     assert run(jobs, 3, environments=[{'SLOT': f'slot{i}'} for i in range(3)])[0] == []
@@ -106,12 +109,14 @@ def test_threads_and_slots_are_shared_out(job, one_thread):
     ('cpu', '', [None]), ('mps', '', [None]), ('cuda', '', ['0', '1']), ('cuda', '5,7', ['5', '7']),
     ('cuda:1', '', [None])])
 def test_gpus_are_given_out_in_turn(device, named, gpus, monkeypatch):
+    """Each run gets one of the visible GPUs."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
     assert [one.get('CUDA_VISIBLE_DEVICES') for one in sweep.gpu_environments(device)] == gpus
 
 
 def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
+    """A signal to the sweep lets its runs save and stop, and the next call continues them."""
     jobs = [job('a', 'waits'), job('b', 'stops its parent'), job('c')]
     with signals, pytest.raises(Interrupted) as stopped:
         run(jobs, 2)
@@ -123,7 +128,8 @@ def test_a_signal_stops_the_runs_which_save_and_the_next_call_goes_on(job):
 
 @pytest.mark.slow
 def test_after_sigkill_a_run_saves_and_ends_and_the_next_sweep_waits_for_it(here):
-    """train.py's own run: it has no end but that of the process which started it."""
+    """If a sweep is killed its run, here of train.py without an end, saves and ends. The next sweep
+    waits for that."""
     folder, endless = here / 'out', ['--max_iters=1000000', '--eval_interval=1000000']
     one = sweep.Job('out', folder, 1000000, [str(ROOT / 'train.py'), *TINY, *endless], None)
     code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import PosixPath\nfrom '
