@@ -65,7 +65,7 @@ class Config:
 
 
 def main(argv=None):
-    """Return the exit code: 0 done, 2 wrong input (one line on stderr), 130 or 143 stopped."""
+    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('absorb_or_expand.py', Config, __doc__, measure, argv)
 
 

@@ -23,10 +23,9 @@ without fine-tuning:
                         compressed model, method 'activation' of compress.py
     anchored, uniform ranks     '+ anchored' without the choice of ranks
 
-The controls compare with other uses of as many steps or parameters. Compressed models are
-fine-tuned and compared with the dense model after the same extra steps. Models of the compressed
-size are trained from scratch, with and without the extra steps: a narrower one, and one with the
-low-rank layers' ranks.
+The other tables have controls. Compressed models are fine-tuned and compared with the dense model
+after the same extra steps. Models of the compressed size are trained from scratch, with and without
+the extra steps: a narrower model, and a model with the same ranks as the compressed one.
 
 Each line of experiments/compression_table.jsonl is a finished result. It is not computed again, so
 an interrupted run can go on. All losses are over the whole validation split. The figure is
@@ -204,7 +203,7 @@ def whitening(layer, block_size):
 
 
 def share_with_biases(energies, shapes, keep):
-    """Return `uniform_share` for a fraction that includes the biases of `add_biases`."""
+    """Return ranks as `uniform_share` does, with the biases of `add_biases` counted in `keep`."""
     biases = sum(m for m, _ in shapes.values()) / sum(m * n for m, n in shapes.values())
     return layers.uniform_share(energies, shapes, keep - biases)
 
@@ -408,7 +407,7 @@ def narrower(c, keep):
 
 
 def make(cfg, record, name, data):
-    """Add all rows of a model."""
+    """Add all rows of a model to the record."""
     saved = trained(cfg, name, 'dense', SEED)
     dense, parts = model_of(saved), cfg.parts.split(',')
     record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED,
@@ -511,9 +510,10 @@ def plot(rows, names):
 
 
 def draw(axis, rows, name):
-    """Draw the panel of a model.
+    """Draw the panel of a model: the loss that each method adds.
 
-    It shows each method, and compressed models with extra steps minus the dense model with them.
+    Markers show compressed models after the extra steps, minus the dense model after the same
+    steps.
     """
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
@@ -545,7 +545,7 @@ def draw(axis, rows, name):
 
 
 def main(argv=None):
-    """Return the exit code: 0 done, 2 wrong input or failed training, 130 or 143 stopped."""
+    """Run the command. Returns 0 done, 2 wrong input or failed training, 130 or 143 stopped."""
     return cli.run('compression_table.py', TableConfig, __doc__, experiment, argv)
 
 

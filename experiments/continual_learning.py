@@ -11,17 +11,17 @@ from it on B with the same batches and without weight decay. Variants that train
 
     full training               the reference
     adaptive                    adaptive SVD of the four attention projections in all blocks
-    adaptive, no protection     'adaptive' with free factors, adaptive_svd_protection='none'
-    adaptive, random space      layers switch when they do in 'adaptive', but random directions are
-                                protected, as many as there
+    adaptive, no protection     'adaptive' without protection, adaptive_svd_protection='none'
+    adaptive, random space      layers switch at the same analyses and to the same ranks as in
+                                'adaptive', but random directions are protected
     timer                       all layers switch at the first analysis, without a detector, and 10
                                 directions are protected
     timer, random space         'timer' with random directions
     half from the start         half of all directions are protected from the first step on
     half, random space          'half from the start' with random directions
 
-Variants that train only these projections are 'all of attention', which is the reference, LoRA,
-PiSSA, MiLoRA, and 'attention, adaptive' and others, which repeat variants above. The detector
+Other variants train only these projections: 'all of attention', which is the reference, LoRA,
+PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The detector
 starts with the SVD of the model that was trained on A, as if it had watched that training.
 Therefore it can switch layers at its first analysis on B.
 
@@ -220,8 +220,7 @@ def python_source(size):
 # variants
 
 class RandomlyProtected(AdaptiveSVDLinear):
-    """Adaptive layer that protects as many random output directions instead of the principal ones.
-    """
+    """Adaptive layer that protects random output directions instead of the principal ones."""
 
     def __init__(self, linear, protection, seed):
         super().__init__(linear, protection)
@@ -280,10 +279,10 @@ def layer_names(model):
 
 
 def prepare(saved, arm, seed, plan):
-    """Return the model that was trained on A, ready for a variant, and what switches its layers.
+    """Prepare the model that was trained on A for a variant.
 
-    saved: checkpoint; arm: an Arm; plan: of `Planned`, for 'replay'. What switches layers is an
-    AdaptiveSVD, or None.
+    saved: its checkpoint; arm: the variant; plan: for `Planned`, used by 'replay'. Returns the
+    model and the AdaptiveSVD that switches its layers, or None.
     """
     model = GPT.from_checkpoint(saved)
     if arm.lora:
@@ -408,7 +407,7 @@ def auc(positive, negative):
 def roc(positive, negative):
     """Return the true-positive rates at the false-positive rates 0, 1 / GRID, ..., 1.
 
-    The ROC curve is interpolated linearly between its corners, so that it is oblique at ties.
+    The ROC curve is interpolated linearly between its corners.
     """
     thresholds = torch.cat((positive, negative)).unique().flip(0)
     false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds]
@@ -485,7 +484,7 @@ def describe(row, key):
 
 
 def make(cfg, record, texts, seed):
-    """Add all rows of a seed."""
+    """Add all rows of a seed to the record."""
     saved = learned(cfg, texts, seed)
 
     def detector():
@@ -780,7 +779,7 @@ def draw_layers(axis, rows):
 
 
 def main(argv=None):
-    """Return the exit code: 0 done, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
 
 

@@ -92,7 +92,7 @@ class NarrowValues(model.CausalSelfAttention):
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def project(self, x):
-        """Return q and k (B, nh, T, hs) and v (B, nh, T, k) of x (B, T, C)."""
+        """Return q and k (B, nh, T, hs) and v (B, nh, T, svd_rank) for x (B, T, C)."""
         C = x.size(2)
         q, k, v = self.c_attn(x).split((C, C, self.c_proj.in_features), dim=2)
         return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
@@ -254,7 +254,7 @@ def plot(rows):
 
 
 def main(argv=None):
-    """Return the exit code: 0 done, 1 a run failed, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns 0 done, 1 a run failed, 2 wrong input, 130 or 143 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])

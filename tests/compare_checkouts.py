@@ -8,8 +8,8 @@ Check that two checkouts of this repository compute bit-identical results on thi
 Both trees train, resume, adapt, export and sample the same small models. The comparison covers all
 metrics, the logits of every forward pass, generated tokens with and without a cache, and the
 contents of checkpoints and exports. No result is stored, because bits differ between processors. A
-value that a file holds under a new name is listed as renamed. Options that only one tree has are
-ignored. Neither counts as a difference. Exit code: 0 equal, 1 different, 2 wrong input.
+value that a file holds under a new name is listed as renamed and counts as equal. Options that only
+one tree has are ignored. Exit code: 0 equal, 1 different, 2 wrong input.
 
 Not compared are interrupted runs (last.pt), SVD options of sample.py, float16, cropped contexts,
 and config.json of exports, which transformers writes. The loss of an export is compared.

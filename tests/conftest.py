@@ -202,7 +202,7 @@ def in_process(monkeypatch):
 
 @pytest.fixture
 def byte_bpe(monkeypatch):
-    """Replace GPT-2's BPE by bytes as tokens. The other ids are bytes that no text has."""
+    """Replace GPT-2's BPE by one token per byte. Other ids stand for bytes that no text has."""
     import tiktoken
     ranks = {bytes([i]): i
              for i in range(256)} | {i.to_bytes(3, 'big'): i for i in range(256, 50256)}

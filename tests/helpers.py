@@ -196,7 +196,8 @@ def cut_by_hand(scope, rank, basis_grad=True):
 
 
 def leak(model):
-    """Return the largest change of a logit before position j if token j changes, over all j."""
+    """Return the largest change of a logit at a position before j if token j changes, over all j.
+    """
     idx = tokens(1)
     before = model(idx, idx)[0]
     worst = 0

@@ -18,10 +18,10 @@ from tools.model_compression import LayerStats, calibrate, dense_layers, sync_co
 def to_mla(model, latent_dim, windows=()):
     """Return an MLA model with latents of latent_dim values per token.
 
-    The given model is changed and cannot be used afterwards. windows: from `calibration_windows`;
-    with them the factors minimize the estimated increase of the loss there, without any they come
-    from the SVD of the weights. Low-rank query layers stay low-rank. Raises ValueError if the model
-    has MLA already or latent_dim does not fit.
+    The given model is changed and cannot be used afterwards. Low-rank query layers stay low-rank.
+    windows: from `calibration_windows`. The factors minimize the estimated increase of the loss on
+    them. Without windows the factors come from the SVD of the weights. Raises ValueError if the
+    model has MLA already or latent_dim does not fit.
     """
     if model.config.use_mla:
         raise ValueError("to='mla': the model has MLA already, with latents of "

@@ -59,7 +59,7 @@ def plain_model(model):
 
 
 def dense_projection(attn):
-    """Return weight (3C, C) and bias (3C) or None of nanoGPT's c_attn that equals this c_attn."""
+    """Return weight (3C, C), and bias (3C) or None, of a nanoGPT c_attn with the same outputs."""
     c_attn, w_v = attn.c_attn, attn.value_weight().flatten(0, 1)
     if not isinstance(c_attn, LatentProjection):
         return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias

@@ -51,7 +51,7 @@ BENCHMARK_ROUNDS = 5                # odd, so that a measured round is the media
 # layers
 
 def parse_modules(modules):
-    """Return modules as a list: of 'attn', 'mlp', 'attn,mlp', a list of these, or None for all.
+    """Return a list of 'attn' and 'mlp' from a comma-separated str, a list, or None for both.
 
     Raises ValueError for other words.
     """
@@ -176,8 +176,8 @@ class LayerStats:
     """
 
     def __init__(self, weight, centred, inputs=1):
-        """weight: (m, n); centred: use the covariance; inputs: how many `add` gets, concatenated.
-        """
+        """weight: (m, n); centred: whether the layer has a bias; inputs: number of inputs that
+        `add` gets, concatenated."""
         self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = weight.size(0) >= weight.size(1)
         self.tokens, self.sum, self.gradients = 0, 0, None
@@ -192,7 +192,7 @@ class LayerStats:
         return self.reduce(x), self.reduce(x)
 
     def add(self, x, g=None):
-        """Add the inputs x (N, n) of a batch, and gradients g (N, m) at the outputs or None."""
+        """Add a batch of inputs x (N, n) and of gradients g (N, m) at the outputs, or None."""
         x = x.cpu().double()                                        # MPS has no float64
         count, mean = len(x), x.mean(0)
         step = mean - self.mean
@@ -217,7 +217,7 @@ class LayerStats:
         return self.sum / self.tokens + a.mT @ b
 
     def factorization(self):
-        """Return the `Factorization` of the weight; without tokens it is the plain SVD."""
+        """Return the `Factorization` of the weight, the plain SVD if no tokens were added."""
         if not self.tokens:
             return Factorization(self.weight)
         inputs, g = self.moments(), None if self.gradients is None else self.gradients / self.tokens
@@ -253,8 +253,8 @@ class InputShiftStats(LayerStats):
 def calibration_windows(data, tokens, block_size, seed, device):
     """Return random windows of the training split as a list of batches x, y (B, T).
 
-    data: Dataset; tokens: how many to draw, in whole windows, at most the whole split; block_size:
-    tokens per window; seed: of the draw.
+    data: Dataset; tokens: number of tokens, rounded up to whole windows, at most the whole split;
+    block_size: tokens per window; seed: of the random draw.
     """
     split = data.tokens('train')
     count = math.ceil(min(tokens, len(split)) / block_size)
@@ -355,12 +355,12 @@ def compress_model(model, method, windows, modules=None, **options):
 
 @torch.no_grad()
 def compress_sequentially(model, dense, stats, ranks, windows):
-    """Replace layers one after another, each fitted to the inputs from the layers replaced so far.
+    """Replace layers by low-rank layers one after another, in forward order.
 
-    A new layer maps its inputs as close as possible to the outputs that the dense layer has for the
-    dense model's inputs (`InputShiftStats`). model: changed in place; dense: a copy that stays as
-    it is; stats: name -> `LayerStats` of the dense model; ranks: name -> rank; windows: from
-    `calibration_windows`.
+    A new layer gets the inputs of the compressed model. It is fitted so that its outputs are as
+    close as possible to those of the dense layer in the dense model (`InputShiftStats`). model:
+    changed in place; dense: a copy that stays as it is; stats: name -> `LayerStats` of the dense
+    model; ranks: name -> rank; windows: from `calibration_windows`.
     """
     now = [model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
            for x, _ in windows]                                                     # (B, T, C) each
@@ -407,7 +407,7 @@ def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
 
 
 def uniform_share(energies, shapes, keep):
-    """Return the ranks at which each layer keeps this fraction of its parameters.
+    """Return the ranks at which each layer keeps the fraction `keep` of its parameters.
 
     Raises ValueError if a rank would be below 1.
     """
@@ -419,7 +419,7 @@ def uniform_share(energies, shapes, keep):
 
 
 def best_share(energies, shapes, keep):
-    """Return the ranks that keep this fraction of all parameters and lose the least energy.
+    """Return the ranks that keep the fraction `keep` of all parameters and lose the least energy.
 
     `allocate_ranks` finds them. Energies estimate the second-order change of the loss. The estimate
     holds for small errors only and takes too much from layers with little influence on the loss.
@@ -504,10 +504,10 @@ def validation_loss(model, data, device, seed):
 
 
 def compare_models(models, data, device, seed):
-    """Return sizes and samples of two models, name -> [first, second], and their 'speed'.
+    """Return a dict of sizes and samples of two models, and 'speed' from `benchmark_pair`.
 
-    models: [original, compressed]. 'speed' comes from `benchmark_pair`. 'params' counts position
-    embeddings. 'bytes' counts parameters and buffers.
+    models: [original, compressed]; sizes and samples are lists in this order. 'params' counts
+    position embeddings. 'bytes' counts parameters and buffers.
     """
     measures = dict(
         block_params=lambda m: sum(p.numel() for p in m.transformer.h.parameters()),
@@ -529,9 +529,9 @@ def sample_text(model, data, device, seed):
 def benchmark_pair(models, data, device, seed):
     """Time generation of two models in turn.
 
-    Returns a dict with 'prefill' (the prompt), 'decode' (later tokens) and the settings. Each of
-    these two has 'tokens_per_s', the median rates [first, second], and 'ratio' and 'quartiles': the
-    median and the quartiles over rounds of the second rate divided by the first.
+    Returns a dict of settings and of two results, 'prefill' for the prompt and 'decode' for later
+    tokens. A result has 'tokens_per_s', the median rates [first, second]; 'ratio', the median over
+    rounds of the second rate divided by the first; and 'quartiles' of that ratio.
     """
     T = models[0].config.block_size
     tokens = max(2, min(32, T // 8))

@@ -63,7 +63,7 @@ def csv_text(spectra):
 def table(spectra):
     """Return a text table with one row per weight and a row of totals.
 
-    In the totals a weight stays dense if its factors save nothing.
+    The totals count a weight as dense if factors would not save parameters.
     """
     percents = [f'{fraction:.0%}' for fraction in FRACTIONS]
     rows = [['weight', 'shape', 'sigma', 'rank', *percents, 'even', 'dense',

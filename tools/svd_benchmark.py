@@ -312,7 +312,7 @@ def smallest_residual(x, rank):
 
 @torch.no_grad()
 def residuals(f, best):
-    """Return mean and worst ratio of the residual of f to the smallest one, and their number.
+    """Return number, mean and maximum of the ratios of the residual of f to the smallest residual.
 
     best: list of (x, *smallest_residual(x, rank)), one per batch x (..., m, n). A ratio is 1 if
     both residuals are rounding.

@@ -148,7 +148,7 @@ def job_of(variant, seed, folder):
 # the folder of a sweep
 
 def check_folder(name):
-    """Return the folder as a Path. Raises UserError if it holds other files than a sweep's."""
+    """Return the folder as a Path. Raises UserError if it holds files but no sweep."""
     folder = Path(name)
     check_writable(folder / 'sweep.json', f'sweep={name!r}')
     # a sweep that was killed at its start leaves a temporary file
@@ -179,9 +179,9 @@ def load(folder):
 
 
 def check_same_sweep(folder, record):
-    """Raise UserError if the folder holds a sweep that this one does not include.
+    """Raise UserError unless this sweep equals or extends the one in the folder.
 
-    record: from `describe`. Variants and seeds may be added, and nothing else may change.
+    record: this sweep, from `describe`. It may add variants and seeds.
     """
     def flat(sweep):
         return {f'seed {seed}': 'present' for seed in sweep['seeds']} | {
@@ -272,8 +272,8 @@ def run_all(jobs, at_once, ended, environments=({},)):
 
     ended(job, code, seconds) is called after each job; environments: environment variables that
     the processes get in turn. Returns the names of the jobs that failed, which have no final
-    metrics. After an exception such as Interrupted, the runs save and stop. A second exception ends
-    the wait for them.
+    metrics. On an exception such as Interrupted, it tells the runs to stop and waits until they
+    have saved. A second exception ends the wait.
     """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
     running = {}                                        # slot -> job, process, start
@@ -297,9 +297,9 @@ def run_all(jobs, at_once, ended, environments=({},)):
 
 
 def start(job, environment):
-    """Start the process of a job and return it. The process stops when this one has ended.
+    """Start the process of a job and return it. It stops after the calling process has ended.
 
-    environment: variables that are added to this process's environment.
+    environment: variables that are added to those of the calling process.
     """
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
@@ -319,8 +319,8 @@ def start(job, environment):
 def measure(runs, folder, device):
     """Time training steps of each variant against its baseline and add them to timing.json.
 
-    runs: list of (Variant, Job). A variant is skipped if it or its baseline has no finished run, or
-    if it was timed before. device: torch device as str.
+    runs: list of (Variant, Job). A variant is skipped if it or its baseline has no finished run, if
+    it has adaptive SVD, or if it was timed on this device before.
     """
     times = read_json(folder / 'timing.json')
     variants = {variant.name: variant for variant, _ in runs}
