@@ -94,10 +94,8 @@ def measure(cfg):
 
 
 def expanded(q, w_k, w_v, c):
-    """Return attention outputs (B, nh, m, hs) with keys and values expanded from the latents.
-
-    q: queries (B, nh, m, hs); w_k, w_v: up-projections (nh, hs, d); c: latents (B, T, d).
-    """
+    """Return attention outputs (B, nh, m, hs) with keys and values expanded from latents c
+    (B, T, d), for queries q (B, nh, m, hs) and up-projections w_k and w_v (nh, hs, d)."""
     return F.scaled_dot_product_attention(q, expand(w_k, c), expand(w_v, c))
 
 

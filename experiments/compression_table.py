@@ -165,9 +165,7 @@ class Weights:
 
 class FisherRows(Weights):
     """FWSVD: scale rows by the root of the Fisher information, summed over the weights of the row.
-
-    Fisher information is the squared gradient of a window's loss, summed over windows.
-    """
+    Fisher information is the squared gradient of a window's loss, summed over windows."""
 
     def __init__(self, layer, block_size):
         super().__init__(layer, block_size)
@@ -232,10 +230,8 @@ def add_biases(linears):
 
 
 def measure(dense, method, windows):
-    """Calibrate a copy of the dense model.
-
-    Returns the copy, with separate layers, and its statistics and factorizations, name -> each.
-    """
+    """Calibrate a copy of the dense model. Returns the copy, with separate layers, and its
+    statistics and factorizations, name -> each."""
     model = copy.deepcopy(dense)
     linears = layers.dense_layers(model, layers.layer_names(model))
     if method.biases:
@@ -289,10 +285,8 @@ def loss_of(model, data):
 
 
 def trained(cfg, name, kind, seed, *options):
-    """Return the checkpoint of a model, trained by train.py if it is not in out_dir yet.
-
-    Raises UserError if the training fails.
-    """
+    """Return the checkpoint of a model, trained by train.py if it is not in out_dir yet. Raises
+    UserError if the training fails."""
     folder = Path(cfg.out_dir) / f'{name}-{kind}-{seed}'
     argv = [
         *MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}',
@@ -316,10 +310,8 @@ def windows_of(data, model, seed):
 
 
 def methods(cfg, record, name, dense, data):
-    """Add the rows of all methods at all fractions of the weights kept.
-
-    Methods with the same statistics share one calibration.
-    """
+    """Add the rows of all methods at all fractions of the weights kept. Methods with the same
+    statistics share one calibration."""
     for seed in range(cfg.seeds):
         windows, known = windows_of(data, dense, seed), {}
         for label, method in METHODS.items():
@@ -358,10 +350,8 @@ def tune(cfg, model, teacher, saved, data, seed):
 
 
 def finetune(cfg, record, name, dense, saved, data):
-    """Add the rows with extra steps, of the dense model and of compressed models.
-
-    The seed draws calibration windows and batches.
-    """
+    """Add the rows with extra steps, of the dense model and of compressed models. The seed draws
+    calibration windows and batches."""
     for seed in range(cfg.seeds):
         record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
                     model=name, method='dense', seed=seed, **extra_steps(cfg))
@@ -374,10 +364,8 @@ def finetune(cfg, record, name, dense, saved, data):
 
 
 def scratch(cfg, record, name, dense, data):
-    """Add the rows of models of the compressed size that are trained from scratch.
-
-    Each has a row with and a row without the extra steps.
-    """
+    """Add the rows of models of the compressed size that are trained from scratch. Each has a row
+    with and a row without the extra steps."""
     for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()),
                                     TUNED_KEEPS):
         def result(tuned):
@@ -400,9 +388,7 @@ def smaller(kind, dense, data, keep):
 
 def narrower(c, keep):
     """Return the width at which the blocks' matrices have the fraction `keep` of their parameters.
-
-    Their size grows with the square of the width. The width is rounded to a multiple of n_head.
-    """
+    Their size grows with the square of the width. The width is rounded to a multiple of n_head."""
     return round(c.n_embd * math.sqrt(keep) / c.n_head) * c.n_head
 
 
@@ -425,9 +411,7 @@ def make(cfg, record, name, data):
 
 def added(rows, name, **key):
     """Return the loss that the rows with this key add to the dense model's, or None without rows.
-
-    As mean, standard deviation over seeds (0 for one seed), and number of seeds.
-    """
+    As mean, standard deviation over seeds (0 for one seed), and number of seeds."""
     base = next(row['loss']
                 for row in rows
                 if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
@@ -510,11 +494,8 @@ def plot(rows, names):
 
 
 def draw(axis, rows, name):
-    """Draw the panel of a model: the loss that each method adds.
-
-    Markers show compressed models after the extra steps, minus the dense model after the same
-    steps.
-    """
+    """Draw the panel of a model: the loss that each method adds. Markers show compressed models
+    after the extra steps, minus the dense model after the same steps."""
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
         # the axis is logarithmic

@@ -243,10 +243,8 @@ class RandomlyProtected(AdaptiveSVDLinear):
 
 
 class Planned(AdaptiveSVD):
-    """Switch layers by a plan instead of a detector.
-
-    plan(name, analysis), with the number of the analysis from 0, returns r, or 0 for full mode.
-    """
+    """Switch layers by a plan instead of a detector. plan(name, analysis), with the number of the
+    analysis from 0, returns r, or 0 for full mode."""
 
     def __init__(self, layers, interval, plan):
         super().__init__(layers, interval)
@@ -394,10 +392,8 @@ def learned(cfg, texts, seed):
 # the detector alone
 
 def auc(positive, negative):
-    """Return the area under the ROC curve of the scores `positive` (p) and `negative` (n).
-
-    It is the probability that a positive score is above a negative one, with ties counted half.
-    """
+    """Return the area under the ROC curve of the scores `positive` (p) and `negative` (n). It is
+    the probability that a positive score is above a negative one, with ties counted half."""
     negative = negative.sort().values
     below = torch.searchsorted(negative, positive)                  # (p): how many are smaller
     up_to = torch.searchsorted(negative, positive, right=True)
@@ -405,10 +401,8 @@ def auc(positive, negative):
 
 
 def roc(positive, negative):
-    """Return the true-positive rates at the false-positive rates 0, 1 / GRID, ..., 1.
-
-    The ROC curve is interpolated linearly between its corners.
-    """
+    """Return the true-positive rates at the false-positive rates 0, 1 / GRID, ..., 1. The ROC curve
+    is interpolated linearly between its corners."""
     thresholds = torch.cat((positive, negative)).unique().flip(0)
     false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds]
                    for scores in (negative, positive))
@@ -516,10 +510,8 @@ def run(cfg, record, texts, saved, key):
 
 
 def matched(curve, level):
-    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation.
-
-    None if the loss on B starts below the level or never reaches it.
-    """
+    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation. None
+    if the loss on B starts below the level or never reaches it."""
     for (_, a, b), (_, a_next, b_next) in zip(curve, curve[1:]):
         if b > level >= b_next:
             return a + (b - level) / (b - b_next) * (a_next - a)
@@ -570,10 +562,8 @@ def cell(values, sign=''):
 
 
 def best_rate(rows, arm, level):
-    """Return the learning rate with the lowest mean loss on A at a loss on B.
-
-    Only rates at which all seeds reach that loss on B count. None if there is no such rate.
-    """
+    """Return the learning rate with the lowest mean loss on A at a loss on B. Only rates at which
+    all seeds reach that loss on B count. None if there is no such rate."""
     found = {}
     for rate in RATES[ARMS[arm].setting]:
         values = [matched(curve, level) for curve in curves(rows, arm, rate).values()]
@@ -698,10 +688,8 @@ def plot(rows):
 
 
 def draw_curves(axis, rows, setting):
-    """Draw mean and standard error of each variant where all seeds have values.
-
-    Each has the learning rate that is best at the middle of `levels`.
-    """
+    """Draw mean and standard error of each variant where all seeds have values. Each has the
+    learning rate that is best at the middle of `levels`."""
     at = levels(rows, setting)
     for arm in (name for name in ARMS if ARMS[name].setting == setting and at):
         rate = best_rate(rows, arm, at[len(at) // 2])

@@ -123,10 +123,8 @@ def runs(cfg):
 
 
 def jobs(cfg):
-    """Yield the Jobs for sweep.run_all.
-
-    Interrupted runs start again, because their checkpoint may be of a run with other `steps`.
-    """
+    """Yield the Jobs for sweep.run_all. Interrupted runs start again, because their checkpoint may
+    be of a run with other `steps`."""
     for name, row, options in runs(cfg):
         folder = Path(cfg.out_dir) / name
         argv = [
@@ -262,10 +260,8 @@ def main(argv=None):
 
 
 def experiment(cfg):
-    """Run what is missing, print the table and draw the figure.
-
-    Returns 0, or 1 if a run failed. Raises UserError.
-    """
+    """Run what is missing, print the table and draw the figure. Returns 0, or 1 if a run failed.
+    Raises UserError."""
     check(cfg)
     if cfg.jobs:
         todo = list(jobs(cfg))

@@ -101,10 +101,8 @@ TRAINED = {
 
 
 def commands(name, options):
-    """Return the commands of a configuration as a list of (script, argv).
-
-    They write the folder `run`, and others that later commands read.
-    """
+    """Return the commands of a configuration as a list of (script, argv). They write the folder
+    `run`, and others that later commands read."""
     train = [*BASE.split(), *options.split(), '--out_dir=run']
     lines = [('train', train)]
     if '--init_from=base' in train:
@@ -134,10 +132,8 @@ def commands(name, options):
 # record one tree
 
 def record(tree, name):
-    """Run a configuration with the code of `tree` in the working directory.
-
-    Returns name of a value -> the value as text.
-    """
+    """Run a configuration with the code of `tree` in the working directory. Returns name of a value
+    -> the value as text."""
     sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or '.').resolve() != ROOT / 'tests')]
     import torch
     model = importlib.import_module('model')
@@ -246,9 +242,7 @@ def start(tree, name, work):
 
 def differences(old, new):
     """Return the names of values that differ, in the order of computation, and the renamed values.
-
-    A renamed value is a pair (old name, new name) of equal values in files.
-    """
+    A renamed value is a pair (old name, new name) of equal values in files."""
     added, renamed = {}, []
     for name in new:
         if name not in old:
@@ -289,9 +283,7 @@ def compare(name, trees, work):
 
 def checkout(source, work):
     """Return the folder of a tree. source: a folder, or a commit, which is unpacked below `work`.
-
-    Raises ValueError if it is neither.
-    """
+    Raises ValueError if it is neither."""
     if (Path(source) / 'model.py').is_file():
         return Path(source).resolve()
     archive = subprocess.run(['git', '-C', str(ROOT), 'archive', source], capture_output=True)

@@ -124,10 +124,8 @@ def fit(call, monkeypatch):
 
 @pytest.fixture(scope='session')
 def trained_once(tmp_path_factory, toy):
-    """trained_once(*options) returns the run folder of the tiny model with these options.
-
-    Each model is trained once per session.
-    """
+    """trained_once(*options) returns the run folder of the tiny model with these options. Each
+    model is trained once per session."""
     folders = {}
 
     def trained_once(*options):
@@ -155,10 +153,8 @@ def trained(here, trained_once):
 
 @pytest.fixture
 def endless(here):
-    """endless(command, *options) starts training that does not end, and returns the process.
-
-    It returns after five steps. The process group is killed at the end of the test.
-    """
+    """endless(command, *options) starts training that does not end, and returns the process. It
+    returns after five steps. The process group is killed at the end of the test."""
     started = []
 
     def endless(command, *options):
@@ -182,10 +178,8 @@ def endless(here):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Train the runs of a sweep in this process, without the sample at the end.
-
-    The fixture is the list of the names of these runs.
-    """
+    """Train the runs of a sweep in this process, without the sample at the end. The fixture is the
+    list of the names of these runs."""
     monkeypatch.setattr(train, 'sample', lambda *args: '')
     names = []
 

@@ -83,10 +83,8 @@ def untimed(folder):
 
 
 def assert_same_run(folder, other):
-    """Assert that checkpoints and metrics of two runs are bit-identical.
-
-    Times, out_dir, init_from and max_iters may differ.
-    """
+    """Assert that checkpoints and metrics of two runs are bit-identical. Times, out_dir, init_from
+    and max_iters may differ."""
     a, b = checkpoint(folder), checkpoint(other)
     for key in ('out_dir', 'init_from', 'max_iters'):
         a['config'][key] = b['config'][key]
@@ -238,10 +236,8 @@ def error(model, idx, prompt, **options):
 
 
 def counted(f):
-    """Return the FLOPs that torch counts in f().
-
-    Attention runs as two matrix products, because torch counts these on every device.
-    """
+    """Return the FLOPs that torch counts in f(). Attention runs as two matrix products, because
+    torch counts these on every device."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         f()
     return counter.get_total_flops()
@@ -330,10 +326,8 @@ def projector(x, rank):
 
 
 def causal_truth(x, rank, block=4, basis_of=None):
-    """Return the truncation of 'causal' scope, computed row by row.
-
-    Row t in [s, 2s), for s = block, 2 block, 4 block, ..., uses the SVD of rows [0, s) if s > rank.
-    """
+    """Return the truncation of 'causal' scope, computed row by row. Row t in [s, 2s), for s =
+    block, 2 block, 4 block, ..., uses the SVD of rows [0, s) if s > rank."""
     basis_of = x if basis_of is None else basis_of
     rows = []
     for t in range(x.shape[-2]):

@@ -85,10 +85,8 @@ def changes(c, to):
 
 
 def new_adamw(model, saved):
-    """Return the state dict of a new AdamW for the model.
-
-    Options come from the config of the checkpoint `saved`, and nanoGPT's defaults fill the rest.
-    """
+    """Return the state dict of a new AdamW for the model. Options come from the config of the
+    checkpoint `saved`, and nanoGPT's defaults fill the rest."""
     c = dict(weight_decay=1e-1, learning_rate=6e-4, beta1=0.9, beta2=0.95) | saved.get('config', {})
     return model.configure_optimizers(c['weight_decay'], c['learning_rate'],
                                       (c['beta1'], c['beta2']), 'cpu').state_dict()

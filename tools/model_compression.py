@@ -52,9 +52,7 @@ BENCHMARK_ROUNDS = 5                # odd, so that a measured round is the media
 
 def parse_modules(modules):
     """Return a list of 'attn' and 'mlp' from a comma-separated str, a list, or None for both.
-
-    Raises ValueError for other words.
-    """
+    Raises ValueError for other words."""
     words = MODULES if modules is None else (
         modules.replace(' ', '').split(',') if isinstance(modules, str) else modules)
     if not {*words} <= {*MODULES}:
@@ -76,10 +74,8 @@ def layer_names(model, modules=None):
 
 
 def dense_layers(model, names):
-    """Make each named layer a separate nn.Linear, in place. Returns name -> nn.Linear.
-
-    Low-rank layers and adapters are multiplied out, and a fused c_attn is split.
-    """
+    """Make each named layer a separate nn.Linear, in place. Returns name -> nn.Linear. Low-rank
+    layers and adapters are multiplied out, and a fused c_attn is split."""
     for name in names:
         layer = model.get_layer(name)
         if hasattr(layer, 'merge'):
@@ -95,10 +91,8 @@ def without_adapters(model):
 
 
 def weights_of(model, modules=None):
-    """Return every weight matrix of the blocks: name -> (m, n).
-
-    Changes the model: fused layers are split and low-rank layers are multiplied out.
-    """
+    """Return every weight matrix of the blocks: name -> (m, n). Changes the model: fused layers are
+    split and low-rank layers are multiplied out."""
     modules = parse_modules(modules)
     dense_layers(model, model.config.layer_shapes)
     return {name: layer.weight for name, layer in model.transformer.named_modules()
@@ -107,10 +101,8 @@ def weights_of(model, modules=None):
 
 @torch.no_grad()
 def sync_config(model):
-    """Update the configuration after layers were replaced, in place. Returns the model.
-
-    Writes the ranks of low-rank layers to layer_ranks. Fuses each c_attn without low-rank layers.
-    """
+    """Update the configuration after layers were replaced, in place. Returns the model. Writes the
+    ranks of low-rank layers to layer_ranks. Fuses each c_attn without low-rank layers."""
     ranks = {name: layer.rank for name, layer in model.transformer.named_modules()
              if isinstance(layer, LowRankLinear)}
     model.config = replace(model.config, layer_ranks=ranks or None)
@@ -209,9 +201,7 @@ class LayerStats:
 
     def moments(self):
         """Return E[a^T b] (p, q) plus the variance of float32 rounding errors of the inputs.
-
-        Without that term, rounding errors of a constant input would count as signal.
-        """
+        Without that term, rounding errors of a constant input would count as signal."""
         n = self.weight.size(1)
         a, b = self.factors(torch.diag(ROUNDING * self.mean[:n]).repeat(1, len(self.mean) // n))
         return self.sum / self.tokens + a.mT @ b
@@ -238,9 +228,7 @@ class InputShiftStats(LayerStats):
 
     def refitted_factorization(self, stats):
         """Return the `Factorization` of the weight that maps x^ closest to the dense output W x.
-
-        stats: `LayerStats` of the dense layer, whose gradients define the distance.
-        """
+        stats: `LayerStats` of the dense layer, whose gradients define the distance."""
         weight, gradients, n = stats.weight, stats.gradients / stats.tokens, stats.weight.size(1)
         inputs, cross = self.moments().split((n, len(gradients)))
         dense = torch.eye(n, dtype=torch.float64) if self.tall else weight
@@ -265,10 +253,8 @@ def calibration_windows(data, tokens, block_size, seed, device):
 
 @contextmanager
 def record(modules):
-    """Context manager that records modules in forward passes.
-
-    modules: name -> module. Yields a dict, name -> (input, output) of the last forward pass.
-    """
+    """Context manager that records modules in forward passes. modules: name -> module. Yields a
+    dict, name -> (input, output) of the last forward pass."""
     seen = {}
 
     def hook(name, module, args, output):
@@ -407,10 +393,8 @@ def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
 
 
 def uniform_share(energies, shapes, keep):
-    """Return the ranks at which each layer keeps the fraction `keep` of its parameters.
-
-    Raises ValueError if a rank would be below 1.
-    """
+    """Return the ranks at which each layer keeps the fraction `keep` of its parameters. Raises
+    ValueError if a rank would be below 1."""
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
     if keep == 1:                       # a rank that saves parameters would lose something
         return dict.fromkeys(shapes)
@@ -477,10 +461,8 @@ def finetune(model, data, options, saved, device, teacher=None):
 
 
 def distillation_loss(teacher, model, x, y):
-    """Return cross-entropy plus KL divergence from the teacher's predictions, for x, y (B, T).
-
-    In nats per token (Hinton, Vinyals and Dean, arXiv:1503.02531, at temperature 1).
-    """
+    """Return cross-entropy plus KL divergence from the teacher's predictions, for x, y (B, T). In
+    nats per token (Hinton, Vinyals and Dean, arXiv:1503.02531, at temperature 1)."""
     logits, loss = model(x, y)                                      # (B, T, vocab)
     with torch.no_grad():
         target = F.log_softmax(teacher(x, y)[0], dim=-1)
@@ -492,10 +474,8 @@ def distillation_loss(teacher, model, x, y):
 # comparison of the original and the compressed model
 
 def validation_loss(model, data, device, seed):
-    """Return the loss in nats per token over the whole validation split.
-
-    It is the prefix-only loss if the model is not causal. Leaves the model in evaluation mode.
-    """
+    """Return the loss in nats per token over the whole validation split. It is the prefix-only loss
+    if the model is not causal. Leaves the model in evaluation mode."""
     options = SimpleNamespace(batch_size=1, block_size=model.config.block_size, seed=seed)
     row = Evaluation(options, model, data, device, devices.autocast(device, 'float32'),
                      model.config.is_noncausal).final()

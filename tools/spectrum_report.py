@@ -50,21 +50,16 @@ def spectrum(name, weight):
 
 
 def csv_text(spectra):
-    """Return the CSV text with one line per singular value.
-
-    Indices start at 1, the largest value, so that cumulative_energy is the energy that the rank
-    `index` keeps.
-    """
+    """Return the CSV text with one line per singular value. Indices start at 1, the largest value,
+    so that cumulative_energy is the energy that the rank `index` keeps."""
     lines = [f'{s.name},{s.m},{s.n},{i},{value!r},{kept!r}' for s in spectra
              for i, (value, kept) in enumerate(zip(s.sigma.tolist(), s.energy.tolist()), 1)]
     return '\n'.join(['name,m,n,index,singular_value,cumulative_energy', *lines, ''])
 
 
 def table(spectra):
-    """Return a text table with one row per weight and a row of totals.
-
-    The totals count a weight as dense if factors would not save parameters.
-    """
+    """Return a text table with one row per weight and a row of totals. The totals count a weight as
+    dense if factors would not save parameters."""
     percents = [f'{fraction:.0%}' for fraction in FRACTIONS]
     rows = [['weight', 'shape', 'sigma', 'rank', *percents, 'even', 'dense',
              *(cell for percent in percents for cell in (f'at {percent}', 'saves'))]]
@@ -89,10 +84,8 @@ def savings(dense, factored):
 
 
 def plot(path, spectra, title):
-    """Write a PNG with one column of panels per kind of layer and one line per block.
-
-    The upper panels show singular values, the lower ones their cumulative energy.
-    """
+    """Write a PNG with one column of panels per kind of layer and one line per block. The upper
+    panels show singular values, the lower ones their cumulative energy."""
     values, kept = {}, {}
     for s in spectra:
         _, block, kind = s.name.split('.', 2)

@@ -74,10 +74,8 @@ def peer_model(cfg, device):
 
 
 def run_seconds(cfg, data, device):
-    """Estimate the seconds that a run of train.py takes, from the median of five steps.
-
-    A batch in an evaluation counts as a third of a step because it has no backward pass.
-    """
+    """Estimate the seconds that a run of train.py takes, from the median of five steps. A batch in
+    an evaluation counts as a third of a step because it has no backward pass."""
     step = step_of(cfg, device)
     step()
     _, seconds, _ = quartiles([time_it(step, device) for _ in range(5)])
@@ -101,10 +99,8 @@ def kind_of(cfg):
 
 
 def truncating_scopes(cfg, required):
-    """Return the scopes in which cfg.svd_rank truncates, and print why others are left out.
-
-    Raises UserError if `required` and there is no such scope.
-    """
+    """Return the scopes in which cfg.svd_rank truncates, and print why others are left out. Raises
+    UserError if `required` and there is no such scope."""
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     scopes = [scope for scope in SCOPES if not off[scope]]
     if required and not scopes:

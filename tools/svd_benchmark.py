@@ -115,9 +115,7 @@ def head_svd(cfg, case, source=None, basis_grad=True):
 
 def truncation(cfg, case, source, basis_grad):
     """Return a function that truncates V, its argument from the source, and the upstream gradient.
-
-    In 'weight' scope they are for W_v instead of V.
-    """
+    In 'weight' scope they are for W_v instead of V."""
     module = head_svd(cfg, case, source, basis_grad)
     if case.scope == 'weight':
         return module.truncate_weight, source.w, source.dw
@@ -131,10 +129,8 @@ def gradient(f, x, dy):
 
 
 def decomposed(cfg, scope, source):
-    """Return a list of the batches of matrices from which bases are computed.
-
-    The list has one batch per prefix in 'causal' scope and one batch in the other scopes.
-    """
+    """Return a list of the batches of matrices from which bases are computed. The list has one
+    batch per prefix in 'causal' scope and one batch in the other scopes."""
     if scope == 'causal':
         starts = causal_starts(source.v.shape[-2], cfg.svd_rank, cfg.svd_block)
         return [source.v[..., :start, :] for start in starts]
@@ -151,10 +147,8 @@ def converted(source, convert):
 
 @torch.no_grad()
 def warm_bases(cfg, layers, draw):
-    """Return running bases (layers, nh, hs, k) after WARM_STEPS updates.
-
-    draw() returns V (B, nh, T, hs) of each layer for one update.
-    """
+    """Return running bases (layers, nh, hs, k) after WARM_STEPS updates. draw() returns V (B, nh,
+    T, hs) of each layer for one update."""
     starts = [head_svd(cfg, Case('sequence', 'randomized cold')).warm_start for _ in range(layers)]
     for _ in range(WARM_STEPS):
         for start, v in zip(starts, draw()):
@@ -186,10 +180,8 @@ def synthetic_source(cfg, name, device):
 
 
 def trained_sources(cfg, device):
-    """Return a Source for each layer of OUT_DIR/ckpt.pt, and a line of text about them.
-
-    The list is empty if the checkpoint or its data set is missing or does not fit cfg.
-    """
+    """Return a Source for each layer of OUT_DIR/ckpt.pt, and a line of text about them. The list is
+    empty if the checkpoint or its data set is missing or does not fit cfg."""
     path = Path(cfg.out_dir) / 'ckpt.pt'
     try:
         saved = ckpt.load(path)
@@ -272,10 +264,8 @@ def timings(cfg, device, cases, source):
 # accuracy, in float32 against float64 on the CPU, because some devices have no float64
 
 def source_quality(cfg, cases, source):
-    """Print a table with one row per case for the matrices of a source, and return the rows.
-
-    The columns are residuals relative to the best approximation and cosines of gradients.
-    """
+    """Print a table with one row per case for the matrices of a source, and return the rows. The
+    columns are residuals relative to the best approximation and cosines of gradients."""
     print_line(source.name, ('residual', 'worst', 'full', 'worst', 'constant', 'worst', 'matrices'))
     source, k, rows = converted(source, torch.Tensor.float), cfg.svd_rank, []
     exact_source = converted(source, lambda x: x.cpu().double())
@@ -301,10 +291,8 @@ def source_quality(cfg, cases, source):
 
 
 def smallest_residual(x, rank):
-    """Return the smallest residuals of x (..., m, n) at a rank, and their rounding levels.
-
-    Both are Frobenius norms (...), in float64 on the CPU. A residual below its level is rounding.
-    """
+    """Return the smallest residuals of x (..., m, n) at a rank, and their rounding levels. Both are
+    Frobenius norms (...), in float64 on the CPU. A residual below its level is rounding."""
     squares = torch.linalg.svdvals(x.detach().cpu().double()).square()
     floor = (ROUNDING * squares.sum(-1).sqrt()).clamp_min(torch.finfo(torch.float64).tiny)
     return squares[..., rank:].sum(-1).sqrt(), floor
@@ -340,9 +328,7 @@ def label(row):
 
 def draw(path, costs, quality, caption):
     """Draw residual / best residual - 1 against the time of the forward pass, one panel per scope.
-
-    The residual is the mean over the rows of `quality`. caption: text below the panels.
-    """
+    The residual is the mean over the rows of `quality`. caption: text below the panels."""
     best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
     looks = dict(zip(METHODS, zip(plots.COLOURS, plots.MARKERS, repeat(''))))
     charts = []

@@ -81,10 +81,8 @@ def run_folder(folder, variant, seed):
 
 
 def effective_config(cfg):
-    """Return option -> value of the options on which the result of a run depends.
-
-    Options without effect in this configuration are left out.
-    """
+    """Return option -> value of the options on which the result of a run depends. Options without
+    effect in this configuration are left out."""
     known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
     is_new = cfg.init_from == 'scratch'
     # the model in init_from may have an SVD or MLA that cfg does not show
@@ -179,10 +177,8 @@ def load(folder):
 
 
 def check_same_sweep(folder, record):
-    """Raise UserError unless this sweep equals or extends the one in the folder.
-
-    record: this sweep, from `describe`. It may add variants and seeds.
-    """
+    """Raise UserError unless this sweep equals or extends the one in the folder. record: this
+    sweep, from `describe`. It may add variants and seeds."""
     def flat(sweep):
         return {f'seed {seed}': 'present' for seed in sweep['seeds']} | {
             f'{name}: {key}': value for name, arm in sweep['arms'].items()
@@ -236,10 +232,8 @@ def thread_limits(at_once):
 
 
 def gpu_environments(device):
-    """Return a list of environments for processes, one per GPU for the device 'cuda'.
-
-    A device with a number, such as 'cuda:1', is shared by all processes.
-    """
+    """Return a list of environments for processes, one per GPU for the device 'cuda'. A device with
+    a number, such as 'cuda:1', is shared by all processes."""
     if device != 'cuda':
         return [{}]
     every = ','.join(map(str, range(torch.cuda.device_count())))
@@ -248,10 +242,8 @@ def gpu_environments(device):
 
 
 def train_all(jobs, at_once, device):
-    """Run the unfinished jobs, `at_once` at a time, and print one line per run.
-
-    Returns the names of the jobs that failed.
-    """
+    """Run the unfinished jobs, `at_once` at a time, and print one line per run. Returns the names
+    of the jobs that failed."""
     states, threads = [state(job) for job in jobs], thread_limits(at_once)['OMP_NUM_THREADS']
     counts = ', '.join(f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do'))
     print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {counts}; {at_once} at a time, {threads} '
@@ -298,9 +290,7 @@ def run_all(jobs, at_once, ended, environments=({},)):
 
 def start(job, environment):
     """Start the process of a job and return it. It stops after the calling process has ended.
-
-    environment: variables that are added to those of the calling process.
-    """
+    environment: variables that are added to those of the calling process."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
         saved = has_checkpoint(job.folder)
@@ -346,10 +336,8 @@ def measure(runs, folder, device):
 
 
 def list_runs(runs, device):
-    """Print the state of each run (Variant, Job) and an estimate of the time left.
-
-    The estimate comes from training steps that are timed now.
-    """
+    """Print the state of each run (Variant, Job) and an estimate of the time left. The estimate
+    comes from training steps that are timed now."""
     seconds, total = {}, 0.0
     for variant, job in runs:
         text, step = state(job), 0

@@ -129,10 +129,8 @@ def over_seeds(record):
 # figures
 
 def draw(folder, record, rows):
-    """Draw the figures for which there is data, and print what the others need.
-
-    Returns path -> caption.
-    """
+    """Draw the figures for which there is data, and print what the others need. Returns path ->
+    caption."""
     try:
         plots.require_matplotlib('figures')
     except UserError as e:

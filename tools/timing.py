@@ -40,11 +40,8 @@ def interleave(runs, rounds, warmup=1):
 
 
 def time_interleaved(functions, rounds, device):
-    """Time functions in turn.
-
-    functions: name -> function that takes at least a few microseconds. Returns name -> list of
-    seconds per call, one value per round.
-    """
+    """Time functions in turn. functions: name -> function that takes at least a few microseconds.
+    Returns name -> list of seconds per call, one value per round."""
     def timed(f):
         f()                                                         # the first call may be slower
         repeats = math.ceil(LEAST_SECONDS / max(time_it(f, device), 1e-6))
@@ -94,10 +91,8 @@ def peak_bytes(f, device):
 
 
 def generation(model, prompt, tokens, device):
-    """Generate `tokens` tokens greedily after a prompt (B, T), and time it.
-
-    Returns the seconds for the prompt with the first token, and the seconds per later token.
-    """
+    """Generate `tokens` tokens greedily after a prompt (B, T), and time it. Returns the seconds for
+    the prompt with the first token, and the seconds per later token."""
     stream = model.stream(prompt, tokens, temperature=0, use_cache=not model.config.is_noncausal)
     return (time_it(lambda: next(stream), device),
             time_it(lambda: [*stream], device) / (tokens - 1))
