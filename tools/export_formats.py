@@ -47,8 +47,8 @@ def plain_model(model):
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: truncates V itself to rank {c.svd_rank}, "
-                         'which weights cannot express (nearest: --to=safetensors, or train with '
-                         "svd_scope='weight')")
+                         "which weights cannot express (nearest: 'weight', set before training, or "
+                         '--to=safetensors)')
     dense_layers(model, c.layer_ranks or ())
     model = without_adapters(model)                                 # also fuses c_attn again
     for block in model.transformer.h:
