@@ -1,7 +1,9 @@
 """
-Multi-head latent attention can be computed in two ways: keys and values expanded from the latents,
-or the up-projections absorbed into queries and outputs. Which is faster for m new tokens after T
-cached ones? One layer, paired:
+Time two ways to compute multi-head latent attention for m new tokens after T cached tokens.
+
+'expanded' computes keys and values from the latents. 'absorbed' multiplies the up-projections into
+queries and outputs, so that heads attend to the latents themselves. One layer is timed, in paired
+rounds:
 
     python experiments/absorb_or_expand.py                      # GPT-2's shape, docs/MLA.md's table
     python experiments/absorb_or_expand.py --n_embd=128 --n_head=4 --latents=16,32,64 --cached=256
@@ -35,12 +37,12 @@ from tools.timing import print_line, quartiles, time_interleaved
 class Config:
     n_embd: Annotated[int, 'width', Range(1)] = 768
     n_head: Annotated[int, 'heads', Range(1)] = 12
-    latents: Annotated[str, 'sizes of the latent'] = '64,128,256,512'
-    queries: Annotated[str, 'new tokens at a time'] = '1,4,16,64,256,1024'
-    cached: Annotated[int, 'tokens that each attends to', Range(1)] = 1024
+    latents: Annotated[str, 'sizes of the latent per token'] = '64,128,256,512'
+    queries: Annotated[str, 'numbers of new tokens'] = '1,4,16,64,256,1024'
+    cached: Annotated[int, 'cached tokens that each new token attends to', Range(1)] = 1024
     batch_size: Annotated[int, 'sequences', Range(1)] = 1
     rounds: Annotated[int, 'paired rounds', Range(2)] = 10
-    seed: Annotated[int, 'of the numbers', Range(0)] = 1337
+    seed: Annotated[int, 'of random inputs and weights', Range(0)] = 1337
     device: Annotated[str, "'auto', 'cpu', 'cuda', 'mps'"] = 'auto'
 
     def __post_init__(self):
@@ -53,22 +55,23 @@ class Config:
             self.numbers(name)
 
     def numbers(self, name):
-        """The option `name` as a list of int."""
+        """Return the option `name` as a list of int. Raises ValueError if it is not one."""
         words = getattr(self, name)
         numbers = [int(word) if word.isdecimal() else 0 for word in words.split(',')]
         if not all(numbers):
-            raise ValueError(f"{name}={words!r}: must be positive whole numbers, like '16,128'")
+            raise ValueError(f'{name}={words!r}: must be positive whole numbers, separated by '
+                             "commas (nearest: '16,128')")
         return numbers
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('absorb_or_expand.py', Config, __doc__, measure, argv)
 
 
 @torch.no_grad()
 def measure(cfg):
-    """Print times per latent and number of queries, then the same as one line of JSON."""
+    """Print times per latent size and number of queries, then the same as one line of JSON."""
     device, nh, hs = devices.pick_device(cfg.device), cfg.n_head, cfg.n_embd // cfg.n_head
     print(f'{nh} heads of {hs}, {cfg.cached} cached tokens, batch {cfg.batch_size}, {device}, '
           f'{torch.get_num_threads()} threads, {cfg.rounds} rounds')
@@ -91,12 +94,13 @@ def measure(cfg):
 
 
 def expanded(q, w_k, w_v, c):
-    """q (B, nh, m, hs), w_k and w_v (nh, hs, d), c (B, T, d) -> (B, nh, m, hs)."""
+    """Return attention outputs (B, nh, m, hs) with keys and values expanded from latents c
+    (B, T, d), for queries q (B, nh, m, hs) and up-projections w_k and w_v (nh, hs, d)."""
     return F.scaled_dot_product_attention(q, expand(w_k, c), expand(w_v, c))
 
 
 def absorbed(q, w_k, w_v, c):
-    """The same result as `expanded`, with every head attending to the latents themselves."""
+    """Return what `expanded` returns, with heads that attend to the latents themselves."""
     q = (q * q.size(-1) ** -0.5 @ w_k).flatten(1, 2)                # (B, nh, m, d) -> (B, nh m, d)
     sums = F.softmax(q @ c.mT, dim=-1) @ c                          # (B, nh m, T) x (B, T, d)
     return sums.unflatten(1, (w_k.size(0), -1)) @ w_v.mT            # (B, nh, m, d) x (nh, d, hs)

@@ -1,35 +1,35 @@
 """
-What low-rank layers cost: loss added, method by method, against the share of the blocks' weights
-that is kept.
+Measure the loss that low-rank layers add, for each method, against the fraction of the blocks'
+weights kept.
 
-    python experiments/compression_table.py --dataset=input.txt  # make what is missing, draw
+    python experiments/compression_table.py --dataset=input.txt  # run what is missing, draw
     python experiments/compression_table.py --run=False          # draw what is recorded
 
-Models: 'small', nanoGPT's CPU recipe, and 'wide', 13 times the parameters; train.py trains what is
-not in out_dir yet. Nothing is fine-tuned in the first tables, so they compare what each method
-makes of the same weights. Of the methods,
+The models are 'small', nanoGPT's CPU recipe, and 'wide' with 13 times the parameters. train.py
+trains those that are not in out_dir yet. The first tables compare methods on the same weights,
+without fine-tuning:
 
     plain               the SVD of the weights
     FWSVD               rows weighted by the root of their Fisher information (arXiv:2207.00112)
-    ASVD                columns scaled by the root of the mean size of their input
+    ASVD                columns scaled by the root of the mean absolute value of their input
                         (arXiv:2312.05821)
-    whitened            the error of a layer's outputs (SVD-LLM, arXiv:2403.07378): compress.py's
-                        method 'whitened'
-    + bias              and a bias for each layer that takes the mean of the error, its numbers
-                        within the budget
-    + output metric     whitened, errors weighed by the loss's gradients at the outputs
-    + budgeted ranks    and ranks chosen over all layers
-    + anchored          and each layer made for inputs as they now are: compress.py's method
-                        'activation'
+    whitened            least error of each layer's outputs (SVD-LLM, arXiv:2403.07378), method
+                        'whitened' of compress.py
+    + bias              whitened, and each layer gets a bias that absorbs the mean error; the biases
+                        count as weights kept
+    + output metric     whitened, with errors weighted by the loss's gradients at the outputs
+    + budgeted ranks    '+ output metric' with ranks chosen over all layers together
+    + anchored          '+ budgeted ranks' with each layer fitted to the inputs that it gets in the
+                        compressed model, method 'activation' of compress.py
+    anchored, uniform ranks     '+ anchored' without the choice of ranks
 
-the last three build on each other; 'anchored, uniform ranks' leaves out the choice of ranks. Then
-the controls, what as many steps or as many parameters give otherwise: fine-tuned against the dense
-model given the same steps, and models of that size trained from scratch, a narrower one and one
-with the factors' ranks, each with and without those extra steps.
+The other tables have controls. Compressed models are fine-tuned and compared with the dense model
+after the same extra steps. Models of the compressed size are trained from scratch, with and without
+the extra steps: a narrower model, and a model with the same ranks as the compressed one.
 
-A row of experiments/compression_table.jsonl is a result, written when it is there and not made
-again, so that an interrupted run goes on. All losses are over the whole validation split. The
-figure is docs/compression.png.
+Each line of experiments/compression_table.jsonl is a finished result. It is not computed again, so
+an interrupted run can go on. All losses are over the whole validation split. The figure is
+docs/compression.png.
 """
 
 import copy
@@ -84,26 +84,27 @@ MODELS = {
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
 CALIBRATION_TOKENS = 16384
-EXTRA = ('steps', 'optimizer', 'learning_rate')     # of a row with extra steps
-SEED = 1337                         # of the dense models; calibrations have 0, 1, ...
-# of which models those controls are trained: minutes each
+EXTRA = ('steps', 'optimizer', 'learning_rate')     # key of a row with extra steps
+SEED = 1337                         # of the dense models; calibrations use 0, 1, ...
+# model -> controls trained from scratch, which take minutes each
 SCRATCH = {'small': ('narrower', 'factors')}
 
 
 @dataclass
 class TableConfig:
     """Options of the experiment."""
-    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare",
+    dataset: Annotated[str, 'as for train.py; the recorded results are of Tiny Shakespeare',
                        PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the trained models', PATH] = 'out-compression'
     models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
     parts: Annotated[
         str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
-    keeps: Annotated[str, 'which of the shares, of the methods alone'] = ','.join(map(str, KEEPS))
-    seeds: Annotated[int, 'calibrations of each method, and runs of each control', Range(1)] = 3
-    finetune_iters: Annotated[int, 'extra steps', Range(1)] = 300
-    optimizer: Annotated[Literal['muon', 'adamw'], 'of these steps'] = 'muon'
-    learning_rate: Annotated[float, 'of these steps', Range(0)] = 1e-3
+    keeps: Annotated[str, "fractions of the weights kept, for 'methods'"] = ','.join(
+        map(str, KEEPS))
+    seeds: Annotated[int, 'calibrations per method, and runs per control', Range(1)] = 3
+    finetune_iters: Annotated[int, "extra steps, for 'finetune' and 'scratch'", Range(1)] = 300
+    optimizer: Annotated[Literal['muon', 'adamw'], 'of the extra steps'] = 'muon'
+    learning_rate: Annotated[float, 'of the extra steps', Range(0)] = 1e-3
     run: Annotated[bool, 'False: only tables and figure'] = True
 
     def __post_init__(self):
@@ -115,16 +116,19 @@ class TableConfig:
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
                 raise ValueError(
-                    f'{name}={getattr(self, name)!r}: {wrong[0]!r} is none of {", ".join(valid)} '
-                    f'(nearest: {",".join(valid)!r})')
+                    f'{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of '
+                    f'{", ".join(valid)} (nearest: {",".join(valid)!r})')
 
 
 # --------------------------------------------------------------------------------------------------
 # methods
 
 class Scaled:
-    """What `Factorization` is, of the SVD of a weight whose rows (m) and columns (n) were scaled by
-    positive numbers: `energies` (s) and factors of any rank, with the scales taken out again."""
+    """SVD of a weight (m, n) with scaled rows and columns, with the interface of `Factorization`.
+
+    rows (m), columns (n): nonnegative scales, None for ones. `energies` (s) are the squared
+    singular values of the scaled weight. The factors contain the inverse scales.
+    """
 
     def __init__(self, weight, rows=None, columns=None):
         weight = weight.detach().double()                           # (m, n)
@@ -136,7 +140,7 @@ class Scaled:
         self.energies = self.s.square()
 
     def factors(self, rank):
-        """U (m, r), A (r, n)."""
+        """Return U (m, r) and A (r, n) for a rank r."""
         root = self.s[:rank].sqrt()
         return self.u[:, :rank] * root / self.rows[:,
                                                    None], root[:,
@@ -144,13 +148,12 @@ class Scaled:
 
 
 def positive(scales):
-    """Zeros, which a calibration text may leave, become a millionth of the mean: they have to be
-    divided by."""
+    """Return scales with zeros replaced by a millionth of the mean, because scales are divisors."""
     return scales.double().clamp_min(scales.double().mean().clamp_min(1e-300) * 1e-6)
 
 
 class Weights:
-    """No statistics at all."""
+    """The weight of a layer without calibration statistics, for the plain SVD."""
 
     def __init__(self, layer, block_size):
         self.weight, self.mean = layer.weight, torch.zeros(layer.weight.size(1),
@@ -161,15 +164,15 @@ class Weights:
 
 
 class FisherRows(Weights):
-    """FWSVD: rows count by the root of the sum of their weights' Fisher information, the squared
-    gradients of a text's loss, here a window's, summed over windows."""
+    """FWSVD: scale rows by the root of the Fisher information, summed over the weights of the row.
+    Fisher information is the squared gradient of a window's loss, summed over windows."""
 
     def __init__(self, layer, block_size):
         super().__init__(layer, block_size)
         self.block_size, self.information = block_size, 0
 
     def add(self, x, g):
-        """x (N, n), g (N, m), the tokens of whole windows."""
+        """Add inputs x (N, n) and gradients g (N, m) at the tokens of whole windows."""
         x, g = (t.unflatten(0, (-1, self.block_size)) for t in (x, g))  # (B, T, n), (B, T, m)
         gradients = g.mT @ x                                        # (B, m, n)
         self.information = self.information + gradients.double().square().sum((0, 2))  # (m)
@@ -179,15 +182,14 @@ class FisherRows(Weights):
 
 
 class InputSizes(Weights):
-    """ASVD: columns count by the root of the mean absolute value of their input, the paper's alpha
-    = 1/2."""
+    """ASVD: scale columns by the root of the mean absolute value of their input (alpha = 1/2)."""
 
     def __init__(self, layer, block_size):
         super().__init__(layer, block_size)
         self.tokens, self.sizes = 0, 0
 
     def add(self, x, g=None):
-        """x (N, n)."""
+        """Add inputs x (N, n)."""
         self.tokens, self.sizes = self.tokens + len(x), self.sizes + x.double().abs().sum(0)  # (n)
 
     def factorization(self):
@@ -199,7 +201,7 @@ def whitening(layer, block_size):
 
 
 def share_with_biases(energies, shapes, keep):
-    """`uniform_share` that has the biases of `add_biases` within it."""
+    """Return ranks as `uniform_share` does, with the biases of `add_biases` counted in `keep`."""
     biases = sum(m for m, _ in shapes.values()) / sum(m * n for m, n in shapes.values())
     return layers.uniform_share(energies, shapes, keep - biases)
 
@@ -207,7 +209,7 @@ def share_with_biases(energies, shapes, keep):
 Method = namedtuple('Method', 'statistics gradients choose biases anchored',
                     defaults=(False, False))
 METHODS = {
-    'plain': Method(Weights, None, layers.uniform_share),           # None: measures nothing
+    'plain': Method(Weights, None, layers.uniform_share),           # None: no calibration
     'FWSVD': Method(FisherRows, True, layers.uniform_share),
     'ASVD': Method(InputSizes, False, layers.uniform_share),
     'whitened': Method(whitening, False, layers.uniform_share),
@@ -221,15 +223,15 @@ DEFAULT = '+ anchored'
 
 
 def add_biases(linears):
-    """A bias of zeros for those without."""
+    """Give each layer without a bias a bias of zeros."""
     for layer in linears:
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0]), requires_grad=False)
 
 
 def measure(dense, method, windows):
-    """-> a copy of the dense model whose layers are apart, and of each layer its statistics and its
-    factorization: name -> those."""
+    """Calibrate a copy of the dense model. Returns the copy, with separate layers, and its
+    statistics and factorizations, name -> each."""
     model = copy.deepcopy(dense)
     linears = layers.dense_layers(model, layers.layer_names(model))
     if method.biases:
@@ -242,8 +244,7 @@ def measure(dense, method, windows):
 
 
 def factored(measured, method, keep, windows):
-    """-> the model of `measure` with layers that are products, which keep that share of its
-    numbers."""
+    """Return a low-rank copy of the model of `measure` that keeps this fraction of the weights."""
     model, seen, factorizations = measured
     new = copy.deepcopy(model)
     energies = {name: one.energies for name, one in factorizations.items()}
@@ -262,7 +263,7 @@ def factored(measured, method, keep, windows):
 # results
 
 class Results(Record):
-    """Those of models: result() -> loss, model, other fields."""
+    """Record of model losses, for which result() returns loss, model and a dict of other fields."""
 
     def make(self, result, **key):
         def fields():
@@ -284,8 +285,8 @@ def loss_of(model, data):
 
 
 def trained(cfg, name, kind, seed, *options):
-    """The checkpoint of a model that train.py made here or makes now. Raises UserError where it
-    fails."""
+    """Return the checkpoint of a model, trained by train.py if it is not in out_dir yet. Raises
+    UserError if the training fails."""
     folder = Path(cfg.out_dir) / f'{name}-{kind}-{seed}'
     argv = [
         *MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}',
@@ -309,12 +310,12 @@ def windows_of(data, model, seed):
 
 
 def methods(cfg, record, name, dense, data):
-    """Rows of all methods at all shares: what is measured once serves every share and all methods
-    that measure it."""
+    """Add the rows of all methods at all fractions of the weights kept. Methods with the same
+    statistics share one calibration."""
     for seed in range(cfg.seeds):
         windows, known = windows_of(data, dense, seed), {}
         for label, method in METHODS.items():
-            if method.gradients is None and seed:                   # draws nothing
+            if method.gradients is None and seed:                   # the seed has no effect
                 continue
             for keep in map(float, cfg.keeps.split(',')):
                 def result():
@@ -329,19 +330,19 @@ def methods(cfg, record, name, dense, data):
 
 
 def compressed(dense, data, keep, seed):
-    """By the default method."""
+    """Return a copy of the model compressed by the default method."""
     new = copy.deepcopy(dense)
     layers.compress_model(new, 'activation', windows_of(data, dense, seed), keep=keep)
     return new
 
 
 def extra_steps(cfg):
-    """Of the record's key."""
+    """Return the part of a row's key that describes the extra steps."""
     return dict(zip(EXTRA, (cfg.finetune_iters, cfg.optimizer, cfg.learning_rate)))
 
 
 def tune(cfg, model, teacher, saved, data, seed):
-    """Extra steps in place; None: no teacher."""
+    """Train the model for the extra steps in place; teacher None: without distillation."""
     options = SimpleNamespace(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate,
                               finetune_iters=cfg.finetune_iters, batch_size=None, seed=seed)
     layers.finetune(model, data, options, saved, 'cpu', teacher)
@@ -349,8 +350,8 @@ def tune(cfg, model, teacher, saved, data, seed):
 
 
 def finetune(cfg, record, name, dense, saved, data):
-    """Rows with extra steps, from a seed for calibration and batches: of the dense model, then of
-    compressed ones."""
+    """Add the rows with extra steps, of the dense model and of compressed models. The seed draws
+    calibration windows and batches."""
     for seed in range(cfg.seeds):
         record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
                     model=name, method='dense', seed=seed, **extra_steps(cfg))
@@ -363,8 +364,8 @@ def finetune(cfg, record, name, dense, saved, data):
 
 
 def scratch(cfg, record, name, dense, data):
-    """Rows of models of the size of compressed ones that were never larger, with and without extra
-    steps."""
+    """Add the rows of models of the compressed size that are trained from scratch. Each has a row
+    with and a row without the extra steps."""
     for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()),
                                     TUNED_KEEPS):
         def result(tuned):
@@ -378,21 +379,21 @@ def scratch(cfg, record, name, dense, data):
 
 
 def smaller(kind, dense, data, keep):
-    """The option that makes train.py's model smaller: the width, or the ranks that the default
-    method chose."""
+    """Return the option that makes train.py's model smaller, a width or the default method's ranks.
+    """
     if kind == 'narrower':
         return f'--n_embd={narrower(dense.config, keep)}'
     return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
 
 
 def narrower(c, keep):
-    """The width, a multiple of n_head, at which the blocks' matrices, that grow with its square,
-    have `keep` as many numbers."""
+    """Return the width at which the blocks' matrices have the fraction `keep` of their parameters.
+    Their size grows with the square of the width. The width is rounded to a multiple of n_head."""
     return round(c.n_embd * math.sqrt(keep) / c.n_head) * c.n_head
 
 
 def make(cfg, record, name, data):
-    """All rows of a model."""
+    """Add all rows of a model to the record."""
     saved = trained(cfg, name, 'dense', SEED)
     dense, parts = model_of(saved), cfg.parts.split(',')
     record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED,
@@ -409,8 +410,8 @@ def make(cfg, record, name, data):
 # tables and figure
 
 def added(rows, name, **key):
-    """Loss added to the dense model's by the rows with this key: mean, standard deviation over
-    seeds (0 of one), their number; None: there are none."""
+    """Return the loss that the rows with this key add to the dense model's, or None without rows.
+    As mean, standard deviation over seeds (0 for one seed), and number of seeds."""
     base = next(row['loss']
                 for row in rows
                 if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
@@ -428,11 +429,12 @@ def cell(found):
 
 
 def table(rows, name):
-    """Markdown: a method a line, a share kept a column."""
+    """Return a Markdown table with one row per method and one column per fraction kept."""
     head, line = row_of(rows, name), '|---' * (len(KEEPS) + 1) + '|'
     lines = [
-        f'{name}: {head["block_params"]:,} parameters in the blocks, loss {head["loss"]:.4f}; nats '
-        'added, no fine-tuning', '', '| keep | ' + ' | '.join(map(str, KEEPS)) + ' |', line]
+        f'{name}: {head["block_params"]:,} parameters in the blocks, loss {head["loss"]:.4f}; loss '
+        'added in nats per character, without fine-tuning', '',
+        '| fraction kept | ' + ' | '.join(map(str, KEEPS)) + ' |', line]
     for label in METHODS:
         cells = [cell(added(rows, name, method=label, keep=keep, steps=0)) for keep in KEEPS]
         lines += [f'| {label} | ' + ' | '.join(cells) + ' |'] if any(cells) else []
@@ -440,23 +442,23 @@ def table(rows, name):
 
 
 def row_of(rows, name, **key):
-    """The first row with this key; without one, the dense model's."""
+    """Return the first row with this key, or the dense model's if no key is given."""
     key = key or {'method': 'dense', 'steps': 0}
     return next(row for row in rows
                 if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
 
 
 def extras_of(rows, name):
-    """The kinds of extra steps that were taken."""
+    """Return the sorted values of EXTRA that the rows of a model have."""
     return sorted(
         {tuple(row[k] for k in EXTRA) for row in rows if row['model'] == name and row['steps']})
 
 
 def control_table(rows, name):
-    """Markdown: what was trained, with and without extra steps; '' where nothing was."""
+    """Return a Markdown table of models with and without extra steps, '' if there are none."""
     extras = extras_of(rows, name)
     lines = [
-        f'{name}: nats added to the loss of the dense model as it is', '',
+        f'{name}: nats per character added to the loss of the dense model without extra steps', '',
         '| | parameters in the blocks | no extra steps | ' +
         ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) +
         ' |', '|---' * (3 + len(extras)) + '|']
@@ -469,33 +471,34 @@ def control_table(rows, name):
                 dict(key, steps=0), *(key | dict(zip(EXTRA, extra)) for extra in extras))]
             if any(cells[1:] if method in ('dense', DEFAULT) else cells):
                 size = row_of(rows, name, **key)['block_params']
-                lines.append(f'| {label}{"" if keep is None else f", keep {keep}"} | {size:,} | '
+                lines.append(f'| {label}{"" if keep is None else f", {keep} kept"} | {size:,} | '
                              + ' | '.join(cells) + ' |')
     return '\n'.join(lines) if extras else ''
 
 
 def plot(rows, names):
-    """Loss added against the share kept, a panel a model, to FIGURE."""
+    """Draw loss added against the fraction kept, one panel per model, and write it to FIGURE."""
     figure, axes = plots.page(1, len(names), (5.2 * len(names), 4.6))
     for axis, name in zip(axes[0], names):
         draw(axis, rows, name)
-    axes[0, 0].set_ylabel('validation loss added, nats a character')
+    axes[0, 0].set_ylabel('validation loss added, nats per character')
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
     seeds = ', '.join(
         map(str,
             sorted({row['seed'] for row in rows if row['method'] == DEFAULT and not row['steps']})))
     figure.suptitle(
-        f'Loss added by compression: mean and standard deviation of calibration seeds {seeds} (no '
-        'bar: one seed; no point: it fell)', fontsize=10)
+        f'Loss added by compression: mean and standard deviation over calibration seeds {seeds} '
+        '(no bar: one seed; no point: the loss fell)', fontsize=10)
     plots.save(figure, FIGURE)
 
 
 def draw(axis, rows, name):
-    """A panel: each method, and the models with extra steps against the dense one with those."""
+    """Draw the panel of a model: the loss that each method adds. Markers show compressed models
+    after the extra steps, minus the dense model after the same steps."""
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
-        # a logarithm needs that
+        # the axis is logarithmic
         found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}
         low = [min(spread, 0.9 * mean) for mean, spread, _ in found.values()]
         axis.errorbar([keep + 0.002 * (i - 4)
@@ -513,25 +516,25 @@ def draw(axis, rows, name):
             [*tuned], [mean for mean, _ in tuned.values()],
             [spread for _, spread in tuned.values()], fmt=marker, color='k', markersize=8,
             capsize=2,
-            label=f'{DEFAULT}, {values[0]} steps of {values[1]},\nagainst the dense model given '
-                  'them')
+            label=f'{DEFAULT}, {values[0]} more steps of {values[1]},\nminus the dense model with '
+                  'the same steps')
     axis.set(
-        yscale='log', xlabel="share of the blocks' weights kept", xlim=(0.93, 0.37),
-        title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million in the blocks")
+        yscale='log', xlabel="fraction of the blocks' weights kept", xlim=(0.93, 0.37),
+        title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million block parameters")
     axis.set_xticks(KEEPS, KEEPS)
     axis.grid(alpha=0.3)
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input or a training that failed, 130 / 143 stopped."""
+    """Run the command. Returns 0 done, 2 wrong input or failed training, 130 or 143 stopped."""
     return cli.run('compression_table.py', TableConfig, __doc__, experiment, argv)
 
 
 def experiment(cfg):
-    """Make what is missing, print the tables, draw the figure. Raises UserError."""
+    """Run what is missing, print the tables and draw the figure. Raises UserError."""
     plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.run and not RECORD.exists():
-        raise UserError(f'run=False: there is no {RECORD} yet (nearest: --run=True)')
+        raise UserError(f'run=False: {RECORD} does not exist yet (nearest: --run=True)')
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, 'char'))

@@ -1,35 +1,37 @@
 """
-Does adaptive SVD protect what was learned? A small GPT learns text A, then B; its loss on A at a
-matched loss on B.
+Does adaptive SVD protect what a model has learned? A small GPT is trained on text A and then on
+text B. Variants are compared by their loss on A at the same loss on B.
 
-    python experiments/continual_learning.py --dataset=input.txt  # make what is missing, draw
+    python experiments/continual_learning.py --dataset=input.txt  # run what is missing, draw
     python experiments/continual_learning.py --run=False          # draw what is recorded
 
-Text B is Python, the standard library of the running interpreter, which needs no download; tokens
-are characters, the vocabulary is that of both. Each seed trains a model on A once and goes on from
-there on B, every arm with the same batches. Where everything is trained,
+Text B is Python, the standard library of the running interpreter. Tokens are characters, and the
+vocabulary covers both texts. For each seed one model is trained on A. Every variant then continues
+from it on B with the same batches and without weight decay. Variants that train all parameters:
 
     full training               the reference
-    adaptive                    all four projections of all blocks, the detector decides
-    adaptive, no protection     the same, factors free: protection 'none'
-    adaptive, random space      switched as the detector did in 'adaptive', as many random
-                                directions protected
-    timer                       all layers switched at the first analysis, no detector, 10
-                                directions protected
-    timer, random space         random ones
-    half from the start         half of all directions protected from the first step on
-    half, random space          random ones
+    adaptive                    adaptive SVD of the four attention projections in all blocks
+    adaptive, no protection     'adaptive' without protection, adaptive_svd_protection='none'
+    adaptive, random space      layers switch at the same analyses and to the same ranks as in
+                                'adaptive', but random directions are protected
+    timer                       all layers switch at the first analysis, without a detector, and 10
+                                directions are protected
+    timer, random space         'timer' with random directions
+    half from the start         half of all directions are protected from the first step on
+    half, random space          'half from the start' with random directions
 
-and where nothing is but the four projections, as adapters leave the rest alone ('all of attention'
-is the reference there), LoRA, PiSSA and MiLoRA with these targets. The detector starts with the SVD
-of the model that learned A, as after a resume of a run that was watched: its first analysis on B
-can switch, as the timer does. No decay on B.
+Other variants train only these projections: 'all of attention', which is the reference, LoRA,
+PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The detector
+starts with the SVD of the model that was trained on A, as if it had watched that training.
+Therefore it can switch layers at its first analysis on B.
 
-Less forgetting at a worse loss on B proves nothing, hence curves, interpolated at one loss on B.
-The detector by itself: its score for gradients of fresh text of A against that for gradients of B,
-both of the model that learned A, as a ROC curve, beside what needs no SVD, the gradient's norm.
-Rows of experiments/continual_learning.jsonl are results, written when they are there and not made
-again, so that an interrupted run goes on; processes may share the work (--seeds). The figure is
+Less forgetting proves nothing if the loss on B is worse. Therefore losses on A are interpolated at
+one loss on B. The detector is also tested alone, on the model that was trained on A: a ROC curve
+compares its scores of gradients on B and on unseen text of A. The gradient norm, which needs no
+SVD, is the baseline.
+
+Each line of experiments/continual_learning.jsonl is a finished result. It is not computed again, so
+an interrupted run can go on, and processes can share the work with --seeds. The figure is
 docs/adaptive_forgetting.png.
 """
 
@@ -72,21 +74,21 @@ from experiments.result_cache import Record
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'adaptive_forgetting.png'
 MODEL = dict(n_layer=4, n_head=4, n_embd=96, block_size=64, bias=False)
-BATCH = 8                           # windows a step
+BATCH = 8                           # windows per step
 LEARN = dict(rate=3e-3, warmup=50, weight_decay=0.1)  # on A: cosine to a tenth of the rate
-WARMUP = 10  # steps on B before the rate is what it is called; constant from there
+WARMUP = 10  # steps of warm-up on B; the learning rate is constant afterwards
 INTERVAL = 20  # steps between analyses, train.py's default, and between evaluations
 TARGETS = 'c_q,c_k,c_v,c_proj'
 LORA_RANK = 16
 TEXT_B = 10 ** 6                    # characters
-EVAL_WINDOWS = 48                   # of each text, always the same ones
+EVAL_WINDOWS = 48                   # of each text, the same ones in each evaluation
 GRADIENTS = 100                     # batches of each text, for the ROC curve
-GRID = 50                           # steps from 0 to 1 at which that is kept
-SPREAD = (0.4, 0.2, 0.0)  # nats on B above what every arm reaches: where forgetting is compared
+GRID = 50                           # intervals from 0 to 1 at which ROC curves are saved
+SPREAD = (0.4, 0.2, 0.0)  # compared losses on B, above the lowest that all variants reach, nats
 SETTINGS = {'everything': 'everything is trained', 'attention': 'only attention is trained'}
 
-# control: None, 'detector', 'replay' (of the arm 'adaptive'), 'timer' or 'start'; share: of
-# directions, None: FIRST_PRINCIPAL of them
+# One variant. control: what switches layers: None, 'detector', 'replay' (as in 'adaptive'), 'timer'
+# or 'start'; share: fraction of the directions that is protected, None for FIRST_PRINCIPAL of them
 Arm = namedtuple('Arm', 'setting control protection random share lora',
                  defaults=(None, 'left', False, None, None))
 ARMS = {
@@ -108,9 +110,9 @@ ARMS = {
     'attention, half, random space': Arm('attention', 'start', random=True, share=0.5),
 }
 REFERENCE = {'everything': 'full training', 'attention': 'all of attention'}
-# fewer have to move further
+# fewer trained parameters need larger steps
 RATES = {'everything': (3e-4, 1e-3, 3e-3), 'attention': (1e-3, 3e-3, 1e-2)}
-# directions of the space that the ROC is made for: as r shrinks, more
+# numbers of protected directions for ROC curves; protection grows as r shrinks
 SPACES = (FIRST_PRINCIPAL, 24, 48)
 
 
@@ -118,13 +120,14 @@ SPACES = (FIRST_PRINCIPAL, 24, 48)
 class ContinualConfig:
     """Options of the experiment."""
     dataset: Annotated[str,
-                       "text A, as for train.py, of characters; the record's is Tiny Shakespeare",
+                       'text A, as for train.py, with characters as tokens; the recorded results '
+                       'are of Tiny Shakespeare',
                        PATH] = ('shakespeare_char')
-    out_dir: Annotated[str, 'folder of the models that learned A', PATH] = 'out-continual'
-    seeds: Annotated[str, 'of weights and batches, a run of each arm each'] = '0,1,2'
+    out_dir: Annotated[str, 'folder of the models that were trained on A', PATH] = 'out-continual'
+    seeds: Annotated[str, 'of weights and batches, one run of each variant per seed'] = '0,1,2'
     arms: Annotated[
         str,
-        "'all', or some of them with semicolons between, or 'none': the ROC curve alone"] = 'all'
+        "variants: 'all', names separated by semicolons, or 'none' for the ROC curve only"] = 'all'
     learn_steps: Annotated[int, 'steps on A', Range(1)] = 1500
     steps: Annotated[int, 'steps on B', Range(1)] = 240
     run: Annotated[bool, 'False: only tables and figure'] = True
@@ -133,16 +136,17 @@ class ContinualConfig:
         configuration.validate(self)
         for word in self.seeds.split(','):
             if not word.strip().isdecimal():
-                raise ValueError(f"seeds={self.seeds!r}: {word!r} is no seed (nearest: '0,1,2')")
+                raise ValueError(f"seeds={self.seeds!r}: {word!r} is not a whole number of 0 or "
+                                 "more (nearest: '0,1,2')")
         for word in self.arms.split(';') if self.arms not in ('all', 'none') else ():
             if word.strip() not in ARMS:
                 raise ValueError(
-                    f'arms={self.arms!r}: {word.strip()!r} is none of {"; ".join(ARMS)} (nearest: '
-                    'all)')
+                    f'arms={self.arms!r}: {word.strip()!r} is not one of {"; ".join(ARMS)} '
+                    '(nearest: all)')
 
     @property
     def chosen(self):
-        """Names of arms, in ARMS' order: 'adaptive' is before what follows it."""
+        """Names of the chosen variants in the order of ARMS, where 'adaptive' precedes replays."""
         words = [word.strip() for word in self.arms.split(';')]
         return [name for name in ARMS if name in words or self.arms == 'all']
 
@@ -151,14 +155,14 @@ class ContinualConfig:
 # two texts
 
 class Texts:
-    """A and B in one vocabulary: 'A', 'B' -> token ids of their training and validation splits."""
+    """Texts A and B in one vocabulary. `splits`: 'A' or 'B' -> [training, validation] token ids."""
 
     def __init__(self, data, text_b):
-        """data: a Dataset of characters. Raises UserError for another one, and for texts without a
-        whole window."""
+        """data: Dataset of text A; text_b: text B as str. Raises UserError if tokens of `data` are
+        not characters, or if a split is shorter than a window."""
         if data.meta['tokenizer'] != 'char':
             raise UserError(
-                f'dataset={data.folder}: is not of characters (nearest: '
+                f'dataset={data.folder}: tokens are not characters (nearest: '
                 '--dataset=shakespeare_char)')
         own = data.meta['chars']
         self.chars = sorted(set(own) | set(text_b))
@@ -172,22 +176,22 @@ class Texts:
         for tokens in (part for parts in self.splits.values() for part in parts):
             if len(tokens) <= MODEL['block_size']:
                 raise UserError(
-                    f'dataset={data.folder}: a split has only {len(tokens)} characters, and a '
-                    f'window {MODEL["block_size"] + 1}')
+                    f'dataset={data.folder}: a split has only {len(tokens)} characters and needs '
+                    f'{MODEL["block_size"] + 1} (nearest: a longer text)')
         digest = hashlib.sha256(''.join(self.chars).encode())
         for parts in self.splits.values():
             digest.update(torch.cat(parts).numpy().tobytes())
         self.stamp = digest.hexdigest()[:8]
 
     def draw(self, text, split, generator):
-        """A random batch: x (BATCH, T), y (BATCH, T)."""
+        """Return a random batch of windows: x and y (BATCH, T)."""
         tokens = self.splits[text][split == 'val']
         return windows(
             tokens,
             torch.randint(len(tokens) - MODEL['block_size'], (BATCH, ), generator=generator))
 
     def fixed(self, text):
-        """Validation windows, evenly over the split."""
+        """Return x and y (EVAL_WINDOWS, T) of validation windows, spread evenly over the split."""
         tokens = self.splits[text][1]
         return windows(
             tokens,
@@ -201,7 +205,7 @@ def windows(tokens, starts):
 
 
 def python_source(size):
-    """The first `size` ASCII characters of the standard library, file by file."""
+    """Return the first `size` ASCII characters of the standard library's files, sorted by name."""
     folder, found, length = Path(os.__file__).parent, [], 0
     for path in sorted(folder.glob('*.py')):
         text = path.read_bytes().replace(b'\r\n', b'\n').decode('ascii', 'ignore')
@@ -213,32 +217,34 @@ def python_source(size):
 
 
 # --------------------------------------------------------------------------------------------------
-# arms
+# variants
 
 class RandomlyProtected(AdaptiveSVDLinear):
-    """Protects random output directions instead of the principal ones, as many."""
+    """Adaptive layer that protects random output directions instead of the principal ones."""
 
     def __init__(self, linear, protection, seed):
         super().__init__(linear, protection)
         m = len(linear.weight)
         normal = torch.randn(m, m, generator=torch.Generator().manual_seed(seed),
                              dtype=torch.float64)
-        self.directions = torch.linalg.qr(normal).Q  # (m, m): of the leading k, whatever k becomes
+        self.directions = torch.linalg.qr(normal).Q  # (m, m), of which the first k are protected
 
     def switch_to_lowrank(self, r, usv=None):
-        """W = Q Q^T W + B A, of which B A are the r components of the rest."""
+        """Split W into Q Q^T W, which is protected, and B A, the r leading components of the rest.
+        """
         W = self.merged_weight()                                    # (m, n)
         Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
         U, S, Vh = torch.linalg.svd(W - Q @ (Q.mT @ W))
-        # the first k values and columns of V, which are not Q's, are not used, except that the
-        # largest one is the scale
+        # the base class uses only the largest of the first k singular values, as a scale, and none
+        # of the first k columns of V, so that these need not belong to Q
         super().switch_to_lowrank(r, (torch.cat(
             (Q, U[:, :r]), 1), torch.cat(
                 (S[:1].expand(Q.size(1)), S[:r])), torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
 
 
 class Planned(AdaptiveSVD):
-    """Switches layers without looking: plan(name, number of the analysis) -> r, 0: full mode."""
+    """Switch layers by a plan instead of a detector. plan(name, analysis), with the number of the
+    analysis from 0, returns r, or 0 for full mode."""
 
     def __init__(self, layers, interval, plan):
         super().__init__(layers, interval)
@@ -263,7 +269,7 @@ class Planned(AdaptiveSVD):
 
 
 def layer_names(model):
-    """Of the four projections of all blocks."""
+    """Return the names of the four attention projections in all blocks."""
     words = TARGETS.split(',')
     return [
         f'h.{i}.{model.config.targets[word]}'
@@ -271,8 +277,11 @@ def layer_names(model):
 
 
 def prepare(saved, arm, seed, plan):
-    """-> the model that learned A as the arm trains it, and what switches its layers, or None.
-    plan: of 'replay'."""
+    """Prepare the model that was trained on A for a variant.
+
+    saved: its checkpoint; arm: the variant; plan: for `Planned`, used by 'replay'. Returns the
+    model and the AdaptiveSVD that switches its layers, or None.
+    """
     model = GPT.from_checkpoint(saved)
     if arm.lora:
         torch.manual_seed(seed)
@@ -304,7 +313,7 @@ def prepare(saved, arm, seed, plan):
 
 
 def losses(model, fixed):
-    """On A and on B."""
+    """Return the losses on A and on B, in nats per character. fixed: text -> x, y."""
     model.eval()
     with torch.no_grad():
         found = [model(*fixed[text])[1].item() for text in 'AB']
@@ -313,9 +322,12 @@ def losses(model, fixed):
 
 
 def go_on(model, control, at_once, texts, seed, rate, steps):
-    """Train on B -> the curve, [step, loss on A, loss on B] every INTERVAL steps, and of each
-    adaptive layer its r after each analysis, 0 in full mode. at_once: the first one is before the
-    first step."""
+    """Train a model on B, in place.
+
+    control: an AdaptiveSVD or None; at_once: whether to analyze before the first step. Returns the
+    curve, a list of [step, loss on A, loss on B] every INTERVAL steps, and the ranks, name of an
+    adaptive layer -> r after each analysis, 0 in full mode.
+    """
     optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
     swap, order = partial(swap_params, optimizer,
                           model), torch.Generator().manual_seed(10 ** 6 + seed)
@@ -351,7 +363,7 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
 
 
 def learned(cfg, texts, seed):
-    """The checkpoint of a model that learned A here or learns it now."""
+    """Return the checkpoint of a model trained on A. Train it if it is not in out_dir yet."""
     shape = MODEL | dict(vocab_size=len(texts.chars))
     setup = hashlib.sha256(
         json.dumps([shape, BATCH, LEARN, cfg.learn_steps, texts.stamp]).encode()).hexdigest()[:8]
@@ -372,16 +384,16 @@ def learned(cfg, texts, seed):
         ckpt.save(
             dict(model=model.state_dict(), model_args=asdict(model.config),
                  iter_num=cfg.learn_steps), path)
-        print(f'seed {seed}: learned A', flush=True)
+        print(f'seed {seed}: trained on A', flush=True)
     return ckpt.load(path)
 
 
 # --------------------------------------------------------------------------------------------------
-# the detector by itself
+# the detector alone
 
 def auc(positive, negative):
-    """Probability that a score of `positive` (p) is above one of `negative` (n), a tie counts
-    half."""
+    """Return the area under the ROC curve of the scores `positive` (p) and `negative` (n). It is
+    the probability that a positive score is above a negative one, with ties counted half."""
     negative = negative.sort().values
     below = torch.searchsorted(negative, positive)                  # (p): how many are smaller
     up_to = torch.searchsorted(negative, positive, right=True)
@@ -389,8 +401,8 @@ def auc(positive, negative):
 
 
 def roc(positive, negative):
-    """True-positive rates at the false-positive rates 0, 1 / GRID, ..., 1, on lines between the
-    corners of the ROC curve: between tied scores the curve is oblique."""
+    """Return the true-positive rates at the false-positive rates 0, 1 / GRID, ..., 1. The ROC curve
+    is interpolated linearly between its corners."""
     thresholds = torch.cat((positive, negative)).unique().flip(0)
     false, true = ([0.0] + [(scores >= t).double().mean().item() for t in thresholds]
                    for scores in (negative, positive))
@@ -406,8 +418,11 @@ def roc(positive, negative):
 
 
 def gradients(model, texts, names, seed):
-    """'A' (fresh: its validation split), 'B' -> principal alignments (spaces, layers, batches),
-    norms (layers, batches)."""
+    """Return alignments (spaces, layers, batches) and norms (layers, batches) of gradients.
+
+    As a dict: 'A' is for the validation split of A, 'B' for the training split of B. Alignment is
+    the fraction of the gradient's energy in the principal directions.
+    """
     layers = [model.get_layer(name) for name in names]
     bases, order = [thin_svd(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
     found = {}
@@ -428,7 +443,7 @@ def gradients(model, texts, names, seed):
 
 
 def detection(found, m):
-    """A row's fields of what `gradients` found for layers of m outputs."""
+    """Return the fields of a 'roc' row. found: from `gradients`; m: outputs per layer."""
     (a, norm_a), (b, norm_b) = found['A'], found['B']
     row = {'auc_norm': [round(auc(y, x), 4) for x, y in zip(norm_a, norm_b)],
            'auc_norm_pooled': round(auc(norm_b.flatten(), norm_a.flatten()), 4), 'spaces': {}}
@@ -443,8 +458,8 @@ def detection(found, m):
             danger = (p > DANGER_ALIGNMENT) & (normalized_alignment(p, c) > DANGER_EXCESS)
             own |= {f'mean_{text}': [round(one, 4) for one in p.mean(1).tolist()],
                     f'danger_{text}': danger.double().mean().item()}
-    # within one space lift and excess are the alignment on another scale: only over several do they
-    # rank differently
+    # for one number of directions, lift and excess are monotonic in the alignment; they rank
+    # gradients differently only if several numbers are pooled
     for name, score in scores.items():
         both = [
             torch.cat([score(x[j], random_baseline(k, m)).flatten()
@@ -463,7 +478,7 @@ def describe(row, key):
 
 
 def make(cfg, record, texts, seed):
-    """All rows of a seed."""
+    """Add all rows of a seed to the record."""
     saved = learned(cfg, texts, seed)
 
     def detector():
@@ -479,14 +494,14 @@ def make(cfg, record, texts, seed):
 
 
 def run(cfg, record, texts, saved, key):
-    """A row's fields of one run."""
+    """Return the fields of a 'curve' row from one run on B."""
     arm, seed, rate = ARMS[key['arm']], key['seed'], key['rate']
     followed = None
     if arm.control == 'replay' or arm.protection == 'none':
         first = key | {'arm': 'adaptive'}
         followed = record.make(lambda: run(cfg, record, texts, saved, first), **first)
         if not any(any(ranks) for ranks in followed['ranks'].values()):
-            # no switch: there was nothing to protect otherwise, it is the same run
+            # without a switch this run is identical to 'adaptive'
             return {k: followed[k] for k in ('trained', 'curve', 'ranks')} | {'same_as': 'adaptive'}
     model, control = prepare(saved, arm, seed, lambda name, count: followed['ranks'][name][count])
     curve, ranks = go_on(model, control, arm.control == 'start', texts, seed, rate, cfg.steps)
@@ -495,8 +510,8 @@ def run(cfg, record, texts, saved, key):
 
 
 def matched(curve, level):
-    """Loss on A where the loss on B first falls to `level`, between evaluations on a straight line;
-    None: it starts below or never falls to it."""
+    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation. None
+    if the loss on B starts below the level or never reaches it."""
     for (_, a, b), (_, a_next, b_next) in zip(curve, curve[1:]):
         if b > level >= b_next:
             return a + (b - level) / (b - b_next) * (a_next - a)
@@ -504,14 +519,17 @@ def matched(curve, level):
 
 
 def curves(rows, arm, rate):
-    """Seed -> curve."""
+    """Return seed -> curve of a variant at a learning rate."""
     return {row['seed']: row['curve'] for row in rows if row['kind'] == 'curve' and
             (row['arm'], row['rate']) == (arm, rate)}
 
 
 def levels(rows, setting):
-    """Losses on B at which forgetting is compared: the lowest, in steps of 0.05, that each arm
-    there is reaches in all seeds at one of its rates, and SPREAD above. [] without rows."""
+    """Return the losses on B at which forgetting is compared, [] without rows.
+
+    They are SPREAD above the lowest loss, rounded up to 0.05, that every recorded variant reaches
+    with all seeds at one of its learning rates.
+    """
     arms = [name for name in ARMS if ARMS[name].setting == setting and
             any(curves(rows, name, rate) for rate in RATES[setting])]
     if not arms:
@@ -530,13 +548,13 @@ def levels(rows, setting):
 
 
 def summary(values):
-    """Mean, and standard error if there are several."""
+    """Return the mean and the standard error, which is None for one value."""
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.mean(values), spread
 
 
 def cell(values, sign=''):
-    """'mean +- standard error'; '' where a value is missing."""
+    """Return 'mean +- standard error', or '' if a value is missing."""
     if not values or None in values:
         return ''
     mean, spread = summary(values)
@@ -544,8 +562,8 @@ def cell(values, sign=''):
 
 
 def best_rate(rows, arm, level):
-    """The rate with the least mean loss on A at that loss on B, of those with which all seeds reach
-    it; None: none."""
+    """Return the learning rate with the lowest mean loss on A at a loss on B. Only rates at which
+    all seeds reach that loss on B count. None if there is no such rate."""
     found = {}
     for rate in RATES[ARMS[arm].setting]:
         values = [matched(curve, level) for curve in curves(rows, arm, rate).values()]
@@ -555,15 +573,18 @@ def best_rate(rows, arm, level):
 
 
 def table(rows, setting):
-    """Markdown: an arm and rate a line; loss on A at losses on B, and what of it the reference does
-    not have, seed by seed, with the same rate: the same batches in the same order."""
+    """Return a Markdown table of losses on A at losses on B, one row per variant and rate.
+
+    Brackets have the paired difference from the reference with the same seed and rate, which had
+    the same batches in the same order.
+    """
     at, reference = levels(rows, setting), REFERENCE[setting]
     if not at:
         return ''
     lines = [
-        f'{SETTINGS[setting]}: loss on A at a loss on B, mean and standard error over seeds; in '
-        f'brackets: less {reference}, with the same rate and seed', '',
-        '| | learning rate | trained numbers at the end | ' +
+        f'{SETTINGS[setting]}: loss on A at a loss on B, nats per character, mean and standard '
+        f'error over seeds; in brackets: minus {reference} with the same rate and seed', '',
+        '| | learning rate | trained parameters at the end | ' +
         ' | '.join(f'A at {level:.2f}' for level in at) + ' | B at the end | A at the end |',
         '|---' * (len(at) + 5) + '|']
     for arm, rate in ((name, rate) for name in ARMS if ARMS[name].setting == setting
@@ -593,11 +614,11 @@ def table(rows, setting):
 
 
 def switch_table(rows):
-    """Markdown: how often layers switched. '' where none could."""
+    """Return a Markdown table of how often layers switched, '' if no variant could switch."""
     lines = [
-        'switches, mean over seeds', '',
-        '| | learning rate | layers that switched | of | first analysis with one '
-        '| returns to full mode | share of analyses in low-rank mode |', '|---' * 7 + '|']
+        'switches to low-rank mode, mean over seeds', '',
+        '| | learning rate | layers that switched | of | first analysis with a switch '
+        '| returns to full mode | fraction of analyses in low-rank mode |', '|---' * 7 + '|']
     empty = len(lines)
     for arm in ARMS:
         for rate in RATES[ARMS[arm].setting]:
@@ -617,15 +638,15 @@ def switch_table(rows):
 
 
 def detector_table(rows):
-    """Markdown: the detector's scores."""
+    """Return a Markdown table of the detector's scores, '' without rows."""
     found = [row for row in rows if row['kind'] == 'roc']
     if not found:
         return ''
     lines = [
-        'the detector on gradients of the model that learned A, mean and standard error over '
-        f'seeds; danger: alignment > {DANGER_ALIGNMENT}, excess > {DANGER_EXCESS}', '',
+        'the detector on gradients of the model that was trained on A, mean and standard error '
+        f'over seeds; danger: alignment > {DANGER_ALIGNMENT}, excess > {DANGER_EXCESS}', '',
         '| directions protected | chance level | alignment on A | on B | AUC, pooled (chance .5) '
-        '| AUC by layer, least to largest | danger on A: false positives | danger on B '
+        '| AUC per layer, lowest to highest | danger on A: false positives | danger on B '
         '|', '|---' * 8 + '|']
     for k in map(str, SPACES):
         own = [row['spaces'][k] for row in found]
@@ -638,8 +659,8 @@ def detector_table(rows):
     pooled = ', '.join(f'{name} {cell([row[f"auc_all_{name}"] for row in found])}'
                        for name in ('principal', 'lift', 'excess'))
     return '\n'.join([
-        *lines, '', f'all sizes of the space pooled, where the scores differ, AUC: {pooled}',
-        f"the gradient's norm instead, AUC: {cell([row['auc_norm_pooled'] for row in found])}"])
+        *lines, '', f'AUC with all numbers of directions pooled, by score: {pooled}',
+        f"AUC of the gradient norm: {cell([row['auc_norm_pooled'] for row in found])}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -651,7 +672,7 @@ LOOKS = dict(
 
 
 def plot(rows):
-    """To FIGURE: loss on A against loss on B, a panel a setting, and the detector."""
+    """Draw loss on A against loss on B, one panel per setting, and the detector, to FIGURE."""
     figure, axes = plots.page(2, 2, (9.5, 10.6))
     for axis, setting in zip(axes[0], SETTINGS):
         draw_curves(axis, rows, setting)
@@ -659,16 +680,16 @@ def plot(rows):
     draw_layers(axes[1, 1], rows)
     seeds = sorted({row['seed'] for row in rows})
     figure.supxlabel(
-        f'Mean and standard error of seeds {", ".join(map(str, seeds))}. Above: each arm at the '
-        'learning rate, in brackets,\nthat forgets least at the middle one of the losses on B in '
-        'the tables.',
+        f'Mean and standard error over seeds {", ".join(map(str, seeds))}. Upper panels: training '
+        'goes from left to right. Each variant has the learning rate\nin brackets, at which it '
+        'forgets least at the middle loss on B of the tables.',
         fontsize=9, color='0.3')
     plots.save(figure, FIGURE)
 
 
 def draw_curves(axis, rows, setting):
-    """Each arm at its best rate, that in the middle of `levels`; where all seeds are: mean and
-    standard error."""
+    """Draw mean and standard error of each variant where all seeds have values. Each has the
+    learning rate that is best at the middle of `levels`."""
     at = levels(rows, setting)
     for arm in (name for name in ARMS if ARMS[name].setting == setting and at):
         rate = best_rate(rows, arm, at[len(at) // 2])
@@ -686,8 +707,8 @@ def draw_curves(axis, rows, setting):
                               fmt='o-' if not ARMS[arm].random else 's--', color=LOOKS[arm],
                               capsize=2, markersize=3.5, lw=1.3,
                               label=f'{arm.removeprefix("attention, ")} ({rate:g})')
-    axis.set(title=SETTINGS[setting], xlabel='loss on B (Python), nats a character',
-             ylabel='loss on A (Shakespeare), nats a character')
+    axis.set(title=SETTINGS[setting], xlabel='loss on B (Python), nats per character',
+             ylabel='loss on A (Shakespeare), nats per character')
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
@@ -709,17 +730,17 @@ def draw_roc(axis, rows):
                               curve.mean(0) + error, color=f'C{i}', alpha=0.2)
         shipped = [statistics.mean(o[f'danger_{text}'] for o in own) for text in 'AB']
         axis.plot(*shipped, '*', color=f'C{i}', markersize=12, clip_on=False, zorder=5)
-    axis.plot([], [], 'k*', markersize=9, label='shipped thresholds')
+    axis.plot([], [], 'k*', markersize=9, label='default thresholds')
     axis.plot([0, 1], [0, 1], 'k:', lw=1, label='chance')
     axis.set(title='The detector: all layers pooled',
-             xlabel='false-positive rate (fresh text of A)', ylabel='true-positive rate (B)',
+             xlabel='false-positive rate (unseen text of A)', ylabel='true-positive rate (B)',
              xlim=(0, 1), ylim=(0, 1))
     axis.legend(fontsize=8, loc='lower right')
     axis.grid(alpha=0.3)
 
 
 def draw_layers(axis, rows):
-    """AUC layer by layer."""
+    """Draw the AUC of each layer."""
     found = [row for row in rows if row['kind'] == 'roc']
     words = TARGETS.split(',')
     names = [
@@ -738,7 +759,7 @@ def draw_layers(axis, rows):
     axis.axvline(0.5, color='k', ls=':', lw=1)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set(title='The detector: layer by layer', xlabel='AUC (chance: 0.5)', xlim=(0, 1.02))
+    axis.set(title='The detector: each layer', xlabel='AUC (chance: 0.5)', xlim=(0, 1.02))
     if found:
         axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=4,
                     columnspacing=1, handletextpad=0.3)
@@ -746,15 +767,15 @@ def draw_layers(axis, rows):
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input, 130 / 143 stopped."""
+    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
 
 
 def experiment(cfg):
-    """Make what is missing, print the tables, draw the figure. Raises UserError."""
+    """Run what is missing, print the tables and draw the figure. Raises UserError."""
     plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.run and not RECORD.exists():
-        raise UserError(f'run=False: there is no {RECORD} yet (nearest: --run=True)')
+        raise UserError(f'run=False: {RECORD} does not exist yet (nearest: --run=True)')
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         texts = Texts(Dataset(locate(cfg.dataset, 'char')), python_source(TEXT_B))

@@ -1,21 +1,21 @@
 """
-What the rank of V costs: the main job's model at ranks 2, 4, 8 and 16 of 32, every scope and
-method, against controls.
+Measure the loss of the main config's model at ranks 2, 4, 8 and 16 of 32, for every scope and
+method, and compare it with controls.
 
     python experiments/loss_against_rank.py --dataset=input.txt  # run what is missing, draw
     python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
-A run is config/train_svd_test.py with the options of its row, in a folder of its own below out_dir;
-finished ones are not repeated, so an interrupted sweep goes on. 'sequence' scope keeps the config's
-svd_basis_grad=False, for with the gradient its parallel loss means nothing (docs/RESULTS.md); the
-other scopes, which cannot see the future, take it.
+A run is config/train_svd_test.py with the options of its variant, in its own folder below out_dir.
+Finished runs are not repeated, so an interrupted sweep can go on. 'sequence' scope keeps the
+config's svd_basis_grad=False, because with the gradient its parallel loss is meaningless
+(docs/RESULTS.md). The other scopes are causal and use the gradient.
 
-The controls say what a rank costs without any SVD: 'random projection', every head's V times a
-random projector of that rank, drawn once from the run's seed; 'narrow values', heads whose values
-are only that wide from the start, which has as many coordinates a token and fewer parameters.
+The controls show the cost of a rank without SVD. 'random projection' multiplies the V of each head
+by a random projector of that rank, drawn once from the run's seed. 'narrow values' has heads whose
+values are only that wide, which gives as many values per token with fewer parameters.
 
-Jobs at a time share the processor's threads out. The record is experiments/loss_against_rank.jsonl,
-the figure docs/loss_against_rank.png.
+Jobs that run at the same time share the CPU's threads. The record is
+experiments/loss_against_rank.jsonl, the figure is docs/loss_against_rank.png.
 """
 
 import json
@@ -53,12 +53,13 @@ METHODS = ('gram', 'randomized')
 
 @dataclass
 class SweepConfig:
-    """Options of the sweep; what a run is stands in `runs`."""
-    dataset: Annotated[str, "as for train.py; the record's is Tiny Shakespeare",
+    """Options of the sweep. `runs` defines the runs."""
+    dataset: Annotated[str, 'as for train.py; the recorded results are of Tiny Shakespeare',
                        PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the runs', PATH] = 'out-rank'
-    steps: Annotated[int, 'of each run, the schedule included', Range(20)] = 500
-    seeds: Annotated[int, 'runs a row: 1337, 1338, ...', Range(1)] = 3
+    steps: Annotated[int, 'steps of each run, and length of its learning rate schedule',
+                     Range(20)] = 500
+    seeds: Annotated[int, 'runs per variant, with seeds 1337, 1338, ...', Range(1)] = 3
     jobs: Annotated[int, 'runs at a time; 0: only table and figure', Range(0)] = 2
 
     def __post_init__(self):
@@ -66,8 +67,7 @@ class SweepConfig:
 
 
 class RandomProjection(model.CausalSelfAttention):
-    """V times a random projector of rank k a head, the same for every token: (B, nh, T, hs) -> (B,
-    nh, T, hs)."""
+    """Attention whose V is multiplied by a fixed random projector of rank k per head."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -83,7 +83,7 @@ class RandomProjection(model.CausalSelfAttention):
 
 
 class NarrowValues(model.CausalSelfAttention):
-    """Heads of hs wide queries and keys, and k wide values."""
+    """Attention heads with queries and keys of size hs and values of size k."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -92,7 +92,7 @@ class NarrowValues(model.CausalSelfAttention):
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def project(self, x):
-        """x (B, T, C) -> q, k (B, nh, T, hs), v (B, nh, T, k)."""
+        """Return q and k (B, nh, T, hs) and v (B, nh, T, svd_rank) for x (B, T, C)."""
         C = x.size(2)
         q, k, v = self.c_attn(x).split((C, C, self.c_proj.in_features), dim=2)
         return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
@@ -105,14 +105,14 @@ CONTROLS = {'random projection': RandomProjection, 'narrow values': NarrowValues
 
 
 def runs(cfg):
-    """Every run: (folder name, row of the record without results, options of train.py)."""
+    """Yield folder name, row of the record without results, and options of train.py per run."""
     for seed in range(1337, 1337 + cfg.seeds):
         arms = [('no SVD', None, ['--use_svd=False'])]
         arms += [(f'{scope}, {method}', rank, [
             f'--svd_scope={scope}', f'--svd_method={method}', f'--svd_rank={rank}',
             f'--svd_basis_grad={scope != "sequence"}'
         ]) for method in METHODS for scope in SCOPES for rank in RANKS]
-        # 'weight' in name only: the classes above put themselves in its place
+        # the classes above replace the SVD of 'weight' scope
         arms += [(name, rank, ['--svd_scope=weight', f'--svd_rank={rank}'])
                  for name in CONTROLS
                  for rank in RANKS]
@@ -123,8 +123,8 @@ def runs(cfg):
 
 
 def jobs(cfg):
-    """Jobs for sweep.run_all. What was interrupted begins again: the checkpoint there may be of
-    other `steps`."""
+    """Yield the Jobs for sweep.run_all. Interrupted runs start again, because their checkpoint may
+    be of a run with other `steps`."""
     for name, row, options in runs(cfg):
         folder = Path(cfg.out_dir) / name
         argv = [
@@ -136,7 +136,7 @@ def jobs(cfg):
 
 
 def ended(job, code, seconds):
-    """One line about a run."""
+    """Print one line about a run."""
     final = sweep.result(job.folder, job.steps)
     print(
         sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}',
@@ -144,7 +144,7 @@ def ended(job, code, seconds):
 
 
 def train_here(arm, argv):
-    """In a process of its own: train.py's main, with a control's attention if the arm is one."""
+    """Run train.py in this process, with the attention of the control if `arm` names one."""
     if arm in CONTROLS:
         model.CausalSelfAttention = CONTROLS[arm]
     train.sample = lambda *_: '(none)'
@@ -152,10 +152,10 @@ def train_here(arm, argv):
 
 
 def check(cfg):
-    """Before hours are spent: what all runs need. Raises UserError."""
+    """Check before the first run what all runs need. Raises UserError."""
     plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.jobs and not RECORD.exists():
-        raise UserError(f'jobs=0: there is no {RECORD} yet (nearest: --jobs=1)')
+        raise UserError(f'jobs=0: {RECORD} does not exist yet (nearest: --jobs=1)')
     if cfg.jobs:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         check_writable(RECORD, RECORD)
@@ -163,7 +163,7 @@ def check(cfg):
 
 
 def collect(cfg):
-    """The record of all finished runs, written to RECORD -> list of rows."""
+    """Write the results of all finished runs to RECORD and return them as a list of dict."""
     rows = []
     for name, row, _ in runs(cfg):
         folder = Path(cfg.out_dir) / name
@@ -180,8 +180,11 @@ def collect(cfg):
 
 
 def summary(rows):
-    """(arm, rank) -> mean and standard deviation over seeds of the prefix-only loss, mean parallel
-    loss, seeds."""
+    """Return a dict from variant and rank, (arm, rank), to statistics over seeds.
+
+    They are mean and standard deviation of the prefix-only loss, mean parallel loss, and number of
+    seeds. Losses are in nats per character.
+    """
     groups = {}
     for row in rows:
         groups.setdefault((row['arm'], row['rank']), []).append(row)
@@ -196,8 +199,11 @@ def summary(rows):
 
 
 def table(rows):
-    """Markdown: an arm a line, a rank a column, prefix-only loss and its standard deviation over
-    seeds; in brackets the parallel loss, where it is another."""
+    """Return a Markdown table of the prefix-only loss, one row per variant, one column per rank.
+
+    Cells have mean and standard deviation over seeds, and in brackets the mean parallel loss if the
+    variant is not causal.
+    """
     means = summary(rows)
     lines = [
         '| | ' + ' | '.join(f'rank {rank}' for rank in RANKS) + ' |',
@@ -214,7 +220,7 @@ def table(rows):
 
 
 def plot(rows):
-    """Loss against rank, a panel a scope, to FIGURE."""
+    """Draw loss against rank with one panel per scope, and write it to FIGURE."""
     means = summary(rows)
     figure, (axes,) = plots.page(1, len(SCOPES), (10, 4), sharey=True)
     styles = {
@@ -236,17 +242,17 @@ def plot(rows):
         axis.set_title(f"'{scope}'" + (', prefix-only' if scope == 'sequence' else ''), fontsize=11)
         axis.set_xlabel('rank of V (head size 32)')
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel('validation loss, nats a character')
+    axes[0].set_ylabel('validation loss, nats per character')
     axes[-1].legend(fontsize=8)
     seeds = ', '.join(map(str, sorted({row['seed'] for row in rows})))
     figure.suptitle(
-        f'Loss after {rows[0]["steps"]} steps, mean and standard deviation of seeds {seeds}',
+        f'Loss after {rows[0]["steps"]} steps, mean and standard deviation over seeds {seeds}',
         fontsize=11)
     plots.save(figure, FIGURE)
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 1 a run failed, 2 wrong input, 130 / 143 stopped."""
+    """Run the command. Returns 0 done, 1 a run failed, 2 wrong input, 130 or 143 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])
@@ -254,7 +260,8 @@ def main(argv=None):
 
 
 def experiment(cfg):
-    """Run what is missing, print the table, draw the figure. -> exit code. Raises UserError."""
+    """Run what is missing, print the table and draw the figure. Returns 0, or 1 if a run failed.
+    Raises UserError."""
     check(cfg)
     if cfg.jobs:
         todo = list(jobs(cfg))

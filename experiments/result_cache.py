@@ -1,4 +1,4 @@
-"""A JSON Lines cache of results that take long to make: what is in the file is not made again."""
+"""JSON Lines cache of finished results. A result that is in the file is not computed again."""
 
 import platform
 import time
@@ -10,10 +10,11 @@ from runtime.tracking import append_json, read_json_lines
 
 
 class Record:
-    """The rows of a file, and how more are made.
+    """Rows of results in a JSON Lines file.
 
-    describe(row, key): the text to print of a new row; settings: what all rows must share. Raises
-    UserError if the file has rows of other settings, or cannot be written.
+    path: the file; describe(row, key): returns the text to print about a new row; settings: fields
+    that all rows must share. Raises UserError if rows have other settings or the file cannot be
+    written.
     """
 
     def __init__(self, path, describe, **settings):
@@ -23,15 +24,15 @@ class Record:
         others = {f'{key}={row[key]}' for row in self.rows for key in settings
                   if row[key] != settings[key]}
         if others:
-            raise UserError(f'{path}: was made with {", ".join(sorted(others))}, not {settings}; '
-                            'move it away to begin another')
+            raise UserError(f'{path}: holds results for {", ".join(sorted(others))}, not for '
+                            f'{settings} (nearest: move the file away to start a new one)')
         here = devices.environment('cpu', 'float32')
         self.machine = {'python': platform.python_version(), 'torch': here['torch'],
                         'cpus': here['cpus'], 'threads': here['threads'],
                         'git_commit': here['git_commit'][:7]}
 
     def make(self, result, **key):
-        """The row with this key. If there is none, result() makes its other fields."""
+        """Return the row with this key. If it is missing, add it with the fields of result()."""
         row = next((row for row in self.rows
                     if all(row.get(k) == v for k, v in key.items())), None)
         if row is None:

@@ -1,23 +1,21 @@
 """
-Compare two checkouts of this repository on this machine, to the bit:
+Check that two checkouts of this repository compute bit-identical results on this machine:
 
     python tests/compare_checkouts.py                     # BEFORE and MOVED against this tree
     python tests/compare_checkouts.py OLD NEW             # commits or folders
-    python tests/compare_checkouts.py OLD NEW --only=mla  # configurations whose name has a word
+    python tests/compare_checkouts.py OLD NEW --only=mla  # configurations with this in their name
 
-Both trees train, resume, adapt, export and sample the same small models, one configuration after
-the other. Compared are all losses and other metrics, the logits of every forward pass, generated
-tokens with and without a cache, and all that is in checkpoints and exports. No result is stored:
-bits differ between processors. A value that a file keeps under another name is listed as renamed,
-and an option that only one tree knows is left out; neither is a difference. Exit code: 0 equal, 1
-different, 2 wrong input.
+Both trees train, resume, adapt, export and sample the same small models. The comparison covers all
+metrics, the logits of every forward pass, generated tokens with and without a cache, and the
+contents of checkpoints and exports. No result is stored, because bits differ between processors. A
+value that a file holds under a new name is listed as renamed and counts as equal. Options that only
+one tree has are ignored. Exit code: 0 equal, 1 different, 2 wrong input.
 
-Not compared: interrupted runs (last.pt), options of the SVD that are given to sample.py, float16,
-cropped contexts, and config.json of exports, which transformers writes; the loss of an export is
-compared.
+Not compared are interrupted runs (last.pt), SVD options of sample.py, float16, cropped contexts,
+and config.json of exports, which transformers writes. The loss of an export is compared.
 
-The trees are used through the names that stay put: the commands' main(argv) and options, GPT, and
-the files of OUT_DIR.
+The script relies only on main(argv) and the options of the commands, on GPT, and on the files in
+OUT_DIR.
 """
 
 import array
@@ -37,17 +35,18 @@ import tempfile
 from pathlib import Path
 
 BEFORE = 'd773c8a'                  # the last commit before the redesign
-# words of configurations whose bits a later commit changed knowingly -> that commit: one product
-# from a warm start; sums over a cache in another order, LoRA's random numbers, momenta and
-# decompositions of adaptive layers
+# words in the names of configurations whose results changed on purpose -> the commit. The changes
+# are: one product from a warm start; another order of sums over a cache; random numbers of LoRA;
+# momenta and decompositions of adaptive layers
 MOVED = {'sequence randomized': 'f503e89', **dict.fromkeys(('causal', 'weight'), 'b2a212d'),
          **dict.fromkeys(('lora', 'adaptive'), 'f7eeaf6')}
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
-# changed knowingly since BEFORE, and how
+# values that changed on purpose since BEFORE -> how
 CHANGED = {
-    'energy_kept': 'last digits: no scaling by the largest element', 'effective_rank': 'the same',
-    'interim_best_val_loss': 'gone: best_val_loss counts every evaluation'
+    'energy_kept': 'last digits, because the largest element no longer scales it',
+    'effective_rank': 'last digits, for the same reason',
+    'interim_best_val_loss': 'removed, because best_val_loss counts every evaluation'
 }
 BASE = (
     '--dataset=toy --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 '
@@ -60,7 +59,7 @@ ADAPTIVE = '--adaptive_svd=True --adaptive_svd_target_layer=-1 --adaptive_svd_ta
            '--adaptive_svd_interval=1'  # so that layers reach low-rank mode within 20 steps
 FACTORED = "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.1.attn.c_proj':5}"
 
-# name -> options of train.py. Names say how a run is made: see `commands`
+# name -> options of train.py. Words in a name select more commands, see `commands`
 TRAINED = {
     'plain': '',
     'plain dropout': '--dropout=0.2 --bias=True',
@@ -102,8 +101,8 @@ TRAINED = {
 
 
 def commands(name, options):
-    """The commands of a configuration, as (script, argv); each leaves a folder `run`, or one that a
-    later one reads."""
+    """Return the commands of a configuration as a list of (script, argv). They write the folder
+    `run`, and others that later commands read."""
     train = [*BASE.split(), *options.split(), '--out_dir=run']
     lines = [('train', train)]
     if '--init_from=base' in train:
@@ -120,7 +119,7 @@ def commands(name, options):
     if name == 'compressed to mla':
         lines.append(
             ('compress', ['--out_dir=run', '--save_dir=other', '--to=mla', '--mla_latent_dim=8']))
-    if lines[-1][0] != 'train':                                 # what was written has a loss
+    if lines[-1][0] != 'train':                                 # evaluate what was written
         base = ['--init_from=base', '--lora_adapter=other'
                 ] if name == 'exported lora' else ['--init_from=other']
         lines.append(
@@ -130,18 +129,18 @@ def commands(name, options):
 
 
 # --------------------------------------------------------------------------------------------------
-# one tree: what is recorded
+# record one tree
 
 def record(tree, name):
-    """Run a configuration with the code of `tree` in the working directory -> name of a value ->
-    the value as text."""
+    """Run a configuration with the code of `tree` in the working directory. Returns name of a value
+    -> the value as text."""
     sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or '.').resolve() != ROOT / 'tests')]
     import torch
     model = importlib.import_module('model')
     torch.set_num_threads(1)
     if 'compiled' in name:
         torch.compile = functools.partial(torch.compile, backend='aot_eager')
-    values, seen = {}, []  # seen: the models that computed something
+    values, seen = {}, []  # seen: the model of the last forward pass
     forward = model.GPT.forward
 
     @functools.wraps(forward)
@@ -158,7 +157,7 @@ def record(tree, name):
             argv = [*argv, '--backend=gloo']
         run(script, argv, values)
     if int(os.environ.get('RANK', 0)):
-        return values  # process 0 has written the files, and generates
+        return values  # only process 0 writes files and generates
     for option in ('--temperature=0', '--top_k=3', '--top_p=0.7'):
         run('sample', [
             '--out_dir=run', '--num_samples=2', '--max_new_tokens=40', '--device=cpu', '--start=ab',
@@ -166,7 +165,7 @@ def record(tree, name):
         ], values)
     for use_cache in (True, False):
         torch.manual_seed(1)
-        with contextlib.suppress(ValueError):                   # no cache where V sees the future
+        with contextlib.suppress(ValueError):           # a model that is not causal has no cache
             ids = seen[0].generate(torch.tensor([[1, 2, 3]]), 40, use_cache=use_cache)
             values[f'{len(values):05} tokens, use_cache={use_cache}'] = digest(ids)
     for file in sorted(Path().glob('*/*.jsonl')):
@@ -181,7 +180,7 @@ def record(tree, name):
 
 
 def run(script, argv, values):
-    """A command's main(argv). What it prints is kept if it is generated text."""
+    """Call main(argv) of a command. Keep its output if it is generated text."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = importlib.import_module(script).main(argv)
@@ -192,7 +191,7 @@ def run(script, argv, values):
 
 
 def flatten(value, name, values):
-    """All that is in nested dicts and lists -> values[path of keys]."""
+    """Add everything in nested dicts and lists to `values`, with the path of keys as the name."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             if key not in CLOCK:
@@ -211,7 +210,7 @@ def digest(tensor):
 
 
 def make_data(folder):
-    """data/toy as nanoGPT prepares it: words in random order, 16 characters."""
+    """Write data/toy in nanoGPT's format: words in random order, 16 different characters."""
     words = random.Random(0).choices(['ab', 'cde', 'fgh ', 'i j', 'klm', 'no '], k=2000)
     text = ''.join(words)
     chars = sorted(set(text))
@@ -226,10 +225,10 @@ def make_data(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# two trees: what is compared
+# compare two trees
 
 def start(tree, name, work):
-    """A process that records a configuration in a folder of its own."""
+    """Start a process that records a configuration in the folder `work`, and return it."""
     make_data(work)
     python = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command = [
@@ -242,8 +241,8 @@ def start(tree, name, work):
 
 
 def differences(old, new):
-    """-> the names whose values differ, in the order in which they came about, and the pairs of
-    names that one value has in a file of OLD and in one of NEW."""
+    """Return the names of values that differ, in the order of computation, and the renamed values.
+    A renamed value is a pair (old name, new name) of equal values in files."""
     added, renamed = {}, []
     for name in new:
         if name not in old:
@@ -258,7 +257,7 @@ def differences(old, new):
 
 
 def compare(name, trees, work):
-    """Print a line -> whether both trees agree."""
+    """Compare a configuration in both trees and print the verdict. Return whether they agree."""
     folders = [work / f'{name} {i}'.replace(' ', '-') for i in range(2)]
     processes = [start(tree, name, folder) for tree, folder in zip(trees, folders)]
     try:
@@ -283,13 +282,13 @@ def compare(name, trees, work):
 
 
 def checkout(source, work):
-    """A folder, or a commit that is unpacked below `work` -> the tree's folder. Raises ValueError
-    if it is neither."""
+    """Return the folder of a tree. source: a folder, or a commit, which is unpacked below `work`.
+    Raises ValueError if it is neither."""
     if (Path(source) / 'model.py').is_file():
         return Path(source).resolve()
     archive = subprocess.run(['git', '-C', str(ROOT), 'archive', source], capture_output=True)
     if archive.returncode:
-        raise ValueError(f'{source}: neither a folder with a model.py nor a commit (nearest: HEAD)')
+        raise ValueError(f'{source}: not a folder with a model.py and not a commit (nearest: HEAD)')
     tree = work / f'tree-{source.replace("/", "-")}'
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as f:
         f.extractall(tree, filter='data')
@@ -307,8 +306,8 @@ def main(argv):
     names = [name for name in TRAINED if all(word in name for word in words)]
     if len(sources) not in (0, 2) or len(sources) + len(words) != len(argv) or not names:
         print(
-            'usage: python tests/compare_checkouts.py [OLD NEW] [--only=WORD], of: '
-            f'{", ".join(TRAINED)}',
+            'usage: python tests/compare_checkouts.py [OLD NEW] [--only=WORD], where WORD is in '
+            f'the name of a configuration: {", ".join(TRAINED)}',
             file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,4 @@
-"""What the tests of train.py, sample.py and bench.py share: a small data set, a tiny model, runs in
-this process."""
+"""Options and fixtures of the tests: devices, a small data set, tiny runs in this process."""
 
 import io
 import os
@@ -26,7 +25,7 @@ from runtime.device import pick_device
 
 def pytest_addoption(parser):
     parser.addoption('--device', choices=('cpu', 'cuda', 'mps'),
-                     help='run only the tests marked any_device, there')
+                     help='run only the tests marked any_device, on this device')
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_setup():
-    # train.py sets it; its 10 bits would hide what is compared
+    # train.py allows TF32, whose 10-bit mantissa is too coarse for the comparisons
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -53,7 +52,7 @@ def device(request):
 
 @pytest.fixture(scope='module')
 def one_thread():
-    """Tiny matrices on many threads mostly wait for each other."""
+    """One thread, because tiny matrices are slower on many."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +61,7 @@ def one_thread():
 
 @pytest.fixture
 def float64_here(request, monkeypatch):
-    """False: what a device without float64 does."""
+    """Run a test with and without float64. False does what a device without float64 does."""
     if request.param and request.config.getoption('--device') == 'mps':
         pytest.skip('MPS has no float64')
     monkeypatch.setattr(svd, '_lacks_float64', lambda device: not request.param)
@@ -71,7 +70,7 @@ def float64_here(request, monkeypatch):
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
-    """The data set `toy`, prepared once."""
+    """Folder of the data set `toy`, which is prepared once."""
     folder = tmp_path_factory.mktemp('toy') / 'toy'
     write_dataset(folder, TEXT, 'char', source='tests')
     return folder
@@ -79,7 +78,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, toy):
-    """An empty working directory with data/toy in it."""
+    """Working directory with nothing in it but data/toy."""
     shutil.copytree(toy, tmp_path / 'data' / 'toy')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -87,7 +86,7 @@ def here(tmp_path, monkeypatch, toy):
 
 @pytest.fixture
 def call(capsys):
-    """call(main, *argv) -> what a shell would see of it: code, out, err."""
+    """call(main, *argv) runs a command and returns its exit code, out and err."""
     def call(main, *argv):
         capsys.readouterr()
         code = main([str(arg) for arg in argv])
@@ -97,8 +96,7 @@ def call(capsys):
 
 @pytest.fixture
 def refused(call):
-    """refused(main, *argv) -> the one line on stderr with which wrong input ends, code 2 and
-    nothing trained."""
+    """refused(main, *argv) asserts exit code 2 and returns the one line on stderr."""
     def refused(main, *argv):
         result = call(main, *argv)
         lines = result.err.splitlines()
@@ -109,8 +107,11 @@ def refused(call):
 
 @pytest.fixture
 def fit(call, monkeypatch):
-    """fit(*options) trains the tiny model into out/ -> what it printed. Options given here replace
-    TINY's. The closing sample and the picture are left out: they take longer than the training."""
+    """fit(*options) trains the tiny model in out/ and returns what it printed.
+
+    `options` replace those of TINY. The sample and the figure at the end are left out, because they
+    take longer than the training.
+    """
     monkeypatch.setattr(train, 'sample', lambda *args: '')
     monkeypatch.setattr(train, 'draw_curves', lambda *args: None)
 
@@ -123,8 +124,8 @@ def fit(call, monkeypatch):
 
 @pytest.fixture(scope='session')
 def trained_once(tmp_path_factory, toy):
-    """trained_once(*options) -> the OUT_DIR of the tiny model trained with these options, once in a
-    session."""
+    """trained_once(*options) returns the run folder of the tiny model with these options. Each
+    model is trained once per session."""
     folders = {}
 
     def trained_once(*options):
@@ -144,8 +145,7 @@ def trained_once(tmp_path_factory, toy):
 
 @pytest.fixture
 def trained(here, trained_once):
-    """trained(*options) copies such a run into out/, or into `folder`. What a test only reads or
-    goes on from need not be trained again."""
+    """trained(*options) copies a run of `trained_once` to out/ or to `folder`."""
     def trained(*options, folder='out'):
         return shutil.copytree(trained_once(*options), Path(folder))
     return trained
@@ -153,8 +153,8 @@ def trained(here, trained_once):
 
 @pytest.fixture
 def endless(here):
-    """endless(command, *options) starts command with the tiny model and no end -> the process, once
-    it has taken five steps. What is left of it at the end of the test is killed."""
+    """endless(command, *options) starts training that does not end, and returns the process. It
+    returns after five steps. The process group is killed at the end of the test."""
     started = []
 
     def endless(command, *options):
@@ -166,7 +166,7 @@ def endless(here):
         until, metrics = time.monotonic() + 100, Path('out/metrics.jsonl')
         while not (metrics.exists() and metrics.read_text().count('\n') > 5):
             assert process.poll() is None, process.stderr.read()[-2000:]
-            assert time.monotonic() < until, 'it does not begin'
+            assert time.monotonic() < until, 'no training steps after 100 s'
             time.sleep(.05)
         return process
     yield endless
@@ -178,8 +178,8 @@ def endless(here):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Runs of a sweep are trained in this process, without the closing sample -> the names of those
-    that were."""
+    """Train the runs of a sweep in this process, without the sample at the end. The fixture is the
+    list of the names of these runs."""
     monkeypatch.setattr(train, 'sample', lambda *args: '')
     names = []
 
@@ -196,7 +196,7 @@ def in_process(monkeypatch):
 
 @pytest.fixture
 def byte_bpe(monkeypatch):
-    """In place of GPT-2's BPE: a byte is a token, and the other ids are bytes that no text has."""
+    """Replace GPT-2's BPE by one token per byte. Other ids stand for bytes that no text has."""
     import tiktoken
     ranks = {bytes([i]): i
              for i in range(256)} | {i.to_bytes(3, 'big'): i for i in range(256, 50256)}

@@ -1,5 +1,4 @@
-"""What several test modules share: the data set and options of tiny runs, files read back, models,
-matrices."""
+"""Helpers of several test modules: data and options of tiny runs, files, models, matrices."""
 
 import functools
 import itertools
@@ -22,7 +21,7 @@ from runtime.optimizer import MuonAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# 2,360 characters of 17 kinds, as regular as text can be: a model that learns anything learns this
+# 2,360 characters, 17 different ones, regular enough that a model learns it in a few steps
 TEXT = ''.join(f'the {animal} {verb} on the {place}\n' for _ in range(2)
                for animal in ('cat', 'hen', 'toad') for verb in ('sat', 'sang', 'lies', 'ate')
                for place in ('bed', 'roof', 'sea', 'stone'))
@@ -35,12 +34,12 @@ TINY = (
 
 
 def slow(*case):
-    """A case of pytest.mark.parametrize that only runs with -m slow."""
+    """Return a case for pytest.mark.parametrize that only runs with -m slow."""
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def rows(folder='out', file='metrics.jsonl'):
-    """The rows of a JSON Lines file, which must be strict JSON: NaN is not."""
+    """Return the rows of a JSON Lines file. They must be strict JSON, without NaN."""
     def refuse(word):
         raise ValueError(f'{word} is not JSON')
 
@@ -54,18 +53,18 @@ def checkpoint(folder='out'):
 
 
 def equal(a, b):
-    """Whether two state dicts are the same to the bit."""
+    """Return whether two state dicts are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def folder_bytes(folder='out'):
-    """Every file below a folder -> its content."""
+    """Return path -> bytes of every file below a folder."""
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
 
 
 def same(a, b):
-    """Whether two nested structures are the same, tensors to the bit."""
+    """Return whether two nested structures are equal, with bit-identical tensors."""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -76,7 +75,7 @@ def same(a, b):
 
 
 def untimed(folder):
-    """The rows of metrics.jsonl without what a clock says."""
+    """Return the rows of metrics.jsonl without times."""
     return [{k: v
              for k, v in row.items()
              if k not in ('step_ms', 'tokens_per_s')}
@@ -84,8 +83,8 @@ def untimed(folder):
 
 
 def assert_same_run(folder, other):
-    """The checkpoints and the metrics of two runs are the same to the bit; timings, OUT_DIR and how
-    they began aside."""
+    """Assert that checkpoints and metrics of two runs are bit-identical. Times, out_dir, init_from
+    and max_iters may differ."""
     a, b = checkpoint(folder), checkpoint(other)
     for key in ('out_dir', 'init_from', 'max_iters'):
         a['config'][key] = b['config'][key]
@@ -95,16 +94,16 @@ def assert_same_run(folder, other):
 
 
 def assert_same_metrics(folder, other):
-    """Evaluations at which the first run was stopped stay in its rows."""
+    """Assert equal metrics of two runs. `folder` may have more evaluations from stops."""
     more, expected = untimed(folder), untimed(other)
     assert [row for row in more
             if 'val/loss' not in row or row in expected] == expected, 'metrics.jsonl differs'
 
 
 def interrupt(monkeypatch, steps, number=signal.SIGINT):
-    """A signal arrives while the optimizer takes the step `steps` from now on."""
+    """Send this process a signal during the optimizer step number `steps` from now."""
     calls = itertools.count(1)
-    step = torch.optim.AdamW.step                                   # Muon's runs have one, too
+    step = torch.optim.AdamW.step                                   # runs with Muon call it too
 
     @functools.wraps(step)
     def interrupted(*args, **options):
@@ -116,7 +115,7 @@ def interrupt(monkeypatch, steps, number=signal.SIGINT):
 
 @contextmanager
 def before_forward(action):
-    """Within the block action(model) runs before each forward pass of a GPT."""
+    """Context manager that calls action(model) before each forward pass of a GPT."""
     def look(module, args):
         if isinstance(module, GPT):
             action(module)
@@ -128,7 +127,7 @@ def before_forward(action):
 
 
 def change(folder='out', without=(), **changes):
-    """Change a checkpoint on disk."""
+    """Change a checkpoint on disk: remove the keys `without` and set others."""
     saved = checkpoint(folder) | changes
     torch.save({key: value for key, value in saved.items() if key not in without},
                Path(folder, 'ckpt.pt'))
@@ -137,12 +136,12 @@ def change(folder='out', without=(), **changes):
 # --------------------------------------------------------------------------------------------------
 # models
 
-# head size 4
+# the head size is 4
 SMALL = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, svd_block=4)
 
 
 def make(seed=0, dtype=torch.float64, **overrides):
-    """A small model with every parameter well away from its initial value, in eval mode."""
+    """Return a small model in eval mode. Each parameter is far from its initial value."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**SMALL, **overrides})).to(dtype).eval()
     with torch.no_grad():
@@ -161,8 +160,8 @@ def tokens(rows=2, columns=16, seed=0):
 
 
 def copy_of(model):
-    """A model's parameters by name, as leaves that autograd follows; the tied matrix is one
-    tensor."""
+    """Return copies of a model's parameters by name, with gradients. The tied matrix is one tensor.
+    """
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     return {**state, 'lm_head.weight': state['transformer.wte.weight']}
 
@@ -177,7 +176,7 @@ def loss_by_hand(logits, targets):
 
 
 def cut_by_hand(scope, rank, basis_grad=True):
-    """The keyword arguments that give `logits_by_hand` the SVD of a scope."""
+    """Return the keyword arguments of `logits_by_hand` for the SVD of a scope."""
     def projected(x, basis_of):
         vh = torch.linalg.svd(basis_of if basis_grad else basis_of.detach(),
                               full_matrices=False)[2][..., :rank, :]
@@ -195,7 +194,8 @@ def cut_by_hand(scope, rank, basis_grad=True):
 
 
 def leak(model):
-    """Largest change of a logit before position j when token j changes, over all j."""
+    """Return the largest change of a logit at a position before j if token j changes, over all j.
+    """
     idx = tokens(1)
     before = model(idx, idx)[0]
     worst = 0
@@ -203,7 +203,7 @@ def leak(model):
         changed = idx.clone()
         changed[0, j] = (idx[0, j] + 1) % SMALL['vocab_size']
         difference = (model(changed, changed)[0] - before).abs()[0]
-        assert difference[j].max() > 1e-6                           # the change does arrive
+        assert difference[j].max() > 1e-6                           # the change has an effect
         worst = max(worst, difference[:j].max().item())
     return worst
 
@@ -214,8 +214,11 @@ def checkpoint_of(model):
 
 @torch.no_grad()
 def cached_logits(model, idx, prompt, one_prompt=False, room=None):
-    """Logits of every position (B, T, vocab), the first `prompt` tokens given at once and the
-    others one by one. one_prompt: the first part is the same in all rows, and computed once."""
+    """Return logits of all positions (B, T, vocab), computed with a cache.
+
+    The first `prompt` tokens are given at once, the others one by one. one_prompt: they are the
+    same in all rows and computed once; room: tokens that fit in the cache.
+    """
     B, T = idx.shape
     cache = model.new_cache(B, room or T)
     first = idx[:1, :prompt] if one_prompt else idx[:, :prompt]
@@ -226,15 +229,15 @@ def cached_logits(model, idx, prompt, one_prompt=False, room=None):
 
 @torch.no_grad()
 def error(model, idx, prompt, **options):
-    """Largest difference to the uncached logits, relative to the largest of these."""
+    """Return the largest difference from the uncached logits, relative to the largest logit."""
     expected = model(idx, idx)[0]
     return ((cached_logits(model, idx, prompt, **options) - expected).abs().max() /
             expected.abs().max()).item()
 
 
 def counted(f):
-    """Operations that torch counts in f; attention is made of two products, so that it is counted
-    everywhere."""
+    """Return the FLOPs that torch counts in f(). Attention runs as two matrix products, because
+    torch counts these on every device."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         f()
     return counter.get_total_flops()
@@ -249,12 +252,11 @@ def optimizer_of(model, kind):
 
 
 def mla(latent=3, **options):
-    """Options of a model with latents; the heads of SMALL have size 4, so these are smaller by
-    default."""
+    """Return options for MLA. The default latent is smaller than the head size of SMALL, 4."""
     return dict(use_mla=True, mla_latent_dim=latent, **options)
 
 
-# different layers and ranks in each block of SMALL; layers are (8, 8), (8, 8), (32, 8) and (8, 32)
+# different layers and ranks per block of SMALL, whose layers are (8, 8), (32, 8) and (8, 32)
 RANKS = {
     'h.0.attn.c_attn.c_q': 3, 'h.0.attn.c_attn.c_v': 1, 'h.0.attn.c_proj': 2, 'h.0.mlp.c_fc': 5,
     'h.1.attn.c_attn.c_k': 2, 'h.1.mlp.c_fc': 4, 'h.1.mlp.c_proj': 8
@@ -263,15 +265,20 @@ MLA_RANKS = {'h.0.attn.c_attn.query': 3, 'h.0.mlp.c_proj': 2, 'h.1.attn.c_proj':
 
 
 def precision(device):
-    """The widest dtype of a device, and the relative error allowed in it: 1e4 eps or more, since
-    gaps at the cut of an SVD are 1e-4 of the largest eigenvalue or more."""
+    """Return the widest dtype of a device and the relative error allowed in it.
+
+    The error is at least 1e4 eps, because the eigenvalue gap at the rank of a truncated SVD is at
+    least 1e-4 of the largest eigenvalue.
+    """
     return (torch.float32, 2e-3) if torch.device(device).type == 'mps' else (torch.float64, 1e-10)
 
 
 def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_hand):
-    """The logits of a GPT-2 of two blocks from its state dict, with an explicit mask. With latents
-    c = W_a x, keys are U_k c and values U_v c + b. cut_v acts on V (B, nh, T, hs), cut_w_v on W_v
-    (nh, hs, C) or U_v (nh, hs, d)."""
+    """Return the logits of a GPT-2 of two blocks from its state dict, with an explicit mask.
+
+    With latents c = W_a x, keys are U_k c and values U_v c + b. cut_v truncates V (B, nh, T, hs),
+    cut_w_v truncates W_v (nh, hs, C) or U_v (nh, hs, d).
+    """
     def linear(x, name):
         return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
 
@@ -307,20 +314,20 @@ def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_
 
 
 def whole_truth(x, rank):
-    """U_k S_k V_k^T by torch.linalg.svd."""
+    """Return U_k S_k V_k^T by torch.linalg.svd."""
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
 
 
 def projector(x, rank):
-    """V_k V_k^T by torch.linalg.svd."""
+    """Return V_k V_k^T by torch.linalg.svd."""
     vh = torch.linalg.svd(x, full_matrices=False)[2][..., :rank, :]
     return vh.mT @ vh
 
 
 def causal_truth(x, rank, block=4, basis_of=None):
-    """One row at a time: row t in [s, 2s), s = block, 2 block, 4 block ..., uses the SVD of rows
-    [0, s) if s > rank."""
+    """Return the truncation of 'causal' scope, computed row by row. Row t in [s, 2s), for s =
+    block, 2 block, 4 block, ..., uses the SVD of rows [0, s) if s > rank."""
     basis_of = x if basis_of is None else basis_of
     rows = []
     for t in range(x.shape[-2]):
@@ -338,8 +345,7 @@ def normal(*shape, seed=0):
 
 
 def with_singular_values(sigma, rows, columns, seed=0):
-    """A random float64 matrix (rows, columns) with singular values sigma, min(rows, columns) of
-    them."""
+    """Return a random float64 matrix (rows, columns) with the singular values sigma."""
     u, v = (torch.linalg.qr(normal(side, len(sigma), seed=seed + i))[0]
             for i, side in enumerate((rows, columns)))
     return u * torch.as_tensor(sigma, dtype=torch.float64) @ v.mT
@@ -352,7 +358,7 @@ def value_and_gradient(f, x, dy):
 
 
 def assert_close(actual, expected, bar):
-    """Frobenius error below bar, relative to the expected norm."""
+    """Assert that the Frobenius error, relative to the expected norm, is at most `bar`."""
     error = torch.linalg.norm(actual.double() - expected.double()) / torch.linalg.norm(
         expected.double())
     assert error <= bar, f'relative error {error:.1e}, allowed {bar}'

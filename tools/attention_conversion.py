@@ -1,7 +1,7 @@
-"""Ordinary attention -> multi-head latent attention (MLA), in a trained model.
+"""Convert ordinary attention in a trained model to multi-head latent attention (MLA).
 
-Keys and values of a layer, [W_k; W_v] x (2C), become [U_k; U_v] W_a x: W_a (d, C) makes a latent of
-d numbers per token. The factors are those of tools/model_compression.py for the stacked weight.
+The keys and values of a layer, [W_k; W_v] x (2C), become [U_k; U_v] W_a x. W_a (d, C) maps a token
+to a latent vector of d values. tools/model_compression.py factors the stacked weight [W_k; W_v].
 """
 
 from dataclasses import replace
@@ -16,15 +16,16 @@ from tools.model_compression import LayerStats, calibrate, dense_layers, sync_co
 
 @torch.no_grad()
 def to_mla(model, latent_dim, windows=()):
-    """A model with latents of latent_dim numbers per token; the model given is used up.
+    """Return an MLA model with latents of latent_dim values per token.
 
-    windows: of `calibration_windows`, for the factors that are best for what the loss makes of
-    their errors there; without any: by the SVD of the weights. Queries that are a product stay one.
-    Raises ValueError for a latent_dim that does not fit.
+    The given model is changed and cannot be used afterwards. Low-rank query layers stay low-rank.
+    windows: from `calibration_windows`. The factors minimize the estimated increase of the loss on
+    them. Without windows the factors come from the SVD of the weights. Raises ValueError if the
+    model has MLA already or latent_dim does not fit.
     """
     if model.config.use_mla:
-        raise ValueError(f'is MLA already, with latents of {model.config.latent_dim} numbers '
-                         '(nearest: the run it was made from)')
+        raise ValueError("to='mla': the model has MLA already, with latents of "
+                         f'{model.config.latent_dim} values (nearest: the run before conversion)')
     query_ranks = {name.replace('c_q', 'query'): rank for name, rank
                    in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
     dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
@@ -33,14 +34,14 @@ def to_mla(model, latent_dim, windows=()):
     stats, projections = {}, {f'transformer.h.{i}.attn.c_attn': block.attn.c_attn
                               for i, block in enumerate(model.transformer.h)}
     for name, block in zip(projections, model.transformer.h):
-        # W_v as 'weight' scope leaves it: the factors do not exceed its rank
+        # W_v after 'weight' scope has truncated it, so that the factors do not exceed its rank
         W_k, W_v = projections[name].weight.chunk(3)[1], block.attn.value_weight().flatten(0, 1)
         stats[name] = LayerStats(torch.cat((W_k, W_v)), config.bias)                # (2C, C)
     calibrate(model, projections, stats, windows, gradients=True)
     state = {name: w for name, w in model.state_dict().items() if '.c_attn.' not in name}
     for name, c_attn in tracking.brief_bar(projections.items(), desc='convert', unit='layer'):
         for part, weight in latent_projection(c_attn, latent_dim, stats[name]).items():
-            state[f'{name}.{part}'] = weight.to(c_attn.weight.dtype)    # first: MPS has no float64
+            state[f'{name}.{part}'] = weight.to(c_attn.weight.dtype)    # MPS has no float64
     new = GPT(config).to(model.lm_head.weight).eval()
     new.load_state_dict(state)
     for name, rank in query_ranks.items():
@@ -50,10 +51,10 @@ def to_mla(model, latent_dim, windows=()):
 
 
 def latent_projection(c_attn, latent_dim, stats):
-    """State dict of the `LatentProjection` in place of a `QKVProjection`.
+    """Return the state dict of the `LatentProjection` that replaces a `QKVProjection`.
 
-    stats: `LayerStats` of keys and values. The values' bias takes the mean error; a key's bias
-    changes no attention weight, and there is none.
+    stats: `LayerStats` of the stacked weight of keys and values. The bias of the values absorbs the
+    mean error. Keys get no bias, because it would not change the attention weights.
     """
     up, down = stats.factorization().factors(latent_dim)            # (2C, d), (d, C)
     k_up, v_up = up.chunk(2)

@@ -1,11 +1,12 @@
 """
-The formats that export.py writes. Each function fills an empty folder with a run:
+The formats that export.py writes. Each function in FORMATS writes a run to an empty folder:
 
-    to_gpt2(folder, model, saved, meta, lines)          and likewise the others in FORMATS
+    to_gpt2(folder, model, saved, meta, lines)
 
-model: the GPT of the run, which is used up; saved: its checkpoint, with 'base', the weights that
-its adapters began with; meta: of its tokenizer, or None; lines: for the user, appended to. They
-raise ValueError for what a format cannot represent, UserError for a missing package, and OSError.
+model: the GPT of the run, which cannot be used afterwards; saved: its checkpoint, where 'base'
+names the weights that its adapters started from; meta: of its tokenizer, or None; lines: a list to
+which messages for the user are appended. The functions raise ValueError if the format cannot
+represent the model, UserError if a package is missing, and OSError.
 """
 
 import pickle
@@ -37,16 +38,19 @@ NANOGPT_CONFIG = (
 
 @torch.no_grad()
 def plain_model(model):
-    """nanoGPT's model that does what a model does, which is used up: the SVD of 'weight' scope,
-    latents, low-rank layers and adapters become part of the weights. Raises ValueError for scopes
-    that truncate V itself, which no weights do."""
+    """Convert a model to nanoGPT's plain GPT that computes the same outputs.
+
+    The SVD of 'weight' scope, latents, low-rank layers and adapters become part of the weights. The
+    given model cannot be used afterwards. Raises ValueError for scopes that truncate V itself,
+    because no weights have that effect.
+    """
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: truncates V itself to rank {c.svd_rank}, "
-                         "which no weights do (nearest: 'weight' when it is trained, or "
+                         "which weights cannot express (nearest: 'weight', set before training, or "
                          '--to=safetensors)')
     dense_layers(model, c.layer_ranks or ())
-    model = without_adapters(model)                                 # c_attn is one layer again
+    model = without_adapters(model)                                 # also fuses c_attn again
     for block in model.transformer.h:
         block.attn.c_attn = linear_from_tensors(*dense_projection(block.attn), model.lm_head.weight)
     plain = GPT(replace(model.config, use_svd=False, use_mla=False)).to(model.lm_head.weight)
@@ -55,7 +59,7 @@ def plain_model(model):
 
 
 def dense_projection(attn):
-    """Weight (3C, C) and bias (3C), or None, of nanoGPT's c_attn that does what this one does."""
+    """Return weight (3C, C), and bias (3C) or None, of a nanoGPT c_attn with the same outputs."""
     c_attn, w_v = attn.c_attn, attn.value_weight().flatten(0, 1)
     if not isinstance(c_attn, LatentProjection):
         return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
@@ -66,22 +70,23 @@ def dense_projection(attn):
 
 
 def changes(c, to):
-    """What becomes part of the weights of a model with configuration c -> lines for the user."""
+    """Return messages about what becomes part of the weights of a model with configuration c."""
     plain, adapted = to in ('gpt2', 'nanogpt'), len(c.adaptive_layers + c.lora_layers)
     return [line for applies, line in (
-        (plain and c.svd_truncates, f'baked into the weights: SVD of W_v, rank {c.svd_rank} of '
+        (plain and c.svd_truncates, f'merged into the weights: SVD of W_v, rank {c.svd_rank} of '
                                     f'{c.n_embd // c.n_head}'),
-        (plain and c.use_mla, f'multiplied out: latents of {c.latent_dim}; keys and values are '
-                              'cached in full there'),
-        (plain and c.layer_ranks, f'multiplied out: {len(c.layer_ranks or ())} layers of two '
-                                  'factors; the weights are as many as before compression'),
+        (plain and c.use_mla, f'multiplied out: latents of {c.latent_dim} values; the exported '
+                              'model caches full keys and values'),
+        (plain and c.layer_ranks, f'multiplied out: {len(c.layer_ranks or ())} low-rank layers; '
+                                  'the exported model has as many parameters as before '
+                                  'compression'),
         (adapted and (plain or to == 'dense'), 'merged into the weights: adaptive SVD or LoRA of '
                                                f'{adapted} layers')) if applies]
 
 
 def new_adamw(model, saved):
-    """The state dict of AdamW before the first step of a model, with the options in a checkpoint's
-    config, or nanoGPT's."""
+    """Return the state dict of a new AdamW for the model. Options come from the config of the
+    checkpoint `saved`, and nanoGPT's defaults fill the rest."""
     c = dict(weight_decay=1e-1, learning_rate=6e-4, beta1=0.9, beta2=0.95) | saved.get('config', {})
     return model.configure_optimizers(c['weight_decay'], c['learning_rate'],
                                       (c['beta1'], c['beta2']), 'cpu').state_dict()
@@ -91,7 +96,7 @@ def new_adamw(model, saved):
 # formats
 
 def to_gpt2(folder, model, saved, meta, lines):
-    """For transformers."""
+    """Write GPT-2 for Hugging Face's transformers."""
     plain, bpe = plain_model(model), meta and meta['tokenizer'] == 'gpt2'
     huggingface.write_gpt2(folder, asdict(plain.config), plain.state_dict(),
                            end=meta['vocab_size'] - 1 if bpe else None)
@@ -100,30 +105,30 @@ def to_gpt2(folder, model, saved, meta, lines):
         if meta:
             huggingface.write_tokenizer(folder, meta, plain.config.block_size)
     except UserError as e:                                          # no tiktoken, or no network
-        lines.append(f'left out: the tokenizer, which is that of gpt2 on the hub ({e})')
+        lines.append(f"left out: the tokenizer; it is 'gpt2' on Hugging Face's hub ({e})")
 
 
 def to_safetensors(folder, model, saved, meta, lines):
-    """For --init_from here: any model as it is."""
+    """Write safetensors for --init_from of this repo: any model, unchanged."""
     huggingface.write(folder, dict(model_type=huggingface.OWN, model_args=asdict(model.config),
                                    tokenizer=meta), model.state_dict())
     lines.append('left out: the optimizer state' + (
-        '' if model.svd_basis is None else ", and the basis from which 'randomized' starts"))
+        '' if model.svd_basis is None else ", and the basis for warm starts of 'randomized'"))
 
 
 def to_lora(folder, model, saved, meta, lines):
-    """For --lora_adapter here: the adapters alone, as plain LoRA."""
+    """Write only the adapters, as plain LoRA, for --lora_adapter of this repo."""
     c, original = model.config, None
     base = None if saved['base'] == 'resume' else saved['base']
     if c.lora_rank is None:
-        raise ValueError('has no LoRA (nearest: --to=safetensors)')
+        raise ValueError("to='lora': the model has no LoRA adapters (nearest: --to=safetensors)")
     if c.lora_init != 'lora':
         if base is None:
-            raise ValueError(f'lora_init={c.lora_init!r}: needs the weights it began with, which a '
-                             'resumed run does not name (nearest: --base=FOLDER)')
+            raise ValueError(f'lora_init={c.lora_init!r}: export needs the weights before training '
+                             'and a resumed run does not name them (nearest: --base=FOLDER)')
         original = GPT.from_pretrained(base)
-        lines.append(f'{c.lora_init!r} of rank {c.lora_rank} as plain LoRA for the weights of '
-                     f'{base}')
+        lines.append(f'converted: {c.lora_init!r} of rank {c.lora_rank} to plain LoRA for the '
+                     f'weights of {base}')
     options, tensors = standard_lora(model, original)
     notes = dict(base=base) if base else {}
     huggingface.write(folder, dict(model_type=huggingface.ADAPTER, adapter=options), tensors,
@@ -131,7 +136,7 @@ def to_lora(folder, model, saved, meta, lines):
 
 
 def to_dense(folder, model, saved, meta, lines):
-    """For all commands here: a checkpoint without adapters."""
+    """Write a checkpoint without adapters for all commands of this repo."""
     model = without_adapters(model)
     args = asdict(model.config)
     kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis')
@@ -143,7 +148,7 @@ def to_dense(folder, model, saved, meta, lines):
 
 
 def to_nanogpt(folder, model, saved, meta, lines):
-    """For nanoGPT: ckpt.pt, and the meta.pkl of a data set of characters."""
+    """Write ckpt.pt for nanoGPT, and meta.pkl if the tokens are characters."""
     c = model.config
     if c.gelu != 'exact':
         raise ValueError(f"gelu={c.gelu!r}: nanoGPT has only 'exact' (nearest: --to=gpt2)")
@@ -151,14 +156,14 @@ def to_nanogpt(folder, model, saved, meta, lines):
     weights = plain.state_dict()
     if c.svd_truncates or weights.keys() != saved['model'].keys() or 'state' not in optimizer:
         optimizer = new_adamw(plain, saved)
-        lines.append("left out: the optimizer state, which is Muon's or of other weights; nanoGPT "
-                     'starts its AdamW again')
+        lines.append("left out: the optimizer state, because it is Muon's or belongs to other "
+                     'weights; nanoGPT starts with a new AdamW state')
     args, old = {key: getattr(c, key) for key in NANOGPT_SHAPE}, saved.get('config', {})
     for group in optimizer['param_groups']:
-        group['lr'] = old.get('learning_rate', group['lr'])         # the first, not the last step's
+        group['lr'] = old.get('learning_rate', group['lr'])         # not the decayed rate
     dataset = Path(str(old.get('dataset', ''))).name.removesuffix('.txt') or 'DATASET'
     config = {key: value for key, value in (old | args).items() if key in NANOGPT_CONFIG}
-    kept = dict(tokenizer=meta) if meta else {}                     # nanoGPT does not look at it
+    kept = dict(tokenizer=meta) if meta else {}                     # nanoGPT ignores it
     ckpt.save(kept | dict(
         model=weights, optimizer=optimizer, model_args=args, iter_num=saved['iter_num'],
         best_val_loss=float(saved.get('best_val_loss', 1e9)),
@@ -167,7 +172,7 @@ def to_nanogpt(folder, model, saved, meta, lines):
         ids = {char: i for i, char in enumerate(meta['chars'])}
         content = dict(vocab_size=len(ids), itos=dict(enumerate(ids)), stoi=ids)
         write_atomically(folder / 'meta.pkl', pickle.dumps(content))
-        lines.append(f'nanoGPT looks for meta.pkl as data/{dataset}/meta.pkl: put it there')
+        lines.append(f'nanoGPT reads meta.pkl from data/{dataset}/meta.pkl, so move it there')
 
 
 FORMATS = dict(gpt2=(to_gpt2, 'transformers'), nanogpt=(to_nanogpt, 'nanoGPT'),

@@ -1,9 +1,10 @@
-"""Low-rank layers in a trained model: statistics on training text, factors in place of weights,
-fine-tuning, and a comparison with the model before. The linear algebra is in
-lowrank/factorization.py.
+"""Compress a trained model: calibrate on training text, replace layers by low-rank layers,
+fine-tune, and compare with the original model.
 
-Letters: m outputs and n inputs of a layer, s = min(m, n), r rank, N tokens, B batch, T tokens of a
-window.
+A low-rank layer has two factors, U (m, r) and A (r, n), in place of a weight (m, n). The linear
+algebra is in lowrank/factorization.py.
+
+Letters: m outputs, n inputs, s = min(m, n), r rank, N tokens, B batch, T tokens per window.
 """
 
 import copy
@@ -36,33 +37,36 @@ from tools.tables import format_table
 from tools.timing import generation, interleave
 from train import TrainConfig, language_model_loss, new_state, train_step
 
-BATCH_TOKENS = 4096                 # of a forward pass
+BATCH_TOKENS = 4096                 # per forward pass of calibration
 MODULES = ('attn', 'mlp')
 STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, in forward order
-ROUNDING = torch.finfo(torch.float32).eps           # of an activation, as a share of its mean
-RANK_STEP, RANK_STEP_FROM = 8, 128  # ranks are multiples of 8 if all layers are 128 wide: faster
-KEEP = 0.6                          # unless keep, rank or energy is given
-LEARNING_RATE = 1e-3                # of fine-tuning
-BENCHMARK_ROUNDS = 5                # odd, so that one of them is the median
+ROUNDING = torch.finfo(torch.float32).eps           # error of an activation, relative to its mean
+RANK_STEP, RANK_STEP_FROM = 8, 128  # multiples of 8 are faster; only if no layer is narrower
+KEEP = 0.6                          # default fraction of the weights kept
+LEARNING_RATE = 1e-3                # default for fine-tuning
+BENCHMARK_ROUNDS = 5                # odd, so that a measured round is the median
 
 
 # --------------------------------------------------------------------------------------------------
-# layers in place
+# layers
 
 def parse_modules(modules):
-    """'attn,mlp', a list of such words or None, which means all -> list. Raises ValueError for
-    other words."""
+    """Return a list of 'attn' and 'mlp' from a comma-separated str, a list, or None for both.
+    Raises ValueError for other words."""
     words = MODULES if modules is None else (
         modules.replace(' ', '').split(',') if isinstance(modules, str) else modules)
     if not {*words} <= {*MODULES}:
-        raise ValueError(f"modules={modules!r}: must be of {', '.join(MODULES)} (nearest: "
+        raise ValueError(f"modules={modules!r}: must name some of {', '.join(MODULES)} (nearest: "
                          f"'{','.join(MODULES)}')")
     return words
 
 
 def layer_names(model, modules=None):
-    """The layers that can be factored, block by block. Not W_v if 'weight' scope truncates it at
-    each step: that would undo what a product saves."""
+    """Return the names of the layers that can become low-rank, block by block.
+
+    W_v is left out if 'weight' scope truncates it, because that needs the full W_v and factors
+    would save nothing. modules: as for `parse_modules`.
+    """
     c, modules = model.config, parse_modules(modules)
     truncated = c.svd_truncates and c.svd_scope == 'weight'
     return [name for name in c.layer_shapes
@@ -70,8 +74,8 @@ def layer_names(model, modules=None):
 
 
 def dense_layers(model, names):
-    """Make each of these layers an nn.Linear of its own, in place: products are multiplied out, and
-    a fused c_attn is split. Returns name -> nn.Linear."""
+    """Make each named layer a separate nn.Linear, in place. Returns name -> nn.Linear. Low-rank
+    layers and adapters are multiplied out, and a fused c_attn is split."""
     for name in names:
         layer = model.get_layer(name)
         if hasattr(layer, 'merge'):
@@ -80,15 +84,15 @@ def dense_layers(model, names):
 
 
 def without_adapters(model):
-    """Merge adaptive SVD and LoRA into the weights, in place. Returns the model, trainable."""
+    """Merge adaptive SVD and LoRA into the weights, in place. Returns the model, all trainable."""
     dense_layers(model, [*model.config.adaptive_layers, *model.config.lora_layers])
     model.config = replace(model.config, **ADAPTER_DEFAULTS)
     return sync_config(model).requires_grad_(True)
 
 
 def weights_of(model, modules=None):
-    """Every weight matrix of the blocks: name -> (m, n). Changes the model: fused layers are split
-    and products multiplied out."""
+    """Return every weight matrix of the blocks: name -> (m, n). Changes the model: fused layers are
+    split and low-rank layers are multiplied out."""
     modules = parse_modules(modules)
     dense_layers(model, model.config.layer_shapes)
     return {name: layer.weight for name, layer in model.transformer.named_modules()
@@ -97,8 +101,8 @@ def weights_of(model, modules=None):
 
 @torch.no_grad()
 def sync_config(model):
-    """After layers were replaced: write the ranks of products to the configuration, and fuse each
-    c_attn that has none. In place; returns the model."""
+    """Update the configuration after layers were replaced, in place. Returns the model. Writes the
+    ranks of low-rank layers to layer_ranks. Fuses each c_attn without low-rank layers."""
     ranks = {name: layer.rank for name, layer in model.transformer.named_modules()
              if isinstance(layer, LowRankLinear)}
     model.config = replace(model.config, layer_ranks=ranks or None)
@@ -115,15 +119,16 @@ def sync_config(model):
 
 
 def apply_svd_compression(model, rank, modules=None):
-    """Replace weights of a GPT's blocks by their best approximations of this rank, as products of
-    two, wherever that saves parameters. Products of this rank or less stay. Needs no data.
+    """Replace layers of a GPT's blocks by low-rank layers from the SVD of their weights, in place.
 
-    modules: 'attn', 'mlp', 'attn,mlp', or a list of these words; None: all. In place; returns the
-    model. Raises ValueError for a rank outside 1..n_embd, for other modules, and for weights that
-    are not finite.
+    A layer stays dense if its factors would not save parameters. A low-rank layer of this rank or
+    less stays as it is. No data is needed. modules: as for `parse_modules`. Returns the model.
+    Raises ValueError for a rank outside 1 to n_embd, for other modules, and if weights are not
+    finite.
     """
     if type(rank) is not int or not 1 <= rank <= model.config.n_embd:
-        raise ValueError(f'rank={rank!r}: must be 1 to n_embd={model.config.n_embd}')
+        raise ValueError(f'rank={rank!r}: must be a whole number from 1 to '
+                         f'n_embd={model.config.n_embd}')
     known = model.config.layer_ranks or {}
     names = [name for name in layer_names(model, modules) if known.get(name, rank + 1) > rank]
     for name, layer in dense_layers(model, names).items():
@@ -134,16 +139,16 @@ def apply_svd_compression(model, rank, modules=None):
 
 @torch.no_grad()
 def replace_linear(model, name, factors, mean, mean_before):
-    """Put a product in place of a dense layer.
+    """Replace a dense layer by a low-rank layer, in place.
 
-    factors: U (m, r) and A (r, n). A bias, if the layer has one, keeps the mean output for inputs
-    with this mean (n), which was mean_before; for zeros it stays as it is.
+    factors: U (m, r) and A (r, n); mean, mean_before: mean inputs (n) of the new and of the dense
+    layer, float64. If the layer has a bias, it is shifted so that the mean output stays the same.
     """
     dense, (up, down) = model.transformer.get_submodule(name), factors
     layer = LowRankLinear.from_factors(up, down, dense)
     if dense.bias is not None:
         shift = dense.weight.cpu().double() @ mean_before - up @ (down @ mean)              # (m)
-        # dtype first: MPS has no float64
+        # convert before the copy because MPS has no float64
         layer.bias.copy_((dense.bias.cpu().double() + shift).to(layer.bias.dtype))
     model.set_layer(name, layer)
 
@@ -152,36 +157,38 @@ def replace_linear(model, name, factors, mean, mean_before):
 # statistics
 
 class LayerStats:
-    """Statistics of a layer over calibration tokens, as `Factorization` takes them: E[x x^T] of the
-    inputs and E[g g^T] of the loss's gradients g at the outputs, both on the smaller side of the
-    weight, (s, s), in float64 on the CPU.
+    """Statistics of a layer over calibration tokens, for `Factorization`.
 
-    centred: the layer has a bias, which takes the mean error, so that only deviations from the mean
-    count. They are summed up within batches and then between batches (Chan, Golub and LeVeque,
-    1983), never as a difference of moments, so the result is positive semi-definite.
+    They are E[x x^T] of inputs x and E[g g^T] of loss gradients g at the outputs. Both are mapped
+    to the smaller side of the weight, so that they are (s, s), in float64 on the CPU.
+
+    If the layer has a bias, the bias absorbs the mean error, so that only the covariance of the
+    inputs counts. The covariance is a sum of squared deviations within and between batches (Chan,
+    Golub and LeVeque, 1983), not a difference of moments, and therefore positive semidefinite.
     """
 
     def __init__(self, weight, centred, inputs=1):
-        """weight (m, n); inputs: how many of them `add` gets, side by side."""
+        """weight: (m, n); centred: whether the layer has a bias; inputs: number of inputs that
+        `add` gets, concatenated."""
         self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = weight.size(0) >= weight.size(1)
         self.tokens, self.sum, self.gradients = 0, 0, None
         self.mean = self.weight.new_zeros(inputs * weight.size(1))
 
     def reduce(self, x):
-        """x (N, n) on the smaller side of the weight, (N, s): x itself or W x."""
+        """Map inputs x (N, n) to the smaller side of the weight, (N, s): x itself or W x."""
         return x if self.tall else x @ self.weight.mT
 
     def factors(self, x):
-        """The rows a (N, p) and b (N, q), linear in x, whose a^T b is summed up."""
+        """Return a (N, p) and b (N, q), both linear in x, for the statistic E[a^T b]."""
         return self.reduce(x), self.reduce(x)
 
     def add(self, x, g=None):
-        """x (N, n), g (N, m) or None."""
+        """Add a batch of inputs x (N, n) and of gradients g (N, m) at the outputs, or None."""
         x = x.cpu().double()                                        # MPS has no float64
         count, mean = len(x), x.mean(0)
         step = mean - self.mean
-        if self.centred:                                # the step between batches is one more row
+        if self.centred:                                # one more row for the change of the mean
             weight = (self.tokens * count / (self.tokens + count)) ** 0.5
             x = torch.cat((x - mean, weight * step[None]))
         self.tokens += count
@@ -193,14 +200,14 @@ class LayerStats:
             self.gradients = (0 if self.gradients is None else self.gradients) + g.mT @ g   # (s, s)
 
     def moments(self):
-        """E[a^T b] (p, q), plus noise of the size of float32's rounding on each input: what
-        rounding leaves of a constant input does not count beside it."""
+        """Return E[a^T b] (p, q) plus the variance of float32 rounding errors of the inputs.
+        Without that term, rounding errors of a constant input would count as signal."""
         n = self.weight.size(1)
         a, b = self.factors(torch.diag(ROUNDING * self.mean[:n]).repeat(1, len(self.mean) // n))
         return self.sum / self.tokens + a.mT @ b
 
     def factorization(self):
-        """The `Factorization` of the weight for these statistics; without tokens, its SVD."""
+        """Return the `Factorization` of the weight, the plain SVD if no tokens were added."""
         if not self.tokens:
             return Factorization(self.weight)
         inputs, g = self.moments(), None if self.gradients is None else self.gradients / self.tokens
@@ -208,17 +215,20 @@ class LayerStats:
 
 
 class InputShiftStats(LayerStats):
-    """Statistics of inputs that change as the layers before are replaced: E[x^ x^^T] (n, n) above
-    E[x x^^T] (s, n) of the inputs x^ now and x before. `add` takes them side by side (N, 2n), and
-    `mean` (2n) is of both."""
+    """Statistics of a layer whose inputs have changed because earlier layers were replaced.
+
+    x^ is an input in the compressed model and x the same input in the dense model. `add` takes both
+    concatenated (N, 2n), and `mean` (2n) belongs to both. The statistic stacks E[x^ x^^T] (n, n) on
+    E[x x^^T] (s, n).
+    """
 
     def factors(self, x):
         now, before = x.chunk(2, dim=1)
         return torch.cat((now, self.reduce(before)), dim=1), now
 
     def refitted_factorization(self, stats):
-        """The `Factorization` of the weight that makes of x^ what is closest to the output for x,
-        for the gradients of a layer's `LayerStats`. Covariances instead of moments if `centred`."""
+        """Return the `Factorization` of the weight that maps x^ closest to the dense output W x.
+        stats: `LayerStats` of the dense layer, whose gradients define the distance."""
         weight, gradients, n = stats.weight, stats.gradients / stats.tokens, stats.weight.size(1)
         inputs, cross = self.moments().split((n, len(gradients)))
         dense = torch.eye(n, dtype=torch.float64) if self.tall else weight
@@ -229,8 +239,11 @@ class InputShiftStats(LayerStats):
 
 
 def calibration_windows(data, tokens, block_size, seed, device):
-    """Random windows of the training split with `tokens` tokens, or all there are, in batches:
-    list of x, y (B, T)."""
+    """Return random windows of the training split as a list of batches x, y (B, T).
+
+    data: Dataset; tokens: number of tokens, rounded up to whole windows, at most the whole split;
+    block_size: tokens per window; seed: of the random draw.
+    """
     split = data.tokens('train')
     count = math.ceil(min(tokens, len(split)) / block_size)
     starts = data.sample_offsets('train', count, block_size, torch.Generator().manual_seed(seed))
@@ -240,7 +253,8 @@ def calibration_windows(data, tokens, block_size, seed, device):
 
 @contextmanager
 def record(modules):
-    """Within the block: name -> (input, output) in the last forward pass, of name -> module."""
+    """Context manager that records modules in forward passes. modules: name -> module. Yields a
+    dict, name -> (input, output) of the last forward pass."""
     seen = {}
 
     def hook(name, module, args, output):
@@ -253,15 +267,15 @@ def record(modules):
 
 
 def calibrate(model, modules, stats, windows, gradients):
-    """Add inputs, and gradients of the loss if `gradients`, to the statistics of layers.
+    """Run windows through the model and add what each module sees to its statistics.
 
-    model: in evaluation mode, with frozen parameters; modules: name -> module of it; stats: name ->
-    what has `LayerStats.add`; windows: of `calibration_windows`. Of a projection that returns
-    q, k, v, the gradients at k and v are taken. The loss is that of the text itself. With labels
-    drawn from the model, as the Fisher matrix has them, losses differ by 0.001 nats or less
-    (docs/MLA.md).
+    model: in evaluation mode with frozen parameters; modules: name -> module of the model; stats:
+    name -> object with `LayerStats.add`; windows: from `calibration_windows`; gradients: whether to
+    add loss gradients at the outputs besides inputs. For a module that returns q, k, v, the
+    gradients at k and v are added. The loss is that of the text. The Fisher matrix has labels drawn
+    from the model instead, with which losses differ by 0.001 nats or less (docs/MLA.md).
     """
-    def start_graph(module, args, output):              # at the embeddings
+    def start_graph(module, args, output):              # the graph starts at the embeddings
         return output.detach().requires_grad_(gradients)
 
     with record(modules) as seen, model.transformer.drop.register_forward_hook(start_graph):
@@ -273,7 +287,7 @@ def calibrate(model, modules, stats, windows, gradients):
             wanted = [t for tensors in outputs.values() for t in tensors]
             found = iter(torch.autograd.grad(loss, wanted) if gradients else ())
             for name, (inputs, _) in seen.items():
-                # (B, T, m), or of heads (B, nh, T, hs)
+                # (B, T, m), or per head (B, nh, T, hs)
                 g = [t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
                      for t in islice(found, len(outputs[name]))]
                 stats[name].add(inputs.detach().flatten(0, 1),
@@ -284,17 +298,18 @@ def calibrate(model, modules, stats, windows, gradients):
 # low-rank layers
 
 def compress_model(model, method, windows, modules=None, **options):
-    """Factor a GPT's layers in place.
+    """Replace layers of a GPT by low-rank layers, in place.
 
-    method: 'plain', 'whitened' or 'activation'; windows: of `calibration_windows`, none for
-    'plain'; options: keep, rank or energy, see `rank_policy`. Returns the products of the model:
-    name -> {'rank', 'of': the full rank, 'lost': the share of the layer's energy in the method's
-    measure, None for a layer of other modules}. Raises ValueError.
+    method: 'plain', 'whitened' or 'activation'; windows: from `calibration_windows`, or () for
+    'plain'; modules: as for `parse_modules`; options: keep, rank or energy, as for `rank_policy`.
+    Returns name -> dict of each low-rank layer: 'rank', 'of' (full rank) and 'lost' (the fraction
+    of the layer's energy that is cut, as the method measures energy; None if the layer belongs to
+    other modules). Raises ValueError for wrong options and if values are not finite.
     """
-    known = model.config.layer_ranks or {}              # products have no more than their rank
+    known = model.config.layer_ranks or {}              # low-rank layers keep at most this rank
     layers = dense_layers(model, layer_names(model, modules))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    # with any energies: options that do not fit are refused before the work
+    # placeholder energies: refuse wrong options before calibration
     rank_policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes, method,
                 **options)
     sequential = method == 'activation'
@@ -304,9 +319,9 @@ def compress_model(model, method, windows, modules=None, **options):
     energies, factorizations = {}, {}
     for name in tracking.brief_bar(layers, desc='decompose', unit='layer'):
         found = stats[name].factorization()
-        found.energies[known.get(name, found.size):] = 0            # rounding
+        found.energies[known.get(name, found.size):] = 0            # they are rounding errors
         energies[name] = found.energies
-        if not sequential:                              # other inputs need another one: save memory
+        if not sequential:              # to save memory: changed inputs need a new factorization
             factorizations[name] = found
     ranks = rank_policy(energies, shapes, method, **options)
     ranks = {name: min(rank or math.inf, known.get(name, math.inf)) for name, rank in ranks.items()
@@ -326,18 +341,19 @@ def compress_model(model, method, windows, modules=None, **options):
 
 @torch.no_grad()
 def compress_sequentially(model, dense, stats, ranks, windows):
-    """Replace layer after layer, each for the inputs it gets from the products before it, to give
-    what the dense model's layer gives for its own (`InputShiftStats`).
+    """Replace layers by low-rank layers one after another, in forward order.
 
-    The windows run through both models side by side, block by block. stats: name -> `LayerStats` of
-    the dense model; ranks: name -> rank.
+    A new layer gets the inputs of the compressed model. It is fitted so that its outputs are as
+    close as possible to those of the dense layer in the dense model (`InputShiftStats`). model:
+    changed in place; dense: a copy that stays as it is; stats: name -> `LayerStats` of the dense
+    model; ranks: name -> rank; windows: from `calibration_windows`.
     """
     now = [model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
            for x, _ in windows]                                                     # (B, T, C) each
     before, blocks = list(now), [*zip(model.transformer.h, dense.transformer.h)]
     for i, (block, original) in enumerate(tracking.brief_bar(blocks, desc='replace', unit='block')):
         for stage in STAGES:
-            names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # of one input
+            names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # share inputs
             if not names:
                 continue
             shift = InputShiftStats(stats[names[0]].weight, stats[names[0]].centred, inputs=2)
@@ -353,18 +369,22 @@ def compress_sequentially(model, dense, stats, ranks, windows):
 
 
 # --------------------------------------------------------------------------------------------------
-# ranks: energies (name -> (s), descending), shapes (name -> (m, n)) -> name -> rank, or None for a
-# layer that stays dense because a product would be no smaller
+# ranks. energies: name -> (s), descending; shapes: name -> (m, n). The functions return
+# name -> rank, or None for a layer that stays dense because factors would not be smaller.
 
 def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
-    """The ranks of one option. rank: the same one for all layers; energy: the smallest rank that
-    keeps this fraction of a layer's energy; keep: a share of all numbers, `best_share` for the
-    method 'activation', else `uniform_share`; none of them: a share of KEEP. Raises ValueError for
-    values that do not fit."""
+    """Return the rank of each layer from one of three options.
+
+    rank: the same rank for all layers; energy: each layer gets the smallest rank that keeps this
+    fraction of its energy; keep: fraction of the weights kept, by `best_share` for the method
+    'activation', else by `uniform_share`. Without any option, keep is KEEP. Raises ValueError if
+    the value is not possible.
+    """
     if rank is not None:
         most = min(min(shape) for shape in shapes.values())
         if rank > most:
-            raise ValueError(f'rank={rank}: a layer has no more than {most} (nearest: {most})')
+            raise ValueError(f'rank={rank}: above {most}, the full rank of the smallest layer '
+                             f'(nearest: {most})')
         return {name: beneficial_rank(shape, rank) for name, shape in shapes.items()}
     if energy is not None:
         return {name: beneficial_rank(shape, rank_for_energy(energies[name].sqrt(), energy))
@@ -373,21 +393,22 @@ def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
 
 
 def uniform_share(energies, shapes, keep):
-    """The rank at which each layer keeps this share of its numbers. Raises ValueError if that is
-    below 1."""
+    """Return the ranks at which each layer keeps the fraction `keep` of its parameters. Raises
+    ValueError if a rank would be below 1."""
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
-    if keep == 1:                       # the largest rank that saves would lose something
+    if keep == 1:                       # a rank that saves parameters would lose something
         return dict.fromkeys(shapes)
     return {name: beneficial_rank((m, n), math.floor(keep * m * n / (m + n) + 1e-9))
             for name, (m, n) in shapes.items()}
 
 
 def best_share(energies, shapes, keep):
-    """The ranks that lose least together and keep this share of all numbers (`allocate_ranks`).
+    """Return the ranks that keep the fraction `keep` of all parameters and lose the least energy.
 
-    Energies are divided by the root of each layer's total. That is halfway between the second-order
-    change of the loss and equal shares of each layer's energy: the former holds for small errors
-    only, and takes too much from layers that the loss hardly feels yet (docs/RESULTS.md).
+    `allocate_ranks` finds them. Energies estimate the second-order change of the loss. The estimate
+    holds for small errors only and takes too much from layers with little influence on the loss.
+    Therefore each layer's energies are divided by the square root of their total, which is halfway
+    to relative energies (docs/RESULTS.md).
     """
     energies = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
     total = sum(factored_size(shape, None) for shape in shapes.values())
@@ -397,9 +418,9 @@ def best_share(energies, shapes, keep):
 
 
 def check_share(keep, least):
-    """Raise ValueError unless a share is at least the least that is possible and at most 1."""
+    """Raise ValueError unless least <= keep <= 1."""
     if not least <= keep <= 1:
-        raise ValueError(f'keep={keep}: no possible share of these layers (nearest: '
+        raise ValueError(f'keep={keep}: not a possible fraction of the weights (nearest: '
                          f'{1 if keep > 1 else math.ceil(least * 1e4) / 1e4})')
 
 
@@ -407,13 +428,15 @@ def check_share(keep, least):
 # fine-tuning
 
 def finetune(model, data, options, saved, device, teacher=None):
-    """Train all parameters in place on random windows of the training split, with a teacher by
-    `distillation_loss`: 5% warm-up, then cosine to a tenth of the learning rate. No weight decay,
-    which would shrink both factors of a product.
+    """Train all parameters in place on random windows of the training split.
 
-    options: finetune_iters, seed, and optimizer, learning_rate and batch_size, None for the
-    default; saved: a checkpoint, for batch size and betas, or {}. Leaves the model in training
-    mode. Raises ValueError if the loss is not finite.
+    The learning rate warms up for 5% of the steps and then follows a cosine to a tenth. There is no
+    weight decay, because it would shrink both factors of a low-rank layer.
+
+    options: has finetune_iters, seed, optimizer, learning_rate and batch_size; the last three may
+    be None for the default; saved: a checkpoint for default batch size and betas, or {}; teacher: a
+    model for `distillation_loss`, or None. Leaves the model in training mode. Raises ValueError if
+    the loss is not finite.
     """
     rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
     own = {key: value for key, value in saved.get('config', {}).items()
@@ -425,7 +448,7 @@ def finetune(model, data, options, saved, device, teacher=None):
                       block_size=model.config.block_size, **own)
     loss_of = language_model_loss if teacher is None else partial(distillation_loss, teacher)
     state = new_state(cfg, model.requires_grad_(True).train(), device)
-    torch.manual_seed(cfg.seed)                                     # of dropout
+    torch.manual_seed(cfg.seed)                                     # for dropout
     try:
         for step in tracking.brief_bar(range(cfg.max_iters), desc='fine-tune', unit='step'):
             for group in state.optimizer.param_groups:
@@ -434,12 +457,12 @@ def finetune(model, data, options, saved, device, teacher=None):
             train_step(state, [batch], loss_of)
     except FloatingPointError as e:
         raise ValueError(f'learning_rate={rate}: fine-tuning failed after step {state.iter_num}: '
-                         f'{e} (nearest: a smaller one)') from None
+                         f'{e} (nearest: a smaller learning rate)') from None
 
 
 def distillation_loss(teacher, model, x, y):
-    """Cross-entropy plus the Kullback-Leibler divergence of the predictions from the teacher's
-    (arXiv:1503.02531, at temperature 1). x, y (B, T)."""
+    """Return cross-entropy plus KL divergence from the teacher's predictions, for x, y (B, T). In
+    nats per token (Hinton, Vinyals and Dean, arXiv:1503.02531, at temperature 1)."""
     logits, loss = model(x, y)                                      # (B, T, vocab)
     with torch.no_grad():
         target = F.log_softmax(teacher(x, y)[0], dim=-1)
@@ -448,11 +471,11 @@ def distillation_loss(teacher, model, x, y):
 
 
 # --------------------------------------------------------------------------------------------------
-# before and after
+# comparison of the original and the compressed model
 
 def validation_loss(model, data, device, seed):
-    """Nats per token over the whole validation split; the prefix-only loss if V sees the future.
-    Leaves the model in evaluation mode."""
+    """Return the loss in nats per token over the whole validation split. It is the prefix-only loss
+    if the model is not causal. Leaves the model in evaluation mode."""
     options = SimpleNamespace(batch_size=1, block_size=model.config.block_size, seed=seed)
     row = Evaluation(options, model, data, device, devices.autocast(device, 'float32'),
                      model.config.is_noncausal).final()
@@ -461,8 +484,11 @@ def validation_loss(model, data, device, seed):
 
 
 def compare_models(models, data, device, seed):
-    """Sizes, samples and speeds of two models: name -> [of the first, of the second], and 'speed'
-    as from `benchmark_pair`."""
+    """Return a dict of sizes and samples of two models, and 'speed' from `benchmark_pair`.
+
+    models: [original, compressed]; sizes and samples are lists in this order. 'params' counts
+    position embeddings. 'bytes' counts parameters and buffers.
+    """
     measures = dict(
         block_params=lambda m: sum(p.numel() for p in m.transformer.h.parameters()),
         attention_params=GPT.attention_params,
@@ -483,8 +509,9 @@ def sample_text(model, data, device, seed):
 def benchmark_pair(models, data, device, seed):
     """Time generation of two models in turn.
 
-    Returns for 'prefill' (a prompt) and 'decode' (each token after it) tokens_per_s, medians of
-    [the first, the second], and the ratio second over first, paired, with its quartiles.
+    Returns a dict of settings and of two results, 'prefill' for the prompt and 'decode' for later
+    tokens. A result has 'tokens_per_s', the median rates [first, second]; 'ratio', the median over
+    rounds of the second rate divided by the first; and 'quartiles' of that ratio.
     """
     T = models[0].config.block_size
     tokens = max(2, min(32, T // 8))
@@ -501,34 +528,39 @@ def benchmark_pair(models, data, device, seed):
     return parts | dict(prompt=prompt.size(1), tokens=tokens, rounds=BENCHMARK_ROUNDS)
 
 
-# label and format of numbers before and after
+# label and format of each row of the report
 ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'),
             block_params=('parameters of the blocks', ','),
-            attention_params=('parameters of attention', ','), params=('parameters', ','),
-            bytes=('bytes of the weights', ','),
+            attention_params=('parameters of attention', ','),
+            params=('all parameters, with position embeddings', ','),
+            bytes=('bytes of parameters and buffers', ','),
             cache_bytes=('cache bytes of a full context', ','))
 
 
 def describe(report):
-    """The report of compress.py as text."""
+    """Return the report of compress.py as text."""
     tuned, speed = report['options']['finetune_iters'], report['speed']
-    made = (f'{len(report["layers"])} layers are products of two' if report['to'] == 'lowrank' else
-            f'keys and values of each layer from a latent of {report["latent_dim"]} numbers')
+    made = (f'{len(report["layers"])} layers are low-rank' if report['to'] == 'lowrank' else
+            f'keys and values of each token share a latent of {report["latent_dim"]} values')
     lines = [f'{made}, method {report["method"]!r}, {report["seconds"]:.1f} s']
     lines += [f'ranks in block {block}: ' + ', '.join(
         f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers)
         for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1])]
     if tuned:
-        lines.append(f'{tuned} steps of fine-tuning in {report["finetune_seconds"]:.1f} s, from a '
-                     f'loss of {report["val_loss_before_finetuning"]:.4f}')
-    rows = [['prefix-only losses' if report['prefix_only'] else '', 'before', 'after', 'ratio']]
+        lines.append(f'{tuned} steps of fine-tuning in {report["finetune_seconds"]:.1f} s, which '
+                     f'began at a loss of {report["val_loss_before_finetuning"]:.4f}')
+    rows = [['losses: prefix-only, nats per token' if report['prefix_only'] else
+             'losses: nats per token', 'before', 'after', 'after / before']]
     for key, (label, form) in ROWS.items():
         before, after = report[key]
         rows.append([label, f'{before:{form}}', f'{after:{form}}',
-                     f'{after / before:.1%}' if before else ''])    # 'sequence' scope: no cache
-    for part, label in (('prefill', f'tokens/s of a prompt of {speed["prompt"]}'),
-                        ('decode', f'tokens/s of the {speed["tokens"] - 1} after it')):
+                     f'{after / before:.1%}' if before else ''])    # 'sequence' scope has no cache
+    for part, label in (('prefill', f'tokens/s, prompt of {speed["prompt"]} tokens'),
+                        ('decode', f'tokens/s, next {speed["tokens"] - 1} tokens')):
         ratio = '{:.2f} ({:.2f} to {:.2f})'.format(speed[part]['ratio'], *speed[part]['quartiles'])
         rows.append([label, *(f'{rate:,.0f}' for rate in speed[part]['tokens_per_s']), ratio])
     before, after = report['samples']
-    return '\n'.join([*lines, *format_table(rows), 'before:', before, 'after:', after])
+    return '\n'.join([*lines, *format_table(rows), (
+        'tokens/s are medians over rounds. Both models run in each round. after / before of '
+        'tokens/s is the median of\nthe ratios within rounds, with quartiles in brackets. It can '
+        'differ from the ratio of the medians.\nsample before:'), before, 'sample after:', after])

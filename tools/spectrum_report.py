@@ -1,10 +1,10 @@
-"""Singular values of the weights of a model's blocks, and what cutting them off would save.
+"""Singular values of the weights of a model's blocks, and the parameters that low rank would save.
 
-A weight W (m, n) as a product of rank r, B (m, r) times A (r, n), has r (m + n) parameters instead
-of m n: fewer only below the break-even rank m n / (m + n). Energy is the sum of the squared
-singular values. The numerical rank is the number of singular values above
-max(m, n) eps(float32) sigma_1: rounding the weight to float32 leaves smaller ones. A weight of
-zeros has numerical rank 0; it keeps all of its energy at rank 1, the smallest rank of a layer.
+Two factors B (m, r) and A (r, n) in place of a weight W (m, n) have r (m + n) parameters instead of
+m n. This is fewer only below the break-even rank m n / (m + n). The energy of a weight is the sum
+of its squared singular values. Its numerical rank is the number of singular values above
+max(m, n) eps(float32) sigma_1, because smaller ones can come from rounding to float32. A weight of
+zeros has numerical rank 0 and keeps all of its energy at rank 1, the smallest rank of a layer.
 """
 
 from collections import namedtuple
@@ -18,19 +18,21 @@ from tools.tables import format_table
 
 FRACTIONS = (0.90, 0.95)            # of the energy, to keep
 NOTES = '''\
-sigma: the largest singular value; rank: number of singular values that are more than rounding
-90%, 95%: the smallest rank that keeps so much energy; even: the largest rank that saves parameters
-dense, at 90%, at 95%: parameters as it is, and as factors of these ranks'''
+sigma: largest singular value; rank: number of singular values above rounding error
+90%, 95%: smallest rank that keeps this fraction of the energy
+even: largest rank at which two factors have fewer parameters than the dense weight
+dense: parameters of the dense weight; at 90%, at 95%: parameters of two factors of that rank
+saves: fraction of the parameters that the factors save'''
 
-# sigma (s): singular values, descending; energy (s): cumulative share; s = min(m, n)
+# sigma (s): singular values, descending; energy (s): cumulative fraction; s = min(m, n)
 Spectrum = namedtuple('Spectrum', 'name m n sigma energy rank')
 
 
 def report_spectrum(weights, folder, title):
-    """Write folder/spectrum.csv and folder/spectrum.png; return the table as text.
+    """Write folder/spectrum.csv and folder/spectrum.png, and return the table as text.
 
-    weights: 'h.<block>.<kind>' -> (m, n). The figure has one column per kind. Raises ValueError for
-    a weight that is not finite, UserError without matplotlib, and OSError.
+    weights: 'h.<block>.<kind>' -> weight (m, n); title: of the figure. Raises ValueError if a
+    weight is not finite, UserError if matplotlib is missing, and OSError.
     """
     plots.require_matplotlib('--spectrum')
     spectra = [spectrum(name, weight) for name, weight in
@@ -41,23 +43,23 @@ def report_spectrum(weights, folder, title):
 
 
 def spectrum(name, weight):
-    """The Spectrum of a weight (m, n), in float64 on the CPU."""
+    """Return the Spectrum of a weight (m, n), computed in float64 on the CPU."""
     sigma, (m, n) = torch.linalg.svdvals(to_float64(weight, name)), weight.shape
     rank = int((sigma > max(m, n) * torch.finfo(torch.float32).eps * sigma[0]).sum())
     return Spectrum(name, m, n, sigma, energy(sigma), rank)
 
 
 def csv_text(spectra):
-    """One line per singular value. Index 1 is the largest, so that cumulative_energy is what this
-    rank keeps."""
+    """Return the CSV text with one line per singular value. Indices start at 1, the largest value,
+    so that cumulative_energy is the energy that the rank `index` keeps."""
     lines = [f'{s.name},{s.m},{s.n},{i},{value!r},{kept!r}' for s in spectra
              for i, (value, kept) in enumerate(zip(s.sigma.tolist(), s.energy.tolist()), 1)]
     return '\n'.join(['name,m,n,index,singular_value,cumulative_energy', *lines, ''])
 
 
 def table(spectra):
-    """One row per weight and one of totals, for which a weight stays dense if factors save
-    nothing."""
+    """Return a text table with one row per weight and a row of totals. The totals count a weight as
+    dense if factors would not save parameters."""
     percents = [f'{fraction:.0%}' for fraction in FRACTIONS]
     rows = [['weight', 'shape', 'sigma', 'rank', *percents, 'even', 'dense',
              *(cell for percent in percents for cell in (f'at {percent}', 'saves'))]]
@@ -76,21 +78,21 @@ def table(spectra):
 
 
 def savings(dense, factored):
-    """Two cells for each size: the parameters, and the share that is saved."""
+    """Return two cells per factored size: parameters, and the fraction of `dense` that is saved."""
     return [cell for size in factored for cell in
             (f'{size:,}', f'{1 - size / dense:.1%}' if size < dense else 'nothing')]
 
 
 def plot(path, spectra, title):
-    """Write a PNG: singular values above, their energy below, one column per kind of layer and one
-    line per block."""
+    """Write a PNG with one column of panels per kind of layer and one line per block. The upper
+    panels show singular values, the lower ones their cumulative energy."""
     values, kept = {}, {}
     for s in spectra:
         _, block, kind = s.name.split('.', 2)
         index = [i / len(s.sigma) for i in range(len(s.sigma) + 1)]
         above = values.setdefault(kind, plots.Panel([], {}, {}))
         below = kept.setdefault(kind, plots.Panel([], {f'{f:.0%}': f for f in FRACTIONS}, {}))
-        # without rounding errors, next to which all else would look flat
+        # values at rounding level would stretch the axis and make all others look flat
         above.lines.append(plots.Line(index[1:s.rank + 1],
                                       (s.sigma / s.sigma[0])[:s.rank].tolist(), int(block)))
         below.lines.append(plots.Line(index, [0, *s.energy.tolist()], int(block)))

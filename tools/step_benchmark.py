@@ -1,5 +1,8 @@
-"""Times of whole training steps and of decoding: models of a configuration, against the same model
-without SVD, MLA, low-rank layers and adapters, or against another checkout's model.py."""
+"""Time training steps and decoding of a configuration's models.
+
+The baseline is the same model without SVD, MLA, low-rank layers and adapters. The model.py of
+another checkout, the peer, can be timed too.
+"""
 
 import importlib.util
 import json
@@ -20,7 +23,7 @@ from tools.timing import (generation, interleave, paired_benchmark, print_line, 
                           time_it)
 from train import new_state, train_step
 
-DENSE = dict(use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)   # beside use_svd=False: baseline
+DENSE = dict(use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)   # baseline, with use_svd=False
 SIZES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')
 
 
@@ -28,28 +31,28 @@ SIZES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')
 # models and steps of a configuration
 
 def model_config(cfg, **changes):
-    """The GPTConfig of a configuration, with these changes."""
+    """Return the GPTConfig of a configuration with these changes."""
     return GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | changes)
 
 
 def new_model(cfg, device, **changes):
-    """The model of a configuration, with these changes and weights drawn from cfg.seed."""
+    """Return a new model of a configuration with these changes; cfg.seed draws its weights."""
     torch.manual_seed(cfg.seed)
     return GPT(model_config(cfg, **changes)).to(device)
 
 
 def random_tokens(cfg, device):
-    """x, y (B, T)."""
+    """Return random token ids x and y, both (B, T)."""
     generator = torch.Generator().manual_seed(cfg.seed)
     shape = cfg.batch_size, cfg.block_size
     return [torch.randint(cfg.vocab_size, shape, generator=generator).to(device) for _ in range(2)]
 
 
 def step_of(cfg, device, peer=None, **changes):
-    """-> a function that runs one training step of a new model on random tokens.
+    """Return a function that runs one training step of a new model on random tokens.
 
-    changes: of the configuration. peer: a model to train instead, with nanoGPT's
-    configure_optimizers.
+    peer: a model to train instead, which has nanoGPT's configure_optimizers; changes: changes of
+    the configuration.
     """
     model = new_model(cfg, device, **changes)
     state = new_state(replace(cfg, compile=False, **changes), model, device)
@@ -61,7 +64,7 @@ def step_of(cfg, device, peer=None, **changes):
 
 
 def peer_model(cfg, device):
-    """The GPT in PEER/model.py, which has nanoGPT's constructor."""
+    """Return a GPT from PEER/model.py, which must have nanoGPT's constructor."""
     spec = importlib.util.spec_from_file_location('peer_model', Path(cfg.peer) / 'model.py')
     peer = importlib.util.module_from_spec(spec)
     sys.modules['peer_model'] = peer                                # dataclasses look it up
@@ -71,15 +74,15 @@ def peer_model(cfg, device):
 
 
 def run_seconds(cfg, data, device):
-    """Seconds that a run of train.py will take, from five of its steps. A batch of an evaluation
-    counts as a third of a step: it has no backward pass."""
+    """Estimate the seconds that a run of train.py takes, from the median of five steps. A batch in
+    an evaluation counts as a third of a step because it has no backward pass."""
     step = step_of(cfg, device)
     step()
     _, seconds, _ = quartiles([time_it(step, device) for _ in range(5)])
     evaluations = cfg.max_iters // cfg.eval_interval + 1
     windows = evaluations * 2 * cfg.eval_iters * cfg.batch_size
     windows += len(data.tokens('val')) / cfg.block_size
-    if cfg.is_noncausal:            # whole windows, and again up to a random place: half of them
+    if cfg.is_noncausal:            # a gap position costs a window and a prefix, half of one
         windows += 1.5 * (evaluations * GAP_POSITIONS + FINAL_GAP_POSITIONS)
     steps = cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3
     return seconds * steps
@@ -89,28 +92,28 @@ def run_seconds(cfg, data, device):
 # what is compared
 
 def kind_of(cfg):
-    """What the model of cfg has beside the SVD on V, such as 'MLA' or 'MLA, low-rank', or ''."""
+    """Return what the model has besides the SVD on V, such as 'MLA' or 'MLA, low-rank', or ''."""
     parts = {'MLA': cfg.use_mla, 'low-rank': cfg.layer_ranks, 'adaptive SVD': cfg.adaptive_svd,
              'LoRA': cfg.lora_rank}
     return ', '.join(name for name, present in parts.items() if present)
 
 
 def truncating_scopes(cfg, required):
-    """The scopes in which cfg.svd_rank changes anything; prints why the others are left out. Raises
-    UserError if there is none, but one is required."""
+    """Return the scopes in which cfg.svd_rank truncates, and print why others are left out. Raises
+    UserError if `required` and there is no such scope."""
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     scopes = [scope for scope in SCOPES if not off[scope]]
     if required and not scopes:
-        raise UserError(f'svd_rank={cfg.svd_rank}: truncates nothing, so that there is nothing to '
-                        f'compare (valid: 1 to {cfg.n_embd // cfg.n_head - 1})')
+        raise UserError(f'svd_rank={cfg.svd_rank}: truncates nothing, so there is nothing to '
+                        f'compare (nearest: a rank from 1 to {cfg.n_embd // cfg.n_head - 1})')
     if cfg.svd_rank is not None:
         for scope in filter(off.get, SCOPES):
-            print(f'{scope!r} is left out: SVD on V {off[scope]}')
+            print(f'{scope!r} scope is left out because SVD on V is {off[scope]}')
     return scopes
 
 
 def header(cfg, device):
-    """All that shapes the times: sizes, model options that are not at their defaults, machine."""
+    """Return what affects the times as text: sizes, options that are not the default, machine."""
     c, dtype = model_config(cfg), devices.pick_dtype(cfg.dtype, device)
     options = ''.join(f'{f.name}={getattr(c, f.name)!r}, ' for f in fields(c)
                       if getattr(c, f.name) != f.default and f.name not in SIZES)
@@ -126,7 +129,7 @@ def header(cfg, device):
 # training steps
 
 def steps(cfg, device):
-    """Print step times and ratios, then the same as one line of JSON."""
+    """Print times of training steps and their ratios to the baseline, then one line of JSON."""
     kind, results = kind_of(cfg), {}
     changes = {kind: dict(use_svd=False)} if kind else {}
     scopes = truncating_scopes(cfg, required=not kind and not cfg.peer)
@@ -143,13 +146,13 @@ def steps(cfg, device):
         print_line(name, (row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']))
 
     baseline = step_of(cfg, device, use_svd=False, **DENSE)
-    for name, change in changes.items():                            # one at a time: memory
+    for name, change in changes.items():                            # one at a time to save memory
         compare(name, step_of(cfg, device, **change), baseline)
     if cfg.peer:
-        cfg.optimizer = 'adamw'                                     # the peer has no other
+        cfg.optimizer = 'adamw'                                     # the peer's only optimizer
         baseline = step_of(cfg, device, use_svd=False, **DENSE)
         peer = step_of(cfg, device, peer=peer_model(cfg, device), use_svd=False, **DENSE)
-        print('this repo without SVD, with AdamW, over')
+        print('this repo without SVD (ms) against the peer (baseline ms), both with AdamW')
         compare('peer', baseline, peer)
     print(json.dumps({'header': words, 'device': device, 'torch': torch.__version__,
                       'pairs': cfg.pairs, 'seed': cfg.seed, 'results': results}))
@@ -160,7 +163,7 @@ def steps(cfg, device):
 
 @torch.no_grad()
 def decoding(cfg, device):
-    """Print tokens/s and cache bytes at several context lengths, then the same as JSON."""
+    """Print tokens/s, cache bytes and FLOPs at several context lengths, then one line of JSON."""
     lengths, scopes = context_lengths(cfg), truncating_scopes(cfg, required=False)
     words, models = header(cfg, device), {}
     for kind, changes in {'': DENSE, kind_of(cfg): {}}.items():
@@ -168,7 +171,7 @@ def decoding(cfg, device):
         for scope in scopes:
             models[f'{kind} {scope!r}'.strip()] = new_model(cfg, device, use_svd=True,
                                                             svd_scope=scope, **changes).eval()
-    few = max(1, cfg.tokens // 16)                                  # recomputing the prefix is slow
+    few = max(1, cfg.tokens // 16)                                  # slow without a cache
     runs = {name: partial(generation, model, device=device,
                           tokens=1 + few if model.config.is_noncausal else cfg.tokens)
             for name, model in models.items()}                      # seconds: prefill, per token
@@ -178,11 +181,12 @@ def decoding(cfg, device):
         peer = peer_model(cfg, device).eval()
         runs['peer'] = lambda prompt: (
             0.0, time_it(lambda: peer.generate(prompt, few, top_k=1), device) / few)
-    print(f'{words}; {cfg.tokens} tokens ({few} where nothing is cached), {cfg.pairs} rounds')
+    print(f'{words}; {cfg.tokens} tokens ({few} without a cache), {cfg.pairs} rounds')
     rows = []
     for length in lengths:
-        print_line(f'after {length} tokens', ('tokens/s', 'of no SVD', 'quartiles', '', 'prefill s',
-                                             'cache bytes', 'prefill FLOP', 'decode FLOP'))
+        print_line(f'after {length} tokens', ('tokens/s', 'over no SVD', 'quartiles', '',
+                                             'prefill s', 'cache bytes', 'prefill FLOP',
+                                             'decode FLOP'))
         prompt = random_tokens(cfg, device)[0][:, :length]
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
             rounds = interleave({name: partial(run, prompt) for name, run in runs.items()},
@@ -203,25 +207,29 @@ def decoding(cfg, device):
 
 
 def context_lengths(cfg):
-    """cfg.contexts as a list of int."""
-    most = cfg.block_size - cfg.tokens                              # beyond it, the window slides
-    if cfg.contexts is None:            # within spans of 'causal' scope, whose edges are slower
+    """Return the prompt lengths in cfg.contexts as a list of int. Raises UserError if one is wrong.
+    """
+    most = cfg.block_size - cfg.tokens                              # longer ones crop the context
+    if cfg.contexts is None:            # inside blocks of 'causal' scope; a new block takes longer
         lengths = [max(1, min(most, cfg.block_size * part // 16)) for part in (3, 6, 14)]
     else:
         lengths = [int(word) if word.isdecimal() else 0 for word in cfg.contexts.split(',')]
     if not all(1 <= length <= most for length in lengths):
-        raise UserError(f"contexts={cfg.contexts!r}: must be whole numbers, like '16,128', of at "
-                        f'most block_size - tokens = {most}')
+        raise UserError(f"contexts={cfg.contexts!r}: must be whole numbers, such as '16,128', from "
+                        f'1 to block_size - tokens = {most} (nearest: None)')
     return lengths
 
 
 def costs(model, batch, length, tokens):
-    """What a model says of itself, per token, for a prompt of `length` and for the last of `tokens`
-    tokens after it; nothing if the model is None."""
+    """Return cache bytes and FLOPs per token of a model as a dict; its values are None without one.
+
+    Prefill is a prompt of `length` tokens. Cache and decoding are of the last of `tokens` tokens
+    after it.
+    """
     if model is None:
         return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))
     before = length + tokens - 2
-    flops = (model.flops_per_token(before + 1) * (before + 1)       # the prefix again, per token
+    flops = (model.flops_per_token(before + 1) * (before + 1)       # each token repeats its prefix
              if model.config.is_noncausal else model.flops_per_token(before, decode=True))
     return {'cache_bytes': model.kv_cache_bytes(batch, before + 1),
             'prefill_flops': model.flops_per_token(length), 'decode_flops': flops}

@@ -1,21 +1,23 @@
 """
-Behind `python bench.py --svd`: what each SVD method costs and how close it comes to the best.
+The measurements of `python bench.py --svd`: cost and accuracy of each SVD method.
 
-Cases are scopes times METHODS: 'randomized cold' starts from the Gaussian, 'randomized warm' from a
-running basis, as every training step but the first does ('weight' scope has none). Measured are
+A case is a scope with one of METHODS. 'randomized cold' starts from a random Gaussian matrix.
+'randomized warm' starts from a running basis, as every training step but the first does. 'weight'
+scope has no running basis. The quantities are
 
-    forward     the model's own head-SVD module of one layer, without gradients
-    fwd+bwd     the same with gradients, svd_basis_grad as configured
-    peak        bytes that fwd+bwd holds at once, including its result and gradient, excluding V and
-                its upstream gradient
-    residual    Frobenius norm of what is cut off, over that of the best approximation (Eckart and
-                Young 1936), per matrix; in 'causal' scope of the prefixes that the bases come from
-    cosine      of the gradient to that of 'standard' in float64, per matrix: 'full' with the basis
-                differentiated, 'constant' without
+    forward     time of the model's own head-SVD module of one layer, without gradients
+    fwd+bwd     time of the same module with gradients and the configured svd_basis_grad
+    peak        peak bytes of fwd+bwd, with its result and gradient, without V and the upstream
+                gradient of V
+    residual    Frobenius norm of the approximation error, divided by that of the best
+                approximation (Eckart and Young 1936), per matrix. In 'causal' scope the matrices
+                are the prefixes from which the bases are computed.
+    cosine      between the gradient and that of 'standard' in float64, per matrix. 'full': the
+                basis is differentiated, 'constant': it is held constant.
 
-on V of a trained checkpoint, with the gradient of its loss, and on V with known spectra and
-Gaussian gradients. A running basis never comes from the V that is measured: it is the checkpoint's,
-or made of others.
+They are measured on V of a trained checkpoint with the gradient of its loss, and on V with known
+spectra and Gaussian gradients. The running basis never comes from the V that is measured. It is
+saved in the checkpoint or computed from other V.
 
 Letters: B batch, nh heads, T tokens, hs head size, C width, k rank; W_v is (nh, hs, C).
 """
@@ -44,19 +46,23 @@ from tools.step_benchmark import header, truncating_scopes
 from tools.timing import peak_bytes, print_line, quartiles, time_interleaved
 
 METHODS = ('standard', 'gram', 'randomized cold', 'randomized warm')
-WARM_STEPS = 8                      # draws of other V that make a running basis if none was saved
-ROUNDING = 1e-6                     # in float32: of a residual, as a part of its matrix
+WARM_STEPS = 8                      # updates of the running basis if none was saved
+ROUNDING = 1e-6                     # float32 error of a residual, as a fraction of the matrix norm
 SPECTRA = {'Gaussian': lambda i, rank: torch.ones_like(i), '1/i': lambda i, rank: 1 / i,
            '1/i^2': lambda i, rank: 1 / i ** 2, '0.9^i': lambda i, rank: 0.9 ** i,
            'low rank + noise': lambda i, rank: torch.where(i <= rank, 1.0, 0.1)}
 
 Case = namedtuple('Case', 'scope method')
-# v, dv (B, nh, T, hs) and w, dw (nh, hs, C): matrices and upstream gradients; basis (nh, hs, k)
+# V and W_v with upstream gradients: v, dv (B, nh, T, hs); w, dw (nh, hs, C); basis (nh, hs, k)
 Source = namedtuple('Source', 'name v dv w dw basis')
 
 
 def run(cfg, device):
-    """Measure, print the tables, and everything as one line of JSON last. Raises UserError."""
+    """Measure, print tables, and print all results as one line of JSON last.
+
+    cfg: BenchConfig; device: str. Raises UserError if svd_rank truncates nothing, or if a figure is
+    wanted and matplotlib is missing.
+    """
     if cfg.plot:
         plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot)
     cases = [Case(scope, method) for scope in truncating_scopes(cfg, required=True)
@@ -69,13 +75,14 @@ def run(cfg, device):
     timed_on = trained[len(trained) // 2] if trained else synthetic[1]
     print(f'timing a layer, {len(cases)} cases, on {timed_on.name}', flush=True)
     costs, quality = timings(cfg, device, cases, timed_on), []
-    print('cost per layer, medians: time over that of gram in the same round')
+    print("cost per layer, medians; over gram: time divided by gram's time in the same round")
     print_line('', ('forward ms', 'over gram', 'fwd+bwd ms', 'over gram', 'peak bytes'))
     for row in costs:
         print_line(label(row), (row['forward_ms'], row['forward_over_gram'], row['fwd_bwd_ms'],
                                 row['fwd_bwd_over_gram'], row['peak_bytes']))
-    print('quality in float32: residual, % above the best; 1 - cosine of the gradient and the '
-          'exact one,\nwith the basis differentiated (full) and without (constant); mean and worst')
+    print("quality in float32, mean and worst over matrices: residual in % above the best "
+          "approximation's;\n1 - cosine between the gradient and the exact one, with the basis "
+          'differentiated (full) or held constant (constant)')
     for source in (*trained, *synthetic):
         quality += source_quality(cfg, cases, source)
     if cfg.plot:
@@ -93,10 +100,10 @@ def run(cfg, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# what is cut
+# modules and matrices
 
 def head_svd(cfg, case, source=None, basis_grad=True):
-    """The model's module for this case; it starts from the source's basis if the case is warm."""
+    """Return the model's head-SVD module for a case. A warm case starts from the source's basis."""
     module = build_head_svd(
         case.scope, heads=cfg.n_head, head_size=cfg.n_embd // cfg.n_head, block=cfg.svd_block,
         basis_grad=basis_grad, rank=cfg.svd_rank, method=case.method.split()[0],
@@ -107,8 +114,8 @@ def head_svd(cfg, case, source=None, basis_grad=True):
 
 
 def truncation(cfg, case, source, basis_grad):
-    """-> a function that truncates V, or W_v in 'weight' scope; the source's V or W_v; and its
-    upstream gradient."""
+    """Return a function that truncates V, its argument from the source, and the upstream gradient.
+    In 'weight' scope they are for W_v instead of V."""
     module = head_svd(cfg, case, source, basis_grad)
     if case.scope == 'weight':
         return module.truncate_weight, source.w, source.dw
@@ -116,13 +123,14 @@ def truncation(cfg, case, source, basis_grad):
 
 
 def gradient(f, x, dy):
-    """Of sum(f(x) dy) with respect to x: the shape of x."""
+    """Return the gradient of sum(f(x) dy) with respect to x, in the shape of x."""
     x = x.detach().requires_grad_()
     return torch.autograd.grad(f(x), x, dy)[0]
 
 
 def decomposed(cfg, scope, source):
-    """The batches of matrices that bases come from: a list, in 'causal' scope one per prefix."""
+    """Return a list of the batches of matrices from which bases are computed. The list has one
+    batch per prefix in 'causal' scope and one batch in the other scopes."""
     if scope == 'causal':
         starts = causal_starts(source.v.shape[-2], cfg.svd_rank, cfg.svd_block)
         return [source.v[..., :start, :] for start in starts]
@@ -130,7 +138,7 @@ def decomposed(cfg, scope, source):
 
 
 def converted(source, convert):
-    """The source with convert(tensor) in place of its matrices and gradients."""
+    """Return the source with convert() applied to its matrices and gradients."""
     return source._replace(**{name: convert(getattr(source, name)) for name in 'v dv w dw'.split()})
 
 
@@ -139,8 +147,8 @@ def converted(source, convert):
 
 @torch.no_grad()
 def warm_bases(cfg, layers, draw):
-    """Bases (layers, nh, hs, k) after WARM_STEPS training steps with the V (B, nh, T, hs) of all
-    layers that draw() returns."""
+    """Return running bases (layers, nh, hs, k) after WARM_STEPS updates. draw() returns V (B, nh,
+    T, hs) of each layer for one update."""
     starts = [head_svd(cfg, Case('sequence', 'randomized cold')).warm_start for _ in range(layers)]
     for _ in range(WARM_STEPS):
         for start, v in zip(starts, draw()):
@@ -150,9 +158,12 @@ def warm_bases(cfg, layers, draw):
 
 
 def synthetic_source(cfg, name, device):
-    """V with rows drawn from N(0, H diag(s^2) H^T), where s is the spectrum and each head has its
-    own orthogonal H: the sequences of a head differ and share a subspace, as in a model. The basis
-    comes from other draws. W_v^T is drawn alike."""
+    """Return a Source with random V of the spectrum `name`.
+
+    Rows of V are drawn from N(0, H diag(s^2) H^T), where s is the spectrum and each head has its
+    own orthogonal H. Therefore sequences of a head differ but share a subspace, as in a trained
+    model. W_v^T is drawn in the same way. The basis comes from other draws of V.
+    """
     B, nh, T, hs = cfg.batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
     gaussian = partial(torch.randn, generator=torch.Generator().manual_seed(cfg.seed))
     axes = torch.linalg.qr(gaussian(nh, hs, hs))[0]                 # (nh, hs, hs), columns scaled
@@ -160,7 +171,7 @@ def synthetic_source(cfg, name, device):
 
     def draw_v():
         v = (gaussian(B, nh, T, hs) * T ** -0.5 @ axes.mT).transpose(1, 2).contiguous()
-        return v.to(device).transpose(1, 2)                         # heads adjacent, as in a model
+        return v.to(device).transpose(1, 2)                         # memory layout as in a model
 
     w = (gaussian(nh, cfg.n_embd, hs) * cfg.n_embd ** -0.5 @ axes.mT).mT.contiguous().to(device)
     basis = warm_bases(cfg, 1, lambda: [draw_v()])[0]
@@ -169,8 +180,8 @@ def synthetic_source(cfg, name, device):
 
 
 def trained_sources(cfg, device):
-    """-> a Source for each layer of OUT_DIR/ckpt.pt, none if it or its data do not fit cfg; and a
-    line about it."""
+    """Return a Source for each layer of OUT_DIR/ckpt.pt, and a line of text about them. The list is
+    empty if the checkpoint or its data set is missing or does not fit cfg."""
     path = Path(cfg.out_dir) / 'ckpt.pt'
     try:
         saved = ckpt.load(path)
@@ -178,7 +189,7 @@ def trained_sources(cfg, device):
         c, data = model.config, Dataset(locate(cfg.dataset, cfg.tokenizer))
         huggingface.check_tokenizer(cfg, {}, saved, data, print)
         if (c.n_head, c.n_embd) != (cfg.n_head, cfg.n_embd) or c.block_size < cfg.block_size:
-            raise UserError(f'{path} has another shape (n_head={c.n_head}, n_embd={c.n_embd}, '
+            raise UserError(f'{path} has a different shape (n_head={c.n_head}, n_embd={c.n_embd}, '
                             f'block_size={c.block_size})')
     except ValueError as e:
         return [], f'synthetic spectra only: {e}'
@@ -199,9 +210,12 @@ def trained_sources(cfg, device):
 
 @torch.enable_grad()
 def capture(model, x, y):
-    """One pass over tokens x, y (B, T) -> per layer V before the cut, the gradient of the loss at
-    the cut V, W_v, and the gradient at W_v as it acts: (B, nh, T, hs) twice and (nh, hs, C) twice
-    (MLA: U_v, (nh, hs, d))."""
+    """Return matrices and gradients of each layer from one pass over tokens x, y (B, T).
+
+    Per layer: V before truncation and the loss gradient at the truncated V, both (B, nh, T, hs);
+    W_v before truncation and the loss gradient at the W_v that is used, both (nh, hs, C). With MLA,
+    U_v (nh, hs, d) takes the place of W_v.
+    """
     attentions, values = [block.attn for block in model.transformer.h], []
 
     def keep_value(module, args, cut):
@@ -224,7 +238,7 @@ def capture(model, x, y):
 # cost
 
 def timings(cfg, device, cases, source):
-    """-> a row per case: times, their ratio to 'gram' in each round, and peak memory."""
+    """Return a dict per case: times in ms, their ratio to 'gram' in the same round, peak bytes."""
     dtype = getattr(torch, devices.pick_dtype(cfg.dtype, device))
     source = converted(source, lambda x: x.to(dtype))
     rows = {case: case._asdict() for case in cases}
@@ -247,11 +261,11 @@ def timings(cfg, device, cases, source):
 
 
 # --------------------------------------------------------------------------------------------------
-# quality, in float32 against float64 on the CPU, because some devices have no float64
+# accuracy, in float32 against float64 on the CPU, because some devices have no float64
 
 def source_quality(cfg, cases, source):
-    """Print a table and return its rows, one per case: the residual over the best, and the cosine
-    of the gradients, over the matrices of a source."""
+    """Print a table with one row per case for the matrices of a source, and return the rows. The
+    columns are residuals relative to the best approximation and cosines of gradients."""
     print_line(source.name, ('residual', 'worst', 'full', 'worst', 'constant', 'worst', 'matrices'))
     source, k, rows = converted(source, torch.Tensor.float), cfg.svd_rank, []
     exact_source = converted(source, lambda x: x.cpu().double())
@@ -277,8 +291,8 @@ def source_quality(cfg, cases, source):
 
 
 def smallest_residual(x, rank):
-    """x (..., m, n) -> Frobenius norms (...) of what the best cut to this rank leaves, and below
-    which a residual is rounding; float64, CPU."""
+    """Return the smallest residuals of x (..., m, n) at a rank, and their rounding levels. Both are
+    Frobenius norms (...), in float64 on the CPU. A residual below its level is rounding."""
     squares = torch.linalg.svdvals(x.detach().cpu().double()).square()
     floor = (ROUNDING * squares.sum(-1).sqrt()).clamp_min(torch.finfo(torch.float64).tiny)
     return squares[..., rank:].sum(-1).sqrt(), floor
@@ -286,8 +300,11 @@ def smallest_residual(x, rank):
 
 @torch.no_grad()
 def residuals(f, best):
-    """What f leaves of matrices over the best: 1 where it is the best, or where neither leaves
-    anything. best: (x, *smallest_residual(x)) per batch x (..., m, n)."""
+    """Return number, mean and maximum of the ratios of the residual of f to the smallest residual.
+
+    best: list of (x, *smallest_residual(x, rank)), one per batch x (..., m, n). A ratio is 1 if
+    both residuals are rounding.
+    """
     ratios = torch.cat([(torch.linalg.matrix_norm(x.cpu().double() - f(x).cpu().double())
                          .maximum(floor) / least.maximum(floor)).flatten()
                         for x, least, floor in best])
@@ -296,9 +313,10 @@ def residuals(f, best):
 
 
 def cosine(a, b):
-    """Of matrices (..., m, n), each taken as one vector -> (...)."""
+    """Return the cosine (...) of matrices a and b (..., m, n), each taken as one vector."""
     a, b = (x.cpu().double().flatten(-2) for x in (a, b))
-    return F.cosine_similarity(a, b, dim=-1, eps=torch.finfo(torch.float64).tiny)    # may be small
+    # the default eps would distort the cosine of small gradients
+    return F.cosine_similarity(a, b, dim=-1, eps=torch.finfo(torch.float64).tiny)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,8 +327,8 @@ def label(row):
 
 
 def draw(path, costs, quality, caption):
-    """The figure: residual over the best, minus 1, mean over rows of `quality`, against the time of
-    the forward pass; a panel per scope."""
+    """Draw residual / best residual - 1 against the time of the forward pass, one panel per scope.
+    The residual is the mean over the rows of `quality`. caption: text below the panels."""
     best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
     looks = dict(zip(METHODS, zip(plots.COLOURS, plots.MARKERS, repeat(''))))
     charts = []

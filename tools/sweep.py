@@ -1,8 +1,8 @@
-"""Sweeps: which runs a grid of options makes, how they are trained, and what their steps take.
+"""Sweeps: expand a grid of options into runs, train them, and time their training steps.
 
-A run is a process and a folder of its own. What is finished is not repeated, what was interrupted
-is resumed, and no run outlives the process that started it by more than a step (or an evaluation)
-and a checkpoint. The folder of a sweep holds sweep.json (what is compared), timing.json (step
+Each run has its own process and folder. Finished runs are not repeated and interrupted runs are
+resumed. When the process of the sweep ends, its runs finish their step or evaluation, write a
+checkpoint and end too. The folder of a sweep holds sweep.json (what is compared), timing.json (step
 times) and runs/.
 """
 
@@ -31,13 +31,15 @@ from tools.step_benchmark import run_seconds, step_of
 from tools.timing import paired_benchmark
 from train import TrainConfig, build_model
 
-POLL = 0.05                         # seconds between looks at the processes
-PAIRS = 20                          # of steps, per variant
+POLL = 0.05                         # seconds between polls of the processes
+PAIRS = 20                          # timed pairs of steps, per variant
 
-# A combination of options, trained once per seed. options: those that tell it from the others; cfg:
-# of the first seed; argv: of train.py, without seed and folder; data and costs: of `dry_build`
+# A combination of options, trained once per seed. options: those that distinguish it from the
+# others; cfg: configuration of the first seed; argv: for train.py, without seed and folder;
+# data, costs: from `dry_build`
 Variant = namedtuple('Variant', 'name options cfg argv data costs', defaults=(None, None))
-# A run. argv: script and options of a start; resume: those of a start from its checkpoint, or None
+# A run. argv: script and options for a new start; resume: the same for a start from the checkpoint,
+# or None if the run cannot be resumed
 Job = namedtuple('Job', 'name folder steps argv resume')
 
 
@@ -45,12 +47,13 @@ Job = namedtuple('Job', 'name folder steps argv resume')
 # which runs
 
 def expand_grid(cls, values, lists, set_by, argv):
-    """Every combination of the lists, those that are the same run once -> list of Variants.
+    """Return a list of Variants, one per combination of the lists.
 
-    cls: TrainConfig, or a class that extends it; values: of all its options; lists: option ->
-    values; set_by: option -> who set it; argv: of train.py, without the lists. Raises UserError.
+    Combinations that make the same run become one Variant. cls: TrainConfig or a subclass; values:
+    option -> value, for all options; lists: option -> values; set_by: option -> where it was set;
+    argv: arguments for train.py, without the lists. Raises UserError for invalid options.
     """
-    groups = {}                                         # effective options -> the combinations
+    groups = {}                                         # effective options -> combinations
     for combination in product(*lists.values()):
         options = dict(zip(lists, combination))
         cfg = configuration.build(cls, values | options, set_by)
@@ -60,12 +63,12 @@ def expand_grid(cls, values, lists, set_by, argv):
     for group in groups.values():
         first, cfg = group[0]
         effective = effective_config(cfg)
-        # an option without effect is named if all agree on it; if that leaves none, all are named
+        # name the options that have an effect or on which the group agrees, or else all of them
         shown = {key: value for key, value in first.items() if key in effective
                  or all(options[key] == value for options, _ in group)} or first
         name = ','.join(key + '=' + re.sub(r'[^\w.+-]', '_', str(value))[-60:]
                         for key, value in shown.items())[:140] or 'run'
-        if name in variants:                            # alike in letters of a file's name
+        if name in variants:                # values that differ in replaced characters only
             name += f'-{len(variants)}'
         variants[name] = Variant(name, shown, cfg, [*argv, *(
             f'--{option}={value!r}' for option, value in first.items())])
@@ -73,19 +76,19 @@ def expand_grid(cls, values, lists, set_by, argv):
 
 
 def run_folder(folder, variant, seed):
-    """The folder of a run in that of a sweep; variant: its name."""
+    """Return the folder of a run. folder: of the sweep; variant: name of the variant."""
     return folder / 'runs' / f'{variant},seed={seed}'
 
 
 def effective_config(cfg):
-    """The options that a run's result depends on -> value, without those that have no effect beside
-    the others."""
+    """Return option -> value of the options on which the result of a run depends. Options without
+    effect in this configuration are left out."""
     known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
     is_new = cfg.init_from == 'scratch'
-    # other weights may have an SVD or MLA that cfg does not know of
+    # the model in init_from may have an SVD or MLA that cfg does not show
     known = {key: value for key, value in known.items() if configuration.has_effect(cfg, key)
              or not is_new and key.startswith(('svd_', 'mla_'))}
-    idle = ['out_dir', 'seed', 'backend', 'wandb_']     # beginnings of names
+    idle = ['out_dir', 'seed', 'backend', 'wandb_']     # prefixes of option names
     if is_new and not cfg.svd_truncates:
         idle += ['use_svd', 'svd_']
     if cfg.use_mla:
@@ -94,8 +97,11 @@ def effective_config(cfg):
 
 
 def find_baseline(variant, variants):
-    """The ordinary model that shares most options with the variant. The first variant if all models
-    are ordinary, or none."""
+    """Return the baseline of a variant: the ordinary model that shares most options with it.
+
+    An ordinary model has no SVD, MLA, low-rank layers or adapters. If all variants are ordinary or
+    none is, the baseline is the first one.
+    """
     ordinary = [v for v in variants if not (
         v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.layer_ranks or v.cfg.adaptive_svd
         or v.cfg.lora_rank is not None)]
@@ -105,8 +111,10 @@ def find_baseline(variant, variants):
 
 
 def dry_build(variant, set_by):
-    """Prepare the data set and build the model as train.py does -> the Variant with data and costs.
-    The model's decisions go to its cfg, the vocabulary for one. Raises UserError as train.py does.
+    """Prepare the data set and build the model as train.py does.
+
+    Returns the Variant with data and costs. Its cfg gets the values that the model decides, such as
+    vocab_size. Raises UserError as train.py does.
     """
     cfg, data = variant.cfg, Dataset(locate(variant.cfg.dataset, variant.cfg.tokenizer))
     huggingface.check_tokenizer(cfg, set_by, None, data, lambda text: None)
@@ -118,14 +126,14 @@ def dry_build(variant, set_by):
 
 
 def describe(variants, lists, seeds):
-    """What sweep.json holds."""
+    """Return the content of sweep.json."""
     return {'lists': lists, 'seeds': seeds, 'arms': {variant.name: {
         'options': variant.options, 'baseline': find_baseline(variant, variants).name,
         **variant.costs, 'config': effective_config(variant.cfg)} for variant in variants}}
 
 
 def job_of(variant, seed, folder):
-    """The Job that trains a variant with this seed in the folder of a sweep."""
+    """Return the Job that trains a variant with this seed. folder: of the sweep."""
     out, cfg, script = run_folder(folder, variant.name, seed), variant.cfg, str(ROOT / 'train.py')
     here = [f'--out_dir={str(out)!r}', f'--device={cfg.device!r}']
     return Job(out.name, out, cfg.max_iters,
@@ -138,92 +146,94 @@ def job_of(variant, seed, folder):
 # the folder of a sweep
 
 def check_folder(name):
-    """The folder as a Path. Raises UserError if it holds something other than a sweep."""
+    """Return the folder as a Path. Raises UserError if it holds files but no sweep."""
     folder = Path(name)
     check_writable(folder / 'sweep.json', f'sweep={name!r}')
-    # a sweep that is killed at its start leaves a temporary file
+    # a sweep that was killed at its start leaves a temporary file
     others = [path.name for path in folder.glob('[!.]*') if path.suffix != '.tmp']
     if others and 'sweep.json' not in others:
-        raise UserError(f"sweep={name!r}: holds something else: {min(others)} "
-                        f"(nearest: {unused(folder if folder.name else 'out-compare')})")
+        raise UserError(f"sweep={name!r}: the folder holds other files: {min(others)} "
+                        f"(nearest: --sweep={unused(folder if folder.name else 'out-compare')})")
     return folder
 
 
 def read_json(path):
-    """What is in a JSON file; {} if there is none. Raises UserError."""
+    """Return the content of a JSON file, {} if it is missing. Raises UserError if damaged."""
     try:
         return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     except ValueError:
-        raise UserError(f'{path}: damaged (nearest: delete it, then the same command again)'
-                        ) from None
+        raise UserError(f'{path}: damaged (nearest: delete timing.json if that is the file, else '
+                        'another --sweep=FOLDER)') from None
 
 
 def load(folder):
-    """What `describe` made, from sweep.json. Raises UserError."""
+    """Return the content of sweep.json, as `describe` made it. Raises UserError without one."""
     record = read_json(folder / 'sweep.json')
     if set(record) != {'lists', 'seeds', 'arms'}:
-        raise UserError(f'sweep={str(folder)!r}: holds no sweep (nearest: python compare.py '
-                        'config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3)')
+        raise UserError(f'sweep={str(folder)!r}: the folder holds no sweep (nearest: start one, '
+                        'python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 '
+                        '--seeds=3)')
     return record
 
 
 def check_same_sweep(folder, record):
-    """Raise UserError if the folder holds a sweep that is no part of this one."""
+    """Raise UserError unless this sweep equals or extends the one in the folder. record: this
+    sweep, from `describe`. It may add variants and seeds."""
     def flat(sweep):
-        return {f'seed {seed}': 'a run' for seed in sweep['seeds']} | {
+        return {f'seed {seed}': 'present' for seed in sweep['seeds']} | {
             f'{name}: {key}': value for name, arm in sweep['arms'].items()
             for key, value in {**arm['config'], 'text': arm.get('text')}.items()}
     old, new = flat(load(folder) if (folder / 'sweep.json').exists() else record), flat(record)
     changed = [key for key in old if key not in new or new[key] != old[key]]
     if changed:
-        raise UserError(f'sweep={str(folder)!r}: holds another sweep: {changed[0]}: '
-                        f'{old[changed[0]]!r} there, {new.get(changed[0], "nothing")!r} here '
-                        f'(nearest: {unused(folder)})')
+        raise UserError(f'sweep={str(folder)!r}: the folder holds a different sweep: {changed[0]} '
+                        f'is {old[changed[0]]!r} there and {new.get(changed[0], "absent")!r} in '
+                        f'this command (nearest: --sweep={unused(folder)})')
 
 
 # --------------------------------------------------------------------------------------------------
 # running
 
 def result(folder, steps):
-    """The final row of a run that has finished after as many steps, or None."""
+    """Return the final metrics of a run that finished after `steps` steps, or None."""
     return next((row for row in read_metrics(folder)
                  if row.get('final') and row['iter'] == steps and 'val/loss' in row), None)
 
 
 def has_checkpoint(folder):
-    """Whether a run can go on from what is in its folder."""
+    """Return whether the folder holds a checkpoint from which a run can resume."""
     return any((Path(folder) / name).exists() for name in ('ckpt.pt', 'last.pt'))
 
 
 def state(job):
-    """'done', 'to resume' or 'to do'."""
+    """Return 'done', 'to resume' or 'to do'."""
     if result(job.folder, job.steps):
         return 'done'
     return 'to resume' if has_checkpoint(job.folder) and job.resume else 'to do'
 
 
 def log_of(job):
-    """What the process prints. It is beside the folder, which train.py may move."""
+    """Return the path of the run's output, outside the run folder, which train.py may move."""
     return Path(f'{job.folder}.log')
 
 
 def failure(job, code):
-    """What to say of a run that failed."""
+    """Return the message about a run that failed. code: exit code of its process."""
     how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
     printed = log_of(job).read_text(encoding='utf-8', errors='replace').strip().splitlines()
     return (f'{job.name}: failed, {how}: {printed[-1].strip() if printed else "no output"} '
-            f'(all of it: {log_of(job)}; without {job.folder} it starts again)')
+            f'(full output: {log_of(job)}; to start again from step 0, delete {job.folder})')
 
 
 def thread_limits(at_once):
-    """Environment of each of several processes that share this one's threads."""
+    """Return environment variables that share this process's threads among `at_once` processes."""
     names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS')
     return dict.fromkeys(names, str(max(1, torch.get_num_threads() // at_once)))
 
 
 def gpu_environments(device):
-    """Environments of processes, to be taken in turn. On 'cuda' each has one GPU; a device with a
-    number, 'cuda:1', is for all."""
+    """Return a list of environments for processes, one per GPU for the device 'cuda'. A device with
+    a number, such as 'cuda:1', is shared by all processes."""
     if device != 'cuda':
         return [{}]
     every = ','.join(map(str, range(torch.cuda.device_count())))
@@ -232,7 +242,8 @@ def gpu_environments(device):
 
 
 def train_all(jobs, at_once, device):
-    """Run what is not finished and print a line per run -> names of the jobs that failed."""
+    """Run the unfinished jobs, `at_once` at a time, and print one line per run. Returns the names
+    of the jobs that failed."""
     states, threads = [state(job) for job in jobs], thread_limits(at_once)['OMP_NUM_THREADS']
     counts = ', '.join(f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do'))
     print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {counts}; {at_once} at a time, {threads} '
@@ -249,11 +260,12 @@ def train_all(jobs, at_once, device):
 
 
 def run_all(jobs, at_once, ended, environments=({},)):
-    """Run what is not finished -> the names of the jobs that failed: they have no final row.
+    """Run the unfinished jobs, `at_once` at a time.
 
-    ended(job, code, seconds) is called after each; environments: variables of the processes, in
-    turn. After an exception, such as Interrupted, the runs are told to stop, and save; another one
-    ends the wait for them.
+    ended(job, code, seconds) is called after each job; environments: environment variables that
+    the processes get in turn. Returns the names of the jobs that failed, which have no final
+    metrics. On an exception such as Interrupted, it tells the runs to stop and waits until they
+    have saved. A second exception ends the wait.
     """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
     running = {}                                        # slot -> job, process, start
@@ -277,11 +289,12 @@ def run_all(jobs, at_once, ended, environments=({},)):
 
 
 def start(job, environment):
-    """-> the process of a job, which stops when this process has ended."""
+    """Start the process of a job and return it. It stops after the calling process has ended.
+    environment: variables that are added to those of the calling process."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
         saved = has_checkpoint(job.folder)
-        if not saved:                                   # a beginning that no run can go on from
+        if not saved:                                   # no run can resume these metrics
             (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
     argv, mode = (job.resume, 'ab') if saved and job.resume else (job.argv, 'wb')
     with open(log_of(job), mode) as log:
@@ -294,15 +307,18 @@ def start(job, environment):
 # times
 
 def measure(runs, folder, device):
-    """Time the step of each variant that has a finished run against its baseline's, and write it to
-    timing.json if it is not there. runs: (Variant, Job) each."""
+    """Time training steps of each variant against its baseline and add them to timing.json.
+
+    runs: list of (Variant, Job). A variant is skipped if it or its baseline has no finished run, if
+    it has adaptive SVD, or if it was timed on this device before.
+    """
     times = read_json(folder / 'timing.json')
     variants = {variant.name: variant for variant, _ in runs}
     finished = {variant.name for variant, job in runs if state(job) == 'done'}
     for name, variant in variants.items():
         baseline = find_baseline(variant, list(variants.values()))
         if (variant is baseline or not {name, baseline.name} <= finished
-                or variant.cfg.adaptive_svd             # its costs are in some of the steps only
+                or variant.cfg.adaptive_svd             # only some of its steps run the analysis
                 or times.get(name, {}).items() >= {('baseline', baseline.name),
                                                    ('device', device)}):
             continue
@@ -320,7 +336,8 @@ def measure(runs, folder, device):
 
 
 def list_runs(runs, device):
-    """Print the state of each run (Variant, Job) and the time left, from steps timed now."""
+    """Print the state of each run (Variant, Job) and an estimate of the time left. The estimate
+    comes from training steps that are timed now."""
     seconds, total = {}, 0.0
     for variant, job in runs:
         text, step = state(job), 0
@@ -333,5 +350,5 @@ def list_runs(runs, device):
             total += left
             text += f', {step} of {job.steps} steps taken, about {left / 60:.1f} min left'
         print(f'{job.name}: {text}')
-    print(f'{len(runs)} runs, about {total / 60:.1f} min left, one run after the other, from steps '
-          f'timed here with {torch.get_num_threads()} threads')
+    print(f'{len(runs)} runs, about {total / 60:.1f} min left if they run one at a time, estimated '
+          f'from steps timed now with {torch.get_num_threads()} threads')

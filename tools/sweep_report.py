@@ -1,4 +1,4 @@
-"""What a sweep of compare.py has come to: its folder -> a table, files, figures."""
+"""Turn the folder of a compare.py sweep into a table, result files and figures."""
 
 import csv
 import json
@@ -13,20 +13,24 @@ from runtime.tracking import read_metrics
 from tools import sweep
 from tools.tables import format_table
 
-# key: the option along the horizontal axis; is_numeric: whether it has numbers, else words; ticks:
-# place along the axis -> value as text; groups: label of the other options -> place -> row;
-# baselines: rows that have no place there, as models without SVD have no rank
+# key: the option on the x axis; is_numeric: whether its values are numbers; ticks: x -> value as
+# text; groups: label of the other options -> x -> row; baselines: rows without an x, such as models
+# without SVD, which have no rank
 Axis = namedtuple('Axis', 'key is_numeric ticks groups baselines')
 
 
 def show(folder):
-    """Print the table of a sweep, write results.md, .csv and .json, and draw the figures -> name of
-    a figure -> its file. Raises UserError."""
+    """Print the table of a sweep, write results.md, .csv and .json, and draw the figures.
+
+    folder: Path of the sweep. Returns name of a figure -> its Path. Raises UserError if the folder
+    holds no sweep or no finished run, or if a file is damaged.
+    """
     record = sweep.load(folder)
     rows = collect(folder, record)
     finished = [row for row in rows if row['seeds']]
     if not finished:
-        raise UserError(f'{folder}: has no finished run')
+        raise UserError(f"sweep='{folder}': no run has finished (nearest: run the command that "
+                        'started the sweep again)')
     text = table(rows, record)
     print(text)
     captions = draw(folder, record, finished)
@@ -46,16 +50,16 @@ def show(folder):
 # numbers
 
 def collect(folder, record):
-    """-> one row per variant, of its runs that are finished. What is missing is printed."""
+    """Return one row per variant, from its finished runs. Print which runs are missing."""
     times, rows = sweep.read_json(folder / 'timing.json'), []
     for name, arm in record['arms'].items():
         found = {seed: sweep.result(sweep.run_folder(folder, name, seed),
                                     arm['config']['max_iters']) for seed in record['seeds']}
         finals = {seed: final for seed, final in found.items() if final}
         if len(finals) < len(found):
-            print(f'{name}: not finished, left out: seeds {sorted(found.keys() - finals)}')
+            print(f'{name}: not finished and left out: seeds {sorted(found.keys() - finals)}')
         time = times.get(name, {})
-        if time.get('baseline') != arm['baseline']:     # not timed, or before the sweep grew
+        if time.get('baseline') != arm['baseline']:     # not timed, or against an earlier baseline
             time = {'ratio': 1.0 if name == arm['baseline'] else None,
                     'ratio_quartiles': [None, None]}
         low, high = time['ratio_quartiles']
@@ -73,13 +77,13 @@ def collect(folder, record):
 
 
 def mean_and_error(values):
-    """Mean and its standard error. None: there are too few values."""
+    """Return the mean and its standard error, each None if there are too few values."""
     return (statistics.mean(values) if values else None,
             statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
 
 
 def table(rows, record):
-    """Markdown: the table, and below it what the columns mean."""
+    """Return the table in Markdown, with an explanation of its columns below."""
     columns = {key: [str(row['options'].get(key, '')) for row in rows] for key in record['lists']
                if any(key in row['options'] for row in rows)}
     if any(len(row['seeds']) < len(record['seeds']) for row in rows):
@@ -99,33 +103,34 @@ def table(rows, record):
     baselines = '; '.join(dict.fromkeys(row['baseline'] for row in rows))
     return '\n'.join([
         *format_table([list(columns), *zip(*columns.values())], len(columns), markdown=True), '',
-        f'Losses: validation, nats per token, {over_seeds(record)}; chance: {chances}. Prefix-only '
-        'is what generation gets.',
-        f'Baseline: {baselines}. Step time: median of paired steps, quartiles in brackets; not of '
-        'adaptive SVD, whose steps differ.',
-        "Cache: float32, of one sequence of block_size tokens; none: 'sequence' scope cannot cache."
-    ])
+        f'Losses: validation, nats per token, {over_seeds(record)}; loss at chance: {chances}. The '
+        'prefix-only loss is the loss in generation.',
+        f'Baseline: {baselines}. Step time / baseline: median of the ratios of paired steps, with '
+        'quartiles in brackets; adaptive SVD is not timed because its steps differ.',
+        "Cache: float32, one sequence of block_size tokens; none: 'sequence' scope cannot cache. "
+        'Parameters: without position embeddings.'])
 
 
 def fill(pattern, *values):
-    """The values in str.format's pattern; '' if one is None."""
+    """Return pattern.format(*values), or '' if a value is None."""
     return '' if None in values else pattern.format(*values)
 
 
 def over_seeds(record):
-    """The seeds and the steps of the runs, for captions."""
+    """Return the seeds and the steps of the runs as text for captions."""
     seeds = ', '.join(map(str, record['seeds']))
     steps = ' or '.join(sorted({f'{arm["config"]["max_iters"]:,}' for arm in
                                 record['arms'].values()}))
-    average = 'mean +- standard error over seeds' if ', ' in seeds else 'one seed,'
-    return f'{average} {seeds}, {steps} steps'
+    average = 'mean +- standard error over seeds' if ', ' in seeds else 'one run with seed'
+    return f'{average} {seeds}, after {steps} steps'
 
 
 # --------------------------------------------------------------------------------------------------
 # figures
 
 def draw(folder, record, rows):
-    """Draw the figures that make sense, and print what others need -> path -> caption."""
+    """Draw the figures for which there is data, and print what the others need. Returns path ->
+    caption."""
     try:
         plots.require_matplotlib('figures')
     except UserError as e:
@@ -135,26 +140,27 @@ def draw(folder, record, rows):
     for name, charts, text, needs in (
             ('loss', loss_charts(axis), f'Validation loss against {axis.key}',
              'an option with several values'),
-            ('curves', progress_charts(axis, folder), 'Validation loss on the way, random batches, '
-             'prefix-only where that differs', 'two evaluations after the first step'),
-            ('pareto', pareto_charts(axis), 'Prefix-only validation loss against cost, '
-             f'{axis.key} beside the points; time: quartiles', 'two different costs')):
+            ('curves', progress_charts(axis, folder), 'Validation loss during training on random '
+             'batches; prefix-only loss if the two differ', 'two evaluations after step 0'),
+            ('pareto', pareto_charts(axis), 'Prefix-only validation loss against cost; the points '
+             f'are labelled with {axis.key}; horizontal bars: quartiles of the step time',
+             'two variants of different cost')):
         path = folder / f'{name}.png'
         if charts:
             captions[path] = f'{text}; {over_seeds(record)}.'
             plots.charts(path, charts, 'validation loss, nats per token', captions[path],
                          bands=name == 'curves')
         else:
-            print(f'{path.name}: not drawn: needs {needs}')
-            path.unlink(missing_ok=True)                # an earlier one
+            print(f'{path.name}: not drawn because it needs {needs}')
+            path.unlink(missing_ok=True)                # an outdated figure
     return captions
 
 
 def arrange(record, rows):
-    """Where each row is in the figures -> Axis.
+    """Return the Axis that places the rows in the figures.
 
-    Along the horizontal axis is svd_rank if it varies, else the first option that has several
-    numbers, else the first that varies, its values in the order of the list.
+    The x axis is svd_rank if it varies, else the first option with several numbers, else the first
+    option that varies, with its values in the order of the list.
     """
     varied = {key: values for key, values in record['lists'].items() if len(values) > 1}
     numbers = {key: [value for value in values if type(value) in (int, float)]
@@ -185,25 +191,25 @@ def baseline_look(i):
 
 
 def curve(label, x, rows, look, kind='prefix_only', **more):
-    """The mean losses of rows at places x. None: as a level."""
+    """Return a Curve of the mean losses of rows at x, or a horizontal line if x is None."""
     return plots.Curve(label, x, [row[f'{kind}_mean'] for row in rows], look,
                        [row[f'{kind}_se'] for row in rows], **more)
 
 
 def loss_charts(axis):
-    """Loss against the option along the axis -> Charts."""
+    """Return Charts of loss against the option on the x axis."""
     if not axis.groups:
         return []
     low, high = min(axis.ticks), max(axis.ticks)
     log = axis.is_numeric and low > 0 and high >= 4 * low
     differ = any(row['parallel'] != row['prefix_only'] for group in axis.groups.values()
                  for row in group.values())
-    kinds = {'parallel': 'parallel', 'prefix_only': 'prefix-only: what generation gets'}
+    kinds = {'parallel': 'parallel loss', 'prefix_only': 'prefix-only loss, as in generation'}
     charts = []
     for kind, title in kinds.items() if differ else [('prefix_only', '')]:
         curves = [curve(row['name'], None, [row], baseline_look(i), kind)
                   for i, row in enumerate(axis.baselines)]
-        for i, (label, group) in enumerate(axis.groups.items()):    # error bars side by side
+        for i, (label, group) in enumerate(axis.groups.items()):    # shifted: bars do not overlap
             x = [place * 1.03 ** i if log else place + 0.01 * i * (high - low) for place in group]
             curves.append(curve(label, x, group.values(),
                                 group_look(i, '-' if axis.is_numeric else None), kind))
@@ -214,7 +220,7 @@ def loss_charts(axis):
 
 
 def progress_charts(axis, folder):
-    """Loss over the steps -> Charts, one per group."""
+    """Return Charts of loss over the steps, one per group."""
     colours = dict(zip(axis.ticks, plots.shades(len(axis.ticks))))
     levels = [progress(folder, row, row['name'], baseline_look(i))
               for i, row in enumerate(axis.baselines)]
@@ -229,7 +235,7 @@ def progress_charts(axis, folder):
 
 
 def progress(folder, row, label, look):
-    """The Curve of the evaluations that all seeds have, without that at step 0."""
+    """Return the Curve of the evaluations after step 0 that all seeds have."""
     runs = [{one['iter']: one.get('val/prefix_loss', one['val/loss'])
              for one in read_metrics(sweep.run_folder(folder, row['name'], seed))
              if 'val/loss' in one and 'final' not in one and one['iter']} for seed in row['seeds']]
@@ -240,12 +246,12 @@ def progress(folder, row, label, look):
 
 
 def pareto_charts(axis):
-    """Loss against costs in memory and time -> Charts."""
+    """Return Charts of loss against cache size and against step time."""
     series = [(row['name'], [row], ('0.25', '*', None)) for row in axis.baselines] + [
         (label, list(group.values()), group_look(i, None))
         for i, (label, group) in enumerate(axis.groups.items())]
     charts = []
-    for title, cost, unit in (('cache of a whole context, kB', 'cache_bytes', 1000),
+    for title, cost, unit in (('cache of a full context, kB', 'cache_bytes', 1000),
                               ('step time / baseline', 'step_ratio', 1)):
         curves, points = [], []
         for label, rows, look in series:
@@ -259,8 +265,8 @@ def pareto_charts(axis):
                                     across=ends if cost == 'step_ratio' else None))
         if len({x for x, _ in points}) > 1:
             costs, losses = zip(*sorted(points))
-            corners = ([x for x in costs for _ in range(2)][1:],    # of the stairs below all points
+            corners = ([x for x in costs for _ in range(2)][1:],    # of a step curve
                        [y for y in accumulate(losses, min) for _ in range(2)][:-1])
-            front = plots.Curve('lowest loss up to that cost', *corners, ('0.6', None, '-'))
+            front = plots.Curve('lowest loss up to this cost', *corners, ('0.6', None, '-'))
             charts.append(plots.Chart('', title, [front, *curves], costs[-1] >= 4 * costs[0]))
     return charts

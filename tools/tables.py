@@ -1,14 +1,13 @@
-"""Tables of text with aligned columns."""
+"""Text tables with aligned columns."""
 
-WIDTH = 120                         # of a line, where single spaces between the columns achieve it
+WIDTH = 120                         # columns; wider tables have single spaces between columns
 
 
 def format_table(rows, left=1, markdown=False):
-    """Lines of a table.
+    """Return the lines of a table as a list of str.
 
-    rows: lists of str of one length, the first one is the header; left: the number of columns,
-    from the first one on, that are aligned to the left. The others, numbers, are aligned to the
-    right. markdown: with | between the columns and a rule below the header.
+    rows: lists of str of equal length, header first; left: the first `left` columns are aligned
+    left, the others right; markdown: make a Markdown table.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [[cell.ljust(width) if i < left else cell.rjust(width)

@@ -1,5 +1,7 @@
-"""Clocks under which a drifting machine slows everything compared alike, peak memory, and the lines
-of a table."""
+"""Paired timing, peak memory and table rows.
+
+Functions that are compared run in turn, so that a machine that slows down affects all of them.
+"""
 
 import itertools
 import math
@@ -11,11 +13,11 @@ import torch
 
 from runtime import device as devices
 
-LEAST_SECONDS = 5e-3                # shorter work is repeated: reading the clock takes time, too
+LEAST_SECONDS = 5e-3                # shorter work is repeated because reading the clock takes time
 
 
 def time_it(f, device, repeats=1):
-    """Seconds that f() takes, including all its work on the device; mean of `repeats` calls."""
+    """Return the mean seconds per call of f() over `repeats` calls, including its device work."""
     devices.synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -25,10 +27,10 @@ def time_it(f, device, repeats=1):
 
 
 def interleave(runs, rounds, warmup=1):
-    """Call the functions of a dict in turn, every other round backwards.
+    """Call functions in turn, in reverse order in every second round.
 
-    `rounds` counts after `warmup` rounds, whose results are dropped. Returns name -> list of
-    results.
+    runs: name -> function. Returns name -> list of `rounds` results. `warmup` more rounds come
+    first, and their results are dropped.
     """
     results = {name: [] for name in runs}
     for i in range(warmup + rounds):
@@ -38,23 +40,25 @@ def interleave(runs, rounds, warmup=1):
 
 
 def time_interleaved(functions, rounds, device):
-    """Name -> function of a few microseconds or more; returns name -> seconds, one per round."""
+    """Time functions in turn. functions: name -> function that takes at least a few microseconds.
+    Returns name -> list of seconds per call, one value per round."""
     def timed(f):
-        f()                                                         # what only the first call does
+        f()                                                         # the first call may be slower
         repeats = math.ceil(LEAST_SECONDS / max(time_it(f, device), 1e-6))
         return lambda: time_it(f, device, repeats)
     return interleave({name: timed(f) for name, f in functions.items()}, rounds)
 
 
 def quartiles(values):
-    """Lower quartile, median and upper quartile of two or more numbers."""
+    """Return the lower quartile, the median and the upper quartile of two or more numbers."""
     return statistics.quantiles(values, n=4, method='inclusive')
 
 
 def paired_benchmark(a, b, pairs, device):
-    """Time a and b in turn.
+    """Time a() and b() in turn.
 
-    Returns {'a_ms', 'b_ms': medians, 'ratio': median over pairs of a / b, 'ratio_quartiles'}.
+    Returns a dict: 'a_ms' and 'b_ms' are the median milliseconds. 'ratio' is the median over pairs
+    of the time of a divided by the time of b. 'ratio_quartiles' are the quartiles of that ratio.
     """
     runs = {'a': lambda: time_it(a, device), 'b': lambda: time_it(b, device)}
     rounds = interleave(runs, pairs, warmup=3)
@@ -64,13 +68,13 @@ def paired_benchmark(a, b, pairs, device):
 
 
 def peak_bytes(f, device):
-    """Most bytes that f() holds at once beyond those held before: int, None on MPS.
+    """Return the peak bytes that f() allocates beyond those held before it; None on MPS.
 
-    CUDA: by torch's allocator. CPU: from the allocations that torch's profiler records, so work
-    space inside an operator counts only if torch allocates it.
+    On CUDA, torch's allocator counts them. On the CPU, torch's profiler records allocations, so
+    workspace inside an operator counts only if torch allocates it.
     """
     kind = torch.device(device).type
-    f()                                                             # work spaces that are made once
+    f()                                                     # some workspaces are allocated once
     if kind == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -78,7 +82,7 @@ def peak_bytes(f, device):
         return torch.cuda.max_memory_allocated(device) - before
     if kind != 'cpu':
         return None
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # else it reports on stderr
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # no profiler output on stderr
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         f()
     changes = sorted((event.start_ns(), event.nbytes())
@@ -86,17 +90,16 @@ def peak_bytes(f, device):
     return max(itertools.accumulate(size for _, size in changes), default=0)
 
 
-
 def generation(model, prompt, tokens, device):
-    """Continue prompt (B, T) greedily. Returns seconds for the prompt and the first token, and
-    seconds per token for the other `tokens` - 1."""
+    """Generate `tokens` tokens greedily after a prompt (B, T), and time it. Returns the seconds for
+    the prompt with the first token, and the seconds per later token."""
     stream = model.stream(prompt, tokens, temperature=0, use_cache=not model.config.is_noncausal)
     return (time_it(lambda: next(stream), device),
             time_it(lambda: [*stream], device) / (tokens - 1))
 
 
 def print_line(name, values):
-    """One line of a table: a name, then numbers with four digits, other words, '-' for None."""
+    """Print a table row: a name, then numbers to four digits, strings as they are, '-' for None."""
     cells = ['-' if value is None else value if isinstance(value, str) else f'{value:.4g}'
              for value in values]
     print(f'{name:32}' + ''.join(f'{cell:>13}' for cell in cells), flush=True)

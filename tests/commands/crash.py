@@ -1,12 +1,12 @@
 """
-SIGKILL at random moments, also while a checkpoint is written; is anything ever lost?
+Kill a run with SIGKILL at random moments and check that nothing is lost.
 
     python tests/commands/crash.py --kills=50 --seed=0      # about four minutes on two cores
 
-A run is killed and resumed until all kills are spent, then left to end. Its parameters, optimizer
-state, best loss and metrics must be those of an undisturbed run, to the bit; after every kill the
-checkpoint must load, and its step must not go back. Exit code 0 if so, 1 with the first difference
-if not.
+The run is killed and resumed `--kills` times and then ends by itself. Its parameters, optimizer
+state, best loss and metrics must be bit-identical to those of a run that was not killed. After each
+kill the checkpoint must load and its step must not have decreased. Exit code: 0 if all of this
+holds, 1 with the first difference if not.
 """
 
 import argparse
@@ -48,13 +48,12 @@ def main():
         assert start(*options).wait() == 0
         assert_same_run('whole', 'out')
     print(
-        f'{args.kills} of {args.kills} kills survived; the end is that of the undisturbed run to '
-        'the bit')
+        f'{args.kills} of {args.kills} kills survived; the result is bit-identical to that of the '
+        'undisturbed run')
 
 
 def start(*options):
-    """train.py in its own process: from the checkpoint, which needs no more than its name, once
-    there is one."""
+    """Start train.py in its own process and return it. It resumes if there is a checkpoint."""
     resume = '--init_from=resume', '--device=cpu'
     return subprocess.Popen([sys.executable, str(ROOT / 'train.py'),
                              *(resume if Path('out/ckpt.pt').exists() else options)],
@@ -62,8 +61,11 @@ def start(*options):
 
 
 def kill_training(kills, draw, options):
-    """A third at the start, a third at random moments of training, a third while a checkpoint of a
-    new step is being written."""
+    """Start and kill the run `kills` times.
+
+    A third of the kills come at the start, a third at random moments of training, and a third while
+    a checkpoint of a new step is written. draw: random.Random; options: of train.py.
+    """
     saved, metrics = 0, Path('out/metrics.jsonl')
     for number in range(kills):
         new = max(2, metrics.read_text().count('\n') if metrics.exists() else 0) + 2
@@ -78,7 +80,7 @@ def kill_training(kills, draw, options):
         step = ckpt.load('out/ckpt.pt')['iter_num'] if Path('out/ckpt.pt').exists() else 0
         assert step >= saved, f'the checkpoint went back from step {saved} to {step}'
         saved = step
-        print(f'kill {number + 1}: checkpoint of step {step} is good', flush=True)
+        print(f'kill {number + 1}: the checkpoint of step {step} loads', flush=True)
 
 
 if __name__ == '__main__':
