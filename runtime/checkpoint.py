@@ -103,7 +103,7 @@ def find(out_dir):
 def tokenizer_of(saved, vocab_size):
     """Return the metadata of the tokenizer that a loaded checkpoint was trained with. A nanoGPT
     checkpoint does not contain it, so it is read from the folder of its data set. `vocab_size` is
-    the number of token ids of the model. Raises UserError if the tokenizer has more."""
+    the number of token ids of the model. Raises UserError if the tokenizer has more ids."""
     if 'tokenizer' in saved:
         if saved['tokenizer']['vocab_size'] > vocab_size:
             raise UserError(

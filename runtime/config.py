@@ -180,8 +180,8 @@ def check(key: str, value, hint, where=''):
 
 
 def coerce(value, hint) -> tuple[bool, Any]:
-    """Return (True, the value in the type of `hint`), or (False, None) if it does not fit. An int
-    is accepted as a float, but True is not accepted as 1. Numbers must be finite."""
+    """Convert a value to the type of `hint`. Return (True, the value), or (False, None) if it does
+    not fit. An int fits a float, but True does not fit an int. Numbers must be finite."""
     for kind in alternatives(hint):
         if get_origin(kind) is Literal:
             ok = any(type(value) is type(a) and value == a for a in get_args(kind))

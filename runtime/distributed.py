@@ -64,7 +64,7 @@ class Processes:
         self.is_main = self.rank == 0
         self.parent = int(os.environ.get(STOP_WITH_PARENT, os.getppid()))
         if self.parent_exited():  # it may have ended during the imports
-            raise Failure('the sweep that started this run has ended')
+            raise Failure('stopped, because the sweep that started this run has ended')
         self.device = devices.pick_device(cfg.device)
         self.on_cuda = self.device.startswith('cuda')
         if cfg.gradient_accumulation_steps % self.world_size:

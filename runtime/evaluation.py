@@ -16,8 +16,8 @@ def estimate_loss(model, data, batches, batch_size, block_size, device, context,
                   poll=lambda: None):
     """Return the mean loss over `batches` random batches of each split, in nats per token.
 
-    The result is {'train': loss, 'val': loss}. `seed` fixes the windows, so that two calls differ
-    by the model alone. `context` is the context manager for forward passes. poll() is called before
+    The result is {'train': loss, 'val': loss}. `seed` fixes the windows, so that all calls measure
+    the same tokens. `context` is the context manager for forward passes. poll() is called before
     each batch and may raise.
     """
     model.eval()
@@ -144,7 +144,7 @@ class Evaluation:
         return row
 
     def describe(self, row):
-        """Return the losses of a row of `interim` in words."""
+        """Return the losses in a row as text."""
         words = f'train loss {row["train/loss"]:.4f}, ' if 'train/loss' in row else ''
         if 'val/prefix_loss' not in row:
             return words + f'val loss {row["val/loss"]:.4f}'
@@ -158,7 +158,7 @@ class Evaluation:
         return words
 
     def describe_final(self, row):
-        """Return the losses of a row of `final` in words."""
+        """Return the losses in a row of `final` as text."""
         sampled = (f', gap from {row["val/prefix_positions"]} positions'
                    if 'val/prefix_positions' in row else '')
         return f'final, all {row["val/tokens"]:,} validation tokens{sampled}: {self.describe(row)}'

@@ -160,8 +160,8 @@ def locked(file, busy):
 
 
 def locked_folder(folder, option='out_dir', wait=False):
-    """Return `locked` for the folder of a run or a sweep, which is created if needed. If another
-    process holds the lock, wait for it, or raise UserError that names the option if not `wait`."""
+    """Context manager that locks the folder of a run or a sweep, which is created if needed. If
+    another process has the lock, it waits if `wait`, or raises UserError that names `option`."""
     def busy():
         if wait:
             print(f'{folder}: waiting until the other run in this folder has saved', flush=True)
@@ -173,7 +173,8 @@ def locked_folder(folder, option='out_dir', wait=False):
 
 
 def lock_file(folder):
-    """Return .NAME.lock beside the folder, because the folder can be moved while it is locked."""
+    """Return the lock file of a folder, .NAME.lock beside it. The folder itself may be moved while
+    it is locked."""
     real = Path(os.path.realpath(folder))
     return real.with_name(f'.{real.name}.lock')
 

@@ -82,7 +82,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def sample(model, data, device, context):
-    """Return a short sample text. `data` has the tokenizer, and `context` is autocast."""
+    """Return a short sample text. `data` provides the tokenizer; `context` is as in `autocast`."""
     tokenizer = Tokenizer(data.meta)
     newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
     start = torch.tensor([tokenizer.encode('\n' if newline else tokenizer.chars[0])], device=device)

@@ -104,7 +104,7 @@ def read(name):
         config = _read_json(Path(name) / 'config.json') if is_folder(name) else {}
         if config.get('model_type') == ADAPTER:
             raise ValueError('contains adapters, not a model (nearest: --init_from=BASE '
-                             f'--lora_adapter={name})')
+                             f'--lora_adapter={name}, where BASE is the adapted model)')
         if config.get('model_type') == OWN:
             args, state = config['model_args'], _read_weights(name)[0]
             state['lm_head.weight'] = state['transformer.wte.weight']
@@ -146,7 +146,7 @@ def _read_gpt2(source):
             raise ValueError(f'its weights have {kind.replace("_", " ")}: {wrong}')
     state = {name: w.t() if name.endswith(CONV1D) else w for name, w in model.state_dict().items()}
     if not state['lm_head.weight'].equal(state['transformer.wte.weight']):
-        raise ValueError('lm_head.weight and wte.weight differ, but they are one tensor here')
+        raise ValueError('lm_head.weight and wte.weight differ, but must be the same weights')
     biases = [name for name in state if name.endswith('.bias')]
     args = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()} | dict(
         gelu='exact' if config.activation_function == 'gelu' else 'tanh',
@@ -187,7 +187,7 @@ def load_adapter(model, folder, base, say=print):
                              f'{here.get(name, "none")} in the model')
         weights[name].copy_(tensors[name])
     if 'base_sha256' not in notes:
-        say(f'{where}: does not name the weights it was trained on')
+        say(f'{where}: does not name the weights it was trained on, so they are not checked')
     elif notes['base_sha256'] != base_sha256(model):
         made_on = notes.get('base', 'another model')
         raise ValueError(f'{where}: was trained on the weights of {made_on}, not of {base} '

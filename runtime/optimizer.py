@@ -24,7 +24,7 @@ def schedule_length(cfg):
 
 
 def warmup_iters(cfg):
-    """Return the steps of warm-up: the option if the schedule is longer, else a tenth of it."""
+    """Return the number of warm-up steps: the option, or a tenth of a schedule that is shorter."""
     length = schedule_length(cfg)
     return cfg.warmup_iters if cfg.warmup_iters < length else length // 10
 
