@@ -1,5 +1,5 @@
-"""What any training repo needs; knows nothing of low rank. Entry points import it before torch and
-numpy, so that what the machine lacks is one line instead of a traceback."""
+"""Infrastructure of a training repository; nothing in it depends on low-rank methods. Commands
+import it before torch and numpy, so that a missing package is one line instead of a traceback."""
 
 import importlib.util
 import os
@@ -11,11 +11,12 @@ def _check_machine():
     lacking = [name for name in ('torch', 'numpy', 'tqdm')
                if importlib.util.find_spec(name) is None]
     if sys.version_info < (3, 11):
-        trouble = f'Python {sys.version.split()[0]} is too old: install 3.11 or later'
+        trouble = f'Python {sys.version.split()[0]} is too old; install 3.11 or later'
     elif lacking:
-        trouble = f'{", ".join(lacking)}: not installed: pip install -r requirements.txt'
-    elif tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9):    # Muon came with it
-        trouble = f'torch {metadata.version("torch")} is too old: pip install -r requirements.txt'
+        trouble = f'not installed: {", ".join(lacking)}; run: pip install -r requirements.txt'
+    elif tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9):  # first with Muon
+        trouble = (f'torch {metadata.version("torch")} is too old; '
+                   'run: pip install -r requirements.txt')
     else:
         return
     raise SystemExit(f'{os.path.basename(sys.argv[0])}: {trouble}')

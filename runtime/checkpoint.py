@@ -1,5 +1,4 @@
-"""Checkpoints: a plain dict of tensors, numbers, strings and containers, written whole or not at
-all."""
+"""Checkpoints: plain dicts of tensors, numbers, strings and containers, written atomically."""
 
 import shlex
 import zipfile
@@ -14,28 +13,31 @@ from runtime.nan_check import first_nonfinite_tensor
 
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
 OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list,
-                best_val_loss=(int, float, torch.Tensor))            # nanoGPT's is a tensor
+                best_val_loss=(int, float, torch.Tensor))            # nanoGPT saves a tensor
 
 
 def save(checkpoint, path):
-    """A crash or an error while saving leaves the old checkpoint. Raises OSError where the disk
-    does not take it, and FloatingPointError, before anything is written, for weights or an
-    optimizer state that are not finite."""
+    """Write a checkpoint dict to `path`. An error or a crash leaves the old file intact. Raises
+    FloatingPointError, before anything is written, if the weights or the optimizer state contain
+    NaN or infinite values. Raises OSError if the file cannot be written."""
     bad = first_nonfinite_tensor(
         {key: value for key, value in checkpoint.items() if key != 'random'}, '')
     if bad:
-        raise FloatingPointError(f'{bad.removeprefix(".")} is not finite')
+        raise FloatingPointError(f'{bad.removeprefix(".")} contains NaN or infinite values')
     try:
         with atomic_open(path) as f:
             torch.save(checkpoint, f)
-    except RuntimeError as e:  # torch's own complaint hides the disk's
+    except RuntimeError as e:  # torch's error hides the OSError
         raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def load(path):
-    """A checkpoint of this repo or of nanoGPT, on the CPU. Nothing in the file is executed
-    (weights_only). Raises UserError, one line, for a missing, damaged or foreign file.
-    torch.compile's name prefix is removed, the file's 'path' is added."""
+    """Load a checkpoint of this repo or of nanoGPT onto the CPU and return its dict.
+
+    No code in the file is executed (weights_only=True). The prefix that torch.compile adds to the
+    names of weights is removed, and the key 'path' is added. Raises UserError if the file is
+    missing, damaged or not a checkpoint.
+    """
     path = Path(path)
     checkpoint = _read(path)
     _check(checkpoint, path)
@@ -45,67 +47,68 @@ def load(path):
 
 
 def _read(path):
-    """Whatever torch finds in the file."""
+    """Check the checksums of a file and return what torch loads from it."""
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip() is None:                              # checksums: torch skips them
+            if file.testzip() is None:                              # torch ignores the checksums
                 return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{path}: no such checkpoint{_nearest_checkpoint(path)}') from None
     except OSError as e:
         raise UserError(f'{path}: cannot be read: {e.strerror}') from None
-    except Exception as e:  # torch and zipfile raise a dozen kinds
-        raise UserError(f'{path}: damaged, or no PyTorch file that loads with weights_only=True '
+    except Exception as e:  # torch and zipfile raise many kinds
+        raise UserError(f'{path}: damaged, or not a PyTorch file that loads with weights_only=True '
                         f'({type(e).__name__})') from None
-    raise UserError(f'{path}: damaged')
+    raise UserError(f'{path}: damaged (a checksum does not match)')
 
 
 def _check(checkpoint, path):
-    """Raise UserError unless everything that is read later is there and of its kind."""
+    """Raise UserError unless all keys that are read later exist and have the right type."""
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise UserError(
-            f'{path}: not a checkpoint of this repo or nanoGPT; it needs the keys '
+            f'{path}: not a checkpoint of this repo or of nanoGPT, which has the keys '
             f'{", ".join(REQUIRED)}')
     for key, kind in (REQUIRED | OPTIONAL).items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise UserError(
-                f'{path}: its {key} is {type(checkpoint[key]).__name__}, which cannot be used')
+                f'{path}: damaged: its {key} has the wrong type, {type(checkpoint[key]).__name__}')
     if 'tokenizer' in checkpoint:
         check_meta(checkpoint['tokenizer'], path)
-    bad = first_nonfinite_tensor(checkpoint['model'], 'its weights')
+    bad = first_nonfinite_tensor(checkpoint['model'], 'model')
     if bad:
-        raise UserError(f'{path}: {bad} is not finite')
+        raise UserError(f'{path}: {bad} contains NaN or infinite values')
 
 
 def load_weights(model, state):
-    """Load a state dict into a model. Raises ValueError, one line, where it does not fit."""
-    # before it used flash attention, nanoGPT stored its causal mask
+    """Load a state dict into a model. Raises ValueError, in one line, if names or shapes differ."""
+    # nanoGPT saved its causal mask before it used flash attention
     state = {name: w for name, w in state.items() if not name.endswith('.attn.bias')}
     try:
         model.load_state_dict(state)
-    except RuntimeError as e:                                       # over many lines
+    except RuntimeError as e:  # torch's message has many lines
         raise ValueError(
-            f'its weights do not fit its model_args: {" ".join(str(e).split())[:300]}') from None
+            f'its weights do not match its model_args: {" ".join(str(e).split())[:300]}') from None
 
 
 def find(out_dir):
-    """The checkpoint of a run, None: of the newest one below this folder. Raises UserError if there
-    is none."""
+    """Return the path of the checkpoint in `out_dir`. If that is None, take the newest run below
+    the working directory; raises UserError if there is no run."""
     path = Path(out_dir) / 'ckpt.pt' if out_dir else newest()
     if path is None:
-        raise UserError('no run below this folder (no */ckpt.pt); train one first: python train.py '
-                        'config/train_svd_test.py, or name it: --out_dir=DIR')
+        raise UserError('no run found in the current folder (no */ckpt.pt); train one first: '
+                        'python train.py config/train_svd_test.py, or name one: --out_dir=DIR')
     return path
 
 
 def tokenizer_of(saved, vocab_size):
-    """The meta of the tokenizer that a loaded checkpoint, of a model with vocab_size ids, was
-    trained on: its own, or the one beside the data of a nanoGPT checkpoint."""
+    """Return the metadata of the tokenizer that a loaded checkpoint was trained with. A nanoGPT
+    checkpoint does not contain it, so it is read from the folder of its data set. `vocab_size` is
+    the number of token ids of the model. Raises UserError if the tokenizer has more ids."""
     if 'tokenizer' in saved:
         if saved['tokenizer']['vocab_size'] > vocab_size:
             raise UserError(
                 f'{saved["path"]}: its tokenizer has {saved["tokenizer"]["vocab_size"]} token ids, '
-                f'its model {vocab_size}')
+                f'but its model only {vocab_size}')
         return saved['tokenizer']
     dataset = str(saved.get('config', {}).get('dataset', ''))
     return read_meta(
@@ -113,9 +116,9 @@ def tokenizer_of(saved, vocab_size):
 
 
 def newest(root='.'):
-    """The most recently written */ckpt.pt below `root`, or None: which run `python sample.py` alone
-    means. Runs of this repo, which have a config.py, come before what was brought or exported;
-    hidden folders are no runs."""
+    """Return the path of the most recently written */ckpt.pt below `root`, or None. Runs of this
+    repo, which have a config.py, come before copied or exported checkpoints. Hidden folders are
+    skipped."""
     found = (path for path in Path(root).glob('*/ckpt.pt') if not path.parent.name.startswith('.'))
     return max(found, key=lambda p: (p.with_name('config.py').exists(), p.stat().st_mtime),
                default=None)
@@ -127,8 +130,8 @@ def _nearest_checkpoint(path):
 
 
 def random_state(batches, device):
-    """Everything random in this process: torch's generators and the one that orders training
-    batches."""
+    """Return the random states of this process as a dict: those of torch's generators and of
+    `batches`, the generator that orders the training batches."""
     kind = torch.device(device).type
     state = {'torch': torch.get_rng_state(), 'batches': batches.get_state()}
     if kind != 'cpu':
@@ -138,9 +141,9 @@ def random_state(batches, device):
 
 
 def set_random_state(state, batches, device):
-    """The inverse of `random_state`. A run that moves to another kind of device keeps its data
-    order and draws other dropout masks there. Raises KeyError, TypeError or RuntimeError for what
-    is no such state."""
+    """Restore the dict that `random_state` returned. On another kind of device the order of the
+    data is kept, but the dropout masks differ. Raises KeyError, TypeError or RuntimeError if
+    `state` is not such a dict."""
     kind = torch.device(device).type
     torch.set_rng_state(state['torch'])
     batches.set_state(state['batches'])

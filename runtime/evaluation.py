@@ -1,4 +1,4 @@
-"""Losses in nats a token, measured with windows of their own generator, so that evaluating never
+"""Losses in nats per token. A separate generator draws the windows, so that evaluation never
 changes training."""
 
 import math
@@ -6,17 +6,20 @@ import math
 import torch
 from torch.nn import functional as F
 
-# tokens whose prefix-only loss is measured: at an evaluation on the way, at the last
+# number of tokens whose prefix-only loss is measured: during training, and at the end
 GAP_POSITIONS, FINAL_GAP_POSITIONS = 128, 1024
-SERIES_WINDOWS = 4                  # of which the model's own numbers are recorded
+SERIES_WINDOWS = 4                  # on which the model's own metrics are computed
 
 
 @torch.no_grad()
 def estimate_loss(model, data, batches, batch_size, block_size, device, context, seed,
                   poll=lambda: None):
-    """Mean loss over `batches` random batches of each split -> {'train': nats, 'val': nats}. The
-    same windows at each call, so that a curve shows the model and not the draw. poll: called before
-    each batch; may raise."""
+    """Return the mean loss over `batches` random batches of each split, in nats per token.
+
+    The result is {'train': loss, 'val': loss}. `seed` fixes the windows, so that all calls measure
+    the same tokens. `context` is the context manager for forward passes. poll() is called before
+    each batch and may raise.
+    """
     model.eval()
     losses = {}
     for split in ('train', 'val'):
@@ -34,8 +37,9 @@ def estimate_loss(model, data, batches, batch_size, block_size, device, context,
 
 @torch.no_grad()
 def split_loss(model, data, split, batch_size, block_size, device, context):
-    """Mean loss over every token of a split but the first, in windows side by side (the last may be
-    shorter). -> nats, number of tokens predicted."""
+    """Return the mean loss over a whole split, in nats per token, and the number of its predicted
+    tokens: all but the first. The split is cut into consecutive windows of block_size tokens, the
+    last of which may be shorter."""
     model.eval()
     tokens = data.tokens(split)
     predicted = len(tokens) - 1
@@ -56,13 +60,18 @@ def split_loss(model, data, split, batch_size, block_size, device, context):
 @torch.no_grad()
 def prefix_gap(model, data, split, positions, block_size, device, context, seed, group=8,
                poll=lambda: None):
-    """What a parallel loss hides if a model's output may depend on later tokens: the loss of the
-    same tokens when only their prefix is given, which is what generation sees.
+    """Compare the parallel loss with the prefix-only loss at the same tokens, in nats per token.
 
-    At least `positions` random tokens, each in a window of its own at a uniformly drawn place;
-    `group` windows share a place so that they run as one batch, and the standard error is that of
-    the means of groups, which are independent. -> dict: parallel and prefix loss at those tokens,
-    gap = prefix - parallel, its standard error, positions. poll: as in `estimate_loss`.
+    The parallel loss is computed over whole windows, as in training. The prefix-only loss predicts
+    each token from its prefix alone, as in generation. They differ if the model sees later tokens.
+
+    At least `positions` random tokens are measured, each in its own window at a uniformly drawn
+    position. `group` windows share a position so that they run as one batch. Groups are
+    independent, so the standard error is computed from their means. poll() is as in
+    `estimate_loss`.
+
+    Returns a dict: the mean losses 'parallel' and 'prefix', 'gap' = prefix - parallel, its standard
+    error 'gap_se', and the number of tokens 'positions'.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -87,18 +96,20 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
 
 
 class Evaluation:
-    """Losses of the model as it stands; the prefix-only loss too where the parallel one sees the
-    future. The sampled prefix-only loss of a few hundred tokens is noisy, the gap to the parallel
-    loss of the same tokens is not: the estimate for the whole is the whole's parallel loss plus
-    that gap."""
+    """Losses of the current model, with the prefix-only loss if the model sees later tokens.
+
+    The prefix-only loss of a few hundred tokens is noisy, but its gap to the parallel loss of the
+    same tokens is not. The reported prefix-only loss is therefore the parallel loss of all
+    evaluated tokens plus that gap.
+    """
 
     def __init__(self, cfg, model, data, device, context, sees_future):
         self.cfg, self.model, self.data = cfg, model, data
         self.device, self.context, self.sees_future = device, context, sees_future
 
     def interim(self, poll=lambda: None):
-        """-> row for metrics.jsonl: eval_iters random batches a split. poll: called before each
-        batch; may raise."""
+        """Return a row for metrics.jsonl, measured on eval_iters random batches per split. poll()
+        is called before each batch and may raise."""
         c = self.cfg
         losses = estimate_loss(self.model, self.data, c.eval_iters, c.batch_size, c.block_size,
                                self.device, self.context, c.seed, poll)
@@ -113,7 +124,7 @@ class Evaluation:
         return row
 
     def final(self):
-        """-> the same over the whole validation split, which is deterministic."""
+        """Return a row for metrics.jsonl, measured on the whole validation split."""
         c = self.cfg
         batch_size = max(c.batch_size, 4096 // c.block_size)
         loss, tokens = split_loss(self.model, self.data, 'val', batch_size, c.block_size,
@@ -133,6 +144,7 @@ class Evaluation:
         return row
 
     def describe(self, row):
+        """Return the losses in a row as text."""
         words = f'train loss {row["train/loss"]:.4f}, ' if 'train/loss' in row else ''
         if 'val/prefix_loss' not in row:
             return words + f'val loss {row["val/loss"]:.4f}'
@@ -146,6 +158,7 @@ class Evaluation:
         return words
 
     def describe_final(self, row):
+        """Return the losses in a row of `final` as text."""
         sampled = (f', gap from {row["val/prefix_positions"]} positions'
                    if 'val/prefix_positions' in row else '')
         return f'final, all {row["val/tokens"]:,} validation tokens{sampled}: {self.describe(row)}'

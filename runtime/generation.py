@@ -1,4 +1,4 @@
-"""Generation: the next token from a model's logits, and one token after the other."""
+"""Text generation: drawing the next token from logits, and generating one token at a time."""
 
 import math
 
@@ -9,24 +9,26 @@ from runtime.data import Tokenizer
 
 
 def validate_sampling(temperature, top_k, top_p):
-    """Raise ValueError, its message starting with the option's name, for options that
-    `sample_token` cannot take."""
+    """Raise ValueError, whose message starts with the option's name, for options that are invalid
+    in `sample_token`."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(f'temperature={temperature}: must be at least 0, which takes the '
-                         'likeliest (nearest: 0)')
+        raise ValueError(f'temperature={temperature}: must be at least 0, where 0 takes the '
+                         'most likely token (nearest: 0)')
     if top_k is not None and top_k < 1:
-        raise ValueError(f'top_k={top_k}: must be at least 1, or None for all (nearest: 1)')
+        raise ValueError(f'top_k={top_k}: must be at least 1, or None for all tokens (nearest: 1)')
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f'top_p={top_p}: must be above 0 and at most 1 '
                          f'(nearest: {1.0 if top_p > 1 else 0.01})')
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Token ids (B, 1) drawn from softmax(logits / temperature), logits (B, vocab); temperature 0
-    takes the likeliest. Only the top_k likeliest can come, and of these only as many as have a
-    probability of top_p together (nucleus sampling, arXiv:1904.09751). Raises FloatingPointError
-    if logits are not finite."""
-    if not logits.isfinite().all():                     # waits for the device; multinomial crashes
+    """Draw token ids (B, 1) from softmax(logits / temperature), with logits (B, vocab).
+
+    Temperature 0 takes the most likely token. Only the top_k most likely tokens can be drawn. Of
+    these, only the fewest whose probabilities sum to top_p can be drawn (nucleus sampling,
+    arXiv:1904.09751). Raises FloatingPointError if a logit is NaN or infinite.
+    """
+    if not logits.isfinite().all():  # waits for the device, but multinomial would crash
         raise FloatingPointError('the logits of the next token are not finite')
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -35,12 +37,12 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_k is not None:
         kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))               # (B, top_k)
         logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)
-    # the largest becomes 0, so that no temperature takes it out of range; -inf / inf would be NaN
+    # with a maximum of 0 no temperature causes an overflow; the bounds prevent -inf / inf = NaN
     logits = logits - logits.amax(-1, keepdim=True)
     p = F.softmax(logits / min(max(temperature, limits.tiny), limits.max), dim=-1)  # (B, vocab)
     if top_p is not None and top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
-        # those before it have top_p already; a top_p that rounds to 0 would leave nothing
+        # more likely tokens sum to top_p already; limits.tiny keeps one if top_p rounds to 0
         unneeded = ranked.cumsum(-1) - ranked >= max(top_p, limits.tiny)
         p = p.masked_fill(torch.empty_like(unneeded).scatter_(-1, order, unneeded), 0)
     return torch.multinomial(p, num_samples=1, generator=generator)
@@ -49,29 +51,30 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
            use_cache=True):
-    """Yield the tokens that follow idx (B, T), each (B, 1), as they are drawn (`sample_token`).
+    """Generate the tokens that follow idx (B, T) and yield each, (B, 1), as soon as it is drawn.
 
-    model(idx, cache=None) gives logits (B, ..., vocab) and the loss; model.new_cache(B, tokens)
-    gives a cache. The context is the last block_size tokens. As long as all tokens fit, the cache
-    is used, if use_cache. After that each token shifts the window, and with it all learned
-    positions, so that nothing cached is valid; as in nanoGPT, each token computes the window.
+    model(idx, cache=None) returns logits (B, ..., vocab) and the loss; model.new_cache(B, tokens)
+    returns a cache. `sample_token` draws the tokens. The context is the last block_size tokens.
+    With use_cache, the cache is used until the context is full. From then on each token shifts the
+    window, and with it all learned positions, so that cached values are invalid. The whole window
+    is then computed for each token, as in nanoGPT.
 
-    A prompt that is expanded to B rows (`Tensor.expand`) is computed once. seed: of a generator of
-    its own; None: torch's global one. With the first token, raises ValueError for options that are
-    not possible; FloatingPointError if logits are not finite.
+    A prompt that `Tensor.expand` repeats in B rows is computed once. `seed` seeds a separate
+    generator; None uses torch's global one. When the first token is requested, raises ValueError
+    for invalid options. Raises FloatingPointError if a logit is NaN or infinite.
     """
     validate_sampling(temperature, top_k, top_p)
     if max_new_tokens < 0:
-        raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0')
+        raise ValueError(f'max_new_tokens={max_new_tokens}: must be at least 0 (nearest: 0)')
     (B, T), block_size, cache = idx.shape, model.config.block_size, None
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-    one_prompt = B > 1 and idx.stride(0) == 0 and not model.training            # dropout differs
+    one_prompt = B > 1 and idx.stride(0) == 0 and not model.training  # dropout masks differ per row
     if use_cache and max_new_tokens > 1 and T <= block_size:
-        cache = model.new_cache(B, min(T + max_new_tokens - 1, block_size))     # the last stays out
+        cache = model.new_cache(B, min(T + max_new_tokens - 1, block_size))  # not the last token
     ids = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
     for n in range(T, T + max_new_tokens):                                      # n tokens so far
         window = ids[:1 if one_prompt and n == T else B, max(0, n - block_size):n]
-        cache = cache if n <= block_size else None                  # beyond it all positions shift
+        cache = cache if n <= block_size else None  # a longer text shifts all positions
         new = window[:, cache[0].length:] if cache else window
         logits = model(new, cache=cache)[0][:, -1].expand(B, -1)                # (B, vocab)
         ids[:, n:n + 1] = token = sample_token(logits, temperature, top_k, top_p, generator)
@@ -79,7 +82,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def sample(model, data, device, context):
-    """A short text of the model, to look at. data: for its tokenizer; context: autocast."""
+    """Return a short sample text. `data` provides the tokenizer; `context` is as in `autocast`."""
     tokenizer = Tokenizer(data.meta)
     newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
     start = torch.tensor([tokenizer.encode('\n' if newline else tokenizer.chars[0])], device=device)

@@ -1,10 +1,9 @@
-"""Models in folders of config.json and model.safetensors: GPT-2 in Hugging Face's format, and this
-repo's own format.
+"""Model folders with config.json and model.safetensors, in Hugging Face's or this repo's format.
 
-GPT-2, in a folder or by name, is read and written with `transformers`; what this GPT cannot be is
-refused. The repo's own format holds every other model (an SVD of V, latents, low-rank layers) and
-adapters, and needs `safetensors` alone. Nothing is unpickled and no code of a folder is run.
-Whatever is wrong with a folder raises UserError, one line.
+Hugging Face's format holds GPT-2 models. They are read, by folder or by name, and written with
+`transformers`; models that this GPT cannot represent are refused. The repo's own format holds all
+other models (SVD on V, latent attention, low-rank layers) and adapters; it needs `safetensors`
+only. Nothing is unpickled and no code in a folder is run. Invalid folders raise UserError.
 """
 
 import difflib
@@ -25,12 +24,12 @@ from runtime.files import write_atomically
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 WEIGHTS = 'model.safetensors'
-OWN, ADAPTER = 'lowrank-gpt', 'lowrank-gpt-adapter'                 # model_type of the repo's own
-# nanoGPT's names of the sizes and Hugging Face's, and the weights that its Conv1D has transposed
+OWN, ADAPTER = 'lowrank-gpt', 'lowrank-gpt-adapter'  # model_type in this repo's format
+# nanoGPT's name of each size -> Hugging Face's name; weights that Hugging Face stores transposed
 FIELDS = dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', vocab_size='vocab_size',
               block_size='n_positions')
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-# field of a GPT2Config -> the values that this GPT can represent; the last two gelus are the same
+# field of a GPT2Config -> values that this GPT can represent; the last two gelus are the same
 SUPPORTED = dict(model_type=['gpt2'], layer_norm_epsilon=[1e-5], scale_attn_weights=[True],
                  scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False],
                  activation_function=['gelu', 'gelu_new', 'gelu_pytorch_tanh'])
@@ -42,16 +41,18 @@ GPT2_VOCAB = '3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3'
 # which model
 
 def is_folder(name):
-    return os.path.isfile(os.path.join(name, 'config.json'))        # Path's fails for long names
+    """Return whether `name` is a folder with a config.json."""
+    return os.path.isfile(os.path.join(name, 'config.json'))  # Path.is_file fails for long names
 
 
 def is_run(name):
+    """Return whether `name` is the folder of a run: with a ckpt.pt, without a config.json."""
     return os.path.isfile(os.path.join(name, 'ckpt.pt')) and not is_folder(name)
 
 
 def check_name(name, others=()):
-    """Raise UserError unless `name` is one of MODELS, a folder with a config.json or a ckpt.pt, or
-    one of `others`."""
+    """Raise UserError unless `name` is one of MODELS or `others`, or a folder with a config.json or
+    a ckpt.pt."""
     names = [*others, *MODELS]
     if name not in names and not is_folder(name) and not is_run(name):
         raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder '
@@ -64,8 +65,8 @@ def check_name(name, others=()):
 
 @contextmanager
 def _reading(option):
-    """Any error within the block becomes a UserError that begins with the option. The packages
-    raise a dozen kinds for damaged files."""
+    """Turn every error in the block, of which damaged files raise many kinds, into a UserError that
+    starts with the option."""
     try:
         yield
     except Exception as e:
@@ -74,15 +75,15 @@ def _reading(option):
 
 
 def _import(module):
-    """A package that only some formats need. Raises UserError that says how to install it."""
+    """Import an optional package, or raise UserError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f'needs a package: pip install {module.partition(".")[0]}') from None
+        raise UserError(f'needs a package; run: pip install {module.partition(".")[0]}') from None
 
 
 def _transformers():
-    """The package, which prints nothing: what matters is raised."""
+    """Import transformers and silence its messages and progress bars."""
     transformers = _import('transformers')
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -90,17 +91,20 @@ def _transformers():
 
 
 def read(name):
-    """A model by name or folder, as a checkpoint dict: model_args and state dict (float32), both
-    with nanoGPT's names, its path, and what else a run's checkpoint has. transformers looks for a
-    name in the Hugging Face cache, then on the hub. Raises UserError."""
+    """Read a model by name or from a folder and return it as a checkpoint dict.
+
+    Its keys are `model_args`, `model` (the state dict, in float32), both with nanoGPT's names,
+    `path`, and for a run all other keys of its checkpoint. transformers looks up a name in the
+    Hugging Face cache and then on the hub. Raises UserError if the model cannot be read.
+    """
     check_name(name)
     if is_run(name):
         return checkpoint.load(Path(name) / 'ckpt.pt') | {'path': name}
     with _reading(f'init_from={name!r}'):
         config = _read_json(Path(name) / 'config.json') if is_folder(name) else {}
         if config.get('model_type') == ADAPTER:
-            raise ValueError('holds adapters, not a model (nearest: --init_from=BASE '
-                             f'--lora_adapter={name})')
+            raise ValueError('contains adapters, not a model (nearest: --init_from=BASE '
+                             f'--lora_adapter={name}, where BASE is the adapted model)')
         if config.get('model_type') == OWN:
             args, state = config['model_args'], _read_weights(name)[0]
             state['lm_head.weight'] = state['transformer.wte.weight']
@@ -110,7 +114,7 @@ def read(name):
 
 
 def _read_json(path):
-    """The content of a JSON file. Raises ValueError that names it."""
+    """Return the content of a JSON file, or raise ValueError that names the file."""
     try:
         return json.loads(path.read_text(encoding='utf-8-sig'))
     except (OSError, ValueError) as e:
@@ -118,37 +122,36 @@ def _read_json(path):
 
 
 def _read_weights(folder):
-    """name -> float32 tensor, and the notes beside them, of the repo's own format."""
+    """Read a dict from names to float32 tensors, and its metadata, from the repo's own format."""
     with _import('safetensors').safe_open(Path(folder) / WEIGHTS, 'pt') as f:
         return {name: f.get_tensor(name).float() for name in f.keys()}, f.metadata() or {}
 
 
 def _read_gpt2(source):
-    """A folder or a name on the hub -> model_args, state dict. A model that `write_gpt2` gave zeros
-    as biases comes back without, unless somebody has trained them. Raises ValueError for what this
-    GPT cannot represent."""
+    """Read GPT-2 from a folder or by name and return model_args and state dict, without the zero
+    biases that `write_gpt2` added. Raises ValueError for a model that this GPT cannot represent."""
     hf = _transformers()
     config = hf.AutoConfig.from_pretrained(source, trust_remote_code=False)
     for key, values in (SUPPORTED | dict(n_inner=[None, 4 * config.hidden_size])).items():
         if getattr(config, key, None) not in values:
-            raise ValueError(f'its config.json has {key}={getattr(config, key, None)!r}, must be '
-                             f'{" or ".join(map(repr, values))}')
+            raise ValueError(f'its config.json has {key}={getattr(config, key, None)!r}, which is '
+                             f'not supported (nearest: {" or ".join(map(repr, values))})')
     model, report = hf.GPT2LMHeadModel.from_pretrained(
         source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True)
     for kind, found in report.items():
-        wrong = sorted(name for name in found                       # older files hold masks
+        wrong = sorted(name for name in found  # old files also hold masks
                        if not str(name).endswith(('.attn.bias', '.attn.masked_bias')))
         if wrong:
             raise ValueError(f'its weights have {kind.replace("_", " ")}: {wrong}')
     state = {name: w.t() if name.endswith(CONV1D) else w for name, w in model.state_dict().items()}
     if not state['lm_head.weight'].equal(state['transformer.wte.weight']):
-        raise ValueError('lm_head.weight and wte.weight differ, which are one tensor here')
+        raise ValueError('lm_head.weight and wte.weight differ, but must be the same weights')
     biases = [name for name in state if name.endswith('.bias')]
     args = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()} | dict(
         gelu='exact' if config.activation_function == 'gelu' else 'tanh',
         bias=getattr(config, 'bias', True) or any(state[name].any() for name in biases),
-        dropout=config.resid_pdrop if is_folder(source) else 0.0)   # by name nanoGPT's, not 0.1
+        dropout=config.resid_pdrop if is_folder(source) else 0.0)  # by name 0.0, as in nanoGPT
     return args, {name: w for name, w in state.items() if args['bias'] or name not in biases}
 
 
@@ -156,49 +159,50 @@ def _read_gpt2(source):
 # adapters
 
 def read_adapter(name):
-    """A folder that export.py --to=lora made -> the adapter's options, name -> float32 tensor, and
-    notes on the weights it was made on: `base_sha256` and `base`, a name for --init_from. Raises
-    UserError."""
+    """Read a folder that export.py --to=lora wrote. Returns the adapter's options, a dict from
+    names to float32 tensors, and notes on the weights that it was trained on: `base_sha256` and
+    `base`, a value for --init_from. Raises UserError if the folder cannot be read."""
     with _reading(f'lora_adapter={name!r}'):
         config = _read_json(Path(name) / 'config.json')
         if config.get('model_type') != ADAPTER:
-            raise ValueError('is no folder of adapters, as export.py --to=lora makes it')
+            raise ValueError('is not a folder of adapters (nearest: one from export.py --to=lora)')
         return config['adapter'], *_read_weights(name)
 
 
 def load_adapter(model, folder, base, say=print):
-    """Add the LoRA adapters of a folder to the model that they were made on, in place. base: the
-    model's name. Raises ValueError where they do not fit."""
+    """Add the LoRA adapters in a folder to a model, in place. `base` is the model's name for
+    messages. say(text) reports a folder that does not name the weights it was trained on. Raises
+    ValueError if the adapters do not fit the model or were trained on other weights."""
     options, tensors, notes = read_adapter(folder)
     where = f'lora_adapter={folder!r}'
     if model.config.adaptive_svd or model.config.has_lora:
-        raise ValueError(f'{where}: {base} has adapters already (nearest: {merge_command(base)})')
+        raise ValueError(f'{where}: {base} already has adapters (nearest: {merge_command(base)})')
     model.add_adapters(**options)
     weights = {f'{name}.{part}': getattr(model.get_layer(name), part).weight.data
                for name in model.config.lora_layers for part in 'AB'}
     here, there = ({name: tuple(w.shape) for name, w in w.items()} for w in (weights, tensors))
     for name in sorted({*here, *there}):
         if here.get(name) != there.get(name):
-            raise ValueError(f'{where}: {name} is {there.get(name, "not in it")}, must be '
-                             f'{here.get(name, "left out")}')
+            raise ValueError(f'{where}: the shape of {name} is {there.get(name, "none")}, but '
+                             f'{here.get(name, "none")} in the model')
         weights[name].copy_(tensors[name])
     if 'base_sha256' not in notes:
-        say(f'{where}: does not say which weights it was made on')
+        say(f'{where}: does not name the weights it was trained on, so they are not checked')
     elif notes['base_sha256'] != base_sha256(model):
         made_on = notes.get('base', 'another model')
-        raise ValueError(f'{where}: was made on the weights of {made_on}, and {base} has others '
+        raise ValueError(f'{where}: was trained on the weights of {made_on}, not of {base} '
                          f'(nearest: {shlex.quote(f"--init_from={made_on}")})')
 
 
 def merge_command(run):
-    """The command that merges the adapters of a run into its weights."""
+    """Return the command that merges the adapters of a run into its weights."""
     return f'python export.py --to=dense {shlex.quote(f"--out_dir={run}")}'
 
 
 def base_sha256(model):
-    """The checksum of a GPT's weights without LoRA adapters. It is the same for c_attn as one layer
-    or as three: weights come before biases. Position embeddings, which a run may crop, do not
-    count."""
+    """Return the sha256 of a GPT's weights without its LoRA adapters. All weights are hashed before
+    all biases, so that it does not matter whether c_attn is one layer or three. Position embeddings
+    are left out, because a run may crop them."""
     adapters = [f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB']
     digest = hashlib.sha256()
     for kind in ('weight', 'bias'):
@@ -212,8 +216,8 @@ def base_sha256(model):
 # tokenizers
 
 def read_tokenizer(name):
-    """The tokenizer of a model that `check_name` takes, as a data set's meta; None for a folder
-    without a tokenizer.json. Raises UserError for other tokenizers than `Tokenizer` has."""
+    """Return the tokenizer of a model that `check_name` accepts, as the metadata of a data set, or
+    None if its folder has none. Raises UserError if `Tokenizer` does not support it."""
     if is_run(name):
         return checkpoint.load(Path(name) / 'ckpt.pt').get('tokenizer')
     if not is_folder(name):
@@ -226,23 +230,24 @@ def read_tokenizer(name):
 
 
 def _meta_of(model):
-    """The model of a tokenizer.json -> a data set's meta. Raises ValueError."""
+    """Convert the model in a tokenizer.json to the metadata of a data set."""
     tokens = sorted(model['vocab'], key=model['vocab'].get)
     if hashlib.sha256('\n'.join(tokens[:50256]).encode()).hexdigest() == GPT2_VOCAB:
         return dict(GPT2_META)
     if 'merges' in model or any(len(token) != 1 for token in tokens):
-        raise ValueError("its tokenizer is neither one of single characters nor GPT-2's BPE")
+        raise ValueError("its tokenizer must be GPT-2's BPE or have single characters as tokens")
     return check_meta(dict(tokenizer='char', vocab_size=len(tokens), chars=tokens,
                            dtype='uint16' if len(tokens) <= 2 ** 16 else 'uint32'),
                       'tokenizer.json')
 
 
 def check_tokenizer(cfg, set_by, saved, data, say):
-    """Raise UserError for data in other tokens than those asked for, or than those that the model
-    was trained on: `saved`, the checkpoint of a run, or cfg.init_from."""
+    """Raise UserError if the data set has another tokenizer than the options or the model. `set_by`
+    has the options that the user set. The model is that of `saved`, the checkpoint of a resumed
+    run, or that of cfg.init_from. say(text) reports a resumed run on another text."""
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
-        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is encoded with '
-                        f'{data.meta["tokenizer"]!r}; only text files can be encoded again')
+        raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is already encoded (nearest: '
+                        f'--tokenizer={data.meta["tokenizer"]}, or a text file as --dataset)')
     if cfg.init_from in ('scratch', 'resume'):
         theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
     else:
@@ -250,19 +255,21 @@ def check_tokenizer(cfg, set_by, saved, data, say):
     if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
         here, there = ({*meta.get('chars', ())} for meta in (data.meta, theirs))
         new, missing = (''.join(sorted(chars))[:20] for chars in (here - there, there - here))
-        raise UserError(f'dataset={cfg.dataset}: its characters are not those of {whose}; new: '
-                        f'{new!r}, missing: {missing!r} (nearest: a text of the same ones with '
-                        f'--tokenizer={theirs["tokenizer"]}, or train.py --init_from=scratch)')
+        raise UserError(f'dataset={cfg.dataset}: its characters differ from those of {whose}; '
+                        f'new: {new!r}, missing: {missing!r} (nearest: a text with the same '
+                        f'characters and --tokenizer={theirs["tokenizer"]}, or train.py '
+                        '--init_from=scratch)')
     if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
-        say(f'dataset={cfg.dataset}: another text than the one of {saved["path"]}')
+        say(f'dataset={cfg.dataset}: not the text that {saved["path"]} was trained on')
 
 
 # ------------------------------------------------------------------------------------------------
 # writing into an empty folder: raises OSError, and UserError for a missing package
 
 def write(folder, config, weights, **notes):
-    """config.json, and name -> tensor with notes (texts) beside them. Not by save_pretrained, which
-    does not flush to disk and for a full one raises no OSError."""
+    """Write config.json and model.safetensors. `weights` is a dict from names to tensors, and
+    `notes` are texts that are stored with them. save_pretrained is not used, because it does not
+    flush to disk and raises no OSError if the disk is full."""
     save = _import('safetensors.torch').save
     tensors = {name: w.contiguous() for name, w in weights.items() if name != 'lm_head.weight'}
     write_atomically(folder / WEIGHTS, save(tensors, dict(format='pt', **notes)))
@@ -274,8 +281,9 @@ def _write_json(path, content):
 
 
 def write_gpt2(folder, args, state, end=None):
-    """model_args and the state dict of a model without an SVD, as a GPT2LMHeadModel. A model
-    without biases gets zeros, and "bias": false in its config. end: id of <|endoftext|>."""
+    """Write model_args and the state dict of a model without SVD as a GPT2LMHeadModel. A model
+    without biases gets zero biases, and "bias": false in its config. `end` is the id of
+    <|endoftext|>, or None."""
     weights = {name: w.t() if name.endswith(CONV1D) else w for name, w in state.items()}
     if not args['bias']:
         weights |= {name.removesuffix('weight') + 'bias': w.new_zeros(w.shape[-1])
@@ -290,15 +298,15 @@ def write_gpt2(folder, args, state, end=None):
 
 
 def write_tokenizer(folder, meta, length):
-    """A data set's meta as the tokenizer beside what `write_gpt2` writes; length: the most tokens
-    of a text. Raises UserError if GPT-2's BPE cannot be loaded."""
+    """Write the tokenizer of a data set's metadata beside the files of `write_gpt2`. `length` is
+    the maximal number of tokens in a text. Raises UserError if GPT-2's BPE cannot be loaded."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
     if meta['tokenizer'] == 'char':
         ids = {c: i for i, c in enumerate(meta['chars'])}
         tokenizer, special = Tokenizer(models.WordLevel(ids, unk_token='<unk>')), {}
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-        tokenizer.decoder = decoders.Fuse()                         # joined by nothing
+        tokenizer.decoder = decoders.Fuse()  # without spaces between tokens
     else:
         letters, ranks = bytes_to_unicode(), download.gpt2_encoding()._mergeable_ranks
         ids = {''.join(letters[byte] for byte in token): rank for token, rank in ranks.items()}

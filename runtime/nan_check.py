@@ -1,14 +1,15 @@
-"""Where numbers stopped being finite."""
+"""Search for NaN and infinite values."""
 
 import torch
 
 
 def first_nonfinite_layer(model, batches, context):
-    """The layer to name when the loss or a gradient is not finite.
+    """Return the name of the layer to report if the loss or a gradient is NaN or infinite.
 
-    It is the first parameter that is not finite; else the first module whose output is not, in a
-    forward pass over `batches` [(x, y), ...]; else the first parameter, in the order of the
-    backward pass, whose gradient is not; else None. Dropout masks of the forward pass are new ones.
+    It is the first parameter that is not finite; else the first module whose output is not finite,
+    in a forward pass over `batches`, a list of (x, y); else the first parameter, in the order of
+    the backward pass, whose gradient is not finite; else None. The forward pass runs within
+    `context`, with new dropout masks.
     """
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -40,8 +41,8 @@ def first_nonfinite_layer(model, batches, context):
 
 
 def first_nonfinite_tensor(tree, path):
-    """The path of the first tensor in nested dicts and lists that has a non-finite number, or
-    None."""
+    """Return the path of the first tensor in nested dicts and lists that has a NaN or infinite
+    value, or None. `path` is the path of `tree` itself."""
     if torch.is_tensor(tree):
         return path if tree.is_floating_point() and not tree.isfinite().all() else None
     items = tree.items() if isinstance(

@@ -1,10 +1,10 @@
-"""The optimizer and its learning rate: AdamW as in nanoGPT, or Muon for the hidden matrices and
-AdamW for the rest.
+"""Optimizers and learning rate: AdamW as in nanoGPT, or Muon for hidden matrices and AdamW for the
+rest.
 
-A model hands over its parameters by `param_groups(weight_decay)`: name -> parameter group, where
-'hidden' (matrices of blocks) and 'embedding' decay, 'vector' (biases, LayerNorm) does not, and
-'halved', if there is one, decays by half as much: factors that both shrink their product. Every
-trainable parameter is in exactly one.
+A model provides its parameters with `param_groups(weight_decay)`, a dict from names to parameter
+groups. 'hidden' (matrices of the blocks) and 'embedding' decay. 'vector' (biases, LayerNorm) does
+not. 'halved', which is optional, holds pairs of factors and decays by half as much, because both
+factors shrink their product. Every trainable parameter is in exactly one group.
 """
 
 import math
@@ -14,24 +14,24 @@ import torch
 from runtime import device as devices
 from runtime.config import one_line
 
-NANOGPT_LENGTH = 600000  # nanoGPT's lr_decay_iters by default, in its checkpoints and older ones
+NANOGPT_LENGTH = 600000  # nanoGPT's default lr_decay_iters; older checkpoints hold it, too
 
 
 def schedule_length(cfg):
-    """lr_decay_iters, or max_iters where that was left at its default. Stopped early, a run keeps
-    its schedule."""
+    """Return the length of the schedule in steps: lr_decay_iters, or max_iters if lr_decay_iters is
+    nanoGPT's default."""
     return cfg.max_iters if cfg.lr_decay_iters == NANOGPT_LENGTH else cfg.lr_decay_iters
 
 
 def warmup_iters(cfg):
-    """Steps of warm-up: as asked for if the schedule is longer than that, else a tenth of it."""
+    """Return the number of warm-up steps: the option, or a tenth of a schedule that is shorter."""
     length = schedule_length(cfg)
     return cfg.warmup_iters if cfg.warmup_iters < length else length // 10
 
 
 def get_lr(it, cfg):
-    """Learning rate of step `it`: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after
-    it."""
+    """Return the learning rate of step `it`: linear warm-up, then cosine decay to min_lr at step
+    lr_decay_iters, then min_lr. Without decay_lr it is learning_rate at all steps."""
     warmup = warmup_iters(cfg)
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -44,13 +44,13 @@ def get_lr(it, cfg):
 
 
 def build_optimizer(cfg, model, device):
-    """The optimizer of a model that cfg names, with the model's own hook after each step
+    """Return the optimizer that `cfg` names, with the hook that the model runs after each step
     (`register_step_hook`)."""
     return model.register_step_hook(new_optimizer(cfg, model, device))
 
 
 def new_optimizer(cfg, model, device):
-    """The optimizer that cfg names, without the model's hook."""
+    """Return the optimizer that `cfg` names, without the model's hook."""
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
     groups = model.param_groups(cfg.weight_decay)
     if cfg.optimizer == 'muon':
@@ -60,25 +60,26 @@ def new_optimizer(cfg, model, device):
 
 
 def adamw_groups(groups):
-    """What decays, what does not, and what decays by half -> list of groups. The first two are
-    nanoGPT's, in its order, so that optimizer states move between the two repos."""
+    """Return the list of AdamW's groups: parameters that decay, that do not, and that decay by
+    half. The first two groups are nanoGPT's, in its order, so that either repo can load the
+    optimizer state of the other."""
     decay = groups['hidden'] | {
         'params': groups['embedding']['params'] + groups['hidden']['params']}
     return [decay, groups['vector'], *([groups['halved']] if 'halved' in groups else [])]
 
 
 def adamw(groups, learning_rate, betas, device_type):
-    """groups: of a model's `param_groups`."""
+    """Return AdamW for the groups of a model's `param_groups`."""
     return torch.optim.AdamW(adamw_groups(groups), lr=learning_rate, betas=betas,
                              fused=device_type in ('cpu', 'cuda', 'mps'))
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) whose orthogonalisation may run in float32.
+    """torch.optim.Muon (Jordan et al. 2024) with a choice of the dtype of the orthogonalisation.
 
-    torch fixes it to bfloat16, which crawls where that is emulated. Matrices of one shape are
-    orthogonalised in one batch: a dozen small products in a row leave most of a processor idle.
-    Learning rates mean what they mean for AdamW (`match_rms_adamw`, Liu et al. 2025,
+    torch always uses bfloat16, which is slow on devices that emulate it. Matrices of one shape are
+    orthogonalised in one batch, because a sequence of small products leaves most of a processor
+    idle. Learning rates have the scale of AdamW's (`match_rms_adamw`, Liu et al. 2025,
     arXiv:2502.16982).
     """
 
@@ -89,6 +90,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update all parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:
@@ -105,15 +107,15 @@ class Muon(torch.optim.Muon):
                 updates = self._orthogonalize(torch.stack(updates), group)  # (params, m, n)
                 for p, update in zip(params, updates):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    # a factor that float32 does not hold is an error to torch; the largest one
-                    # diverges as well
+                    # torch raises an error for a factor beyond float32; training with the largest
+                    # float32 diverges, too
                     p.add_(
                         update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
                                            torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
-        """g (params, m, n) -> about U V^T of each: Newton-Schulz, singular values end near 0.7 to
-        1.2."""
+        """Return approximately U V^T of each matrix in g (params, m, n) by Newton-Schulz; singular
+        values end near 0.7 to 1.2."""
         a, b, c = group['ns_coefficients']
         x = g.to(self.dtype)
         if g.size(-2) > g.size(-1):
@@ -126,11 +128,9 @@ class Muon(torch.optim.Muon):
 
 
 class MuonAdamW:
-    """Muon and AdamW as one: param_groups, step, zero_grad, state_dict, load_state_dict, as
-    train.py uses them.
-
-    groups: of a model's `param_groups`; 'hidden' and 'halved' go to Muon.
-    """
+    """Muon and AdamW behind the interface of one optimizer. `groups` is the dict of a model's
+    `param_groups`. Muon gets 'hidden' and 'halved', AdamW gets the rest. `muon_dtype` is the dtype
+    of Muon's orthogonalisation."""
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):
         own = [groups[name] for name in ('hidden', 'halved') if name in groups]
@@ -167,9 +167,9 @@ class MuonAdamW:
 
 
 def swap_params(optimizer, model, old):
-    """Let an optimizer have the parameters that its model has now. Those in the list `old`, which
-    were replaced or have other values now, lose their state; new ones begin with none, or with
-    momenta of 0."""
+    """Give an optimizer the current parameters of its model. The state of the parameters in the
+    list `old`, which were replaced or changed, is deleted. New parameters start without state in
+    AdamW, and with zero momentum in Muon."""
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
         for p in old:
             part.state.pop(p, None)
@@ -177,15 +177,15 @@ def swap_params(optimizer, model, old):
     for group, own in zip(optimizer.param_groups,
                           groups.values() if muon else adamw_groups(groups)):
         group['params'] = own['params']
-    if muon:  # a GradScaler may skip this step: a checkpoint then needs every parameter's state
+    if muon:  # a GradScaler may skip this step, but a checkpoint needs the state of all parameters
         for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):
             optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))
 
 
 def restore_optimizer(optimizer, saved, cropped):
-    """Load the state dict `saved` of an optimizer. Its options (weight decay, betas) do not count:
-    those that `optimizer` was made with do. cropped: a parameter that may have lost its last rows
-    since. Raises ValueError for a state that is not this optimizer's."""
+    """Load the state dict `saved` into an optimizer, which keeps its own options (weight decay,
+    betas). `cropped` is a parameter that may have fewer rows than when it was saved. Raises
+    ValueError if the state does not fit the optimizer."""
     options = [{key: value for key, value in group.items() if key != 'params'}
                for group in optimizer.param_groups]
     try:

@@ -1,4 +1,4 @@
-"""Figures. matplotlib is imported where it is used, because nothing else needs it."""
+"""Figures. matplotlib is imported within functions, because it is an optional package."""
 
 import math
 import textwrap
@@ -9,17 +9,17 @@ from runtime.config import UserError
 from runtime.files import atomic_open, check_writable, unwritable
 from runtime.tracking import read_metrics
 
-# told apart with any kind of colour vision (Okabe and Ito), and in print
+# distinct with any kind of colour vision (Okabe and Ito) and in print
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
-LEVEL = ('0.25', None, '--')        # colour, marker, line
-GUIDE = dict(color='0.35')          # a line for comparison, and its label
+LEVEL = ('0.25', None, '--')        # colour, marker, line style
+GUIDE = dict(color='0.35')          # a guide line and its label
 
-# x None: a level. spread: half of an error bar or of a band's height, one number per point;
-# notes: a word per point; across: ends of a bar along x, (low, high) per point; look: colour,
-# marker, line
+# x None: a level, which is a horizontal line. spread: half the height of an error bar or a band,
+# one number per point; notes: a label per point; across: ends of a horizontal bar, (low, high) per
+# point; look: colour, marker, line style
 Curve = namedtuple('Curve', 'label x y look spread notes across', defaults=(None, None, None))
-# log: of x, base 2; ticks: place -> word
+# log: whether x is logarithmic, base 2; ticks: position -> label
 Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))
 
 Line = namedtuple('Line', 'x y name')
@@ -27,16 +27,17 @@ Panel = namedtuple('Panel', 'lines level upright')  # level, upright: guide line
 PanelRow = namedtuple('PanelRow', 'y_label y_scale panels')         # panels: title -> Panel
 
 LOSSES = {'training': 'loss', 'train split': 'train/loss', 'validation': 'val/loss',
-          'prefix-only': 'val/prefix_loss'}         # of `training_curves`: label -> key
-LEGEND_LINES = 8                    # of a row of `line_panels`
+          'prefix-only': 'val/prefix_loss'}         # of `training_curves`, label -> key
+LEGEND_LINES = 8                    # per row of `line_panels`
 
 
 def require_matplotlib(option, *paths):
-    """Raises UserError without matplotlib, and as `check_writable` for `paths`, the figures."""
+    """Raise UserError that names `option` if matplotlib is not installed or one of the figures
+    `paths` cannot be written."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(f'{option}: needs a package: pip install matplotlib') from None
+        raise UserError(f'{option}: needs matplotlib; run: pip install matplotlib') from None
     for path in paths:
         check_writable(path, option)
 
@@ -45,9 +46,9 @@ def require_matplotlib(option, *paths):
 # a page, to draw on and to save
 
 def page(rows, columns, size, dpi=110, grid=False, **options):
-    """-> figure of this size in inches, axes (rows, columns). grid: lines behind what is drawn.
-    options: those of Figure.subplots."""
-    from matplotlib.figure import Figure  # no pyplot: no state, no window
+    """Return a figure of `size` (width, height) in inches and its axes, an array (rows, columns).
+    `grid` draws grid lines behind the data; `options` are those of Figure.subplots."""
+    from matplotlib.figure import Figure  # pyplot would keep state and open windows
     figure = Figure(figsize=size, dpi=dpi, layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat if grid else ():
@@ -57,7 +58,7 @@ def page(rows, columns, size, dpi=110, grid=False, **options):
 
 
 def save(figure, path):
-    """Write a PNG. Raises UserError if it cannot be written."""
+    """Write a figure as PNG. Raises UserError if it cannot be written."""
     try:
         with atomic_open(path) as file:
             figure.savefig(file, format='png')
@@ -66,7 +67,7 @@ def save(figure, path):
 
 
 def shades(count):
-    """A sequence of colours, dark to light, without the yellow that white paper swallows."""
+    """Return `count` colours from dark to light, without yellow, which is hard to see on white."""
     from matplotlib import colormaps
     return [colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)]
 
@@ -75,16 +76,14 @@ def shades(count):
 # figures
 
 def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex=False):
-    """Write a PNG of a list of Charts, three per row, with one y axis, one legend and a caption.
-
-    bands: a spread is drawn as a band instead of bars. Raises UserError if the file cannot be
-    written.
-    """
+    """Write a PNG of the list of Charts `panels`, three per row. They share one y axis, one legend
+    and a caption. `bands` draws a spread as a band, not as error bars. Raises UserError if the file
+    cannot be written."""
     from matplotlib.ticker import FormatStrFormatter, NullFormatter
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = page(rows, columns, (8.3, 3.3 * rows + 1.2), dpi=150, grid=True, sharex=sharex,
-                        sharey=True)                                # a README is 830 pixels wide
+                        sharey=True)  # a README is 830 pixels wide
     handles = {}
     for ax, chart in zip(axes.flat, panels):
         ax.set_title(textwrap.fill(chart.title, 84 // columns), fontsize=10)
@@ -108,7 +107,7 @@ def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex
 
 
 def draw_curve(ax, curve, bands):
-    """Draw a Curve -> its handle for a legend."""
+    """Draw a Curve and return its handle for a legend."""
     from matplotlib.patheffects import withStroke
     colour, marker, line = curve.look
     spread = curve.spread and [one or 0 for one in curve.spread]
@@ -132,10 +131,10 @@ def draw_curve(ax, curve, bands):
 
 
 def line_panels(path, rows, x_label, line_label, title=None):
-    """Write a PNG of PanelRows with the same titles; axes are shared along rows and columns.
+    """Write a PNG of PanelRows, whose panels have the same titles in each row.
 
-    A row has a legend of its lines, called line_label, or of some if they are many. Level guide
-    lines are dashed and labelled below, upright ones dotted and labelled at the bottom.
+    Panels share axes along rows and columns. Each row has a legend with the title `line_label`,
+    which omits some lines if there are many. Level guide lines are dashed, upright ones dotted.
     Raises UserError if the file cannot be written.
     """
     titles = list(rows[0].panels)
@@ -149,7 +148,7 @@ def line_panels(path, rows, x_label, line_label, title=None):
         handles = {}
         for ax, panel in zip(own, row.panels.values()):
             ax.set(yscale=row.y_scale, xmargin=0.02)
-            for x, y, name in panel.lines:                          # words and ranks make stairs
+            for x, y, name in panel.lines:  # words and whole numbers are drawn as steps
                 handles[name], = ax.plot(x, y, color=colours[name], lw=1.2,
                                          marker='.' if len(x) < 20 else None,
                                          drawstyle='steps-post' if y and type(y[0]) in (str, int)
@@ -176,13 +175,13 @@ def line_panels(path, rows, x_label, line_label, title=None):
 
 
 def training_curves(folder, series):
-    """Write FOLDER/curves.png from FOLDER/metrics.jsonl: losses, learning rate, and those of the
-    model's named series that the run has, one line per layer.
+    """Draw FOLDER/curves.png from FOLDER/metrics.jsonl: the losses, the learning rate, and the
+    model's own series with one line per layer.
 
-    series: label of a panel -> (key, guides), such as {'rank': ('r', {'full': 32})}. The panel
-    shows what rows call '.../LAYER/r', numbers or words, with dashed guide lines. Nothing is drawn
-    before the run has logged a loss. Raises UserError if the file cannot be written or matplotlib
-    is missing.
+    `series` is a dict from the label of a panel to (key, guides), such as
+    {'rank': ('r', {'full': 32})}. This panel shows the values of '.../LAYER/r', numbers or words,
+    and dashed guide lines. Nothing is drawn if the run has not logged a loss. Raises UserError if
+    matplotlib is not installed or the file cannot be written.
     """
     require_matplotlib('curves.png')
     rows = [row for row in read_metrics(folder) if not row.get('final')]

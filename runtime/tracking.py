@@ -1,7 +1,7 @@
-"""What a run reports: metrics.jsonl, progress bars, Weights & Biases.
+"""Logging of a run: metrics.jsonl, progress bars, Weights & Biases (wandb).
 
-wandb never stops a run: if it is absent, without a key or a network, or broken, a line says so, and
-training goes on. WANDB_MODE=offline keeps all on this machine, for `wandb sync` later.
+wandb never stops a run. If it is not installed, has no key or network, or fails, one line says so
+and training continues. WANDB_MODE=offline keeps the data on this machine for `wandb sync`.
 """
 
 import json
@@ -17,17 +17,17 @@ from tqdm import tqdm
 from runtime.config import one_line
 from runtime.files import with_path, write_atomically
 
-# wandb's own limits in seconds, unless the environment has others
+# wandb's timeouts in seconds, unless the environment sets them
 WANDB_LIMITS = dict(WANDB_INIT_TIMEOUT='60', WANDB_LOGIN_TIMEOUT='30', WANDB_FINISH_TIMEOUT='300')
 
 
 def bar(**options):
-    """tqdm's bar on stderr, rarely drawn in a pipe or a file."""
+    """Return a tqdm bar on stderr, updated less often if stderr is a pipe or a file."""
     return tqdm(mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
 
 
 def brief_bar(work=None, **options):
-    """tqdm's bar on a terminal, gone when the work is done; nothing in a pipe or a file."""
+    """Return a tqdm bar that is shown on terminals only and disappears when the work is done."""
     return tqdm(work, leave=False, disable=None, **options)
 
 
@@ -41,8 +41,8 @@ def append_json(path, row):
 
 
 def read_json_lines(path):
-    """The objects in a file of JSON Lines, [] without one; a line that a crash left unfinished is
-    left out."""
+    """Return the objects in a JSON Lines file, or [] if there is no file. Lines that a crash left
+    incomplete are skipped."""
     rows = []
     with suppress(OSError):
         for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
@@ -52,16 +52,16 @@ def read_json_lines(path):
 
 
 def read_metrics(folder):
-    """The rows of a run's metrics.jsonl, each with its step 'iter'."""
+    """Return the rows of a run's metrics.jsonl. Each row has its step as 'iter'."""
     return [
         row for row in read_json_lines(Path(folder) / 'metrics.jsonl')
         if type(row.get('iter')) is int]
 
 
 def truncate_metrics(folder, iter_num, again):
-    """Cut metrics.jsonl back to what the run had written when step `iter_num` was done: without
-    later rows, final evaluations, and, if the resumed run makes it `again`, the evaluation at that
-    step. Raises OSError."""
+    """Cut metrics.jsonl back to its state after step `iter_num`, for a run that resumes there. Rows
+    of later steps and the final evaluation at that step are removed. If `again`, the resumed run
+    repeats the evaluation at that step, which is removed too. Raises OSError."""
     rows = [row for row in read_metrics(folder) if row['iter'] < iter_num
             or row['iter'] == iter_num and 'final' not in row and not (again and 'val/loss' in row)]
     write_atomically(
@@ -72,11 +72,12 @@ def truncate_metrics(folder, iter_num, again):
 # Weights & Biases
 
 class Tracking:
-    """A wandb run. No method raises."""
+    """A wandb run. Its methods never raise."""
 
     def __init__(self, folder, say, **options):
-        """options: wandb.init's. Its files and its id are kept in FOLDER/wandb: with the same
-        folder the same run goes on. say(text): where trouble is reported."""
+        """Start or continue a wandb run. `options` are those of wandb.init. The files and the id of
+        the run are in FOLDER/wandb, so that the same folder continues the same run. say(text)
+        reports errors."""
         self._wandb, self._run, self._say = None, None, say
         for name, seconds in WANDB_LIMITS.items():
             os.environ.setdefault(name, seconds)
@@ -85,32 +86,31 @@ class Tracking:
     def _start(self, folder, options):
         try:
             import wandb
-            init = wandb.init  # a folder wandb/ makes an empty module
+            init = wandb.init  # fails if 'wandb' is a folder without the package
         except (ImportError, AttributeError):
-            raise ImportError('not installed: pip install wandb') from None
+            raise ImportError('not installed; run: pip install wandb') from None
         place = Path(folder) / 'wandb' / 'run-id'
         place.parent.mkdir(parents=True, exist_ok=True)
         known = place.read_text(encoding='utf-8', errors='replace') if place.exists() else ''
         name = known if re.fullmatch('[0-9a-f]{8}', known) else uuid.uuid4().hex[:8]
         write_atomically(place, name.encode())
         run = init(id=name, resume='allow', dir=str(folder), allow_val_change=True, **options)
-        # 'iter' is the axis: wandb's own step never goes back, so steps that are taken again would
-        # be refused
+        # 'iter' is the x axis, because wandb's own step refuses steps that a resumed run repeats
         run.define_metric('iter')
         run.define_metric('*', step_metric='iter')
         self._wandb, self._run = wandb, run
 
     def log(self, row):
-        """row: name -> number or word, with 'iter'."""
+        """Log a row: a dict from names to numbers or words, with the step as 'iter'."""
         self._attempt('log', lambda: self._run.log(row))
 
     def figures(self, paths):
-        """paths: name -> PNG file."""
-        self._attempt('take figures', lambda: self._run.log(
+        """Log figures: a dict from names to PNG files."""
+        self._attempt('log figures', lambda: self._run.log(
             {name: self._wandb.Image(str(path)) for name, path in paths.items()}))
 
     def finish(self, code=0):
-        """code: the exit code; other than 0 the run has failed."""
+        """End the wandb run, which is marked as failed unless the exit code is 0."""
         self._attempt('finish', lambda: self._run.finish(exit_code=code))
         self._run = None
 
@@ -122,5 +122,5 @@ class Tracking:
         except Exception as e:
             self._run = None
             kind = '' if isinstance(e, ImportError) else f'{type(e).__name__}: '
-            self._say(f'wandb does not {what} ({kind}{one_line(e)[:200]}); metrics.jsonl has '
-                      'everything')
+            self._say(f'wandb: failed to {what} ({kind}{one_line(e)[:200]}); metrics.jsonl still '
+                      'has everything')

@@ -1,12 +1,12 @@
-"""OpenWebText, FineWeb-Edu or local files as GPT-2 BPE, for training from scratch:
+"""OpenWebText, FineWeb-Edu or local files, encoded with GPT-2's BPE, for training from scratch:
 
     python data/openwebtext/prepare.py [--source NAME | --files 'GLOB'] [--max_tokens N]
                                        [--out_dir DIR]
 
-The documents are streamed and each ends with the end-of-text token. OpenWebText's 9 billion tokens
-need 18 GB of disk, and as much again for the shards on the way; FineWeb-Edu's sample has 10
-billion. Whenever the run is stopped, the same command goes on after the last complete shard and
-ends with the same bytes.
+The documents are streamed, and each ends with the end-of-text token. OpenWebText has 9 billion
+tokens, which need 18 GB of disk, and another 18 GB for temporary shards. FineWeb-Edu's sample has
+10 billion tokens. After an interruption the same command continues after the last complete shard
+and produces the same bytes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from runtime import cli                                 # before numpy: says what is not installed
+from runtime import cli                                 # before numpy, to report missing packages
 
 import numpy as np
 
@@ -31,37 +31,38 @@ from runtime.data import (END, GPT2_META, WITH_END, is_prepared, preparing, read
                           write_files)
 from runtime.files import check_writable, write_atomically
 
-# Fixed revisions, in parquet: a file that changes between two runs of one preparation would go
-# unnoticed.
+# Fixed revisions, in parquet format, because nothing would detect a file that changes between two
+# runs of one preparation.
 SOURCES = {
     'openwebtext': dict(path='Skylion007/openwebtext',
                         revision='b4325f019c648b1641a1784748667e8b74e5e064'),
     'fineweb-edu': dict(path='HuggingFaceFW/fineweb-edu', name='sample-10BT',
                         revision='87f09149ef4734204d70ed1d046ddc9ca3f2b8f9')}
 SHARD_CHARACTERS = 2 ** 24          # about 4 million tokens, a few seconds of work; bounds memory
-VAL_ONE_IN = 2000                   # 0.05%, as nanoGPT
+VAL_ONE_IN = 2000                   # 0.05%, as in nanoGPT
 
 
 def main(argv=None):
-    """Run the command -> exit code. 1: the source cannot be reached or the disk is full."""
+    """Run the command and return its exit code: 1 if the source is unreachable or the disk full."""
     parser = argparse.ArgumentParser(prog='python data/openwebtext/prepare.py', allow_abbrev=False)
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--source', choices=SOURCES, default='openwebtext',
                        help='default: openwebtext')
     where.add_argument('--files', metavar='GLOB', type=os.path.expanduser,
-                       help='local .parquet (column "text") or .txt (one document each)')
+                       help='local .parquet (column "text") or .txt files (one document each)')
     parser.add_argument('--max_tokens', metavar='N', type=int, help='stop after N training tokens')
     parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=FOLDER,
                         help='default: this folder')
-    return cli.parse(parser, argv, prepare, 'goes on')
+    return cli.parse(parser, argv, prepare, 'the same command continues')
 
 
 def prepare(args):
-    """Documents -> shards -> train.bin, val.bin, meta.json. Raises UserError, OSError."""
+    """Write the documents as shards, then join these to train.bin, val.bin and meta.json. `args`
+    are the parsed options. Raises UserError, and OSError if files cannot be written."""
     if args.max_tokens is not None and args.max_tokens < 1:
-        raise UserError(f'--max_tokens={args.max_tokens}: must be 1 or more')
+        raise UserError(f'--max_tokens={args.max_tokens}: must be at least 1 (nearest: 1)')
     import datasets
-    # What the result depends on. Only the same version of datasets understands a position, too.
+    # The result depends on these. A position is only valid with the same version of datasets.
     settings = dict(find_source(args), max_tokens=args.max_tokens, datasets=datasets.__version__)
     settings_sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     shards = args.out_dir / 'shards'
@@ -71,11 +72,11 @@ def prepare(args):
         progress = json.loads(file.read_text()) if file.exists() else dict(
             settings=settings, position=None, documents=0, shards=0, train_tokens=0, val_tokens=0)
         if progress['settings'] != settings:
-            raise UserError(f'{file}: begun with other options, or another version of datasets; '
-                            f'finish that, or delete {shards}')
+            raise UserError(f'{file}: from a run with other options or another version of '
+                            f'datasets; finish that run, or delete {shards}')
         if is_prepared(args.out_dir) and (
                 read_meta(args.out_dir).get('settings_sha256') == settings_sha256):
-            print(f'{args.out_dir}: already prepared; delete its meta.json to do it again')
+            print(f'{args.out_dir}: already prepared; to prepare it again, delete its meta.json')
         else:
             progress = write_shards(datasets.load_dataset, progress, shards,
                                     download.gpt2_encoding())
@@ -87,24 +88,23 @@ def prepare(args):
                 for split in ('train', 'val')})
             print(f'{meta["source"]}: {meta["documents"]:,} documents, {meta["train_tokens"]:,} '
                   f'tokens for training, {meta["val_tokens"]:,} for validation -> {args.out_dir}')
-        shutil.rmtree(shards, ignore_errors=True)           # a kill may have come before this
+        shutil.rmtree(shards, ignore_errors=True)  # also after a killed run
 
 
 def find_source(args):
-    """The source that the options name, a dict.
-
-    source: words for meta.json; load: arguments for load_dataset; files: [[path, bytes], ...] of
-    local files. Raises UserError.
-    """
+    """Return the source that the options name, a dict. Its keys are `source`, a description for
+    meta.json; `load`, the arguments of load_dataset; and `files`, [[path, bytes], ...] of local
+    files. Raises UserError if the files cannot be used."""
     if args.files is None:
         load = SOURCES[args.source]
         return dict(source=f'{load["path"]} at {load["revision"][:8]}', load=load)
     files = [args.files] if os.path.isfile(args.files) else sorted(
         filter(os.path.isfile, glob.glob(args.files, recursive=True)))
     kinds = {Path(f).suffix for f in files}
-    if kinds != {'.parquet'} and (kinds != {'.txt'} or len(files) == 1):    # one has no split
-        raise UserError(f'--files={args.files}: must be all .parquet, or two or more .txt (one '
-                        f'document each), found {len(files)} files {" ".join(sorted(kinds))}')
+    if kinds != {'.parquet'} and (kinds != {'.txt'} or len(files) == 1):  # one text cannot be split
+        raise UserError(f'--files={args.files}: must be .parquet files, or two or more .txt files '
+                        f'(one document each), but matches {len(files)} files '
+                        f'{" ".join(sorted(kinds))}')
     load = dict(path='parquet') if kinds == {'.parquet'} else dict(
         path='text', sample_by='document', encoding='utf-8-sig')
     return dict(source=f'--files {args.files}', load=load,
@@ -112,10 +112,11 @@ def find_source(args):
 
 
 def read_shards(load_dataset, settings, position):
-    """Yield lists of texts, SHARD_CHARACTERS or a little more each, and the position after them.
+    """Yield lists of texts and the position after each list.
 
-    The last list may be short, or empty. position: where to begin, None at the first document.
-    Raises UserError for unreadable local files, Failure for a source on the network.
+    A list has SHARD_CHARACTERS characters or slightly more; the last one may be shorter or empty.
+    `position` is where to start, or None for the first document. Raises UserError if local files
+    cannot be read, and Failure if a source on the network cannot be read.
     """
     documents, files = None, [file for file, _ in settings.get('files', [])]
     try:
@@ -131,7 +132,7 @@ def read_shards(load_dataset, settings, position):
                 yield texts, documents.state_dict()
                 texts, size = [], 0
         yield texts, documents.state_dict()
-    except Exception as e:                  # datasets raises its own, pyarrow's, the hub's, others
+    except Exception as e:  # from datasets, pyarrow or the hub
         place = settings['source']
         if files and documents is not None:
             state = documents.state_dict()
@@ -140,14 +141,12 @@ def read_shards(load_dataset, settings, position):
             place = files[state['shard_idx']]
         raise (UserError if files else Failure)(
             f'{place}: cannot be read: {type(e).__name__}: {one_line(e)}' + ('' if files else (
-                "; the same command goes on, or give local files: --files 'GLOB'"))) from None
+                "; run the same command again, or use local files: --files='GLOB'"))) from None
 
 
 def write_shards(load_dataset, progress, shards, encoding):
     """Write train-00000.bin, val-00000.bin, ... and progress.json into the folder `shards`.
-
-    progress: what progress.json says, or would say before the first shard. Returns the last one.
-    """
+    `progress` is the content of progress.json, or its initial value. Returns the final content."""
     settings = progress['settings']
     shards.mkdir(parents=True, exist_ok=True)
     with tracking.bar(total=settings['max_tokens'], initial=progress['train_tokens'],
@@ -160,12 +159,12 @@ def write_shards(load_dataset, progress, shards, encoding):
             for ids in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()):
                 if len(tokens['train']) >= left:
                     break
-                # The number alone says which split; 0 is in val, so that there is one.
+                # The number alone decides the split; 0 is in val, so that val is not empty.
                 digest = hashlib.sha256(str(number).encode()).hexdigest()
                 in_val = number == 0 or int(digest[:16], 16) % VAL_ONE_IN == 0
                 tokens['val' if in_val else 'train'] += [*ids, encoding.eot_token]
                 number += 1
-            del tokens['train'][left:]              # --max_tokens may end within a document
+            del tokens['train'][left:]              # --max_tokens may cut a document
             for split, ids in tokens.items():
                 write_atomically(shards / f'{split}-{progress["shards"]:05}.bin',
                                  np.array(ids, np.uint16).tobytes())

@@ -1,8 +1,8 @@
-"""Shakespeare, GPT-2's BPE:
+"""Shakespeare, encoded with GPT-2's BPE:
 
     python data/shakespeare/prepare.py [--input FILE] [--out_dir DIR]
 
-Writes train.bin, val.bin (the last tenth of the text) and meta.json; data/shakespeare_text.py finds
+Writes train.bin, val.bin (the last tenth of the text) and meta.json. data/shakespeare_text.py finds
 the text.
 """
 

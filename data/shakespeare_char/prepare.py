@@ -1,8 +1,8 @@
-"""Shakespeare, one token for each character:
+"""Shakespeare, encoded with one token per character:
 
     python data/shakespeare_char/prepare.py [--input FILE] [--out_dir DIR]
 
-Writes train.bin, val.bin (the last tenth of the text) and meta.json; data/shakespeare_text.py finds
+Writes train.bin, val.bin (the last tenth of the text) and meta.json. data/shakespeare_text.py finds
 the text.
 """
 

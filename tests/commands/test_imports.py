@@ -114,9 +114,9 @@ def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
     (tmp_path / 'old' / 'torch-2.8.1.dist-info').mkdir(parents=True)
     (tmp_path / 'old' / 'torch-2.8.1.dist-info' /
      'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')
-    for missing, path, words in ((['torch'], '', 'torch: not installed'),
-                                 ([], tmp_path / 'old', 'torch 2.8.1 is too '
-                                 'old'), (['numpy', 'tqdm'], '', 'numpy, tqdm: not installed')):
+    for missing, path, words in ((['torch'], '', 'torch'),
+                                 ([], tmp_path / 'old', 'torch 2.8.1'),
+                                 (['numpy', 'tqdm'], '', 'numpy, tqdm')):
         done = python(f'''
 import runpy, sys
 sys.modules.update(dict.fromkeys({missing}))
@@ -129,7 +129,8 @@ for file in {commands}:
     except SystemExit as e:
         print(e)
 ''', tmp_path, path)
-        lines = [
-            f'{file.rpartition("/")[2]}: {words}: pip install -r requirements.txt'
-            for file in commands]
-        assert (done.stdout.splitlines(), done.stderr) == (lines, '')
+        lines = done.stdout.splitlines()
+        assert done.stderr == '' and all(
+            line.startswith(file.rpartition('/')[2] + ': ') and words in line
+            and 'pip install -r requirements.txt' in line
+            for line, file in zip(lines, commands, strict=True)), lines

@@ -316,7 +316,7 @@ def test_openwebtext_takes_text_files(parquet, call):
                              ('--imput=text', '--imput'), ('--input=text --out_dir=text', 'text')]),
     *((openwebtext.main, options, words)
       for options, words in [('--files=no*', '--files=no*'), ('--files=*[tx]', '.parquet'),
-                             ('--files=one[0].txt', 'found 1'), ('--files=bad', 'bad'),
+                             ('--files=one[0].txt', '1 files'), ('--files=bad', 'bad'),
                              ('--files=bad.parquet', 'bad.parquet'),
                              ('--files=[0-2].parquet --max_tokens=0',
                               '--max_tokens=0'), ('--max_tokens=many', 'max_tokens'),

@@ -77,7 +77,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_good_checkpoint(endl
     children = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()     # by rank
     os.kill(int(children[victim]), signal.SIGKILL)
     _, err = job.communicate(timeout=60)
-    assert job.returncode == 1 and f'train.py: process {1 - victim}: no contact' in err, err
+    assert job.returncode == 1 and f'train.py: process {1 - victim}: lost contact' in err, err
     assert ckpt.load('out/ckpt.pt')['iter_num'] >= 2
 
 
