@@ -4,27 +4,27 @@ downloads nothing:
 
     python example_mla_usage.py
 
-1. Kinds of attention side by side: parameters, cache, decoding speed, loss after a short run.
-2. Decoding with a cache gives the same logits as computing everything again.
+1. Variants of attention: parameters, cache size, decoding speed and loss after a short run.
+2. Decoding with a cache gives the same logits as a forward pass over all tokens.
 """
 
 from pathlib import Path
 
-from runtime.cli import unfailing_output                # before torch: says what is not installed
+from runtime.cli import unfailing_output                # before torch, to report missing packages
 
 import torch
 
 from model import GPT, GPTConfig
 from tools.timing import generation
 
-# one is trained, the other timed; a byte is a token
+# SMALL is trained, WIDE is timed; each byte is a token
 SMALL = dict(block_size=128, vocab_size=256, n_layer=2, n_head=4, n_embd=64, bias=False)
 WIDE = dict(block_size=1024, vocab_size=256, n_layer=2, n_head=8, n_embd=512, bias=False)
 STEPS = 150                                             # of each short training run
 
 
 def kinds(n_embd):
-    """Name -> options of GPTConfig. Without mla_latent_dim, latents have n_embd / 4 numbers."""
+    """Variant -> options of GPTConfig. The default latent size is n_embd / 4."""
     svd = dict(use_svd=True, svd_rank=8, svd_scope='causal')
     return {'ordinary': {},
             'ordinary, SVD on V': svd,
@@ -39,23 +39,24 @@ def kinds(n_embd):
 def main():
     torch.manual_seed(1337)
     text = torch.tensor(list(Path(__file__).with_name('model.py').read_bytes()))
-    print('1. Kinds of attention. Parameters, cache and tokens/s: 2 layers, 512 wide, 8 sequences\n'
-          '   after 992 tokens, timed once. Losses of two seeds: 2 layers, 64 wide, after\n'
-          f'   {STEPS} steps on the text of model.py\n\n   {"":24}{"parameters":>11}'
-          f'{"of attention":>14}{"cache":>11}{"tokens/s":>10}{"losses":>14}')
+    print('1. Variants of attention. Parameters, cache and tokens/s: 2 layers, 512 wide, 8\n'
+          '   sequences after 992 tokens, timed once. Losses (nats per byte) of two seeds: 2\n'
+          f'   layers, 64 wide, after {STEPS} steps on the text of model.py\n\n   {"":24}'
+          f'{"parameters":>11}{"of attention":>14}{"cache":>11}{"tokens/s":>10}{"losses":>14}')
     for name, small in kinds(64).items():
         model = GPT(GPTConfig(**WIDE, **kinds(512)[name])).eval()
         prompt = torch.zeros(1, 992, dtype=torch.long).expand(8, -1)
-        _, seconds = generation(model, prompt, 16, 'cpu')       # for the prompt, per later token
+        _, seconds = generation(model, prompt, 16, 'cpu')       # of the prompt, per token
         losses = [short_run(GPTConfig(**SMALL, **small), text, seed) for seed in (1337, 1338)]
         print(f'   {name:24}{model.get_num_params():11,}{model.attention_params():14,}'
               f'{model.kv_cache_bytes(8, 1008) / 1e6:8.1f} MB{8 / seconds:10.0f}'
               f'{losses[0]:8.3f}{losses[1]:7.3f}')
-    print('\n   Latents of n_embd / 4 are 8 times smaller than keys and values. The SVD makes V\n'
-          '   smaller, but not a latent, which keys need too: with MLA its bases are added.\n')
+    print('\n   Latents of n_embd / 4 values are 8 times smaller than keys and values. The\n'
+          '   SVD makes a cached V smaller. It cannot make latents smaller, because keys need\n'
+          '   them too, so with MLA the cache grows by the bases.\n')
 
-    print('2. Logits token by token from a cache, and all at once: largest difference over the\n'
-          '   largest logit')
+    print('2. Logits computed token by token with a cache, and all at once: largest difference\n'
+          '   relative to the largest logit')
     for name, options in kinds(64).items():
         for dtype in (torch.float32, torch.float64):
             model = GPT(GPTConfig(**SMALL, **options)).to(dtype).eval()
@@ -68,7 +69,7 @@ def main():
 
 @torch.enable_grad()
 def short_run(config, text, seed):
-    """Mean loss on the last tenth of the text after STEPS steps on the rest."""
+    """Train for STEPS steps on nine tenths of the text -> mean loss on the last tenth."""
     torch.manual_seed(seed)
     model, windows = GPT(config), text.unfold(0, 129, 1)                        # (number, 129)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -1,24 +1,33 @@
 """
-A GPT in one file: nanoGPT's, parameter for parameter (github.com/karpathy/nanoGPT, MIT), whose
-attention can truncate its value matrix V by an SVD, can make keys and values from one latent per
-token (multi-head latent attention, MLA), and whose layers can be low-rank or adapted.
+A GPT in one file, with nanoGPT's parameters (github.com/karpathy/nanoGPT, MIT). Options add a
+truncated SVD of the value matrix V of each attention head, keys and values from one latent vector
+per token (multi-head latent attention, MLA), low-rank layers, adaptive SVD and LoRA.
 
-Where V is truncated: `CausalSelfAttention.apply_svd_to_v` ('sequence' and 'causal' scope: V itself)
-and `value_weight` ('weight' scope: the projection that makes V), both by the layer's `head_svd`
-module, which also makes the part of a cache that holds V. Per token and head a cache keeps
+Where the SVD happens: each attention layer has a module `head_svd` (lowrank/head_svd.py). In
+'sequence' and 'causal' scope it truncates V itself (CausalSelfAttention.apply_svd_to_v). In
+'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight).
 
-    no SVD       hs numbers of K, hs of V
-    'sequence'   no cache: each new token changes V of all earlier ones
-    'causal'     hs of K; hs of V for the first svd_block tokens, then k, and a basis per block
-    'weight'     hs of K, k of V
+What it costs: the SVD makes training slower, never faster, and saves no memory there (docs/SVD.md).
+In decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K,
+and of V
 
-Full rank changes nothing. The SVD makes training slower, never faster (docs/SVD.md).
+    no SVD       hs values
+    'causal'     hs values for the first svd_block tokens, then k, and a basis per block of tokens
+    'weight'     k values
+    'sequence'   no cache: a new token changes V of all earlier tokens, so that each new token
+                 recomputes the whole prefix
 
-Where MLA happens: `LatentProjection` in place of `QKVProjection`. Keys are U_k c and values U_v c
-of a latent c, and a cache keeps the d numbers of c per token and layer instead of 2C, with the
-bases of 'causal' scope. Training and prompts compute both; a single token attends to the latents,
-with U_k multiplied into its query and U_v applied to the result (lowrank/kv_cache.py). The two ways
-agree up to rounding: docs/MLA.md.
+What is exact: full rank changes nothing. 'sequence' takes the best rank-k approximation of V, and
+'weight' that of W_v. 'causal' projects V of each token on k directions that come from earlier
+tokens. This is not the best approximation, but no token depends on a later one. 'randomized' has
+1 to 4% more error than the exact methods. Decoding with a cache computes the same function as a
+forward pass over the whole prefix, up to rounding.
+
+Where MLA happens: `LatentProjection` replaces `QKVProjection`. It computes keys U_k c and values
+U_v c from a latent c of d values per token. The cache keeps c instead of 2C values per token and
+layer, and in 'causal' scope also the bases. Training and prompts compute all keys and values. A
+single new token attends to the latents directly: U_k is multiplied into its query, and U_v is
+applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding (docs/MLA.md).
 
 Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank,
 d latent size.
@@ -52,7 +61,7 @@ SVD = Needs(use_svd=True), OVERRIDABLE
 CAUSAL = Needs(use_svd=True, svd_scope='causal'), OVERRIDABLE
 RANDOMIZED = Needs(use_svd=True, svd_method='randomized'), OVERRIDABLE
 ADAPTIVE, LORA = Needs(adaptive_svd=True), Needs(has_lora=True)
-# words of adaptive_svd_targets and lora_targets -> layers of a block
+# word of adaptive_svd_targets or lora_targets -> layer of a block
 TARGETS = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_attn.c_v',
            'query': 'attn.c_attn.query', 'c_proj': 'attn.c_proj', 'c_fc': 'mlp.c_fc',
            'mlp.c_proj': 'mlp.c_proj'}
@@ -60,60 +69,61 @@ TARGETS = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_at
 
 @dataclass
 class GPTConfig(AdapterTargets):
-    """Everything that shapes the model; a checkpoint's `model_args` is this as a dict. OVERRIDABLE
-    fields change no parameter and may differ from a checkpoint's. Raises ValueError, its message
-    starting with the field's name, for values that cannot be."""
+    """Configuration of a `GPT`, stored in checkpoints as the dict `model_args`. OVERRIDABLE fields
+    change no parameter and may differ from a checkpoint's. Raises ValueError for impossible values,
+    with a message that starts with the field's name."""
     block_size: Annotated[int, 'context length in tokens', Range(1), Section('model')] = 1024
-    vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304     # GPT-2's, in 64s
-    n_layer: Annotated[int, 'transformer blocks', Range(1)] = 12
+    vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304  # GPT-2's 50257, padded
+    n_layer: Annotated[int, 'number of transformer blocks', Range(1)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
-    n_embd: Annotated[int, 'width of the model; a multiple of n_head', Range(1)] = 768
+    n_embd: Annotated[int, 'embedding size; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
-    bias: Annotated[bool, 'biases in Linear and LayerNorm; False is a bit better and faster'] = True
-    gelu: Annotated[Literal['exact', 'tanh'], "'exact': nanoGPT's; 'tanh': OpenAI's"] = 'exact'
-    use_svd: Annotated[bool, 'truncate V in attention to rank svd_rank', OVERRIDABLE,
+    bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
+    gelu: Annotated[Literal['exact', 'tanh'], "GELU: 'exact' (nanoGPT) or 'tanh' (GPT-2)"] = 'exact'
+    use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
-    svd_rank: Annotated[int | None, 'rank kept per head; None: all', Range(1), *SVD] = None
-    svd_method: Annotated[Literal[METHODS], "'standard': torch.linalg.svd; 'gram': eigh of V^T V, "
-                          "faster; 'randomized': fastest, residual 1 to 4% above the best",
+    svd_rank: Annotated[int | None, 'rank to keep per head; None: all', Range(1), *SVD] = None
+    svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
+                          "slower; 'randomized': usually fastest, error 1 to 4% above the best",
                           *SVD] = 'gram'
-    svd_scope: Annotated[Literal[SCOPES], "'sequence': all of V, sees later tokens; 'causal': on "
-                         "a basis of earlier rows; 'weight': the matrix that makes V",
-                         *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal': number of first rows that stay whole; a new basis follows "
-                         'whenever the number of rows has doubled', Range(1), *CAUSAL] = 32
+    svd_scope: Annotated[Literal[SCOPES], "truncate V of the whole sequence ('sequence', sees "
+                         "later tokens), V of each token on a basis of earlier tokens ('causal'), "
+                         "or the weight that makes V ('weight')", *SVD] = 'sequence'
+    svd_block: Annotated[int, "'causal' scope: the first svd_block tokens keep their full V; "
+                         'tokens [n, 2n) use the basis of tokens [0, n)', Range(1), *CAUSAL] = 32
     svd_basis_grad: Annotated[bool, 'False: no gradient through the basis, so that '
-                              "'sequence' does not learn to leak later tokens", *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start",
+                              "'sequence' scope is not trained to use later tokens", *SVD] = True
+    svd_power_iters: Annotated[int, "'randomized': power iterations from a random start",
                                Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond rank + 4",
+    svd_oversample: Annotated[int, "'randomized': columns of a random start beyond svd_rank + 4",
                               Range(0), *RANDOMIZED] = 0
-    use_mla: Annotated[bool, 'multi-head latent attention: keys and values from latents',
+    use_mla: Annotated[bool, 'multi-head latent attention: K and V from one latent per token',
                        Section('MLA and low-rank layers')] = False
     mla_latent_dim: Annotated[int | None, 'latent size, at most n_embd; None: n_embd / 4',
                               Range(1), Needs(use_mla=True)] = None
-    layer_ranks: Annotated[dict[str, int] | None, "ranks of layers, as {'h.0.mlp.c_fc': 64}; "
-                           'compress.py sets them'] = None
-    adaptive_svd: Annotated[bool, 'protect learned weights against gradients that would undo them',
+    layer_ranks: Annotated[dict[str, int] | None, "low-rank layers, as {'h.0.mlp.c_fc': 64}; set "
+                           'by compress.py'] = None
+    adaptive_svd: Annotated[bool, 'protect learned weights from gradients that overwrite them',
                             Section('adaptive SVD')] = False
-    adaptive_svd_target_layer: Annotated[int, 'block with adaptive layers; -1: all blocks',
+    adaptive_svd_target_layer: Annotated[int, 'index of the block to protect; -1: all blocks',
                                          Range(-1), ADAPTIVE] = 0
-    adaptive_svd_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj', with MLA 'query,c_proj'",
-                                    ADAPTIVE] = 'c_q'
-    adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': no writes to the protected "
-                                       "space; 'none': MiLoRA", ADAPTIVE, OVERRIDABLE] = 'left'
+    adaptive_svd_targets: Annotated[str, "layers, from 'c_q,c_k,c_v,c_proj'; with MLA "
+                                    "'query,c_proj'", ADAPTIVE] = 'c_q'
+    adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': protected directions cannot "
+                                       "change; 'none': they can", ADAPTIVE, OVERRIDABLE] = 'left'
     adaptive_svd_ranks: Annotated[dict[str, int] | None, 'trained components of layers in low-rank '
-                                  'mode; training sets them', ADAPTIVE] = None
-    lora_rank: Annotated[int | None, 'adapter rank; weights are frozen; None: off', Range(1),
+                                  'mode; set by training', ADAPTIVE] = None
+    lora_rank: Annotated[int | None, 'adapter rank; weights are frozen; None: no LoRA', Range(1),
                          Section('LoRA')] = None
-    lora_alpha: Annotated[float | None, 'adapters count alpha / rank times; None: once',
+    lora_alpha: Annotated[float | None, 'adapters are scaled by alpha / rank; None: by 1',
                           Range(above=0), LORA] = None
-    lora_dropout: Annotated[float, "dropout of adapter inputs; 'weight' scope: none for c_v",
+    lora_dropout: Annotated[float, "dropout of adapter inputs; none for c_v in 'weight' scope",
                             Range(0, below=1), LORA, OVERRIDABLE] = 0.0
-    lora_targets: Annotated[str, "which of 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj'; MLA: 'query' in "
-                            'place of the first three', LORA] = 'c_q,c_v'
-    lora_init: Annotated[Literal[INITS], "'lora': zero; 'pissa', 'milora': the largest or smallest "
-                         'singular components of the weights', LORA] = 'lora'
+    lora_targets: Annotated[str, "layers, from 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj'; with MLA "
+                            "'query' replaces the first three", LORA] = 'c_q,c_v'
+    lora_init: Annotated[Literal[INITS], "adapters start from zero ('lora'), or from the largest "
+                         "('pissa') or smallest ('milora') singular components of the weights",
+                         LORA] = 'lora'
 
     def __post_init__(self):
         validate(self)
@@ -141,7 +151,7 @@ class GPTConfig(AdapterTargets):
 
     @property
     def layer_shapes(self):
-        """Layers that options can name, such as 'h.0.mlp.c_fc' -> shape (m, n) of the weight."""
+        """Layers that options can name, such as 'h.0.mlp.c_fc' -> weight shape (m, n)."""
         C, wide = self.n_embd, {'c_fc': (4 * self.n_embd, self.n_embd),
                                 'mlp.c_proj': (self.n_embd, 4 * self.n_embd)}
         return {f'h.{i}.{part}': wide.get(word, (C, C)) for i in range(self.n_layer)
@@ -149,8 +159,8 @@ class GPTConfig(AdapterTargets):
 
     @property
     def svd_off(self):
-        """'off' and why the SVD changes nothing; '' where it truncates."""
-        inputs = self.latent_dim if self.use_mla else self.n_embd   # of W_v
+        """'off' and the reason why the SVD changes nothing, or '' if it truncates."""
+        inputs = self.latent_dim if self.use_mla else self.n_embd   # of W_v or U_v
         return why_off(self.use_svd, self.svd_rank, self.svd_scope, self.svd_block, self.block_size,
                        self.n_embd // self.n_head, inputs)
 
@@ -160,33 +170,34 @@ class GPTConfig(AdapterTargets):
 
     @property
     def svd_summary(self):
-        """What is done to V, for a line of output."""
+        """What the SVD does to V, as text for a line of output."""
         return self.svd_off or (f'rank {self.svd_rank} of {self.n_embd // self.n_head}, '
                                 f'{self.svd_method}, {self.svd_scope}')
 
     @property
     def is_noncausal(self):
-        """Whether outputs depend on later tokens: then the parallel loss is not generation's."""
+        """Whether outputs depend on later tokens. Parallel and prefix-only loss then differ."""
         return self.svd_scope == 'sequence' and self.svd_truncates
 
 
 class QKVProjection(nn.Linear):
-    """Queries, keys and values of all heads: W_q, W_k, W_v stacked (3C, C), nanoGPT's c_attn."""
+    """Queries, keys and values of all heads: nanoGPT's c_attn, W_q, W_k, W_v stacked (3C, C)."""
 
     def __init__(self, config):
         super().__init__(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.n_head = config.n_head
 
     def forward(self, x, w_v=None):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, C) replaces `value_weight`."""
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, C) is used in place of W_v."""
         weight = self.weight
         if w_v is not None:
             weight = torch.cat((*weight.chunk(3)[:2], w_v.flatten(0, 1)))
         return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
 
     def project_for_cache(self, x, down_proj):
-        """x (B, T, C) -> q, k, v for `KeyValueCache.attend`. In 'weight' scope down_proj (nh k, C)
-        makes V's coordinates, which replace v, for k / hs of the cost."""
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs), for `KeyValueCache.attend`. 'weight' scope
+        passes down_proj (nh k, C). Then v holds coordinates of V (B, nh, T, k), which cost k / hs
+        of V."""
         if down_proj is None:
             return self(x)
         C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]
@@ -194,40 +205,40 @@ class QKVProjection(nn.Linear):
         return split_heads(self.n_head, q, k, F.linear(x, down_proj))
 
     def value_weight(self):
-        """W_v, which makes V of x, per head: (nh, hs, C)."""
+        """Return W_v per head (nh, hs, C). It is never truncated here."""
         return self.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))
 
     def value_bias(self):
-        """(nh, 1, hs), or None."""
+        """Return the bias of V per head (nh, 1, hs), or None."""
         return bias_per_head(self.n_head, None if self.bias is None else self.bias.chunk(3)[2])
 
 
 class LatentProjection(nn.Module):
-    """The same for MLA: keys and values of all heads come from one latent c = W_a x of d numbers
-    per token (DeepSeek-V2, arXiv:2405.04434, equations 9 to 11; nothing is rotary, because
-    positions are learned)."""
+    """Projection of MLA, with the methods of QKVProjection. Keys and values of all heads come from
+    one latent c = W_a x of d values per token (DeepSeek-V2, arXiv:2405.04434, equations 9 to 11).
+    Positions are learned, so there is no rotary part."""
 
     def __init__(self, config):
         super().__init__()
         C, d, self.n_head = config.n_embd, config.latent_dim, config.n_head
         self.query = nn.Linear(C, C, bias=config.bias)
         self.kv_down = nn.Linear(C, d, bias=False)                  # W_a
-        self.k_up = nn.Linear(d, C, bias=False)                     # U_k; softmax ignores a bias
+        self.k_up = nn.Linear(d, C, bias=False)                     # U_k; softmax cancels a bias
         self.v_up = nn.Linear(d, C, bias=config.bias)               # U_v
 
     def forward(self, x, w_v=None):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, d) replaces `value_weight`."""
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, d) is used in place of U_v."""
         c = self.kv_down(x)                                         # (B, T, d)
         w_v = self.v_up.weight if w_v is None else w_v.flatten(0, 1)
         v = F.linear(c, w_v, self.v_up.bias)                        # (B, T, C)
         return split_heads(self.n_head, self.query(x), self.k_up(c), v)
 
     def value_weight(self):
-        """U_v, which makes V of latents, per head: (nh, hs, d)."""
+        """Return U_v per head (nh, hs, d). It is never truncated here."""
         return self.v_up.weight.unflatten(0, (self.n_head, -1))
 
     def value_bias(self):
-        """(nh, 1, hs), or None."""
+        """Return the bias of V per head (nh, 1, hs), or None."""
         return bias_per_head(self.n_head, self.v_up.bias)
 
     def project_for_cache(self, x, down_proj):
@@ -250,8 +261,11 @@ class CausalSelfAttention(nn.Module):
             oversample=config.svd_oversample)
 
     def forward(self, x, cache=None, only_last=False):
-        """x (B, T, C) -> (B, T, C); only_last: of the last position, (B, 1, C). With a cache, x
-        follows the tokens in it and joins them: a whole prompt first, then one token at a time."""
+        """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last. With a cache, x
+        continues the tokens in the cache and is added to it: first the whole prompt, then one token
+        at a time."""
+        # kv is (k, v) without a cache. With one it is what `attend` adds to the cache: (k, v),
+        # (k, coordinates of V) in 'weight' scope, or (latents,) with MLA
         q, *kv = self.project(x) if cache is None else (
             self.c_attn.project_for_cache(x, cache.values.down_proj))
         q = q[:, :, -1:] if only_last else q                        # (B, nh, T or 1, hs)
@@ -265,38 +279,39 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):
-        """x (B, T, C) -> q, k, v (B, nh, T, hs); V by the truncated weight in 'weight' scope."""
+        """x (B, T, C) -> q, k, v (B, nh, T, hs). 'weight' scope makes v by the truncated W_v."""
         return self.c_attn(x, self.value_weight() if isinstance(self.head_svd, WeightSVD) else None)
 
     def value_weight(self):
-        """W_v (nh, hs, C), or U_v (nh, hs, d) of MLA; truncated to rank k in 'weight' scope."""
+        """Return the weight that makes V: W_v (nh, hs, C), or U_v (nh, hs, d) with MLA. In 'weight'
+        scope it is truncated to rank k per head, unlike `c_attn.value_weight`."""
         return self.head_svd.truncate_weight(self.c_attn.value_weight())
 
     def apply_svd_to_v(self, v):
-        """V of each head truncated to rank k in 'sequence' and 'causal' scope, else V itself:
-        (B, nh, T, hs) -> the same. Float32 inside, v's dtype out."""
+        """V (B, nh, T, hs) -> same shape and dtype. 'sequence' scope returns the best rank-k
+        approximation per head. 'causal' projects each row on k directions from earlier rows.
+        Otherwise V stays as it is. Computed in at least float32."""
         return self.head_svd(v)
 
     def _standard_svd_reconstruction(self, v, rank=None):
-        """The reference, whatever svd_method is: U_k S_k V_k^T by torch.linalg.svd, (B, nh, T, hs)
-        -> the same. rank: svd_rank by default."""
+        """Best rank-k approximation of V by torch.linalg.svd, for tests. rank None: svd_rank."""
         return low_rank_approximation(v, rank or self.svd_rank, 'standard')
 
     @torch.no_grad()
     def value_statistics(self, x):
-        """x (B, T, C) -> energy that the SVD keeps of V, and the effective rank of V before it, per
-        head, averaged over the batch: {'energy_kept': (nh), 'effective_rank': (nh)}."""
+        """x (B, T, C) -> the energy that the SVD keeps of V and the effective rank of V before it,
+        per head, averaged over the batch: {'energy_kept': (nh), 'effective_rank': (nh)}."""
         v, truncated = self.c_attn(x)[2], self.apply_svd_to_v(self.project(x)[2])
         return {'energy_kept': energy_kept(v, truncated).mean(0),
                 'effective_rank': effective_rank(v).mean(0)}
 
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
-        """A cache for `tokens` tokens of `batch` sequences, in the dtype that keys and values have.
-        device None: the weights'."""
+        """Return an empty cache for `tokens` tokens of `batch` sequences, in the dtype of keys and
+        values. device None: that of the weights."""
         weight = next(self.parameters())
         place, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(place) and dtype != torch.float64:     # which it leaves alone
+        if torch.is_autocast_enabled(place) and dtype != torch.float64:     # autocast skips float64
             dtype = torch.get_autocast_dtype(place)
         kind = dict(dtype=dtype, device=device or weight.device)
         shape, w_v = (batch, self.n_head, tokens, self.head_size), self.c_attn.value_weight()
@@ -329,7 +344,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, only_last=False):
-        """x (B, T, C) -> (B, T, C), or (B, 1, C) if only_last."""
+        """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last."""
         y = self.attn(self.ln_1(x), cache, only_last)
         x = (x[:, -1:] if only_last else x) + y
         return x + self.mlp(self.ln_2(x))
@@ -355,7 +370,7 @@ class GPT(nn.Module):
         inject_adapters(self)
 
     def get_layer(self, name) -> nn.Module:
-        """A layer of config.layer_shapes by name; a fused c_attn is split for it."""
+        """Return a layer of config.layer_shapes by name. A fused c_attn is split if needed."""
         attn = self.transformer.h[int(name.split('.')[1])].attn
         if '.c_attn.' in name and isinstance(attn.c_attn, QKVProjection):
             attn.c_attn = SplitProjection(attn.c_attn)
@@ -366,20 +381,21 @@ class GPT(nn.Module):
         self.transformer.set_submodule(name, layer)
 
     def add_adapters(self, **options):
-        """Add adaptive SVD or LoRA to trained weights where the options ask for one and the model
-        has neither. Raises ValueError for options that do not fit."""
+        """Add adaptive SVD or LoRA to trained weights, if the options ask for it and the model has
+        neither. options: fields of GPTConfig. Raises ValueError for options that do not fit."""
         wanted = options.get('adaptive_svd') or options.get('lora_rank') is not None
         if wanted and not (self.config.adaptive_svd or self.config.has_lora):
             self.config = replace(self.config, **options | dict(adaptive_svd_ranks=None))
             inject_adapters(self, from_trained=True)
 
     def init_weights(self):
-        """GPT-2's initialization: weights N(0, 0.02), biases 0, LayerNorm 1 and 0; the projections
-        that write to the residual stream (attn.c_proj, mlp.c_proj) N(0, 0.02 / sqrt(2 n_layer)),
-        one factor for each of its 2 n_layer additions. Draws in nanoGPT's order: equal seeds, equal
-        weights. In a product of two factors (MLA, LowRankLinear) the second has this deviation and
-        the first orthogonal rows with entries of about 1 / sqrt(rank), so the product has it, too,
-        and moves with its second factor as far as a single weight would."""
+        """Initialize as GPT-2: weights N(0, 0.02), biases 0, LayerNorm weights 1. The 2 n_layer
+        projections that write to the residual stream (attn.c_proj, mlp.c_proj) get a deviation of
+        0.02 / sqrt(2 n_layer). Random numbers are drawn in nanoGPT's order, so equal seeds give
+        equal weights. In a product of two factors (MLA, LowRankLinear) the second factor is drawn
+        as above. The first factor gets orthogonal rows with entries of about 1 / sqrt(rank). The
+        product then has the deviation of a single weight. A step of the second factor moves the
+        product as far as the same step moves a single weight."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -396,15 +412,15 @@ class GPT(nn.Module):
                     nn.init.orthogonal_(first.weight, gain)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids, targets (B, T) or None (-1 is ignored) -> logits, loss.
+        """idx (B, T) token ids, targets (B, T) or None -> logits, loss.
 
-        With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats. Without: logits
-        of the last position (B, 1, vocab_size) and None. With a cache (`new_cache`), idx follows
-        the tokens in it and joins them: a prompt first, then one token at a time, without
-        gradients. Raises ValueError for more than block_size tokens and for what does not fit the
-        cache.
+        With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats per token, where
+        targets of -1 do not count. Without targets: logits of the last position (B, 1, vocab_size)
+        and None. With a cache (`new_cache`), idx continues the tokens in the cache and is added to
+        it, without gradients: first the whole prompt, then one token at a time. Raises ValueError
+        for more than block_size tokens and for tokens that do not fit the cache.
         """
-        if cache and torch.is_grad_enabled():                       # its rows are written in place
+        if cache and torch.is_grad_enabled():                       # it is written in place
             with torch.no_grad():
                 return self.forward(idx, targets, cache)
         T, start = idx.size(1), validate_positions(cache, idx, self.config.block_size)
@@ -421,79 +437,80 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
                  use_cache=True, top_p: float | None = None, seed: int | None = None):
-        """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens)."""
+        """Continue idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens). See `stream`."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache,
                                             top_p, seed)), dim=1)
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
                use_cache=True, top_p: float | None = None, seed: int | None = None):
-        """Yields the tokens that continue idx (B, T), each (B, 1): `runtime.generation.stream`.
+        """Yield the tokens that continue idx (B, T), each (B, 1), by `runtime.generation.stream`.
         'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
         if use_cache and self.config.is_noncausal:
-            warnings.warn("svd_scope='sequence': a new token changes V of all earlier ones, so no "
-                          'cache is used and the prefix is recomputed for each', stacklevel=2)
+            warnings.warn("svd_scope='sequence': a new token changes V of all earlier tokens, "
+                          'so each new token recomputes the prefix', stacklevel=2)
         return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
                              use_cache and not self.config.is_noncausal and not self.training)
 
     def new_cache(self, batch, tokens) -> list[KeyValueCache]:
-        """A cache for `tokens` tokens of `batch` sequences, one per layer. Raises
-        ValueError for 'sequence' scope that truncates."""
+        """Return an empty cache for `tokens` tokens of `batch` sequences, as one element per layer.
+        Raises ValueError if 'sequence' scope truncates."""
         if self.config.is_noncausal:
-            raise ValueError("svd_scope='sequence': V of earlier tokens changes with each new one "
-                             'and cannot be cached')
+            raise ValueError("svd_scope='sequence': a new token changes V of all earlier tokens, "
+                             'so V cannot be cached')
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
     def kv_cache_bytes(self, batch, tokens) -> int:
-        """Bytes of the cache for `tokens` tokens (block_size at most) of `batch` sequences; 0 where
-        'sequence' scope truncates: it has none. Weights that it refers to do not count."""
+        """Return the bytes of a cache for `tokens` tokens (at most block_size) of `batch`
+        sequences, without weights that it refers to. It is 0 if 'sequence' scope truncates, because
+        there is no cache."""
         if self.config.is_noncausal:
             return 0
         attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
         return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
 
     def flops_per_token(self, tokens, decode=False) -> float:
-        """Floating-point operations of the forward pass per token: the mean over a prompt of
-        `tokens` tokens; decode: of one new token after `tokens` cached ones. Matrices and
-        attention; not the SVD."""
+        """Return the floating-point operations of the forward pass per token: the mean over a
+        prompt of `tokens` tokens, or with decode those of one new token after `tokens` cached ones.
+        Matrix products and attention count, the SVD does not."""
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
         head = self.lm_head.weight.numel()
-        if decode:                                                 # each head attends over latents
+        if decode:                                                 # each head attends to latents
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
             return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
-        once = last - projection + head + 2 * c.n_embd * tokens     # only the last position goes on
+        once = last - projection + head + 2 * c.n_embd * tokens     # the last layer, one position
         attention = c.n_embd * (tokens + 1) * len(blocks)           # (T + 1) / 2 keys per query
         return 2 * (sum(blocks) + attention + projection + once / tokens)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
-        """Model FLOPs utilization of fwdbwd_per_iter sequences in dt seconds, as a fraction of
-        flops_promised per second (default: an A100 in bfloat16). After PaLM (arXiv:2204.02311),
-        appendix B; the SVD is not counted."""
+        """Return the model FLOPs utilization: the operations of fwdbwd_per_iter sequences in dt
+        seconds, as a fraction of flops_promised per second (default: an A100 in bfloat16). After
+        PaLM (arXiv:2204.02311), appendix B. The SVD does not count."""
         c = self.config
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
         return flops_per_token * c.block_size * fwdbwd_per_iter / dt / flops_promised
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters, by default without position embeddings (wte is the head)."""
+        """Return the number of parameters. Position embeddings do not count by default."""
         positions = self.transformer.wpe.weight.numel()
         return sum(p.numel() for p in self.parameters()) - non_embedding * positions
 
     def attention_params(self):
-        """Number of parameters of all attention layers."""
+        """Return the number of parameters of all attention layers."""
         return sum(p.numel() for block in self.transformer.h for p in block.attn.parameters())
 
     def crop_block_size(self, block_size):
-        """Shorten the context in place, such as GPT-2's of 1024, by dropping late positions."""
+        """Shorten the context in place, for example GPT-2's 1024, by dropping later positions."""
         assert 1 <= block_size <= self.config.block_size
         self.config.block_size, wpe = block_size, self.transformer.wpe.weight
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
                                                             freeze=not wpe.requires_grad)
 
     def param_groups(self, weight_decay) -> dict[str, dict]:
-        """Trainable parameters for an optimizer, each in one group: matrices of blocks ('hidden')
-        and embeddings decay, vectors (biases, LayerNorm) do not, adapter factors ('halved', if the
-        model has such layers) decay by half as much. Returns name -> group."""
+        """Sort the trainable parameters into groups for an optimizer. Matrices of blocks ('hidden')
+        and embeddings have weight_decay, factors of adaptive layers ('halved', if there are any)
+        have half of it, vectors (biases, LayerNorms) have none. Returns name -> group."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
@@ -508,15 +525,16 @@ class GPT(nn.Module):
         return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):
-        """nanoGPT's AdamW: what has two dimensions decays. Fused where the device has the
-        kernel."""
+        """Build nanoGPT's AdamW, where parameters with two dimensions decay, and register the step
+        hook. Fused if the device supports it."""
         optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
         return self.register_step_hook(optimizer)
 
     def register_step_hook(self, optimizer):
-        """Register the hook that makes 'randomized' start warm: after each step from the basis of
-        that step's V. Without it every forward pass of training starts cold, from random columns.
-        Returns the optimizer."""
+        """Register a hook that updates the bases of 'randomized' after each step of the optimizer,
+        and return the optimizer. With the hook, a training step starts from the basis of the step
+        before (warm start). Without it, each forward pass of training starts from random columns
+        (cold start)."""
         follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
@@ -525,7 +543,7 @@ class GPT(nn.Module):
 
     @property
     def svd_basis(self) -> torch.Tensor | None:
-        """Where 'randomized' starts (n_layer, nh, hs, k), kept in checkpoints; None: cold."""
+        """Start of 'randomized' (n_layer, nh, hs, k), saved in checkpoints. None: a random one."""
         return get_bases(self.warm_starts())
 
     @svd_basis.setter
@@ -533,13 +551,13 @@ class GPT(nn.Module):
         set_bases(self.warm_starts(), bases)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside the weights: {'svd_basis': tensor} or {}."""
+        """Return what a checkpoint holds besides the weights: {'svd_basis': tensor} or {}."""
         return {} if self.svd_basis is None else {'svd_basis': self.svd_basis}
 
     @torch.no_grad()
     def named_series(self, idx) -> dict[str, float]:
-        """Numbers to plot over training, of a batch idx (B, T) and per head, such as
-        {'svd/block0.head1/energy_kept': 0.9}."""
+        """Measure values to plot over training, per head, on a batch idx (B, T). Returns for
+        example {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
 
         def record(i, attention, x):
@@ -557,12 +575,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, saved: dict, **overrides) -> 'GPT':
-        """The model of a checkpoint dict, this repo's or nanoGPT's, of which `model_args`, `model`
-        and extra state are used, with OVERRIDABLE fields changed. Raises ValueError where they do
-        not fit."""
+        """Build the model of a checkpoint dict of this repo or of nanoGPT, from its `model_args`,
+        `model` and `svd_basis`. overrides: values of OVERRIDABLE fields. Raises ValueError if
+        options or weights do not fit."""
         unknown = saved['model_args'].keys() - GPTConfig.__dataclass_fields__.keys()
         if unknown:
-            raise ValueError('its model_args have fields that this model does not know: '
+            raise ValueError('model_args has unknown fields: '
                              f'{", ".join(sorted(map(str, unknown)))}')
         args = check_all(GPTConfig, saved['model_args'], saved.get('path', 'model_args'))
         model = cls(GPTConfig(**args | overrides))
@@ -572,12 +590,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args: dict | None = None) -> 'GPT':
-        """A model by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or of a folder: a run's,
-        export.py's, or in Hugging Face's GPT-2 format. override_args: OVERRIDABLE fields. Raises
-        ValueError for other names and fields, and for what cannot be read or used."""
+        """Build the model of a name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or of a
+        folder: a run, an export of export.py, or Hugging Face's GPT-2 format. override_args: values
+        of OVERRIDABLE fields. Raises ValueError for other names and fields, and for files that
+        cannot be read or used."""
         for key in override_args or {}:
             if key not in OVERRIDABLE_FIELDS:
-                raise ValueError(f'{key}: the shape of {name_or_folder} is fixed')
+                raise ValueError(f'{key}: is fixed by the weights of {name_or_folder}')
         saved = huggingface.read(name_or_folder)
         try:
             return cls.from_checkpoint(saved, **override_args or {})

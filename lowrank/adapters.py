@@ -1,8 +1,10 @@
-"""Special layers in a model: which ones its options name, and how they get in.
+"""Low-rank layers, adaptive SVD and LoRA in a model: which layers the options name, and how these
+layers are replaced.
 
-Low-rank layers replace an nn.Linear (layers.py); adaptive SVD (adaptive_layer.py) and LoRA wrap a
-trained one. A model here is any module with a `config` that is an AdapterTargets, and with
-get_layer(name) and set_layer(name, layer) for the names that `config.layer_shapes` lists.
+Low-rank layers (layers.py) replace an nn.Linear. Adaptive SVD (adaptive_layer.py) and LoRA
+(layers.py) wrap a trained nn.Linear. A model here is a module with a `config` that is an
+AdapterTargets. It has get_layer(name) and set_layer(name, layer) for the names in
+`config.layer_shapes`.
 """
 
 import difflib
@@ -15,11 +17,11 @@ from lowrank.spectrum import to_float64
 
 
 class AdapterTargets:
-    """Which layers the options of a configuration mean.
+    """Base class of a configuration that finds the layers its options name.
 
-    The configuration inherits from this. It has the fields layer_ranks, adaptive_svd_... and
-    lora_..., and n_layer, `layer_shapes` (names -> (m, n)) and `targets` (words of options ->
-    layers of a block).
+    The configuration has the fields n_layer, layer_ranks, adaptive_svd* and lora_*. It also has
+    `layer_shapes` (layer name -> weight shape (m, n)) and `targets` (word in an option -> layer of
+    a block).
     """
 
     @property
@@ -42,12 +44,12 @@ class AdapterTargets:
         words = [word.strip() for word in getattr(self, option).split(',')]
         valid = {word: part for word, part in self.targets.items() if part.startswith(prefix)}
         for word in (word for word in words if word not in valid):
-            raise ValueError(f'{option}={getattr(self, option)!r}: {word!r} is none of '
+            raise ValueError(f'{option}={getattr(self, option)!r}: {word!r} is not one of '
                              f'{", ".join(valid)}')
         return [f'h.{i}.{part}' for i in blocks for word, part in valid.items() if word in words]
 
     def check_layers(self):
-        """Raise ValueError where the options name layers or ranks that the model does not have."""
+        """Raise ValueError if the options name layers or ranks that the model cannot have."""
         shapes = self.layer_shapes
         for option, less in (('layer_ranks', 0), ('adaptive_svd_ranks', 1)):
             for name, rank in (getattr(self, option) or {}).items():
@@ -59,22 +61,24 @@ class AdapterTargets:
                 if not 1 <= rank <= most:
                     raise ValueError(f'{option}={{{name!r}: {rank}}}: must be 1 to {most}')
         if self.adaptive_svd and self.has_lora:
-            raise ValueError(f'lora_rank={self.lora_rank}: not together with adaptive_svd '
-                             '(nearest: --lora_rank=None)')
+            raise ValueError(f'lora_rank={self.lora_rank}: cannot be combined with '
+                             'adaptive_svd (nearest: --lora_rank=None)')
         if self.adaptive_svd_target_layer >= self.n_layer:
             raise ValueError(f'adaptive_svd_target_layer={self.adaptive_svd_target_layer}: must be '
                              f'0 to {self.n_layer - 1}, or -1 for all')
         for name in (*self.adaptive_layers, *self.lora_layers):
             if name in (self.layer_ranks or {}):
-                raise ValueError(f'layer_ranks={{{name!r}: ..}}: low-rank layers cannot be adapted')
+                raise ValueError(f'layer_ranks={{{name!r}: ..}}: is a low-rank layer, '
+                                 'which cannot have adaptive SVD or LoRA')
             most = min(shapes[name])
             if self.has_lora and self.lora_rank > most:
                 raise ValueError(f'lora_rank={self.lora_rank}: must be 1 to {most} for {name}')
 
 
 def inject_adapters(model, from_trained=False):
-    """Wrap the layers that model.config names for adaptive SVD and LoRA, in place. from_trained:
-    the weights are those that lora_init starts from; otherwise all values are loaded later."""
+    """Wrap the layers that model.config names for adaptive SVD and LoRA, in place. With LoRA, all
+    other parameters are frozen. from_trained: the weights are trained and `lora_init` starts from
+    them. Otherwise adapters start from zero, because a checkpoint is loaded into them later."""
     c = model.config
     for name in c.adaptive_layers:
         layer = AdaptiveSVDLinear(model.get_layer(name), c.adaptive_svd_protection)
@@ -90,27 +94,28 @@ def inject_adapters(model, from_trained=False):
 
 
 def adaptive_layers(model) -> dict[str, AdaptiveSVDLinear]:
-    """Name in metrics, such as 'block0.attn.c_q' -> AdaptiveSVDLinear."""
+    """Map the name used in metrics, such as 'block0.attn.c_q', to each AdaptiveSVDLinear."""
     return {'block{}.attn.{}'.format(name.split('.')[1], name.rpartition('.')[2]): layer
             for name, layer in model.transformer.named_modules()
             if isinstance(layer, AdaptiveSVDLinear)}
 
 
 def lowrank_ranks(model) -> dict[str, int] | None:
-    """`adaptive_svd_ranks` as they are now."""
+    """Return `adaptive_svd_ranks` as they are now: name -> r, or None if there are none."""
     layers = {name: model.get_layer(name) for name in model.config.adaptive_layers}
     return {name: layer.r for name, layer in layers.items() if layer.r is not None} or None
 
 
 # --------------------------------------------------------------------------------------------------
-# adapters by themselves
+# adapters without their model
 
 def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """A model's LoRA adapters as standard ones, which fit the weights that training began with.
+    """Return a model's adapters as standard LoRA, which is added to the weights before training.
 
-    base: a model with those weights, which PiSSA and MiLoRA need; their rank doubles. Returns the
-    options and name -> tensor, 'h.0.attn.c_attn.c_q.A' (r, n) and '.B' (m, r). Raises ValueError
-    where the adapters are of other weights.
+    PiSSA and MiLoRA take their adapters out of the weights at the start. For them `base` is a model
+    with the weights before training, and the rank doubles. Returns the options and name -> tensor,
+    such as 'h.0.attn.c_attn.c_q.A' (r, n) and 'h.0.attn.c_attn.c_q.B' (m, r). Raises ValueError if
+    the adapters do not belong to the weights of `base`.
     """
     c, tensors, rank = model.config, {}, model.config.lora_rank
     for name in c.lora_layers:
@@ -120,19 +125,22 @@ def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
             A, B = to_standard_lora(layer, base.get_layer(name).weight)
         tensors |= {f'{name}.A': A.detach(), f'{name}.B': B.detach()}
         rank = len(A)
-    alpha = (c.lora_alpha or c.lora_rank) * rank / c.lora_rank      # the scale stays
+    alpha = (c.lora_alpha or c.lora_rank) * rank / c.lora_rank      # same scale
     return dict(lora_rank=rank, lora_alpha=float(alpha), lora_targets=c.lora_targets), tensors
 
 
 @torch.no_grad()
 def to_standard_lora(layer: LoRALinear, original):
-    """A (r', n) and B (m, r') such that W_0 + s B A is what a LoRALinear is now.
+    """Return A (r', n) and B (m, r') such that W_0 + s B A is the current weight of a LoRALinear.
 
-    original: W_0 (m, n), the weight the layer was made of. The layer's own adapter fits W, not W_0:
-    W + s B A = W_0 + s [B, B_0] [A; -A_0], so r' = min(2 r, m, n), at the layer's scale s; where
-    W = W_0, as from 'lora', its own A and B. s B_0 A_0 is recovered as W_0 - W, because an SVD does
-    not repeat to the bit. Raises ValueError for a W_0 from which more than rounding is left, and
-    torch.linalg.LinAlgError for one that is not finite.
+    original: W_0 (m, n), the weight that the layer was made from. s is the layer's scale. PiSSA and
+    MiLoRA freeze W = W_0 - s B_0 A_0, so the current weight is
+
+        W + s B A = W_0 + s [B, B_0] [A; -A_0],   r' = min(2 r, m, n).
+
+    'lora' freezes W = W_0, so the layer's own A and B are returned. s B_0 A_0 is computed as
+    W_0 - W, because a second SVD is not bit-identical to the first. Raises ValueError if W_0 - W
+    differs from rank r by more than rounding, and torch.linalg.LinAlgError if W_0 is not finite.
     """
     w, whole = layer.base.weight, to_float64(original)
     removed = whole - to_float64(w)                                 # (m, n)
@@ -140,12 +148,13 @@ def to_standard_lora(layer: LoRALinear, original):
         return layer.A.weight.clone(), layer.B.weight.clone()
     b_0, a_0 = svd_factors(removed, slice(layer.rank), layer.scale)
     rest = (removed - layer.scale * b_0 @ a_0).norm() / whole.norm()
-    # 2 eps of W_0's norm may be left (measured: 0.25); at least float32's: layers get converted
+    # tolerance: 2 eps relative to W_0 (measured: 0.25 eps). It is at least that of float32, because
+    # the layer may have been converted to float64
     if not rest <= 2 * max(torch.finfo(w.dtype).eps, torch.finfo(torch.float32).eps):
-        raise ValueError(f'original: is not what the layer was made of, {rest:.1e} of it is left '
-                         f'beyond the {layer.rank} components that the layer has taken out')
+        raise ValueError(f'original: is not the weight that the layer was made from: {rest:.1e} '
+                         f'of it differs beyond the {layer.rank} components of the adapter')
     a = torch.cat((to_float64(layer.A.weight), -a_0))
     b = torch.cat((to_float64(layer.B.weight), b_0), dim=1)
-    if len(a) > min(w.shape):                                       # more than this shape needs
+    if len(a) > min(w.shape):                                       # never above full rank
         b, a = svd_factors(layer.scale * b @ a, slice(None), layer.scale)
     return a.to(w), b.to(w)

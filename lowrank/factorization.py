@@ -1,43 +1,47 @@
-"""Low-rank factors of trained weights, given statistics of inputs and outputs, and rank allocation.
+"""Low-rank factors of trained weights from statistics of inputs and gradients, and rank allocation.
 
-A layer y = W x, W (m, n), becomes y = U A x, U (m, r), A (r, n). With C = E[x x^T] of its inputs
-and G = E[g g^T] of the loss's gradients g = dL/dy at its outputs, the error that counts is
+A layer y = W x with W (m, n) becomes y = U A x with U (m, r) and A (r, n). Let C = E[x x^T] for its
+inputs x, and G = E[g g^T] for the gradients g = dL/dy at its outputs. The factors minimize
 
-    E ~ tr(G (W - U A) C (W - U A)^T),
+    tr(G (W - U A) C (W - U A)^T),
 
-the second-order change of the loss where x and g are independent (Kronecker-factored Fisher:
-Martens and Grosse, arXiv:1503.05671). With square roots R^T R = G and L L^T = C it is the squared
-norm of R W L - R U A L, so Eckart and Young's theorem gives the optimum: with E_r the first r left
-singular vectors of R W L,
+which is the second-order change of the loss if x and g are independent (Kronecker-factored Fisher:
+Martens and Grosse, arXiv:1503.05671). With square roots R^T R = G and L L^T = C this is the squared
+norm of R W L - R U A L. The theorem of Eckart and Young gives the optimum. If E_r holds the first r
+left singular vectors of R W L,
 
     U = R^-1 E_r,   A = E_r^T R W,
 
-and the loss is the sum of the other squared singular values, for all r at once. G = I is SVD-LLM's
-criterion (arXiv:2403.07378), the output error; C = G = I is the plain SVD.
+and the error is the sum of the remaining squared singular values, for every r at once. G = I gives
+the criterion of SVD-LLM (arXiv:2403.07378), which is the error of the outputs. C = G = I gives the
+plain SVD.
 
-Statistics are singular where tokens are few or an input is constant, hence a ridge on both: in
-directions that the calibration text has not shown it decides as the plain SVD would. Full rank is W
-itself, whatever the statistics.
+C or G is singular if there are few tokens or constant inputs, so both get a ridge. In directions
+that the calibration text does not show, the result is then that of the plain SVD. Full rank returns
+W itself, whatever the statistics.
 """
 
 import torch
 
 from lowrank.spectrum import to_float64
 
-RIDGE = 1e-6                # of the mean of a diagonal; 1e-2 gives the same losses to 1e-4 nats
+RIDGE = 1e-6                # relative to the mean diagonal; 1e-2 gives the same losses to 1e-4 nats
 
 
 class Factorization:
-    """All best approximations of a weight (m, n), in float64 on the CPU, from one
-    eigendecomposition of size s = min(m, n): the singular vectors of R W L on the smaller side.
+    """Best approximations of a weight (m, n) for all ranks, by one eigendecomposition.
 
-                near    far
-    m >= n      C       W^T G W
-    m <  n      G       W C W^T
+    They are computed in float64 on the CPU, on the smaller side of the weight, s = min(m, n). The
+    eigenvectors are singular vectors of R W L.
 
-    near: the statistic of the smaller side; far: what W makes of the other side's, both (s, s);
-    None: that of an identity. ridge: a share of each one's mean. `energies` (s), descending, are
-    the squared singular values of R W L. Raises ValueError for non-finite values.
+                    near    far
+        m >= n      C       W^T G W
+        m <  n      G       W C W^T
+
+    near (s, s) is the statistic of the smaller side. far (s, s) is the statistic of the larger
+    side, multiplied by W on both sides. None stands for the identity as a statistic. ridge is
+    relative to the mean of each statistic. `energies` (s) are the squared singular values of R W L,
+    descending. Raises ValueError for non-finite values.
     """
 
     def __init__(self, weight, near: torch.Tensor | None = None, far: torch.Tensor | None = None,
@@ -56,8 +60,8 @@ class Factorization:
         self.energies = energies.flip(0).clamp_min(0) * near_level * far_level  # (s)
 
     def factors(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (m, r) and A (r, n) with U^T U = A A^T, for a rank r of at most s."""
-        if rank >= self.size:                                       # W itself, whatever was seen
+        """Return U (m, r) and A (r, n) with U^T U = A A^T. Full rank gives W itself."""
+        if rank >= self.size:                                       # W itself
             return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
         leading = self.vectors[:, :rank]                            # (s, r)
         down, up = leading.mT @ self.inverse, self.root @ leading   # (r, s), (s, r)
@@ -67,22 +71,22 @@ class Factorization:
 
 
 def psd_sqrt(statistic, size, ridge):
-    """The symmetric root (size, size) of a positive semidefinite statistic in units of its mean
-    diagonal, with a ridge; the inverse of the root; that mean. None: identities and 1. All zeros,
-    which say as little: identities and 0."""
+    """Take the symmetric square root of a positive semidefinite statistic (size, size), divided by
+    its mean diagonal and with a ridge. Returns the root, its inverse and the mean. None gives
+    identities and 1. A zero statistic gives identities and 0."""
     level = 1.0 if statistic is None else statistic.diagonal().mean().item()
     if statistic is None or not level > 0:
         identity = torch.eye(size, dtype=torch.float64)
         return identity, identity, max(level, 0.0)
     values, vectors = torch.linalg.eigh(statistic / level)
     roots = (values.clamp_min(0) + ridge).sqrt()                    # (size)
-    inverses = torch.where(roots > 0, 1 / roots, 0)              # ridge=0: unseen directions vanish
+    inverses = torch.where(roots > 0, 1 / roots, 0)              # ridge=0: drop unseen directions
     return vectors * roots @ vectors.mT, vectors * inverses @ vectors.mT, level
 
 
 def balance(up, down, rank):
-    """The best factors of up (m, k) @ down (k, n), U (m, r) and A (r, n), that have U^T U = A A^T,
-    so that neither loses more to float32 than the other."""
+    """Return the best factors U (m, r) and A (r, n) of up (m, k) @ down (k, n) with U^T U = A A^T.
+    Factors of equal size lose equally little when they are rounded to float32."""
     (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)          # of size k at most
     root = s[:rank].sqrt()
@@ -90,10 +94,12 @@ def balance(up, down, rank):
 
 
 def ridge_refit(before, inputs, cross, ridge=RIDGE):
-    """The M (k, n) for which M x^ is closest to u = P x, after x has become x^.
+    """Return M (k, n) such that M x^ is closest to u = P x, where x^ is x after earlier layers
+    changed.
 
-    Least squares with a ridge that holds M at P = before (k, n) in directions without data. inputs:
-    E[x^ x^^T] (n, n); cross: E[u x^^T] (k, n); float64. Raises ValueError for non-finite values.
+    This is least squares with a ridge that keeps M at P = before (k, n) in directions without data.
+    inputs: E[x^ x^^T] (n, n). cross: E[u x^^T] (k, n). Both are float64. Raises ValueError for
+    non-finite values.
     """
     inputs, cross = to_float64(inputs, 'inputs'), to_float64(cross, 'inputs')
     _, inverse, level = psd_sqrt(inputs, len(inputs), ridge)
@@ -106,26 +112,26 @@ def ridge_refit(before, inputs, cross, ridge=RIDGE):
 # rank allocation
 
 def factored_size(shape, rank: int | None) -> int:
-    """Numbers in a layer (m, n) as a product of that rank; rank None: as it is."""
+    """Number of parameters of a layer (m, n) at a rank, or as one matrix if rank is None."""
     m, n = shape
     return m * n if rank is None else rank * (m + n)
 
 
 def beneficial_rank(shape, rank) -> int | None:
-    """The rank, or None where its factors are no smaller than the layer (m, n)."""
+    """Return the rank, or None if its factors are not smaller than the layer (m, n)."""
     return rank if factored_size(shape, rank) < factored_size(shape, None) else None
 
 
 def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, int | None]:
-    """The ranks that lose least together, with sizes within `budget` numbers, per name; None: the
-    layer stays dense.
+    """Choose the ranks with the least total error within a budget of parameters. Returns name ->
+    rank, where None means that the layer stays dense.
 
-    energies: name -> (s), descending, what each component is worth, in one unit for all layers;
-    shapes: name -> (m, n). A layer's ranks are multiples of `step`, and the last of them leaves no
-    error: the dense layer, or the rank above which all energies are zero. Its error is a convex
-    function of its size, but for the large step to the dense layer, so ranks just before that are
-    left out. Then the steepest steps of all layers are taken first. Raises ValueError where even
-    the least ranks do not fit.
+    energies: name -> (s), descending, the error that each component avoids, in one unit for all
+    layers. shapes: name -> (m, n). step: ranks are multiples of it. The last choice for a layer has
+    no error. It is the dense layer, or the rank above which all energies are zero. The error is a
+    convex function of the size except for the large step to the dense layer, so ranks just before
+    that step are left out to make it convex. Then the steepest steps of all layers are taken first.
+    Raises ValueError if even the smallest ranks exceed the budget.
     """
     ranks, spent, segments = {}, 0, []
     for name, shape in shapes.items():
@@ -142,7 +148,7 @@ def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, in
         for place, (a, b) in enumerate(zip(points, points[1:])):
             segments.append((_slope(a, b), place, name, b[0] - a[0], b[2]))
     if spent > budget:
-        raise ValueError(f'{budget:,.0f} numbers are too few for the smallest ranks '
+        raise ValueError(f'{budget:,.0f} parameters are too few for the smallest ranks '
                          f'(nearest: {spent:,})')
     full = set()                                             # layers whose next segment did not fit
     for slope, _, name, size, rank in sorted(segments, key=lambda segment: segment[:2]):

@@ -1,13 +1,15 @@
-"""What attention does to each head's V: nothing, or a truncated SVD in one of three scopes.
+"""What attention does to V of each head: nothing, or a truncated SVD in one of three scopes.
 
-A model builds one of these modules per layer, with `build_head_svd`. Each has
-    forward(v)                      V (B, nh, T, hs) -> the V that attention sums
-    truncate_weight(w_v)            W_v (nh, hs, C), or U_v (nh, hs, d) of MLA -> the same
-    new_values, new_latent_values   the form in which a cache keeps such values (kv_cache.py)
+`build_head_svd` makes one module per attention layer. Each module has
 
-'sequence' truncates V of the whole sequence, so each position depends on later ones; 'causal'
-projects rows on a basis of earlier rows; 'weight' truncates W_v: one small SVD per forward pass,
-independent of B and T, in which no token sees another. The bias is kept, so V - b has rank k.
+    forward(v)                      V (B, nh, T, hs) -> the V that attention uses, same shape
+    truncate_weight(w_v)            W_v (nh, hs, C), or U_v (nh, hs, d) with MLA -> same shape
+    new_values, new_latent_values   storage for V in a cache (kv_cache.py)
+
+'sequence' takes the best rank-k approximation of V of the whole sequence, so each position depends
+on later ones. 'causal' projects each row of V on a basis of earlier rows. 'weight' truncates W_v.
+This is one small SVD per head and forward pass, independent of B and T and of the tokens. The bias
+is kept, so V - b has rank k.
 """
 
 import torch
@@ -21,7 +23,7 @@ from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_e
 
 
 class NoSVD(nn.Module):
-    """V as it is."""
+    """Leaves V and W_v as they are."""
 
     def forward(self, v):
         return v
@@ -30,22 +32,22 @@ class NoSVD(nn.Module):
         return w_v
 
     def new_values(self, shape, w_v, bias, **kind):
-        """A cache of values (B, nh, N, hs) that W_v (nh, hs, C) and bias (nh, 1, hs) or None make;
-        kind: its dtype and device."""
+        """Return empty storage for values (B, nh, N, hs). W_v (nh, hs, C) and bias (nh, 1, hs) or
+        None make the values. kind: dtype and device."""
         return DenseValues(shape, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
-        """The same where latents are cached: w_v is U_v (nh, hs, d)."""
+        """Return the values of cached latents, for MLA. w_v is U_v (nh, hs, d)."""
         return LatentValues(self.truncate_weight(w_v), bias)
 
 
 class HeadSVD(NoSVD):
-    """What the scopes share: the options and, where 'randomized' has one, the warm start."""
+    """Base class of the three scopes: their options and, with 'randomized', the warm start."""
 
-    warm_power_iters: int | None = None     # of a warm start; None: every forward pass starts cold
+    warm_power_iters: int | None = None     # iterations of a warm start; None: no warm start
 
     def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
-        """block: rows before the first basis of 'causal'; what follows: as in lowrank/svd.py."""
+        """block: first rows without a basis in 'causal' scope. The rest: see lowrank/svd.py."""
         super().__init__()
         self.block, self.basis_grad, self.warm_start = block, basis_grad, None
         self.options = dict(rank=rank, method=method, power_iters=power_iters,
@@ -56,10 +58,10 @@ class HeadSVD(NoSVD):
 
 
 class SequenceSVD(HeadSVD):
-    """The best rank-k approximation of V (T x hs) as a whole."""
+    """Best rank-k approximation of V (T, hs) of the whole sequence."""
 
     approximate = staticmethod(low_rank_approximation)
-    warm_power_iters = 0          # residual 1.005 of the best on V of the main job's model, trained
+    warm_power_iters = 0    # residual 1.005 times the best, on V of a run of the main config
 
     def forward(self, v):
         warm = self.warm_start
@@ -73,15 +75,15 @@ class SequenceSVD(HeadSVD):
 
 
 class CausalSVD(SequenceSVD):
-    """Rows of V projected on bases of earlier rows, in doubling blocks."""
+    """Rows of V projected on bases of earlier rows, in blocks of doubling length."""
 
-    warm_power_iters = 1            # one basis for all prefixes is a poorer guess: docs/RESULTS.md
+    warm_power_iters = 1            # one basis fits all prefixes less well (docs/RESULTS.md)
 
     def approximate(self, v, **options):
         return causal_low_rank_approximation(v, block=self.block, **options)
 
     def eigensolver(self, gram):
-        """G (..., n, n) -> the basis of the next block (..., n, k)."""
+        """Gram matrix G (..., n, n) of the rows so far -> basis of the next block (..., n, k)."""
         warm = {} if self.warm_start is None else self.warm_start.start()
         return leading_eigenvectors(gram, **self.options | warm)
 
@@ -94,14 +96,13 @@ class CausalSVD(SequenceSVD):
 
 
 class WeightSVD(HeadSVD):
-    """The projection that makes V, truncated per head. 'randomized' starts cold: one small
-    problem."""
+    """Truncates W_v per head. 'randomized' always starts cold, because the problem is small."""
 
     def truncate_weight(self, w_v):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
-        """V - b is W W^T W_v x, with the basis W that `truncate_weight` projects W_v on."""
+        """Store W^T W_v x, because V - b = W W^T W_v x with the truncation's basis W."""
         basis = leading_right_vectors(w_v.mT, **self.options)       # (nh, hs, k)
         down_proj = (basis.mT @ w_v).flatten(0, 1)                  # (nh k, C)
         return FactoredValues(shape, basis, bias, down_proj, **kind)
@@ -112,13 +113,13 @@ SCOPES = tuple(MODULES)
 
 
 def build_head_svd(scope, **options):
-    """The module of a scope, or of None."""
+    """Return the module of a scope, or NoSVD if scope is None."""
     return NoSVD() if scope is None else MODULES[scope](**options)
 
 
 def why_off(use_svd, rank, scope, block, rows, columns, weight_rows) -> str:
-    """'off' and why an SVD of matrices (rows, columns), in 'weight' scope (weight_rows, columns),
-    changes nothing; '' where it truncates."""
+    """Return 'off' and the reason why an SVD changes nothing, or '' if it truncates. The matrices
+    have the shape (rows, columns), or (weight_rows, columns) in 'weight' scope."""
     if not use_svd or rank is None:
         return ('off' if not use_svd and rank is None else
                 f'off (use_svd={use_svd}, svd_rank={rank})')
@@ -126,6 +127,6 @@ def why_off(use_svd, rank, scope, block, rows, columns, weight_rows) -> str:
     if rank >= full:
         return f'off (svd_rank={rank}: full rank is {full})'
     if scope == 'causal' and not causal_starts(rows, rank, block):
-        return (f"off (svd_scope='causal' with svd_block={block}: no basis of rank {rank} is due "
-                f'in block_size={rows} tokens)')
+        return (f"off (svd_scope='causal' with svd_block={block}: the first basis of rank {rank} "
+                f'would come after block_size={rows} tokens)')
     return ''

@@ -1,12 +1,12 @@
-"""What one attention layer keeps of the tokens so far, and attention of the newest token to them.
+"""Key/value caches: what an attention layer keeps of earlier tokens, and how new tokens attend.
 
-`KeyValueCache` keeps keys and values, `LatentCache` one latent per token that both are made of.
-Values are kept in the form that their SVD allows: dense, as coordinates in a fixed basis
-(`FactoredValues`), or in a basis per block of rows (`BlockCausalValues`).
+`KeyValueCache` keeps keys and values. `LatentCache` keeps one latent per token, from which MLA
+computes both. Values are stored in full (`DenseValues`), as coordinates in one basis
+(`FactoredValues`), or in one basis per block of rows (`BlockCausalValues`).
 
-Letters: B batch, T tokens so far, N tokens there is room for, nh heads, hs head size, d latent,
-k rank; "..." any batch dimensions. Memory is allocated once and rows are written in place, so there
-are no gradients. `nbytes` counts what is kept per token and per sequence, not weights.
+Letters: B batch, T tokens so far, N capacity in tokens, nh heads, hs head size, d latent size, k
+rank; "..." any batch dimensions. Memory is allocated once and written in place, so there are no
+gradients. `nbytes` counts what is kept per token and per sequence, not weights.
 """
 
 import torch
@@ -19,9 +19,9 @@ from lowrank.svd import causal_starts
 # append-only values
 
 class DenseValues:
-    """Rows as they are: N n numbers."""
+    """Append-only rows in full: N n values."""
 
-    down_proj = None                # (nh k, C), where coordinates are cached: what makes them of x
+    down_proj = None                # (nh k, C), makes coordinates of x if they are cached
 
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
@@ -35,18 +35,19 @@ class DenseValues:
         self.length = end
 
     def all(self):
-        """-> (..., T, n)."""
+        """Return all rows (..., T, n)."""
         return self.data[..., :self.length, :]
 
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> (..., 1, n)."""
-        return weights @ self.data[..., :self.length, :]            # not all(), which expands
+        """weights (..., 1, T) -> weighted sum of the rows (..., 1, n)."""
+        return weights @ self.data[..., :self.length, :]            # all() may expand
 
 
 class FactoredValues(DenseValues):
-    """Rows W c + b, whose coordinates c are appended: N k numbers.
+    """Append-only rows W c + b, stored as their coordinates c: N k values.
 
-    A sum is taken of coordinates and expanded once, so with a bias its weights must add up to 1.
+    `append` takes coordinates. A weighted sum is taken of coordinates and expanded once. With a
+    bias, its weights must therefore add up to 1.
     """
 
     def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
@@ -68,12 +69,12 @@ class FactoredValues(DenseValues):
 
 
 class BlockCausalValues:
-    """Rows as `svd.causal_low_rank_approximation` truncates them.
+    """Append-only rows, truncated as by `svd.causal_low_rank_approximation`.
 
-    The first rows are dense; those of each span [s, 2s) are k coordinates in the span's basis,
-    which is made of the Gram matrix G of all rows before s when the span begins. G cannot be
-    recomputed from coordinates, so it is summed as rows arrive, in float64 for float32 rows:
-    in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md, section 4).
+    The first rows are stored in full. Rows of each span [s, 2s) are stored as k coordinates in the
+    basis of the span. The basis is computed when the span begins, from the Gram matrix G of all
+    rows before s. Coordinates do not determine G, so G is summed as rows arrive. Float32 rows are
+    summed in float64, because in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md).
     """
 
     down_proj = None
@@ -92,7 +93,7 @@ class BlockCausalValues:
         self.nbytes = sum(part.nbytes for part in (*self.spans, self.bases, self.gram))
 
     def append(self, x):
-        """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError where a basis
+        """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError if a basis
         would come from non-finite rows."""
         while x.shape[-2]:
             span = next(s for s in self.spans if s.length < s.capacity)
@@ -104,18 +105,17 @@ class BlockCausalValues:
                 if span.length == 0:
                     span.basis.copy_(self.eigensolver(self.gram))
                 span.append(rows.to(span.basis.dtype) @ span.basis)             # (..., m, k)
-            if span is not self.spans[-1]:                          # a later basis depends on them
+            if span is not self.spans[-1]:                          # a later basis needs them
                 rows = rows.to(self.gram.dtype)
-                with torch.autocast(rows.device.type, enabled=False):   # it would round float32
+                with torch.autocast(rows.device.type, enabled=False):   # it rounds float32
                     self.gram += rows.mT * rows if rows.shape[-2] == 1 else rows.mT @ rows
 
     def all(self):
-        """-> (..., T, n)."""
+        """Return all rows (..., T, n)."""
         return torch.cat([span.all() for span in self.spans], dim=-2)
 
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> (..., 1, n): summed as coordinates per span, then expanded
-        once."""
+        """weights (..., 1, T) -> (..., 1, n). One product expands the sums of all spans."""
         parts = weights.split([span.length for span in self.spans if span.length], dim=-1)
         first, *sums = (part @ span.data[..., :span.length, :]
                         for part, span in zip(parts, self.spans))
@@ -126,7 +126,7 @@ class BlockCausalValues:
 
 
 def gram_dtype(dtype, device):
-    """Of a Gram matrix of rows: float64; float32 for half precision and on MPS without float64."""
+    """float64 for a Gram matrix, or float32 for half precision and on MPS without float64."""
     wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
     return torch.float64 if wide else torch.float32
 
@@ -135,7 +135,7 @@ def gram_dtype(dtype, device):
 # values of latents
 
 class LatentValues:
-    """Values U_v c + b of latents c; nothing is kept for them."""
+    """Values U_v c + b, computed from cached latents c. They store nothing."""
 
     nbytes, down_proj = 0, None
 
@@ -144,51 +144,53 @@ class LatentValues:
         self.w_v, self.bias = w_v, bias
 
     def all(self, c):
-        """c (B, T, d) -> (B, nh, T, hs)."""
+        """c (B, T, d) -> values (B, nh, T, hs)."""
         v = expand(self.w_v, c)
         return v if self.bias is None else v + self.bias
 
     def weighted_sum(self, weights, c):
-        """weights (B, nh, T) that add up to 1, c (B, T, d) -> (B, nh, 1, hs)."""
+        """weights (B, nh, T) of sum 1, c (B, T, d) -> weighted sum of values (B, nh, 1, hs)."""
         y = (weights @ c).transpose(0, 1) @ self.w_v.mT             # (nh, B, d) x (nh, d, hs)
         return (y if self.bias is None else y + self.bias).transpose(0, 1).unsqueeze(2)
 
 
 class BlockCausalLatentValues(LatentValues):
-    """Values of latents as `svd.causal_low_rank_approximation` truncates them.
+    """Values of latents, truncated as by `svd.causal_low_rank_approximation`.
 
-    The latents of all earlier tokens are at hand, so each basis is computed when its span begins,
-    and only the bases are kept: k hs numbers per head and span.
+    The cache has the latents of all earlier tokens, so each basis is computed when its span begins.
+    Only the bases are stored: k hs values per head and span.
     """
 
     def __init__(self, w_v, bias, shape, rank, block, eigensolver, dtype, device):
-        """shape (B, nh, N, hs); eigensolver as in `BlockCausalValues`."""
+        """shape (B, nh, N, hs). eigensolver: G (..., hs, hs) -> leading eigenvectors
+        (..., hs, k)."""
         super().__init__(w_v, bias)
         B, nh, capacity, hs = shape
         self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
         self.bases = torch.empty(len(self.starts), B, nh, hs, rank, dtype=dtype, device=device)
-        self.nbytes, self.made = self.bases.nbytes, 0               # number of bases made so far
+        self.nbytes, self.made = self.bases.nbytes, 0               # number of bases computed
 
     def all(self, c):
         rows = super().all(c)
-        for a, b, w in self._spans(c)[1:]:                          # a batch of one: of the first
+        for a, b, w in self._spans(c)[1:]:                          # c may be a batch of one
             rows[:, :, a:b] = rows[:, :, a:b] @ w[:len(c)] @ w[:len(c)].mT
         return rows
 
     def weighted_sum(self, weights, c):
-        """Each span's sum is taken of latents, expanded, then projected."""
+        """Sum the latents of each span, expand the sums, then project them."""
         total = 0
         for a, b, w in self._spans(c):
             part = weights[..., a:b]                                # (B, nh, b - a)
             y = super().weighted_sum(part, c[:, a:b])               # (B, nh, 1, hs)
-            if self.bias is not None:                # a part of the weights adds up to less
+            if self.bias is not None:                # weights of one span add up to less
                 y = y + (part.sum(-1)[..., None, None] - 1) * self.bias
             total = total + (y if w is None else y @ w @ w.mT)
         return total
 
     def _spans(self, c):
-        """(first row, last row + 1, W_k) of each span within c (B, T, d), W_k from V^T V of the
-        rows before it; None for the first span, which has no basis."""
+        """Compute bases that are due. Return (first row, last row + 1, W_k) per span of
+        c (B, T, d). W_k comes from V^T V of the rows before the span. It is None for the first
+        span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
@@ -203,10 +205,10 @@ class BlockCausalLatentValues(LatentValues):
 # caches
 
 class KeyValueCache:
-    """Keys and values of every head."""
+    """Keys and values of all heads of one attention layer."""
 
     def __init__(self, keys: DenseValues, values):
-        """keys: of shape (B, nh, N, hs); values: of one of the first three classes above."""
+        """keys (B, nh, N, hs). values: DenseValues, FactoredValues or BlockCausalValues."""
         self.stored, self.values = keys, values
         self.nbytes = keys.nbytes + values.nbytes
 
@@ -214,11 +216,11 @@ class KeyValueCache:
     def length(self):
         return self.stored.length
 
-    @torch.compiler.disable                                         # shapes change with every token
+    @torch.compiler.disable                                         # shapes change with each token
     def attend(self, q, k, v):
-        """Add k and v of new tokens; attend from the last tokens, those of q (B, nh, .., hs) ->
-        like q. v may be coordinates (`down_proj`). A batch of one joins every sequence of the
-        cache."""
+        """Add k and v of m new tokens, each (B, nh, m, hs), then attend to all tokens with queries
+        q (B, nh, 1 or m, hs) -> like q. v holds coordinates if `values.down_proj` is set. A batch
+        of one is added to every sequence of the cache."""
         self.stored.append(k)
         self.values.append(v)
         if k.size(2) == self.length:                                # a prompt: as in training
@@ -229,48 +231,48 @@ class KeyValueCache:
 
 
 class LatentCache(KeyValueCache):
-    """One latent c per token for keys and values of all heads, k = U_k c, v = U_v c + b
-    (DeepSeek-V2, arXiv:2405.04434, section 2.1.2): d numbers per token.
+    """One latent c of d values per token for keys k = U_k c and values v = U_v c + b of all heads
+    (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 
-    A prompt is expanded, once. A single query is absorbed: q^T U_k c needs no key, and
-    U_v sum_j a_j c_j no value.
+    The keys and values of a prompt are computed once. For a single query U_k and U_v are absorbed.
+    The scores are q^T U_k times the latents, and U_v is applied to the weighted sum of latents, so
+    no key or value is computed.
     """
 
     def __init__(self, latents: DenseValues, w_k, values: LatentValues):
-        """latents: of shape (B, N, d); w_k: U_k (nh, hs, d)."""
+        """latents: of shape (B, N, d). w_k: U_k (nh, hs, d)."""
         super().__init__(latents, values)
         self.w_k = w_k
 
     @torch.compiler.disable
     def attend(self, q, c):
-        """Add latents c (B, .., d) of new tokens; the rest as in `KeyValueCache.attend`."""
+        """Add latents c (B, m, d) of m new tokens, then attend with q (B, nh, 1 or m, hs) -> like
+        q."""
         self.stored.append(c)
         if c.size(1) == self.length:                                # a prompt: as in training
             k, v = expand(self.w_k, c), self.values.all(c)          # (B, nh, T, hs)
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
         c = self.stored.all()                                       # (B, T, d)
-        # (nh, B, hs) x (nh, hs, d): heads meet the latents
+        # absorb U_k: (nh, B, hs) x (nh, hs, d)
         q = (q * q.size(-1) ** -0.5).squeeze(2).transpose(0, 1) @ self.w_k
         scores = q.transpose(0, 1) @ c.mT                           # (B, nh, d) x (B, d, T)
         return self.values.weighted_sum(F.softmax(scores, dim=-1), c)
 
 
 def expand(weight, c):
-    """Keys or values of latents: weight (nh, hs, d), c (B, T, d) -> (B, nh, T, hs)."""
+    """Compute keys or values of latents c (B, T, d) with weight (nh, hs, d) -> (B, nh, T, hs)."""
     return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
 
 
 def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> int:
-    """The number of tokens in the layers' caches (0 without): the position where idx (B, T) begins.
-
-    Raises ValueError where idx does not fit: a prompt comes first, then one token at a time, in all
-    at most block_size and what the cache has room for.
-    """
+    """Return the position where idx (B, T) begins, which is the number of tokens in the cache, or 0
+    without a cache. Raises ValueError if idx does not fit. A prompt comes first, then one token at
+    a time. All tokens must fit block_size and the cache."""
     T, start = idx.size(1), cache[0].length if cache else 0
     most = min(block_size, cache[0].stored.capacity) if cache else block_size
     if not 1 <= T <= most - start:
-        raise ValueError(f'cannot forward {start + T} tokens: valid are 1 to {most}, with '
+        raise ValueError(f'cannot forward {start + T} tokens: must be 1 to {most}, with '
                          f'block_size={block_size}')
     if start and T > 1:
-        raise ValueError(f'cannot add {T} tokens to a cache that holds some: valid is 1')
+        raise ValueError(f'cannot add {T} tokens to a cache that is not empty: must be 1')
     return start

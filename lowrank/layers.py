@@ -1,4 +1,4 @@
-"""Linear layers in other forms: low-rank, with a LoRA adapter, and split.
+"""Linear layers in other forms: low-rank, with a LoRA adapter, or split into three.
 
 Letters: m outputs, n inputs, r rank.
 """
@@ -11,13 +11,13 @@ from lowrank.spectrum import to_float64
 from lowrank.svd import balanced_factors, truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
-# Of sigma_1, the smallest singular value that is split evenly (a random 1,000 x 1,000 matrix has
-# none below some 5e-4): no row of A begins below 1e-2 of what the first would be
+# Singular values below FLOOR sigma_1 are not split evenly between the factors, so that no row of A
+# begins below 1e-2 of the longest. A random 1,000 x 1,000 matrix has no values below some 5e-4
 FLOOR = 1e-4
 
 
 class FactoredLinear(nn.Module):
-    """What layers with factors A (r, n) and B (m, r), nn.Linear both, have in common."""
+    """Base class of layers with two nn.Linear factors, A (r, n) and B (m, r)."""
 
     def add_factors(self, in_features, out_features, rank, bias):
         self.A = nn.Linear(in_features, rank, bias=False)
@@ -25,7 +25,7 @@ class FactoredLinear(nn.Module):
 
     @property
     def rank(self) -> int | None:
-        """r, or None where there are no factors."""
+        """r, or None if the layer has no factors."""
         return None if self.A is None else self.A.out_features
 
     @torch.no_grad()
@@ -35,14 +35,15 @@ class FactoredLinear(nn.Module):
 
     @torch.no_grad()
     def product(self):
-        """B A (m, n), multiplied in float64 on the CPU."""
+        """Return B A (m, n), multiplied in float64 on the CPU."""
         return to_float64(self.B.weight) @ to_float64(self.A.weight)
 
 
 class LowRankLinear(FactoredLinear):
-    """y = B (A x) + b: a linear layer whose weight (m, n) has rank r at most.
+    """Linear layer y = B (A x) + b, whose weight B A (m, n) has at most rank r.
 
-    r (m + n) parameters instead of m n, and as many multiplications per row of x. B has the bias.
+    It has r (m + n) parameters instead of m n, and as many multiplications per row of x. B has the
+    bias.
     """
 
     def __init__(self, in_features, out_features, rank, bias=True):
@@ -55,17 +56,18 @@ class LowRankLinear(FactoredLinear):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear, rank):
-        """The layer whose B A is the best rank-r approximation of an nn.Linear's weight (Eckart and
-        Young): A = sqrt(S) V^T, B = U sqrt(S), with the same bias. r is at most min(m, n). Raises
-        ValueError for rank < 1."""
+        """Return the layer whose B A is the best rank-r approximation of an nn.Linear's weight
+        (Eckart and Young 1936): A = sqrt(S) V^T, B = U sqrt(S). The bias stays. A rank above
+        min(m, n) counts as min(m, n). Raises ValueError for rank < 1 and torch.linalg.LinAlgError
+        for non-finite weights."""
         u, s, vh = truncated_svd(to_float64(linear.weight), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
     @classmethod
     @torch.no_grad()
     def from_factors(cls, b, a, like):
-        """b (m, r), a (r, n), with the bias, dtype, device and requires_grad of the layer
-        `like`."""
+        """Return the layer with b (m, r) and a (r, n). Bias, dtype, device and requires_grad are
+        those of the layer `like`."""
         layer = cls(a.size(1), len(b), len(a), like.bias is not None).to(like.weight)
         layer.set_factors(b, a)
         if like.bias is not None:
@@ -73,7 +75,7 @@ class LowRankLinear(FactoredLinear):
         return layer.requires_grad_(like.weight.requires_grad)
 
     def merge(self) -> nn.Linear:
-        """The dense layer with the weight B A, multiplied in float64."""
+        """Return the nn.Linear with weight B A, multiplied in float64."""
         return linear_from_tensors(self.product(), self.bias, self.A.weight)
 
     @property
@@ -87,8 +89,8 @@ class LowRankLinear(FactoredLinear):
 
 
 class AdaptedLinear(FactoredLinear):
-    """What layers have in common that add a product to a linear layer `base`: W + s B A, with the
-    bias of `base`. A None: there is no product."""
+    """Base class of layers that add a product to a linear layer `base`: W + s B A, with the bias of
+    `base`. If A is None, there is no product."""
 
     scale = 1.0                                                     # s
 
@@ -103,28 +105,30 @@ class AdaptedLinear(FactoredLinear):
         return self.base.bias
 
     def merged_weight(self):
-        """W + s B A (m, n), added in float64 on the CPU."""
+        """Return W + s B A (m, n), computed in float64 on the CPU."""
         W = to_float64(self.base.weight)
         return W if self.A is None else W + self.scale * self.product()
 
     def merge(self) -> nn.Linear:
-        """The dense layer with that weight."""
+        """Return the nn.Linear with the weight W + s B A."""
         return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
 
 
 class LoRALinear(AdaptedLinear):
-    """y = W x + b + s B A dropout(x), s = alpha / r: x (..., n) -> y (..., m).
+    """Linear layer with an adapter: y = W x + b + s B A dropout(x) with s = alpha / r. x (..., n)
+    -> y (..., m).
 
-    W (m, n) and b (m) of the linear layer `base` are frozen; A (r, n) and B (m, r) are trained.
-    LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA (Meng et al.,
-    arXiv:2404.02948) and MiLoRA (Wang et al., arXiv:2406.09044) start from the r largest or
-    smallest singular components of the weight W_0 and freeze the rest, W = W_0 - s B_0 A_0.
+    W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and B (m, r) are trained. LoRA (Hu
+    et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA (Meng et al.,
+    arXiv:2404.02948) starts from the r largest singular components of the weight W_0 of the wrapped
+    layer. MiLoRA (Wang et al., arXiv:2406.09044) starts from the r smallest. Both freeze the rest,
+    W = W_0 - s B_0 A_0.
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.0, init='lora'):
-        """A layer that computes what an nn.Linear does until it is trained, and takes it over as
-        `base`. dropout: share of x that the adapter does not see in training. init: 'lora' draws A
-        from torch's global generator; 'pissa' and 'milora' take an SVD in float64 on the CPU, which
+        """Wrap an nn.Linear, which becomes `base`. The layer computes the same until it is trained.
+        dropout: probability of dropping an input of the adapter in training. init: 'lora' draws A
+        from torch's global generator. 'pissa' and 'milora' take an SVD in float64 on the CPU, which
         raises torch.linalg.LinAlgError for non-finite weights."""
         super().__init__()
         self.add_factors(linear.in_features, linear.out_features, rank, bias=False)
@@ -144,52 +148,52 @@ class LoRALinear(AdaptedLinear):
 
 
 def svd_factors(matrix, components, scale):
-    """Factors b (m, k) and a (k, n) such that scale b a has the singular components of a float64
-    matrix (m, n) that a slice of them, in descending order, selects."""
+    """Return b (m, k) and a (k, n) such that scale b a is the sum of some singular components of a
+    float64 matrix (m, n). components: a slice of the components in descending order."""
     u, s, vh = truncated_svd(matrix, min(matrix.shape), 'standard')
     b, a = balanced_factors(u[:, components], s[components], vh[components], FLOOR * s[0])
     return b / scale ** 0.5, a / scale ** 0.5
 
 
 def fuse(layers):
-    """Several layers (m, n) with a `weight` and a `bias` as one: weight (parts m, n) and bias
-    (parts m) or None."""
+    """Stack several layers (m, n) -> weight (parts m, n) and bias (parts m) or None."""
     weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
     return weight, None if biases[0] is None else torch.cat(biases)
 
 
 class SplitProjection(nn.Module):
-    """Queries, keys and values of all heads from W_q, W_k and W_v (C, C) in three layers, each of
-    which can be replaced. Made from the model's `QKVProjection`, whose methods it has."""
+    """Projection to queries, keys and values of all heads by three layers (C, C), each of which can
+    be replaced. It is made from the model's `QKVProjection`, copies its weights and has its
+    methods."""
 
     def __init__(self, fused):
         super().__init__()
         self.n_head, weight = fused.n_head, fused.weight
         biases = [None] * 3 if fused.bias is None else fused.bias.chunk(3)
-        self.c_q, self.c_k, self.c_v = (                            # copies: a view would keep all
+        self.c_q, self.c_k, self.c_v = (                            # copies, so that fused is freed
             linear_from_tensors(w, b, weight) for w, b in zip(weight.chunk(3), biases))
 
     def forward(self, x, w_v=None):
-        """As `QKVProjection.forward`."""
+        """See `QKVProjection.forward`."""
         v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def project_for_cache(self, x, down_proj):
-        """As `QKVProjection.project_for_cache`."""
+        """See `QKVProjection.project_for_cache`."""
         v = self.c_v(x) if down_proj is None else F.linear(x, down_proj)
         return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
 
     def value_weight(self):
-        """As `QKVProjection.value_weight`."""
+        """See `QKVProjection.value_weight`."""
         return self.c_v.weight.unflatten(0, (self.n_head, -1))
 
     def value_bias(self):
-        """As `QKVProjection.value_bias`."""
+        """See `QKVProjection.value_bias`."""
         return bias_per_head(self.n_head, self.c_v.bias)
 
 
 def split_heads(n_head, *tensors):
-    """Each (B, T, nh n) -> (B, nh, T, n)."""
+    """Split the heads of each tensor (B, T, nh n) -> (B, nh, T, n)."""
     return tuple(t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in tensors)
 
 
@@ -199,15 +203,15 @@ def bias_per_head(n_head, bias):
 
 
 def empty_linear(in_features, out_features, bias, like):
-    """An uninitialized nn.Linear with the device and dtype of `like`. It draws no random
-    numbers."""
+    """Return an uninitialized nn.Linear on the device and in the dtype of `like`, without random
+    draws."""
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device,
                               dtype=like.dtype)
 
 
 @torch.no_grad()
 def linear_from_tensors(weight, bias, like):
-    """An nn.Linear with copies of weight (m, n) and bias (m) or None; device, dtype and
+    """Return an nn.Linear with copies of weight (m, n) and bias (m) or None. Device, dtype and
     requires_grad are those of the tensor `like`."""
     layer = empty_linear(weight.size(1), len(weight), bias is not None, like)
     layer.weight.copy_(weight.to(like.dtype))                      # dtype first: MPS has no float64

@@ -1,22 +1,21 @@
-"""What singular values say about a matrix: energy, the rank that a share of it needs, effective
-rank."""
+"""Measures of singular values: energy, the rank for a share of the energy, and effective rank."""
 
 import torch
 
 
 def to_float64(x, name: str | None = None):
-    """x in float64 on the CPU (MPS has none), detached; may share memory. With a name, non-finite
-    values raise ValueError."""
+    """Return x detached and in float64 on the CPU, because MPS has no float64. It may share memory
+    with x. If a name is given, NaN and inf raise ValueError."""
     if name and not x.isfinite().all():
         raise ValueError(f'{name} must be finite, got NaN or inf')
     return x.detach().cpu().double()
 
 
 def energy(s):
-    """Cumulative share of the squared Frobenius norm.
+    """Cumulative share of the squared Frobenius norm that the leading singular values hold.
 
-    s (..., n): singular values, descending -> float64 (..., n) rising to 1, on the CPU. All-zero s
-    gives ones: nothing is lost at any rank. Raises ValueError for NaN and inf.
+    s (..., n): singular values, descending -> float64 (..., n) on the CPU, rising to 1. If all s
+    are zero, the result is ones, because no rank loses anything. Raises ValueError for NaN and inf.
     """
     s = to_float64(s, 'singular values')
     cumulative, tiny = s.square().cumsum(-1), torch.finfo(s.dtype).tiny
@@ -25,14 +24,14 @@ def energy(s):
 
 
 def rank_for_energy(s, fraction):
-    """Smallest rank whose cumulative energy reaches `fraction`: s (..., n) descending -> int64
-    (...).
+    """Smallest rank whose cumulative energy reaches `fraction`.
 
-    Raises ValueError unless 0 < fraction <= 1, and for NaN and inf in s.
+    s (..., n): singular values, descending -> int64 (...). Raises ValueError unless
+    0 < fraction <= 1, and for NaN and inf in s.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f'energy fraction must be above 0 and at most 1, got {fraction}')
-    # one rounding error below the fraction still counts, else fraction=1 may ask for n + 1
+    # a rounding error below the fraction counts, otherwise fraction=1 could need n + 1
     reached = energy(s) >= fraction - s.shape[-1] * torch.finfo(torch.float64).eps
     return s.shape[-1] - reached.sum(-1) + 1
 
@@ -40,7 +39,7 @@ def rank_for_energy(s, fraction):
 def energy_kept(x, y):
     """Share of x's squared Frobenius norm that an approximation y keeps, 1 - |x - y|^2 / |x|^2.
 
-    x, y (..., m, n) -> float64 (...) on the CPU; 1 where x is zero.
+    x, y (..., m, n) -> float64 (...) on the CPU. It is 1 if x is zero.
     """
     x, y = to_float64(x), to_float64(y)
     total = x.square().sum((-2, -1))
@@ -50,8 +49,8 @@ def energy_kept(x, y):
 def effective_rank(x):
     """exp of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007).
 
-    x (..., m, n) -> float64 (...) on the CPU: 1 for a matrix of rank one or zero, min(m, n) where
-    all singular values are equal. Raises torch.linalg.LinAlgError where x is not finite.
+    x (..., m, n) -> float64 (...) on the CPU. It is 1 for a matrix of rank one or zero, and
+    min(m, n) if all singular values are equal. Raises torch.linalg.LinAlgError if x is not finite.
     """
     x = to_float64(x)
     squares = torch.linalg.eigvalsh(x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT)

@@ -1,35 +1,35 @@
 """Truncated SVD of batches of small matrices, with a gradient that stays finite.
 
-The best rank-k approximation of X (Eckart and Young 1936) is X_k = X P, where P projects on the
-top-k eigenvectors W_k of the Gram matrix G:
+The best rank-k approximation of X (Eckart and Young 1936) is X_k = X P, where P projects on the k
+leading eigenvectors W_k of the Gram matrix G:
 
     X_k = X P,   P = W_k W_k^T,   G = X^T X = W diag(lambda) W^T,   lambda_i = sigma_i^2.
 
-X_k is unique where sigma_k > sigma_{k+1}; U, S and Vh are not (signs, rotations among equal
-values). Therefore the derivative is taken of X_k itself. Only pairs i <= k < j enter it. Given
-D = dL/dX_k and M = X^T D:
+X_k is unique if sigma_k > sigma_{k+1}. U and Vh are not, because signs are free and vectors of
+equal singular values can be rotated. The gradient is therefore that of X_k itself, which involves
+only pairs i <= k < j. With D = dL/dX_k, M = X^T D and the other eigenvectors W_r:
 
     dL/dX = D P + X (Z + Z^T),   Z = W_k A W_r^T,
     A_ij = [W_k^T (M + M^T) W_r]_ij / (lambda_i - lambda_j).
 
-Autograd through torch.linalg.svd divides by all lambda_i - lambda_j instead. It returns NaN where
-two singular values are equal, as in any X whose rank is below its width.
+Autograd through torch.linalg.svd divides by all differences lambda_i - lambda_j instead. It returns
+NaN if two singular values are equal, for example if several are zero.
 
 Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both decompose in float64,
-because a float32 G squares the condition number (docs/RESULTS.md, section 4); everything else is
-float32. MPS has no float64: there G is summed in float32 and decomposed on the CPU.
+because G has the squared condition number of X, too large for float32 (docs/RESULTS.md). Everything
+else is float32. MPS has no float64. There G is summed in float32 and decomposed on the CPU.
 
 'randomized' computes P = Q Q^T by subspace iteration on a float32 G (subspace_iteration.py). Its
-gradient is that of the last iteration Q R = G Q', with the basis Q' before it held constant
+gradient is that of the last iteration Q R = G Q', where the basis Q' before it is held constant
 (one-step differentiation, Bolte, Pauwels and Vaiter 2023):
 
     dL/dX = D P + X (Z + Z^T),   Z = (I - P) (M + M^T) F,   F = Q R^-T Q'^T.
 
-At convergence F is the pseudo-inverse of P G. What the exact A_ij divides by lambda_i - lambda_j
-is here divided by lambda_i.
+At convergence F is the pseudo-inverse of P G. It divides by lambda_i where the exact A_ij divides
+by lambda_i - lambda_j.
 
-Letters: m rows, n columns, k rank, N matrices; "..." any batch dimensions. The range of values
-that float32 inputs may have is in docs/SVD.md.
+Letters: m rows, n columns, k rank, N matrices; "..." any batch dimensions. docs/SVD.md gives the
+range of values that float32 inputs may have.
 """
 
 from itertools import accumulate
@@ -48,15 +48,14 @@ METHODS = (*EXACT_METHODS, 'randomized')
 # factors, not differentiable
 
 def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversample=0):
-    """Leading singular triplets: x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k,
-    n).
+    """Leading singular triplets of x, without a gradient.
 
-    U diag(S) Vh is the best rank-k approximation of x, with 'randomized' nearly so. Computed in
-    float64 (on the CPU where the device has none). For spectra and for factoring weights; where a
-    gradient is needed use `low_rank_approximation`. With 'randomized', rows of Vh are short where
-    sigma_k is below 1e-3 sigma_1. rank None, or above min(m, n), gives min(m, n) triplets. Raises
-    ValueError for rank < 1 and an unknown method, and torch.linalg.LinAlgError for non-finite
-    values.
+    x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n). U diag(S) Vh is the best
+    rank-k approximation of x, or nearly so with 'randomized'. Computed in float64, on the CPU if
+    the device has no float64. rank None or above min(m, n) gives min(m, n) triplets. With
+    'randomized', rows of Vh are short if sigma_k is below 1e-3 sigma_1. Raises ValueError for
+    rank < 1 and an unknown method, and torch.linalg.LinAlgError for non-finite values.
+    `low_rank_approximation` has a gradient.
     """
     _check(rank, method)
     if x.shape[-2] < x.shape[-1]:
@@ -66,7 +65,7 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
         wide = _to_float64(x)
         if method == 'standard':
             u, s, vh = _decompose(torch.linalg.svd, wide, full_matrices=False)
-        else:                                                       # of x in the basis of W_k
+        else:                                                       # SVD of x in the basis W_k
             gram = wide.mT @ wide
             w = leading_eigenvectors(gram, rank, method, power_iters=power_iters,
                                      oversample=oversample)
@@ -77,9 +76,9 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
 
 
 def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
-    """W_k (..., n, k) such that x W_k W_k^T is what `low_rank_approximation` returns for x (..., m,
-    n) with m >= n, with its precision. Not differentiable. Raises torch.linalg.LinAlgError for
-    non-finite values."""
+    """Return the basis W_k (..., n, k) of x (..., m, n) with m >= n, such that x W_k W_k^T is the
+    result of `low_rank_approximation`, with the same precision. Not differentiable. Raises
+    torch.linalg.LinAlgError for non-finite values."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     with torch.autocast(x.device.type, enabled=False):
         if method == 'randomized':
@@ -89,10 +88,10 @@ def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0
 
 def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample=0,
                          start: torch.Tensor | None = None):
-    """Orthonormal W_k (..., n, k) that spans the eigenvectors of the k largest eigenvalues.
+    """Orthonormal basis W_k (..., n, k) of the eigenvectors of the k largest eigenvalues of gram.
 
-    gram (..., n, n): symmetric and positive semidefinite. By eigh in float64, or with 'randomized'
-    as in `low_rank_approximation`. Raises torch.linalg.LinAlgError for NaN and inf.
+    gram (..., n, n): symmetric and positive semidefinite. Computed by eigh in float64, or with
+    'randomized' as in `low_rank_approximation`. Raises torch.linalg.LinAlgError for NaN and inf.
     """
     if method == 'randomized':
         return _iterate(gram, rank, power_iters, oversample, start)[0].to(gram)
@@ -100,46 +99,47 @@ def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample
 
 
 def balanced_factors(u, s, vh, floor):
-    """Factors b (m, k) and a (k, n) of u (m, k) diag(s) vh (k, n), with sqrt(s) on either side:
+    """Split u (m, k) diag(s) vh (k, n) into factors b (m, k) and a (k, n), each with sqrt(s):
 
         b = u diag(s / sqrt(t)),   a = diag(sqrt(t)) vh,   t = max(s, floor).
 
-    The floor keeps rows of a away from zero: if row and column were both zero neither would get a
-    gradient, since each one's is a multiple of the other. floor=0, that of a zero matrix: t = 1.
+    The floor keeps rows of a away from zero. The gradient of each factor is a multiple of the other
+    one, so a row and a column that are both zero would never be trained. floor=0, for a zero
+    matrix, gives t = 1.
     """
     root = s.clamp_min(float(floor) or 1.0).sqrt()
     return u * (s / root), root[:, None] * vh
 
 
 # --------------------------------------------------------------------------------------------------
-# best rank-k approximation, differentiable
+# projections of rank k, differentiable
 
 def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, *, power_iters=2,
                            oversample=0, start: torch.Tensor | None = None, return_gram=False):
-    """Best rank-k approximation X_k of each matrix, differentiable once: x (..., m, n) -> the same.
+    """Best rank-k approximation X_k of each matrix x (..., m, n), differentiable once.
 
-    rank None or >= min(m, n) returns x itself. The gradient is exact except where the gap at the
-    cut, lambda_k - lambda_{k+1}, is below n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in
-    float32): there X_k is hardly determined, and the gap is replaced by that bound, so gradients
-    stay finite. basis_grad=False treats P as a constant: the gradient is D P. Computed in float32
-    (float64 stays float64) whatever autocast says; the result has x's dtype.
+    rank None or >= min(m, n) returns x itself. Computed in float32 (float64 stays float64) with
+    autocast off, and returned in x's dtype. The gradient is exact if the gap at the cut,
+    lambda_k - lambda_{k+1}, is at least n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32).
+    For a smaller gap X_k is hardly determined, and that bound replaces the gap, so gradients stay
+    finite. basis_grad=False holds P constant, so that the gradient is D P.
 
-    'randomized' is the best one up to a few per cent of the residual where sigma_k is above
-    1e-3 sigma_1 (3e-3 without float64). The iteration begins at `start` (..., n, l), l >= k, whose
-    batch dimensions are x's or fewer; None: a Gaussian one of k + 4 + oversample columns.
-    `power_iters` products with G precede the last one; 0 is enough for a start from a matrix
-    nearby. With return_gram=True the result is (X_k, G), G (..., n, n) or None where no G was
-    made. The other methods ignore these options.
+    'randomized' is within a few per cent of the best residual if sigma_k is above 1e-3 sigma_1
+    (3e-3 without float64). It iterates from `start` (..., n, l), l >= k, whose batch dimensions are
+    those of x or fewer. None starts from k + 4 + oversample Gaussian columns. `power_iters`
+    products with G precede the last one. 0 is enough for a start from a similar matrix.
+    return_gram=True returns (X_k, G) with G (..., n, n), or None if no G was computed. Other
+    methods ignore these options.
 
-    Raises ValueError for rank < 1 and an unknown method, and on the CPU
-    torch.linalg.LinAlgError where a matrix to decompose has non-finite values. On CUDA a check
-    would have to wait for the device; under torch.compile there is none either.
+    Raises ValueError for rank < 1 and an unknown method. On the CPU, raises
+    torch.linalg.LinAlgError if a matrix to decompose has non-finite values. CUDA, where the check
+    would wait for the device, and torch.compile have no such check.
     """
     _check(rank, method)
     m, n = x.shape[-2:]
     options = dict(power_iters=power_iters, oversample=oversample)
     spans = () if rank is None or rank >= min(m, n) else ((m, 0, m),)
-    if spans and m < n and start is None and not return_gram:      # keep G the small one of the two
+    if spans and m < n and start is None and not return_gram:      # G (m, m) is smaller
         return low_rank_approximation(x.mT, rank, method, basis_grad, **options).mT
     return _project(x, rank, method, spans, basis_grad, return_gram, start=start, **options)
 
@@ -147,13 +147,15 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
 def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, basis_grad=True, *,
                                   power_iters=2, oversample=0, start: torch.Tensor | None = None,
                                   return_gram=False):
-    """Rank-k projection in which no row depends on a later one: x (..., T, n) -> the same.
+    """Rank-k projection of the rows of x (..., T, n) in which no row depends on a later one.
 
-    Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the top-k right singular
-    vectors of rows [0, s): T rows need log2(T / block) bases. The first `block` rows, and rows
-    whose basis would come from `rank` rows or fewer, pass unchanged. rank None or >= n returns x
-    itself; T does not enter this rule, because appending a row must not change an earlier one.
-    The rest is as in `low_rank_approximation`; G is that of all rows that a basis comes from.
+    Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the leading k right singular
+    vectors of rows [0, s), so T rows need log2(T / block) bases. The first `block` rows, and rows
+    whose basis would come from `rank` rows or fewer, do not change. rank None or >= n
+    returns x itself. T does not enter this rule, because a new row must not change earlier ones.
+    The result is not the best rank-k approximation of x, and its rank can exceed k. Gradient, other
+    arguments and errors are those of `low_rank_approximation`. G is that of all rows that a basis
+    comes from.
     """
     _check(rank, method)
     rows, n = x.shape[-2:]
@@ -164,18 +166,18 @@ def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, 
 
 
 def causal_starts(rows, rank, block) -> list[int]:
-    """First rows of the spans [s, 2s) of `causal_low_rank_approximation`, ascending."""
+    """First rows s of the spans [s, 2s) of `causal_low_rank_approximation`, ascending."""
     doubled = (block << i for i in range(rows.bit_length()))
     return [start for start in doubled if rank < start < rows]
 
 
 def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
-    """X with the rows of each span (s, a, b) projected; X itself without spans."""
+    """Project the rows of each span (s, a, b). Without spans, return x itself."""
     if not spans:
         return (x, None) if return_gram else x
-    wide = torch.promote_types(x.dtype, torch.float32)              # not in half precision
+    wide = torch.promote_types(x.dtype, torch.float32)              # no half precision
     flat = x.to(wide).reshape(-1, *x.shape[-2:]).contiguous()       # (N, T, n)
-    if start is not None and start.dim() > 2:                       # one for each matrix
+    if start is not None and start.dim() > 2:                       # one per matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
     with torch.autocast(x.device.type, enabled=False):
         y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad,
@@ -187,13 +189,14 @@ def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
 
 
 class _ProjectRows(torch.autograd.Function):
-    """y[a:b] = x[a:b] P_s for each span (s, a, b), P_s the projector of the prefix x[:s].
+    """y[a:b] = x[a:b] P_s for each span (s, a, b), where P_s is the projector of the prefix x[:s].
 
-    x (N, T, n). Rows outside all spans pass unchanged. One span (T, 0, T) is the plain truncated
-    SVD. Returns y, and with 'randomized' G of the longest prefix (N, n, n), which has no gradient.
+    x (N, T, n). Rows outside all spans do not change. One span (T, 0, T) is the plain truncated
+    SVD. Returns y, and with 'randomized' also G of the longest prefix (N, n, n), which has no
+    gradient.
 
-    The backward pass is a formula at the top of this file, summed over spans. The exact one is
-    written with the symmetric F, F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i,
+    The backward pass sums a formula at the top of this file over spans. The exact formula is
+    written with a symmetric F, where F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i,
     else 0: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T.
     """
 
@@ -240,8 +243,7 @@ class _ProjectRows(torch.autograd.Function):
 
 
 def _apply_projectors(x, projectors, spans):
-    """x (N, T, n), projectors (spans, N, n, n) -> (N, T, n): rows [a, b) of a span times its
-    own."""
+    """Multiply rows [a, b) of x (N, T, n) by the projector of each span (spans, N, n, n)."""
     if spans[0][1:] == (0, x.shape[1]):
         return torch.bmm(x, projectors[0])
     y = x.clone()
@@ -251,24 +253,23 @@ def _apply_projectors(x, projectors, spans):
 
 
 def _divided_differences(eigenvalues, rank, x):
-    """F of `_ProjectRows` (spans, N, n, n), like x (N, T, n). eigenvalues (spans, N, n),
-    ascending."""
+    """F of `_ProjectRows` (spans, N, n, n) in x's dtype. eigenvalues (spans, N, n), ascending."""
     n, info = x.shape[-1], torch.finfo(x.dtype)
-    # the second bound is for prefixes that are zero, whose F meets the rows after them in M
+    # the second bound is for zero prefixes, because M also holds the rows after them
     least = (n * info.eps * eigenvalues[..., -1:]).clamp_min(info.tiny ** 0.75)
     eigenvalues, least = (t.to(x.dtype).to(x.device) for t in (eigenvalues, least))
     gap = (eigenvalues.unsqueeze(-1) - eigenvalues.unsqueeze(-2)).abs()
-    # 0 and 1: inductor fails on bool != bool
+    # numbers, because inductor fails on bool != bool
     kept = (torch.arange(n, device=x.device) >= n - rank).to(x.dtype)
     return (kept.unsqueeze(-1) - kept).abs() / gap.maximum(least.unsqueeze(-1))
 
 
 # --------------------------------------------------------------------------------------------------
-# the pieces
+# helpers
 
 def _exact_spectrum(x, method, stops):
-    """Eigenvalues (stops, ..., n) ascending and eigenvectors (stops, ..., n, n) of the G of each
-    prefix x[:stop], in float64; on the CPU where the device has none."""
+    """Eigenvalues (stops, ..., n), ascending, and eigenvectors (stops, ..., n, n) of G of each
+    prefix x[:stop], in float64, on the CPU if the device has no float64."""
     if method == 'gram':
         grams = _prefix_grams(x if _lacks_float64(x.device) else x.double(), stops)
         eigenvalues, w = _decompose(torch.linalg.eigh, _to_float64(grams))
@@ -281,14 +282,13 @@ def _exact_spectrum(x, method, stops):
 
 
 def _prefix_grams(x, stops):
-    """G of each prefix x[:stop] (stops, ..., n, n). Each row enters one product: G of a longer
-    prefix adds the new rows."""
+    """G of each prefix x[:stop] -> (stops, ..., n, n). Each row enters a single product."""
     rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
     return _stack([*accumulate((r.mT @ r for r in rows), torch.add)])
 
 
 def _iterate(grams, rank, power_iters, oversample, start):
-    """`leading_subspace` of grams (..., n, n), in float64 where the device has it."""
+    """`leading_subspace` of grams (..., n, n), in float64 if the device has it."""
     start = gaussian_start(grams.shape[-1], rank, oversample) if start is None else start
     _check_finite(grams)
     wide = grams if _lacks_float64(grams.device) else grams.double()
@@ -296,7 +296,7 @@ def _iterate(grams, rank, power_iters, oversample, start):
 
 
 def _decompose(f, a, **options):
-    """f(a) for f = eigh or svd, which blame something else where a is not finite."""
+    """f(a) for eigh or svd, with a clear error if a is not finite."""
     _check_finite(a)
     return f(a, **options)
 
@@ -304,7 +304,7 @@ def _decompose(f, a, **options):
 def _check_finite(a):
     if a.device.type == 'cpu' and not torch.compiler.is_compiling() and not a.sum().isfinite():
         raise torch.linalg.LinAlgError('the input of the SVD has non-finite values (NaN or inf), '
-                                       'or squares beyond float32')
+                                       'or its squares overflow float32')
 
 
 def _stack(tensors):
@@ -312,7 +312,7 @@ def _stack(tensors):
 
 
 def _to_float64(x):
-    """x in float64, on the CPU where the device has none."""
+    """x in float64, on the CPU if the device has no float64."""
     return (x.cpu() if _lacks_float64(x.device) else x).double()
 
 
