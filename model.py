@@ -5,7 +5,8 @@ per token (multi-head latent attention, MLA), low-rank layers, adaptive SVD and 
 
 Where the SVD happens: each attention layer has a module `head_svd` (lowrank/head_svd.py). In
 'sequence' and 'causal' scope it truncates V itself (CausalSelfAttention.apply_svd_to_v). In
-'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight).
+'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight). It also
+builds the part of the cache that holds V.
 
 What it costs: the SVD makes training slower, never faster, and saves no memory there (docs/SVD.md).
 In decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K,
@@ -195,9 +196,9 @@ class QKVProjection(nn.Linear):
         return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
 
     def project_for_cache(self, x, down_proj):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs), for `KeyValueCache.attend`. 'weight' scope
-        passes down_proj (nh k, C). Then v holds coordinates of V (B, nh, T, k), which cost k / hs
-        of V."""
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs), for `KeyValueCache.attend`. In 'weight'
+        scope down_proj (nh k, C) is given, and v holds the coordinates of V (B, nh, T, k). They
+        cost k / hs as much as V."""
         if down_proj is None:
             return self(x)
         C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]
@@ -412,7 +413,7 @@ class GPT(nn.Module):
                     nn.init.orthogonal_(first.weight, gain)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids, targets (B, T) or None -> logits, loss.
+        """Predict the next tokens: idx (B, T) token ids, targets (B, T) or None -> logits, loss.
 
         With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats per token, where
         targets of -1 do not count. Without targets: logits of the last position (B, 1, vocab_size)
@@ -501,7 +502,7 @@ class GPT(nn.Module):
         return sum(p.numel() for block in self.transformer.h for p in block.attn.parameters())
 
     def crop_block_size(self, block_size):
-        """Shorten the context in place, for example GPT-2's 1024, by dropping later positions."""
+        """Shorten the context to block_size tokens, in place. Later positions are dropped."""
         assert 1 <= block_size <= self.config.block_size
         self.config.block_size, wpe = block_size, self.transformer.wpe.weight
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),

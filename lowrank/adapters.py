@@ -78,7 +78,7 @@ class AdapterTargets:
 def inject_adapters(model, from_trained=False):
     """Wrap the layers that model.config names for adaptive SVD and LoRA, in place. With LoRA, all
     other parameters are frozen. from_trained: the weights are trained and `lora_init` starts from
-    them. Otherwise adapters start from zero, because a checkpoint is loaded into them later."""
+    them. Otherwise adapters start from zero, because their values are loaded later."""
     c = model.config
     for name in c.adaptive_layers:
         layer = AdaptiveSVDLinear(model.get_layer(name), c.adaptive_svd_protection)
@@ -110,10 +110,10 @@ def lowrank_ranks(model) -> dict[str, int] | None:
 # adapters without their model
 
 def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return a model's adapters as standard LoRA, which is added to the weights before training.
+    """Return a model's adapters as standard LoRA for the weights that it had before training.
 
-    PiSSA and MiLoRA take their adapters out of the weights at the start. For them `base` is a model
-    with the weights before training, and the rank doubles. Returns the options and name -> tensor,
+    PiSSA and MiLoRA subtract their first adapter from these weights. They need `base`, a model with
+    the weights before training, and their rank doubles. Returns the options and name -> tensor,
     such as 'h.0.attn.c_attn.c_q.A' (r, n) and 'h.0.attn.c_attn.c_q.B' (m, r). Raises ValueError if
     the adapters do not belong to the weights of `base`.
     """

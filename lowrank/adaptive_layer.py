@@ -41,12 +41,12 @@ class AdaptiveSVDLinear(AdaptedLinear):
     The buffer `protected` (m, k) holds U_p, the k principal left singular vectors.
 
     With protection 'left', `project_factors` removes from B what lies in the span of U_p, so that
-    U_p^T W keeps its value from the switch. The parameters are projected, not the gradient, because
+    U_p^T W stays as it was at the switch. The parameters are projected, not the gradient, because
     AdamW's element-wise scaling would undo a projection of the gradient. With protection 'none',
     B A can change any component, as in MiLoRA (arXiv:2406.09044).
 
-    A switch keeps the function, because W_p is set to W - B A. Low-rank mode saves no memory. At
-    r = 246 and g = 256 it holds 2.9 times the parameters of full mode.
+    A switch does not change the output, because W_p is set to W - B A. Low-rank mode saves no
+    memory. At r = 246 and g = 256 it holds 2.9 times the parameters of full mode.
     """
 
     def __init__(self, linear, protection='left'):
@@ -66,8 +66,8 @@ class AdaptiveSVDLinear(AdaptedLinear):
         like.requires_grad_(False)
 
     def forward(self, x):
-        """x (..., n) -> (..., m). For m n / (m + n) rows and more, W_p + B A is computed first,
-        because that costs no more than B A x."""
+        """x (..., n) -> (..., m). With at least m n / (m + n) rows, W_p + B A is computed
+        first, because that costs no more than B A x."""
         (m, n), rows = self.base.weight.shape, x.numel() // x.size(-1)
         if self.A is not None and rows * (m + n) < m * n:
             return self.base(x) + self.B(self.A(x))
@@ -81,9 +81,8 @@ class AdaptiveSVDLinear(AdaptedLinear):
         return [] if self.A is None else [self.A.weight, self.B.weight]
 
     def track_weight_grad(self, on):
-        """Choose whether backward passes leave dL/dW in `base.weight.grad` in low-rank mode. In
-        full mode they always do. W_p is a parameter that no optimizer has, and its gradient equals
-        dL/dW."""
+        """Choose whether backward passes store dL/dW in `base.weight.grad` in low-rank mode. It is
+        the gradient of W_p, which no optimizer updates. Full mode always stores it."""
         self.base.weight.requires_grad_(on or self.A is None)
 
     @torch.no_grad()
@@ -217,9 +216,8 @@ class AdaptiveSVD:
                 for key, value in found.items() if value is not None}
 
     def _analysis(self, name, step):
-        """Analyze one layer -> the decision, next r and diagnostics of
-        `should_use_lowrank_training`, the r they are for, and U, S and (if the layer gets factors)
-        V of W."""
+        """Analyze one layer -> the result of `should_use_lowrank_training`, the r that it assumes,
+        and the SVD of W: U, S and, if the layer gets factors, V."""
         layer, memory = self.layers[name], self.memory[name]
         W = to_float32(layer.weight)                                # (m, n)
         r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)

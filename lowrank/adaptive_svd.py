@@ -67,8 +67,8 @@ def compute_singular_value_concentration(S, percentile=ENERGY):
 def compute_reconstruction_error(W, U, S, V, r):
     """Return the relative error of the principal components alone, |W - U_k S_k V_k^T| / |W|
     (Frobenius), and whether it is below SAFE_ERROR. W (m, n), U (m, >= k), S (g), V (n, >= k) ->
-    (float, bool). The error is 0 for W = 0. It measures how much of W is protected. Low-rank mode
-    itself drops nothing."""
+    (float, bool). The error is 0 for W = 0. It says how much of W is protected. Low-rank mode drops
+    no part of W."""
     W, S = to_float64(W, 'W'), to_float64(S, 'S')
     k = max(len(S) - r, 0)
     U, V = to_float64(U[:, :k], 'U'), to_float64(V[:, :k], 'V')
@@ -83,7 +83,7 @@ def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[fl
 
     grad_W: G (m, n). U (m, >= k). S (g), of which only the length is used. The shares add up to 1.
     They are (0.0, 0.0) for a gradient that is None, zero or not finite. Compare the first share
-    with `random_baseline`. An optimizer's step, whose alignment differs, may be passed as grad_W.
+    with `random_baseline`. An optimizer's step may be passed as grad_W, but its alignment differs.
     """
     principal_space = to_float64(U[:, :max(len(S) - r, 0)], 'U')    # (m, k)
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
@@ -102,7 +102,7 @@ def random_baseline(k, m):
 
 
 def lift(principal, baseline):
-    """Return the principal alignment over its random baseline, or 1 if nothing is protected."""
+    """Return the alignment divided by its random baseline, or 1 if nothing is protected."""
     return principal / baseline if baseline > 0 else 1.0
 
 
@@ -116,10 +116,10 @@ def determine_next_r(S, S_prev: torch.Tensor | None, r_current, r_min=LEAST_RANK
     """Propose the next r. Returns (r, why), where why is a text.
 
     S, S_prev (g): the singular values now and at the last analysis, None at the first one. The
-    first r is g - FIRST_PRINCIPAL. Later r is multiplied by SHRINK if the smallest min(r, g // 4)
-    singular values, at least one, have changed as a vector by at most STABLE_CHANGE relative to
-    before. Otherwise r stays. min(r_min, g - 1) <= r <= g - 1. The caller decides when a proposal
-    takes effect.
+    first r is g - FIRST_PRINCIPAL. Later r is multiplied by SHRINK if the vector of the smallest
+    min(r, g // 4) singular values, at least one, has a relative change of at most STABLE_CHANGE.
+    Otherwise r stays. The result is from min(r_min, g - 1) to g - 1. The caller decides when a
+    proposal takes effect.
     """
     S, g = to_float64(S, 'S'), len(S)
     if S_prev is None:

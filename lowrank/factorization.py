@@ -94,12 +94,11 @@ def balance(up, down, rank):
 
 
 def ridge_refit(before, inputs, cross, ridge=RIDGE):
-    """Return M (k, n) such that M x^ is closest to u = P x, where x^ is x after earlier layers
-    changed.
+    """Return M (k, n) such that M x^ is closest to u = P x.
 
-    This is least squares with a ridge that keeps M at P = before (k, n) in directions without data.
-    inputs: E[x^ x^^T] (n, n). cross: E[u x^^T] (k, n). Both are float64. Raises ValueError for
-    non-finite values.
+    x^ is the layer's input x after earlier layers changed. This is least squares with a ridge that
+    keeps M at P = before (k, n) in directions without data. inputs: E[x^ x^^T] (n, n), cross:
+    E[u x^^T] (k, n), both float64. Raises ValueError for non-finite values.
     """
     inputs, cross = to_float64(inputs, 'inputs'), to_float64(cross, 'inputs')
     _, inverse, level = psd_sqrt(inputs, len(inputs), ridge)
@@ -127,11 +126,11 @@ def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, in
     rank, where None means that the layer stays dense.
 
     energies: name -> (s), descending, the error that each component avoids, in one unit for all
-    layers. shapes: name -> (m, n). step: ranks are multiples of it. The last choice for a layer has
-    no error. It is the dense layer, or the rank above which all energies are zero. The error is a
-    convex function of the size except for the large step to the dense layer, so ranks just before
-    that step are left out to make it convex. Then the steepest steps of all layers are taken first.
-    Raises ValueError if even the smallest ranks exceed the budget.
+    layers. shapes: name -> (m, n). step: ranks are multiples of it. The largest choice for a layer
+    has no error. It is the dense layer, or the rank above which all energies are zero. The error is
+    a convex function of the size, except for the large step to the dense layer. Ranks just before
+    that step are left out, which makes it convex. Then the steepest steps of all layers are taken
+    first. Raises ValueError if even the smallest ranks exceed the budget.
     """
     ranks, spent, segments = {}, 0, []
     for name, shape in shapes.items():

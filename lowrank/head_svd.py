@@ -32,12 +32,12 @@ class NoSVD(nn.Module):
         return w_v
 
     def new_values(self, shape, w_v, bias, **kind):
-        """Return empty storage for values (B, nh, N, hs). W_v (nh, hs, C) and bias (nh, 1, hs) or
-        None make the values. kind: dtype and device."""
+        """Return empty storage for values of shape (B, nh, N, hs), which w_v (nh, hs, C) and
+        bias (nh, 1, hs) or None compute. kind: dtype and device."""
         return DenseValues(shape, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
-        """Return the values of cached latents, for MLA. w_v is U_v (nh, hs, d)."""
+        """Return the object that computes V of cached latents, for MLA. w_v is U_v (nh, hs, d)."""
         return LatentValues(self.truncate_weight(w_v), bias)
 
 

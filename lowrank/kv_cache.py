@@ -162,8 +162,7 @@ class BlockCausalLatentValues(LatentValues):
     """
 
     def __init__(self, w_v, bias, shape, rank, block, eigensolver, dtype, device):
-        """shape (B, nh, N, hs). eigensolver: G (..., hs, hs) -> leading eigenvectors
-        (..., hs, k)."""
+        """shape (B, nh, N, hs). eigensolver: G (..., hs, hs) -> basis of a span (..., hs, k)."""
         super().__init__(w_v, bias)
         B, nh, capacity, hs = shape
         self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
@@ -246,8 +245,7 @@ class LatentCache(KeyValueCache):
 
     @torch.compiler.disable
     def attend(self, q, c):
-        """Add latents c (B, m, d) of m new tokens, then attend with q (B, nh, 1 or m, hs) -> like
-        q."""
+        """Add latents c (B, m, d) of m new tokens, then attend as `KeyValueCache.attend` does."""
         self.stored.append(c)
         if c.size(1) == self.length:                                # a prompt: as in training
             k, v = expand(self.w_k, c), self.values.all(c)          # (B, nh, T, hs)

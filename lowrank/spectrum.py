@@ -47,7 +47,7 @@ def energy_kept(x, y):
 
 
 def effective_rank(x):
-    """exp of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007).
+    """Effective rank: exp of the entropy of sigma / sum(sigma) (Roy and Vetterli 2007).
 
     x (..., m, n) -> float64 (...) on the CPU. It is 1 for a matrix of rank one or zero, and
     min(m, n) if all singular values are equal. Raises torch.linalg.LinAlgError if x is not finite.

@@ -15,9 +15,10 @@ only pairs i <= k < j. With D = dL/dX_k, M = X^T D and the other eigenvectors W_
 Autograd through torch.linalg.svd divides by all differences lambda_i - lambda_j instead. It returns
 NaN if two singular values are equal, for example if several are zero.
 
-Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both decompose in float64,
-because G has the squared condition number of X, too large for float32 (docs/RESULTS.md). Everything
-else is float32. MPS has no float64. There G is summed in float32 and decomposed on the CPU.
+Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both decompose in float64.
+In float32, G would lose small singular values, because it squares them (docs/RESULTS.md).
+Everything else is float32. On MPS, which has no float64, G is summed in float32 and decomposed on
+the CPU.
 
 'randomized' computes P = Q Q^T by subspace iteration on a float32 G (subspace_iteration.py). Its
 gradient is that of the last iteration Q R = G Q', where the basis Q' before it is held constant
@@ -122,18 +123,18 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
     autocast off, and returned in x's dtype. The gradient is exact if the gap at the cut,
     lambda_k - lambda_{k+1}, is at least n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32).
     For a smaller gap X_k is hardly determined, and that bound replaces the gap, so gradients stay
-    finite. basis_grad=False holds P constant, so that the gradient is D P.
+    finite. basis_grad=False holds the projector P constant: the gradient is D P.
 
     'randomized' is within a few per cent of the best residual if sigma_k is above 1e-3 sigma_1
     (3e-3 without float64). It iterates from `start` (..., n, l), l >= k, whose batch dimensions are
-    those of x or fewer. None starts from k + 4 + oversample Gaussian columns. `power_iters`
-    products with G precede the last one. 0 is enough for a start from a similar matrix.
-    return_gram=True returns (X_k, G) with G (..., n, n), or None if no G was computed. Other
-    methods ignore these options.
+    those of x or fewer. start=None takes k + 4 + oversample Gaussian columns. `power_iters`
+    products with G precede the last one. 0 is enough if `start` comes from a similar matrix. With
+    return_gram=True the result is (X_k, G), G (..., n, n), or (X_k, None) if no G was computed.
+    Other methods ignore these options.
 
     Raises ValueError for rank < 1 and an unknown method. On the CPU, raises
-    torch.linalg.LinAlgError if a matrix to decompose has non-finite values. CUDA, where the check
-    would wait for the device, and torch.compile have no such check.
+    torch.linalg.LinAlgError if a matrix to decompose has non-finite values. CUDA has no
+    such check, because it would wait for the device, and torch.compile has none either.
     """
     _check(rank, method)
     m, n = x.shape[-2:]
@@ -151,11 +152,10 @@ def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, 
 
     Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the leading k right singular
     vectors of rows [0, s), so T rows need log2(T / block) bases. The first `block` rows, and rows
-    whose basis would come from `rank` rows or fewer, do not change. rank None or >= n
-    returns x itself. T does not enter this rule, because a new row must not change earlier ones.
-    The result is not the best rank-k approximation of x, and its rank can exceed k. Gradient, other
-    arguments and errors are those of `low_rank_approximation`. G is that of all rows that a basis
-    comes from.
+    whose basis would come from `rank` rows or fewer, do not change. rank None or >= n returns x
+    itself. T does not enter this rule, because a new row must not change earlier ones. The result
+    is not the best rank-k approximation of x, and its rank can exceed k. Gradient, other arguments
+    and errors are those of `low_rank_approximation`. G is that of all rows that a basis comes from.
     """
     _check(rank, method)
     rows, n = x.shape[-2:]
@@ -195,9 +195,9 @@ class _ProjectRows(torch.autograd.Function):
     SVD. Returns y, and with 'randomized' also G of the longest prefix (N, n, n), which has no
     gradient.
 
-    The backward pass sums a formula at the top of this file over spans. The exact formula is
-    written with a symmetric F, where F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i,
-    else 0: Z + Z^T = W [F o (W^T (M + M^T) W)] W^T.
+    The backward pass sums a formula at the top of this file over the spans. That of the exact
+    methods is written as Z + Z^T = W [F o (W^T (M + M^T) W)] W^T with a symmetric F, where
+    F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i, else 0.
     """
 
     @staticmethod
@@ -296,7 +296,7 @@ def _iterate(grams, rank, power_iters, oversample, start):
 
 
 def _decompose(f, a, **options):
-    """f(a) for eigh or svd, with a clear error if a is not finite."""
+    """Return f(a) for eigh or svd, or raise a clear error if a is not finite."""
     _check_finite(a)
     return f(a, **options)
 
