@@ -504,7 +504,8 @@ def benchmark_pair(models, data, device, seed):
 # label and format of numbers before and after
 ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'),
             block_params=('parameters of the blocks', ','),
-            attention_params=('parameters of attention', ','), params=('parameters', ','),
+            attention_params=('parameters of attention', ','),
+            params=('parameters with position embeddings', ','),
             bytes=('bytes of the weights', ','),
             cache_bytes=('cache bytes of a full context', ','))
 
@@ -521,7 +522,8 @@ def describe(report):
     if tuned:
         lines.append(f'{tuned} steps of fine-tuning in {report["finetune_seconds"]:.1f} s, from a '
                      f'loss of {report["val_loss_before_finetuning"]:.4f}')
-    rows = [['prefix-only losses' if report['prefix_only'] else '', 'before', 'after', 'ratio']]
+    rows = [['prefix-only losses' if report['prefix_only'] else '', 'before', 'after',
+             'after / before']]
     for key, (label, form) in ROWS.items():
         before, after = report[key]
         rows.append([label, f'{before:{form}}', f'{after:{form}}',
@@ -531,4 +533,8 @@ def describe(report):
         ratio = '{:.2f} ({:.2f} to {:.2f})'.format(speed[part]['ratio'], *speed[part]['quartiles'])
         rows.append([label, *(f'{rate:,.0f}' for rate in speed[part]['tokens_per_s']), ratio])
     before, after = report['samples']
-    return '\n'.join([*lines, *format_table(rows), 'before:', before, 'after:', after])
+    return '\n'.join([
+        *lines, *format_table(rows),
+        "after / before of tokens/s: the median of the rounds' ratios, with quartiles, which can\n"
+        'differ from the ratio of the two medians\nsample before:', before,
+        'sample after:', after])
