@@ -10,11 +10,11 @@ Time training steps, or decoding (--decode), or measure each SVD method (--svd).
 
 A training step is forward pass, backward pass, clipping and optimizer, on random tokens. Each SVD
 method and scope is timed against the baseline, the same model without SVD, MLA, low-rank layers and
-adapters. If the config has some of these, they are timed as well. Decoding is greedy, from
-batch_size prompts of random tokens; the prefill is timed separately. Models take turns, so that a
-machine that slows down slows all of them. --svd measures on V of OUT_DIR/ckpt.pt, if that run has
-the config's shape, and on matrices with known spectra (columns: tools/svd_benchmark.py). The last
-line is JSON.
+adapters. A config with MLA, low-rank layers or adapters is also timed without SVD. Decoding is
+greedy, from batch_size prompts of random tokens; the prefill is timed separately. Models take
+turns, so that a machine that slows down slows all of them. --svd measures on V of OUT_DIR/ckpt.pt,
+if that run has the config's shape, and on matrices with known spectra (columns:
+tools/svd_benchmark.py). The last line is JSON.
 """
 
 import sys
@@ -47,13 +47,13 @@ class BenchConfig(TrainConfig):
     svd: Annotated[bool, 'measure cost and accuracy of each SVD method', SWITCH] = False
     plot: Annotated[bool | str, '--svd: draw error against time in bench-svd.png, or in the file '
                     'of --plot=FILE.png', SWITCH, PATH] = False
-    pairs: Annotated[int, 'timed pairs per comparison, or rounds', Range(2)] = 30
-    peer: Annotated[str | None, "folder with another model.py to time, as nanoGPT's",
+    pairs: Annotated[int, 'timed pairs per comparison; --decode, --svd: rounds', Range(2)] = 30
+    peer: Annotated[str | None, "folder with another model.py to time, such as nanoGPT's",
                     PATH] = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_layers()                             # no weights are loaded that could decide
+        self.check_layers()                             # no weights are loaded
         if self.tokens is None:
             self.tokens = max(2, min(32, self.block_size // 2))
         for name, default, fits, why in (

@@ -83,7 +83,7 @@ def compare(argv):
     check_options(cfg, lists, set_by)
     folder, device = sweep.check_folder(cfg.sweep), pick_device(cfg.device)
     seeds = lists.pop('seed', None) or list(range(cfg.seed, cfg.seed + cfg.seeds))
-    variants = [sweep.dry_build(variant, set_by) for variant in          # errors before training
+    variants = [sweep.dry_build(variant, set_by) for variant in          # finds errors early
                 sweep.expand_grid(CompareConfig, values, lists, set_by, train_argv)]
     record = sweep.describe(variants, lists, seeds)
     sweep.check_same_sweep(folder, record)
@@ -147,15 +147,16 @@ def check_options(cfg, lists, set_by):
          'RANK: is set in the environment, as by torchrun, but compare.py starts its own processes '
          '(nearest: unset RANK, or --jobs=N)'),
         (in_file,
-         f'{", ".join(in_file)}: not allowed in a config file, which train.py reads, too (nearest: '
+         f'{", ".join(in_file)}: cannot be in a config file, because train.py reads it (nearest: '
          f'{" ".join(f"--{key}={getattr(cfg, key)}" for key in in_file)})'),
         (set(set_by) <= set(OWN),
          f'{", ".join(by_hand)}: needs a config file or options of train.py beside it (nearest: '
          'config/train_svd_test.py)'),
         ('out_dir' in by_hand,
-         'out_dir: not possible, each run has its own folder (nearest: --sweep=FOLDER)'),
+         'out_dir: cannot be set, because each run has its own folder (nearest: --sweep=FOLDER)'),
         ('wandb_run_name' in by_hand,
-         'wandb_run_name: not possible, each run has its own name (nearest: --wandb_group=NAME)'),
+         'wandb_run_name: cannot be set, because each run has its own name (nearest: '
+         '--wandb_group=NAME)'),
         ('resume' in (cfg.init_from, *lists.get('init_from', ())),
          "init_from='resume': a sweep resumes its own runs (nearest: the same command again, "
          'or --init_from=FOLDER to start all runs from a model)'),

@@ -1,5 +1,5 @@
 """
-Make a trained model smaller without training it again:
+Make a trained model smaller, without training or with short fine-tuning:
 
     python compress.py --out_dir=OUT --keep=0.6                  # keep 60% of the blocks' weights
     python compress.py --out_dir=OUT --keep=0.4 --finetune_iters=300        # and fine-tune
@@ -10,9 +10,9 @@ Make a trained model smaller without training it again:
     python compress.py --help                                    # every option and its meaning
 
 SAVE_DIR (default: OUT-lowrank, OUT-mla or OUT-spectrum) gets ckpt.pt, which the other scripts take,
-and compress.json, the report. The report counts all parameters, train.py all but the position
-embeddings. Each round times both models in turn; speeds are medians over the rounds, and the ratio
-of speeds is the median of the rounds' ratios. More: docs/COMPRESSION.md.
+and compress.json, the report. The report counts all parameters; train.py counts all but the
+position embeddings. Each round times both models in turn. Speeds are medians over the rounds, and
+the ratio of speeds is the median of the rounds' ratios. More: docs/COMPRESSION.md.
 """
 
 import copy
@@ -67,10 +67,10 @@ class CompressConfig:
     keep: Annotated[float | None, "fraction of the modules' weights kept, above 0 and at most 1; "
                     f'None: {compression.KEEP} unless rank or energy is given',
                     Range(above=0)] = None
-    rank: Annotated[int | None, 'one rank for all layers that this rank makes smaller',
+    rank: Annotated[int | None, 'one rank for all layers; those it does not make smaller stay',
                     Range(1)] = None
-    energy: Annotated[float | None, "per layer, the smallest rank that keeps this fraction of its "
-                      'energy in the measure of the method', Range(above=0)] = None
+    energy: Annotated[float | None, "per layer, the smallest rank that keeps this fraction of the "
+                      'energy that the method measures', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
                        'None: all'] = None
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
@@ -91,7 +91,8 @@ class CompressConfig:
     init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl', a run folder, a Hugging Face folder or one that export.py "
                          'wrote', PATH] = 'resume'
-    dataset: Annotated[str | None, "as for train.py, to measure on; None: the run's", PATH] = None
+    dataset: Annotated[str | None, "data to measure on, as for train.py; None: the run's",
+                       PATH] = None
     calibration_tokens: Annotated[int, 'training tokens to measure on, rounded up to whole '
                                   'windows', Range(1)] = 16384
     seed: Annotated[int, 'random seed', Range(0, below=2 ** 63)] = 1337
@@ -134,8 +135,8 @@ def main(argv=None):
 
 
 def compress(cfg):
-    """Load a model, convert it and save the result. After an error save_dir is as it was. Raises
-    UserError."""
+    """Load a model, convert it and save the result. An error leaves save_dir as it was.
+    Raises UserError."""
     is_run = cfg.init_from == 'resume'
     path = ckpt.find(cfg.out_dir) if is_run else Path(cfg.init_from)
     source, kind = named(path.parent if is_run else path), 'spectrum' if cfg.spectrum else cfg.to
@@ -167,9 +168,9 @@ def compress(cfg):
 def convert(cfg, model, saved, save_dir):
     """Convert, fine-tune and measure a model.
 
-    Returns a checkpoint and a report. The checkpoint starts training at step 0 with the settings of
-    the run. Values of the report that are lists are [before, after]. Raises ValueError or
-    FloatingPointError.
+    Returns a checkpoint and a report. Training from the checkpoint starts at step 0, with the
+    settings of the run. Pairs in the report are [before, after]. Raises ValueError
+    or FloatingPointError.
     """
     device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
     options = asdict(cfg)                                           # as the user gave them
@@ -214,7 +215,7 @@ def convert(cfg, model, saved, save_dir):
 
 
 def find_data(cfg, saved, c):
-    """Return the data set to measure on. Raises UserError if its tokens are not those of the model
+    """Return the data set to measure on. Raises UserError if it has other tokens than the model
     with configuration c, or too few."""
     is_bpe = c.vocab_size >= GPT2_META['vocab_size']
     data = Dataset(locate(cfg.dataset, 'gpt2' if is_bpe else 'char'))

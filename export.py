@@ -31,7 +31,7 @@ from tools.export_formats import FORMATS, changes
 @dataclass
 class ExportConfig:
     """Options of export.py. Raises ValueError if `base` is given without to='lora'."""
-    out_dir: Annotated[str | None, 'run folder; None: the newest one in this folder',
+    out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
     to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'],
                   "'gpt2': Hugging Face's format; 'nanogpt': nanoGPT's checkpoint; 'safetensors': "
@@ -70,7 +70,7 @@ def export(cfg):
         model = GPT.from_checkpoint(saved)
         lines = changes(model.config, cfg.to)
         meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
-        if meta['vocab_size'] > model.config.vocab_size:            # a wrong guess
+        if meta['vocab_size'] > model.config.vocab_size:            # assumed GPT-2's
             meta = None
             lines.append('left out: the tokenizer, which is not in the checkpoint; to '
                          'include it, put the meta.pkl of its data set into data/DATASET')

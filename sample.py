@@ -40,9 +40,10 @@ class SampleConfig:
                          Section('model')] = 'resume'
     out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
-    lora_adapter: Annotated[str | None, 'folder of LoRA adapters for these weights',
+    lora_adapter: Annotated[str | None, 'LoRA adapters for these weights (export.py --to=lora)',
                             PATH] = None
-    start: Annotated[str, 'prompt, or FILE:prompt.txt for that of a file', Section('text')] = '\n'
+    start: Annotated[str, 'prompt, or FILE:prompt.txt to read it from a file',
+                     Section('text')] = '\n'
     num_samples: Annotated[int, 'samples to draw, in one batch', Range(1, below=2 ** 31)] = 10
     max_new_tokens: Annotated[int, 'tokens to generate per sample', Range(1)] = 500
     temperature: Annotated[float, 'below 1: less random; above 1: more; 0: the likeliest '
@@ -60,7 +61,7 @@ class SampleConfig:
     use_svd: Annotated[bool | None, 'truncate V by an SVD; None: as trained',
                        Section('SVD on V')] = None
     svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: all'] = None
-    svd_method: Annotated[Literal[METHODS] | None, 'algorithm; None: as trained'] = None
+    svd_method: Annotated[Literal[METHODS] | None, 'method; None: as trained'] = None
     svd_scope: Annotated[Literal[SCOPES] | None, 'matrix to truncate; None: as trained'] = None
     svd_block: Annotated[int | None, "'causal': first rows not truncated; None: as trained"
                          ] = None
@@ -107,7 +108,7 @@ def sample(loaded):
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
             for piece in tokenizer.decode_stream(tokens[0].item() for tokens in shown):
                 print(piece, end='', flush=True)
-                if getattr(sys.stdout, 'silent', False):            # its reader, as | head, ended
+                if getattr(sys.stdout, 'silent', False):            # the reader has ended: | head
                     return
     except (FloatingPointError, torch.linalg.LinAlgError) as e:
         raise UserError(f'the next token has no finite probabilities ({one_line(e)[:100]}), '
@@ -124,7 +125,7 @@ def prompt_text(start: str) -> str:
         try:
             start = Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8-sig')
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f'start={start}: is no readable UTF-8 text file ({type(e).__name__})'
+            raise UserError(f'start={start}: not a readable UTF-8 text file ({type(e).__name__})'
                             ) from None
     if not start:
         raise UserError('start: the prompt is empty, it needs at least one character (nearest: '
@@ -133,8 +134,8 @@ def prompt_text(start: str) -> str:
 
 
 def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
-    """Return the model, with the SVD options that the user set, and its tokenizer. Print which
-    model it is. Raises UserError."""
+    """Return the model and its tokenizer, and print which model it is. SVD options that the user
+    set replace those of training. Raises UserError."""
     # svd_rank=None means full rank; None in the other options means: as trained
     svd = {key: getattr(cfg, key) for key in set_by
            if key == 'svd_rank' or 'svd' in key and getattr(cfg, key) is not None}

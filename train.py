@@ -72,10 +72,10 @@ class TrainConfig(GPTConfig):
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl', a run folder or a Hugging Face folder",
                          PATH] = 'scratch'
-    lora_adapter: Annotated[str | None, 'folder of LoRA adapters for these weights',
+    lora_adapter: Annotated[str | None, 'LoRA adapters for these weights (export.py --to=lora)',
                             PATH] = None
     # wandb
-    wandb_log: Annotated[bool, 'log to Weights & Biases, with WANDB_MODE=offline to OUT_DIR',
+    wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline logs to OUT_DIR',
                          Section('wandb')] = False
     wandb_project: Annotated[str, 'name of the project'] = 'owt'
     wandb_run_name: Annotated[str, 'name of the run'] = 'gpt2'
@@ -86,7 +86,7 @@ class TrainConfig(GPTConfig):
                        Section('data')] = 'openwebtext'
     tokenizer: Annotated[Literal['char', 'gpt2'], "tokens of a text file: 'char' or 'gpt2' (BPE)"
                          ] = 'char'
-    gradient_accumulation_steps: Annotated[int, 'micro-batches per step, all processes together',
+    gradient_accumulation_steps: Annotated[int, 'micro-batches per step, summed over processes',
                                            Range(1)] = 5 * 8
     batch_size: Annotated[int, 'sequences per micro-batch', Range(1)] = 12
     # optimizer
@@ -94,7 +94,7 @@ class TrainConfig(GPTConfig):
                          'AdamW for the rest', Section('optimizer')] = 'adamw'
     learning_rate: Annotated[float, 'highest learning rate, after the warm-up', Range(0)] = 6e-4
     max_iters: Annotated[int, 'optimizer steps', Range(0)] = 600000
-    weight_decay: Annotated[float, 'weight decay of matrices; vectors have none', Range(0)] = 1e-1
+    weight_decay: Annotated[float, 'weight decay of matrices; none for vectors', Range(0)] = 1e-1
     beta1: Annotated[float, 'AdamW: decay of the mean gradient', Range(0, below=1)] = 0.9
     beta2: Annotated[float, 'AdamW: decay of the mean squared gradient', Range(0, below=1)] = 0.95
     grad_clip: Annotated[float, 'clip the gradient norm to this; 0: no clipping', Range(0)] = 1.0
@@ -247,7 +247,7 @@ def loop(state, evaluation, log, processes, bar):
             group['lr'] = lr
 
         is_last = state.iter_num >= cfg.max_iters
-        if state.iter_num % cfg.eval_interval == 0 or is_last:          # not in step_ms
+        if state.iter_num % cfg.eval_interval == 0 or is_last:    # its time is not in step_ms
             started = time.perf_counter()
             evaluate_and_save(state, evaluation, log, processes)
             clock += time.perf_counter() - started
@@ -356,9 +356,9 @@ def language_model_loss(model, x, y):
 def train_step(state, batches, loss_of=language_model_loss):
     """Take one training step: forward and backward over micro-batches, clip, optimizer step.
 
-    batches: list of x, y (B, T); loss_of(model, x, y): returns the loss. Returns the mean loss over
-    all processes. Raises FloatingPointError or torch.linalg.LinAlgError if the loss or a gradient
-    is not finite, before the optimizer changes anything.
+    batches: list of pairs x, y, each (B, T); loss_of(model, x, y): returns the loss. Returns the
+    mean loss over all processes. Raises FloatingPointError or torch.linalg.LinAlgError if the loss
+    or a gradient is not finite, before the optimizer changes anything.
     """
     model, optimizer, scaler, adaptive = state.model, state.optimizer, state.scaler, state.adaptive
     analyze = adaptive is not None and adaptive.is_analysis_step(state.iter_num + 1)
@@ -451,7 +451,7 @@ def save_interrupted(state, processes):
 
 def save(state, random_states, is_best=False):
     """Write a checkpoint and return its path: ckpt.pt, or last.pt if ckpt.pt must stay the best
-    one. A new ckpt.pt deletes last.pt, which is then older. Raises OSError if it cannot be written,
+    one. Delete last.pt after writing ckpt.pt. Raises OSError if the file cannot be written,
     FloatingPointError if a value is not finite."""
     out, model = Path(state.cfg.out_dir), state.model
     is_best = is_best or state.cfg.always_save_checkpoint or not (out / 'ckpt.pt').exists()
@@ -537,14 +537,14 @@ def restore(state, saved, processes):
         processes.print(f'{path} has no random state, so the data order starts again')
     elif len(states) != processes.world_size:
         raise UserError(
-            f'{path}: was saved by {len(states)} processes, this run has {processes.world_size}, '
-            'which would change the data order (nearest: torchrun '
+            f'{path}: was saved by {len(states)} processes, but this run has '
+            f'{processes.world_size}, which would change the data order (nearest: torchrun '
             f'--nproc_per_node={len(states)} train.py {resume_options(cfg.out_dir)})')
     theirs = 'muon' if 'muon' in (optimizer or {}) else 'adamw'
     if optimizer and theirs != cfg.optimizer and optimizer.get('state') != {}:
         raise UserError(
-            f'{path}: its optimizer state does not fit optimizer={cfg.optimizer}, because it is '
-            f'of {theirs!r} (nearest: --optimizer={theirs}, or from its weights: '
+            f'{path}: its optimizer state is that of {theirs!r}, not of optimizer={cfg.optimizer} '
+            f'(nearest: --optimizer={theirs}, or from its weights: '
             f'{begin_from(cfg.out_dir, cfg.dataset)})')
     try:
         if state.adaptive is not None and 'adaptive_svd' in saved:
@@ -570,16 +570,17 @@ def restore(state, saved, processes):
 
 @contextmanager
 def open_out_dir(state, dtype, say):
-    """Lock OUT_DIR for the block, move another run in it aside, and write the run's first files.
-    Yields log(row), which appends a row of metrics to metrics.jsonl and wandb, and raises
-    FloatingPointError if a value is not finite. Raises UserError if OUT_DIR cannot be used."""
+    """Context manager that locks OUT_DIR, moves another run in it aside, and writes config.py and
+    environment.json. Yields log(row), which appends a row of metrics to metrics.jsonl and wandb,
+    and raises FloatingPointError if a value is not finite. Raises UserError if OUT_DIR cannot be
+    used."""
     cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
             config, names = out / 'config.py', {p.name for p in out.iterdir() if p.suffix != '.tmp'}
             if not (config.read_bytes().startswith(HEAD.encode()) if config.exists() else
                     names <= RUN_FILES or names & {'ckpt.pt', 'last.pt', 'metrics.jsonl'}):
-                raise UserError(f"out_dir='{out}': holds files that are not a run's: {min(names)} "
+                raise UserError(f"out_dir='{out}': is not a run folder, but holds {min(names)} "
                                 f'(nearest: {unused(out)})')
             if state.saved_at is None:
                 archive_run(out, say)
@@ -627,8 +628,8 @@ def draw_curves(out, say):
 # the model
 
 def build_model(cfg, set_by, saved, data, say):
-    """Return the model that init_from names, and set the options in cfg to its shape. Raises
-    ValueError for options that do not fit it."""
+    """Return the model that init_from names, and copy its shape into cfg. Raises ValueError for
+    options that do not fit the model."""
     free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:
@@ -665,9 +666,9 @@ def build_model(cfg, set_by, saved, data, say):
 def check_fixed_options(cfg, set_by, saved, fixed, say):
     """Check the options against the shape of the loaded model, which cannot change.
 
-    Raises UserError for another shape on the command line. In a config file another shape is only
-    reported, because nanoGPT's config files repeat the shape when they resume. Options without
-    effect are reported, too.
+    Raises UserError for another shape on the command line, and for other adapters. Another shape in
+    a config file is only reported, because nanoGPT's config files repeat the shape when they
+    resume. Options without effect are reported, too.
     """
     unused = configuration.unused_options(cfg, fixed)
     if unused:
@@ -701,7 +702,7 @@ def describe(cfg, model, data, dtype, processes):
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens per step')
     if c.adaptive_svd:
-        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, analysed every '
+        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, analyzed every '
             f'{cfg.adaptive_svd_interval} steps')
     if c.has_lora:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -715,10 +716,10 @@ def describe(cfg, model, data, dtype, processes):
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and schedule_length(cfg) != cfg.max_iters:
         say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, the run '
-            f'ends at max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} ends both there)')
+            f'ends at max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} moves it there)')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
-        say(f'warmup_iters={cfg.warmup_iters} is too long for a schedule of {schedule_length(cfg)} '
-            f'steps: using {warmup_iters(cfg)}')
+        say(f'warmup_iters={cfg.warmup_iters} is too long for {schedule_length(cfg)} steps: using '
+            f'{warmup_iters(cfg)}')
 
 
 if __name__ == '__main__':
