@@ -1,20 +1,20 @@
 """
-Time whole training steps, paired: this repo's model without SVD against each SVD method and scope,
-and against MLA, low-rank layers and adapters if the configuration has them, or against another
-checkout's model.py. Or time decoding. Or measure what each SVD method costs and how good it is.
+Time training steps, or decoding (--decode), or measure each SVD method (--svd).
 
-    python bench.py config/train_svd_test.py                     # the main job's model
-    python bench.py config/train_svd_test.py --peer=../nanoGPT   # also against nanoGPT's GPT
+    python bench.py config/train_svd_test.py                     # each method and scope
+    python bench.py config/train_svd_test.py --peer=../nanoGPT   # and nanoGPT's GPT
     python bench.py config/train_svd_test.py --decode            # tokens/s and cache bytes
     python bench.py config/train_mla_test.py --decode            # MLA against ordinary attention
-    python bench.py config/train_svd_test.py --svd --plot        # each SVD method, with a figure
-    python bench.py --help
+    python bench.py config/train_svd_test.py --svd --plot        # cost and accuracy, a figure
+    python bench.py --help                                       # every option and its meaning
 
-A step is forward, backward, clipping and the optimizer, on random tokens of the data set's
-vocabulary. Decoding is greedy, from batch_size prompts of random tokens; the prefill is timed
-apart. Everything compared is interleaved, so that a drifting machine slows all alike. --svd
-measures on V of OUT_DIR/ckpt.pt, if there is a run of this shape, and on synthetic spectra;
-tools/svd_benchmark.py explains its columns. The last line is JSON.
+A training step is forward pass, backward pass, clipping and optimizer, on random tokens. Each SVD
+method and scope is timed against the baseline, the same model without SVD, MLA, low-rank layers and
+adapters. A config with MLA, low-rank layers or adapters is also timed without SVD. Decoding is
+greedy, from batch_size prompts of random tokens; the prefill is timed separately. Models take
+turns, so that a machine that slows down slows all of them. --svd measures on V of OUT_DIR/ckpt.pt,
+if that run has the config's shape, and on matrices with known spectra (columns:
+tools/svd_benchmark.py). The last line is JSON.
 """
 
 import sys
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from runtime import cli             # before torch: says what is not installed
+from runtime import cli             # before torch: reports missing packages
 
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -36,29 +36,30 @@ from train import RUN_LOCAL_FIELDS, TrainConfig
 
 @dataclass
 class BenchConfig(TrainConfig):
-    """train.py's options, of which the model's, the batch's and the optimizer's matter here."""
+    """Options of bench.py: those of train.py, of which model, batch and optimizer matter here, and
+    those of the benchmark. Raises ValueError as TrainConfig does."""
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH,
                       configuration.Section('benchmark')] = False
-    contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3, 6, 14 16ths "
-                        'of block_size'] = None
-    tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth where nothing '
-                      'is cached; None: 32, at most half of block_size', Range(2)] = None
-    svd: Annotated[bool, 'cost and quality of each SVD method', SWITCH] = False
-    plot: Annotated[bool | str, '--svd: a figure of error against time, as --plot=FILE.png or in '
-                    'bench-svd.png', SWITCH, PATH] = False
-    pairs: Annotated[int, 'timed pairs per comparison, or rounds', Range(2)] = 30
-    peer: Annotated[str | None, 'folder with another model.py (nanoGPT) to time against',
+    contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3/16, 6/16 and "
+                        '14/16 of block_size'] = None
+    tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth without a '
+                      'cache; None: 32, but at most half of block_size', Range(2)] = None
+    svd: Annotated[bool, 'measure cost and accuracy of each SVD method', SWITCH] = False
+    plot: Annotated[bool | str, '--svd: draw error against time in bench-svd.png, or in the file '
+                    'of --plot=FILE.png', SWITCH, PATH] = False
+    pairs: Annotated[int, 'timed pairs per comparison; --decode, --svd: rounds', Range(2)] = 30
+    peer: Annotated[str | None, "folder with another model.py to time, such as nanoGPT's",
                     PATH] = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_layers()                                         # no weights know better
+        self.check_layers()                             # no weights are loaded
         if self.tokens is None:
             self.tokens = max(2, min(32, self.block_size // 2))
         for name, default, fits, why in (
-                ('plot', False, self.svd, 'only with --svd'),
-                ('decode', False, not self.svd, 'not together with --svd'),
-                ('peer', None, not self.svd, 'not together with --svd')):
+                ('plot', False, self.svd, 'needs --svd (nearest: --svd --plot)'),
+                ('decode', False, not self.svd, 'not together with --svd (nearest: one of them)'),
+                ('peer', None, not self.svd, 'not together with --svd (nearest: one of them)')):
             if getattr(self, name) != default and not fits:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {why}')
         if self.plot is True:
@@ -68,17 +69,23 @@ class BenchConfig(TrainConfig):
             raise ValueError(f'plot={self.plot!r}: must be a PNG in a folder that exists (nearest: '
                              f"'{path.stem}.png')")
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
-            raise ValueError(f'peer={self.peer!r}: has no model.py')
+            raise ValueError(f'peer={self.peer!r}: is no folder with a model.py (nearest: a '
+                             'checkout of nanoGPT)')
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    """Run bench.py. argv: its arguments, by default those of the command line.
+
+    Returns the exit code: 0 done, 2 wrong input, 130 after Ctrl-C, 143 after SIGTERM. An error is
+    one line on stderr.
+    """
     return cli.run('bench.py', BenchConfig, __doc__, bench, argv, load_config)
 
 
 def load_config(argv):
-    """argv -> configuration, its defaults those of the run, folder or GPT-2 of init_from and of
-    lora_adapter. Only shapes are taken from there: times do not depend on weights."""
+    """Return the configuration for argv. Options that are not set come from the model of init_from
+    and from lora_adapter. Their weights are not used, because times do not depend on them. Raises
+    UserError."""
     values, set_by = configuration.parse(BenchConfig, argv)
     where, theirs = values['init_from'], {}
     if where != 'scratch':
@@ -94,8 +101,9 @@ def load_config(argv):
 
 
 def bench(cfg):
+    """Run the benchmark that the options name and print its results. Raises UserError."""
     device = devices.pick_device(cfg.device)
-    if cfg.vocab_size is None:                                      # BPE data take hours to prepare
+    if cfg.vocab_size is None:                                      # these take hours to prepare
         cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(
             locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
     measure = svd_benchmark.run if cfg.svd else (

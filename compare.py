@@ -1,26 +1,27 @@
 """
-Train one config at several values of any options and seeds, and compare: a table, figures.
+Train one config with several values of some options and several seeds, and compare the results.
 
     python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3
     python compare.py config/train_svd_test.py --svd_rank=None,4,8,16 --seeds=3 --dry_run
-    python compare.py --sweep=out-compare       # table and figures of what is there, no training
-    python compare.py --help                    # every option with default and meaning
+    python compare.py --sweep=out-compare       # table and figures again, no training
+    python compare.py --help                    # every option, its default and meaning
 
-Every option of train.py takes a list with commas, and every combination is trained with every seed.
-A comma within a value stands in quotes or brackets, as in --lora_targets="'c_q,c_v'" or
---layer_ranks="{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8}",None. Combinations that are the same run are
-trained once. --dry_run lists the runs and the time they need; for that it prepares the data set and
-times a few steps.
+Most options of train.py take a list with commas. Each combination of values is one variant, which
+is trained once per seed. Variants that are the same run are trained once. A value that contains a
+comma stands in quotes or brackets: --lora_targets="'c_q,c_v'",c_q or
+--layer_ranks="{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8}",None. --dry_run lists the runs and estimates
+their time. It prepares the data set and times a few steps for that.
 
-The same command goes on after an interruption: finished runs stay, the others resume to the same
-bits. A list may grow; another sweep needs another --sweep=FOLDER. --jobs=N runs at a time share the
-CPU's threads, or the GPUs; another N can change a loss in its last digits, as any number of threads
-does. When all is done, each combination's step, not compiled, is timed against the baseline's, in
-turn: one micro-batch, counted gradient_accumulation_steps times.
+To continue after an interruption, run the same command again. Finished runs are kept, the others
+resume, and the results are bit-identical. Lists may grow; other changes need a new --sweep=FOLDER.
+--jobs=N trains N runs at a time, which share the CPU's threads or the GPUs. Another N may change
+the last digits of a loss, because sums depend on the number of threads. After training, a step of
+each variant and of its baseline are timed in turn, without torch.compile: one micro-batch, times
+gradient_accumulation_steps.
 
-FOLDER gets results.md, results.csv, results.json, figures, and runs/, whose folders train.py and
-sample.py take. With --wandb_log=True the runs and the figures are a group at Weights & Biases,
-called FOLDER unless --wandb_group is given.
+FOLDER gets results.md, results.csv, results.json, figures and runs/, which holds the run folders.
+With --wandb_log=True, runs and figures form a group at Weights & Biases, named FOLDER or as
+--wandb_group says.
 """
 
 import ast
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 from runtime import config as configuration
 from runtime.config import PATH, SWITCH, Range, UserError
 from runtime.device import pick_device
@@ -44,30 +45,36 @@ from train import TrainConfig
 
 @dataclass
 class CompareConfig(TrainConfig):
-    """train.py's options, and those of the sweep."""
-    sweep: Annotated[str, 'folder of the sweep', PATH,
+    """Options of compare.py: those of train.py, and those of the sweep. Raises ValueError as
+    TrainConfig does."""
+    sweep: Annotated[str, 'folder of the runs and the results', PATH,
                      configuration.Section('sweep')] = 'out-compare'
-    seeds: Annotated[int, "runs of each combination: of the config's seed, and the ones after it",
+    seeds: Annotated[int, 'runs per variant, with seeds SEED, SEED + 1, ...',
                      Range(1)] = 1
-    jobs: Annotated[int, 'runs at a time', Range(1)] = 1
-    dry_run: Annotated[bool, 'list the runs and the time they need, and train nothing',
+    jobs: Annotated[int, 'runs that are trained at the same time', Range(1)] = 1
+    dry_run: Annotated[bool, 'only list the runs and estimate their time',
                        SWITCH] = False
 
 
 OWN = ('sweep', 'seeds', 'jobs', 'dry_run')
-# options that are one for all runs: a comma is part of the value
+# options that take no list: a comma is part of their value
 NO_LIST = (*OWN, 'out_dir', 'device', 'backend', 'log_interval', 'wandb_log', 'wandb_project',
            'wandb_run_name', 'wandb_group', 'wandb_tags')
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 1 a run failed, 2 wrong input, 130 / 143 stopped."""
+    """Run compare.py. argv: its arguments, by default those of the command line.
+
+    Returns the exit code: 0 done, 1 a run failed, 2 wrong input, 130 after Ctrl-C, 143 after
+    SIGTERM. An error is one line on stderr.
+    """
     return cli.run('compare.py', CompareConfig, __doc__, compare, argv, load=lambda argv: argv,
-                   again='what was trained is kept, and the same command goes on')
+                   again='what was trained is kept; the same command continues')
 
 
 def compare(argv):
-    """Plan, check, train, time, show. -> exit code."""
+    """Plan, train, time and report a sweep. Returns the exit code. Raises UserError for wrong
+    input, before anything is trained."""
     if all(arg.partition('=')[0] == '--sweep' for arg in argv):
         sweep_report.show(Path(configuration.load(CompareConfig, argv)[0].sweep))
         return 0
@@ -76,7 +83,7 @@ def compare(argv):
     check_options(cfg, lists, set_by)
     folder, device = sweep.check_folder(cfg.sweep), pick_device(cfg.device)
     seeds = lists.pop('seed', None) or list(range(cfg.seed, cfg.seed + cfg.seeds))
-    variants = [sweep.dry_build(variant, set_by) for variant in         # before hours are spent
+    variants = [sweep.dry_build(variant, set_by) for variant in          # finds errors early
                 sweep.expand_grid(CompareConfig, values, lists, set_by, train_argv)]
     record = sweep.describe(variants, lists, seeds)
     sweep.check_same_sweep(folder, record)
@@ -101,8 +108,8 @@ def compare(argv):
 
 
 def split_list(text):
-    """The values of a list, as texts: 'None,8' -> ['None', '8']. They are Python's literals, or
-    words of which those with a comma stand in single quotes."""
+    """Split a list at its commas: 'None,8' -> ['None', '8']. Values are Python literals or words. A
+    word that contains a comma stands in single quotes."""
     try:
         return [repr(value) for value in ast.literal_eval(f'[{text}]')]
     except (ValueError, SyntaxError):
@@ -110,13 +117,17 @@ def split_list(text):
 
 
 def read_lists(argv):
-    """Command line -> values of all options, of a list the first; option -> list; option -> who set
-    it; the arguments for train.py, with the first of each list. Raises UserError."""
+    """Read a command line with lists.
+
+    Returns a dict of the values of all options, with the first value of each list; a dict from
+    option to list; a dict from option to where it was set; and the arguments for train.py, with the
+    first value of each list. Raises UserError.
+    """
     hints, lists, single = configuration.hints_of(CompareConfig), {}, []
     for arg in argv:
         word, _, text = arg.partition('=')
         key, parts = word.removeprefix('--'), split_list(text)
-        lists.pop(key, None)                            # the last one counts
+        lists.pop(key, None)                            # the last list counts
         if key in hints and key not in NO_LIST and len(parts) > 1:
             found = [configuration.parse_option(f'{word}={part}', hints)[1] for part in parts]
             lists[key] = list({repr(value): value for value in found}.values())
@@ -128,31 +139,32 @@ def read_lists(argv):
 
 
 def check_options(cfg, lists, set_by):
-    """Raise UserError for what makes no sense in a sweep."""
+    """Raise UserError for options that make no sense in a sweep."""
     by_hand = [key for key, place in set_by.items() if place == 'the command line']
     in_file = [key for key in OWN if key in set_by and key not in by_hand]
     refused = [
         ('RANK' in os.environ,
-         'RANK is set, as for one of several processes, and compare.py starts its own (nearest: '
-         'unset RANK, or --jobs=N)'),
+         'RANK: is set in the environment, as by torchrun, but compare.py starts its own processes '
+         '(nearest: unset RANK, or --jobs=N)'),
         (in_file,
-         f'{", ".join(in_file)}: in a config file, which train.py reads, too (nearest: '
+         f'{", ".join(in_file)}: cannot be in a config file, because train.py reads it (nearest: '
          f'{" ".join(f"--{key}={getattr(cfg, key)}" for key in in_file)})'),
         (set(set_by) <= set(OWN),
-         f'{", ".join(by_hand)}: of what? Needs a config file or options of train.py (nearest: '
+         f'{", ".join(by_hand)}: needs a config file or options of train.py beside it (nearest: '
          'config/train_svd_test.py)'),
         ('out_dir' in by_hand,
-         'out_dir: every run has a folder of its own (nearest: --sweep=FOLDER)'),
+         'out_dir: cannot be set, because each run has its own folder (nearest: --sweep=FOLDER)'),
         ('wandb_run_name' in by_hand,
-         'wandb_run_name: every run has a name of its own (nearest: --wandb_group=NAME)'),
+         'wandb_run_name: cannot be set, because each run has its own name (nearest: '
+         '--wandb_group=NAME)'),
         ('resume' in (cfg.init_from, *lists.get('init_from', ())),
-         "init_from='resume': a sweep resumes its runs by itself (nearest: the same command again, "
+         "init_from='resume': a sweep resumes its own runs (nearest: the same command again, "
          'or --init_from=FOLDER to start all runs from a model)'),
         (True in (cfg.eval_only, *lists.get('eval_only', ())),
-         'eval_only=True: compare.py compares training (nearest: python train.py --eval_only=True '
+         'eval_only=True: compare.py always trains (nearest: python train.py --eval_only=True '
          '--init_from=resume --out_dir=FOLDER)'),
         ('seed' in lists and 'seeds' in set_by,
-         f'seeds={cfg.seeds}: not together with a list in --seed (nearest: leave one of them out)')]
+         f'seeds={cfg.seeds}: not possible with a list in --seed (nearest: leave one of them out)')]
     for wrong, message in refused:
         if wrong:
             raise UserError(message)

@@ -1,17 +1,18 @@
 """
-Make a trained model smaller without training it again:
+Make a trained model smaller, without training or with short fine-tuning:
 
-    python compress.py --out_dir=OUT --keep=0.6                  # blocks keep 60% of their numbers
-    python compress.py --out_dir=OUT --keep=0.4 --finetune_iters=300        # and train the factors
-    python compress.py --out_dir=OUT --rank=64 --modules=mlp --method=plain # MLP at rank 64, by SVD
-    python compress.py --spectrum --out_dir=OUT                  # singular values: table and figure
-    python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # attention to MLA
-    python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8         # or a folder
-    python compress.py --help                                    # every option, and its meaning
+    python compress.py --out_dir=OUT --keep=0.6                  # keep 60% of the blocks' weights
+    python compress.py --out_dir=OUT --keep=0.4 --finetune_iters=300        # and fine-tune
+    python compress.py --out_dir=OUT --rank=64 --modules=mlp --method=plain # MLPs at rank 64
+    python compress.py --spectrum --out_dir=OUT                  # only report the singular values
+    python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # convert to MLA
+    python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8         # GPT-2, or a folder
+    python compress.py --help                                    # every option and its meaning
 
-SAVE_DIR (default: OUT-lowrank, OUT-mla, OUT-spectrum) gets ckpt.pt, which sample.py, train.py,
-bench.py, export.py and this script take, and compress.json with all that is printed. How it works
-and what it costs: docs/COMPRESSION.md.
+SAVE_DIR (default: OUT-lowrank, OUT-mla or OUT-spectrum) gets ckpt.pt, which the other scripts take,
+and compress.json, the report. The report counts all parameters; train.py counts all but the
+position embeddings. Each round times both models in turn. Speeds are medians over the rounds, and
+the ratio of speeds is the median of the rounds' ratios. More: docs/COMPRESSION.md.
 """
 
 import copy
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 # isort: split
 from model import GPT
@@ -52,54 +53,57 @@ RANKS, TUNING = ('keep', 'rank', 'energy'), ('optimizer', 'learning_rate', 'batc
 
 @dataclass
 class CompressConfig:
-    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder',
+    """Options of compress.py. Raises ValueError, its message starting with the option's name, for
+    values that are not valid."""
+    out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-lowrank, -mla or -spectrum',
+    save_dir: Annotated[str | None, 'new folder; None: OUT_DIR-lowrank, -mla or -spectrum',
                         PATH] = None
-    overwrite: Annotated[bool, 'a run in save_dir moves to SAVE_DIR.1, .2, ...; False: it is '
-                         'refused'] = False
-    to: Annotated[Literal['lowrank', 'mla'], "'lowrank': products of two layers in place of one; "
-                  "'mla': multi-head latent attention, one latent per token for keys and "
-                  'values'] = 'lowrank'
-    keep: Annotated[float | None, "share of the numbers in the modules' weights to keep, above 0, "
-                    f'at most 1; None: {compression.KEEP} unless rank or energy is given',
+    overwrite: Annotated[bool, 'move a run in save_dir to SAVE_DIR.1, .2, ...; False: refuse '
+                         'to replace it'] = False
+    to: Annotated[Literal['lowrank', 'mla'], "'lowrank': replace layers by products of two smaller "
+                  "ones; 'mla': multi-head latent attention, keys and values from one latent per "
+                  'token'] = 'lowrank'
+    keep: Annotated[float | None, "fraction of the modules' weights kept, above 0 and at most 1; "
+                    f'None: {compression.KEEP} unless rank or energy is given',
                     Range(above=0)] = None
-    rank: Annotated[int | None, 'the same rank for all layers that it makes smaller',
+    rank: Annotated[int | None, 'one rank for all layers; those it does not make smaller stay',
                     Range(1)] = None
-    energy: Annotated[float | None, "the smallest rank that keeps this share of a layer's energy, "
-                      'as the method measures it', Range(above=0)] = None
+    energy: Annotated[float | None, "per layer, the smallest rank that keeps this fraction of the "
+                      'energy that the method measures', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
                        'None: all'] = None
-    mla_latent_dim: Annotated[int | None, 'numbers in a latent, at most n_embd; None: n_embd / 4',
+    mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
                               Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
-                      "'activation': what the loss makes of errors on the training split decides, "
-                      "on the ranks too; 'whitened': the error of each layer's outputs there; "
-                      "'plain': the SVD of the weights; None: 'activation'"] = None
-    finetune_iters: Annotated[int, 'steps of training all parameters afterwards, on the text and '
-                              'to agree with the model as it was', Range(0)] = 0
-    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of these steps; None: 'muon'"] = None
-    learning_rate: Annotated[float | None, 'of these steps, a tenth of it at the end; None: 1e-3, '
-                             'which suits models a few hundred wide', Range(0)] = None
-    batch_size: Annotated[int | None, 'sequences in such a step; None: as the run had, or 12',
+                      "what to minimize; 'activation': the effect on the training loss, which "
+                      "also sets the ranks; 'whitened': the error of each layer's outputs; "
+                      "'plain': the error of the weights; None: 'activation'"] = None
+    finetune_iters: Annotated[int, 'steps of fine-tuning all parameters afterwards, on the text '
+                              'and on predictions of the original model', Range(0)] = 0
+    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of fine-tuning; None: 'muon'"] = None
+    learning_rate: Annotated[float | None, 'of fine-tuning, decays to a tenth; None: 1e-3, which '
+                             'suits n_embd of a few hundred', Range(0)] = None
+    batch_size: Annotated[int | None, 'sequences per fine-tuning step; None: as in the run, or 12',
                           Range(1)] = None
-    spectrum: Annotated[bool, 'only look: the singular values of every weight of the blocks',
+    spectrum: Annotated[bool, 'only report the singular values of every weight in the blocks',
                         SWITCH] = False
-    init_from: Annotated[str, "'resume' (a run's checkpoint), GPT-2 weights ('gpt2', "
-                         "'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder with safetensors, "
-                         "in Hugging Face's format or as export.py writes them", PATH] = 'resume'
-    dataset: Annotated[str | None, "as for train.py; None: the run's", PATH] = None
-    calibration_tokens: Annotated[int, 'training tokens to measure on, in whole windows; at most '
-                                  'all', Range(1)] = 16384
-    seed: Annotated[int, 'of the windows, and of training', Range(0, below=2 ** 63)] = 1337
-    device: Annotated[str, "'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', "
-                      "'mps'"] = 'auto'
+    init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', a run folder, a Hugging Face folder or one that export.py "
+                         'wrote', PATH] = 'resume'
+    dataset: Annotated[str | None, "data to measure on, as for train.py; None: the run's",
+                       PATH] = None
+    calibration_tokens: Annotated[int, 'training tokens to measure on, rounded up to whole '
+                                  'windows', Range(1)] = 16384
+    seed: Annotated[int, 'random seed', Range(0, below=2 ** 63)] = 1337
+    device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps, "
+                      'else cpu'] = 'auto'
 
     def __post_init__(self):
         huggingface.check_name(self.init_from, ('resume',))
         configuration.validate(self)
         compression.parse_modules(self.modules)
-        unused = {          # beside an option that is given: others that would change nothing
+        unused = {          # option that is given: others without effect beside it
             '--spectrum': (self.spectrum, ('to', 'overwrite', 'dataset', 'method', 'finetune_iters',
                                            'mla_latent_dim', *RANKS)),
             '--to=mla': (self.to == 'mla', ('modules', *RANKS)),
@@ -111,7 +115,8 @@ class CompressConfig:
         for option, (is_given, names) in unused.items():
             for name in names if is_given else ():
                 if getattr(self, name) != getattr(CompressConfig, name):
-                    raise ValueError(f'{name}={getattr(self, name)!r}: not with {option}')
+                    raise ValueError(f'{name}={getattr(self, name)!r}: has no effect with {option} '
+                                     f'(nearest: leave --{name} out)')
         if self.to == 'mla' and self.method == 'whitened':
             raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
         if self.init_from != 'resume' and self.dataset is None and not self.spectrum:
@@ -121,13 +126,17 @@ class CompressConfig:
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 1 a full disk, 2 wrong input (one line on stderr, nothing written),
-    130 / 143 stopped."""
+    """Run compress.py. argv: its arguments, by default those of the command line.
+
+    Returns the exit code: 0 done, 1 full disk, 2 wrong input, 130 after Ctrl-C, 143 after SIGTERM.
+    An error is one line on stderr, and nothing is written then.
+    """
     return cli.run('compress.py', CompressConfig, __doc__, compress, argv)
 
 
 def compress(cfg):
-    """Load, convert, save. save_dir is written whole or not at all."""
+    """Load a model, convert it and save the result. An error leaves save_dir as it was.
+    Raises UserError."""
     is_run = cfg.init_from == 'resume'
     path = ckpt.find(cfg.out_dir) if is_run else Path(cfg.init_from)
     source, kind = named(path.parent if is_run else path), 'spectrum' if cfg.spectrum else cfg.to
@@ -157,10 +166,14 @@ def compress(cfg):
 
 
 def convert(cfg, model, saved, save_dir):
-    """Convert, fine-tune and measure. Returns a checkpoint, from which training starts at step 0
-    with the run's own settings, and the report, with [before, after] where it has two numbers."""
+    """Convert, fine-tune and measure a model.
+
+    Returns a checkpoint and a report. Training from the checkpoint starts at step 0, with the
+    settings of the run. Pairs in the report are [before, after]. Raises ValueError
+    or FloatingPointError.
+    """
     device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
-    options = asdict(cfg)                                           # as they were given
+    options = asdict(cfg)                                           # as the user gave them
     cfg.dataset = cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
     data = find_data(cfg, saved, model.config)
     model.to(device).requires_grad_(False)
@@ -188,7 +201,7 @@ def convert(cfg, model, saved, save_dir):
                   machine=devices.environment(device, 'float32'), seconds=seconds[0],
                   finetune_seconds=seconds[1], prefix_only=model.config.is_noncausal,
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
-                  perplexity=[math.exp(min(loss, 700)) for loss in both],     # of float's range
+                  perplexity=[math.exp(min(loss, 700)) for loss in both],     # float's range
                   latent_dim=new.config.latent_dim if is_mla else None,
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
@@ -202,14 +215,14 @@ def convert(cfg, model, saved, save_dir):
 
 
 def find_data(cfg, saved, c):
-    """The data set to measure on. Raises UserError unless it has the tokens of a model of
-    configuration c, and enough of them."""
+    """Return the data set to measure on. Raises UserError if it has other tokens than the model
+    with configuration c, or too few."""
     is_bpe = c.vocab_size >= GPT2_META['vocab_size']
     data = Dataset(locate(cfg.dataset, 'gpt2' if is_bpe else 'char'))
     huggingface.check_tokenizer(cfg, {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
-        raise UserError(f'dataset={cfg.dataset}: has {data.vocab_size} token ids, the model '
-                        f'{c.vocab_size}')
+        raise UserError(f'dataset={cfg.dataset}: has {data.vocab_size} token ids, the model only '
+                        f'{c.vocab_size} (nearest: the data set of the model)')
     data.check_length(c.block_size)
     return data
 

@@ -1,17 +1,17 @@
 """
-Take a trained model elsewhere:
+Export a trained model for other programs, or in another form for this repo:
 
-    python export.py --out_dir=out-svd-test --to=gpt2          # for transformers, with tokenizer
+    python export.py --out_dir=out-svd-test --to=gpt2          # Hugging Face, with tokenizer
     python export.py --out_dir=out-svd-test --to=nanogpt       # for nanoGPT: ckpt.pt and meta.pkl
-    python export.py --out_dir=out-svd-test --to=safetensors   # any model as it is, for --init_from
-    python export.py --out_dir=out-adaptive-svd --to=dense     # without adaptive SVD or LoRA
-    python export.py --out_dir=out-lora --to=lora              # its adapters, for --lora_adapter
-    python export.py                                           # the newest run, for transformers
-    python export.py --help                                    # every option, default and meaning
+    python export.py --out_dir=out-svd-test --to=safetensors   # any model, for --init_from
+    python export.py --out_dir=out-adaptive-svd --to=dense     # LoRA, adaptive SVD merged
+    python export.py --out_dir=out-lora --to=lora              # adapters, for --lora_adapter
+    python export.py                                           # the newest run, --to=gpt2
+    python export.py --help                                    # every option and its meaning
 
-For transformers and nanoGPT, SVD in 'weight' scope becomes part of the weights, and so do MLA's
-latents and low-rank layers. 'sequence' and 'causal' scope truncate V itself: neither format can
-represent that. The work is in tools/export_formats.py.
+With 'gpt2' and 'nanogpt', the SVD of 'weight' scope, MLA's latents and low-rank layers become
+ordinary weights. 'sequence' and 'causal' scope are refused, because they truncate V itself, which
+ordinary weights cannot do.
 """
 
 import sys
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import cli                                             # first: says what is missing
+from runtime import cli                                     # first: reports missing packages
 
 from model import GPT
 from runtime import checkpoint as ckpt
@@ -30,15 +30,16 @@ from tools.export_formats import FORMATS, changes
 
 @dataclass
 class ExportConfig:
-    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder',
+    """Options of export.py. Raises ValueError if `base` is given without to='lora'."""
+    out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
     to: Annotated[Literal['gpt2', 'nanogpt', 'safetensors', 'dense', 'lora'],
-                  "'gpt2': Hugging Face's format; 'nanogpt': its checkpoint; 'safetensors': this "
-                  "repo's own, with all that its models can be; 'dense': a checkpoint here, "
-                  "adaptive SVD and LoRA part of the weights; 'lora': adapters alone"] = 'gpt2'
-    base: Annotated[str | None, "'lora' of PiSSA and MiLoRA: weights they began with, as "
-                    '--init_from; None: what the run says', PATH] = None
-    save_dir: Annotated[str | None, 'folder to make; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...',
+                  "'gpt2': Hugging Face's format; 'nanogpt': nanoGPT's checkpoint; 'safetensors': "
+                  "this repo's format, for every model; 'dense': a checkpoint with adaptive SVD "
+                  "or LoRA merged into the weights; 'lora': the adapters alone"] = 'gpt2'
+    base: Annotated[str | None, "'lora' with PiSSA or MiLoRA: the weights before training, as "
+                    'for --init_from; None: as saved in the run', PATH] = None
+    save_dir: Annotated[str | None, 'new folder; None: OUT_DIR-gpt2, OUT_DIR-nanogpt, ...',
                         PATH] = None
 
     def __post_init__(self):
@@ -48,13 +49,17 @@ class ExportConfig:
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input or a full disk (one line on stderr, nothing written),
-    130 / 143 stopped."""
+    """Run export.py. argv: its arguments, by default those of the command line.
+
+    Returns the exit code: 0 done, 1 full disk, 2 wrong input, 130 after Ctrl-C, 143 after SIGTERM.
+    An error is one line on stderr, and nothing is written then.
+    """
     return cli.run('export.py', ExportConfig, __doc__, lambda cfg: print(export(cfg)), argv)
 
 
 def export(cfg):
-    """Writes save_dir whole or not at all -> what was written, in words."""
+    """Export a run and return what was written, as text. After an error there is no save_dir.
+    Raises UserError, or Failure for a full disk."""
     path = ckpt.find(cfg.out_dir)
     run = named(path.parent)
     save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)
@@ -65,10 +70,10 @@ def export(cfg):
         model = GPT.from_checkpoint(saved)
         lines = changes(model.config, cfg.to)
         meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
-        if meta['vocab_size'] > model.config.vocab_size:            # no more than a guess
+        if meta['vocab_size'] > model.config.vocab_size:            # assumed GPT-2's
             meta = None
-            lines.append('left out: the tokenizer, which is not in the checkpoint; put the '
-                         'meta.pkl of its data set into data/DATASET')
+            lines.append('left out: the tokenizer, which is not in the checkpoint; to '
+                         'include it, put the meta.pkl of its data set into data/DATASET')
         saved['base'] = cfg.base or saved.get('config', {}).get('init_from')
         with new_folder(save_dir) as folder:
             fill(folder, model, saved, meta, lines)

@@ -1,11 +1,11 @@
 """
 Generate text from a trained model:
 
-    python sample.py                                        # the newest run below this folder
+    python sample.py                                        # the newest run in this folder
     python sample.py --out_dir=out-svd-test --start="ROMEO:" --num_samples=3
-    python sample.py --use_svd=True --svd_rank=8            # SVD on, for a model trained without it
-    python sample.py --init_from=gpt2-xl --start="What is the answer?"      # or from a folder
-    python sample.py --help                                 # every option with default and meaning
+    python sample.py --use_svd=True --svd_rank=8            # with SVD, for a model trained without
+    python sample.py --init_from=gpt2-xl --start="What is the answer?"      # GPT-2, or a folder
+    python sample.py --help                                 # every option, its default and meaning
 """
 
 import itertools
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import cli                                 # before torch: says what is not installed
+from runtime import cli                                 # before torch: reports missing packages
 
 import torch
 
@@ -32,34 +32,38 @@ END = '\n---------------\n'
 
 @dataclass
 class SampleConfig:
-    """nanoGPT's options and defaults, and those of the model that may change after training."""
-    init_from: Annotated[str, "'resume' (a run's checkpoint), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', or a folder (a run, or Hugging Face's)", PATH,
+    """Options of sample.py: nanoGPT's, and those of the SVD, which may change after training.
+    Raises ValueError, its message starting with the option's name, for values that are not valid.
+    """
+    init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', a run folder or a Hugging Face folder", PATH,
                          Section('model')] = 'resume'
-    out_dir: Annotated[str | None, 'folder of the run; None: the newest one below this folder',
+    out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
-    lora_adapter: Annotated[str | None, 'folder of adapters on these weights (export.py --to=lora)',
+    lora_adapter: Annotated[str | None, 'LoRA adapters for these weights (export.py --to=lora)',
                             PATH] = None
-    start: Annotated[str, 'prompt, or FILE:prompt.txt', Section('text')] = '\n'
-    num_samples: Annotated[int, 'samples to draw, as one batch', Range(1, below=2 ** 31)] = 10
-    max_new_tokens: Annotated[int, 'tokens to add to the prompt', Range(1)] = 500
-    temperature: Annotated[float, 'below 1 less random, above 1 more; 0: the likeliest token'] = 0.8
-    top_k: Annotated[int | None, 'draw from the top_k likeliest tokens; None: from all'] = 200
-    top_p: Annotated[float | None, 'of these, draw from the fewest with this probability in total; '
-                     'None: from all'] = None
-    seed: Annotated[int, 'of the draws', Range(0, below=2 ** 63)] = 1337
-    device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps or cpu",
+    start: Annotated[str, 'prompt, or FILE:prompt.txt to read it from a file',
+                     Section('text')] = '\n'
+    num_samples: Annotated[int, 'samples to draw, in one batch', Range(1, below=2 ** 31)] = 10
+    max_new_tokens: Annotated[int, 'tokens to generate per sample', Range(1)] = 500
+    temperature: Annotated[float, 'below 1: less random; above 1: more; 0: the likeliest '
+                           'token'] = 0.8
+    top_k: Annotated[int | None, 'draw from the top_k likeliest tokens; None: all'] = 200
+    top_p: Annotated[float | None, 'of these, draw from the likeliest tokens that together have '
+                     'this probability; None: all'] = None
+    seed: Annotated[int, 'random seed', Range(0, below=2 ** 63)] = 1337
+    device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps, else cpu",
                       Section('system')] = 'auto'
     dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
                      "autocast to 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 on CUDA "
-                     '(float16 if it lacks that), else float32'] = 'auto'
-    compile: Annotated[bool, 'torch.compile the model first'] = False
-    use_svd: Annotated[bool | None, 'SVD on V on or off; None: as trained',
+                     '(float16 on GPUs without it), else float32'] = 'auto'
+    compile: Annotated[bool, 'use torch.compile'] = False
+    use_svd: Annotated[bool | None, 'truncate V by an SVD; None: as trained',
                        Section('SVD on V')] = None
     svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: all'] = None
-    svd_method: Annotated[Literal[METHODS] | None, 'how; None: as trained'] = None
-    svd_scope: Annotated[Literal[SCOPES] | None, 'of which matrix; None: as trained'] = None
-    svd_block: Annotated[int | None, "'causal': first rows that stay whole; None: as trained"
+    svd_method: Annotated[Literal[METHODS] | None, 'method; None: as trained'] = None
+    svd_scope: Annotated[Literal[SCOPES] | None, 'matrix to truncate; None: as trained'] = None
+    svd_block: Annotated[int | None, "'causal': first rows not truncated; None: as trained"
                          ] = None
 
     def __post_init__(self):
@@ -69,49 +73,54 @@ class SampleConfig:
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input (one line on stderr), 130 / 143 stopped."""
+    """Run sample.py. argv: its arguments, by default those of the command line.
+
+    Returns the exit code: 0 done, 2 wrong input, 130 after Ctrl-C, 143 after SIGTERM. An error is
+    one line on stderr.
+    """
     return cli.run('sample.py', SampleConfig, __doc__, sample, argv,
                    lambda argv: load(SampleConfig, argv))
 
 
 def sample(loaded):
-    """Print num_samples texts, each the prompt, what follows it and a line of dashes: the first
-    text token by token, while the batch of all is drawn, then the others.
+    """Print num_samples texts, each with its prompt before it and a line of dashes after it.
 
-    loaded: configuration, and the keys that the user set.
+    All texts are drawn as one batch. The first is printed while it is drawn, the others follow.
+    loaded: the configuration, and the options that the user set. Raises UserError.
     """
     cfg, set_by = loaded
     device = devices.pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_model(cfg, set_by)
     model.to(device).eval()
-    cached = not model.config.is_noncausal              # load_model has said so
+    cached = not model.config.is_noncausal              # load_model prints this
     if cfg.compile:
-        if not cached:                                  # inductor fails as T crosses the rank
-            raise UserError("compile=True: not with svd_scope='sequence': its prefix grows "
+        if not cached:                                  # inductor fails when T crosses the rank
+            raise UserError("compile=True: does not work with svd_scope='sequence' "
                             '(nearest: --compile=False)')
-        model.compile(dynamic=True)                     # the context grows by a token per step
+        model.compile(dynamic=True)                     # the context grows by one token per step
     start = prompt_text(cfg.start)
     prompt = torch.tensor(tokenizer.encode(start), device=device).expand(cfg.num_samples, -1)
     stream = model.stream(prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cached, cfg.top_p)
-    shown, drawn = itertools.tee(stream)                # of token ids (num_samples, 1)
+    shown, drawn = itertools.tee(stream)                # each yields ids (num_samples, 1)
     print(start, end='')
     try:
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
             for piece in tokenizer.decode_stream(tokens[0].item() for tokens in shown):
                 print(piece, end='', flush=True)
-                if getattr(sys.stdout, 'silent', False):            # nobody reads on: | head
+                if getattr(sys.stdout, 'silent', False):            # the reader has ended: | head
                     return
     except (FloatingPointError, torch.linalg.LinAlgError) as e:
-        raise UserError(f'the next token has no probabilities ({one_line(e)[:100]}): the weights '
-                        'take the numbers out of range') from None
+        raise UserError(f'the next token has no finite probabilities ({one_line(e)[:100]}), '
+                        'because the weights of the model are too large') from None
     print(end=END)
     for row in torch.cat(list(drawn), dim=1)[1:].tolist():
         print(start + tokenizer.decode(row), end=END)
 
 
 def prompt_text(start: str) -> str:
-    """The option, or the text of the file that it names."""
+    """Return the prompt: `start`, or the text of the file that FILE:PATH names. Raises UserError if
+    the file cannot be read or the prompt is empty."""
     if start.startswith('FILE:'):
         try:
             start = Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8-sig')
@@ -119,15 +128,15 @@ def prompt_text(start: str) -> str:
             raise UserError(f'start={start}: not a readable UTF-8 text file ({type(e).__name__})'
                             ) from None
     if not start:
-        raise UserError('start: a prompt needs at least one character (nearest: leave it out for '
-                        'a line break)')
+        raise UserError('start: the prompt is empty, it needs at least one character (nearest: '
+                        'leave --start out)')
     return start
 
 
 def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
-    """The model, its SVD options replaced by those that the user set, and its tokenizer. Prints
-    which model it is."""
-    # for the rank None is a value, elsewhere it means: as trained
+    """Return the model and its tokenizer, and print which model it is. SVD options that the user
+    set replace those of training. Raises UserError."""
+    # svd_rank=None means full rank; None in the other options means: as trained
     svd = {key: getattr(cfg, key) for key in set_by
            if key == 'svd_rank' or 'svd' in key and getattr(cfg, key) is not None}
     source, where = cfg.init_from, f'init_from={cfg.init_from!r}'
@@ -141,7 +150,7 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
                      f'{saved.get("best_val_loss", float("nan")):.4f}')
         else:
             model, about = GPT.from_pretrained(source, svd), source
-            meta = huggingface.read_tokenizer(source) or GPT2_META      # without one: OpenAI's
+            meta = huggingface.read_tokenizer(source) or GPT2_META      # default: OpenAI's
         if cfg.lora_adapter is not None:
             huggingface.load_adapter(model, cfg.lora_adapter, source)
             about += f', with {cfg.lora_adapter}'
@@ -150,10 +159,10 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
     c = model.config
     if meta['vocab_size'] > c.vocab_size:
         raise UserError(f'{where}: its tokenizer has {meta["vocab_size"]} token ids, its model '
-                        f'{c.vocab_size}; put its tokenizer.json into the folder, or the meta.pkl '
-                        'of its data set into data/DATASET')
-    print(f'{about}; SVD on V {c.svd_summary}' + ' (switched here)' * bool(svd)
-          + ': each token changes V of all earlier ones, so nothing is cached' * c.is_noncausal)
+                        f'{c.vocab_size}; put the right tokenizer.json into the folder, or the '
+                        'meta.pkl of its data set into data/DATASET')
+    print(f'{about}; SVD on V {c.svd_summary}' + ' (set by an option)' * bool(svd)
+          + '; each token changes V of all earlier tokens, so nothing is cached' * c.is_noncausal)
     return model, Tokenizer(meta)
 
 

@@ -1,16 +1,16 @@
 """
-Train a GPT, with or without a truncated SVD on V:
+Train a GPT, with or without a truncated SVD on the values V of attention:
 
     python train.py config/train_svd_test.py               # SVD on V, minutes on two CPU cores
     python train.py config/train_svd_test.py --svd_rank=8  # any option can be overridden
-    python train.py --help                                 # every option with default and meaning
-    python train.py --init_from=resume --out_dir=OUT       # go on where a run stopped, to the bit
+    python train.py --help                                 # every option, its default and meaning
+    python train.py --init_from=resume --out_dir=OUT       # continue a run that was stopped
     python train.py --eval_only=True --init_from=resume --out_dir=OUT --use_svd=True --svd_rank=8
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Option names and defaults are nanoGPT's. OUT_DIR gets ckpt.pt, config.py (resolved; can be run
-again), environment.json, metrics.jsonl and curves.png. Ctrl-C and SIGTERM save after the current
-step; docs/RELIABILITY.md has what is promised beyond that.
+Names and defaults of options are nanoGPT's. The run folder OUT_DIR gets ckpt.pt, config.py (the
+value of every option; `python train.py OUT_DIR/config.py` repeats the run), environment.json,
+metrics.jsonl and curves.png. Ctrl-C and SIGTERM save after the current step: docs/RELIABILITY.md.
 """
 
 import json
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -46,96 +46,100 @@ from runtime.files import (FULL, archive_run, check_writable, is_shared, locked_
                            remove_leftovers, unused, unwritable, write_atomically)
 from runtime.generation import sample
 from runtime.nan_check import first_nonfinite_layer
-from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, schedule_length,
-                               swap_params, warmup_iters)
+from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, swap_params,
+                               warmup_iters)
 
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """GPTConfig's fields and the run's; nanoGPT's names and defaults."""
+    """Options of train.py: those of GPTConfig and those of a run. Raises ValueError, its message
+    starting with the option's name, for values that are not valid."""
     # model: where train.py's defaults differ from GPTConfig's
-    vocab_size: Annotated[int | None, "number of token ids; None: the data's, BPE in 64s",
+    vocab_size: Annotated[int | None, "number of token ids; None: the data's, with BPE rounded "
+                          'up to a multiple of 64',
                           Range(1)] = None
     bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2'] = False
     # input and output
-    out_dir: Annotated[str, 'folder of the run; an older run there is moved aside', PATH,
+    out_dir: Annotated[str, 'run folder; an older run in it is moved to OUT_DIR.1, .2, ...', PATH,
                        Section('input and output')] = 'out'
     eval_interval: Annotated[int, 'steps between evaluations and checkpoints', Range(1)] = 2000
     log_interval: Annotated[int, 'steps between lines of metrics.jsonl', Range(1)] = 1
-    eval_iters: Annotated[int, 'random batches per split and evaluation; at the end all of val',
+    eval_iters: Annotated[int, 'batches per evaluation and split; the final one uses all of val',
                           Range(1)] = 200
-    eval_only: Annotated[bool, 'run the final evaluation and stop'] = False
-    always_save_checkpoint: Annotated[bool, 'save at every evaluation; False: ckpt.pt stays the '
-                                      'best'] = True
+    eval_only: Annotated[bool, 'only evaluate, on the whole validation split'] = False
+    always_save_checkpoint: Annotated[bool, 'ckpt.pt is always the latest checkpoint; False: the '
+                                      'best one'] = True
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', or a folder (a run, or Hugging Face's)",
+                         "'gpt2-xl', a run folder or a Hugging Face folder",
                          PATH] = 'scratch'
-    lora_adapter: Annotated[str | None, 'folder of adapters on these weights (export.py --to=lora)',
+    lora_adapter: Annotated[str | None, 'LoRA adapters for these weights (export.py --to=lora)',
                             PATH] = None
     # wandb
-    wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline keeps it here',
+    wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline logs to OUT_DIR',
                          Section('wandb')] = False
-    wandb_project: Annotated[str, 'project'] = 'owt'
+    wandb_project: Annotated[str, 'name of the project'] = 'owt'
     wandb_run_name: Annotated[str, 'name of the run'] = 'gpt2'
-    wandb_group: Annotated[str | None, 'group, for the runs of a sweep'] = None
+    wandb_group: Annotated[str | None, 'name of the group of runs'] = None
     wandb_tags: Annotated[str | None, "tags, for example 'svd,rank 4'"] = None
     # data
-    dataset: Annotated[str, 'folder below data/, another prepared folder, or a text file', PATH,
+    dataset: Annotated[str, 'folder in data/, another prepared folder, or a text file', PATH,
                        Section('data')] = 'openwebtext'
-    tokenizer: Annotated[Literal['char', 'gpt2'], "encoding of a text file: 'char' or 'gpt2' (BPE)"
+    tokenizer: Annotated[Literal['char', 'gpt2'], "tokens of a text file: 'char' or 'gpt2' (BPE)"
                          ] = 'char'
-    gradient_accumulation_steps: Annotated[int, 'micro-batches per step, over all processes',
+    gradient_accumulation_steps: Annotated[int, 'micro-batches per step, summed over processes',
                                            Range(1)] = 5 * 8
     batch_size: Annotated[int, 'sequences per micro-batch', Range(1)] = 12
     # optimizer
-    optimizer: Annotated[Literal['adamw', 'muon'], "'adamw'; 'muon': Muon on the blocks' matrices, "
-                         'AdamW elsewhere', Section('optimizer')] = 'adamw'
-    learning_rate: Annotated[float, 'maximal learning rate', Range(0)] = 6e-4
+    optimizer: Annotated[Literal['adamw', 'muon'], "'adamw'; 'muon': Muon for matrices of blocks, "
+                         'AdamW for the rest', Section('optimizer')] = 'adamw'
+    learning_rate: Annotated[float, 'highest learning rate, after the warm-up', Range(0)] = 6e-4
     max_iters: Annotated[int, 'optimizer steps', Range(0)] = 600000
-    weight_decay: Annotated[float, 'decay of all parameters with two dimensions', Range(0)] = 1e-1
-    beta1: Annotated[float, "AdamW's decay of the mean gradient", Range(0, below=1)] = 0.9
-    beta2: Annotated[float, "AdamW's decay of the mean squared gradient", Range(0, below=1)] = 0.95
-    grad_clip: Annotated[float, 'largest gradient norm; 0: no clipping', Range(0)] = 1.0
-    adaptive_svd_interval: Annotated[int, 'steps between analyses', Range(1),
+    weight_decay: Annotated[float, 'weight decay of matrices; none for vectors', Range(0)] = 1e-1
+    beta1: Annotated[float, 'AdamW: decay of the mean gradient', Range(0, below=1)] = 0.9
+    beta2: Annotated[float, 'AdamW: decay of the mean squared gradient', Range(0, below=1)] = 0.95
+    grad_clip: Annotated[float, 'clip the gradient norm to this; 0: no clipping', Range(0)] = 1.0
+    adaptive_svd_interval: Annotated[int, 'steps between analyses of the layers', Range(1),
                                      Needs(adaptive_svd=True), Section('adaptive SVD')] = 20
     # learning rate schedule
-    decay_lr: Annotated[bool, 'warm up, then cosine to min_lr; False: constant',
+    decay_lr: Annotated[bool, 'linear warm-up, cosine decay to min_lr; False: constant',
                         Section('learning rate')] = True
-    warmup_iters: Annotated[int, 'steps of linear warm-up; if too many: a tenth of the schedule',
+    warmup_iters: Annotated[int, 'steps of warm-up; if too many, a tenth of the schedule',
                             Range(0), Needs(decay_lr=True)] = 2000
-    lr_decay_iters: Annotated[int | None, 'step that reaches min_lr; None: max_iters', Range(0),
+    lr_decay_iters: Annotated[int | None, 'step that reaches min_lr; None: the last step', Range(0),
                               Needs(decay_lr=True)] = None
     min_lr: Annotated[float, 'final learning rate, usually learning_rate / 10', Range(0),
                       Needs(decay_lr=True)] = 6e-5
     # system
-    backend: Annotated[Literal['nccl', 'gloo'], "of torchrun: 'nccl' or 'gloo'; on the CPU always "
-                       "'gloo'", Section('system')] = 'nccl'
-    device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps or cpu"] = 'auto'
+    backend: Annotated[Literal['nccl', 'gloo'], "for torchrun: 'nccl' or 'gloo'; the CPU always "
+                       "uses 'gloo'", Section('system')] = 'nccl'
+    device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps, "
+                      'else cpu'] = 'auto'
     dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
                      "autocast to 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 on CUDA "
-                     '(float16 if it lacks that), else float32'] = 'auto'
-    compile: Annotated[bool | Literal['auto'], "torch.compile; 'auto': on CUDA only"] = 'auto'
-    seed: Annotated[int, 'of weights, data order, dropout and evaluation windows',
+                     '(float16 on GPUs without it), else float32'] = 'auto'
+    compile: Annotated[bool | Literal['auto'], "use torch.compile; 'auto': on CUDA only"] = 'auto'
+    seed: Annotated[int, 'random seed of weights, data order, dropout, evaluation',
                     Range(0, below=2 ** 63)] = 1337
 
     def __post_init__(self):
         configuration.validate(self)
         self.check_shape()
-        if self.init_from in ('scratch', 'resume'):         # other weights say which layers exist
+        if self.init_from in ('scratch', 'resume'):         # else the loaded weights decide
             self.check_layers()
-        if self.lr_decay_iters is None:  # a number in the checkpoint: a resume keeps it
+        if self.lr_decay_iters is None:  # stored as a number, so that a resume keeps it
             self.lr_decay_iters = self.max_iters
         huggingface.check_name(self.init_from, ('scratch', 'resume'))
         if self.lora_adapter is not None and self.init_from in ('scratch', 'resume'):
             raise ValueError(
-                f'lora_adapter={self.lora_adapter!r}: goes with the weights it was made on '
-                '(nearest: --init_from=FOLDER, of these)')
+                f'lora_adapter={self.lora_adapter!r}: needs the weights that it was trained '
+                'on (nearest: --init_from=FOLDER with these weights)')
         out = os.path.realpath(self.out_dir)
         if not self.out_dir or is_shared(Path(out)):
             raise ValueError(
-                f"out_dir={self.out_dir!r}: must be a folder for one run (nearest: 'out')")
+                f'out_dir={self.out_dir!r}: must be a folder for this run alone, not the working '
+                "or home folder or one above them (nearest: 'out')")
         if os.path.exists(f'{out}/train.bin') or os.path.exists(f'{out}/prepare.py'):
-            raise ValueError(f"out_dir={self.out_dir!r}: is a data set's folder (nearest: 'out')")
+            raise ValueError(f"out_dir={self.out_dir!r}: holds a data set (nearest: 'out')")
         if os.path.isfile(out):
             raise ValueError(
                 f'out_dir={self.out_dir!r}: is a file (nearest: {unused(Path(self.out_dir))})')
@@ -144,33 +148,37 @@ class TrainConfig(GPTConfig):
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 # options that a resumed run does not take from its checkpoint
 RUN_LOCAL_FIELDS = ('out_dir', 'init_from', 'lora_adapter', 'eval_only', 'device', 'backend')
-# the first line of a run's config.py, which tells it from a user's own
+# first line of a run's config.py; older runs are recognized by it, so it must not change
 HEAD = '# this run, resolved; can be given to train.py again\n'
-# what a run may leave behind that has neither a config.py nor a checkpoint
+# files of a run that ended before it wrote config.py or a checkpoint
 RUN_FILES = {'environment.json', 'eval.jsonl', 'curves.png', 'wandb'}
 
 
 def main(argv=None):
-    """-> exit code: 0 done, 2 wrong input, 1 training failed, 130 / 143 after Ctrl-C / SIGTERM; one
-    line on stderr."""
-    return cli.run('train.py', TrainConfig, __doc__, train, argv, load_config)
+    """Run train.py. argv: its arguments, by default those of the command line.
+
+    Returns the exit code: 0 done, 2 wrong input, 1 training failed, 130 after Ctrl-C, 143 after
+    SIGTERM. An error is one line on stderr.
+    """
+    return cli.run('train.py', TrainConfig, __doc__, train, argv, load_config,
+                   again='a saved checkpoint continues with --init_from=resume --out_dir=OUT_DIR')
 
 
 # --------------------------------------------------------------------------------------------------
 # a run
 
 def train(loaded):
-    """One run from start to end. loaded: of `load_config`."""
+    """Run one training from start to end. loaded: what `load_config` returns."""
     cfg, set_by, saved = loaded
     with Processes(cfg) as processes:
-        run_training(cfg, set_by, saved, processes)     # its replica must end before the group does
+        run_training(cfg, set_by, saved, processes)     # DDP must end before the process group
 
 
 def run_training(cfg, set_by, saved, processes):
-    """Set up, loop, final evaluation, sample."""
+    """Set up, train, evaluate on the whole validation split, print a sample."""
     device, say = processes.device, processes.print
     out, dtype = Path(cfg.out_dir), devices.pick_dtype(cfg.dtype, device)
-    # TF32 keeps 10 bits, too few for a projection that claims float32
+    # the SVD needs float32 products; TF32 keeps 10 bits of the mantissa
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
     torch.manual_seed(cfg.seed + processes.rank)
     if not cfg.eval_only:
@@ -178,7 +186,7 @@ def run_training(cfg, set_by, saved, processes):
             out / 'config.py', f'out_dir={cfg.out_dir!r}'))
     data = Dataset(processes.main_process_first(lambda: locate(cfg.dataset, cfg.tokenizer)))
     huggingface.check_tokenizer(cfg, set_by, saved, data, say)
-    # a later resume finds the prepared data, also if the text is gone by then
+    # a later resume finds the prepared data even if the text file is gone
     cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']
     try:
         model = build_model(cfg, set_by, saved, data, say).to(device)
@@ -195,7 +203,7 @@ def run_training(cfg, set_by, saved, processes):
     state = new_state(cfg, model, device, data, processes.distributed)
     if saved:
         restore(state, saved, processes)
-        saved.clear()                                   # the caller holds it: free the memory
+        saved.clear()                                   # the caller holds it; free its memory
     with open_out_dir(state, dtype, say) if processes.is_main else nullcontext() as log:
         try:
             with cli.signals.deferred(), tracking.bar(
@@ -213,21 +221,21 @@ def run_training(cfg, set_by, saved, processes):
 
 
 def stopped(state, error, processes):
-    """The Failure to raise for an error that ends training: where it happened, what is kept, and
-    what to do."""
+    """Return the Failure for an error that ends training. It says at which step, which checkpoint
+    is kept and what to do."""
     words = f'training stopped after step {state.iter_num}: {one_line(error)}'
-    if processes.is_main:                                               # which knows what is saved
+    if processes.is_main:                               # only process 0 knows what is saved
         words += '; no checkpoint had been saved' if state.saved_at is None else (
             f'; the checkpoint of step {state.saved_at} is kept')
     if isinstance(error, OSError) and error.errno in FULL:
         again = ('start again' if state.saved_at is None else
-                 f'{resume_options(state.cfg.out_dir)} goes on')
+                 f'python train.py {resume_options(state.cfg.out_dir)}')
         words += f'; make room there, then {again}'
     return Failure(words)
 
 
 def loop(state, evaluation, log, processes, bar):
-    """Steps until max_iters or a signal. log(row): on process 0."""
+    """Train until max_iters or a signal. log(row): writes a row of metrics, on process 0."""
     cfg = state.cfg
     micro_steps = cfg.gradient_accumulation_steps // processes.world_size
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
@@ -239,7 +247,7 @@ def loop(state, evaluation, log, processes, bar):
             group['lr'] = lr
 
         is_last = state.iter_num >= cfg.max_iters
-        if state.iter_num % cfg.eval_interval == 0 or is_last:          # not timed
+        if state.iter_num % cfg.eval_interval == 0 or is_last:    # its time is not in step_ms
             started = time.perf_counter()
             evaluate_and_save(state, evaluation, log, processes)
             clock += time.perf_counter() - started
@@ -277,8 +285,8 @@ def loop(state, evaluation, log, processes, bar):
 
 
 def next_batch(state, processes):
-    """x, y (B, T) of this process. All processes draw the windows of all, in the order of a single
-    process."""
+    """Draw x, y (B, T) for this process. Each process draws the windows of all processes, so that
+    the data order is that of a single process."""
     cfg, data = state.cfg, state.data
     starts = data.sample_offsets('train', processes.world_size * cfg.batch_size, cfg.block_size,
                                  state.data_rng)
@@ -291,26 +299,26 @@ def next_batch(state, processes):
 
 @dataclass
 class TrainState:
-    """A run in progress. A checkpoint holds the states of model, optimizer, scaler, adaptive and
-    data_rng, and the numbers."""
+    """State of a run in progress. A checkpoint holds the states of model, optimizer, scaler,
+    adaptive and data_rng, with iter_num and best_val_loss."""
     cfg: TrainConfig
     model: GPT
     optimizer: Any
     device: str
     context: Any                            # autocast
     scaler: torch.amp.GradScaler
-    data: Dataset | None                    # None: the caller makes batches
-    data_rng: torch.Generator               # of training batches, and of nothing else
+    data: Dataset | None                    # None if the caller makes the batches
+    data_rng: torch.Generator               # draws training batches and nothing else
     distributed: bool = False
     adaptive: AdaptiveSVD | None = None
-    replica: Any = None                     # the model as a step calls it: compiled, in DDP
+    replica: Any = None                     # model, compiled and wrapped in DDP
     iter_num: int = 0
     best_val_loss: float = 1e9
     saved_at: int | None = None             # step of the last checkpoint
 
 
 def new_state(cfg, model, device, data=None, distributed=False):
-    """The state of a run before its first step."""
+    """Return the state of a run before its first step."""
     dtype = devices.pick_dtype(cfg.dtype, device)
     scales = dtype == 'float16' and device.startswith('cuda')
     state = TrainState(
@@ -325,13 +333,14 @@ def new_state(cfg, model, device, data=None, distributed=False):
 
 
 def replicate(state):
-    """The model as a step calls it, to be made again when the model has other parameters."""
+    """Return the model compiled and wrapped in DDP, as the options say. Must be called again after
+    parameters of the model were replaced."""
     replica = state.model
     if state.cfg.compile is True or state.cfg.compile == 'auto' and 'cuda' in state.device:
-        torch.compiler.reset()  # else the limit of recompilations comes near
+        torch.compiler.reset()  # otherwise repeated calls hit the recompile limit
         replica = torch.compile(replica, fullgraph=True)
     if state.distributed:
-        # buffers are not synchronized: they are sums over the batches of each process
+        # buffers are sums over the batches of one process, so DDP must not synchronize them
         own = [name for name, _ in replica.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, own)
         replica = DistributedDataParallel(
@@ -340,16 +349,16 @@ def replicate(state):
 
 
 def language_model_loss(model, x, y):
+    """Return the loss of model for inputs x and targets y (B, T)."""
     return model(x, y)[1]
 
 
 def train_step(state, batches, loss_of=language_model_loss):
-    """Forward and backward over micro-batches, clip, one optimizer step -> the mean loss, over all
-    processes.
+    """Take one training step: forward and backward over micro-batches, clip, optimizer step.
 
-    batches: [(x, y), ...], (B, T) each; loss_of(model, x, y) -> loss. Raises FloatingPointError or
-    torch.linalg.LinAlgError, before the optimizer changes anything, for a loss or gradient that is
-    not finite.
+    batches: list of pairs x, y, each (B, T); loss_of(model, x, y): returns the loss. Returns the
+    mean loss over all processes. Raises FloatingPointError or torch.linalg.LinAlgError if the loss
+    or a gradient is not finite, before the optimizer changes anything.
     """
     model, optimizer, scaler, adaptive = state.model, state.optimizer, state.scaler, state.adaptive
     analyze = adaptive is not None and adaptive.is_analysis_step(state.iter_num + 1)
@@ -357,7 +366,7 @@ def train_step(state, batches, loss_of=language_model_loss):
         adaptive.track_weight_grads()
     loss_sum = 0.0
     for i, (x, y) in enumerate(batches):
-        waits = state.distributed and i + 1 < len(batches)  # gradients travel once per step
+        waits = state.distributed and i + 1 < len(batches)  # DDP reduces gradients once per step
         with state.replica.no_sync() if waits else nullcontext():
             with state.context:
                 loss = loss_of(state.replica, x, y) / len(batches)
@@ -371,7 +380,7 @@ def train_step(state, batches, loss_of=language_model_loss):
     params = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     loss, norm_value = torch.stack((loss, norm)).tolist()               # waits for the device
-    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: no fault yet
+    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: it skips the step
     if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
         raise FloatingPointError(f'the loss is {loss}, the gradient norm {norm_value}')
     if state.cfg.grad_clip > 0:
@@ -380,7 +389,7 @@ def train_step(state, batches, loss_of=language_model_loss):
     scaler.update()
     if adaptive is not None:
         adaptive.project_factors()
-    if not math.isfinite(norm_value):                                   # the scaler made no step
+    if not math.isfinite(norm_value):                       # the scaler skipped the step
         clear_grams(model.warm_starts())
     optimizer.zero_grad(set_to_none=True)
     state.iter_num += 1
@@ -388,9 +397,9 @@ def train_step(state, batches, loss_of=language_model_loss):
 
 
 def analyze_gradients(state):
-    """Let the adaptive layers choose their modes from this step's gradients; some may have other
-    parameters then."""
-    # gradients that the optimizer lacks were not unscaled
+    """Let the adaptive layers choose their modes from the gradients of this step. A layer that
+    changes its mode gets new parameters, so the replica is made again."""
+    # the scaler unscales only the gradients that the optimizer has
     scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
     changed = state.adaptive.analyze(
         state.iter_num + 1, swap_params=lambda old: swap_params(state.optimizer, state.model, old),
@@ -406,8 +415,9 @@ def analyze_gradients(state):
 # evaluation and checkpoints
 
 def evaluate_and_save(state, evaluation, log, processes):
-    """Evaluate on process 0; all processes give their random states. A signal ends the evaluation:
-    after a resume it is made again."""
+    """Evaluate on process 0 and save a checkpoint with the random states of all processes. A signal
+    ends the evaluation early; a resumed run repeats it. Raises FloatingPointError if a loss is not
+    finite."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if not processes.is_main:
         return
@@ -415,33 +425,34 @@ def evaluate_and_save(state, evaluation, log, processes):
         row = evaluation.interim(cli.signals.raise_if_received)
     except cli.Interrupted:
         return
-    except torch.linalg.LinAlgError:                                    # SVD of what is not finite
+    except torch.linalg.LinAlgError:                                    # SVD of NaN or infinity
         row = {'train/loss': math.nan, 'val/loss': math.nan}
     if not math.isfinite(row['train/loss'] + row['val/loss']):
         batch = state.data.batch('val', state.cfg.batch_size, state.cfg.block_size,
                                  torch.Generator(), state.device)
-        raise bad_layer(state, [batch], f'at evaluation the loss is {row["val/loss"]}')
+        raise bad_layer(state, [batch], f'the validation loss is {row["val/loss"]}')
     log({'iter': state.iter_num, **row})
     processes.print(f'step {state.iter_num}: {evaluation.describe(row)}')
-    improved = row['val/loss'] <= state.best_val_loss  # equal: the same evaluation after a resume
+    improved = row['val/loss'] <= state.best_val_loss  # equal if a resume repeats it
     state.best_val_loss = min(row['val/loss'], state.best_val_loss)
     if state.iter_num > 0:
         save(state, random_states, is_best=improved)
 
 
 def save_interrupted(state, processes):
-    """Save the state as it is, and say how to go on."""
+    """Save a checkpoint after a signal and print how to continue."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if processes.is_main:
         path = save(state, random_states)
-        processes.print(f'interrupted after step {state.iter_num}, saved to {path}; to go on: '
-                        f'{resume_options(path.parent)}')
+        processes.print(f'interrupted after step {state.iter_num}, saved to {path}; to continue: '
+                        f'python train.py {resume_options(path.parent)}')
         draw_curves(path.parent, processes.print)
 
 
 def save(state, random_states, is_best=False):
-    """Write a checkpoint -> its path: ckpt.pt, or last.pt if ckpt.pt is to stay the best one. A
-    last.pt that is older than ckpt.pt goes. Raises OSError, FloatingPointError."""
+    """Write a checkpoint and return its path: ckpt.pt, or last.pt if ckpt.pt must stay the best
+    one. Delete last.pt after writing ckpt.pt. Raises OSError if the file cannot be written,
+    FloatingPointError if a value is not finite."""
     out, model = Path(state.cfg.out_dir), state.model
     is_best = is_best or state.cfg.always_save_checkpoint or not (out / 'ckpt.pt').exists()
     path = out / ('ckpt.pt' if is_best else 'last.pt')
@@ -460,21 +471,22 @@ def save(state, random_states, is_best=False):
 
 
 def bad_layer(state, batches, error):
-    """The FloatingPointError to raise for an error: with the first layer whose numbers are not
+    """Return the FloatingPointError for an error, with the first layer whose values are not
     finite."""
     layer = first_nonfinite_layer(state.model, batches, state.context)
     return FloatingPointError(
-        f'{error}; first bad layer: {layer or "none, it did not happen again"}')
+        f'{error}; first bad layer: {layer or "none when the step was repeated"}')
 
 
 def evaluate_only(cfg, evaluation, out, processes):
-    """--eval_only: the final evaluation, which also goes to OUT_DIR/eval.jsonl."""
+    """Evaluate on the whole validation split and append the result to OUT_DIR/eval.jsonl. Raises
+    Failure if the loss is not finite."""
     if not processes.is_main:
         return
     row = evaluation.final()
     processes.print(evaluation.describe_final(row))
     if not math.isfinite(row['val/loss']):
-        raise Failure(f'the loss is {row["val/loss"]}')
+        raise Failure(f'the validation loss is {row["val/loss"]}')
     tracking.append_json(make_folder(out) / 'eval.jsonl', {'config': asdict(cfg), **row})
 
 
@@ -482,18 +494,21 @@ def evaluate_only(cfg, evaluation, out, processes):
 # resume, and OUT_DIR
 
 def load_config(argv):
-    """argv -> configuration, the keys the user set -> where, and the checkpoint if one is resumed,
-    else None. A resumed run starts from the checkpoint's own settings, so that they need not be
-    given again."""
+    """Read the options of a run from argv, config files and, to resume, the checkpoint.
+
+    Returns the configuration, a dict from each option that the user set to where it was set, and
+    the checkpoint of a resumed run or None. A resumed run takes its options from the checkpoint,
+    unless they are set again. Raises UserError.
+    """
     values, set_by = configuration.parse(TrainConfig, argv)
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    both = [path.with_name('last.pt'), path]            # last.pt: where ckpt.pt stays the best
+    both = [path.with_name('last.pt'), path]            # last.pt: if ckpt.pt is the best one
     paths = [] if values['eval_only'] else [p for p in both if os.path.exists(p)]
     saved = max(map(ckpt.load, paths or [path]), key=lambda saved: saved['iter_num'])
     path = saved['path']
-    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')  # nanoGPT's defaults are a GPU's
+    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')  # nanoGPT's need a GPU
     config = {key: value for key, value in saved.get('config', {}).items()
               if key not in (*RUN_LOCAL_FIELDS, *foreign)}
     base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
@@ -502,41 +517,41 @@ def load_config(argv):
 
 
 def resume_options(out):
-    """Options with which a run goes on, as a shell takes them."""
+    """Return the options that continue a run, quoted for a shell."""
     return shlex.join(['--init_from=resume', f'--out_dir={out}'])
 
 
 def begin_from(run, dataset):
-    """The options with which train.py begins another run from the weights of `run`, as a shell
-    takes them."""
+    """Return the options that start a new run from the weights of the run folder `run`, quoted for
+    a shell."""
     settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
     options = shlex.join([settings, f'--init_from={run}', '--lora_adapter=None'])
     return f'{options} --out_dir={unused(run)}'
 
 
 def restore(state, saved, processes):
-    """Go on where the checkpoint stood. Raises UserError where it does not fit."""
+    """Put the state of a checkpoint into a new run. Raises UserError if it does not fit."""
     cfg, path = state.cfg, saved['path']
     states, optimizer = saved.get('random'), saved.get('optimizer')
     if states is None:
-        processes.print(f'{path} has no random state: the order of the data starts again')
+        processes.print(f'{path} has no random state, so the data order starts again')
     elif len(states) != processes.world_size:
         raise UserError(
-            f'{path}: its run has {len(states)} processes, and here are {processes.world_size}: '
-            'the data would come in another order (nearest: torchrun '
+            f'{path}: was saved by {len(states)} processes, but this run has '
+            f'{processes.world_size}, which would change the data order (nearest: torchrun '
             f'--nproc_per_node={len(states)} train.py {resume_options(cfg.out_dir)})')
     theirs = 'muon' if 'muon' in (optimizer or {}) else 'adamw'
     if optimizer and theirs != cfg.optimizer and optimizer.get('state') != {}:
         raise UserError(
-            f'{path}: its optimizer state does not fit optimizer={cfg.optimizer}: it is of '
-            f'{theirs!r} (nearest: --optimizer={theirs}, or from its weights: '
+            f'{path}: its optimizer state is that of {theirs!r}, not of optimizer={cfg.optimizer} '
+            f'(nearest: --optimizer={theirs}, or from its weights: '
             f'{begin_from(cfg.out_dir, cfg.dataset)})')
     try:
         if state.adaptive is not None and 'adaptive_svd' in saved:
             state.adaptive.load_state_dict(saved['adaptive_svd'])
-        # an exported checkpoint has neither random states nor an optimizer state
+        # an exported checkpoint has no random states and an empty optimizer state
         if states is None and isinstance(optimizer, dict) and optimizer.get('state') == {}:
-            processes.print(f'{path} has no optimizer state: the optimizer starts again')
+            processes.print(f'{path} has no optimizer state, so the optimizer starts again')
         else:
             restore_optimizer(state.optimizer, optimizer,
                               cropped=state.model.transformer.wpe.weight)
@@ -547,23 +562,25 @@ def restore(state, saved, processes):
         state.iter_num = state.saved_at = saved['iter_num']
         state.best_val_loss = float(saved['best_val_loss'])
         if state.iter_num >= cfg.max_iters:
-            processes.print(f'{path} is of step {state.iter_num}, and max_iters={cfg.max_iters}: '
-                            'nothing is left to train (--max_iters=N trains on)')
+            processes.print(f'{path} is at step {state.iter_num} and max_iters={cfg.max_iters}, so '
+                            'nothing is left to train (a larger --max_iters trains on)')
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'{path}: cannot be resumed: {one_line(e)[:200]}') from None
 
 
 @contextmanager
 def open_out_dir(state, dtype, say):
-    """Within the block OUT_DIR is this run's: locked, another run in it archived, its files written
-    -> log(row), which appends a row of numbers to metrics.jsonl and to wandb. Raises UserError."""
+    """Context manager that locks OUT_DIR, moves another run in it aside, and writes config.py and
+    environment.json. Yields log(row), which appends a row of metrics to metrics.jsonl and wandb,
+    and raises FloatingPointError if a value is not finite. Raises UserError if OUT_DIR cannot be
+    used."""
     cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
             config, names = out / 'config.py', {p.name for p in out.iterdir() if p.suffix != '.tmp'}
             if not (config.read_bytes().startswith(HEAD.encode()) if config.exists() else
                     names <= RUN_FILES or names & {'ckpt.pt', 'last.pt', 'metrics.jsonl'}):
-                raise UserError(f"out_dir='{out}': holds something else than a run: {min(names)} "
+                raise UserError(f"out_dir='{out}': is not a run folder, but holds {min(names)} "
                                 f'(nearest: {unused(out)})')
             if state.saved_at is None:
                 archive_run(out, say)
@@ -583,7 +600,7 @@ def open_out_dir(state, dtype, say):
 
         def log(row):
             if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
-                raise FloatingPointError('a number for metrics.jsonl is not finite')
+                raise FloatingPointError('a value for metrics.jsonl is not finite')
             tracking.append_json(out / 'metrics.jsonl', row)
             if tracker:
                 tracker.log(row)
@@ -600,32 +617,32 @@ def open_out_dir(state, dtype, say):
 
 
 def draw_curves(out, say):
-    """OUT_DIR/curves.png, from metrics.jsonl. No run fails for a picture."""
+    """Draw OUT_DIR/curves.png from metrics.jsonl. An error is printed and does not stop the run."""
     try:
         plots.training_curves(out, CURVES)
-    except Exception as e:                              # of matplotlib, too
-        say(f'curves.png is not drawn: {one_line(e)}')
+    except Exception as e:                              # matplotlib has many
+        say(f'curves.png could not be drawn: {one_line(e)}')
 
 
 # --------------------------------------------------------------------------------------------------
 # the model
 
 def build_model(cfg, set_by, saved, data, say):
-    """The model of init_from; cfg then says what it is. Raises ValueError for options that do not
-    fit it."""
+    """Return the model that init_from names, and copy its shape into cfg. Raises ValueError for
+    options that do not fit the model."""
     free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:
             cfg.vocab_size = data.padded_vocab_size
         if cfg.lora_rank is not None:
             raise UserError(
-                f'lora_rank={cfg.lora_rank}: adapts trained weights (nearest: --init_from=FOLDER)')
+                f'lora_rank={cfg.lora_rank}: needs trained weights (nearest: --init_from=FOLDER)')
         data.check_length(cfg.block_size)
         shape = {k: getattr(cfg, k) for k in MODEL_KEYS} | {'adaptive_svd_ranks': None}
         model = GPT(GPTConfig(**shape))
     elif cfg.init_from == 'resume':
         model = GPT.from_checkpoint(saved, **free)
-    else:                                                       # a folder may say what its SVD is
+    else:                                                       # a folder may have its own SVD
         given = {k: free[k] for k in free if k in set_by or k == 'dropout'}
         model = GPT.from_pretrained(cfg.init_from, given)
         if cfg.lora_adapter is not None:
@@ -639,66 +656,68 @@ def build_model(cfg, set_by, saved, data, say):
         setattr(cfg, key, getattr(model.config, key))
     if data.vocab_size > cfg.vocab_size:
         raise UserError(
-            f'vocab_size={cfg.vocab_size}: the data set {data.folder} has {data.vocab_size} token '
-            'ids (nearest: '
-            f'{data.vocab_size if cfg.init_from == "scratch" else "its own data set"})')
+            f'vocab_size={cfg.vocab_size}: the data set {data.folder} needs {data.vocab_size} '
+            'token ids (nearest: '
+            f'{data.vocab_size if cfg.init_from == "scratch" else "the data set of the model"})')
     data.check_length(cfg.block_size)
     return model
 
 
 def check_fixed_options(cfg, set_by, saved, fixed, say):
-    """The shape of a model is fixed by its checkpoint or folder: another one is an error on the
-    command line and a remark in a config file (nanoGPT's files carry the shape when they resume).
-    Options without effect are a remark."""
+    """Check the options against the shape of the loaded model, which cannot change.
+
+    Raises UserError for another shape on the command line, and for other adapters. Another shape in
+    a config file is only reported, because nanoGPT's config files repeat the shape when they
+    resume. Options without effect are reported, too.
+    """
     unused = configuration.unused_options(cfg, fixed)
     if unused:
-        say(f'no effect here: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in unused)}')
+        say(f'options without effect: {", ".join(f"{k}={getattr(cfg, k)!r}" for k in unused)}')
     for key in sorted(set_by.keys() & {*MODEL_KEYS} - {*OVERRIDABLE_FIELDS} - {*unused}):
         cropped = key == 'block_size' and cfg.block_size < fixed.block_size
         if getattr(cfg, key) == getattr(fixed, key) or cropped:
             continue
-        # without its adapters a model would train all weights, so no remark is enough for these
+        # always an error: a model without its adapters would train all weights
         if set_by[key] == 'the command line' or key in ('adaptive_svd', 'lora_rank'):
             run = Path(cfg.out_dir if saved else cfg.init_from)
             adapted = fixed.adaptive_svd or fixed.has_lora
             near = huggingface.merge_command(run) if adapted else begin_from(run, cfg.dataset)
             raise UserError(
-                f'{key}={getattr(cfg, key)}: {cfg.init_from} has {key}={getattr(fixed, key)}, '
-                'which is fixed'
+                f'{key}={getattr(cfg, key)}: cannot change, because the model of '
+                f'init_from={cfg.init_from} has {key}={getattr(fixed, key)}'
                 + f' (nearest: {near})' * (key in ADAPTER_DEFAULTS))
-        say(f'{key}={getattr(cfg, key)} of {set_by[key]} gives way: {cfg.init_from} has '
-            f'{key}={getattr(fixed, key)}')
+        say(f'{key}={getattr(cfg, key)} of {set_by[key]} is ignored: the model of '
+            f'init_from={cfg.init_from} has {key}={getattr(fixed, key)}')
 
 
 def describe(cfg, model, data, dtype, processes):
-    """What is about to happen, in a few lines."""
+    """Print the model, the data and the training options, one line each."""
     say, c = processes.print, model.config
-    factored = f', {len(c.layer_ranks)} layers of two factors' if c.layer_ranks else ''
+    factored = f', {len(c.layer_ranks)} layers as products of two factors' if c.layer_ranks else ''
     say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, '
-        f'vocabulary {c.vocab_size}: {model.get_num_params():,} parameters{factored}; '
-        f'{processes.device}, {dtype}, seed {cfg.seed}')
+        f'vocabulary {c.vocab_size}: {model.get_num_params():,} parameters without '
+        f'position embeddings{factored}; {processes.device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens per step')
     if c.adaptive_svd:
-        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, an analysis every '
+        say(f'adaptive SVD: {len(c.adaptive_layers)} layers, analyzed every '
             f'{cfg.adaptive_svd_interval} steps')
     if c.has_lora:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, '
             f'{trained:,} trained parameters')
     if c.use_mla:
-        say(f'MLA: one latent of {c.latent_dim} numbers a token and layer for keys and values, of '
-            f'{2 * c.n_embd}')
+        say(f'MLA: keys and values of a layer come from one latent of {c.latent_dim} values per '
+            f'token, instead of {2 * c.n_embd} values')
     if c.use_svd or c.svd_rank is not None:
         say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
-    if decays and schedule_length(cfg) != cfg.max_iters:
-        say(f'learning rate: the schedule is lr_decay_iters={cfg.lr_decay_iters} steps long, the '
-            f'run max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} makes them one)')
+    if decays and cfg.lr_decay_iters != cfg.max_iters:
+        say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, the run '
+            f'ends at max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} moves it there)')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
-        say(f'warmup_iters={cfg.warmup_iters} does not fit {schedule_length(cfg)} steps: using '
-            f'{warmup_iters(cfg)}')
+        say(f'warmup_iters={cfg.warmup_iters} is too long for this run: using {warmup_iters(cfg)}')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
-# loss of OpenAI's gpt2-xl (1558M, 48 layers, 25 heads, 1600 wide) on OpenWebText;
-# what a rank costs: add --use_svd=True --svd_rank=16 --svd_scope=weight
+# loss of OpenAI's gpt2-xl (1558M parameters, 48 layers, 25 heads, width 1600) on OpenWebText;
+# for the loss at rank 16 add --use_svd=True --svd_rank=16 --svd_scope=weight
+
 batch_size = 8
-eval_only = True
+eval_only = True                # no training
 init_from = 'gpt2-xl'

@@ -1,4 +1,5 @@
-# train a checkpoint that compress.py made for a tenth of the main job's steps; its other settings are its own:
+# train a checkpoint that compress.py converted, for a tenth of the main config's steps; all other
+# settings come from the checkpoint:
 # python train.py config/finetune_mla.py --out_dir=out-baseline-test-mla
 
 init_from = 'resume'

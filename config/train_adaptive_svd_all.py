@@ -1,18 +1,18 @@
-# adaptive SVD in all four projections of every block; one layer alone: config/train_adaptive_svd.py
+# config/train_adaptive_svd.py for all four projections of every block
 
 out_dir = 'out-adaptive-svd-all'
 eval_interval = 50
 eval_iters = 20
-log_interval = 1
+log_interval = 1                # a row of metrics.jsonl per step
 
-dataset = 'shakespeare_char'    # prepares itself
+dataset = 'shakespeare_char'    # prepared by the first run
 gradient_accumulation_steps = 1
-batch_size = 1                  # 512 tokens a step
+batch_size = 1                  # 512 tokens per step
 block_size = 512
 
 n_layer = 4
 n_head = 4
-n_embd = 256                    # r begins at 256 - 10 = 246
+n_embd = 256                    # r, the trained components, starts at 256 - 10 = 246
 
 adaptive_svd = True
 adaptive_svd_target_layer = -1  # every block
@@ -22,4 +22,4 @@ adaptive_svd_interval = 20      # analyses at steps 20, 40, ... 100
 learning_rate = 1e-3            # AdamW
 min_lr = 1e-4                   # learning_rate / 10
 max_iters = 100
-warmup_iters = 10
+warmup_iters = 10               # 10% of the run

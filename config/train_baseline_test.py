@@ -1,4 +1,4 @@
-# the twin of config/train_svd_test.py without SVD: same model, data, optimizer, steps and seed
+# the baseline: config/train_svd_test.py without SVD; everything else is the same
 
 out_dir = 'out-baseline-test'
 eval_interval = 300

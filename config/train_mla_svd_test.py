@@ -12,15 +12,15 @@ block_size = 256
 
 n_layer = 4
 n_head = 4
-n_embd = 128                    # heads of 32
+n_embd = 128                    # head size 32
 
 use_mla = True
-mla_latent_dim = 32             # all heads' values together have rank 32 at most
+mla_latent_dim = 32             # the values of all heads together have at most rank 32
 
 use_svd = True
-svd_rank = 16                   # of 32; None or 32 is config/train_mla_test.py
-svd_method = 'gram'             # the standard SVD's V_k, faster; --svd_method=standard takes torch.linalg.svd
-svd_scope = 'causal'            # sees no future, so latents can be cached; 'sequence' is the classic definition
+svd_rank = 16                   # of 32; None or 32 gives config/train_mla_test.py
+svd_method = 'gram'             # same V_k as 'standard' (torch.linalg.svd), faster
+svd_scope = 'causal'            # sees no later tokens, so latents can be cached; 'sequence' does
 
 optimizer = 'muon'
 learning_rate = 5e-3

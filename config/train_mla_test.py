@@ -1,4 +1,4 @@
-# config/train_baseline_test.py with multi-head latent attention: same model, data, optimizer, steps and seed
+# config/train_baseline_test.py with multi-head latent attention (MLA); everything else is the same
 
 out_dir = 'out-mla-test'
 eval_interval = 300
@@ -15,7 +15,7 @@ n_head = 4
 n_embd = 128
 
 use_mla = True
-mla_latent_dim = 32             # a cache 8 times smaller than 2 n_embd; also the default, n_embd / 4
+mla_latent_dim = 32             # the default, n_embd / 4; a cache 8 times smaller than 2 n_embd
 
 optimizer = 'muon'
 learning_rate = 5e-3

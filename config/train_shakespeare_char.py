@@ -1,27 +1,27 @@
-# a small character-level model on Shakespeare; nanoGPT's settings (about 3 minutes on an A100)
+# a small character model on Shakespeare; nanoGPT's settings (about 3 minutes on an A100)
 
 out_dir = 'out-shakespeare-char'
-eval_interval = 250             # often, because it will overfit
+eval_interval = 250             # often, because the model overfits
 eval_iters = 200
-log_interval = 10               # not every step
-always_save_checkpoint = False  # it overfits: keep the checkpoint of the best validation loss
+log_interval = 10
+always_save_checkpoint = False  # ckpt.pt keeps the best validation loss, because the model overfits
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 
-dataset = 'shakespeare_char'
+dataset = 'shakespeare_char'    # prepared by the first run
 gradient_accumulation_steps = 1
 batch_size = 64
-block_size = 256                # context of up to 256 earlier characters
+block_size = 256                # context of 256 characters
 
 n_layer = 6
 n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3            # small models bear a higher one
+learning_rate = 1e-3            # small models can use a higher one
 max_iters = 5000
-lr_decay_iters = 5000           # = max_iters
+lr_decay_iters = 5000           # = max_iters; change both for a shorter run
 min_lr = 1e-4                   # learning_rate / 10
-beta2 = 0.99                    # above the usual 0.95: few tokens a step
+beta2 = 0.99                    # above the usual 0.95, because a step has few tokens
 warmup_iters = 100

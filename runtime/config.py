@@ -30,6 +30,7 @@ PATH = 'path'                                           # a leading ~ is the hom
 OVERRIDABLE = 'overridable'                             # may differ from a checkpoint's value
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text',
          type(None): 'None', dict[str, int]: "a dict of names and whole numbers, like {'name': 1}"}
+OPTION_SYNTAX = 'options are written --key=value; --help lists them'
 NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are included
 
 
@@ -275,12 +276,13 @@ def suggest_option(word: str, hints: dict) -> str:
         return f' (nearest: --{option}={value if equals else "VALUE"})'
     if 'out_dir' in hints and os.path.exists(os.path.join(word, 'ckpt.pt')):
         return f' (nearest: --out_dir={word})'
-    scripts = (p for folder in (Path(word).parent, Path('config')) for p in folder.glob('*.py'))
-    return did_you_mean(word, sorted(str(p) for p in scripts if p.resolve().parent != ROOT))
+    scripts = {p.name: p for folder in (Path('config'), Path(word).parent)
+               for p in folder.glob('*.py') if p.resolve().parent != ROOT}
+    close = difflib.get_close_matches(Path(word).name, scripts, 1, 0.5)
+    return f' (nearest: {scripts[close[0]]})' if close else f' ({OPTION_SYNTAX})'
 
 
-def did_you_mean(word, choices, prefix='',
-                 other='options are written --key=value; --help lists them') -> str:
+def did_you_mean(word, choices, prefix='', other=OPTION_SYNTAX) -> str:
     """Return ' (nearest: CHOICE)' for the choice most similar to a word, or ' (OTHER)'."""
     close = difflib.get_close_matches(str(word).lower(), list(choices), 1, 0.5)
     return f' (nearest: {prefix}{close[0]})' if close else f' ({other})'

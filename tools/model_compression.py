@@ -532,7 +532,7 @@ def benchmark_pair(models, data, device, seed):
 ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'),
             block_params=('parameters of the blocks', ','),
             attention_params=('parameters of attention', ','),
-            params=('all parameters, with position embeddings', ','),
+            params=('parameters with position embeddings', ','),
             bytes=('bytes of parameters and buffers', ','),
             cache_bytes=('cache bytes of a full context', ','))
 
@@ -561,6 +561,5 @@ def describe(report):
         rows.append([label, *(f'{rate:,.0f}' for rate in speed[part]['tokens_per_s']), ratio])
     before, after = report['samples']
     return '\n'.join([*lines, *format_table(rows), (
-        'tokens/s are medians over rounds. Both models run in each round. after / before of '
-        'tokens/s is the median of\nthe ratios within rounds, with quartiles in brackets. It can '
-        'differ from the ratio of the medians.\nsample before:'), before, 'sample after:', after])
+        'after / before of tokens/s is the median of the ratios of paired rounds (quartiles), not the '
+        'ratio of the two medians.\nsample before:'), before, 'sample after:', after])

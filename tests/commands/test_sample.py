@@ -161,8 +161,8 @@ def test_weights_that_take_the_numbers_out_of_range_end_in_one_line(run, refused
     state[f'{name}.weight'].mul_(1e38 / state[f'{name}.weight'].abs().max())
     torch.save(run | dict(model=state | {'transformer.wte.weight': state['lm_head.weight']}),
                'out/ckpt.pt')
-    assert 'no probabilities' in refused(sample.main, *SHORT, '--svd_rank=2',
-                                         f'--use_svd={bool(svd)}', *svd.split())
+    assert 'probabilities' in refused(sample.main, *SHORT, '--svd_rank=2',
+                                      f'--use_svd={bool(svd)}', *svd.split())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(f
               '--lr_decay_iters=None')
     assert 'warmup_iters=50 ' in out and ' 2\n' in out and 'lr_decay_iters' not in out
     out = call(train.main, *RESUME, '--max_iters=25').out
-    assert 'lr_decay_iters=20 ' in out and 'max_iters=25 ' in out
+    assert 'lr_decay_iters=20' in out and 'max_iters=25' in out
     c = schedule(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=20)
     assert [row['lr'] for row in rows() if 'lr' in row] == [nanogpt_lr(it, c)
                                                             for it in range(20)] + [1e-3] * 5

@@ -124,7 +124,7 @@ def test_a_signal_saves_after_the_step_at_hand(call, monkeypatch, number, code):
     assert result.code == code and checkpoint("it's mine")['iter_num'] == 3
     assert number.name in result.err.splitlines()[-1] and Path("it's mine/curves.png").exists()
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)     # restored
-    advice = shlex.split(result.out.rpartition('to go on: ')[2])
+    advice = shlex.split(result.out.rpartition('to continue: python train.py ')[2])
     assert call(train.main, *advice, '--device=cpu', '--max_iters=3').code == 0
 
 
