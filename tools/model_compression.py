@@ -561,5 +561,5 @@ def describe(report):
         rows.append([label, *(f'{rate:,.0f}' for rate in speed[part]['tokens_per_s']), ratio])
     before, after = report['samples']
     return '\n'.join([*lines, *format_table(rows), (
-        'after / before of tokens/s is the median of the ratios of paired rounds (quartiles), not the '
-        'ratio of the two medians.\nsample before:'), before, 'sample after:', after])
+        'after / before of tokens/s is the median of the ratios of paired rounds (quartiles), not '
+        'the ratio of the two medians.\nsample before:'), before, 'sample after:', after])

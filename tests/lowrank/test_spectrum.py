@@ -17,7 +17,8 @@ def written(weights, folder):
     with open(folder / 'spectrum.csv', newline='') as f:
         lines = list(csv.DictReader(f))
     # 'm x n' is three cells
-    return {cells[0]: cells[1:] for cells in map(str.split, table[4:])}, lines
+    rows = [line.split() for line in table if line.startswith(('h.', 'all'))]
+    return {name: cells for name, *cells in rows}, lines
 
 
 def test_ranks_and_parameters_of_known_spectra(tmp_path):
