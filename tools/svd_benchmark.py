@@ -87,8 +87,9 @@ def run(cfg, device):
         quality += source_quality(cfg, cases, source)
     if cfg.plot:
         names = [source.name for source in trained or [timed_on]]
+        of = 'trained V of all layers' if trained else f'V with spectrum {timed_on.name}'
         draw(cfg.plot, costs, [row for row in quality if row['source'] in names],
-             f'V of {" to ".join([names[0], *names[1:][-1:]])}; {words}')
+             f'{of}; {words}')
         print(f'figure: {cfg.plot}')
     print(json.dumps({
         'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
@@ -329,7 +330,7 @@ def label(row):
 def draw(path, costs, quality, caption):
     """Draw residual / best residual - 1 against the time of the forward pass, one panel per scope.
     The residual is the mean over the rows of `quality`. caption: text below the panels."""
-    best = plots.Curve('the best, to rounding', None, [ROUNDING], plots.LEVEL)
+    best = plots.Curve('exact up to rounding', None, [ROUNDING], plots.LEVEL)
     looks = dict(zip(METHODS, zip(plots.COLOURS, plots.MARKERS, repeat(''))))
     charts = []
     for scope, own in groupby(costs, lambda row: row['scope']):
