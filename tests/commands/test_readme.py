@@ -74,7 +74,8 @@ SMALL = {'train.py': SHORT, 'sample.py': ['--num_samples=2', '--device=cpu'],
          'bench.py': ['--pairs=2', '--device=cpu'],
          'compress.py': ['--calibration_tokens=64', '--device=cpu'], 'compare.py': SHORT}
 INSTEAD = {'--finetune_iters': '2', '--max_new_tokens': '4', '--seeds': '1', '--dataset': 'toy',
-           '--start': 'the', '--max_iters': '2', 'None,2,16': 'None,8', 'None,4,16': 'None,8', 'None,4,8,16': 'None,8'}
+           '--start': 'the', '--max_iters': '2',
+           **dict.fromkeys(('None,2,16', 'None,4,16', 'None,4,8,16'), 'None,8')}
 # downloads and other repositories, the suites of tests, hours
 ELSEWHERE = ('pip ', '=gpt2', 'finetune_shakespeare', 'pytest', 'tests/', 'experiments/',
              'openwebtext')
