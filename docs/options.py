@@ -8,7 +8,6 @@ A test checks that the page in the repository is what this command writes.
 
 import importlib
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import GPTConfig
-from runtime.config import OVERRIDABLE, SWITCH, Needs, describe, hints_of, option_groups
+from runtime.config import OVERRIDABLE, Needs, hints_of, option_groups
 from train import TrainConfig
 
 COMMANDS = 'train', 'sample', 'compress', 'compare', 'export', 'bench'
@@ -39,34 +38,30 @@ def page():
     lines = [HEAD]
     for command in COMMANDS:
         cls = getattr(importlib.import_module(command), f'{command.title()}Config')
-        inherited = {f.name for f in fields(TrainConfig)} if command in ('compare', 'bench') else {}
+        inherited = hints_of(TrainConfig) if command in ('compare', 'bench') else {}
         lines.append(f'## {command}.py\n')
         if inherited:
             lines.append('All options of train.py, and:\n')
-        for heading, group in option_groups(cls).items():
-            rows = [row(cls, f) for f in group if f.name not in inherited]
-            if rows and not inherited and heading != 'options':
-                lines.append(f'### {heading}\n')
+        for heading, options in option_groups(cls).items():
+            rows = [row(cls, *option) for option in options if option[0] not in inherited]
+            title = [] if inherited or heading == 'options' else [f'### {heading}\n']
             if rows:
-                lines += ['| option | default | meaning |', '|---|---|---|', *rows, '']
+                lines += [*title, '| option | default | meaning |', '|---|---|---|', *rows, '']
     return '\n'.join(lines)
 
 
-def row(cls, f):
-    """Return a field's row of the table: its meaning, its conditions, what a checkpoint fixes."""
-    hint = hints_of(cls)[f.name]
-    marks = get_args(hint)
-    default = '' if SWITCH in marks else f'`{f.default!r}`'
-    kind = '' if f.default is not None else f' ({describe(hint).removesuffix(" or None")})'
-    sentences = [marks[1] + kind]
+def row(cls, name, default, meaning):
+    """Return an option's row of the table, with its conditions and whether a checkpoint fixes
+    it."""
+    marks = get_args(hints_of(cls)[name])
     needs = [f'`{key}={value!r}`' for need in marks if isinstance(need, Needs)
              for key, value in need.items()]
     if needs:
         conditions = ' and '.join(needs).replace('`has_lora=True`', '`lora_rank`')
-        sentences.append(f'Only with {conditions}')
-    if issubclass(cls, GPTConfig) and f.name in hints_of(GPTConfig) and OVERRIDABLE not in marks:
-        sentences.append('Fixed by a checkpoint')
-    return f'| `{f.name}` | {default} | {". ".join(sentences)} |'
+        meaning += f'. Only with {conditions}'
+    if issubclass(cls, GPTConfig) and name in hints_of(GPTConfig) and OVERRIDABLE not in marks:
+        meaning += '. Fixed by a checkpoint'
+    return f'| `{name}` | {f"`{default}`" if default else ""} | {meaning} |'
 
 
 if __name__ == '__main__':

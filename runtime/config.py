@@ -293,29 +293,28 @@ def one_line(error) -> str:
     return ' '.join(str(error).split())
 
 
-def option_groups(cls) -> dict[str, list]:
-    """Return a dict: heading -> the fields of `cls` under it, in their order."""
+def option_groups(cls) -> dict[str, list[tuple[str, str, str]]]:
+    """Return a dict: heading -> (name, default, meaning) of each option under it. The default of a
+    switch is ''. The meaning ends with the type if the default is None."""
     heading, groups = 'options', {}
     for f in fields(cls):
-        marks = get_args(hints_of(cls)[f.name])
+        hint = hints_of(cls)[f.name]
+        marks = get_args(hint)
         heading = next((mark for mark in marks if isinstance(mark, Section)), heading)
-        groups.setdefault(heading, []).append(f)
+        kind = '' if f.default is not None else f' [{describe(hint).removesuffix(" or None")}]'
+        default = '' if SWITCH in marks else repr(f.default)
+        groups.setdefault(heading, []).append((f.name, default, marks[1] + kind))
     return groups
 
 
 def help_text(cls, usage: str) -> str:
-    """Return the text of --help. It lists each option under its heading with its default and
-    meaning, and with its type if the default is None."""
+    """Return the text of --help: the usage, then each option under its heading."""
     lines = [usage, '', 'Options, as --key=value or as a line "key = value" of a config file:']
-    for heading, group in option_groups(cls).items():
-        lines.append(f'{heading}:')
-        for f in group:
-            hint = hints_of(cls)[f.name]
-            written = f'  --{f.name}' if SWITCH in get_args(hint) else f'  --{f.name}={f.default!r}'
-            kind = '' if f.default is not None else f' [{describe(hint).removesuffix(" or None")}]'
-            lines.append(textwrap.fill(
-                get_args(hint)[1] + kind, 100, initial_indent=f'{written} '.ljust(36),
-                subsequent_indent=' ' * 36, break_on_hyphens=False, break_long_words=False))
+    for heading, options in option_groups(cls).items():
+        lines += [f'{heading}:', *(textwrap.fill(
+            meaning, 100, initial_indent=f'  --{name}{default and "="}{default} '.ljust(36),
+            subsequent_indent=' ' * 36, break_on_hyphens=False, break_long_words=False)
+            for name, default, meaning in options)]
     return '\n'.join(lines)
 
 
