@@ -161,7 +161,7 @@ def main(argv=None):
     SIGTERM. An error is one line on stderr.
     """
     return cli.run('train.py', TrainConfig, __doc__, train, argv, load_config,
-                   again='a saved checkpoint continues with --init_from=resume --out_dir=OUT_DIR')
+                   again='to continue from a saved checkpoint: --init_from=resume --out_dir=OUT_DIR')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -714,10 +714,11 @@ def describe(cfg, model, data, dtype, processes):
         say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and cfg.lr_decay_iters != cfg.max_iters:
-        say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, the run '
-            f'ends at max_iters={cfg.max_iters} (--lr_decay_iters={cfg.max_iters} moves it there)')
+        say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, but the run '
+            f'ends at step max_iters={cfg.max_iters} (nearest: --lr_decay_iters={cfg.max_iters})')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
-        say(f'warmup_iters={cfg.warmup_iters} is too long for this run: using {warmup_iters(cfg)}')
+        say(f'warmup_iters={cfg.warmup_iters} is not shorter than the schedule: using '
+            f'{warmup_iters(cfg)}')
 
 
 if __name__ == '__main__':

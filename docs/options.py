@@ -25,11 +25,12 @@ All options of all commands. `python docs/options.py` writes this page from the 
 `python train.py --help` prints the same list for one command.
 
 Write an option as `--key=value` on the command line or as `key = value` in a config file. The
-command line wins over the config file. Names and defaults are those of nanoGPT, except for the
-default of `lr_decay_iters`.
+command line wins over the config file. Options that nanoGPT has keep their names. Their defaults
+are nanoGPT's too, except those of `lr_decay_iters`, `device`, `dtype` and `compile`.
 
 A resumed run takes its options from the checkpoint. Options that you give again win, except those
-that are fixed by the checkpoint, because they determine the shapes of its weights.
+marked "Fixed by a checkpoint". A smaller `block_size` is possible, and `--init_from=FOLDER` can add
+LoRA or adaptive SVD to a model without adapters.
 """
 
 

@@ -276,9 +276,9 @@ def suggest_option(word: str, hints: dict) -> str:
         return f' (nearest: --{option}={value if equals else "VALUE"})'
     if 'out_dir' in hints and os.path.exists(os.path.join(word, 'ckpt.pt')):
         return f' (nearest: --out_dir={word})'
-    scripts = {p.name: p for folder in (Path('config'), Path(word).parent)
+    scripts = {p.stem.lower(): p for folder in (Path('config'), Path(word).parent)
                for p in folder.glob('*.py') if p.resolve().parent != ROOT}
-    close = difflib.get_close_matches(Path(word).name, scripts, 1, 0.5)
+    close = difflib.get_close_matches(Path(word).stem.lower(), scripts, 1, 0.5)
     return f' (nearest: {scripts[close[0]]})' if close else f' ({OPTION_SYNTAX})'
 
 
