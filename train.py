@@ -714,8 +714,9 @@ def describe(cfg, model, data, dtype, processes):
         say(f'SVD on V: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and cfg.lr_decay_iters != cfg.max_iters:
-        say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, but the run '
-            f'ends at step max_iters={cfg.max_iters} (nearest: --lr_decay_iters={cfg.max_iters})')
+        say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, but the '
+            f'run ends at step max_iters={cfg.max_iters} (nearest: '
+            f'--lr_decay_iters={cfg.max_iters})')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
         say(f'warmup_iters={cfg.warmup_iters} is not shorter than the schedule: using '
             f'{warmup_iters(cfg)}')
