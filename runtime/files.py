@@ -123,11 +123,11 @@ def check_writable(path, where):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files of `atomic_open` that other processes left in a folder. The caller
-    has locked the folder."""
+    """Delete the temporary files that `atomic_open` of other processes left in a folder. Folders
+    stay. The caller has locked the folder."""
     for path in Path(folder).glob('*.tmp'):
         process = re.fullmatch(r'.+\.(\d+)\.tmp', path.name)
-        if process and int(process[1]) != os.getpid():
+        if process and int(process[1]) != os.getpid() and not path.is_dir():
             path.unlink(missing_ok=True)
 
 
