@@ -2,19 +2,19 @@
 Time training steps, or decoding (--decode), or measure each SVD method (--svd).
 
     python bench.py config/train_svd_test.py                     # each method and scope
-    python bench.py config/train_svd_test.py --peer=../nanoGPT   # and nanoGPT's GPT
+    python bench.py config/train_svd_test.py --peer=../nanoGPT   # also nanoGPT's GPT
     python bench.py config/train_svd_test.py --decode            # tokens/s and cache bytes
     python bench.py config/train_mla_test.py --decode            # MLA against ordinary attention
-    python bench.py config/train_svd_test.py --svd --plot        # cost and accuracy, a figure
+    python bench.py config/train_svd_test.py --svd --plot        # cost and accuracy, with a figure
     python bench.py --help                                       # every option and its meaning
 
-A training step is forward pass, backward pass, clipping and optimizer, on random tokens. Each SVD
-method and scope is timed against the baseline, the same model without SVD, MLA, low-rank layers and
-adapters. A config with MLA, low-rank layers or adapters is also timed without SVD. Decoding is
-greedy, from batch_size prompts of random tokens; the prefill is timed separately. Models take
-turns, so that a machine that slows down slows all of them. --svd measures on V of OUT_DIR/ckpt.pt,
-if that run has the config's shape, and on matrices with known spectra (columns:
-tools/svd_benchmark.py). The last line is JSON.
+A training step is a forward pass, a backward pass, clipping and an optimizer step, on random
+tokens. Each SVD method and scope is timed against the baseline, which is the same model without
+SVD, MLA, low-rank layers and adapters. A config with MLA, low-rank layers or adapters is also timed
+without SVD. Decoding is greedy, from batch_size prompts of random tokens. The prefill is timed
+separately. Models are timed in turn, so that a slower phase of the machine affects all of them.
+--svd measures on V of OUT_DIR/ckpt.pt, if that run has the config's shape, and on matrices with
+known spectra. tools/svd_benchmark.py explains the columns. The last line is JSON.
 """
 
 import sys
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from runtime import cli             # before torch: reports missing packages
+from runtime import cli  # before torch: reports missing packages
 
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -36,14 +36,15 @@ from train import RUN_LOCAL_FIELDS, TrainConfig
 
 @dataclass
 class BenchConfig(TrainConfig):
-    """Options of bench.py: those of train.py, of which model, batch and optimizer matter here, and
-    those of the benchmark. Raises ValueError as TrainConfig does."""
+    """Options of bench.py: those of train.py, of which only model, batch and optimizer matter here,
+    and those of the benchmark. Raises ValueError as TrainConfig does."""
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH,
                       configuration.Section('benchmark')] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3/16, 6/16 and "
                         '14/16 of block_size'] = None
-    tokens: Annotated[int | None, '--decode: tokens after each prompt, a sixteenth without a '
-                      'cache; None: 32, but at most half of block_size', Range(2)] = None
+    tokens: Annotated[int | None, '--decode: tokens to generate after each prompt, a sixteenth '
+                      'of them without a cache; None: 32, but at most half of block_size',
+                      Range(2)] = None
     svd: Annotated[bool, 'measure cost and accuracy of each SVD method', SWITCH] = False
     plot: Annotated[bool | str, '--svd: draw error against time in bench-svd.png, or in the file '
                     'of --plot=FILE.png', SWITCH, PATH] = False
@@ -58,8 +59,10 @@ class BenchConfig(TrainConfig):
             self.tokens = max(2, min(32, self.block_size // 2))
         for name, default, fits, why in (
                 ('plot', False, self.svd, 'needs --svd (nearest: --svd --plot)'),
-                ('decode', False, not self.svd, 'not together with --svd (nearest: one of them)'),
-                ('peer', None, not self.svd, 'not together with --svd (nearest: one of them)')):
+                ('decode', False, not self.svd,
+                 'cannot be combined with --svd (nearest: leave one of them out)'),
+                ('peer', None, not self.svd,
+                 'cannot be combined with --svd (nearest: leave one of them out)')):
             if getattr(self, name) != default and not fits:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {why}')
         if self.plot is True:
@@ -69,7 +72,7 @@ class BenchConfig(TrainConfig):
             raise ValueError(f'plot={self.plot!r}: must be a PNG in a folder that exists (nearest: '
                              f"'{path.stem}.png')")
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
-            raise ValueError(f'peer={self.peer!r}: is no folder with a model.py (nearest: a '
+            raise ValueError(f'peer={self.peer!r}: is not a folder with a model.py (nearest: a '
                              'checkout of nanoGPT)')
 
 
@@ -84,8 +87,9 @@ def main(argv=None):
 
 def load_config(argv):
     """Return the configuration for argv. Options that are not set come from the model of init_from
-    and from lora_adapter. Their weights are not used, because times do not depend on them. Raises
-    UserError."""
+    and from lora_adapter. Their weights are not used, because times do not depend on them.
+
+    Raises UserError."""
     values, set_by = configuration.parse(BenchConfig, argv)
     where, theirs = values['init_from'], {}
     if where != 'scratch':
@@ -103,7 +107,7 @@ def load_config(argv):
 def bench(cfg):
     """Run the benchmark that the options name and print its results. Raises UserError."""
     device = devices.pick_device(cfg.device)
-    if cfg.vocab_size is None:                                      # these take hours to prepare
+    if cfg.vocab_size is None:                          # LARGE data sets take hours to prepare
         cfg.vocab_size = 50304 if cfg.dataset in LARGE else Dataset(
             locate(cfg.dataset, cfg.tokenizer)).padded_vocab_size
     measure = svd_benchmark.run if cfg.svd else (

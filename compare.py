@@ -6,22 +6,22 @@ Train one config with several values of some options and several seeds, and comp
     python compare.py --sweep=out-compare       # table and figures again, no training
     python compare.py --help                    # every option, its default and meaning
 
-Most options of train.py take a list with commas. Each combination of values is one variant, which
-is trained once per seed. Variants that are the same run are trained once. A value that contains a
-comma stands in quotes or brackets: --lora_targets="'c_q,c_v'",c_q or
+Most options of train.py take a comma-separated list of values. Each combination of values is one
+variant, which is trained once per seed. Variants that are the same run are trained once. A value
+that contains a comma must be in quotes or brackets: --lora_targets="'c_q,c_v'",c_q or
 --layer_ranks="{'h.0.mlp.c_fc':8,'h.1.mlp.c_fc':8}",None. --dry_run lists the runs and estimates
-their time. It prepares the data set and times a few steps for that.
+their time. For the estimate it prepares the data set and times a few steps.
 
 To continue after an interruption, run the same command again. Finished runs are kept, the others
-resume, and the results are bit-identical. Lists may grow; other changes need a new --sweep=FOLDER.
---jobs=N trains N runs at a time, which share the CPU's threads or the GPUs. Another N may change
-the last digits of a loss, because sums depend on the number of threads. After training, a step of
-each variant and of its baseline are timed in turn, without torch.compile: one micro-batch, times
-gradient_accumulation_steps.
+resume, and the results are bit-identical. Values may be added to a list, but other changes need a
+new --sweep=FOLDER. --jobs=N trains N runs at a time, which share the CPU's threads or the GPUs.
+Another N may change the last digits of a loss, because sums depend on the number of threads. After
+training, a step of each variant and of its baseline are timed in turn, without torch.compile. The
+time of a step is that of one micro-batch, multiplied by gradient_accumulation_steps.
 
 FOLDER gets results.md, results.csv, results.json, figures and runs/, which holds the run folders.
-With --wandb_log=True, runs and figures form a group at Weights & Biases, named FOLDER or as
---wandb_group says.
+With --wandb_log=True, runs and figures form a group at Weights & Biases. --wandb_group names the
+group; by default it is named FOLDER.
 """
 
 import ast
@@ -49,11 +49,9 @@ class CompareConfig(TrainConfig):
     TrainConfig does."""
     sweep: Annotated[str, 'folder of the runs and the results', PATH,
                      configuration.Section('sweep')] = 'out-compare'
-    seeds: Annotated[int, 'runs per variant, with seeds SEED, SEED + 1, ...',
-                     Range(1)] = 1
+    seeds: Annotated[int, 'runs per variant, with seeds SEED, SEED + 1, ...', Range(1)] = 1
     jobs: Annotated[int, 'runs that are trained at the same time', Range(1)] = 1
-    dry_run: Annotated[bool, 'only list the runs and estimate their time',
-                       SWITCH] = False
+    dry_run: Annotated[bool, 'only list the runs and estimate their time', SWITCH] = False
 
 
 OWN = ('sweep', 'seeds', 'jobs', 'dry_run')
@@ -69,7 +67,7 @@ def main(argv=None):
     SIGTERM. An error is one line on stderr.
     """
     return cli.run('compare.py', CompareConfig, __doc__, compare, argv, load=lambda argv: argv,
-                   again='what was trained is kept; the same command continues')
+                   again='finished steps are kept; to continue, run the same command again')
 
 
 def compare(argv):
@@ -83,7 +81,7 @@ def compare(argv):
     check_options(cfg, lists, set_by)
     folder, device = sweep.check_folder(cfg.sweep), pick_device(cfg.device)
     seeds = lists.pop('seed', None) or list(range(cfg.seed, cfg.seed + cfg.seeds))
-    variants = [sweep.dry_build(variant, set_by) for variant in          # finds errors early
+    variants = [sweep.dry_build(variant, set_by) for variant in         # finds errors early
                 sweep.expand_grid(CompareConfig, values, lists, set_by, train_argv)]
     record = sweep.describe(variants, lists, seeds)
     sweep.check_same_sweep(folder, record)
@@ -109,7 +107,7 @@ def compare(argv):
 
 def split_list(text):
     """Split a list at its commas: 'None,8' -> ['None', '8']. Values are Python literals or words. A
-    word that contains a comma stands in single quotes."""
+    word that contains a comma must be in single quotes."""
     try:
         return [repr(value) for value in ast.literal_eval(f'[{text}]')]
     except (ValueError, SyntaxError):
@@ -150,7 +148,7 @@ def check_options(cfg, lists, set_by):
          f'{", ".join(in_file)}: cannot be in a config file, because train.py reads it (nearest: '
          f'{" ".join(f"--{key}={getattr(cfg, key)}" for key in in_file)})'),
         (set(set_by) <= set(OWN),
-         f'{", ".join(by_hand)}: needs a config file or options of train.py beside it (nearest: '
+         f'{", ".join(by_hand)}: needs a config file or options of train.py, too (nearest: '
          'config/train_svd_test.py)'),
         ('out_dir' in by_hand,
          'out_dir: cannot be set, because each run has its own folder (nearest: --sweep=FOLDER)'),
@@ -158,13 +156,14 @@ def check_options(cfg, lists, set_by):
          'wandb_run_name: cannot be set, because each run has its own name (nearest: '
          '--wandb_group=NAME)'),
         ('resume' in (cfg.init_from, *lists.get('init_from', ())),
-         "init_from='resume': a sweep resumes its own runs (nearest: the same command again, "
-         'or --init_from=FOLDER to start all runs from a model)'),
+         "init_from='resume': a sweep resumes its own runs (nearest: run the same command "
+         'again, or --init_from=FOLDER to start all runs from a model)'),
         (True in (cfg.eval_only, *lists.get('eval_only', ())),
          'eval_only=True: compare.py always trains (nearest: python train.py --eval_only=True '
          '--init_from=resume --out_dir=FOLDER)'),
         ('seed' in lists and 'seeds' in set_by,
-         f'seeds={cfg.seeds}: not possible with a list in --seed (nearest: leave one of them out)')]
+         f'seeds={cfg.seeds}: cannot be combined with a list in --seed (nearest: leave one of them '
+         'out)')]
     for wrong, message in refused:
         if wrong:
             raise UserError(message)

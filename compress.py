@@ -11,8 +11,9 @@ Make a trained model smaller, without training or with short fine-tuning:
 
 SAVE_DIR (default: OUT-lowrank, OUT-mla or OUT-spectrum) gets ckpt.pt, which the other scripts take,
 and compress.json, the report. The report counts all parameters; train.py counts all but the
-position embeddings. Each round times both models in turn. Speeds are medians over the rounds, and
-the ratio of speeds is the median of the rounds' ratios. More: docs/COMPRESSION.md.
+position embeddings. Generation is timed in rounds, each with both models in turn. Speeds are
+medians over the rounds, and the ratio of speeds is the median of their ratios. More:
+docs/COMPRESSION.md.
 """
 
 import copy
@@ -27,7 +28,6 @@ from typing import Annotated, Literal
 
 from runtime import cli  # before torch: reports missing packages
 
-# isort: split
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
@@ -35,14 +35,8 @@ from runtime import device as devices
 from runtime import huggingface
 from runtime.config import PATH, SWITCH, Range, UserError, one_line
 from runtime.data import GPT2_META, Dataset, locate, name_of
-from runtime.files import (
-    archive_run,
-    check_save_dir,
-    locked_folder,
-    named,
-    new_folder,
-    write_atomically,
-)
+from runtime.files import (archive_run, check_save_dir, locked_folder, named, new_folder,
+                           write_atomically)
 from tools import model_compression as compression
 from tools.attention_conversion import to_mla
 from tools.model_compression import apply_svd_compression  # noqa: F401
@@ -53,22 +47,22 @@ RANKS, TUNING = ('keep', 'rank', 'energy'), ('optimizer', 'learning_rate', 'batc
 
 @dataclass
 class CompressConfig:
-    """Options of compress.py. Raises ValueError, its message starting with the option's name, for
-    values that are not valid."""
+    """Options of compress.py. For a value that is not valid, raises ValueError with a message that
+    starts with the option's name."""
     out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
     save_dir: Annotated[str | None, 'new folder; None: OUT_DIR-lowrank, -mla or -spectrum',
                         PATH] = None
     overwrite: Annotated[bool, 'move a run in save_dir to SAVE_DIR.1, .2, ...; False: refuse '
                          'to replace it'] = False
-    to: Annotated[Literal['lowrank', 'mla'], "'lowrank': replace layers by products of two smaller "
-                  "ones; 'mla': multi-head latent attention, keys and values from one latent per "
-                  'token'] = 'lowrank'
+    to: Annotated[Literal['lowrank', 'mla'], "'lowrank': low-rank layers, each of two smaller "
+                  "matrices; 'mla': multi-head latent attention, keys and values from one latent "
+                  'per token'] = 'lowrank'
     keep: Annotated[float | None, "fraction of the modules' weights kept, above 0 and at most 1; "
                     f'None: {compression.KEEP} unless rank or energy is given',
                     Range(above=0)] = None
-    rank: Annotated[int | None, 'one rank for all layers; those it does not make smaller stay',
-                    Range(1)] = None
+    rank: Annotated[int | None, 'one rank for all layers; layers that it does not make smaller '
+                    'stay dense', Range(1)] = None
     energy: Annotated[float | None, "per layer, the smallest rank that keeps this fraction of the "
                       'energy that the method measures', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
@@ -76,21 +70,23 @@ class CompressConfig:
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
                               Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
-                      "what to minimize; 'activation': the effect on the training loss, which "
-                      "also sets the ranks; 'whitened': the error of each layer's outputs; "
+                      "what to minimize; 'activation': the estimated increase of the training "
+                      "loss, which also decides the ranks; 'whitened': the error of each layer's "
+                      "outputs; "
                       "'plain': the error of the weights; None: 'activation'"] = None
     finetune_iters: Annotated[int, 'steps of fine-tuning all parameters afterwards, on the text '
                               'and on predictions of the original model', Range(0)] = 0
-    optimizer: Annotated[Literal['adamw', 'muon'] | None, "of fine-tuning; None: 'muon'"] = None
-    learning_rate: Annotated[float | None, 'of fine-tuning, decays to a tenth; None: 1e-3, which '
-                             'suits n_embd of a few hundred', Range(0)] = None
+    optimizer: Annotated[Literal['adamw', 'muon'] | None, "optimizer of fine-tuning; None: "
+                         "'muon'"] = None
+    learning_rate: Annotated[float | None, 'learning rate of fine-tuning, which decays to a tenth; '
+                             'None: 1e-3, for n_embd of a few hundred', Range(0)] = None
     batch_size: Annotated[int | None, 'sequences per fine-tuning step; None: as in the run, or 12',
                           Range(1)] = None
     spectrum: Annotated[bool, 'only report the singular values of every weight in the blocks',
                         SWITCH] = False
     init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', a run folder, a Hugging Face folder or one that export.py "
-                         'wrote', PATH] = 'resume'
+                         "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
+                         PATH] = 'resume'
     dataset: Annotated[str | None, "data to measure on, as for train.py; None: the run's",
                        PATH] = None
     calibration_tokens: Annotated[int, 'training tokens to measure on, rounded up to whole '
@@ -103,7 +99,8 @@ class CompressConfig:
         huggingface.check_name(self.init_from, ('resume',))
         configuration.validate(self)
         compression.parse_modules(self.modules)
-        unused = {          # option that is given: others without effect beside it
+        # option -> (whether it is given, options that have no effect with it)
+        unused = {
             '--spectrum': (self.spectrum, ('to', 'overwrite', 'dataset', 'method', 'finetune_iters',
                                            'mla_latent_dim', *RANKS)),
             '--to=mla': (self.to == 'mla', ('modules', *RANKS)),
@@ -118,7 +115,8 @@ class CompressConfig:
                     raise ValueError(f'{name}={getattr(self, name)!r}: has no effect with {option} '
                                      f'(nearest: leave --{name} out)')
         if self.to == 'mla' and self.method == 'whitened':
-            raise ValueError("method='whitened': not with --to=mla (nearest: 'activation')")
+            raise ValueError("method='whitened': cannot be combined with --to=mla (nearest: "
+                             "'activation')")
         if self.init_from != 'resume' and self.dataset is None and not self.spectrum:
             raise ValueError(f'init_from={self.init_from}: needs a text to measure on (nearest: '
                              '--dataset=my.txt)')
@@ -135,8 +133,7 @@ def main(argv=None):
 
 
 def compress(cfg):
-    """Load a model, convert it and save the result. An error leaves save_dir as it was.
-    Raises UserError."""
+    """Load, convert and save a model. An error leaves save_dir as it was. Raises UserError."""
     is_run = cfg.init_from == 'resume'
     path = ckpt.find(cfg.out_dir) if is_run else Path(cfg.init_from)
     source, kind = named(path.parent if is_run else path), 'spectrum' if cfg.spectrum else cfg.to
@@ -169,8 +166,8 @@ def convert(cfg, model, saved, save_dir):
     """Convert, fine-tune and measure a model.
 
     Returns a checkpoint and a report. Training from the checkpoint starts at step 0, with the
-    settings of the run. Pairs in the report are [before, after]. Raises ValueError
-    or FloatingPointError.
+    settings of the run. Pairs in the report are [before, after]. Raises ValueError or
+    FloatingPointError.
     """
     device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
     options = asdict(cfg)                                           # as the user gave them
@@ -201,7 +198,8 @@ def convert(cfg, model, saved, save_dir):
                   machine=devices.environment(device, 'float32'), seconds=seconds[0],
                   finetune_seconds=seconds[1], prefix_only=model.config.is_noncausal,
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
-                  perplexity=[math.exp(min(loss, 700)) for loss in both],     # float's range
+                  # exp overflows above 709
+                  perplexity=[math.exp(min(loss, 700)) for loss in both],
                   latent_dim=new.config.latent_dim if is_mla else None,
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
@@ -221,8 +219,8 @@ def find_data(cfg, saved, c):
     data = Dataset(locate(cfg.dataset, 'gpt2' if is_bpe else 'char'))
     huggingface.check_tokenizer(cfg, {}, saved, data, print)
     if data.vocab_size > c.vocab_size:
-        raise UserError(f'dataset={cfg.dataset}: has {data.vocab_size} token ids, the model only '
-                        f'{c.vocab_size} (nearest: the data set of the model)')
+        raise UserError(f'dataset={cfg.dataset}: has {data.vocab_size} token ids, but the model '
+                        f'only {c.vocab_size} (nearest: the data set of the model)')
     data.check_length(c.block_size)
     return data
 

@@ -10,7 +10,7 @@ downloads nothing:
 
 from pathlib import Path
 
-from runtime.cli import unfailing_output                # before torch, to report missing packages
+from runtime.cli import unfailing_output                # before torch: reports missing packages
 
 import torch
 
@@ -34,26 +34,26 @@ def kinds(n_embd):
             'MLA, randomized SVD': dict(use_mla=True, svd_method='randomized', **svd)}
 
 
-@unfailing_output()                                     # | head
+@unfailing_output()                                     # a closed output is no error
 @torch.no_grad()
 def main():
     torch.manual_seed(1337)
     text = torch.tensor(list(Path(__file__).with_name('model.py').read_bytes()))
-    print('1. Variants of attention. Parameters, cache and tokens/s: 2 layers, 512 wide, 8\n'
+    print('1. Variants of attention. Parameters, cache and tokens/s: 2 layers, width 512, 8\n'
           '   sequences after 992 tokens, timed once. Losses (nats per byte) of two seeds: 2\n'
-          f'   layers, 64 wide, after {STEPS} steps on the text of model.py\n\n   {"":24}'
+          f'   layers, width 64, after {STEPS} steps on the text of model.py\n\n   {"":24}'
           f'{"parameters":>11}{"of attention":>14}{"cache":>11}{"tokens/s":>10}{"losses":>14}')
     for name, small in kinds(64).items():
         model = GPT(GPTConfig(**WIDE, **kinds(512)[name])).eval()
         prompt = torch.zeros(1, 992, dtype=torch.long).expand(8, -1)
-        _, seconds = generation(model, prompt, 16, 'cpu')       # of the prompt, per token
+        _, seconds = generation(model, prompt, 16, 'cpu')       # seconds: prompt, per token
         losses = [short_run(GPTConfig(**SMALL, **small), text, seed) for seed in (1337, 1338)]
         print(f'   {name:24}{model.get_num_params():11,}{model.attention_params():14,}'
               f'{model.kv_cache_bytes(8, 1008) / 1e6:8.1f} MB{8 / seconds:10.0f}'
               f'{losses[0]:8.3f}{losses[1]:7.3f}')
     print('\n   Latents of n_embd / 4 values are 8 times smaller than keys and values. The\n'
-          '   SVD makes a cached V smaller. It cannot make latents smaller, because keys need\n'
-          '   them too, so with MLA the cache grows by the bases.\n')
+          '   SVD makes a cached V smaller. It cannot make latents smaller, because keys are\n'
+          '   computed from them, too, so with MLA the cache grows by the bases.\n')
 
     print('2. Logits computed token by token with a cache, and all at once: largest difference\n'
           '   relative to the largest logit')
@@ -69,7 +69,7 @@ def main():
 
 @torch.enable_grad()
 def short_run(config, text, seed):
-    """Train for STEPS steps on nine tenths of the text -> mean loss on the last tenth."""
+    """Train for STEPS steps on nine tenths of the text and return the mean loss on the rest."""
     torch.manual_seed(seed)
     model, windows = GPT(config), text.unfold(0, 129, 1)                        # (number, 129)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

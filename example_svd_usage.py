@@ -12,7 +12,7 @@ A tour of the truncated SVD in this repo. It takes under a minute on a CPU and d
 
 from pathlib import Path
 
-from runtime.cli import unfailing_output                # before torch, to report missing packages
+from runtime.cli import unfailing_output                # before torch: reports missing packages
 
 import torch
 
@@ -20,10 +20,11 @@ from lowrank.layers import LowRankLinear
 from lowrank.svd import METHODS, energy, low_rank_approximation, rank_for_energy, truncated_svd
 from model import GPT, SCOPES, GPTConfig
 
-SHAPE = dict(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64)   # each byte is a token
+# each byte is a token
+SHAPE = dict(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64)
 
 
-@unfailing_output()                                     # | head
+@unfailing_output()                                     # a closed output is no error
 def main():
     torch.manual_seed(1337)
 
@@ -72,7 +73,7 @@ def main():
         difference = model(idx, idx)[0] - model(changed, idx)[0]                # (1, 64, 256)
         print(f'   {scope:9} {difference[:, :-1].abs().max().item():.1e}')
 
-    # all evaluations use the same weights, only V differs
+    # all evaluations use the same weights; only V differs
     text = torch.tensor(list(Path(__file__).with_name('model.py').read_bytes()))
     windows = text.unfold(0, 65, 1)                                             # (number, 65)
     model = GPT(GPTConfig(**SHAPE))

@@ -4,7 +4,7 @@ Export a trained model for other programs, or in another form for this repo:
     python export.py --out_dir=out-svd-test --to=gpt2          # Hugging Face, with tokenizer
     python export.py --out_dir=out-svd-test --to=nanogpt       # for nanoGPT: ckpt.pt and meta.pkl
     python export.py --out_dir=out-svd-test --to=safetensors   # any model, for --init_from
-    python export.py --out_dir=out-adaptive-svd --to=dense     # LoRA, adaptive SVD merged
+    python export.py --out_dir=out-adaptive-svd --to=dense     # LoRA or adaptive SVD merged
     python export.py --out_dir=out-lora --to=lora              # adapters, for --lora_adapter
     python export.py                                           # the newest run, --to=gpt2
     python export.py --help                                    # every option and its meaning
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from runtime import cli                                     # first: reports missing packages
+from runtime import cli  # before torch: reports missing packages
 
 from model import GPT
 from runtime import checkpoint as ckpt
@@ -70,7 +70,7 @@ def export(cfg):
         model = GPT.from_checkpoint(saved)
         lines = changes(model.config, cfg.to)
         meta = ckpt.tokenizer_of(saved, model.config.vocab_size)
-        if meta['vocab_size'] > model.config.vocab_size:            # assumed GPT-2's
+        if meta['vocab_size'] > model.config.vocab_size:    # GPT-2's, assumed without metadata
             meta = None
             lines.append('left out: the tokenizer, which is not in the checkpoint; to '
                          'include it, put the meta.pkl of its data set into data/DATASET')

@@ -1,28 +1,27 @@
 """
-A GPT in one file, with nanoGPT's parameters (github.com/karpathy/nanoGPT, MIT). Options add a
-truncated SVD of the value matrix V of each attention head, keys and values from one latent vector
-per token (multi-head latent attention, MLA), low-rank layers, adaptive SVD and LoRA.
+A GPT in one file. Its parameters have nanoGPT's names and shapes (github.com/karpathy/nanoGPT,
+MIT). Options add a truncated SVD of the value matrix V of each head, multi-head latent attention
+(MLA: keys and values from one latent vector per token), low-rank layers, adaptive SVD and LoRA.
 
 Where the SVD happens: each attention layer has a module `head_svd` (lowrank/head_svd.py). In
 'sequence' and 'causal' scope it truncates V itself (CausalSelfAttention.apply_svd_to_v). In
 'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight). It also
 builds the part of the cache that holds V.
 
-What it costs: the SVD makes training slower, never faster, and saves no memory there (docs/SVD.md).
-In decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K,
-and of V
+What it costs: the SVD makes training slower and saves no memory there (docs/SVD.md). In decoding,
+'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K. Of V it keeps
 
     no SVD       hs values
-    'causal'     hs values for the first svd_block tokens, then k, and a basis per block of tokens
+    'causal'     hs values before the first basis, then k; a basis per block of tokens, and V^T V
     'weight'     k values
-    'sequence'   no cache: a new token changes V of all earlier tokens, so that each new token
-                 recomputes the whole prefix
+    'sequence'   no cache: a new token changes V of all earlier tokens, so the whole prefix is
+                 recomputed for each new token
 
-What is exact: full rank changes nothing. 'sequence' takes the best rank-k approximation of V, and
-'weight' that of W_v. 'causal' projects V of each token on k directions that come from earlier
-tokens. This is not the best approximation, but no token depends on a later one. 'randomized' has
-1 to 4% more error than the exact methods. Decoding with a cache computes the same function as a
-forward pass over the whole prefix, up to rounding.
+At full rank nothing changes. 'sequence' takes the best rank-k approximation of V, and 'weight' that
+of W_v. 'causal' projects V of each token onto k directions that come from earlier tokens. This is
+not the best approximation, but no token depends on a later one. 'randomized' has 1 to 4% more error
+than the exact methods. Decoding with a cache computes the same function as a forward pass over the
+whole prefix, up to rounding.
 
 Where MLA happens: `LatentProjection` replaces `QKVProjection`. It computes keys U_k c and values
 U_v c from a latent c of d values per token. The cache keeps c instead of 2C values per token and
@@ -30,8 +29,7 @@ layer, and in 'causal' scope also the bases. Training and prompts compute all ke
 single new token attends to the latents directly: U_k is multiplied into its query, and U_v is
 applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding (docs/MLA.md).
 
-Letters in shape comments: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank,
-d latent size.
+Letters: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank, d latent size.
 """
 
 import math
@@ -83,20 +81,20 @@ class GPTConfig(AdapterTargets):
     gelu: Annotated[Literal['exact', 'tanh'], "GELU: 'exact' (nanoGPT) or 'tanh' (GPT-2)"] = 'exact'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
-    svd_rank: Annotated[int | None, 'rank to keep per head; None: all', Range(1), *SVD] = None
+    svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
                           "slower; 'randomized': usually fastest, error 1 to 4% above the best",
                           *SVD] = 'gram'
-    svd_scope: Annotated[Literal[SCOPES], "truncate V of the whole sequence ('sequence', sees "
-                         "later tokens), V of each token on a basis of earlier tokens ('causal'), "
-                         "or the weight that makes V ('weight')", *SVD] = 'sequence'
+    svd_scope: Annotated[Literal[SCOPES], "'sequence': truncate V of the whole sequence, sees "
+                         "later tokens; 'causal': project V of each token onto a basis of earlier "
+                         "tokens; 'weight': truncate the weight that makes V", *SVD] = 'sequence'
     svd_block: Annotated[int, "'causal' scope: the first svd_block tokens keep their full V; "
                          'tokens [n, 2n) use the basis of tokens [0, n)', Range(1), *CAUSAL] = 32
     svd_basis_grad: Annotated[bool, 'False: no gradient through the basis, so that '
                               "'sequence' scope is not trained to use later tokens", *SVD] = True
-    svd_power_iters: Annotated[int, "'randomized': power iterations from a random start",
+    svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start",
                                Range(0), *RANDOMIZED] = 2
-    svd_oversample: Annotated[int, "'randomized': columns of a random start beyond svd_rank + 4",
+    svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond svd_rank + 4",
                               Range(0), *RANDOMIZED] = 0
     use_mla: Annotated[bool, 'multi-head latent attention: K and V from one latent per token',
                        Section('MLA and low-rank layers')] = False
@@ -108,20 +106,20 @@ class GPTConfig(AdapterTargets):
                             Section('adaptive SVD')] = False
     adaptive_svd_target_layer: Annotated[int, 'index of the block to protect; -1: all blocks',
                                          Range(-1), ADAPTIVE] = 0
-    adaptive_svd_targets: Annotated[str, "layers, from 'c_q,c_k,c_v,c_proj'; with MLA "
-                                    "'query,c_proj'", ADAPTIVE] = 'c_q'
+    adaptive_svd_targets: Annotated[str, 'comma-separated layers out of c_q, c_k, c_v, c_proj; '
+                                    'with MLA out of query, c_proj', ADAPTIVE] = 'c_q'
     adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': protected directions cannot "
                                        "change; 'none': they can", ADAPTIVE, OVERRIDABLE] = 'left'
-    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'trained components of layers in low-rank '
-                                  'mode; set by training', ADAPTIVE] = None
+    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'number of trained components per layer '
+                                  'in low-rank mode; set by training', ADAPTIVE] = None
     lora_rank: Annotated[int | None, 'adapter rank; weights are frozen; None: no LoRA', Range(1),
                          Section('LoRA')] = None
     lora_alpha: Annotated[float | None, 'adapters are scaled by alpha / rank; None: by 1',
                           Range(above=0), LORA] = None
-    lora_dropout: Annotated[float, "dropout of adapter inputs; none for c_v in 'weight' scope",
-                            Range(0, below=1), LORA, OVERRIDABLE] = 0.0
-    lora_targets: Annotated[str, "layers, from 'c_q,c_k,c_v,c_proj,c_fc,mlp.c_proj'; with MLA "
-                            "'query' replaces the first three", LORA] = 'c_q,c_v'
+    lora_dropout: Annotated[float, 'dropout of adapter inputs; not applied to c_v in '
+                            "'weight' scope", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
+    lora_targets: Annotated[str, 'comma-separated layers out of c_q, c_k, c_v, c_proj, c_fc, '
+                            'mlp.c_proj; with MLA query replaces c_q, c_k, c_v', LORA] = 'c_q,c_v'
     lora_init: Annotated[Literal[INITS], "adapters start from zero ('lora'), or from the largest "
                          "('pissa') or smallest ('milora') singular components of the weights",
                          LORA] = 'lora'
@@ -197,8 +195,8 @@ class QKVProjection(nn.Linear):
 
     def project_for_cache(self, x, down_proj):
         """x (B, T, C) -> q, k, v, each (B, nh, T, hs), for `KeyValueCache.attend`. In 'weight'
-        scope down_proj (nh k, C) is given, and v holds the coordinates of V (B, nh, T, k). They
-        cost k / hs as much as V."""
+        scope down_proj (nh k, C) is given, and v holds the coordinates of V (B, nh, T, k), which
+        take k / hs times the operations of V."""
         if down_proj is None:
             return self(x)
         C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]
@@ -206,7 +204,7 @@ class QKVProjection(nn.Linear):
         return split_heads(self.n_head, q, k, F.linear(x, down_proj))
 
     def value_weight(self):
-        """Return W_v per head (nh, hs, C). It is never truncated here."""
+        """Return W_v per head (nh, hs, C), not truncated."""
         return self.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))
 
     def value_bias(self):
@@ -235,7 +233,7 @@ class LatentProjection(nn.Module):
         return split_heads(self.n_head, self.query(x), self.k_up(c), v)
 
     def value_weight(self):
-        """Return U_v per head (nh, hs, d). It is never truncated here."""
+        """Return U_v per head (nh, hs, d), not truncated."""
         return self.v_up.weight.unflatten(0, (self.n_head, -1))
 
     def value_bias(self):
@@ -263,9 +261,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last. With a cache, x
-        continues the tokens in the cache and is added to it: first the whole prompt, then one token
-        at a time."""
-        # kv is (k, v) without a cache. With one it is what `attend` adds to the cache: (k, v),
+        continues the cached tokens, and its keys and values are added to the cache: those of the
+        whole prompt first, then those of one token at a time."""
+        # kv is (k, v) without a cache. With a cache it is what `attend` adds to the cache: (k, v),
         # (k, coordinates of V) in 'weight' scope, or (latents,) with MLA
         q, *kv = self.project(x) if cache is None else (
             self.c_attn.project_for_cache(x, cache.values.down_proj))
@@ -280,7 +278,8 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):
-        """x (B, T, C) -> q, k, v (B, nh, T, hs). 'weight' scope makes v by the truncated W_v."""
+        """x (B, T, C) -> q, k, v (B, nh, T, hs). In 'weight' scope, v comes from a truncated W_v,
+        or with MLA from a truncated U_v."""
         return self.c_attn(x, self.value_weight() if isinstance(self.head_svd, WeightSVD) else None)
 
     def value_weight(self):
@@ -290,8 +289,8 @@ class CausalSelfAttention(nn.Module):
 
     def apply_svd_to_v(self, v):
         """V (B, nh, T, hs) -> same shape and dtype. 'sequence' scope returns the best rank-k
-        approximation per head. 'causal' projects each row on k directions from earlier rows.
-        Otherwise V stays as it is. Computed in at least float32."""
+        approximation per head. 'causal' projects V of each token onto k directions from earlier
+        tokens. Otherwise V is returned. Computed in at least float32."""
         return self.head_svd(v)
 
     def _standard_svd_reconstruction(self, v, rank=None):
@@ -300,8 +299,9 @@ class CausalSelfAttention(nn.Module):
 
     @torch.no_grad()
     def value_statistics(self, x):
-        """x (B, T, C) -> the energy that the SVD keeps of V and the effective rank of V before it,
-        per head, averaged over the batch: {'energy_kept': (nh), 'effective_rank': (nh)}."""
+        """x (B, T, C) -> the fraction of the energy of V that the SVD keeps, and the effective rank
+        of V before the SVD, per head, averaged over the batch: {'energy_kept': (nh),
+        'effective_rank': (nh)}."""
         v, truncated = self.c_attn(x)[2], self.apply_svd_to_v(self.project(x)[2])
         return {'energy_kept': energy_kept(v, truncated).mean(0),
                 'effective_rank': effective_rank(v).mean(0)}
@@ -391,12 +391,12 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """Initialize as GPT-2: weights N(0, 0.02), biases 0, LayerNorm weights 1. The 2 n_layer
-        projections that write to the residual stream (attn.c_proj, mlp.c_proj) get a deviation of
-        0.02 / sqrt(2 n_layer). Random numbers are drawn in nanoGPT's order, so equal seeds give
-        equal weights. In a product of two factors (MLA, LowRankLinear) the second factor is drawn
-        as above. The first factor gets orthogonal rows with entries of about 1 / sqrt(rank). The
-        product then has the deviation of a single weight. A step of the second factor moves the
-        product as far as the same step moves a single weight."""
+        projections that write to the residual stream (attn.c_proj, mlp.c_proj) get a standard
+        deviation of 0.02 / sqrt(2 n_layer). Random numbers are drawn in nanoGPT's order, so equal
+        seeds give equal weights. In a product of two factors (MLA, LowRankLinear) the second factor
+        is drawn as above. The first factor gets orthogonal rows with entries of about
+        1 / sqrt(rank). The product then has the standard deviation of a single weight, and a step
+        of the second factor moves the product as far as the same step moves a single weight."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -417,11 +417,12 @@ class GPT(nn.Module):
 
         With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats per token, where
         targets of -1 do not count. Without targets: logits of the last position (B, 1, vocab_size)
-        and None. With a cache (`new_cache`), idx continues the tokens in the cache and is added to
-        it, without gradients: first the whole prompt, then one token at a time. Raises ValueError
-        for more than block_size tokens and for tokens that do not fit the cache.
+        and None. With a cache (`new_cache`), idx continues the cached tokens, and its keys and
+        values are added to the cache: those of the whole prompt first, then those of one token at a
+        time. There are no gradients then. Raises ValueError for more than block_size tokens and for
+        tokens that do not fit the cache.
         """
-        if cache and torch.is_grad_enabled():                       # it is written in place
+        if cache and torch.is_grad_enabled():                       # the cache is written in place
             with torch.no_grad():
                 return self.forward(idx, targets, cache)
         T, start = idx.size(1), validate_positions(cache, idx, self.config.block_size)
@@ -445,16 +446,17 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
                use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Yield the tokens that continue idx (B, T), each (B, 1), by `runtime.generation.stream`.
-        'sequence' scope (with a warning) and training mode recompute the prefix for each token."""
+        'sequence' scope and training mode recompute the whole prefix for each token. 'sequence'
+        scope warns about it."""
         if use_cache and self.config.is_noncausal:
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier tokens, "
-                          'so each new token recomputes the prefix', stacklevel=2)
+                          'so the whole prefix is recomputed for each new token', stacklevel=2)
         return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
                              use_cache and not self.config.is_noncausal and not self.training)
 
     def new_cache(self, batch, tokens) -> list[KeyValueCache]:
-        """Return an empty cache for `tokens` tokens of `batch` sequences, as one element per layer.
-        Raises ValueError if 'sequence' scope truncates."""
+        """Return an empty cache for `tokens` tokens of `batch` sequences, as a list with one
+        element per layer. Raises ValueError if 'sequence' scope truncates."""
         if self.config.is_noncausal:
             raise ValueError("svd_scope='sequence': a new token changes V of all earlier tokens, "
                              'so V cannot be cached')
@@ -462,22 +464,22 @@ class GPT(nn.Module):
 
     def kv_cache_bytes(self, batch, tokens) -> int:
         """Return the bytes of a cache for `tokens` tokens (at most block_size) of `batch`
-        sequences, without weights that it refers to. It is 0 if 'sequence' scope truncates, because
-        there is no cache."""
+        sequences. Weights that the cache refers to do not count. The result is 0 if 'sequence'
+        scope truncates, because there is no cache."""
         if self.config.is_noncausal:
             return 0
         attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
         return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
 
     def flops_per_token(self, tokens, decode=False) -> float:
-        """Return the floating-point operations of the forward pass per token: the mean over a
-        prompt of `tokens` tokens, or with decode those of one new token after `tokens` cached ones.
-        Matrix products and attention count, the SVD does not."""
+        """Return the floating-point operations of the forward pass per token. This is the mean over
+        a prompt of `tokens` tokens or, with decode, the number for one new token after `tokens`
+        cached ones. Matrix products and attention count, the SVD does not."""
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
         head = self.lm_head.weight.numel()
-        if decode:                                                 # each head attends to latents
+        if decode:                                                  # each head attends to latents
             width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
             return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
         once = last - projection + head + 2 * c.n_embd * tokens     # the last layer, one position
@@ -527,15 +529,15 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):
         """Build nanoGPT's AdamW, where parameters with two dimensions decay, and register the step
-        hook. Fused if the device supports it."""
+        hook. AdamW is fused if the device supports it."""
         optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
         return self.register_step_hook(optimizer)
 
     def register_step_hook(self, optimizer):
         """Register a hook that updates the bases of 'randomized' after each step of the optimizer,
         and return the optimizer. With the hook, a training step starts from the basis of the step
-        before (warm start). Without it, each forward pass of training starts from random columns
-        (cold start)."""
+        before (warm start). Without the hook, each forward pass of training starts from the same
+        random columns (cold start)."""
         follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
@@ -544,7 +546,8 @@ class GPT(nn.Module):
 
     @property
     def svd_basis(self) -> torch.Tensor | None:
-        """Start of 'randomized' (n_layer, nh, hs, k), saved in checkpoints. None: a random one."""
+        """Bases of the warm start of 'randomized' (n_layer, nh, hs, k), saved in checkpoints, or
+        None for a cold start."""
         return get_bases(self.warm_starts())
 
     @svd_basis.setter
@@ -557,8 +560,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def named_series(self, idx) -> dict[str, float]:
-        """Measure values to plot over training, per head, on a batch idx (B, T). Returns for
-        example {'svd/block0.head1/energy_kept': 0.9}."""
+        """Measure values of each head to plot over training, on a batch idx (B, T). Returns a dict
+        such as {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
 
         def record(i, attention, x):

@@ -1,11 +1,11 @@
 """
 Generate text from a trained model:
 
-    python sample.py                                        # the newest run in this folder
+    python sample.py                                # the newest run in the working directory
     python sample.py --out_dir=out-svd-test --start="ROMEO:" --num_samples=3
-    python sample.py --use_svd=True --svd_rank=8            # with SVD, for a model trained without
+    python sample.py --use_svd=True --svd_rank=8    # truncate V, even if training did not
     python sample.py --init_from=gpt2-xl --start="What is the answer?"      # GPT-2, or a folder
-    python sample.py --help                                 # every option, its default and meaning
+    python sample.py --help                         # every option, its default and meaning
 """
 
 import itertools
@@ -32,25 +32,24 @@ END = '\n---------------\n'
 
 @dataclass
 class SampleConfig:
-    """Options of sample.py: nanoGPT's, and those of the SVD, which may change after training.
-    Raises ValueError, its message starting with the option's name, for values that are not valid.
-    """
+    """Options of sample.py: nanoGPT's, and those of the SVD, which may change after training. For a
+    value that is not valid, raises ValueError with a message that starts with the option's name."""
     init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', a run folder or a Hugging Face folder", PATH,
-                         Section('model')] = 'resume'
+                         "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
+                         PATH, Section('model')] = 'resume'
     out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
-    lora_adapter: Annotated[str | None, 'LoRA adapters for these weights (export.py --to=lora)',
-                            PATH] = None
+    lora_adapter: Annotated[str | None, 'folder of LoRA adapters for the weights of init_from '
+                            '(export.py --to=lora)', PATH] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt to read it from a file',
                      Section('text')] = '\n'
     num_samples: Annotated[int, 'samples to draw, in one batch', Range(1, below=2 ** 31)] = 10
     max_new_tokens: Annotated[int, 'tokens to generate per sample', Range(1)] = 500
-    temperature: Annotated[float, 'below 1: less random; above 1: more; 0: the likeliest '
+    temperature: Annotated[float, 'below 1: less random; above 1: more; 0: the most likely '
                            'token'] = 0.8
-    top_k: Annotated[int | None, 'draw from the top_k likeliest tokens; None: all'] = 200
-    top_p: Annotated[float | None, 'of these, draw from the likeliest tokens that together have '
-                     'this probability; None: all'] = None
+    top_k: Annotated[int | None, 'draw from the top_k most likely tokens; None: all'] = 200
+    top_p: Annotated[float | None, 'of these, draw from the fewest most likely tokens whose '
+                     'probabilities sum to at least top_p; None: all'] = None
     seed: Annotated[int, 'random seed', Range(0, below=2 ** 63)] = 1337
     device: Annotated[str, "'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': cuda, else mps, else cpu",
                       Section('system')] = 'auto'
@@ -60,10 +59,12 @@ class SampleConfig:
     compile: Annotated[bool, 'use torch.compile'] = False
     use_svd: Annotated[bool | None, 'truncate V by an SVD; None: as trained',
                        Section('SVD on V')] = None
-    svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: all'] = None
-    svd_method: Annotated[Literal[METHODS] | None, 'method; None: as trained'] = None
-    svd_scope: Annotated[Literal[SCOPES] | None, 'matrix to truncate; None: as trained'] = None
-    svd_block: Annotated[int | None, "'causal': first rows not truncated; None: as trained"
+    svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: full '
+                       'rank'] = None
+    svd_method: Annotated[Literal[METHODS] | None, 'SVD method; None: as trained'] = None
+    svd_scope: Annotated[Literal[SCOPES] | None, 'what to truncate: the scope; None: as '
+                         'trained'] = None
+    svd_block: Annotated[int | None, "'causal': tokens whose V is not truncated; None: as trained"
                          ] = None
 
     def __post_init__(self):
@@ -93,7 +94,7 @@ def sample(loaded):
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_model(cfg, set_by)
     model.to(device).eval()
-    cached = not model.config.is_noncausal              # load_model prints this
+    cached = not model.config.is_noncausal              # load_model prints why nothing is cached
     if cfg.compile:
         if not cached:                                  # inductor fails when T crosses the rank
             raise UserError("compile=True: does not work with svd_scope='sequence' "
@@ -108,7 +109,7 @@ def sample(loaded):
         with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
             for piece in tokenizer.decode_stream(tokens[0].item() for tokens in shown):
                 print(piece, end='', flush=True)
-                if getattr(sys.stdout, 'silent', False):            # the reader has ended: | head
+                if getattr(sys.stdout, 'silent', False):            # stdout is closed, as by | head
                     return
     except (FloatingPointError, torch.linalg.LinAlgError) as e:
         raise UserError(f'the next token has no finite probabilities ({one_line(e)[:100]}), '
@@ -128,7 +129,7 @@ def prompt_text(start: str) -> str:
             raise UserError(f'start={start}: not a readable UTF-8 text file ({type(e).__name__})'
                             ) from None
     if not start:
-        raise UserError('start: the prompt is empty, it needs at least one character (nearest: '
+        raise UserError('start: the prompt is empty, but needs at least one character (nearest: '
                         'leave --start out)')
     return start
 
@@ -150,7 +151,7 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
                      f'{saved.get("best_val_loss", float("nan")):.4f}')
         else:
             model, about = GPT.from_pretrained(source, svd), source
-            meta = huggingface.read_tokenizer(source) or GPT2_META      # default: OpenAI's
+            meta = huggingface.read_tokenizer(source) or GPT2_META  # a folder without one: GPT-2's
         if cfg.lora_adapter is not None:
             huggingface.load_adapter(model, cfg.lora_adapter, source)
             about += f', with {cfg.lora_adapter}'
@@ -158,11 +159,11 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
         raise e if isinstance(e, UserError) else UserError(f'{where}: {e}') from None
     c = model.config
     if meta['vocab_size'] > c.vocab_size:
-        raise UserError(f'{where}: its tokenizer has {meta["vocab_size"]} token ids, its model '
-                        f'{c.vocab_size}; put the right tokenizer.json into the folder, or the '
-                        'meta.pkl of its data set into data/DATASET')
+        raise UserError(f'{where}: its tokenizer has {meta["vocab_size"]} token ids, but its model '
+                        f'only {c.vocab_size}; put the right tokenizer.json into the folder, or '
+                        'the meta.pkl of its data set into data/DATASET')
     print(f'{about}; SVD on V {c.svd_summary}' + ' (set by an option)' * bool(svd)
-          + '; each token changes V of all earlier tokens, so nothing is cached' * c.is_noncausal)
+          + '; a new token changes V of all earlier tokens, so nothing is cached' * c.is_noncausal)
     return model, Tokenizer(meta)
 
 

@@ -52,28 +52,28 @@ from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, swap_
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """Options of train.py: those of GPTConfig and those of a run. Raises ValueError, its message
-    starting with the option's name, for values that are not valid."""
+    """Options of train.py: those of GPTConfig and those of a run. For a value that is not valid,
+    raises ValueError with a message that starts with the option's name."""
     # model: where train.py's defaults differ from GPTConfig's
     vocab_size: Annotated[int | None, "number of token ids; None: the data's, with BPE rounded "
                           'up to a multiple of 64',
                           Range(1)] = None
-    bias: Annotated[bool, 'biases in Linear and LayerNorm, as in GPT-2'] = False
+    bias: Annotated[bool, 'biases in Linear and LayerNorm; True: as in GPT-2'] = False
     # input and output
     out_dir: Annotated[str, 'run folder; an older run in it is moved to OUT_DIR.1, .2, ...', PATH,
                        Section('input and output')] = 'out'
     eval_interval: Annotated[int, 'steps between evaluations and checkpoints', Range(1)] = 2000
     log_interval: Annotated[int, 'steps between lines of metrics.jsonl', Range(1)] = 1
-    eval_iters: Annotated[int, 'batches per evaluation and split; the final one uses all of val',
-                          Range(1)] = 200
+    eval_iters: Annotated[int, 'batches per evaluation and split; the final evaluation uses the '
+                          'whole validation split', Range(1)] = 200
     eval_only: Annotated[bool, 'only evaluate, on the whole validation split'] = False
     always_save_checkpoint: Annotated[bool, 'ckpt.pt is always the latest checkpoint; False: the '
                                       'best one'] = True
     init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', a run folder or a Hugging Face folder",
+                         "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
                          PATH] = 'scratch'
-    lora_adapter: Annotated[str | None, 'LoRA adapters for these weights (export.py --to=lora)',
-                            PATH] = None
+    lora_adapter: Annotated[str | None, 'folder of LoRA adapters for the weights of init_from '
+                            '(export.py --to=lora)', PATH] = None
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline logs to OUT_DIR',
                          Section('wandb')] = False
@@ -124,7 +124,7 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         configuration.validate(self)
         self.check_shape()
-        if self.init_from in ('scratch', 'resume'):         # else the loaded weights decide
+        if self.init_from in ('scratch', 'resume'):     # other models are checked when loaded
             self.check_layers()
         if self.lr_decay_iters is None:  # stored as a number, so that a resume keeps it
             self.lr_decay_iters = self.max_iters
@@ -178,7 +178,7 @@ def run_training(cfg, set_by, saved, processes):
     """Set up, train, evaluate on the whole validation split, print a sample."""
     device, say = processes.device, processes.print
     out, dtype = Path(cfg.out_dir), devices.pick_dtype(cfg.dtype, device)
-    # the SVD needs float32 products; TF32 keeps 10 bits of the mantissa
+    # the SVD needs float32 products, but TF32 keeps 10 bits of the mantissa
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not cfg.use_svd
     torch.manual_seed(cfg.seed + processes.rank)
     if not cfg.eval_only:
@@ -203,7 +203,7 @@ def run_training(cfg, set_by, saved, processes):
     state = new_state(cfg, model, device, data, processes.distributed)
     if saved:
         restore(state, saved, processes)
-        saved.clear()                                   # the caller holds it; free its memory
+        saved.clear()                                   # frees memory; the caller holds the dict
     with open_out_dir(state, dtype, say) if processes.is_main else nullcontext() as log:
         try:
             with cli.signals.deferred(), tracking.bar(
@@ -235,7 +235,7 @@ def stopped(state, error, processes):
 
 
 def loop(state, evaluation, log, processes, bar):
-    """Train until max_iters or a signal. log(row): writes a row of metrics, on process 0."""
+    """Train until step max_iters or a signal. log(row): writes a row of metrics, on process 0."""
     cfg = state.cfg
     micro_steps = cfg.gradient_accumulation_steps // processes.world_size
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
@@ -247,12 +247,12 @@ def loop(state, evaluation, log, processes, bar):
             group['lr'] = lr
 
         is_last = state.iter_num >= cfg.max_iters
-        if state.iter_num % cfg.eval_interval == 0 or is_last:    # its time is not in step_ms
+        if state.iter_num % cfg.eval_interval == 0 or is_last:  # evaluation is not part of step_ms
             started = time.perf_counter()
             evaluate_and_save(state, evaluation, log, processes)
             clock += time.perf_counter() - started
         received = cli.signals.received or signal.SIGTERM * processes.parent_exited()
-        received = processes.all_reduce_max(received)                   # all stop at the same step
+        received = processes.all_reduce_max(received)   # all processes stop at the same step
         if received:
             save_interrupted(state, processes)
             raise cli.Interrupted(received)
@@ -333,7 +333,7 @@ def new_state(cfg, model, device, data=None, distributed=False):
 
 
 def replicate(state):
-    """Return the model compiled and wrapped in DDP, as the options say. Must be called again after
+    """Return the model compiled and wrapped in DDP, as the options say. Call it again after
     parameters of the model were replaced."""
     replica = state.model
     if state.cfg.compile is True or state.cfg.compile == 'auto' and 'cuda' in state.device:
@@ -380,7 +380,8 @@ def train_step(state, batches, loss_of=language_model_loss):
     params = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     loss, norm_value = torch.stack((loss, norm)).tolist()               # waits for the device
-    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1      # float16: it skips the step
+    # float16: the scaler skips the step
+    scaler_skips = scaler.is_enabled() and scaler.get_scale() >= 1
     if not math.isfinite(loss) or not math.isfinite(norm_value) and not scaler_skips:
         raise FloatingPointError(f'the loss is {loss}, the gradient norm {norm_value}')
     if state.cfg.grad_clip > 0:
@@ -397,9 +398,9 @@ def train_step(state, batches, loss_of=language_model_loss):
 
 
 def analyze_gradients(state):
-    """Let the adaptive layers choose their modes from the gradients of this step. A layer that
-    changes its mode gets new parameters, so the replica is made again."""
-    # the scaler unscales only the gradients that the optimizer has
+    """Choose the modes of the adaptive layers by the gradients of this step. A layer that changes
+    its mode gets new parameters, so a new replica is made."""
+    # the scaler unscales only the gradients of the optimizer's parameters
     scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
     changed = state.adaptive.analyze(
         state.iter_num + 1, swap_params=lambda old: swap_params(state.optimizer, state.model, old),
@@ -416,8 +417,8 @@ def analyze_gradients(state):
 
 def evaluate_and_save(state, evaluation, log, processes):
     """Evaluate on process 0 and save a checkpoint with the random states of all processes. A signal
-    ends the evaluation early; a resumed run repeats it. Raises FloatingPointError if a loss is not
-    finite."""
+    ends the evaluation early, and a resumed run repeats it. Raises FloatingPointError if a training
+    or validation loss is not finite."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if not processes.is_main:
         return
@@ -433,7 +434,8 @@ def evaluate_and_save(state, evaluation, log, processes):
         raise bad_layer(state, [batch], f'the validation loss is {row["val/loss"]}')
     log({'iter': state.iter_num, **row})
     processes.print(f'step {state.iter_num}: {evaluation.describe(row)}')
-    improved = row['val/loss'] <= state.best_val_loss  # equal if a resume repeats it
+    # equal if a resumed run repeats the evaluation
+    improved = row['val/loss'] <= state.best_val_loss
     state.best_val_loss = min(row['val/loss'], state.best_val_loss)
     if state.iter_num > 0:
         save(state, random_states, is_best=improved)
@@ -471,8 +473,7 @@ def save(state, random_states, is_best=False):
 
 
 def bad_layer(state, batches, error):
-    """Return the FloatingPointError for an error, with the first layer whose values are not
-    finite."""
+    """Return a FloatingPointError that names the first layer whose values are not finite."""
     layer = first_nonfinite_layer(state.model, batches, state.context)
     return FloatingPointError(
         f'{error}; first bad layer: {layer or "none when the step was repeated"}')
@@ -504,11 +505,11 @@ def load_config(argv):
     if values['init_from'] != 'resume':
         return configuration.build(TrainConfig, values, set_by), set_by, None
     path = Path(values['out_dir']) / 'ckpt.pt'
-    both = [path.with_name('last.pt'), path]            # last.pt: if ckpt.pt is the best one
+    both = [path.with_name('last.pt'), path]            # last.pt exists if ckpt.pt is the best one
     paths = [] if values['eval_only'] else [p for p in both if os.path.exists(p)]
     saved = max(map(ckpt.load, paths or [path]), key=lambda saved: saved['iter_num'])
     path = saved['path']
-    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')  # nanoGPT's need a GPU
+    foreign = () if 'tokenizer' in saved else ('dtype', 'compile')  # nanoGPT's defaults need a GPU
     config = {key: value for key, value in saved.get('config', {}).items()
               if key not in (*RUN_LOCAL_FIELDS, *foreign)}
     base = configuration.check_all(TrainConfig, config | saved['model_args'], path)
@@ -522,8 +523,8 @@ def resume_options(out):
 
 
 def begin_from(run, dataset):
-    """Return the options that start a new run from the weights of the run folder `run`, quoted for
-    a shell."""
+    """Return the options for a new run from the weights of the run folder `run`, quoted for a
+    shell. `dataset` is used if the folder has no config.py."""
     settings = f'{run}/config.py' if os.path.isfile(f'{run}/config.py') else f'--dataset={dataset}'
     options = shlex.join([settings, f'--init_from={run}', '--lora_adapter=None'])
     return f'{options} --out_dir={unused(run)}'
@@ -570,10 +571,10 @@ def restore(state, saved, processes):
 
 @contextmanager
 def open_out_dir(state, dtype, say):
-    """Context manager that locks OUT_DIR, moves another run in it aside, and writes config.py and
+    """Context manager that locks OUT_DIR, moves an older run in it aside, and writes config.py and
     environment.json. Yields log(row), which appends a row of metrics to metrics.jsonl and wandb,
-    and raises FloatingPointError if a value is not finite. Raises UserError if OUT_DIR cannot be
-    used."""
+    and raises FloatingPointError for a value that is not finite. If OUT_DIR cannot be used, the
+    manager raises UserError."""
     cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
@@ -620,7 +621,7 @@ def draw_curves(out, say):
     """Draw OUT_DIR/curves.png from metrics.jsonl. An error is printed and does not stop the run."""
     try:
         plots.training_curves(out, CURVES)
-    except Exception as e:                              # matplotlib has many
+    except Exception as e:                              # matplotlib raises many kinds
         say(f'curves.png could not be drawn: {one_line(e)}')
 
 
@@ -691,13 +692,14 @@ def check_fixed_options(cfg, set_by, saved, fixed, say):
 
 
 def describe(cfg, model, data, dtype, processes):
-    """Print the model, the data and the training options, one line each."""
+    """Print the model, the data and the options that matter, as lines of text."""
     say, c = processes.print, model.config
-    factored = f', {len(c.layer_ranks)} layers as products of two factors' if c.layer_ranks else ''
-    say(f'model: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, '
+    factored = f', {len(c.layer_ranks)} low-rank layers' if c.layer_ranks else ''
+    say(f'model: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, '
         f'vocabulary {c.vocab_size}: {model.get_num_params():,} parameters without '
         f'position embeddings{factored}; {processes.device}, {dtype}, seed {cfg.seed}')
-    say(f'data: {data.folder}, {len(data.tokens("train")):,} + {len(data.tokens("val")):,} tokens '
+    say(f'data: {data.folder}, {len(data.tokens("train")):,} training and '
+        f'{len(data.tokens("val")):,} validation tokens '
         f'({data.meta.get("source", "source unknown")}); '
         f'{cfg.gradient_accumulation_steps * cfg.batch_size * c.block_size:,} tokens per step')
     if c.adaptive_svd:

@@ -2,5 +2,5 @@
 # for the loss at rank 16 add --use_svd=True --svd_rank=16 --svd_scope=weight
 
 batch_size = 8
-eval_only = True                # no training
+eval_only = True
 init_from = 'gpt2-medium'

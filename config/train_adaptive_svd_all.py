@@ -3,7 +3,7 @@
 out_dir = 'out-adaptive-svd-all'
 eval_interval = 50
 eval_iters = 20
-log_interval = 1                # a row of metrics.jsonl per step
+log_interval = 1
 
 dataset = 'shakespeare_char'    # prepared by the first run
 gradient_accumulation_steps = 1
@@ -12,14 +12,14 @@ block_size = 512
 
 n_layer = 4
 n_head = 4
-n_embd = 256                    # r, the trained components, starts at 256 - 10 = 246
+n_embd = 256                    # r, the number of trained components, starts at 256 - 10 = 246
 
 adaptive_svd = True
-adaptive_svd_target_layer = -1  # every block
+adaptive_svd_target_layer = -1
 adaptive_svd_targets = 'c_q,c_k,c_v,c_proj'
 adaptive_svd_interval = 20      # analyses at steps 20, 40, ... 100
 
 learning_rate = 1e-3            # AdamW
-min_lr = 1e-4                   # learning_rate / 10
+min_lr = 1e-4
 max_iters = 100
 warmup_iters = 10               # 10% of the run

@@ -1,4 +1,5 @@
-# GPT-2 (124M) on OpenWebText to a loss of about 2.85; nanoGPT's settings; some days on 8 A100 40GB:
+# GPT-2 (124M) on OpenWebText to a loss of about 2.85; nanoGPT's settings
+# a few days on 8 A100 40GB:
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 wandb_log = True

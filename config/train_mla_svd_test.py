@@ -20,7 +20,7 @@ mla_latent_dim = 32             # the values of all heads together have at most 
 use_svd = True
 svd_rank = 16                   # of 32; None or 32 gives config/train_mla_test.py
 svd_method = 'gram'             # same V_k as 'standard' (torch.linalg.svd), faster
-svd_scope = 'causal'            # sees no later tokens, so latents can be cached; 'sequence' does
+svd_scope = 'causal'            # sees no later tokens, so latents can be cached
 
 optimizer = 'muon'
 learning_rate = 5e-3

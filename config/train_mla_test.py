@@ -15,7 +15,7 @@ n_head = 4
 n_embd = 128
 
 use_mla = True
-mla_latent_dim = 32             # the default, n_embd / 4; a cache 8 times smaller than 2 n_embd
+mla_latent_dim = 32             # n_embd / 4, the default; the cache is 8 times smaller
 
 optimizer = 'muon'
 learning_rate = 5e-3

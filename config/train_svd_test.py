@@ -3,13 +3,13 @@
 
 out_dir = 'out-svd-test'
 eval_interval = 300             # an evaluation takes a second or two
-eval_iters = 20                 # the final evaluation uses the whole validation split anyway
-log_interval = 10               # a row of metrics.jsonl every 10 steps
+eval_iters = 20                 # the final evaluation uses the whole validation split
+log_interval = 10
 
 dataset = 'shakespeare_char'    # prepared by the first run
 gradient_accumulation_steps = 1
 batch_size = 4                  # 1,024 tokens per step: many small steps suit Muon on a CPU
-block_size = 256                # context of 256 characters
+block_size = 256
 
 n_layer = 4
 n_head = 4
@@ -18,8 +18,8 @@ n_embd = 128                    # head size 32
 use_svd = True
 svd_rank = 16                   # of 32; None or 32 gives the baseline
 svd_method = 'gram'             # same V_k as 'standard', faster
-svd_scope = 'sequence'          # classic definition; sees later tokens, so two losses are reported
-svd_basis_grad = False          # True: Muon leaks later tokens through the basis, docs/RESULTS.md
+svd_scope = 'sequence'          # best approximation; sees later tokens, so two losses are reported
+svd_basis_grad = False          # True: training learns to use later tokens: docs/RESULTS.md
 
 optimizer = 'muon'              # needs a quarter of AdamW's steps: docs/RESULTS.md
 learning_rate = 5e-3            # with 3e-3 and 8e-3 the loss stays longer near 2.5

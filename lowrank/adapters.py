@@ -20,8 +20,8 @@ class AdapterTargets:
     """Base class of a configuration that finds the layers its options name.
 
     The configuration has the fields n_layer, layer_ranks, adaptive_svd* and lora_*. It also has
-    `layer_shapes` (layer name -> weight shape (m, n)) and `targets` (word in an option -> layer of
-    a block).
+    `layer_shapes` (layer name -> weight shape (m, n)) and `targets` (word in an option -> name of
+    the layer inside a block).
     """
 
     @property
@@ -94,14 +94,15 @@ def inject_adapters(model, from_trained=False):
 
 
 def adaptive_layers(model) -> dict[str, AdaptiveSVDLinear]:
-    """Map the name used in metrics, such as 'block0.attn.c_q', to each AdaptiveSVDLinear."""
+    """Return a dict: name in metrics, such as 'block0.attn.c_q' -> AdaptiveSVDLinear."""
     return {'block{}.attn.{}'.format(name.split('.')[1], name.rpartition('.')[2]): layer
             for name, layer in model.transformer.named_modules()
             if isinstance(layer, AdaptiveSVDLinear)}
 
 
 def lowrank_ranks(model) -> dict[str, int] | None:
-    """Return `adaptive_svd_ranks` as they are now: name -> r, or None if there are none."""
+    """Return the current value of `adaptive_svd_ranks`: name -> r, or None if no layer is in
+    low-rank mode."""
     layers = {name: model.get_layer(name) for name in model.config.adaptive_layers}
     return {name: layer.r for name, layer in layers.items() if layer.r is not None} or None
 
@@ -138,9 +139,9 @@ def to_standard_lora(layer: LoRALinear, original):
 
         W + s B A = W_0 + s [B, B_0] [A; -A_0],   r' = min(2 r, m, n).
 
-    'lora' freezes W = W_0, so the layer's own A and B are returned. s B_0 A_0 is computed as
-    W_0 - W, because a second SVD is not bit-identical to the first. Raises ValueError if W_0 - W
-    differs from rank r by more than rounding, and torch.linalg.LinAlgError if W_0 is not finite.
+    'lora' freezes W = W_0, so the layer's own A and B are returned. s B_0 A_0 comes from W_0 - W,
+    because a second SVD is not bit-identical to the first. Raises ValueError if the rank of W_0 - W
+    exceeds r by more than rounding, and torch.linalg.LinAlgError if W_0 is not finite.
     """
     w, whole = layer.base.weight, to_float64(original)
     removed = whole - to_float64(w)                                 # (m, n)

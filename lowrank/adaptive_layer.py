@@ -22,9 +22,11 @@ CURVES = {'gradient in the\nprincipal space': ('principal_alignment',
           'gradient in the\nminor space': ('minor_alignment', {}),
           'beyond chance': ('excess', {'chance': 0.0, 'danger': DANGER_EXCESS}),
           'mode': ('mode', {}), 'trained\ncomponents r': ('r', {})}
-FLOOR = 1e-3                # of sigma_1, for `balanced_factors`: no row of A starts near zero
+# times sigma_1: floor of `balanced_factors`, so that no row of A starts near zero
+FLOOR = 1e-3
 PATIENCE = 3                # analyses in a row that must propose a smaller r before r shrinks
-STABLE_ANALYSES = 5         # analyses in a row without a reason for low-rank mode that end it
+# analyses in a row without a reason for low-rank mode after which it ends
+STABLE_ANALYSES = 5
 # what an analysis does to a layer, as text
 ACTIONS = {'initial': 'Initial SVD computed', 'none': 'full mode - {reason}',
            'lowrank': 'SWITCHED TO LOW-RANK (r={r}) - Reason: {reason}',
@@ -41,7 +43,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
     The buffer `protected` (m, k) holds U_p, the k principal left singular vectors.
 
     With protection 'left', `project_factors` removes from B what lies in the span of U_p, so that
-    U_p^T W stays as it was at the switch. The parameters are projected, not the gradient, because
+    U_p^T W stays what it was at the switch. The parameters are projected, not the gradient, because
     AdamW's element-wise scaling would undo a projection of the gradient. With protection 'none',
     B A can change any component, as in MiLoRA (arXiv:2406.09044).
 
@@ -66,8 +68,8 @@ class AdaptiveSVDLinear(AdaptedLinear):
         like.requires_grad_(False)
 
     def forward(self, x):
-        """x (..., n) -> (..., m). With at least m n / (m + n) rows, W_p + B A is computed
-        first, because that costs no more than B A x."""
+        """x (..., n) -> (..., m). With at least m n / (m + n) rows, W_p + B A is computed first,
+        because that costs no more than B A x."""
         (m, n), rows = self.base.weight.shape, x.numel() // x.size(-1)
         if self.A is not None and rows * (m + n) < m * n:
             return self.base(x) + self.B(self.A(x))
@@ -89,7 +91,7 @@ class AdaptiveSVDLinear(AdaptedLinear):
     def switch_to_lowrank(self, r, usv: tuple | None = None):
         """Train the r minor components of the current W. A layer in low-rank mode is decomposed
         again. usv: `thin_svd` of W, or None to compute it here. If `base.weight.grad` holds dL/dW,
-        the gradients of A and B are computed from it and it is dropped."""
+        the gradients of A and B are computed from it, and then it is deleted."""
         W, like = self.merged_weight(), self.base.weight
         U, S, V = usv or thin_svd(self.weight)
         k = len(S) - r
@@ -129,8 +131,8 @@ def thin_svd(weight):
 
 def switch(layer, r: int | None, swap_params, usv: tuple | None = None):
     """Switch a layer to low-rank mode with r, also from another r, or to full mode if r is None.
-    swap_params(old) gives the optimizer the new parameters, without momenta. Carrying momenta over
-    changed no loss with an analysis every 20 steps (docs/ADAPTIVE.md)."""
+    swap_params(old) gives the optimizer the new parameters. Their momenta start from zero. Keeping
+    the old momenta changed no loss with an analysis every 20 steps (docs/ADAPTIVE.md)."""
     old = layer.factor_params() or [layer.base.weight]
     if r is None:
         layer.switch_to_full()
@@ -163,7 +165,7 @@ class AdaptiveSVD:
         self.memory = {name: dict(state[name]) for name in self.layers}
 
     def is_analysis_step(self, step):
-        """Whether a step, counted from 1, has an analysis."""
+        """Return whether the layers are analyzed at a step, counted from 1."""
         return step % self.interval == 0
 
     def track_weight_grads(self):
@@ -183,11 +185,11 @@ class AdaptiveSVD:
         """
         for layer in self.layers.values():
             weight = layer.base.weight
-            if layer.r is not None and weight.grad is not None:     # already averaged in full mode
+            if layer.r is not None and weight.grad is not None:     # DDP averages it in full mode
                 weight.grad = mean(weight.grad)
         analyses = on_main(lambda: [self._analysis(name, step) for name in self.layers])
         for layer in self.layers.values():
-            layer.track_weight_grad(False)                        # before parameters are swapped
+            layer.track_weight_grad(False)                          # before parameters are swapped
         ranks = [layer.r for layer in self.layers.values()]
         for name, analysis in zip(self.layers, analyses):
             self._act(name, *analysis, swap_params)
@@ -237,7 +239,7 @@ class AdaptiveSVD:
             action = 'lowrank'
             switch(layer, r, swap_params, usv)
         elif layer.r is not None:
-            informative = found['lift'] is not None                 # a zero gradient says nothing
+            informative = found['lift'] is not None     # a zero gradient has no information
             memory['calm'] = 0 if decision else memory['calm'] + informative
             memory['patience'] = memory['patience'] + 1 if r_next < layer.r else 0
             action, new_r = 'full', None
@@ -245,7 +247,7 @@ class AdaptiveSVD:
                 action, new_r = 'refactored', r_next if memory['patience'] >= PATIENCE else layer.r
                 memory['patience'] %= PATIENCE
             switch(layer, new_r, swap_params, usv)
-        memory['r'] = layer.r or memory['r']                 # r if low-rank mode starts again
+        memory['r'] = layer.r or memory['r']            # r if low-rank mode starts again
         mode, r_now = ('full', len(usv[1])) if layer.r is None else ('lowrank', layer.r)
         self.diagnostics[name] = found | dict(mode=mode, r=r_now, action=action)
         self._analyzed[name] = to_float32(layer.weight).clone(), r

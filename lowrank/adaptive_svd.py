@@ -2,16 +2,16 @@
 
 W (m, n) = U diag(S) V^T has g = min(m, n) singular triplets. Low-rank mode freezes the k = g - r
 principal ones, which hold what has been learned, and trains the r minor ones (MiLoRA,
-arXiv:2406.09044). Gradients have low rank, and their subspace turns slowly (GaLore,
-arXiv:2403.03507). An analysis every few steps therefore asks whether the protected subspace has
-stopped turning and whether the gradient points into it. The caller keeps the mode and counts
-analyses.
+arXiv:2406.09044). The protected subspace is the span of the k principal left singular vectors.
+Gradients have low rank, and their subspace turns slowly (GaLore, arXiv:2403.03507). An analysis
+every few steps therefore asks whether the protected subspace has stopped turning and whether the
+gradient points into it. The caller (`adaptive_layer.AdaptiveSVD`) keeps the mode.
 
 Letters: m outputs, n inputs, r minor components, k = g - r principal ones. An r above g counts as
 g. S (g) is descending. U (m, g) and V (n, g), which is not V^T, have orthonormal columns in the
 same order, and their k leading columns are enough. Results are computed in float64 on the CPU and
-returned as Python numbers. NaN or inf in a weight or its SVD raises ValueError. A gradient with NaN
-or inf is treated as no information.
+returned as Python numbers. A weight or an SVD that is not finite raises ValueError. A gradient that
+is not finite counts as no information.
 """
 
 import math
@@ -22,15 +22,15 @@ from lowrank.spectrum import rank_for_energy, to_float64
 
 WARMUP_STEPS = 10           # before that, W is mostly its initialization
 FIRST_PRINCIPAL = 10        # k at first; little is protected until training has settled
-LEAST_RANK = 8              # with a smaller r a layer could hardly learn
-SHRINK = 0.8                # factor for r at a decrease; 15 of them lead from 246 to 8
+LEAST_RANK = 8              # a layer with a smaller r learns too little
+SHRINK = 0.8                # factor of a decrease of r; 15 decreases lead from 246 to 8
 STABLE_CHANGE = 0.1         # r may shrink if the smallest singular values change by at most this
 WATCHED_PART = 4            # only g // 4 values are compared, because large ones hide small ones
-ENERGY = 0.95               # share of the sum of sigma^2 for the concentration of a spectrum
+ENERGY = 0.95               # fraction of the sum of sigma^2 for the concentration of a spectrum
 SAFE_ERROR = 0.01           # relative error; the principal part then has 99.99% of the energy
-DANGER_ALIGNMENT = 0.4      # share of the gradient's energy in the protected space
+DANGER_ALIGNMENT = 0.4      # fraction of the gradient's energy in the protected subspace
 DANGER_EXCESS = 0.25        # equals alignment 0.4 at k/m = 0.2; for larger k/m 0.4 is near chance
-CALM_ANGLE = 0.1            # radians (5.7 degrees); below it the protected space is at rest
+CALM_ANGLE = 0.1            # radians (5.7 degrees); below it the protected subspace is stable
 CALM_MINOR = 0.6            # 1 - DANGER_ALIGNMENT, so that calm and danger exclude each other
 
 DIAGNOSTICS = ('reason', 'why', 'principal_alignment', 'minor_alignment', 'chance', 'lift',
@@ -42,7 +42,7 @@ def compute_subspace_angle(U1, U2, k):
     """Return the largest principal angle between the spans of the k leading columns of U1 and U2
     (m, >= k), in radians from 0 to pi/2. It is 0 for k = 0. Angles above pi/4 come from cosines
     (Bjoerck and Golub 1973), smaller ones from sines (Knyazev and Argentati 2002), because acos is
-    inaccurate near 1. In float32 it finds an angle of 1e-3 between a space and itself."""
+    inaccurate near 1. In float32, acos gives an angle of 1e-3 between a subspace and itself."""
     first, second = to_float64(U1[:, :k], 'U1'), to_float64(U2[:, :k], 'U2')    # (m, k)
     if k == 0:
         return 0.0
@@ -56,8 +56,8 @@ def compute_subspace_angle(U1, U2, k):
 
 
 def compute_singular_value_concentration(S, percentile=ENERGY):
-    """Return (rank / g, rank) for the smallest rank whose singular values have the share
-    `percentile` of the energy of S (g). It is (0.0, 0) if S is zero. Raises ValueError unless
+    """Return (rank / g, rank) for the smallest rank whose singular values have the fraction
+    `percentile` of the energy of S (g), or (0.0, 0) if S is zero. Raises ValueError unless
     0 < percentile <= 1."""
     S = to_float64(S, 'S')
     rank = rank_for_energy(S, percentile).item() if S.any() else 0
@@ -67,8 +67,8 @@ def compute_singular_value_concentration(S, percentile=ENERGY):
 def compute_reconstruction_error(W, U, S, V, r):
     """Return the relative error of the principal components alone, |W - U_k S_k V_k^T| / |W|
     (Frobenius), and whether it is below SAFE_ERROR. W (m, n), U (m, >= k), S (g), V (n, >= k) ->
-    (float, bool). The error is 0 for W = 0. It says how much of W is protected. Low-rank mode drops
-    no part of W."""
+    (float, bool). The error is 0 for W = 0. A small error means that nearly all of W is protected.
+    Low-rank mode itself makes no such error, because it keeps the other components."""
     W, S = to_float64(W, 'W'), to_float64(S, 'S')
     k = max(len(S) - r, 0)
     U, V = to_float64(U[:, :k], 'U'), to_float64(V[:, :k], 'V')
@@ -78,12 +78,13 @@ def compute_reconstruction_error(W, U, S, V, r):
 
 
 def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[float, float]:
-    """Return the shares of a gradient's energy inside the protected space, |U_k^T G|^2 / |G|^2, and
-    outside it.
+    """Return the fractions of a gradient's energy inside the protected subspace,
+    |U_k^T G|^2 / |G|^2, and outside it.
 
-    grad_W: G (m, n). U (m, >= k). S (g), of which only the length is used. The shares add up to 1.
-    They are (0.0, 0.0) for a gradient that is None, zero or not finite. Compare the first share
-    with `random_baseline`. An optimizer's step may be passed as grad_W, but its alignment differs.
+    grad_W: G (m, n). U (m, >= k). S (g), of which only the length is used. The fractions add up to
+    1. They are (0.0, 0.0) for a gradient that is None, zero or not finite. Compare the first
+    fraction with `random_baseline`. An optimizer's step may be passed as grad_W, but its alignment
+    differs from the gradient's.
     """
     principal_space = to_float64(U[:, :max(len(S) - r, 0)], 'U')    # (m, k)
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
@@ -95,9 +96,9 @@ def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[fl
 
 
 def random_baseline(k, m):
-    """Return k/m, the mean principal alignment of random gradients (m, n). For independent Gaussian
-    entries the alignment is distributed as Beta(k n / 2, (m - k) n / 2), with variance
-    2 c (1 - c) / (m n + 2) for c = k/m."""
+    """Return c = k/m, the mean principal alignment of random gradients (m, n). For independent
+    Gaussian entries the alignment is distributed as Beta(k n / 2, (m - k) n / 2), whose variance is
+    2 c (1 - c) / (m n + 2)."""
     return k / m
 
 
@@ -108,7 +109,7 @@ def lift(principal, baseline):
 
 def normalized_alignment(principal, baseline):
     """Rescale the principal alignment so that the random baseline becomes 0 and a gradient inside
-    the protected space becomes 1. It is 0 if everything is protected."""
+    the protected subspace becomes 1. It is 0 if everything is protected."""
     return (principal - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
@@ -153,15 +154,15 @@ def should_use_lowrank_training(
 
     W (m, n) has the SVD U (m, >= k), S (g), V (n, >= k) with k = g - r_current. U_prev and S_prev
     are those of the last analysis. W_prev and V_prev are not used. grad_W (m, n) counts neither as
-    danger nor as calm if it is zero or not finite. in_lowrank_mode: how W trains now. A large error
-    is no reason to leave low-rank mode. r_next is r_current in the first two rows and the proposal
-    of `determine_next_r` in the others.
+    danger nor as calm if it is zero or not finite. in_lowrank_mode: whether W trains in low-rank
+    mode now. A large error is no reason to leave low-rank mode. r_next is r_current in the first
+    two rows and the proposal of `determine_next_r` in the others.
 
     diagnostics has the keys DIAGNOSTICS: the reason, `why` for r_next, and the measurements. A
     measurement is None if it was not made, and so are lift and excess without a usable gradient.
     chance is `random_baseline`, excess is `normalized_alignment`. dropped_error is the relative
     error of W without its FIRST_PRINCIPAL smallest components, 0.007 even for a Gaussian 256 x 256
-    matrix. It is not reconstruction_error.
+    matrix. reconstruction_error is that of W without all r minor components.
     """
     found = dict.fromkeys(DIAGNOSTICS)
 

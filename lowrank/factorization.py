@@ -12,9 +12,9 @@ left singular vectors of R W L,
 
     U = R^-1 E_r,   A = E_r^T R W,
 
-and the error is the sum of the remaining squared singular values, for every r at once. G = I gives
-the criterion of SVD-LLM (arXiv:2403.07378), which is the error of the outputs. C = G = I gives the
-plain SVD.
+and the error is the sum of the remaining squared singular values, for every r at once. With G = I
+it is the error of the outputs, which SVD-LLM minimizes (arXiv:2403.07378). C = G = I gives the
+plain SVD of W.
 
 C or G is singular if there are few tokens or constant inputs, so both get a ridge. In directions
 that the calibration text does not show, the result is then that of the plain SVD. Full rank returns
@@ -31,8 +31,8 @@ RIDGE = 1e-6                # relative to the mean diagonal; 1e-2 gives the same
 class Factorization:
     """Best approximations of a weight (m, n) for all ranks, by one eigendecomposition.
 
-    They are computed in float64 on the CPU, on the smaller side of the weight, s = min(m, n). The
-    eigenvectors are singular vectors of R W L.
+    They are computed in float64 on the CPU. The decomposed matrix is (s, s) with s = min(m, n), the
+    smaller side of the weight. Its eigenvectors are singular vectors of R W L.
 
                     near    far
         m >= n      C       W^T G W
@@ -41,7 +41,7 @@ class Factorization:
     near (s, s) is the statistic of the smaller side. far (s, s) is the statistic of the larger
     side, multiplied by W on both sides. None stands for the identity as a statistic. ridge is
     relative to the mean of each statistic. `energies` (s) are the squared singular values of R W L,
-    descending. Raises ValueError for non-finite values.
+    descending. Raises ValueError for values that are not finite.
     """
 
     def __init__(self, weight, near: torch.Tensor | None = None, far: torch.Tensor | None = None,
@@ -61,7 +61,7 @@ class Factorization:
 
     def factors(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
         """Return U (m, r) and A (r, n) with U^T U = A A^T. Full rank gives W itself."""
-        if rank >= self.size:                                       # W itself
+        if rank >= self.size:
             return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
         leading = self.vectors[:, :rank]                            # (s, r)
         down, up = leading.mT @ self.inverse, self.root @ leading   # (r, s), (s, r)
@@ -80,7 +80,7 @@ def psd_sqrt(statistic, size, ridge):
         return identity, identity, max(level, 0.0)
     values, vectors = torch.linalg.eigh(statistic / level)
     roots = (values.clamp_min(0) + ridge).sqrt()                    # (size)
-    inverses = torch.where(roots > 0, 1 / roots, 0)              # ridge=0: drop unseen directions
+    inverses = torch.where(roots > 0, 1 / roots, 0)     # ridge=0: drop directions without data
     return vectors * roots @ vectors.mT, vectors * inverses @ vectors.mT, level
 
 
@@ -98,7 +98,7 @@ def ridge_refit(before, inputs, cross, ridge=RIDGE):
 
     x^ is the layer's input x after earlier layers changed. This is least squares with a ridge that
     keeps M at P = before (k, n) in directions without data. inputs: E[x^ x^^T] (n, n), cross:
-    E[u x^^T] (k, n), both float64. Raises ValueError for non-finite values.
+    E[u x^^T] (k, n), both float64. Raises ValueError for values that are not finite.
     """
     inputs, cross = to_float64(inputs, 'inputs'), to_float64(cross, 'inputs')
     _, inverse, level = psd_sqrt(inputs, len(inputs), ridge)
@@ -128,9 +128,9 @@ def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, in
     energies: name -> (s), descending, the error that each component avoids, in one unit for all
     layers. shapes: name -> (m, n). step: ranks are multiples of it. The largest choice for a layer
     has no error. It is the dense layer, or the rank above which all energies are zero. The error is
-    a convex function of the size, except for the large step to the dense layer. Ranks just before
-    that step are left out, which makes it convex. Then the steepest steps of all layers are taken
-    first. Raises ValueError if even the smallest ranks exceed the budget.
+    a convex function of the size, except for the jump to the dense layer. Ranks just before that
+    jump are left out, which makes the function convex. Then parameters are first spent where they
+    reduce the error most. Raises ValueError if even the smallest ranks exceed the budget.
     """
     ranks, spent, segments = {}, 0, []
     for name, shape in shapes.items():
@@ -149,7 +149,7 @@ def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, in
     if spent > budget:
         raise ValueError(f'{budget:,.0f} parameters are too few for the smallest ranks '
                          f'(nearest: {spent:,})')
-    full = set()                                             # layers whose next segment did not fit
+    full = set()                                        # layers whose next segment did not fit
     for slope, _, name, size, rank in sorted(segments, key=lambda segment: segment[:2]):
         if name not in full and spent + size <= budget and slope < 0:
             ranks[name], spent = rank, spent + size

@@ -1,4 +1,4 @@
-"""What attention does to V of each head: nothing, or a truncated SVD in one of three scopes.
+"""Truncated SVD of V in attention: one module per scope, and one without SVD.
 
 `build_head_svd` makes one module per attention layer. Each module has
 
@@ -7,9 +7,9 @@
     new_values, new_latent_values   storage for V in a cache (kv_cache.py)
 
 'sequence' takes the best rank-k approximation of V of the whole sequence, so each position depends
-on later ones. 'causal' projects each row of V on a basis of earlier rows. 'weight' truncates W_v.
-This is one small SVD per head and forward pass, independent of B and T and of the tokens. The bias
-is kept, so V - b has rank k.
+on later ones. 'causal' projects V of each token onto a basis of earlier tokens. 'weight' truncates
+W_v. This is one small SVD per head and forward pass, independent of B and T and of the tokens. The
+bias b is kept, so V - b has rank k.
 """
 
 import torch
@@ -23,7 +23,7 @@ from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_e
 
 
 class NoSVD(nn.Module):
-    """Leaves V and W_v as they are."""
+    """Unchanged V and W_v."""
 
     def forward(self, v):
         return v
@@ -32,8 +32,8 @@ class NoSVD(nn.Module):
         return w_v
 
     def new_values(self, shape, w_v, bias, **kind):
-        """Return empty storage for values of shape (B, nh, N, hs), which w_v (nh, hs, C) and
-        bias (nh, 1, hs) or None compute. kind: dtype and device."""
+        """Return empty storage for values of shape (B, nh, N, hs). w_v (nh, hs, C) and bias
+        (nh, 1, hs) or None are the parameters that compute them. kind: dtype and device."""
         return DenseValues(shape, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
@@ -47,7 +47,8 @@ class HeadSVD(NoSVD):
     warm_power_iters: int | None = None     # iterations of a warm start; None: no warm start
 
     def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
-        """block: first rows without a basis in 'causal' scope. The rest: see lowrank/svd.py."""
+        """block: number of first rows that are not projected in 'causal' scope. Other arguments are
+        those of `low_rank_approximation`."""
         super().__init__()
         self.block, self.basis_grad, self.warm_start = block, basis_grad, None
         self.options = dict(rank=rank, method=method, power_iters=power_iters,
@@ -75,7 +76,7 @@ class SequenceSVD(HeadSVD):
 
 
 class CausalSVD(SequenceSVD):
-    """Rows of V projected on bases of earlier rows, in blocks of doubling length."""
+    """Rows of V projected onto bases of earlier rows, in blocks of doubling length."""
 
     warm_power_iters = 1            # one basis fits all prefixes less well (docs/RESULTS.md)
 
@@ -96,7 +97,7 @@ class CausalSVD(SequenceSVD):
 
 
 class WeightSVD(HeadSVD):
-    """Truncates W_v per head. 'randomized' always starts cold, because the problem is small."""
+    """Truncated W_v per head. 'randomized' always starts cold, because the problem is small."""
 
     def truncate_weight(self, w_v):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT

@@ -1,8 +1,9 @@
-"""Key/value caches: what an attention layer keeps of earlier tokens, and how new tokens attend.
+"""Key/value caches of an attention layer, and attention of new tokens to the cached ones.
 
 `KeyValueCache` keeps keys and values. `LatentCache` keeps one latent per token, from which MLA
 computes both. Values are stored in full (`DenseValues`), as coordinates in one basis
-(`FactoredValues`), or in one basis per block of rows (`BlockCausalValues`).
+(`FactoredValues`), or in one basis per span (`BlockCausalValues`). A span is a block of rows with
+the same basis, or the rows before the first basis.
 
 Letters: B batch, T tokens so far, N capacity in tokens, nh heads, hs head size, d latent size, k
 rank; "..." any batch dimensions. Memory is allocated once and written in place, so there are no
@@ -19,9 +20,10 @@ from lowrank.svd import causal_starts
 # append-only values
 
 class DenseValues:
-    """Append-only rows in full: N n values."""
+    """Append-only rows, stored in full as N n values."""
 
-    down_proj = None                # (nh k, C), makes coordinates of x if they are cached
+    # (nh k, C) maps x to cached coordinates; None: V itself is cached
+    down_proj = None
 
     def __init__(self, shape, dtype, device):
         """shape (..., N, n)."""
@@ -40,20 +42,20 @@ class DenseValues:
 
     def weighted_sum(self, weights):
         """weights (..., 1, T) -> weighted sum of the rows (..., 1, n)."""
-        return weights @ self.data[..., :self.length, :]            # all() may expand
+        return weights @ self.data[..., :self.length, :]            # all() of a subclass expands
 
 
 class FactoredValues(DenseValues):
-    """Append-only rows W c + b, stored as their coordinates c: N k values.
+    """Append-only rows W c + b, stored as their coordinates c, which are N k values.
 
-    `append` takes coordinates. A weighted sum is taken of coordinates and expanded once. With a
-    bias, its weights must therefore add up to 1.
+    `append` takes coordinates. A weighted sum is computed of coordinates and expanded once. With a
+    bias, the weights of the sum must therefore add up to 1.
     """
 
     def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
                  dtype, device):
         """shape (..., N, n); basis: W (..., n, k); bias: b (..., 1, n) or None; down_proj (nh k, C)
-        or None."""
+        or None, as in `DenseValues`."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
         self.basis, self.bias, self.down_proj = basis.to(dtype), bias, down_proj
 
@@ -94,7 +96,7 @@ class BlockCausalValues:
 
     def append(self, x):
         """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError if a basis
-        would come from non-finite rows."""
+        would come from rows that are not finite."""
         while x.shape[-2]:
             span = next(s for s in self.spans if s.length < s.capacity)
             room = span.capacity - span.length
@@ -105,9 +107,10 @@ class BlockCausalValues:
                 if span.length == 0:
                     span.basis.copy_(self.eigensolver(self.gram))
                 span.append(rows.to(span.basis.dtype) @ span.basis)             # (..., m, k)
-            if span is not self.spans[-1]:                          # a later basis needs them
+            if span is not self.spans[-1]:              # for the bases of later spans
                 rows = rows.to(self.gram.dtype)
-                with torch.autocast(rows.device.type, enabled=False):   # it rounds float32
+                # autocast would round float32
+                with torch.autocast(rows.device.type, enabled=False):
                     self.gram += rows.mT * rows if rows.shape[-2] == 1 else rows.mT @ rows
 
     def all(self):
@@ -126,7 +129,7 @@ class BlockCausalValues:
 
 
 def gram_dtype(dtype, device):
-    """float64 for a Gram matrix, or float32 for half precision and on MPS without float64."""
+    """Return the dtype of a Gram matrix: float64, or float32 for half precision and on MPS."""
     wide = dtype in (torch.float32, torch.float64) and torch.device(device).type != 'mps'
     return torch.float64 if wide else torch.float32
 
@@ -135,7 +138,7 @@ def gram_dtype(dtype, device):
 # values of latents
 
 class LatentValues:
-    """Values U_v c + b, computed from cached latents c. They store nothing."""
+    """Values U_v c + b, computed from cached latents c. Nothing is stored."""
 
     nbytes, down_proj = 0, None
 
@@ -181,15 +184,15 @@ class BlockCausalLatentValues(LatentValues):
         for a, b, w in self._spans(c):
             part = weights[..., a:b]                                # (B, nh, b - a)
             y = super().weighted_sum(part, c[:, a:b])               # (B, nh, 1, hs)
-            if self.bias is not None:                # weights of one span add up to less
+            if self.bias is not None:   # the weights of a span add up to less than 1
                 y = y + (part.sum(-1)[..., None, None] - 1) * self.bias
             total = total + (y if w is None else y @ w @ w.mT)
         return total
 
     def _spans(self, c):
-        """Compute bases that are due. Return (first row, last row + 1, W_k) per span of
-        c (B, T, d). W_k comes from V^T V of the rows before the span. It is None for the first
-        span, which has no basis."""
+        """Compute the bases of spans that have begun. Return (first row, last row + 1, W_k) per
+        span of c (B, T, d). W_k comes from V^T V of the rows before the span. It is None for the
+        first span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
@@ -218,14 +221,15 @@ class KeyValueCache:
     @torch.compiler.disable                                         # shapes change with each token
     def attend(self, q, k, v):
         """Add k and v of m new tokens, each (B, nh, m, hs), then attend to all tokens with queries
-        q (B, nh, 1 or m, hs) -> like q. v holds coordinates if `values.down_proj` is set. A batch
-        of one is added to every sequence of the cache."""
+        q (B, nh, 1 or m, hs). Returns outputs in the shape of q. v holds coordinates if
+        `values.down_proj` is set. A batch of one is added to every sequence of the cache."""
         self.stored.append(k)
         self.values.append(v)
         if k.size(2) == self.length:                                # a prompt: as in training
             v = self.values.all()[:len(k)]
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
-        scores = self.stored.all() @ (q * q.size(-1) ** -0.5).mT   # (B, nh, T, hs) x (B, nh, hs, 1)
+        # (B, nh, T, hs) x (B, nh, hs, 1)
+        scores = self.stored.all() @ (q * q.size(-1) ** -0.5).mT
         return self.values.weighted_sum(F.softmax(scores.mT, dim=-1))
 
 
@@ -233,8 +237,8 @@ class LatentCache(KeyValueCache):
     """One latent c of d values per token for keys k = U_k c and values v = U_v c + b of all heads
     (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 
-    The keys and values of a prompt are computed once. For a single query U_k and U_v are absorbed.
-    The scores are q^T U_k times the latents, and U_v is applied to the weighted sum of latents, so
+    The keys and values of a prompt are computed once. For a single query, U_k and U_v are absorbed:
+    the scores are q^T U_k times the latents, and U_v is applied to the weighted sum of latents, so
     no key or value is computed.
     """
 
@@ -264,8 +268,8 @@ def expand(weight, c):
 
 def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> int:
     """Return the position where idx (B, T) begins, which is the number of tokens in the cache, or 0
-    without a cache. Raises ValueError if idx does not fit. A prompt comes first, then one token at
-    a time. All tokens must fit block_size and the cache."""
+    without a cache. Raises ValueError for more tokens than block_size or the cache holds, and for
+    several tokens if the cache is not empty."""
     T, start = idx.size(1), cache[0].length if cache else 0
     most = min(block_size, cache[0].stored.capacity) if cache else block_size
     if not 1 <= T <= most - start:

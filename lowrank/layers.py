@@ -11,8 +11,9 @@ from lowrank.spectrum import to_float64
 from lowrank.svd import balanced_factors, truncated_svd
 
 INITS = ('lora', 'pissa', 'milora')
-# Singular values below FLOOR sigma_1 are not split evenly between the factors, so that no row of A
-# begins below 1e-2 of the longest. A random 1,000 x 1,000 matrix has no values below some 5e-4
+# singular values below FLOOR sigma_1 are not split evenly between the factors, so that no row of A
+# starts shorter than 1e-2 of the longest row; a random 1,000 x 1,000 matrix has no values below
+# about 5e-4 sigma_1
 FLOOR = 1e-4
 
 
@@ -30,7 +31,8 @@ class FactoredLinear(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, b, a):
-        self.A.weight.copy_(a.to(self.A.weight.dtype))             # dtype first: MPS has no float64
+        # dtype first, because MPS has no float64
+        self.A.weight.copy_(a.to(self.A.weight.dtype))
         self.B.weight.copy_(b.to(self.B.weight.dtype))
 
     @torch.no_grad()
@@ -42,24 +44,24 @@ class FactoredLinear(nn.Module):
 class LowRankLinear(FactoredLinear):
     """Linear layer y = B (A x) + b, whose weight B A (m, n) has at most rank r.
 
-    It has r (m + n) parameters instead of m n, and as many multiplications per row of x. B has the
-    bias.
+    Without the bias b, which belongs to B, it has r (m + n) parameters instead of m n, and as many
+    multiplications per row of x.
     """
 
     def __init__(self, in_features, out_features, rank, bias=True):
         super().__init__()
         self.add_factors(in_features, out_features, rank, bias)
 
-    def forward(self, x):                                         # (..., n) -> (..., r) -> (..., m)
+    def forward(self, x):                               # (..., n) -> (..., r) -> (..., m)
         return self.B(self.A(x))
 
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear, rank):
         """Return the layer whose B A is the best rank-r approximation of an nn.Linear's weight
-        (Eckart and Young 1936): A = sqrt(S) V^T, B = U sqrt(S). The bias stays. A rank above
+        (Eckart and Young 1936): A = sqrt(S) V^T, B = U sqrt(S). The bias is copied. A rank above
         min(m, n) counts as min(m, n). Raises ValueError for rank < 1 and torch.linalg.LinAlgError
-        for non-finite weights."""
+        for weights that are not finite."""
         u, s, vh = truncated_svd(to_float64(linear.weight), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
@@ -115,21 +117,20 @@ class AdaptedLinear(FactoredLinear):
 
 
 class LoRALinear(AdaptedLinear):
-    """Linear layer with an adapter: y = W x + b + s B A dropout(x) with s = alpha / r. x (..., n)
-    -> y (..., m).
+    """Linear layer with an adapter: y = W x + b + s B A dropout(x) with s = alpha / r.
 
-    W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and B (m, r) are trained. LoRA (Hu
-    et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA (Meng et al.,
-    arXiv:2404.02948) starts from the r largest singular components of the weight W_0 of the wrapped
-    layer. MiLoRA (Wang et al., arXiv:2406.09044) starts from the r smallest. Both freeze the rest,
-    W = W_0 - s B_0 A_0.
+    Maps x (..., n) to y (..., m). W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and
+    B (m, r) are trained. LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA
+    (Meng et al., arXiv:2404.02948) starts from the r largest singular components of the weight W_0
+    of the wrapped layer. MiLoRA (Wang et al., arXiv:2406.09044) starts from the r smallest. Both
+    freeze the rest, W = W_0 - s B_0 A_0.
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.0, init='lora'):
-        """Wrap an nn.Linear, which becomes `base`. The layer computes the same until it is trained.
-        dropout: probability of dropping an input of the adapter in training. init: 'lora' draws A
-        from torch's global generator. 'pissa' and 'milora' take an SVD in float64 on the CPU, which
-        raises torch.linalg.LinAlgError for non-finite weights."""
+        """Wrap an nn.Linear, which becomes `base`. Outputs do not change until the layer is
+        trained. dropout: probability of dropping an input of the adapter in training. init: 'lora'
+        draws A from torch's global generator. 'pissa' and 'milora' compute an SVD in float64 on the
+        CPU, which raises torch.linalg.LinAlgError for weights that are not finite."""
         super().__init__()
         self.add_factors(linear.in_features, linear.out_features, rank, bias=False)
         nn.init.zeros_(self.B.weight)
@@ -163,8 +164,7 @@ def fuse(layers):
 
 class SplitProjection(nn.Module):
     """Projection to queries, keys and values of all heads by three layers (C, C), each of which can
-    be replaced. It is made from the model's `QKVProjection`, copies its weights and has its
-    methods."""
+    be replaced. It has the methods of the model's `QKVProjection` and copies of its weights."""
 
     def __init__(self, fused):
         super().__init__()
@@ -198,13 +198,13 @@ def split_heads(n_head, *tensors):
 
 
 def bias_per_head(n_head, bias):
-    """bias (nh hs) or None -> (nh, 1, hs) or None."""
+    """Split the bias of all heads: bias (nh hs) -> (nh, 1, hs). None gives None."""
     return None if bias is None else bias.view(n_head, 1, -1)
 
 
 def empty_linear(in_features, out_features, bias, like):
-    """Return an uninitialized nn.Linear on the device and in the dtype of `like`, without random
-    draws."""
+    """Return an uninitialized nn.Linear on the device and in the dtype of the tensor `like`. It
+    draws no random numbers."""
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device,
                               dtype=like.dtype)
 
@@ -214,7 +214,7 @@ def linear_from_tensors(weight, bias, like):
     """Return an nn.Linear with copies of weight (m, n) and bias (m) or None. Device, dtype and
     requires_grad are those of the tensor `like`."""
     layer = empty_linear(weight.size(1), len(weight), bias is not None, like)
-    layer.weight.copy_(weight.to(like.dtype))                      # dtype first: MPS has no float64
+    layer.weight.copy_(weight.to(like.dtype))           # dtype first, because MPS has no float64
     if bias is not None:
         layer.bias.copy_(bias)
     return layer.requires_grad_(like.requires_grad)

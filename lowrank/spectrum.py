@@ -1,21 +1,21 @@
-"""Measures of singular values: energy, the rank for a share of the energy, and effective rank."""
+"""Measures of singular values: energy, rank for a fraction of the energy, and effective rank."""
 
 import torch
 
 
 def to_float64(x, name: str | None = None):
     """Return x detached and in float64 on the CPU, because MPS has no float64. It may share memory
-    with x. If a name is given, NaN and inf raise ValueError."""
+    with x. If a name is given, raises ValueError if x is not finite."""
     if name and not x.isfinite().all():
         raise ValueError(f'{name} must be finite, got NaN or inf')
     return x.detach().cpu().double()
 
 
 def energy(s):
-    """Cumulative share of the squared Frobenius norm that the leading singular values hold.
+    """Cumulative fraction of the squared Frobenius norm that the leading singular values hold.
 
     s (..., n): singular values, descending -> float64 (..., n) on the CPU, rising to 1. If all s
-    are zero, the result is ones, because no rank loses anything. Raises ValueError for NaN and inf.
+    are zero, the result is 1, because no rank loses anything. Raises ValueError if s is not finite.
     """
     s = to_float64(s, 'singular values')
     cumulative, tiny = s.square().cumsum(-1), torch.finfo(s.dtype).tiny
@@ -27,17 +27,18 @@ def rank_for_energy(s, fraction):
     """Smallest rank whose cumulative energy reaches `fraction`.
 
     s (..., n): singular values, descending -> int64 (...). Raises ValueError unless
-    0 < fraction <= 1, and for NaN and inf in s.
+    0 < fraction <= 1, and if s is not finite.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f'energy fraction must be above 0 and at most 1, got {fraction}')
-    # a rounding error below the fraction counts, otherwise fraction=1 could need n + 1
+    # values that are below the fraction only by rounding count; otherwise fraction=1 could give
+    # rank n + 1
     reached = energy(s) >= fraction - s.shape[-1] * torch.finfo(torch.float64).eps
     return s.shape[-1] - reached.sum(-1) + 1
 
 
 def energy_kept(x, y):
-    """Share of x's squared Frobenius norm that an approximation y keeps, 1 - |x - y|^2 / |x|^2.
+    """Fraction of x's squared Frobenius norm that an approximation y keeps, 1 - |x - y|^2 / |x|^2.
 
     x, y (..., m, n) -> float64 (...) on the CPU. It is 1 if x is zero.
     """

@@ -1,15 +1,15 @@
 """Leading eigenvectors of batches of symmetric positive semidefinite matrices by subspace iteration
 (Halko, Martinsson and Tropp 2011, algorithm 4.4), with matrix products and Cholesky factors only.
 
-`eigh` computes the small matrices of a batch one after another, and MPS has no `eigh` before torch
-2.14. An iteration orthonormalizes by Cholesky QR,
+It replaces `eigh`, which computes the small matrices of a batch one after another and does not
+exist on MPS before torch 2.14. An iteration orthonormalizes by Cholesky QR,
 
     Y = G Q,   Y^T Y = R^T R,   Q <- Y R^-1,
 
-which improves the k-th direction by a factor lambda_k / lambda_{k+1}. A random start has
-GUARD_COLUMNS more columns than are wanted, because the directions at the cut converge last. The
-weakest are removed at the end (`truncate_basis`). A good start, such as the basis of the last
-training step (`WarmStartBasis`), needs a single product.
+which improves the k-th direction by a factor lambda_k / lambda_{k+1}. A cold start, from Gaussian
+columns, has GUARD_COLUMNS more columns than the rank, because the k-th direction converges last.
+The weakest directions are removed at the end (`truncate_basis`). A good start, such as the basis of
+the last training step (`WarmStartBasis`), needs a single product.
 
 Letters: n side of a matrix, k rank, l columns of a start, nh heads; "..." any batch dimensions.
 """
@@ -17,10 +17,11 @@ Letters: n side of a matrix, k rank, l columns of a start, nh heads; "..." any b
 import torch
 from torch import nn
 
-# Worst residual relative to the best, of some 500 matrices with n = 32, k = 4 to 16, spectra from
+# worst residual relative to the best, of about 500 matrices with n = 32, k = 4 to 16, spectra from
 # flat to 0.8^i, two iterations: 1.25 without guard columns, 1.08 with 4 of them and 4 rounds
 GUARD_COLUMNS, TRUNCATION_ROUNDS = 4, 4
-PERTURBATION = 1e-3         # of a warm basis, so that directions lost by V = 0 return
+# size of the perturbation of a warm basis, by which directions that V = 0 removed can return
+PERTURBATION = 1e-3
 
 
 def leading_subspace(gram, rank, start, iterations):
@@ -43,7 +44,7 @@ def leading_subspace(gram, rank, start, iterations):
     return basis, inverse, q
 
 
-@torch.compiler.assume_constant_result                             # a graph cannot hold a generator
+@torch.compiler.assume_constant_result                  # a graph cannot hold a generator
 def gaussian_start(n, rank, oversample=0):
     """Return a Gaussian start (n, l), l = min(n, k + GUARD_COLUMNS + oversample), float64 on the
     CPU. It is the same on each call, because it has its own generator."""
@@ -74,7 +75,7 @@ class WarmStartBasis(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def start(self):
-        """Options of a randomized SVD: its start and the number of products before the last."""
+        """Return options of `low_rank_approximation`: the start and the power iterations."""
         if self.warm and (self.followed or not self.training):
             return dict(start=self.basis, power_iters=self.warm_power_iters)
         return dict(start=self.gaussian, power_iters=self.power_iters)
@@ -87,10 +88,10 @@ class WarmStartBasis(nn.Module):
 
 def follow_optimizer(bases, optimizer, mean):
     """Register a hook that updates the bases after each step of the optimizer, by the Gram matrices
-    of that step's forward passes. A step that a GradScaler skips changes no basis. mean is that of
-    `update_bases`."""
+    of that step's forward passes. A step that a GradScaler skips changes no basis. mean(tensor)
+    averages a tensor over processes."""
     def hook(optimizer, *_):
-        found_inf = getattr(optimizer, 'found_inf', None)          # of GradScaler, if fused
+        found_inf = getattr(optimizer, 'found_inf', None)       # set by GradScaler if fused
         if found_inf is not None and found_inf.item():
             clear_grams(bases)
         else:

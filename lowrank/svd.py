@@ -1,7 +1,7 @@
 """Truncated SVD of batches of small matrices, with a gradient that stays finite.
 
-The best rank-k approximation of X (Eckart and Young 1936) is X_k = X P, where P projects on the k
-leading eigenvectors W_k of the Gram matrix G:
+The best rank-k approximation of X (Eckart and Young 1936) is X_k = X P, where P projects onto the
+span of the k leading eigenvectors W_k of the Gram matrix G:
 
     X_k = X P,   P = W_k W_k^T,   G = X^T X = W diag(lambda) W^T,   lambda_i = sigma_i^2.
 
@@ -15,10 +15,9 @@ only pairs i <= k < j. With D = dL/dX_k, M = X^T D and the other eigenvectors W_
 Autograd through torch.linalg.svd divides by all differences lambda_i - lambda_j instead. It returns
 NaN if two singular values are equal, for example if several are zero.
 
-Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both decompose in float64.
-In float32, G would lose small singular values, because it squares them (docs/RESULTS.md).
-Everything else is float32. On MPS, which has no float64, G is summed in float32 and decomposed on
-the CPU.
+Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both decompose in float64. In
+float32, G would lose small singular values, because it squares them (docs/RESULTS.md). Everything
+else is float32. MPS has no float64, so G is summed in float32 there and decomposed on the CPU.
 
 'randomized' computes P = Q Q^T by subspace iteration on a float32 G (subspace_iteration.py). Its
 gradient is that of the last iteration Q R = G Q', where the basis Q' before it is held constant
@@ -54,8 +53,8 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
     x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n). U diag(S) Vh is the best
     rank-k approximation of x, or nearly so with 'randomized'. Computed in float64, on the CPU if
     the device has no float64. rank None or above min(m, n) gives min(m, n) triplets. With
-    'randomized', rows of Vh are short if sigma_k is below 1e-3 sigma_1. Raises ValueError for
-    rank < 1 and an unknown method, and torch.linalg.LinAlgError for non-finite values.
+    'randomized', rows of Vh have norms below 1 if sigma_k is below 1e-3 sigma_1. Raises ValueError
+    for rank < 1 and an unknown method, and torch.linalg.LinAlgError for values that are not finite.
     `low_rank_approximation` has a gradient.
     """
     _check(rank, method)
@@ -79,7 +78,7 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
 def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
     """Return the basis W_k (..., n, k) of x (..., m, n) with m >= n, such that x W_k W_k^T is the
     result of `low_rank_approximation`, with the same precision. Not differentiable. Raises
-    torch.linalg.LinAlgError for non-finite values."""
+    torch.linalg.LinAlgError for values that are not finite."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     with torch.autocast(x.device.type, enabled=False):
         if method == 'randomized':
@@ -91,8 +90,9 @@ def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample
                          start: torch.Tensor | None = None):
     """Orthonormal basis W_k (..., n, k) of the eigenvectors of the k largest eigenvalues of gram.
 
-    gram (..., n, n): symmetric and positive semidefinite. Computed by eigh in float64, or with
-    'randomized' as in `low_rank_approximation`. Raises torch.linalg.LinAlgError for NaN and inf.
+    gram (..., n, n): symmetric, positive semidefinite. Computed by eigh in float64, or as in
+    `low_rank_approximation` with 'randomized'. Raises torch.linalg.LinAlgError for values that are
+    not finite.
     """
     if method == 'randomized':
         return _iterate(gram, rank, power_iters, oversample, start)[0].to(gram)
@@ -120,12 +120,13 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
     """Best rank-k approximation X_k of each matrix x (..., m, n), differentiable once.
 
     rank None or >= min(m, n) returns x itself. Computed in float32 (float64 stays float64) with
-    autocast off, and returned in x's dtype. The gradient is exact if the gap at the cut,
-    lambda_k - lambda_{k+1}, is at least n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32).
-    For a smaller gap X_k is hardly determined, and that bound replaces the gap, so gradients stay
-    finite. basis_grad=False holds the projector P constant: the gradient is D P.
+    autocast off, and returned in x's dtype. The gradient is exact if the eigenvalue gap
+    lambda_k - lambda_{k+1} is at least n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32).
+    For a smaller eigenvalue gap X_k is ill-conditioned. That bound then replaces the eigenvalue
+    gap, so that gradients stay finite. basis_grad=False holds the projector P constant, and the
+    gradient is D P.
 
-    'randomized' is within a few per cent of the best residual if sigma_k is above 1e-3 sigma_1
+    'randomized' is within a few percent of the best residual if sigma_k is above 1e-3 sigma_1
     (3e-3 without float64). It iterates from `start` (..., n, l), l >= k, whose batch dimensions are
     those of x or fewer. start=None takes k + 4 + oversample Gaussian columns. `power_iters`
     products with G precede the last one. 0 is enough if `start` comes from a similar matrix. With
@@ -133,14 +134,14 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
     Other methods ignore these options.
 
     Raises ValueError for rank < 1 and an unknown method. On the CPU, raises
-    torch.linalg.LinAlgError if a matrix to decompose has non-finite values. CUDA has no
-    such check, because it would wait for the device, and torch.compile has none either.
+    torch.linalg.LinAlgError if a matrix to decompose is not finite. CUDA has no such check, because
+    it would wait for the device, and torch.compile has none either.
     """
     _check(rank, method)
     m, n = x.shape[-2:]
     options = dict(power_iters=power_iters, oversample=oversample)
     spans = () if rank is None or rank >= min(m, n) else ((m, 0, m),)
-    if spans and m < n and start is None and not return_gram:      # G (m, m) is smaller
+    if spans and m < n and start is None and not return_gram:       # G (m, m) is smaller
         return low_rank_approximation(x.mT, rank, method, basis_grad, **options).mT
     return _project(x, rank, method, spans, basis_grad, return_gram, start=start, **options)
 
@@ -150,12 +151,13 @@ def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, 
                                   return_gram=False):
     """Rank-k projection of the rows of x (..., T, n) in which no row depends on a later one.
 
-    Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected on the leading k right singular
-    vectors of rows [0, s), so T rows need log2(T / block) bases. The first `block` rows, and rows
-    whose basis would come from `rank` rows or fewer, do not change. rank None or >= n returns x
-    itself. T does not enter this rule, because a new row must not change earlier ones. The result
-    is not the best rank-k approximation of x, and its rank can exceed k. Gradient, other arguments
-    and errors are those of `low_rank_approximation`. G is that of all rows that a basis comes from.
+    Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected onto the leading k right
+    singular vectors of rows [0, s), so T rows need log2(T / block) bases. The first `block` rows,
+    and rows whose basis would come from `rank` rows or fewer, do not change. rank None or >= n
+    returns x itself. T does not enter this rule, because a new row must not change earlier ones.
+    The result is not the best rank-k approximation of x, and its rank can exceed k. Gradient, other
+    arguments and errors are those of `low_rank_approximation`. The returned G is the Gram matrix of
+    the longest prefix from which a basis comes.
     """
     _check(rank, method)
     rows, n = x.shape[-2:]
@@ -177,7 +179,7 @@ def _project(x, rank, method, spans, basis_grad, return_gram, start, **options):
         return (x, None) if return_gram else x
     wide = torch.promote_types(x.dtype, torch.float32)              # no half precision
     flat = x.to(wide).reshape(-1, *x.shape[-2:]).contiguous()       # (N, T, n)
-    if start is not None and start.dim() > 2:                       # one per matrix
+    if start is not None and start.dim() > 2:                       # one start per matrix
         start = start.detach().expand(*x.shape[:-2], -1, -1).flatten(0, -3)     # (N, n, l)
     with torch.autocast(x.device.type, enabled=False):
         y, gram = _ProjectRows.apply(flat, rank, method, spans, basis_grad,
@@ -192,8 +194,8 @@ class _ProjectRows(torch.autograd.Function):
     """y[a:b] = x[a:b] P_s for each span (s, a, b), where P_s is the projector of the prefix x[:s].
 
     x (N, T, n). Rows outside all spans do not change. One span (T, 0, T) is the plain truncated
-    SVD. Returns y, and with 'randomized' also G of the longest prefix (N, n, n), which has no
-    gradient.
+    SVD. Returns y and G of the longest prefix (N, n, n), without a gradient. G is None unless the
+    method is 'randomized'.
 
     The backward pass sums a formula at the top of this file over the spans. That of the exact
     methods is written as Z + Z^T = W [F o (W^T (M + M^T) W)] W^T with a symmetric F, where
@@ -303,8 +305,8 @@ def _decompose(f, a, **options):
 
 def _check_finite(a):
     if a.device.type == 'cpu' and not torch.compiler.is_compiling() and not a.sum().isfinite():
-        raise torch.linalg.LinAlgError('the input of the SVD has non-finite values (NaN or inf), '
-                                       'or its squares overflow float32')
+        raise torch.linalg.LinAlgError('the input of the SVD has NaN or infinite values, or its '
+                                       'squares overflow float32')
 
 
 def _stack(tensors):

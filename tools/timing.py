@@ -1,6 +1,6 @@
 """Paired timing, peak memory and table rows.
 
-Functions that are compared run in turn, so that a machine that slows down affects all of them.
+Functions that are compared run in turn, so that a slower phase of the machine affects all of them.
 """
 
 import itertools

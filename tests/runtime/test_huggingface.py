@@ -387,7 +387,7 @@ def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_fil
     """A tokenizer that does not match the model's vocabulary size, or no tokenizer, ends in a
     one-line error. A vocabulary of 50,257 tokens means GPT-2's tokenizer and needs no file."""
     write('good', make(vocab_size=5), char_meta(CHARS))
-    bad('its tokenizer has 11 token ids, its model 5')
+    bad('its tokenizer has 11 token ids, but its model only 5')
     (good / 'tokenizer.json').unlink()
     bad('tokenizer.json')
     write('good', make(vocab_size=50257))
