@@ -1,6 +1,5 @@
 """
-Measure the loss that low-rank layers add, for each method, against the fraction of the blocks'
-weights kept.
+Measure the loss that low-rank layers add, by method and by fraction of the blocks' weights kept.
 
     python experiments/compression_table.py --dataset=input.txt  # run what is missing, draw
     python experiments/compression_table.py --run=False          # draw what is recorded
@@ -15,20 +14,20 @@ without fine-tuning:
                         (arXiv:2312.05821)
     whitened            least error of each layer's outputs (SVD-LLM, arXiv:2403.07378), method
                         'whitened' of compress.py
-    + bias              whitened, and each layer gets a bias that absorbs the mean error; the biases
-                        count as weights kept
+    + bias              whitened, and each layer gets a bias that compensates for the mean error;
+                        the biases count as weights kept
     + output metric     whitened, with errors weighted by the loss's gradients at the outputs
     + budgeted ranks    '+ output metric' with ranks chosen over all layers together
     + anchored          '+ budgeted ranks' with each layer fitted to the inputs that it gets in the
                         compressed model, method 'activation' of compress.py
     anchored, uniform ranks     '+ anchored' without the choice of ranks
 
-The other tables have controls. Compressed models are fine-tuned and compared with the dense model
-after the same extra steps. Models of the compressed size are trained from scratch, with and without
-the extra steps: a narrower model, and a model with the same ranks as the compressed one.
+The other tables have controls. Compressed models are fine-tuned and compared with the original
+model after the same extra steps. Models of the compressed size are trained from scratch, with and
+without the extra steps: a narrower model, and a model with the same ranks as the compressed one.
 
 Each line of experiments/compression_table.jsonl is a finished result. It is not computed again, so
-an interrupted run can go on. All losses are over the whole validation split. The figure is
+an interrupted run can be continued. All losses are over the whole validation split. The figure is
 docs/compression.png.
 """
 
@@ -46,7 +45,7 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import torch
 from torch import nn
@@ -85,7 +84,7 @@ KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
 CALIBRATION_TOKENS = 16384
 EXTRA = ('steps', 'optimizer', 'learning_rate')     # key of a row with extra steps
-SEED = 1337                         # of the dense models; calibrations use 0, 1, ...
+SEED = 1337                         # of the original models; calibrations use 0, 1, ...
 # model -> controls trained from scratch, which take minutes each
 SCRATCH = {'small': ('narrower', 'factors')}
 
@@ -230,8 +229,8 @@ def add_biases(linears):
 
 
 def measure(dense, method, windows):
-    """Calibrate a copy of the dense model. Returns the copy, with separate layers, and its
-    statistics and factorizations, name -> each."""
+    """Calibrate a copy of the original model. Returns the copy, whose layers are separate, and two
+    dicts: name -> statistics and name -> factorization."""
     model = copy.deepcopy(dense)
     linears = layers.dense_layers(model, layers.layer_names(model))
     if method.biases:
@@ -350,7 +349,7 @@ def tune(cfg, model, teacher, saved, data, seed):
 
 
 def finetune(cfg, record, name, dense, saved, data):
-    """Add the rows with extra steps, of the dense model and of compressed models. The seed draws
+    """Add the rows with extra steps, of the original model and of compressed models. The seed draws
     calibration windows and batches."""
     for seed in range(cfg.seeds):
         record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
@@ -379,8 +378,7 @@ def scratch(cfg, record, name, dense, data):
 
 
 def smaller(kind, dense, data, keep):
-    """Return the option that makes train.py's model smaller, a width or the default method's ranks.
-    """
+    """Return the option of train.py for a smaller model: a width or the default method's ranks."""
     if kind == 'narrower':
         return f'--n_embd={narrower(dense.config, keep)}'
     return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
@@ -410,8 +408,9 @@ def make(cfg, record, name, data):
 # tables and figure
 
 def added(rows, name, **key):
-    """Return the loss that the rows with this key add to the dense model's, or None without rows.
-    As mean, standard deviation over seeds (0 for one seed), and number of seeds."""
+    """Return the loss that the rows with this key add to the original model's, or None without
+    rows. The result is (mean, standard deviation over seeds, number of seeds). The deviation of one
+    seed is 0."""
     base = next(row['loss']
                 for row in rows
                 if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
@@ -442,7 +441,7 @@ def table(rows, name):
 
 
 def row_of(rows, name, **key):
-    """Return the first row with this key, or the dense model's if no key is given."""
+    """Return the first row with this key, or the original model's if no key is given."""
     key = key or {'method': 'dense', 'steps': 0}
     return next(row for row in rows
                 if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
@@ -495,7 +494,7 @@ def plot(rows, names):
 
 def draw(axis, rows, name):
     """Draw the panel of a model: the loss that each method adds. Markers show compressed models
-    after the extra steps, minus the dense model after the same steps."""
+    after the extra steps, minus the original model after the same steps."""
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
         # the axis is logarithmic
@@ -526,7 +525,8 @@ def draw(axis, rows, name):
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 2 wrong input or failed training, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 2 wrong input or failed training, 130 or 143
+    stopped by a signal."""
     return cli.run('compression_table.py', TableConfig, __doc__, experiment, argv)
 
 

@@ -1,6 +1,6 @@
 """
-Does adaptive SVD protect what a model has learned? A small GPT is trained on text A and then on
-text B. Variants are compared by their loss on A at the same loss on B.
+Measure whether adaptive SVD protects what a model has learned. A small GPT is trained on text A and
+then on text B. Variants are compared by their loss on A at the same loss on B.
 
     python experiments/continual_learning.py --dataset=input.txt  # run what is missing, draw
     python experiments/continual_learning.py --run=False          # draw what is recorded
@@ -20,18 +20,17 @@ from it on B with the same batches and without weight decay. Variants that train
     half from the start         half of all directions are protected from the first step on
     half, random space          'half from the start' with random directions
 
-Other variants train only these projections: 'all of attention', which is the reference, LoRA,
-PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The detector
-starts with the SVD of the model that was trained on A, as if it had watched that training.
+Other variants train only the attention projections: 'all of attention', which is the reference,
+LoRA, PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The
+detector starts with the SVD of the model that was trained on A, as if it had watched that training.
 Therefore it can switch layers at its first analysis on B.
 
-Less forgetting proves nothing if the loss on B is worse. Therefore losses on A are interpolated at
-one loss on B. The detector is also tested alone, on the model that was trained on A: a ROC curve
-compares its scores of gradients on B and on unseen text of A. The gradient norm, which needs no
-SVD, is the baseline.
+Less forgetting counts only at the same loss on B, so losses on A are interpolated at one loss on B.
+The detector is also tested alone, on the model that was trained on A: a ROC curve compares its
+scores of gradients on B and on unseen text of A. The baseline, the gradient norm, needs no SVD.
 
 Each line of experiments/continual_learning.jsonl is a finished result. It is not computed again, so
-an interrupted run can go on, and processes can share the work with --seeds. The figure is
+an interrupted run can be continued, and processes can share the work with --seeds. The figure is
 docs/adaptive_forgetting.png.
 """
 
@@ -50,7 +49,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import numpy as np
 import torch
@@ -87,8 +86,8 @@ GRID = 50                           # intervals from 0 to 1 at which ROC curves 
 SPREAD = (0.4, 0.2, 0.0)  # compared losses on B, above the lowest that all variants reach, nats
 SETTINGS = {'everything': 'everything is trained', 'attention': 'only attention is trained'}
 
-# One variant. control: what switches layers: None, 'detector', 'replay' (as in 'adaptive'), 'timer'
-# or 'start'; share: fraction of the directions that is protected, None for FIRST_PRINCIPAL of them
+# One variant. control says what switches layers: None, 'detector', 'replay' (as in 'adaptive'),
+# 'timer' or 'start'; share: protected fraction of the directions, None for FIRST_PRINCIPAL of them
 Arm = namedtuple('Arm', 'setting control protection random share lora',
                  defaults=(None, 'left', False, None, None))
 ARMS = {
@@ -230,8 +229,7 @@ class RandomlyProtected(AdaptiveSVDLinear):
         self.directions = torch.linalg.qr(normal).Q  # (m, m), of which the first k are protected
 
     def switch_to_lowrank(self, r, usv=None):
-        """Split W into Q Q^T W, which is protected, and B A, the r leading components of the rest.
-        """
+        """Split W into the protected Q Q^T W and B A, the r leading components of the rest."""
         W = self.merged_weight()                                    # (m, n)
         Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
         U, S, Vh = torch.linalg.svd(W - Q @ (Q.mT @ W))
@@ -243,8 +241,8 @@ class RandomlyProtected(AdaptiveSVDLinear):
 
 
 class Planned(AdaptiveSVD):
-    """Switch layers by a plan instead of a detector. plan(name, analysis), with the number of the
-    analysis from 0, returns r, or 0 for full mode."""
+    """Switch layers by a plan instead of a detector. plan(name, analysis) returns r, or 0 for full
+    mode. analysis: counted from 0."""
 
     def __init__(self, layers, interval, plan):
         super().__init__(layers, interval)
@@ -420,8 +418,8 @@ def roc(positive, negative):
 def gradients(model, texts, names, seed):
     """Return alignments (spaces, layers, batches) and norms (layers, batches) of gradients.
 
-    As a dict: 'A' is for the validation split of A, 'B' for the training split of B. Alignment is
-    the fraction of the gradient's energy in the principal directions.
+    The result is a dict. Its key 'A' is for the validation split of A, 'B' for the training split
+    of B. Alignment is the fraction of the gradient's energy in the principal directions.
     """
     layers = [model.get_layer(name) for name in names]
     bases, order = [thin_svd(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
@@ -510,8 +508,8 @@ def run(cfg, record, texts, saved, key):
 
 
 def matched(curve, level):
-    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation. None
-    if the loss on B starts below the level or never reaches it."""
+    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation.
+    Returns None if the loss on B starts below the level or never reaches it."""
     for (_, a, b), (_, a_next, b_next) in zip(curve, curve[1:]):
         if b > level >= b_next:
             return a + (b - level) / (b - b_next) * (a_next - a)
@@ -563,7 +561,7 @@ def cell(values, sign=''):
 
 def best_rate(rows, arm, level):
     """Return the learning rate with the lowest mean loss on A at a loss on B. Only rates at which
-    all seeds reach that loss on B count. None if there is no such rate."""
+    all seeds reach that loss on B count. Returns None if there is no such rate."""
     found = {}
     for rate in RATES[ARMS[arm].setting]:
         values = [matched(curve, level) for curve in curves(rows, arm, rate).values()]
@@ -767,7 +765,7 @@ def draw_layers(axis, rows):
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
 
 

@@ -6,13 +6,13 @@ method, and compare it with controls.
     python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
 A run is config/train_svd_test.py with the options of its variant, in its own folder below out_dir.
-Finished runs are not repeated, so an interrupted sweep can go on. 'sequence' scope keeps the
+Finished runs are not repeated, so an interrupted sweep can be continued. 'sequence' scope keeps the
 config's svd_basis_grad=False, because with the gradient its parallel loss is meaningless
 (docs/RESULTS.md). The other scopes are causal and use the gradient.
 
-The controls show the cost of a rank without SVD. 'random projection' multiplies the V of each head
-by a random projector of that rank, drawn once from the run's seed. 'narrow values' has heads whose
-values are only that wide, which gives as many values per token with fewer parameters.
+The controls have the same rank without SVD. 'random projection' multiplies the V of each head by a
+random projector of that rank, drawn once from the run's seed. 'narrow values' gives V only that
+size per head, so that the cache is as small, with fewer parameters.
 
 Jobs that run at the same time share the CPU's threads. The record is
 experiments/loss_against_rank.jsonl, the figure is docs/loss_against_rank.png.
@@ -28,7 +28,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import torch
 from torch import nn
@@ -252,7 +252,8 @@ def plot(rows):
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 1 a run failed, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 1 a run failed, 2 wrong input, 130 or 143
+    stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])
