@@ -118,15 +118,12 @@ SPACES = (FIRST_PRINCIPAL, 24, 48)
 @dataclass
 class ContinualConfig:
     """Options of the experiment."""
-    dataset: Annotated[str,
-                       'text A, as for train.py, with characters as tokens; the recorded results '
-                       'are of Tiny Shakespeare',
-                       PATH] = ('shakespeare_char')
+    dataset: Annotated[str, 'text A, as for train.py, with characters as tokens; the recorded '
+                       'results are of Tiny Shakespeare', PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the models that were trained on A', PATH] = 'out-continual'
     seeds: Annotated[str, 'of weights and batches, one run of each variant per seed'] = '0,1,2'
-    arms: Annotated[
-        str,
-        "variants: 'all', names separated by semicolons, or 'none' for the ROC curve only"] = 'all'
+    arms: Annotated[str, "variants: 'all', names separated by semicolons, or 'none' for the ROC "
+                    'curve only'] = 'all'
     learn_steps: Annotated[int, 'steps on A', Range(1)] = 1500
     steps: Annotated[int, 'steps on B', Range(1)] = 240
     run: Annotated[bool, 'False: only tables and figure'] = True
@@ -160,17 +157,15 @@ class Texts:
         """data: Dataset of text A; text_b: text B as str. Raises UserError if tokens of `data` are
         not characters, or if a split is shorter than a window."""
         if data.meta['tokenizer'] != 'char':
-            raise UserError(
-                f'dataset={data.folder}: tokens are not characters (nearest: '
-                '--dataset=shakespeare_char)')
+            raise UserError(f'dataset={data.folder}: tokens are not characters (nearest: '
+                            '--dataset=shakespeare_char)')
         own = data.meta['chars']
         self.chars = sorted(set(own) | set(text_b))
         ids = {c: i for i, c in enumerate(self.chars)}
         table = torch.tensor([ids[c] for c in own])
         whole, cut = torch.tensor([ids[c] for c in text_b]), int(0.9 * len(text_b))
-        parts = [
-            table[torch.from_numpy(data.tokens(split).astype(np.int64))]
-            for split in ('train', 'val')]
+        parts = [table[torch.from_numpy(data.tokens(split).astype(np.int64))]
+                 for split in ('train', 'val')]
         self.splits = {'A': parts, 'B': [whole[:cut], whole[cut:]]}
         for tokens in (part for parts in self.splits.values() for part in parts):
             if len(tokens) <= MODEL['block_size']:
@@ -185,17 +180,14 @@ class Texts:
     def draw(self, text, split, generator):
         """Return a random batch of windows: x and y (BATCH, T)."""
         tokens = self.splits[text][split == 'val']
-        return windows(
-            tokens,
-            torch.randint(len(tokens) - MODEL['block_size'], (BATCH, ), generator=generator))
+        return windows(tokens, torch.randint(len(tokens) - MODEL['block_size'], (BATCH,),
+                                             generator=generator))
 
     def fixed(self, text):
         """Return x and y (EVAL_WINDOWS, T) of validation windows, spread evenly over the split."""
         tokens = self.splits[text][1]
-        return windows(
-            tokens,
-            torch.linspace(0,
-                           len(tokens) - MODEL['block_size'] - 1, EVAL_WINDOWS).long())
+        return windows(tokens, torch.linspace(0, len(tokens) - MODEL['block_size'] - 1,
+                                              EVAL_WINDOWS).long())
 
 
 def windows(tokens, starts):
@@ -235,9 +227,9 @@ class RandomlyProtected(AdaptiveSVDLinear):
         U, S, Vh = torch.linalg.svd(W - Q @ (Q.mT @ W))
         # the base class uses only the largest of the first k singular values, as a scale, and none
         # of the first k columns of V, so that these need not belong to Q
-        super().switch_to_lowrank(r, (torch.cat(
-            (Q, U[:, :r]), 1), torch.cat(
-                (S[:1].expand(Q.size(1)), S[:r])), torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
+        super().switch_to_lowrank(r, (torch.cat((Q, U[:, :r]), 1),
+                                      torch.cat((S[:1].expand(Q.size(1)), S[:r])),
+                                      torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
 
 
 class Planned(AdaptiveSVD):
@@ -269,9 +261,8 @@ class Planned(AdaptiveSVD):
 def layer_names(model):
     """Return the names of the four attention projections in all blocks."""
     words = TARGETS.split(',')
-    return [
-        f'h.{i}.{model.config.targets[word]}'
-        for i in range(model.config.n_layer) for word in words]
+    return [f'h.{i}.{model.config.targets[word]}'
+            for i in range(model.config.n_layer) for word in words]
 
 
 def prepare(saved, arm, seed, plan):
@@ -294,10 +285,8 @@ def prepare(saved, arm, seed, plan):
         return model, None
     for i, name in enumerate(names):
         layer = model.get_layer(name)
-        model.set_layer(
-            name,
-            RandomlyProtected(layer, arm.protection, 1000 * seed +
-                              i) if arm.random else AdaptiveSVDLinear(layer, arm.protection))
+        model.set_layer(name, RandomlyProtected(layer, arm.protection, 1000 * seed + i)
+                        if arm.random else AdaptiveSVDLinear(layer, arm.protection))
     layers, width = adaptive_layers(model), model.config.n_embd
     k = FIRST_PRINCIPAL if arm.share is None else round(arm.share * width)
     if arm.control == 'detector':
@@ -327,11 +316,11 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
     adaptive layer -> r after each analysis, 0 in full mode.
     """
     optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
-    swap, order = partial(swap_params, optimizer,
-                          model), torch.Generator().manual_seed(10 ** 6 + seed)
+    swap, order = (
+        partial(swap_params, optimizer, model), torch.Generator().manual_seed(10 ** 6 + seed))
     fixed = {text: texts.fixed(text) for text in 'AB'}
-    curve, ranks = [[0, *losses(model, fixed)]
-                    ], {name: [] for name in (control.layers if control else ())}
+    curve, ranks = (
+        [[0, *losses(model, fixed)]], {name: [] for name in (control.layers if control else ())})
     model.train()
 
     def note():
@@ -379,9 +368,8 @@ def learned(cfg, texts, seed):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        ckpt.save(
-            dict(model=model.state_dict(), model_args=asdict(model.config),
-                 iter_num=cfg.learn_steps), path)
+        ckpt.save(dict(model=model.state_dict(), model_args=asdict(model.config),
+                       iter_num=cfg.learn_steps), path)
         print(f'seed {seed}: trained on A', flush=True)
     return ckpt.load(path)
 
@@ -433,9 +421,8 @@ def gradients(model, texts, names, seed):
             for i, (layer, (U, S, _)) in enumerate(zip(layers, bases)):
                 norms[i, batch] = layer.weight.grad.norm()
                 for j, k in enumerate(SPACES):
-                    principal[j, i,
-                              batch] = compute_gradient_alignment(layer.weight.grad, U, S,
-                                                                  len(S) - k)[0]
+                    principal[j, i, batch] = compute_gradient_alignment(
+                        layer.weight.grad, U, S, len(S) - k)[0]
         found[text] = principal, norms
     return found
 
@@ -450,8 +437,8 @@ def detection(found, m):
         c = random_baseline(k, m)
         own = row['spaces'][str(k)] = {
             'chance': c, 'auc': [round(auc(y, x), 4) for x, y in zip(a[j], b[j])],
-            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()),
-                                4), 'roc': roc(b[j].flatten(), a[j].flatten())}
+            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()), 4),
+            'roc': roc(b[j].flatten(), a[j].flatten())}
         for text, p in (('A', a[j]), ('B', b[j])):
             danger = (p > DANGER_ALIGNMENT) & (normalized_alignment(p, c) > DANGER_EXCESS)
             own |= {f'mean_{text}': [round(one, 4) for one in p.mean(1).tolist()],
@@ -459,10 +446,8 @@ def detection(found, m):
     # for one number of directions, lift and excess are monotonic in the alignment; they rank
     # gradients differently only if several numbers are pooled
     for name, score in scores.items():
-        both = [
-            torch.cat([score(x[j], random_baseline(k, m)).flatten()
-                       for j, k in enumerate(SPACES)])
-            for x in (b, a)]
+        both = [torch.cat([score(x[j], random_baseline(k, m)).flatten()
+                           for j, k in enumerate(SPACES)]) for x in (b, a)]
         row[f'auc_all_{name}'] = round(auc(*both), 4)
     return row
 
@@ -518,8 +503,8 @@ def matched(curve, level):
 
 def curves(rows, arm, rate):
     """Return seed -> curve of a variant at a learning rate."""
-    return {row['seed']: row['curve'] for row in rows if row['kind'] == 'curve' and
-            (row['arm'], row['rate']) == (arm, rate)}
+    return {row['seed']: row['curve'] for row in rows
+            if row['kind'] == 'curve' and (row['arm'], row['rate']) == (arm, rate)}
 
 
 def levels(rows, setting):
@@ -528,18 +513,13 @@ def levels(rows, setting):
     They are SPREAD above the lowest loss, rounded up to 0.05, that every recorded variant reaches
     with all seeds at one of its learning rates.
     """
-    arms = [name for name in ARMS if ARMS[name].setting == setting and
-            any(curves(rows, name, rate) for rate in RATES[setting])]
+    arms = [name for name in ARMS if ARMS[name].setting == setting
+            and any(curves(rows, name, rate) for rate in RATES[setting])]
     if not arms:
         return []
     reached = [
-        min(
-            max(min(b
-                    for _, _, b in curve)
-                for curve in found.values())
-            for found in (curves(rows, arm, rate)
-                          for rate in RATES[setting])
-            if found)
+        min(max(min(b for _, _, b in curve) for curve in found.values())
+            for found in (curves(rows, arm, rate) for rate in RATES[setting]) if found)
         for arm in arms]
     deepest = math.ceil(max(reached) / 0.05 - 1e-9) * 0.05
     return [round(deepest + above, 4) for above in SPREAD]
@@ -595,12 +575,10 @@ def table(rows, setting):
             values = {seed: matched(curve, level) for seed, curve in found.items()}
             beside = {seed: matched(base[seed], level) if seed in base else None for seed in found}
             less = None not in (*values.values(), *beside.values()) and arm != reference
-            cells.append(
-                cell([*values.values()]) +
-                (f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})'
-                 if less else ''))
-        count = statistics.mean(row['trained']
-                                for row in rows
+            cells.append(cell([*values.values()]) + (
+                f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})'
+                if less else ''))
+        count = statistics.mean(row['trained'] for row in rows
                                 if (row.get('arm'), row.get('rate')) == (arm, rate))
         ends = [cell([curve[-1][i] for curve in found.values()]) for i in (2, 1)]
         lines.append(f'| {arm} | {rate:g} | {count:,.0f} | ' + ' | '.join((*cells, *ends)) + ' |')
@@ -620,8 +598,8 @@ def switch_table(rows):
     empty = len(lines)
     for arm in ARMS:
         for rate in RATES[ARMS[arm].setting]:
-            runs = [list(row['ranks'].values()) for row in rows if row.get('ranks') and
-                    (row['arm'], row['rate']) == (arm, rate)]
+            runs = [list(row['ranks'].values()) for row in rows
+                    if row.get('ranks') and (row['arm'], row['rate']) == (arm, rate)]
             if runs:
                 switched = [sum(any(r) for r in ranks) for ranks in runs]
                 first = [min(next(i for i, one in enumerate(r) if one) for r in ranks if any(r)) + 1
@@ -664,9 +642,8 @@ def detector_table(rows):
 # --------------------------------------------------------------------------------------------------
 # figure
 
-LOOKS = dict(
-    zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3', 'C5', 'C7', 'C0', 'C1',
-               'C2', 'C8')))
+LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8',
+                        'k', 'C3', 'C5', 'C7', 'C0', 'C1', 'C2', 'C8')))
 
 
 def plot(rows):
@@ -694,9 +671,8 @@ def draw_curves(axis, rows, setting):
         found = list(curves(rows, arm, rate).values())
         if found:
             low, high = max(min(b for _, _, b in c) for c in found), min(c[0][2] for c in found)
-            grid = [
-                level
-                for level in np.arange(math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
+            grid = [level for level in np.arange(
+                math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
             values = [[matched(curve, level) for curve in found] for level in grid]
             points = [(level, *summary(v)) for level, v in zip(grid, values) if None not in v]
             if points:
@@ -723,9 +699,8 @@ def draw_roc(axis, rows):
                   label=f'{k} directions, AUC {cell([o["auc_pooled"] for o in own])}')
         if len(own) > 1:
             error = curve.std(0, ddof=1) / math.sqrt(len(own))
-            axis.fill_between(grid,
-                              curve.mean(0) - error,
-                              curve.mean(0) + error, color=f'C{i}', alpha=0.2)
+            axis.fill_between(grid, curve.mean(0) - error, curve.mean(0) + error,
+                              color=f'C{i}', alpha=0.2)
         shipped = [statistics.mean(o[f'danger_{text}'] for o in own) for text in 'AB']
         axis.plot(*shipped, '*', color=f'C{i}', markersize=12, clip_on=False, zorder=5)
     axis.plot([], [], 'k*', markersize=9, label='default thresholds')
@@ -741,18 +716,16 @@ def draw_layers(axis, rows):
     """Draw the AUC of each layer."""
     found = [row for row in rows if row['kind'] == 'roc']
     words = TARGETS.split(',')
-    names = [
-        f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words)) for word in words
-    ] if found else []
-    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc']
-                                           for row in found])
-             for i, k in enumerate(SPACES)
-             ] + [("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
+    names = [f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words))
+             for word in words] if found else []
+    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc'] for row in found])
+             for i, k in enumerate(SPACES)] + [
+        ("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
     for i, (label, colour, values) in enumerate(kinds if found else ()):
         values = [summary(list(one)) for one in zip(*values)]
         axis.errorbar([mean for mean, _ in values],
-                      [y + 0.15 * (i - 1.5)
-                       for y in range(len(names))], xerr=[spread or 0 for _, spread in values],
+                      [y + 0.15 * (i - 1.5) for y in range(len(names))],
+                      xerr=[spread or 0 for _, spread in values],
                       fmt='o', color=colour, markersize=3.5, capsize=2, label=label)
     axis.axvline(0.5, color='k', ls=':', lw=1)
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -783,9 +756,9 @@ def experiment(cfg):
         for seed in map(int, cfg.seeds.split(',')):
             make(cfg, record, texts, seed)
     rows = read_json_lines(RECORD)
-    print('\n\n'.join(
-        filter(None, (*(table(rows, setting)
-                        for setting in SETTINGS), switch_table(rows), detector_table(rows)))))
+    print('\n\n'.join(filter(None, (
+        *(table(rows, setting) for setting in SETTINGS), switch_table(rows),
+        detector_table(rows)))))
     plot(rows)
     print(f'figure: {FIGURE}')
 

@@ -110,16 +110,15 @@ def runs(cfg):
         arms = [('no SVD', None, ['--use_svd=False'])]
         arms += [(f'{scope}, {method}', rank, [
             f'--svd_scope={scope}', f'--svd_method={method}', f'--svd_rank={rank}',
-            f'--svd_basis_grad={scope != "sequence"}'
-        ]) for method in METHODS for scope in SCOPES for rank in RANKS]
+            f'--svd_basis_grad={scope != "sequence"}'])
+            for method in METHODS for scope in SCOPES for rank in RANKS]
         # the classes above replace the SVD of 'weight' scope
         arms += [(name, rank, ['--svd_scope=weight', f'--svd_rank={rank}'])
-                 for name in CONTROLS
-                 for rank in RANKS]
+                 for name in CONTROLS for rank in RANKS]
         for arm, rank, options in arms:
             name = f'{arm}, {rank}, {seed}'.replace(', ', '-').replace(' ', '_')
-            yield name, {'arm': arm, 'rank': rank, 'seed': seed,
-                         'steps': cfg.steps}, [*options, f'--seed={seed}']
+            yield (name, {'arm': arm, 'rank': rank, 'seed': seed, 'steps': cfg.steps},
+                   [*options, f'--seed={seed}'])
 
 
 def jobs(cfg):
@@ -138,9 +137,8 @@ def jobs(cfg):
 def ended(job, code, seconds):
     """Print one line about a run."""
     final = sweep.result(job.folder, job.steps)
-    print(
-        sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}',
-        flush=True)
+    print(sweep.failure(job, code) if code or not final else
+          f'{job.name}: {final["val/loss"]:.4f}', flush=True)
 
 
 def train_here(arm, argv):
@@ -170,11 +168,10 @@ def collect(cfg):
         final = sweep.result(folder, cfg.steps)
         if final:
             here = json.loads((folder / 'environment.json').read_text())
-            rows.append(
-                row | {
-                    'loss': final.get('val/prefix_loss', final['val/loss']),
-                    'parallel': final['val/loss'], 'gap_se': final.get('val/prefix_gap_se', 0.0),
-                    'torch': here['torch'], 'git_commit': here['git_commit'][:7]})
+            rows.append(row | {
+                'loss': final.get('val/prefix_loss', final['val/loss']),
+                'parallel': final['val/loss'], 'gap_se': final.get('val/prefix_gap_se', 0.0),
+                'torch': here['torch'], 'git_commit': here['git_commit'][:7]})
     write_atomically(RECORD, ''.join(json.dumps(row) + '\n' for row in rows).encode())
     return rows
 
@@ -189,12 +186,10 @@ def summary(rows):
     for row in rows:
         groups.setdefault((row['arm'], row['rank']), []).append(row)
     return {
-        key: (statistics.mean(r['loss']
-                              for r in group),
-              statistics.stdev(r['loss']
-                               for r in group) if len(group) > 1 else 0.0,
-              statistics.mean(r['parallel']
-                              for r in group), len(group))
+        key: (statistics.mean(r['loss'] for r in group),
+              statistics.stdev(r['loss'] for r in group) if len(group) > 1 else 0.0,
+              statistics.mean(r['parallel'] for r in group),
+              len(group))
         for key, group in groups.items()}
 
 
@@ -233,8 +228,8 @@ def plot(rows):
             arm = f'{scope}, {name}' if name in METHODS else name
             ranks = [rank for rank in RANKS if (arm, rank) in means]
             color, style = styles[name]
-            axis.errorbar([rank * 1.03 ** (shift - 1.5)
-                           for rank in ranks], [means[arm, rank][0] for rank in ranks],
+            axis.errorbar([rank * 1.03 ** (shift - 1.5) for rank in ranks],
+                          [means[arm, rank][0] for rank in ranks],
                           [means[arm, rank][1] for rank in ranks], fmt=style, color=color,
                           capsize=2, markersize=4, label=f"'{name}'" if name in METHODS else name)
         axis.set_xscale('log', base=2)

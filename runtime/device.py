@@ -16,8 +16,7 @@ from runtime.config import UserError
 PEAK_FLOPS = {
     'A100': 312e12, 'H100': 989e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'B200': 2250e12,
     'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'A10G': 70e12, 'RTX 4090': 165e12,
-    'RTX 3090': 71e12
-}
+    'RTX 3090': 71e12}
 
 
 def pick_device(name):
@@ -32,9 +31,8 @@ def pick_device(name):
     numbered = name == kind or re.fullmatch('0|[1-9][0-9]{0,3}', index) and int(index) < count
     if not available.get(kind) or not numbered:
         here = [k for k, there in available.items() if there]
-        raise UserError(
-            f'device={name}: not on this machine (available: {", ".join(here)}; nearest: '
-            f'{here[0]})')
+        raise UserError(f'device={name}: not on this machine (available: {", ".join(here)}; '
+                        f'nearest: {here[0]})')
     return name
 
 
@@ -70,9 +68,8 @@ def peak_flops(device, dtype):
     name = torch.cuda.get_device_name(device)
     if 'Laptop' in name or 'MIG' in name:  # slower chips and slices with the same name
         return None
-    matches = [
-        key for key in PEAK_FLOPS
-        if all(word in name.replace('-', ' ').split() for word in key.split())]
+    matches = [key for key in PEAK_FLOPS
+               if all(word in name.replace('-', ' ').split() for word in key.split())]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
@@ -101,5 +98,5 @@ def environment(device, dtype):
         'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': device,
         'dtype': dtype,
         'device_name': torch.cuda.get_device_name(device) if kind == 'cuda' else kind,
-        'git_commit': git('rev-parse', '--verify', '-q',
-                          'HEAD'), 'git_changes': bool(git('status', '--porcelain', '-uno'))}
+        'git_commit': git('rev-parse', '--verify', '-q', 'HEAD'),
+        'git_changes': bool(git('status', '--porcelain', '-uno'))}

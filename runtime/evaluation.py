@@ -86,8 +86,8 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
         parallel.append(F.cross_entropy(seen_all.float(), y[:, t]).item())
         prefix.append(F.cross_entropy(seen_prefix.float(), y[:, t]).item())
     model.train()
-    parallel, prefix = torch.tensor(parallel,
-                                    dtype=torch.float64), torch.tensor(prefix, dtype=torch.float64)
+    parallel, prefix = (torch.tensor(parallel, dtype=torch.float64),
+                        torch.tensor(prefix, dtype=torch.float64))
     gap = prefix - parallel
     return {
         'parallel': parallel.mean().item(), 'prefix': prefix.mean().item(),

@@ -108,9 +108,8 @@ class Muon(torch.optim.Muon):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
                     # torch raises an error for a factor beyond float32; training with the largest
                     # float32 diverges, too
-                    p.add_(
-                        update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
-                                           torch.finfo(p.dtype).max))
+                    p.add_(update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
+                                              torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
         """Return approximately U V^T of each matrix in g (params, m, n) by Newton-Schulz; singular

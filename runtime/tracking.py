@@ -53,9 +53,8 @@ def read_json_lines(path):
 
 def read_metrics(folder):
     """Return the rows of a run's metrics.jsonl. Each row has its step as 'iter'."""
-    return [
-        row for row in read_json_lines(Path(folder) / 'metrics.jsonl')
-        if type(row.get('iter')) is int]
+    return [row for row in read_json_lines(Path(folder) / 'metrics.jsonl')
+            if type(row.get('iter')) is int]
 
 
 def truncate_metrics(folder, iter_num, again):

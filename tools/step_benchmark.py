@@ -139,7 +139,6 @@ def steps(cfg, device):
             use_svd=True, svd_method=method, svd_scope=scope)
     words = header(cfg, device)
     print(f'{words}; {cfg.pairs} pairs')
-
     print_line('', ('ms', 'baseline ms', 'ratio', 'quartiles', ''))
 
     def compare(name, a, b):
