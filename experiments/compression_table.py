@@ -121,7 +121,7 @@ class TableConfig:
 class Scaled:
     """SVD of a weight (m, n) with scaled rows and columns, with the interface of `Factorization`.
 
-    rows (m), columns (n): nonnegative scales, None for ones. `energies` (s) are the squared
+    rows (m), columns (n): nonnegative scales, or None if all are 1. `energies` (s) are the squared
     singular values of the scaled weight. The factors contain the inverse scales.
     """
 

@@ -142,7 +142,7 @@ class ContinualConfig:
 
     @property
     def chosen(self):
-        """Names of the chosen variants in the order of ARMS, where 'adaptive' precedes replays."""
+        """Names of the chosen variants in the order of ARMS: 'adaptive' comes before replays."""
         words = [word.strip() for word in self.arms.split(';')]
         return [name for name in ARMS if name in words or self.arms == 'all']
 

@@ -160,7 +160,7 @@ def locked(file, busy):
 
 
 def locked_folder(folder, option='out_dir', wait=False):
-    """Context manager that locks a folder of a run or a sweep and creates it if needed. If another
+    """Context manager that locks a run folder or sweep folder and creates it if needed. If another
     process has the lock, waits if `wait` is True, else raises UserError that names `option`."""
     def busy():
         if wait:

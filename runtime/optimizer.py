@@ -1,4 +1,4 @@
-"""Learning rate and optimizers: nanoGPT's AdamW, or Muon for hidden matrices beside AdamW.
+"""Learning rate and optimizers: nanoGPT's AdamW, or AdamW with Muon for hidden matrices.
 
 A model provides its parameters with `param_groups(weight_decay)`, a dict from names to parameter
 groups. 'hidden' (matrices of the blocks) and 'embedding' decay. 'vector' (biases, LayerNorm) does

@@ -3,8 +3,8 @@ The measurements of `python bench.py --svd`: cost and accuracy of each SVD metho
 
 A case is a scope with one of METHODS. 'randomized cold' starts from a random Gaussian matrix.
 'randomized warm' starts from the basis of the warm start, which was computed from other V. Every
-training step but the first starts in the same way. 'weight' scope has no warm start. Each case has
-these quantities:
+training step but the first starts in this way. 'weight' scope has no warm start. For each case
+these quantities are measured:
 
     forward     time of the model's head-SVD module of one layer, without gradients
     fwd+bwd     time of the same module with gradients and the configured svd_basis_grad
