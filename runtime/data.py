@@ -27,11 +27,11 @@ from runtime.files import (
     atomic_open, check_writable, lock_file, locked, remove_leftovers, write_atomically)
 
 END = '<|endoftext|>'
-WITH_END = f'{{}}: {END} in this text becomes ordinary tokens; only in a prompt it is token 50256'
+WITH_END = f'{{}}: {END} in this text becomes ordinary tokens; in a prompt it is token 50256'
 GPT2_META = dict(tokenizer='gpt2', vocab_size=50257, dtype='uint16')
-# The working directory's data/ is searched first, then the repository's.
+# the working directory's data/ is searched first, then the repository's
 DATA_ROOTS = (Path('data'), Path(__file__).resolve().parents[1] / 'data')
-# Data sets that take hours and tens of gigabytes are not prepared automatically.
+# data sets that take hours and tens of gigabytes are not prepared automatically
 LARGE = {'openwebtext': 'about 24 GB of downloads'}
 
 
@@ -131,8 +131,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(folder):
-    """Return the metadata of a data set folder of this repo or of nanoGPT. Raises UserError if they
-    are damaged."""
+    """Return the metadata of a data set folder. Raises UserError if it is damaged."""
     folder = Path(folder)
     try:
         if (folder / 'meta.json').exists():
@@ -150,7 +149,7 @@ def read_meta(folder):
 
 
 def check_meta(meta, where):
-    """Return the metadata `meta`. Raises UserError that names `where` if they are damaged."""
+    """Return the metadata `meta`. Raises UserError that names `where` if it is damaged."""
     with suppress(AttributeError, KeyError, TypeError):
         size, chars = meta['vocab_size'], meta.get('chars', [])
         sizes = dict(char=len(set(chars)), gpt2=GPT2_META['vocab_size'])
@@ -237,12 +236,11 @@ def preparing(path):
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):
-    """Return the folder of a data set, prepared by one process if it is not prepared yet.
+    """Return the folder of a data set. If it is not prepared yet, one process prepares it.
 
-    `name` is a folder below one of `roots` (searched in order), the path of a folder, or a text
-    file. A text file is encoded with `tokenizer` into the folder STEM-TOKENIZER-HASH below the last
-    of `roots` that is writable. Raises UserError if there is no such data set or its preparation
-    fails.
+    `name` is a text file, a folder below one of `roots` (searched in order), or the path of a
+    folder. A text file is encoded with `tokenizer` into the folder STEM-TOKENIZER-HASH below the
+    last writable one of `roots`. Raises UserError if the data set is missing or cannot be prepared.
     """
     if os.path.isfile(name):
         return _locate_text(name, tokenizer, roots)
@@ -284,8 +282,8 @@ def _locate_text(name, tokenizer, roots):
 
 
 def name_of(folder, name):
-    """Return a name with which `locate` finds `folder` again, which it returned for `name`. This
-    name works from any working directory and without the text file. It is `name` for a folder
+    """Return a name for `folder`, which `locate` found as `name`. `locate` finds it again under
+    this name, from any working directory and without the text file. The name is `name` for a folder
     directly below data/, else the path relative to the repository's data/, or the absolute path."""
     path, root = Path(os.path.realpath(folder)), DATA_ROOTS[-1]
     if folder in [root / name for root in DATA_ROOTS]:

@@ -11,17 +11,16 @@ import torch
 
 from runtime.config import UserError
 
-# Peak FLOPs per second of dense bfloat16 or float16 products, from the vendors' data sheets. If
-# several names match, the longest one counts.
+# peak FLOPs per second of dense bfloat16 or float16 products, from the vendors' data sheets; if
+# several names match, the longest one counts
 PEAK_FLOPS = {
     'A100': 312e12, 'H100': 989e12, 'H100 PCIe': 756e12, 'H200': 989e12, 'B200': 2250e12,
     'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'A10G': 70e12, 'RTX 4090': 165e12,
-    'RTX 3090': 71e12
-}
+    'RTX 3090': 71e12}
 
 
 def pick_device(name):
-    """Return the device `name`; for 'auto' the first available one of cuda, mps and cpu. Raises
+    """Return the device `name`, or for 'auto' the first available one of cuda, mps and cpu. Raises
     UserError if this machine does not have it."""
     available = {
         'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
@@ -32,9 +31,8 @@ def pick_device(name):
     numbered = name == kind or re.fullmatch('0|[1-9][0-9]{0,3}', index) and int(index) < count
     if not available.get(kind) or not numbered:
         here = [k for k, there in available.items() if there]
-        raise UserError(
-            f'device={name}: not on this machine (available: {", ".join(here)}; nearest: '
-            f'{here[0]})')
+        raise UserError(f'device={name}: not on this machine (available: {", ".join(here)}; '
+                        f'nearest: {here[0]})')
     return name
 
 
@@ -49,7 +47,7 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """Return the context manager for forward passes: autocast to `dtype`, none for float32."""
+    """Return the context manager that autocasts to `dtype`, or one without effect for float32."""
     if dtype == 'float32':
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
@@ -57,22 +55,21 @@ def autocast(device, dtype):
 
 def has_native_bfloat16(device):
     """Return whether bfloat16 matrix products are fast on `device`. On CPUs they are emulated, or
-    slower than float32 at these sizes."""
+    slower than float32 at the sizes of this repo's models."""
     return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)
 
 
 def peak_flops(device, dtype):
     """Return the peak FLOPs per second of `device` in `dtype`, or None if unknown. Without it, no
-    MFU (model FLOPs utilisation) is reported."""
+    MFU (model FLOPs utilization) is reported."""
     if torch.device(device).type != 'cuda' or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
     if 'Laptop' in name or 'MIG' in name:  # slower chips and slices with the same name
         return None
-    matches = [
-        key for key in PEAK_FLOPS
-        if all(word in name.replace('-', ' ').split() for word in key.split())]
+    matches = [key for key in PEAK_FLOPS
+               if all(word in name.replace('-', ' ').split() for word in key.split())]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
@@ -86,7 +83,7 @@ def synchronize(device):
 
 
 def environment(device, dtype):
-    """Return a dict that documents a run: versions, machine, device, commit and command line."""
+    """Return the versions, machine, device, commit and command of a run, as a dict."""
     def git(*args):
         here = os.path.dirname(os.path.abspath(__file__))
         try:
@@ -101,5 +98,5 @@ def environment(device, dtype):
         'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': device,
         'dtype': dtype,
         'device_name': torch.cuda.get_device_name(device) if kind == 'cuda' else kind,
-        'git_commit': git('rev-parse', '--verify', '-q',
-                          'HEAD'), 'git_changes': bool(git('status', '--porcelain', '-uno'))}
+        'git_commit': git('rev-parse', '--verify', '-q', 'HEAD'),
+        'git_changes': bool(git('status', '--porcelain', '-uno'))}

@@ -1,5 +1,5 @@
-"""Ranks of one process or of several that torchrun started, and the exchange of values between
-them. Gradients are exchanged by DistributedDataParallel, not here."""
+"""The process group: one process, or several that torchrun started. They exchange values here.
+DistributedDataParallel exchanges the gradients."""
 
 import math
 import os
@@ -13,16 +13,15 @@ from tqdm import tqdm
 from runtime import device as devices
 from runtime.config import Failure, UserError, one_line
 
-# Timeout of an exchange. The others wait while process 0 evaluates. A killed process is noticed
-# at once, because its connection closes.
+# timeout of an exchange, because the other processes wait while process 0 evaluates; a killed
+# process is noticed at once, because its connection closes
 PATIENCE = timedelta(hours=2)
 LOST = ('connection', 'gloo', 'nccl', 'timed out')  # torch's words for a lost process
 STOP_WITH_PARENT = 'STOP_WITH_PARENT'  # environment variable with a sweep's process id
 
 
 def mean_over_processes(value):
-    """Return the mean of a tensor over all processes, on each of them. With one process, return the
-    tensor itself."""
+    """Return the mean of a tensor over all processes, or the tensor itself with one process."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     total = value.clone()
@@ -93,7 +92,7 @@ class Processes:
     def __exit__(self, kind, error, _):
         if not self.distributed:
             return
-        if kind is None:  # after an error the others may never arrive
+        if kind is None:  # after an error, other processes may never get here
             distributed.destroy_process_group()
         elif issubclass(kind, RuntimeError) and any(word in str(error).lower() for word in LOST):
             raise Failure(f'lost contact with another process ({one_line(error)[:120]})') from None
@@ -116,8 +115,8 @@ class Processes:
         return result
 
     def parent_exited(self):
-        """Return whether torchrun, or the sweep that started this run, has ended. Without it,
-        nothing else would stop this process."""
+        """Return whether torchrun, or the sweep that started this run, has ended. Nothing else
+        stops this process then."""
         watched = 'TORCHELASTIC_RUN_ID' in os.environ or STOP_WITH_PARENT in os.environ
         return watched and os.getppid() != self.parent
 

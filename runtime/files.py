@@ -38,7 +38,7 @@ def unused(path):
 
 def is_shared(path):
     """Return whether a resolved path is the working directory, the home folder or a parent of one.
-    A run cannot use such a folder, because the folder of a run may be moved aside."""
+    A run cannot use such a folder, because a run folder may be moved aside."""
     return any(path in (own, *own.parents) for own in (Path.cwd(), Path.home()))
 
 
@@ -132,7 +132,7 @@ def remove_leftovers(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# folders of a run
+# run folders
 
 @contextmanager
 def locked(file, busy):
@@ -160,8 +160,8 @@ def locked(file, busy):
 
 
 def locked_folder(folder, option='out_dir', wait=False):
-    """Context manager that locks the folder of a run or a sweep, which is created if needed. If
-    another process has the lock, it waits if `wait`, or raises UserError that names `option`."""
+    """Context manager that locks a run folder or sweep folder and creates it if needed. If another
+    process has the lock, waits if `wait` is True, else raises UserError that names `option`."""
     def busy():
         if wait:
             print(f'{folder}: waiting until the other run in this folder has saved', flush=True)
@@ -173,8 +173,7 @@ def locked_folder(folder, option='out_dir', wait=False):
 
 
 def lock_file(folder):
-    """Return the lock file of a folder, .NAME.lock beside it. The folder itself may be moved while
-    it is locked."""
+    """Return the lock file of a folder: .NAME.lock beside it, because the folder may be moved."""
     real = Path(os.path.realpath(folder))
     return real.with_name(f'.{real.name}.lock')
 
@@ -190,9 +189,9 @@ def make_folder(path, option='out_dir'):
 
 
 def archive_run(out, say):
-    """Move the run in the folder `out`, if there is one, to OUT_DIR.1, .2, ... and report it with
-    say(text). The target of a symbolic link is moved and replaced by an empty folder. Raises
-    OSError."""
+    """Move the run in the folder `out`, if there is one, to OUT_DIR.1, .2, ... and leave an empty
+    folder in its place. If `out` is a symbolic link, its target is moved. say(text) reports the
+    move. Raises OSError."""
     if not any((out / name).exists() for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')):
         return
     real = Path(os.path.realpath(out))
@@ -204,7 +203,7 @@ def archive_run(out, say):
 
 
 def named(folder):
-    """Return a folder under a name that can be extended. '.' and 'out/..' are resolved, because
+    """Return a folder as a path whose name can get a suffix. '.' and 'out/..' are resolved, because
     they have no such name."""
     return folder if folder.name not in ('', '..') else Path(os.path.realpath(folder))
 
@@ -221,8 +220,8 @@ def check_save_dir(save_dir, source, kind, overwrite=False):
     where = f'save_dir={str(save_dir)!r}'
     if is_shared(real):
         raise UserError(
-            f'{where}: must not be or contain the current folder or the home folder (nearest: '
-            f'{unused(save_dir / kind)})')
+            f'{where}: must not be or contain the working directory or the home folder '
+            f'(nearest: {unused(save_dir / kind)})')
     if real in (own, *own.parents):
         raise UserError(
             f"{where}: contains the model itself (nearest: {unused(f'{source}-{kind}')})")

@@ -9,8 +9,8 @@ from runtime.data import Tokenizer
 
 
 def validate_sampling(temperature, top_k, top_p):
-    """Raise ValueError, whose message starts with the option's name, for options that are invalid
-    in `sample_token`."""
+    """Check the options of `sample_token`. Raises ValueError, whose message starts with the
+    option's name, if one is invalid."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f'temperature={temperature}: must be at least 0, where 0 takes the '
                          'most likely token (nearest: 0)')
@@ -82,7 +82,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def sample(model, data, device, context):
-    """Return a short sample text. `data` provides the tokenizer; `context` is as in `autocast`."""
+    """Return a short sample text. `data` has the tokenizer, and `context` is as in `autocast`."""
     tokenizer = Tokenizer(data.meta)
     newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
     start = torch.tensor([tokenizer.encode('\n' if newline else tokenizer.chars[0])], device=device)

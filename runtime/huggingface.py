@@ -25,9 +25,10 @@ from runtime.files import write_atomically
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 WEIGHTS = 'model.safetensors'
 OWN, ADAPTER = 'lowrank-gpt', 'lowrank-gpt-adapter'  # model_type in this repo's format
-# nanoGPT's name of each size -> Hugging Face's name; weights that Hugging Face stores transposed
+# nanoGPT's name of each size -> Hugging Face's name
 FIELDS = dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', vocab_size='vocab_size',
               block_size='n_positions')
+# weights that Hugging Face stores transposed
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
 # field of a GPT2Config -> values that this GPT can represent; the last two gelus are the same
 SUPPORTED = dict(model_type=['gpt2'], layer_norm_epsilon=[1e-5], scale_attn_weights=[True],
@@ -37,7 +38,7 @@ SUPPORTED = dict(model_type=['gpt2'], layer_norm_epsilon=[1e-5], scale_attn_weig
 GPT2_VOCAB = '3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3'
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which model
 
 def is_folder(name):
@@ -46,13 +47,13 @@ def is_folder(name):
 
 
 def is_run(name):
-    """Return whether `name` is the folder of a run: with a ckpt.pt, without a config.json."""
+    """Return whether `name` is a run folder: it has a ckpt.pt and no config.json."""
     return os.path.isfile(os.path.join(name, 'ckpt.pt')) and not is_folder(name)
 
 
 def check_name(name, others=()):
-    """Raise UserError unless `name` is one of MODELS or `others`, or a folder with a config.json or
-    a ckpt.pt."""
+    """Raise UserError unless `name` is in MODELS or `others`, or a folder with config.json, or a
+    folder with ckpt.pt."""
     names = [*others, *MODELS]
     if name not in names and not is_folder(name) and not is_run(name):
         raise UserError(f'init_from={name!r}: must be {", ".join(map(repr, names))}, or a folder '
@@ -60,13 +61,13 @@ def check_name(name, others=()):
                         f'{difflib.get_close_matches(name.lower(), names, 1, 0)[0]!r})')
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading
 
 @contextmanager
 def _reading(option):
-    """Turn every error in the block, of which damaged files raise many kinds, into a UserError that
-    starts with the option."""
+    """Turn every error in the block into a UserError that starts with the option. Damaged files
+    raise many kinds."""
     try:
         yield
     except Exception as e:
@@ -155,7 +156,7 @@ def _read_gpt2(source):
     return args, {name: w for name, w in state.items() if args['bias'] or name not in biases}
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # adapters
 
 def read_adapter(name):
@@ -212,7 +213,7 @@ def base_sha256(model):
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizers
 
 def read_tokenizer(name):
@@ -263,7 +264,7 @@ def check_tokenizer(cfg, set_by, saved, data, say):
         say(f'dataset={cfg.dataset}: not the text that {saved["path"]} was trained on')
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # writing into an empty folder: raises OSError, and UserError for a missing package
 
 def write(folder, config, weights, **notes):
@@ -316,7 +317,7 @@ def write_tokenizer(folder, meta, length):
         tokenizer.add_special_tokens([END])
         special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), END)
     write_atomically(folder / 'tokenizer.json', tokenizer.to_str().encode())
-    # Without model_input_names transformers 4 adds token_type_ids, which GPT-2 embeds as tokens.
+    # without model_input_names transformers 4 adds token_type_ids, which GPT-2 embeds as tokens
     _write_json(folder / 'tokenizer_config.json', dict(
         tokenizer_class='PreTrainedTokenizerFast', model_max_length=length,
         clean_up_tokenization_spaces=False, model_input_names=['input_ids', 'attention_mask'],

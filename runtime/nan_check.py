@@ -14,8 +14,8 @@ def first_nonfinite_layer(model, batches, context):
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f'{name} (the parameter)'
-    bad, entered, names = [], [], {
-        module: name for name, module in model.named_modules() if name}
+    bad, entered, names = (
+        [], [], {module: name for name, module in model.named_modules() if name})
 
     def check(module, args, output):
         tensors = output if isinstance(output, tuple) else (output,)
@@ -45,8 +45,7 @@ def first_nonfinite_tensor(tree, path):
     value, or None. `path` is the path of `tree` itself."""
     if torch.is_tensor(tree):
         return path if tree.is_floating_point() and not tree.isfinite().all() else None
-    items = tree.items() if isinstance(
-        tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return next(
-        filter(None, (first_nonfinite_tensor(value, f'{path}.{key}') for key, value in items)),
-        None)
+    items = (tree.items() if isinstance(tree, dict) else
+             enumerate(tree) if isinstance(tree, (list, tuple)) else ())
+    return next(filter(None, (
+        first_nonfinite_tensor(value, f'{path}.{key}') for key, value in items)), None)

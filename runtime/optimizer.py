@@ -1,5 +1,4 @@
-"""Optimizers and learning rate: AdamW as in nanoGPT, or Muon for hidden matrices and AdamW for the
-rest.
+"""Learning rate and optimizers: nanoGPT's AdamW, or AdamW with Muon for hidden matrices.
 
 A model provides its parameters with `param_groups(weight_decay)`, a dict from names to parameter
 groups. 'hidden' (matrices of the blocks) and 'embedding' decay. 'vector' (biases, LayerNorm) does
@@ -18,13 +17,14 @@ NANOGPT_LENGTH = 600000  # nanoGPT's default lr_decay_iters; older checkpoints h
 
 
 def schedule_length(cfg):
-    """Return the length of the schedule in steps: lr_decay_iters, or max_iters if lr_decay_iters is
-    nanoGPT's default."""
+    """Return the schedule length that limits the warm-up: lr_decay_iters, or max_iters if
+    lr_decay_iters is nanoGPT's default."""
     return cfg.max_iters if cfg.lr_decay_iters == NANOGPT_LENGTH else cfg.lr_decay_iters
 
 
 def warmup_iters(cfg):
-    """Return the number of warm-up steps: the option, or a tenth of a schedule that is shorter."""
+    """Return the number of warm-up steps: the option, or a tenth of the schedule if the option is
+    not below its length."""
     length = schedule_length(cfg)
     return cfg.warmup_iters if cfg.warmup_iters < length else length // 10
 
@@ -44,8 +44,8 @@ def get_lr(it, cfg):
 
 
 def build_optimizer(cfg, model, device):
-    """Return the optimizer that `cfg` names, with the hook that the model runs after each step
-    (`register_step_hook`)."""
+    """Return the optimizer that `cfg` names, with the hook of model.register_step_hook, which runs
+    after each step."""
     return model.register_step_hook(new_optimizer(cfg, model, device))
 
 
@@ -75,12 +75,11 @@ def adamw(groups, learning_rate, betas, device_type):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) with a choice of the dtype of the orthogonalisation.
+    """torch.optim.Muon (Jordan et al. 2024) with a choice of the dtype of the orthogonalization.
 
     torch always uses bfloat16, which is slow on devices that emulate it. Matrices of one shape are
-    orthogonalised in one batch, because a sequence of small products leaves most of a processor
-    idle. Learning rates have the scale of AdamW's (`match_rms_adamw`, Liu et al. 2025,
-    arXiv:2502.16982).
+    orthogonalized in one batch, because a sequence of small products uses little of a processor.
+    Learning rates have the scale of AdamW's (`match_rms_adamw`, Liu et al., arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype):
@@ -109,9 +108,8 @@ class Muon(torch.optim.Muon):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
                     # torch raises an error for a factor beyond float32; training with the largest
                     # float32 diverges, too
-                    p.add_(
-                        update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
-                                           torch.finfo(p.dtype).max))
+                    p.add_(update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
+                                              torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
         """Return approximately U V^T of each matrix in g (params, m, n) by Newton-Schulz; singular
@@ -130,7 +128,7 @@ class Muon(torch.optim.Muon):
 class MuonAdamW:
     """Muon and AdamW behind the interface of one optimizer. `groups` is the dict of a model's
     `param_groups`. Muon gets 'hidden' and 'halved', AdamW gets the rest. `muon_dtype` is the dtype
-    of Muon's orthogonalisation."""
+    of Muon's orthogonalization."""
 
     def __init__(self, groups, lr, betas, device_type, muon_dtype):
         own = [groups[name] for name in ('hidden', 'halved') if name in groups]

@@ -9,15 +9,15 @@ from runtime.config import UserError
 from runtime.files import atomic_open, check_writable, unwritable
 from runtime.tracking import read_metrics
 
-# distinct with any kind of colour vision (Okabe and Ito) and in print
+# distinct with any kind of color vision (Okabe and Ito) and in print
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
-LEVEL = ('0.25', None, '--')        # colour, marker, line style
+LEVEL = ('0.25', None, '--')        # color, marker, line style
 GUIDE = dict(color='0.35')          # a guide line and its label
 
 # x None: a level, which is a horizontal line. spread: half the height of an error bar or a band,
 # one number per point; notes: a label per point; across: ends of a horizontal bar, (low, high) per
-# point; look: colour, marker, line style
+# point; look: color, marker, line style
 Curve = namedtuple('Curve', 'label x y look spread notes across', defaults=(None, None, None))
 # log: whether x is logarithmic, base 2; ticks: position -> label
 Chart = namedtuple('Chart', 'title x_label curves log ticks', defaults=(False, None))
@@ -43,7 +43,7 @@ def require_matplotlib(option, *paths):
 
 
 # --------------------------------------------------------------------------------------------------
-# a page, to draw on and to save
+# new figures, saving
 
 def page(rows, columns, size, dpi=110, grid=False, **options):
     """Return a figure of `size` (width, height) in inches and its axes, an array (rows, columns).
@@ -67,7 +67,7 @@ def save(figure, path):
 
 
 def shades(count):
-    """Return `count` colours from dark to light, without yellow, which is hard to see on white."""
+    """Return `count` colors from dark to light, without yellow, which is hard to see on white."""
     from matplotlib import colormaps
     return [colormaps['viridis'](0.9 * i / max(1, count - 1)) for i in range(count)]
 
@@ -76,8 +76,8 @@ def shades(count):
 # figures
 
 def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex=False):
-    """Write a PNG of the list of Charts `panels`, three per row. They share one y axis, one legend
-    and a caption. `bands` draws a spread as a band, not as error bars. Raises UserError if the file
+    """Write a PNG of `panels`, a list of Charts, three per row. They share a y axis, a legend and a
+    caption. `bands` draws a spread as a band, not as error bars. Raises UserError if the file
     cannot be written."""
     from matplotlib.ticker import FormatStrFormatter, NullFormatter
     columns = min(3, len(panels))
@@ -178,10 +178,10 @@ def training_curves(folder, series):
     """Draw FOLDER/curves.png from FOLDER/metrics.jsonl: the losses, the learning rate, and the
     model's own series with one line per layer.
 
-    `series` is a dict from the label of a panel to (key, guides), such as
-    {'rank': ('r', {'full': 32})}. This panel shows the values of '.../LAYER/r', numbers or words,
-    and dashed guide lines. Nothing is drawn if the run has not logged a loss. Raises UserError if
-    matplotlib is not installed or the file cannot be written.
+    `series` has the panels as label -> (key, guides), such as {'rank': ('r', {'full': 32})}. That
+    panel shows the values of '.../LAYER/r', numbers or words, and dashed guide lines. Nothing is
+    drawn if the run has not logged a loss. Raises UserError if matplotlib is not installed or the
+    file cannot be written.
     """
     require_matplotlib('curves.png')
     rows = [row for row in read_metrics(folder) if not row.get('final')]

@@ -1,7 +1,7 @@
 """Logging of a run: metrics.jsonl, progress bars, Weights & Biases (wandb).
 
-wandb never stops a run. If it is not installed, has no key or network, or fails, one line says so
-and training continues. WANDB_MODE=offline keeps the data on this machine for `wandb sync`.
+wandb never stops a run. If it is not installed, has no key or network, or fails, a one-line message
+is printed and training continues. WANDB_MODE=offline keeps the data here for `wandb sync`.
 """
 
 import json
@@ -53,15 +53,14 @@ def read_json_lines(path):
 
 def read_metrics(folder):
     """Return the rows of a run's metrics.jsonl. Each row has its step as 'iter'."""
-    return [
-        row for row in read_json_lines(Path(folder) / 'metrics.jsonl')
-        if type(row.get('iter')) is int]
+    return [row for row in read_json_lines(Path(folder) / 'metrics.jsonl')
+            if type(row.get('iter')) is int]
 
 
 def truncate_metrics(folder, iter_num, again):
     """Cut metrics.jsonl back to its state after step `iter_num`, for a run that resumes there. Rows
-    of later steps and the final evaluation at that step are removed. If `again`, the resumed run
-    repeats the evaluation at that step, which is removed too. Raises OSError."""
+    of later steps and the final evaluation at that step are removed. `again` says that the resumed
+    run repeats the evaluation at that step, which is then removed too. Raises OSError."""
     rows = [row for row in read_metrics(folder) if row['iter'] < iter_num
             or row['iter'] == iter_num and 'final' not in row and not (again and 'val/loss' in row)]
     write_atomically(
@@ -75,9 +74,8 @@ class Tracking:
     """A wandb run. Its methods never raise."""
 
     def __init__(self, folder, say, **options):
-        """Start or continue a wandb run. `options` are those of wandb.init. The files and the id of
-        the run are in FOLDER/wandb, so that the same folder continues the same run. say(text)
-        reports errors."""
+        """Start or continue a wandb run with the options of wandb.init. Its files and its id are in
+        FOLDER/wandb, so that the same folder continues the same run. say(text) reports errors."""
         self._wandb, self._run, self._say = None, None, say
         for name, seconds in WANDB_LIMITS.items():
             os.environ.setdefault(name, seconds)
@@ -122,5 +120,5 @@ class Tracking:
         except Exception as e:
             self._run = None
             kind = '' if isinstance(e, ImportError) else f'{type(e).__name__}: '
-            self._say(f'wandb: failed to {what} ({kind}{one_line(e)[:200]}); metrics.jsonl still '
-                      'has everything')
+            self._say(f'wandb: failed to {what} ({kind}{one_line(e)[:200]}); all metrics are '
+                      'still in metrics.jsonl')

@@ -29,7 +29,7 @@ def to_mla(model, latent_dim, windows=()):
     query_ranks = {name.replace('c_q', 'query'): rank for name, rank
                    in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
     dense_layers(model, [name for name in model.config.layer_shapes if '.c_attn.' in name])
-    sync_config(model)                                              # c_attn is fused in all blocks
+    sync_config(model)                                              # fuses c_attn in all blocks
     config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)
     stats, projections = {}, {f'transformer.h.{i}.attn.c_attn': block.attn.c_attn
                               for i, block in enumerate(model.transformer.h)}
@@ -53,8 +53,8 @@ def to_mla(model, latent_dim, windows=()):
 def latent_projection(c_attn, latent_dim, stats):
     """Return the state dict of the `LatentProjection` that replaces a `QKVProjection`.
 
-    stats: `LayerStats` of the stacked weight of keys and values. The bias of the values absorbs the
-    mean error. Keys get no bias, because it would not change the attention weights.
+    stats: `LayerStats` of the stacked weight of keys and values. The bias of the values compensates
+    for the mean error. Keys get no bias, because it would not change the attention weights.
     """
     up, down = stats.factorization().factors(latent_dim)            # (2C, d), (d, C)
     k_up, v_up = up.chunk(2)

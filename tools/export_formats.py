@@ -4,9 +4,9 @@ The formats that export.py writes. Each function in FORMATS writes a run to an e
     to_gpt2(folder, model, saved, meta, lines)
 
 model: the GPT of the run, which cannot be used afterwards; saved: its checkpoint, where 'base'
-names the weights that its adapters started from; meta: of its tokenizer, or None; lines: a list to
-which messages for the user are appended. The functions raise ValueError if the format cannot
-represent the model, UserError if a package is missing, and OSError.
+names the weights that its adapters started from; meta: the metadata of its tokenizer, or None;
+lines: a list to which messages for the user are appended. The functions raise ValueError if the
+format cannot represent the model, UserError if a package is missing, and OSError.
 """
 
 import pickle
@@ -33,12 +33,12 @@ NANOGPT_CONFIG = (
     'decay_lr', 'warmup_iters', 'lr_decay_iters', 'min_lr', 'backend', 'device', 'dtype', 'compile')
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # models and optimizers
 
 @torch.no_grad()
 def plain_model(model):
-    """Convert a model to nanoGPT's plain GPT that computes the same outputs.
+    """Convert a model to a nanoGPT model with the same outputs.
 
     The SVD of 'weight' scope, latents, low-rank layers and adapters become part of the weights. The
     given model cannot be used afterwards. Raises ValueError for scopes that truncate V itself,
@@ -47,8 +47,8 @@ def plain_model(model):
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
         raise ValueError(f"svd_scope={c.svd_scope!r}: truncates V itself to rank {c.svd_rank}, "
-                         "which weights cannot express (nearest: 'weight', set before training, or "
-                         '--to=safetensors)')
+                         "which no weights can represent (nearest: 'weight', set before training, "
+                         'or --to=safetensors)')
     dense_layers(model, c.layer_ranks or ())
     model = without_adapters(model)                                 # also fuses c_attn again
     for block in model.transformer.h:
@@ -92,7 +92,7 @@ def new_adamw(model, saved):
                                       (c['beta1'], c['beta2']), 'cpu').state_dict()
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # formats
 
 def to_gpt2(folder, model, saved, meta, lines):
@@ -117,7 +117,7 @@ def to_safetensors(folder, model, saved, meta, lines):
 
 
 def to_lora(folder, model, saved, meta, lines):
-    """Write only the adapters, as plain LoRA, for --lora_adapter of this repo."""
+    """Write only the adapters, as standard LoRA, for --lora_adapter of this repo."""
     c, original = model.config, None
     base = None if saved['base'] == 'resume' else saved['base']
     if c.lora_rank is None:
@@ -127,8 +127,8 @@ def to_lora(folder, model, saved, meta, lines):
             raise ValueError(f'lora_init={c.lora_init!r}: export needs the weights before training '
                              'and a resumed run does not name them (nearest: --base=FOLDER)')
         original = GPT.from_pretrained(base)
-        lines.append(f'converted: {c.lora_init!r} of rank {c.lora_rank} to plain LoRA for the '
-                     f'weights of {base}')
+        lines.append(f'converted: {c.lora_init!r} of rank {c.lora_rank} to standard LoRA for '
+                     f'the weights of {base}')
     options, tensors = standard_lora(model, original)
     notes = dict(base=base) if base else {}
     huggingface.write(folder, dict(model_type=huggingface.ADAPTER, adapter=options), tensors,
@@ -176,5 +176,5 @@ def to_nanogpt(folder, model, saved, meta, lines):
 
 
 FORMATS = dict(gpt2=(to_gpt2, 'transformers'), nanogpt=(to_nanogpt, 'nanoGPT'),
-               safetensors=(to_safetensors, '--init_from here'),
-               dense=(to_dense, 'all scripts here'), lora=(to_lora, '--lora_adapter'))
+               safetensors=(to_safetensors, '--init_from of this repo'),
+               dense=(to_dense, 'all commands of this repo'), lora=(to_lora, '--lora_adapter'))

@@ -123,8 +123,7 @@ def apply_svd_compression(model, rank, modules=None):
 
     A layer stays dense if its factors would not save parameters. A low-rank layer of this rank or
     less stays as it is. No data is needed. modules: as for `parse_modules`. Returns the model.
-    Raises ValueError for a rank outside 1 to n_embd, for other modules, and if weights are not
-    finite.
+    Raises ValueError for a rank outside 1 to n_embd, other modules, and NaN or infinite weights.
     """
     if type(rank) is not int or not 1 <= rank <= model.config.n_embd:
         raise ValueError(f'rank={rank!r}: must be a whole number from 1 to '
@@ -162,9 +161,9 @@ class LayerStats:
     They are E[x x^T] of inputs x and E[g g^T] of loss gradients g at the outputs. Both are mapped
     to the smaller side of the weight, so that they are (s, s), in float64 on the CPU.
 
-    If the layer has a bias, the bias absorbs the mean error, so that only the covariance of the
-    inputs counts. The covariance is a sum of squared deviations within and between batches (Chan,
-    Golub and LeVeque, 1983), not a difference of moments, and therefore positive semidefinite.
+    If the layer has a bias, the bias compensates for the mean error, so that only the covariance of
+    the inputs counts. The covariance is a sum of squared deviations within and between batches
+    (Chan, Golub and LeVeque, 1983). Unlike a difference of moments, it is positive semidefinite.
     """
 
     def __init__(self, weight, centred, inputs=1):
@@ -217,9 +216,9 @@ class LayerStats:
 class InputShiftStats(LayerStats):
     """Statistics of a layer whose inputs have changed because earlier layers were replaced.
 
-    x^ is an input in the compressed model and x the same input in the dense model. `add` takes both
-    concatenated (N, 2n), and `mean` (2n) belongs to both. The statistic stacks E[x^ x^^T] (n, n) on
-    E[x x^^T] (s, n).
+    x^ is an input in the compressed model and x the same input in the original model. `add` takes
+    both concatenated (N, 2n), and `mean` (2n) belongs to both. The statistic is E[x^ x^^T] (n, n),
+    stacked on E[x x^^T] (s, n).
     """
 
     def factors(self, x):
@@ -272,8 +271,8 @@ def calibrate(model, modules, stats, windows, gradients):
     model: in evaluation mode with frozen parameters; modules: name -> module of the model; stats:
     name -> object with `LayerStats.add`; windows: from `calibration_windows`; gradients: whether to
     add loss gradients at the outputs besides inputs. For a module that returns q, k, v, the
-    gradients at k and v are added. The loss is that of the text. The Fisher matrix has labels drawn
-    from the model instead, with which losses differ by 0.001 nats or less (docs/MLA.md).
+    gradients at k and v are added. The loss is that of the text. With labels drawn from the model
+    instead, as in the Fisher matrix, losses after the conversion differ by 0.001 nats or less.
     """
     def start_graph(module, args, output):              # the graph starts at the embeddings
         return output.detach().requires_grad_(gradients)
@@ -319,9 +318,11 @@ def compress_model(model, method, windows, modules=None, **options):
     energies, factorizations = {}, {}
     for name in tracking.brief_bar(layers, desc='decompose', unit='layer'):
         found = stats[name].factorization()
-        found.energies[known.get(name, found.size):] = 0            # they are rounding errors
+        # energies beyond a known rank are rounding errors
+        found.energies[known.get(name, found.size):] = 0
         energies[name] = found.energies
-        if not sequential:              # to save memory: changed inputs need a new factorization
+        # 'activation' factors its layers again later, so nothing is kept
+        if not sequential:
             factorizations[name] = found
     ranks = rank_policy(energies, shapes, method, **options)
     ranks = {name: min(rank or math.inf, known.get(name, math.inf)) for name, rank in ranks.items()
@@ -344,9 +345,9 @@ def compress_sequentially(model, dense, stats, ranks, windows):
     """Replace layers by low-rank layers one after another, in forward order.
 
     A new layer gets the inputs of the compressed model. It is fitted so that its outputs are as
-    close as possible to those of the dense layer in the dense model (`InputShiftStats`). model:
-    changed in place; dense: a copy that stays as it is; stats: name -> `LayerStats` of the dense
-    model; ranks: name -> rank; windows: from `calibration_windows`.
+    close as possible to those of the dense layer in the original model (`InputShiftStats`). model:
+    changed in place; dense: a copy of the original model, which is not changed; stats: name ->
+    `LayerStats` of the original model; ranks: name -> rank; windows: from `calibration_windows`.
     """
     now = [model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
            for x, _ in windows]                                                     # (B, T, C) each
@@ -369,8 +370,8 @@ def compress_sequentially(model, dense, stats, ranks, windows):
 
 
 # --------------------------------------------------------------------------------------------------
-# ranks. energies: name -> (s), descending; shapes: name -> (m, n). The functions return
-# name -> rank, or None for a layer that stays dense because factors would not be smaller.
+# ranks. energies: name -> (s), descending; shapes: name -> (m, n). The functions return name ->
+# rank, or None for a layer that stays dense because factors would not be smaller.
 
 def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
     """Return the rank of each layer from one of three options.
@@ -396,7 +397,7 @@ def uniform_share(energies, shapes, keep):
     """Return the ranks at which each layer keeps the fraction `keep` of its parameters. Raises
     ValueError if a rank would be below 1."""
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
-    if keep == 1:                       # a rank that saves parameters would lose something
+    if keep == 1:                       # any rank that saves parameters loses energy
         return dict.fromkeys(shapes)
     return {name: beneficial_rank((m, n), math.floor(keep * m * n / (m + n) + 1e-9))
             for name, (m, n) in shapes.items()}
@@ -434,9 +435,9 @@ def finetune(model, data, options, saved, device, teacher=None):
     weight decay, because it would shrink both factors of a low-rank layer.
 
     options: has finetune_iters, seed, optimizer, learning_rate and batch_size; the last three may
-    be None for the default; saved: a checkpoint for default batch size and betas, or {}; teacher: a
-    model for `distillation_loss`, or None. Leaves the model in training mode. Raises ValueError if
-    the loss is not finite.
+    be None for the default; saved: a checkpoint whose config gives the default batch size and
+    betas, or {}; teacher: a model for `distillation_loss`, or None. Leaves the model in training
+    mode. Raises ValueError if the loss is not finite.
     """
     rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
     own = {key: value for key, value in saved.get('config', {}).items()
@@ -461,8 +462,8 @@ def finetune(model, data, options, saved, device, teacher=None):
 
 
 def distillation_loss(teacher, model, x, y):
-    """Return cross-entropy plus KL divergence from the teacher's predictions, for x, y (B, T). In
-    nats per token (Hinton, Vinyals and Dean, arXiv:1503.02531, at temperature 1)."""
+    """Return cross-entropy plus KL divergence from the teacher's predictions, for x, y (B, T). The
+    unit is nats per token (Hinton, Vinyals and Dean, arXiv:1503.02531, at temperature 1)."""
     logits, loss = model(x, y)                                      # (B, T, vocab)
     with torch.no_grad():
         target = F.log_softmax(teacher(x, y)[0], dim=-1)
@@ -561,5 +562,6 @@ def describe(report):
         rows.append([label, *(f'{rate:,.0f}' for rate in speed[part]['tokens_per_s']), ratio])
     before, after = report['samples']
     return '\n'.join([*lines, *format_table(rows), (
-        'after / before of tokens/s is the median of the ratios of paired rounds (quartiles), not '
-        'the ratio of the two medians.\nsample before:'), before, 'sample after:', after])
+        'tokens/s: the last column has the median of the ratios of paired rounds and their '
+        'quartiles,\nnot the ratio of the medians.\nsample before:'),
+        before, 'sample after:', after])

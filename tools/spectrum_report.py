@@ -2,9 +2,9 @@
 
 Two factors B (m, r) and A (r, n) in place of a weight W (m, n) have r (m + n) parameters instead of
 m n. This is fewer only below the break-even rank m n / (m + n). The energy of a weight is the sum
-of its squared singular values. Its numerical rank is the number of singular values above
-max(m, n) eps(float32) sigma_1, because smaller ones can come from rounding to float32. A weight of
-zeros has numerical rank 0 and keeps all of its energy at rank 1, the smallest rank of a layer.
+of its squared singular values. Its numerical rank is the number of singular values above max(m, n)
+eps(float32) sigma_1, because smaller ones can come from rounding to float32. A weight of zeros has
+numerical rank 0 and keeps all of its energy at rank 1, the smallest rank of a layer.
 """
 
 from collections import namedtuple
@@ -16,7 +16,7 @@ from runtime import plots, tracking
 from runtime.files import write_atomically
 from tools.tables import format_table
 
-FRACTIONS = (0.90, 0.95)            # of the energy, to keep
+FRACTIONS = (0.90, 0.95)            # of the energy that a rank keeps
 NOTES = '''\
 sigma: largest singular value; rank: number of singular values above rounding error
 90%, 95%: smallest rank that keeps this fraction of the energy

@@ -51,8 +51,8 @@ def random_tokens(cfg, device):
 def step_of(cfg, device, peer=None, **changes):
     """Return a function that runs one training step of a new model on random tokens.
 
-    peer: a model to train instead, which has nanoGPT's configure_optimizers; changes: changes of
-    the configuration.
+    peer: a model to train instead, which has nanoGPT's configure_optimizers; changes: options of
+    the configuration with their new values.
     """
     model = new_model(cfg, device, **changes)
     state = new_state(replace(cfg, compile=False, **changes), model, device)
@@ -82,7 +82,8 @@ def run_seconds(cfg, data, device):
     evaluations = cfg.max_iters // cfg.eval_interval + 1
     windows = evaluations * 2 * cfg.eval_iters * cfg.batch_size
     windows += len(data.tokens('val')) / cfg.block_size
-    if cfg.is_noncausal:            # a gap position costs a window and a prefix, half of one
+    # a measured token costs a window and, on average, half a window for its prefix
+    if cfg.is_noncausal:
         windows += 1.5 * (evaluations * GAP_POSITIONS + FINAL_GAP_POSITIONS)
     steps = cfg.max_iters * cfg.gradient_accumulation_steps + windows / cfg.batch_size / 3
     return seconds * steps
@@ -113,13 +114,13 @@ def truncating_scopes(cfg, required):
 
 
 def header(cfg, device):
-    """Return what affects the times as text: sizes, options that are not the default, machine."""
+    """Return the sizes, the options that are not the default, and the machine, as text."""
     c, dtype = model_config(cfg), devices.pick_dtype(cfg.dtype, device)
     options = ''.join(f'{f.name}={getattr(c, f.name)!r}, ' for f in fields(c)
                       if getattr(c, f.name) != f.default and f.name not in SIZES)
     machine = (torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else
                torch.backends.cpu.get_cpu_capability())
-    return (f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, vocabulary {c.vocab_size}, '
+    return (f'{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, vocabulary {c.vocab_size}, '
             f'context {c.block_size}, batch {cfg.batch_size}, {options}'
             f'{cfg.optimizer}, {dtype}, {device} ({machine}), {torch.get_num_threads()} threads, '
             f'torch {torch.__version__}')
@@ -138,7 +139,6 @@ def steps(cfg, device):
             use_svd=True, svd_method=method, svd_scope=scope)
     words = header(cfg, device)
     print(f'{words}; {cfg.pairs} pairs')
-
     print_line('', ('ms', 'baseline ms', 'ratio', 'quartiles', ''))
 
     def compare(name, a, b):
@@ -207,8 +207,7 @@ def decoding(cfg, device):
 
 
 def context_lengths(cfg):
-    """Return the prompt lengths in cfg.contexts as a list of int. Raises UserError if one is wrong.
-    """
+    """Return the prompt lengths in cfg.contexts as a list. Raises UserError if one is wrong."""
     most = cfg.block_size - cfg.tokens                              # longer ones crop the context
     if cfg.contexts is None:            # inside blocks of 'causal' scope; a new block takes longer
         lengths = [max(1, min(most, cfg.block_size * part // 16)) for part in (3, 6, 14)]
@@ -221,10 +220,10 @@ def context_lengths(cfg):
 
 
 def costs(model, batch, length, tokens):
-    """Return cache bytes and FLOPs per token of a model as a dict; its values are None without one.
+    """Return cache bytes and FLOPs per token as a dict. Without a model its values are None.
 
-    Prefill is a prompt of `length` tokens. Cache and decoding are of the last of `tokens` tokens
-    after it.
+    Prefill is for a prompt of `length` tokens. Cache size and decoding are for the last of the
+    `tokens` tokens after that.
     """
     if model is None:
         return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))

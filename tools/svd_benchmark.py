@@ -2,10 +2,11 @@
 The measurements of `python bench.py --svd`: cost and accuracy of each SVD method.
 
 A case is a scope with one of METHODS. 'randomized cold' starts from a random Gaussian matrix.
-'randomized warm' starts from a running basis, as every training step but the first does. 'weight'
-scope has no running basis. The quantities are
+'randomized warm' starts from the basis of the warm start, which was computed from other V. Every
+training step but the first starts in this way. 'weight' scope has no warm start. For each case
+these quantities are measured:
 
-    forward     time of the model's own head-SVD module of one layer, without gradients
+    forward     time of the model's head-SVD module of one layer, without gradients
     fwd+bwd     time of the same module with gradients and the configured svd_basis_grad
     peak        peak bytes of fwd+bwd, with its result and gradient, without V and the upstream
                 gradient of V
@@ -16,8 +17,8 @@ scope has no running basis. The quantities are
                 basis is differentiated, 'constant': it is held constant.
 
 They are measured on V of a trained checkpoint with the gradient of its loss, and on V with known
-spectra and Gaussian gradients. The running basis never comes from the V that is measured. It is
-saved in the checkpoint or computed from other V.
+spectra and Gaussian gradients. The basis of the warm start is read from the checkpoint or computed
+here, never from the V that is measured.
 
 Letters: B batch, nh heads, T tokens, hs head size, C width, k rank; W_v is (nh, hs, C).
 """
@@ -46,7 +47,7 @@ from tools.step_benchmark import header, truncating_scopes
 from tools.timing import peak_bytes, print_line, quartiles, time_interleaved
 
 METHODS = ('standard', 'gram', 'randomized cold', 'randomized warm')
-WARM_STEPS = 8                      # updates of the running basis if none was saved
+WARM_STEPS = 8                      # updates of the basis of the warm start if none was saved
 ROUNDING = 1e-6                     # float32 error of a residual, as a fraction of the matrix norm
 SPECTRA = {'Gaussian': lambda i, rank: torch.ones_like(i), '1/i': lambda i, rank: 1 / i,
            '1/i^2': lambda i, rank: 1 / i ** 2, '0.9^i': lambda i, rank: 0.9 ** i,
@@ -87,9 +88,9 @@ def run(cfg, device):
         quality += source_quality(cfg, cases, source)
     if cfg.plot:
         names = [source.name for source in trained or [timed_on]]
-        of = 'trained V of all layers' if trained else f'V with spectrum {timed_on.name}'
+        matrices = 'trained V of all layers' if trained else f'V with spectrum {timed_on.name}'
         draw(cfg.plot, costs, [row for row in quality if row['source'] in names],
-             f'{of}; {words}')
+             f'residual: {matrices}; time: {timed_on.name}; {words}')
         print(f'figure: {cfg.plot}')
     print(json.dumps({
         'device': device, 'torch': torch.__version__, 'threads': torch.get_num_threads(),
@@ -148,8 +149,8 @@ def converted(source, convert):
 
 @torch.no_grad()
 def warm_bases(cfg, layers, draw):
-    """Return running bases (layers, nh, hs, k) after WARM_STEPS updates. draw() returns V (B, nh,
-    T, hs) of each layer for one update."""
+    """Return bases of warm starts (layers, nh, hs, k) after WARM_STEPS updates. draw() returns V
+    (B, nh, T, hs) of each layer for one update."""
     starts = [head_svd(cfg, Case('sequence', 'randomized cold')).warm_start for _ in range(layers)]
     for _ in range(WARM_STEPS):
         for start, v in zip(starts, draw()):

@@ -35,8 +35,8 @@ POLL = 0.05                         # seconds between polls of the processes
 PAIRS = 20                          # timed pairs of steps, per variant
 
 # A combination of options, trained once per seed. options: those that distinguish it from the
-# others; cfg: configuration of the first seed; argv: for train.py, without seed and folder;
-# data, costs: from `dry_build`
+# others; cfg: configuration of the first seed; argv: arguments for train.py, without seed and
+# folder; data, costs: from `dry_build`
 Variant = namedtuple('Variant', 'name options cfg argv data costs', defaults=(None, None))
 # A run. argv: script and options for a new start; resume: the same for a start from the checkpoint,
 # or None if the run cannot be resumed
@@ -76,7 +76,7 @@ def expand_grid(cls, values, lists, set_by, argv):
 
 
 def run_folder(folder, variant, seed):
-    """Return the folder of a run. folder: of the sweep; variant: name of the variant."""
+    """Return the run folder of a variant and a seed. folder: of the sweep; variant: its name."""
     return folder / 'runs' / f'{variant},seed={seed}'
 
 
@@ -167,7 +167,7 @@ def read_json(path):
 
 
 def load(folder):
-    """Return the content of sweep.json, as `describe` made it. Raises UserError without one."""
+    """Return the content of sweep.json, made by `describe`. Raises UserError if it is missing."""
     record = read_json(folder / 'sweep.json')
     if set(record) != {'lists', 'seeds', 'arms'}:
         raise UserError(f'sweep={str(folder)!r}: the folder holds no sweep (nearest: start one, '
@@ -262,10 +262,10 @@ def train_all(jobs, at_once, device):
 def run_all(jobs, at_once, ended, environments=({},)):
     """Run the unfinished jobs, `at_once` at a time.
 
-    ended(job, code, seconds) is called after each job; environments: environment variables that
-    the processes get in turn. Returns the names of the jobs that failed, which have no final
-    metrics. On an exception such as Interrupted, it tells the runs to stop and waits until they
-    have saved. A second exception ends the wait.
+    ended(job, code, seconds) is called after each job; environments: environment variables that the
+    processes get in turn. Returns the names of the jobs that failed, which have no final metrics.
+    On an exception such as Interrupted, run_all stops the runs and waits until they have saved. A
+    second exception ends the wait.
     """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
     running = {}                                        # slot -> job, process, start
@@ -289,12 +289,12 @@ def run_all(jobs, at_once, ended, environments=({},)):
 
 
 def start(job, environment):
-    """Start the process of a job and return it. It stops after the calling process has ended.
-    environment: variables that are added to those of the calling process."""
+    """Start the process of a job and return it. The new process stops when the calling process has
+    ended. environment: variables that are added to those of the calling process."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
         saved = has_checkpoint(job.folder)
-        if not saved:                                   # no run can resume these metrics
+        if not saved:               # without a checkpoint these metrics belong to no run
             (Path(job.folder) / 'metrics.jsonl').unlink(missing_ok=True)
     argv, mode = (job.resume, 'ab') if saved and job.resume else (job.argv, 'wb')
     with open(log_of(job), mode) as log:

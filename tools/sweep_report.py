@@ -129,8 +129,8 @@ def over_seeds(record):
 # figures
 
 def draw(folder, record, rows):
-    """Draw the figures for which there is data, and print what the others need. Returns path ->
-    caption."""
+    """Draw the figures for which there are data, and print what the others need. Returns their
+    captions, path -> caption."""
     try:
         plots.require_matplotlib('figures')
     except UserError as e:
@@ -209,7 +209,8 @@ def loss_charts(axis):
     for kind, title in kinds.items() if differ else [('prefix_only', '')]:
         curves = [curve(row['name'], None, [row], baseline_look(i), kind)
                   for i, row in enumerate(axis.baselines)]
-        for i, (label, group) in enumerate(axis.groups.items()):    # shifted: bars do not overlap
+        # shifted, so that error bars do not overlap
+        for i, (label, group) in enumerate(axis.groups.items()):
             x = [place * 1.03 ** i if log else place + 0.01 * i * (high - low) for place in group]
             curves.append(curve(label, x, group.values(),
                                 group_look(i, '-' if axis.is_numeric else None), kind))
@@ -265,7 +266,7 @@ def pareto_charts(axis):
                                     across=ends if cost == 'step_ratio' else None))
         if len({x for x, _ in points}) > 1:
             costs, losses = zip(*sorted(points))
-            corners = ([x for x in costs for _ in range(2)][1:],    # of a step curve
+            corners = ([x for x in costs for _ in range(2)][1:],    # corners of a step function
                        [y for y in accumulate(losses, min) for _ in range(2)][:-1])
             front = plots.Curve('lowest loss up to this cost', *corners, ('0.6', None, '-'))
             charts.append(plots.Chart('', title, [front, *curves], costs[-1] >= 4 * costs[0]))

@@ -1,6 +1,6 @@
 """Text tables with aligned columns."""
 
-WIDTH = 120                         # columns; wider tables have single spaces between columns
+WIDTH = 120                         # characters; wider tables have single spaces between columns
 
 
 def format_table(rows, left=1, markdown=False):

@@ -68,7 +68,7 @@ def paired_benchmark(a, b, pairs, device):
 
 
 def peak_bytes(f, device):
-    """Return the peak bytes that f() allocates beyond those held before it; None on MPS.
+    """Return the peak bytes that f() allocates beyond those allocated before, or None on MPS.
 
     On CUDA, torch's allocator counts them. On the CPU, torch's profiler records allocations, so
     workspace inside an operator counts only if torch allocates it.

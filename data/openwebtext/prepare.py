@@ -5,8 +5,8 @@
 
 The documents are streamed, and each ends with the end-of-text token. OpenWebText has 9 billion
 tokens, which need 18 GB of disk, and another 18 GB for temporary shards. FineWeb-Edu's sample has
-10 billion tokens. After an interruption the same command continues after the last complete shard
-and produces the same bytes.
+10 billion tokens. To continue after an interruption, run the same command again. It starts after
+the last complete shard and produces the same bytes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from runtime import cli                                 # before numpy, to report missing packages
+from runtime import cli                                 # before numpy: reports missing packages
 
 import numpy as np
 
@@ -31,8 +31,8 @@ from runtime.data import (END, GPT2_META, WITH_END, is_prepared, preparing, read
                           write_files)
 from runtime.files import check_writable, write_atomically
 
-# Fixed revisions, in parquet format, because nothing would detect a file that changes between two
-# runs of one preparation.
+# fixed revisions, in parquet format, because nothing would detect a file that changes between two
+# runs of one preparation
 SOURCES = {
     'openwebtext': dict(path='Skylion007/openwebtext',
                         revision='b4325f019c648b1641a1784748667e8b74e5e064'),
@@ -43,7 +43,7 @@ VAL_ONE_IN = 2000                   # 0.05%, as in nanoGPT
 
 
 def main(argv=None):
-    """Run the command and return its exit code: 1 if the source is unreachable or the disk full."""
+    """Run the command and return its exit code: 1 for an unreachable source or a full disk."""
     parser = argparse.ArgumentParser(prog='python data/openwebtext/prepare.py', allow_abbrev=False)
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--source', choices=SOURCES, default='openwebtext',
@@ -53,7 +53,7 @@ def main(argv=None):
     parser.add_argument('--max_tokens', metavar='N', type=int, help='stop after N training tokens')
     parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=FOLDER,
                         help='default: this folder')
-    return cli.parse(parser, argv, prepare, 'the same command continues')
+    return cli.parse(parser, argv, prepare, 'to continue, run the same command again')
 
 
 def prepare(args):
@@ -62,7 +62,7 @@ def prepare(args):
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f'--max_tokens={args.max_tokens}: must be at least 1 (nearest: 1)')
     import datasets
-    # The result depends on these. A position is only valid with the same version of datasets.
+    # the result depends on the settings; a position is only valid with the same version of datasets
     settings = dict(find_source(args), max_tokens=args.max_tokens, datasets=datasets.__version__)
     settings_sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     shards = args.out_dir / 'shards'
@@ -101,7 +101,8 @@ def find_source(args):
     files = [args.files] if os.path.isfile(args.files) else sorted(
         filter(os.path.isfile, glob.glob(args.files, recursive=True)))
     kinds = {Path(f).suffix for f in files}
-    if kinds != {'.parquet'} and (kinds != {'.txt'} or len(files) == 1):  # one text cannot be split
+    # one document cannot be split
+    if kinds != {'.parquet'} and (kinds != {'.txt'} or len(files) == 1):
         raise UserError(f'--files={args.files}: must be .parquet files, or two or more .txt files '
                         f'(one document each), but matches {len(files)} files '
                         f'{" ".join(sorted(kinds))}')
@@ -159,7 +160,7 @@ def write_shards(load_dataset, progress, shards, encoding):
             for ids in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()):
                 if len(tokens['train']) >= left:
                     break
-                # The number alone decides the split; 0 is in val, so that val is not empty.
+                # the number alone decides the split; 0 is in val, so that val is not empty
                 digest = hashlib.sha256(str(number).encode()).hexdigest()
                 in_val = number == 0 or int(digest[:16], 16) % VAL_ONE_IN == 0
                 tokens['val' if in_val else 'train'] += [*ids, encoding.eot_token]

@@ -2,8 +2,7 @@
 
     python data/shakespeare_char/prepare.py [--input FILE] [--out_dir DIR]
 
-Writes train.bin, val.bin (the last tenth of the text) and meta.json. data/shakespeare_text.py finds
-the text.
+Writes train.bin, val.bin (the last tenth) and meta.json. data/shakespeare_text.py finds the text.
 """
 
 import sys

@@ -295,14 +295,14 @@ def test_bench_times_the_models_that_it_is_told(trained, call):
     """bench.py takes the vocabulary of the data set, here 17, or the shape of a run, an export or a
     resumed run."""
     decode = '--decode', '--contexts=3', '--tokens=2', '--pairs=2', '--device=cpu'
-    assert ', 16 wide, vocabulary 17, ' in call(bench.main, *TINY, *decode).out
+    assert ', width 16, vocabulary 17, ' in call(bench.main, *TINY, *decode).out
     trained('--n_layer=3', '--n_embd=24', '--vocab_size=19')
     assert call(export.main, '--to=safetensors', '--save_dir=mine').code == 0
     for source in (['--init_from=out'], ['--init_from=mine',
                                          '--batch_size=4'], ['--init_from=resume']):
         result = call(bench.main, *source, *decode)
         assert json.loads(result.out.splitlines()[-1])['header'].startswith(
-            '3 layers, 2 heads, 24 wide, vocabulary 19, context 16, batch 4, '), result.err
+            '3 layers, 2 heads, width 24, vocabulary 19, context 16, batch 4, '), result.err
 
 
 def test_bench_leaves_out_scopes_that_truncate_nothing(results):
