@@ -5,11 +5,12 @@ MIT). Options add a truncated SVD of the value matrix V of each head, multi-head
 
 Where the SVD happens: each attention layer has a module `head_svd` (lowrank/head_svd.py). In
 'sequence' and 'causal' scope it truncates V itself (CausalSelfAttention.apply_svd_to_v). In
-'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight). It also
-builds the part of the cache that holds V.
+'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight).
+`head_svd` also builds the part of the cache that holds V.
 
-What it costs: the SVD makes training slower and saves no memory there (docs/SVD.md). In decoding,
-'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K. Of V it keeps
+What the SVD costs: it makes training slower and saves no memory in training (docs/SVD.md). In
+decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K. For
+V the cache keeps
 
     no SVD       hs values
     'causal'     hs values before the first basis, then k; a basis per block of tokens, and V^T V
@@ -17,19 +18,21 @@ What it costs: the SVD makes training slower and saves no memory there (docs/SVD
     'sequence'   no cache: a new token changes V of all earlier tokens, so the whole prefix is
                  recomputed for each new token
 
-At full rank nothing changes. 'sequence' takes the best rank-k approximation of V, and 'weight' that
-of W_v. 'causal' projects V of each token onto k directions that come from earlier tokens. This is
-not the best approximation, but no token depends on a later one. 'randomized' has 1 to 4% more error
-than the exact methods. Decoding with a cache computes the same function as a forward pass over the
-whole prefix, up to rounding.
+At full rank nothing changes. 'sequence' takes the best rank-k approximation of V, and 'weight'
+takes the best rank-k approximation of W_v. 'causal' projects V of each token onto k directions that
+come from earlier tokens. This is not the best approximation of V, but no token depends on later
+tokens. 'randomized' has 1 to 4% more error than the exact methods. Decoding with a cache computes
+the same function as a forward pass over the whole prefix, up to rounding.
 
-Where MLA happens: `LatentProjection` replaces `QKVProjection`. It computes keys U_k c and values
-U_v c from a latent c of d values per token. The cache keeps c instead of 2C values per token and
-layer, and in 'causal' scope also the bases. Training and prompts compute all keys and values. A
-single new token attends to the latents directly: U_k is multiplied into its query, and U_v is
-applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding (docs/MLA.md).
+Where MLA happens: `LatentProjection` replaces `QKVProjection`. `LatentProjection` computes keys U_k
+c and values U_v c from a latent c of d values per token. The cache keeps c instead of 2C values per
+token and layer, and in 'causal' scope also the bases of V. Training and prompts compute all keys
+and values. A single new token attends to the latents directly: U_k is multiplied into its query,
+and U_v is applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding
+(docs/MLA.md).
 
-Letters: B batch, T tokens, C n_embd, nh heads, hs = C / nh head size, k svd_rank, d latent size.
+Letters: B batch, T tokens, C = n_embd, nh heads, hs = C / nh head size, k = svd_rank, d latent
+size.
 """
 
 import math
@@ -68,9 +71,9 @@ TARGETS = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_at
 
 @dataclass
 class GPTConfig(AdapterTargets):
-    """Configuration of a `GPT`, stored in checkpoints as the dict `model_args`. OVERRIDABLE fields
-    change no parameter and may differ from a checkpoint's. Raises ValueError for impossible values,
-    with a message that starts with the field's name."""
+    """Configuration of a `GPT`, stored in checkpoints as the dict `model_args`. Fields marked
+    OVERRIDABLE change no parameter and may differ from the values in a checkpoint. Raises
+    ValueError for an impossible value, with a message that starts with the name of the field."""
     block_size: Annotated[int, 'context length in tokens', Range(1), Section('model')] = 1024
     vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304  # GPT-2's 50257, padded
     n_layer: Annotated[int, 'number of transformer blocks', Range(1)] = 12
@@ -180,7 +183,8 @@ class GPTConfig(AdapterTargets):
 
 
 class QKVProjection(nn.Linear):
-    """Queries, keys and values of all heads: nanoGPT's c_attn, W_q, W_k, W_v stacked (3C, C)."""
+    """Queries, keys and values of all heads from one layer, nanoGPT's c_attn. Its weight (3C, C) is
+    W_q, W_k and W_v, stacked."""
 
     def __init__(self, config):
         super().__init__(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -194,9 +198,9 @@ class QKVProjection(nn.Linear):
         return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
 
     def project_for_cache(self, x, down_proj):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs), for `KeyValueCache.attend`. In 'weight'
-        scope down_proj (nh k, C) is given, and v holds the coordinates of V (B, nh, T, k), which
-        take k / hs times the operations of V."""
+        """x (B, T, C) -> q, k, v for `KeyValueCache.attend`, each (B, nh, T, hs). With down_proj
+        (nh k, C), in 'weight' scope, v holds the coordinates of V instead, with shape (B, nh, T,
+        k). They need k / hs of the multiplications and memory of V."""
         if down_proj is None:
             return self(x)
         C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]
@@ -213,9 +217,9 @@ class QKVProjection(nn.Linear):
 
 
 class LatentProjection(nn.Module):
-    """Projection of MLA, with the methods of QKVProjection. Keys and values of all heads come from
-    one latent c = W_a x of d values per token (DeepSeek-V2, arXiv:2405.04434, equations 9 to 11).
-    Positions are learned, so there is no rotary part."""
+    """Queries, keys and values of all heads with MLA. The methods are those of QKVProjection. Keys
+    and values of all heads come from one latent c = W_a x of d values per token (DeepSeek-V2,
+    arXiv:2405.04434, equations 9 to 11). Positions are learned, so there is no rotary part."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,8 +265,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last. With a cache, x
-        continues the cached tokens, and its keys and values are added to the cache: those of the
-        whole prompt first, then those of one token at a time."""
+        continues the cached tokens, and the keys and values of x are added to the cache. The first
+        call takes the whole prompt, each later call one token."""
         # kv is (k, v) without a cache. With a cache it is what `attend` adds to the cache: (k, v),
         # (k, coordinates of V) in 'weight' scope, or (latents,) with MLA
         q, *kv = self.project(x) if cache is None else (
@@ -278,30 +282,33 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):
-        """x (B, T, C) -> q, k, v (B, nh, T, hs). In 'weight' scope, v comes from a truncated W_v,
-        or with MLA from a truncated U_v."""
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). In 'weight' scope, v comes from the
+        truncated W_v, or from the truncated U_v with MLA."""
         return self.c_attn(x, self.value_weight() if isinstance(self.head_svd, WeightSVD) else None)
 
     def value_weight(self):
         """Return the weight that makes V: W_v (nh, hs, C), or U_v (nh, hs, d) with MLA. In 'weight'
-        scope it is truncated to rank k per head, unlike `c_attn.value_weight`."""
+        scope the result is truncated to rank k per head. `c_attn.value_weight` is never
+        truncated."""
         return self.head_svd.truncate_weight(self.c_attn.value_weight())
 
     def apply_svd_to_v(self, v):
-        """V (B, nh, T, hs) -> same shape and dtype. 'sequence' scope returns the best rank-k
-        approximation per head. 'causal' projects V of each token onto k directions from earlier
-        tokens. Otherwise V is returned. Computed in at least float32."""
+        """Truncate V (B, nh, T, hs) -> same shape and dtype. 'sequence' scope returns the best
+        rank-k approximation per head. 'causal' projects V of each token onto k directions from
+        earlier tokens. 'weight' scope, and attention without SVD, return V itself. The computation
+        is in at least float32."""
         return self.head_svd(v)
 
     def _standard_svd_reconstruction(self, v, rank=None):
-        """Best rank-k approximation of V by torch.linalg.svd, for tests. rank None: svd_rank."""
+        """Return the best rank-k approximation of V by torch.linalg.svd, for tests. rank=None means
+        svd_rank."""
         return low_rank_approximation(v, rank or self.svd_rank, 'standard')
 
     @torch.no_grad()
     def value_statistics(self, x):
-        """x (B, T, C) -> the fraction of the energy of V that the SVD keeps, and the effective rank
-        of V before the SVD, per head, averaged over the batch: {'energy_kept': (nh),
-        'effective_rank': (nh)}."""
+        """x (B, T, C) -> {'energy_kept': (nh), 'effective_rank': (nh)}. These are the fraction of
+        the energy of V that the SVD keeps, and the effective rank of V before the SVD, per head,
+        averaged over the batch."""
         v, truncated = self.c_attn(x)[2], self.apply_svd_to_v(self.project(x)[2])
         return {'energy_kept': energy_kept(v, truncated).mean(0),
                 'effective_rank': effective_rank(v).mean(0)}
@@ -309,7 +316,7 @@ class CausalSelfAttention(nn.Module):
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
         """Return an empty cache for `tokens` tokens of `batch` sequences, in the dtype of keys and
-        values. device None: that of the weights."""
+        values. device=None means the device of the weights."""
         weight = next(self.parameters())
         place, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(place) and dtype != torch.float64:     # autocast skips float64
@@ -371,7 +378,8 @@ class GPT(nn.Module):
         inject_adapters(self)
 
     def get_layer(self, name) -> nn.Module:
-        """Return a layer of config.layer_shapes by name. A fused c_attn is split if needed."""
+        """Return a layer of config.layer_shapes by name. If the name is a part of a fused c_attn,
+        c_attn is split first."""
         attn = self.transformer.h[int(name.split('.')[1])].attn
         if '.c_attn.' in name and isinstance(attn.c_attn, QKVProjection):
             attn.c_attn = SplitProjection(attn.c_attn)
@@ -382,8 +390,9 @@ class GPT(nn.Module):
         self.transformer.set_submodule(name, layer)
 
     def add_adapters(self, **options):
-        """Add adaptive SVD or LoRA to trained weights, if the options ask for it and the model has
-        neither. options: fields of GPTConfig. Raises ValueError for options that do not fit."""
+        """Add adaptive SVD or LoRA to trained weights. Do nothing if the options ask for neither,
+        or if the model has one of them already. options: fields of GPTConfig. Raises ValueError for
+        options that do not fit."""
         wanted = options.get('adaptive_svd') or options.get('lora_rank') is not None
         if wanted and not (self.config.adaptive_svd or self.config.has_lora):
             self.config = replace(self.config, **options | dict(adaptive_svd_ranks=None))
@@ -393,10 +402,11 @@ class GPT(nn.Module):
         """Initialize as GPT-2: weights N(0, 0.02), biases 0, LayerNorm weights 1. The 2 n_layer
         projections that write to the residual stream (attn.c_proj, mlp.c_proj) get a standard
         deviation of 0.02 / sqrt(2 n_layer). Random numbers are drawn in nanoGPT's order, so equal
-        seeds give equal weights. In a product of two factors (MLA, LowRankLinear) the second factor
-        is drawn as above. The first factor gets orthogonal rows with entries of about
-        1 / sqrt(rank). The product then has the standard deviation of a single weight, and a step
-        of the second factor moves the product as far as the same step moves a single weight."""
+        seeds give equal weights. In a product of two factors (MLA, LowRankLinear) the second
+        factor, which makes the outputs, is drawn as above. The first factor gets orthogonal rows
+        with entries of about 1 / sqrt(rank). The product then has the standard deviation of a
+        single weight. A step of the second factor changes the product as much as the same step
+        changes a single weight."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -417,10 +427,10 @@ class GPT(nn.Module):
 
         With targets: logits (B, T, vocab_size) and the mean cross-entropy in nats per token, where
         targets of -1 do not count. Without targets: logits of the last position (B, 1, vocab_size)
-        and None. With a cache (`new_cache`), idx continues the cached tokens, and its keys and
-        values are added to the cache: those of the whole prompt first, then those of one token at a
-        time. There are no gradients then. Raises ValueError for more than block_size tokens and for
-        tokens that do not fit the cache.
+        and None. With a cache (`new_cache`), idx continues the cached tokens, and the keys and
+        values of idx are added to the cache. The first call takes the whole prompt, each later call
+        one token. With a cache there are no gradients. Raises ValueError for more than block_size
+        tokens and for tokens that do not fit into the cache.
         """
         if cache and torch.is_grad_enabled():                       # the cache is written in place
             with torch.no_grad():
@@ -446,8 +456,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k: int | None = None,
                use_cache=True, top_p: float | None = None, seed: int | None = None):
         """Yield the tokens that continue idx (B, T), each (B, 1), by `runtime.generation.stream`.
-        'sequence' scope and training mode recompute the whole prefix for each token. 'sequence'
-        scope warns about it."""
+        In 'sequence' scope and in training mode, the whole prefix is recomputed for each token.
+        'sequence' scope warns about the recomputation."""
         if use_cache and self.config.is_noncausal:
             warnings.warn("svd_scope='sequence': a new token changes V of all earlier tokens, "
                           'so the whole prefix is recomputed for each new token', stacklevel=2)
@@ -455,8 +465,8 @@ class GPT(nn.Module):
                              use_cache and not self.config.is_noncausal and not self.training)
 
     def new_cache(self, batch, tokens) -> list[KeyValueCache]:
-        """Return an empty cache for `tokens` tokens of `batch` sequences, as a list with one
-        element per layer. Raises ValueError if 'sequence' scope truncates."""
+        """Return a list with one empty cache per layer, for `tokens` tokens of `batch` sequences.
+        Raises ValueError if an SVD in 'sequence' scope truncates V."""
         if self.config.is_noncausal:
             raise ValueError("svd_scope='sequence': a new token changes V of all earlier tokens, "
                              'so V cannot be cached')
@@ -464,17 +474,18 @@ class GPT(nn.Module):
 
     def kv_cache_bytes(self, batch, tokens) -> int:
         """Return the bytes of a cache for `tokens` tokens (at most block_size) of `batch`
-        sequences. Weights that the cache refers to do not count. The result is 0 if 'sequence'
-        scope truncates, because there is no cache."""
+        sequences. Weights to which the cache refers do not count. The result is 0 if an SVD in
+        'sequence' scope truncates V, because there is no cache then."""
         if self.config.is_noncausal:
             return 0
         attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
         return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
 
     def flops_per_token(self, tokens, decode=False) -> float:
-        """Return the floating-point operations of the forward pass per token. This is the mean over
-        a prompt of `tokens` tokens or, with decode, the number for one new token after `tokens`
-        cached ones. Matrix products and attention count, the SVD does not."""
+        """Return the floating-point operations of the forward pass per token. The result is the
+        mean over a prompt of `tokens` tokens. With decode=True it is the number for one new token
+        after `tokens` cached tokens. Matrix products and attention count. The SVD does not
+        count."""
         c, h = self.config, self.transformer.h
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
@@ -487,9 +498,9 @@ class GPT(nn.Module):
         return 2 * (sum(blocks) + attention + projection + once / tokens)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
-        """Return the model FLOPs utilization: the operations of fwdbwd_per_iter sequences in dt
-        seconds, as a fraction of flops_promised per second (default: an A100 in bfloat16). After
-        PaLM (arXiv:2204.02311), appendix B. The SVD does not count."""
+        """Return the model FLOPs utilization (PaLM, arXiv:2204.02311, appendix B). It is the number
+        of operations for fwdbwd_per_iter sequences in dt seconds, as a fraction of flops_promised
+        per second (default: an A100 in bfloat16). The SVD does not count."""
         c = self.config
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
         return flops_per_token * c.block_size * fwdbwd_per_iter / dt / flops_promised
@@ -511,9 +522,10 @@ class GPT(nn.Module):
                                                             freeze=not wpe.requires_grad)
 
     def param_groups(self, weight_decay) -> dict[str, dict]:
-        """Sort the trainable parameters into groups for an optimizer. Matrices of blocks ('hidden')
-        and embeddings have weight_decay, factors of adaptive layers ('halved', if there are any)
-        have half of it, vectors (biases, LayerNorms) have none. Returns name -> group."""
+        """Sort the trainable parameters into groups for an optimizer. Returns name -> group.
+        Matrices of blocks ('hidden') and embeddings ('embedding') have weight_decay. Factors of
+        adaptive layers, if there are any ('halved'), have weight_decay / 2. Biases and LayerNorms
+        ('vector') have no decay."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
@@ -528,16 +540,16 @@ class GPT(nn.Module):
         return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):
-        """Build nanoGPT's AdamW, where parameters with two dimensions decay, and register the step
-        hook. AdamW is fused if the device supports it."""
+        """Build nanoGPT's AdamW and register the step hook. Parameters with two dimensions decay.
+        AdamW is fused if the device supports it."""
         optimizer = adamw(self.param_groups(weight_decay), learning_rate, betas, device_type)
         return self.register_step_hook(optimizer)
 
     def register_step_hook(self, optimizer):
-        """Register a hook that updates the bases of 'randomized' after each step of the optimizer,
-        and return the optimizer. With the hook, a training step starts from the basis of the step
-        before (warm start). Without the hook, each forward pass of training starts from the same
-        random columns (cold start)."""
+        """Register a hook for the SVD method 'randomized', and return the optimizer. The hook
+        updates the bases after each step of the optimizer. With the hook, a training step starts
+        from the basis of the step before (warm start). Without the hook, each forward pass of
+        training starts from the same random columns (cold start)."""
         follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
         return optimizer
 
@@ -546,8 +558,8 @@ class GPT(nn.Module):
 
     @property
     def svd_basis(self) -> torch.Tensor | None:
-        """Bases of the warm start of 'randomized' (n_layer, nh, hs, k), saved in checkpoints, or
-        None for a cold start."""
+        """Bases (n_layer, nh, hs, k) of the warm start of 'randomized', or None for a cold start.
+        Checkpoints contain them."""
         return get_bases(self.warm_starts())
 
     @svd_basis.setter
@@ -560,8 +572,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def named_series(self, idx) -> dict[str, float]:
-        """Measure values of each head to plot over training, on a batch idx (B, T). Returns a dict
-        such as {'svd/block0.head1/energy_kept': 0.9}."""
+        """Measure values of each head on a batch idx (B, T), to be plotted over training. Returns a
+        dict such as {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
 
         def record(i, attention, x):
@@ -580,8 +592,8 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, saved: dict, **overrides) -> 'GPT':
         """Build the model of a checkpoint dict of this repo or of nanoGPT, from its `model_args`,
-        `model` and `svd_basis`. overrides: values of OVERRIDABLE fields. Raises ValueError if
-        options or weights do not fit."""
+        `model` and `svd_basis`. overrides: new values for fields marked OVERRIDABLE. Raises
+        ValueError if options or weights do not fit."""
         unknown = saved['model_args'].keys() - GPTConfig.__dataclass_fields__.keys()
         if unknown:
             raise ValueError('model_args has unknown fields: '
@@ -595,9 +607,9 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args: dict | None = None) -> 'GPT':
         """Build the model of a name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or of a
-        folder: a run, an export of export.py, or Hugging Face's GPT-2 format. override_args: values
-        of OVERRIDABLE fields. Raises ValueError for other names and fields, and for files that
-        cannot be read or used."""
+        folder: a run, an export of export.py, or Hugging Face's GPT-2 format. override_args: new
+        values for fields marked OVERRIDABLE. Raises ValueError for other names or fields, and for
+        files that cannot be read or used."""
         for key in override_args or {}:
             if key not in OVERRIDABLE_FIELDS:
                 raise ValueError(f'{key}: is fixed by the weights of {name_or_folder}')

@@ -1,9 +1,9 @@
-"""Low-rank layers, adaptive SVD and LoRA in a model: which layers the options name, and how these
-layers are replaced.
+"""Find the layers of a model that the options name, and give them low-rank factors, adaptive SVD or
+LoRA.
 
 Low-rank layers (layers.py) replace an nn.Linear. Adaptive SVD (adaptive_layer.py) and LoRA
-(layers.py) wrap a trained nn.Linear. A model here is a module with a `config` that is an
-AdapterTargets. It has get_layer(name) and set_layer(name, layer) for the names in
+(layers.py) wrap a trained nn.Linear. A model here is a module whose `config` is an AdapterTargets.
+The model has the methods get_layer(name) and set_layer(name, layer) for the names in
 `config.layer_shapes`.
 """
 
@@ -77,8 +77,9 @@ class AdapterTargets:
 
 def inject_adapters(model, from_trained=False):
     """Wrap the layers that model.config names for adaptive SVD and LoRA, in place. With LoRA, all
-    other parameters are frozen. from_trained: the weights are trained and `lora_init` starts from
-    them. Otherwise adapters start from zero, because their values are loaded later."""
+    other parameters are frozen. from_trained: whether the weights are trained, so that adapters
+    start from them as `lora_init` says. If not, adapters start from zero, because their values are
+    loaded later."""
     c = model.config
     for name in c.adaptive_layers:
         layer = AdaptiveSVDLinear(model.get_layer(name), c.adaptive_svd_protection)
@@ -94,7 +95,8 @@ def inject_adapters(model, from_trained=False):
 
 
 def adaptive_layers(model) -> dict[str, AdaptiveSVDLinear]:
-    """Return a dict: name in metrics, such as 'block0.attn.c_q' -> AdaptiveSVDLinear."""
+    """Return a dict from names in metrics, such as 'block0.attn.c_q', to AdaptiveSVDLinear
+    layers."""
     return {'block{}.attn.{}'.format(name.split('.')[1], name.rpartition('.')[2]): layer
             for name, layer in model.transformer.named_modules()
             if isinstance(layer, AdaptiveSVDLinear)}
@@ -111,12 +113,12 @@ def lowrank_ranks(model) -> dict[str, int] | None:
 # adapters without their model
 
 def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return a model's adapters as standard LoRA for the weights that it had before training.
+    """Return the adapters of a model as standard LoRA for the weights before training.
 
-    PiSSA and MiLoRA subtract their first adapter from these weights. They need `base`, a model with
-    the weights before training, and their rank doubles. Returns the options and name -> tensor,
-    such as 'h.0.attn.c_attn.c_q.A' (r, n) and 'h.0.attn.c_attn.c_q.B' (m, r). Raises ValueError if
-    the adapters do not belong to the weights of `base`.
+    PiSSA and MiLoRA subtract their first adapter from these weights. Their conversion needs `base`,
+    a model with the weights before training, and doubles the rank, up to full rank. Returns the
+    options and name -> tensor, such as 'h.0.attn.c_attn.c_q.A' (r, n) and 'h.0.attn.c_attn.c_q.B'
+    (m, r). Raises ValueError if the adapters do not belong to the weights of `base`.
     """
     c, tensors, rank = model.config, {}, model.config.lora_rank
     for name in c.lora_layers:
@@ -132,16 +134,19 @@ def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def to_standard_lora(layer: LoRALinear, original):
-    """Return A (r', n) and B (m, r') such that W_0 + s B A is the current weight of a LoRALinear.
+    """Return A' (r', n) and B' (m, r') such that W_0 + s B' A' is the current weight of a
+    LoRALinear.
 
-    original: W_0 (m, n), the weight that the layer was made from. s is the layer's scale. PiSSA and
-    MiLoRA freeze W = W_0 - s B_0 A_0, so the current weight is
+    original: W_0 (m, n), the weight from which the layer was made. s is the layer's scale. PiSSA
+    and MiLoRA freeze W = W_0 - s B_0 A_0, where A_0 and B_0 are the first factors. The current
+    weight is therefore
 
-        W + s B A = W_0 + s [B, B_0] [A; -A_0],   r' = min(2 r, m, n).
+        W + s B A = W_0 + s B' A',   B' = [B, B_0],   A' = [A; -A_0],   r' = min(2 r, m, n).
 
-    'lora' freezes W = W_0, so the layer's own A and B are returned. s B_0 A_0 comes from W_0 - W,
-    because a second SVD is not bit-identical to the first. Raises ValueError if the rank of W_0 - W
-    exceeds r by more than rounding, and torch.linalg.LinAlgError if W_0 is not finite.
+    If 2 r exceeds min(m, n), an SVD reduces B' and A' to that rank. 'lora' freezes W = W_0, so
+    A' = A and B' = B. B_0 and A_0 are computed from W_0 - W, because a second SVD of W_0 is not
+    bit-identical to the first. Raises ValueError if W_0 - W is not of rank r up to rounding, and
+    torch.linalg.LinAlgError if W_0 is not finite.
     """
     w, whole = layer.base.weight, to_float64(original)
     removed = whole - to_float64(w)                                 # (m, n)

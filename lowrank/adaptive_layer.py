@@ -1,7 +1,7 @@
 """Adaptive SVD: a linear layer that can protect its leading singular directions
 (`AdaptiveSVDLinear`), and the controller that switches such layers (`AdaptiveSVD`).
 
-The controller analyzes each layer every few steps, with lowrank/adaptive_svd.py.
+Every few steps the controller analyzes each layer with the functions of lowrank/adaptive_svd.py.
 
 Letters: weight W (m, n) = U S V^T, g = min(m, n), r minor components, which are trained, and
 k = g - r principal components, which are protected.
@@ -38,17 +38,17 @@ ACTIONS = {'initial': 'Initial SVD computed', 'none': 'full mode - {reason}',
 class AdaptiveSVDLinear(AdaptedLinear):
     """Linear layer y = W x + b that trains W in one of two modes.
 
-    Full mode trains W, as nn.Linear does. Low-rank mode writes W = W_p + B A. It trains B (m, r)
-    and A (r, n), which start as the r minor singular components, and freezes the rest W_p (m, n).
+    Full mode trains W, as nn.Linear does. Low-rank mode writes W = W_p + B A. It freezes W_p (m, n)
+    and trains B (m, r) and A (r, n). B A starts as the sum of the r minor singular components of W.
     The buffer `protected` (m, k) holds U_p, the k principal left singular vectors.
 
-    With protection 'left', `project_factors` removes from B what lies in the span of U_p, so that
-    U_p^T W stays what it was at the switch. The parameters are projected, not the gradient, because
-    AdamW's element-wise scaling would undo a projection of the gradient. With protection 'none',
-    B A can change any component, as in MiLoRA (arXiv:2406.09044).
+    With protection 'left', `project_factors` removes from B the part in the span of U_p. U_p^T W
+    therefore stays equal to its value at the switch. B itself is projected, because AdamW's
+    element-wise scaling would undo a projection of the gradient. With protection 'none', B A can
+    change any component, as in MiLoRA (arXiv:2406.09044).
 
     A switch does not change the output, because W_p is set to W - B A. Low-rank mode saves no
-    memory. At r = 246 and g = 256 it holds 2.9 times the parameters of full mode.
+    memory. With r = 246 and g = 256, the layer holds 2.9 times as many parameters as in full mode.
     """
 
     def __init__(self, linear, protection='left'):
@@ -59,8 +59,9 @@ class AdaptiveSVDLinear(AdaptedLinear):
         self.register_buffer('protected', None)
 
     def allocate_factors(self, r):
-        """Enter low-rank mode with 1 <= r < g. The values of the factors are set later. If r does
-        not change, the parameters stay the same objects, so that an optimizer still knows them."""
+        """Enter low-rank mode with 1 <= r < g. This allocates A and B. Their values are set later.
+        If the layer has factors of this r already, the parameters stay the same objects, so that an
+        optimizer still knows them."""
         like, (m, n) = self.base.weight, self.base.weight.shape
         if self.r != r:
             self.A, self.B = empty_linear(n, r, False, like), empty_linear(r, m, False, like)
@@ -68,8 +69,8 @@ class AdaptiveSVDLinear(AdaptedLinear):
         like.requires_grad_(False)
 
     def forward(self, x):
-        """x (..., n) -> (..., m). With at least m n / (m + n) rows, W_p + B A is computed first,
-        because that costs no more than B A x."""
+        """x (..., n) -> (..., m). For at least m n / (m + n) rows of x, W_p + B A is computed
+        first, because this costs no more than B (A x)."""
         (m, n), rows = self.base.weight.shape, x.numel() // x.size(-1)
         if self.A is not None and rows * (m + n) < m * n:
             return self.base(x) + self.B(self.A(x))
@@ -78,20 +79,20 @@ class AdaptiveSVDLinear(AdaptedLinear):
     r = FactoredLinear.rank                                         # None in full mode
 
     def factor_params(self) -> list[torch.nn.Parameter]:
-        """Return the weights of A and B, or [] in full mode. Their weight decay is halved, because
-        the decay of each factor shrinks the product."""
+        """Return the weights of A and B, or [] in full mode. The weight decay of each factor is
+        halved, because the decay of either factor shrinks the product."""
         return [] if self.A is None else [self.A.weight, self.B.weight]
 
     def track_weight_grad(self, on):
-        """Choose whether backward passes store dL/dW in `base.weight.grad` in low-rank mode. It is
-        the gradient of W_p, which no optimizer updates. Full mode always stores it."""
+        """Choose whether backward passes in low-rank mode store dL/dW in `base.weight.grad`. There
+        `base.weight` is W_p, which no optimizer updates. Full mode always stores dL/dW."""
         self.base.weight.requires_grad_(on or self.A is None)
 
     @torch.no_grad()
     def switch_to_lowrank(self, r, usv: tuple | None = None):
-        """Train the r minor components of the current W. A layer in low-rank mode is decomposed
-        again. usv: `thin_svd` of W, or None to compute it here. If `base.weight.grad` holds dL/dW,
-        the gradients of A and B are computed from it, and then it is deleted."""
+        """Train the r minor components of the current W. A layer that is in low-rank mode already
+        is decomposed again. usv: `thin_svd` of W, or None to compute it here. If `base.weight.grad`
+        holds dL/dW, the gradients of A and B are computed from dL/dW, which is then deleted."""
         W, like = self.merged_weight(), self.base.weight
         U, S, V = usv or thin_svd(self.weight)
         k = len(S) - r
@@ -119,7 +120,8 @@ class AdaptiveSVDLinear(AdaptedLinear):
 
 
 def to_float32(tensor):
-    """Return a detached CPU tensor in at least float32. It may share memory with the input."""
+    """Return a detached CPU tensor in at least float32. The result may share memory with the
+    input."""
     return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -130,9 +132,10 @@ def thin_svd(weight):
 
 
 def switch(layer, r: int | None, swap_params, usv: tuple | None = None):
-    """Switch a layer to low-rank mode with r, also from another r, or to full mode if r is None.
-    swap_params(old) gives the optimizer the new parameters. Their momenta start from zero. Keeping
-    the old momenta changed no loss with an analysis every 20 steps (docs/ADAPTIVE.md)."""
+    """Switch a layer to low-rank mode with r minor components, also from another r. r=None switches
+    to full mode. swap_params(old) gives the optimizer the new parameters, whose momenta start from
+    zero. In tests with an analysis every 20 steps, keeping the old momenta did not change the loss
+    (docs/ADAPTIVE.md)."""
     old = layer.factor_params() or [layer.base.weight]
     if r is None:
         layer.switch_to_full()
@@ -147,10 +150,10 @@ def switch(layer, r: int | None, swap_params, usv: tuple | None = None):
 class AdaptiveSVD:
     """Controller that analyzes layers every `interval` steps and switches their modes.
 
-    layers: name -> layer. The state for a checkpoint is a dict per layer: U and S of the last
-    analysis, the last r, and how many analyses in a row proposed a smaller r ('patience') or gave
-    no reason for low-rank mode ('calm'). `diagnostics` holds the results and the action of the last
-    analysis per layer.
+    layers: name -> layer. The state for a checkpoint is one dict per layer: U and S of the last
+    analysis, the last r, and two counts. 'patience' counts the last analyses in a row that proposed
+    a smaller r. 'calm' counts those that gave no reason for low-rank mode. `diagnostics` holds the
+    results and the action of the last analysis per layer.
     """
 
     def __init__(self, layers: dict[str, AdaptiveSVDLinear], interval):
@@ -169,7 +172,7 @@ class AdaptiveSVD:
         return step % self.interval == 0
 
     def track_weight_grads(self):
-        """Keep dL/dW of all layers. Call this before the backward passes of an analysis step."""
+        """Make all layers store dL/dW. Call this before the backward passes of an analysis step."""
         for layer in self.layers.values():
             layer.track_weight_grad(True)
 
@@ -179,9 +182,9 @@ class AdaptiveSVD:
         optimizer's step.
 
         swap_params(old) replaces the parameters `old` in the optimizer by those that the layers
-        have now. With several processes, mean(tensor) averages a tensor over them, and on_main(f)
-        returns f() of process 0. Returns whether any layer has other parameters now. See `report`
-        and `metrics` for the results.
+        have now. With several processes, mean(tensor) averages a tensor over the processes, and
+        on_main(f) returns the f() of process 0. Returns whether any layer got new parameters.
+        `report` and `metrics` give the results.
         """
         for layer in self.layers.values():
             weight = layer.base.weight
@@ -218,8 +221,8 @@ class AdaptiveSVD:
                 for key, value in found.items() if value is not None}
 
     def _analysis(self, name, step):
-        """Analyze one layer -> the result of `should_use_lowrank_training`, the r that it assumes,
-        and the SVD of W: U, S and, if the layer gets factors, V."""
+        """Analyze one layer. Returns the result of `should_use_lowrank_training`, the r that the
+        analysis assumed, and the SVD of W: U, S and, if the layer gets factors, V."""
         layer, memory = self.layers[name], self.memory[name]
         W = to_float32(layer.weight)                                # (m, n)
         r = layer.r or memory['r'] or max(1, min(W.shape) - FIRST_PRINCIPAL)

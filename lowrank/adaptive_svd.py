@@ -1,17 +1,18 @@
-"""Decide whether a weight should train in low-rank mode: measurements and decisions, without state.
+"""Decide whether a weight should train in low-rank mode. The functions here measure and decide.
+They keep no state.
 
 W (m, n) = U diag(S) V^T has g = min(m, n) singular triplets. Low-rank mode freezes the k = g - r
-principal ones, which hold what has been learned, and trains the r minor ones (MiLoRA,
+principal triplets, because they hold what has been learned. It trains the r minor triplets (MiLoRA,
 arXiv:2406.09044). The protected subspace is the span of the k principal left singular vectors.
 Gradients have low rank, and their subspace turns slowly (GaLore, arXiv:2403.03507). An analysis
 every few steps therefore asks whether the protected subspace has stopped turning and whether the
-gradient points into it. The caller (`adaptive_layer.AdaptiveSVD`) keeps the mode.
+gradient points into it. The caller, `adaptive_layer.AdaptiveSVD`, stores the mode.
 
-Letters: m outputs, n inputs, r minor components, k = g - r principal ones. An r above g counts as
-g. S (g) is descending. U (m, g) and V (n, g), which is not V^T, have orthonormal columns in the
-same order, and their k leading columns are enough. Results are computed in float64 on the CPU and
-returned as Python numbers. A weight or an SVD that is not finite raises ValueError. A gradient that
-is not finite counts as no information.
+Letters: m outputs, n inputs, r minor components, k = g - r principal components. An r above g
+counts as g. S (g) is descending. U (m, g) and V (n, g) have orthonormal columns in the same order.
+V is not transposed. The k leading columns of U and V are enough. Results are computed in float64 on
+the CPU and returned as Python numbers. A weight or an SVD that is not finite raises ValueError. A
+gradient that is not finite counts as no information.
 """
 
 import math
@@ -40,9 +41,10 @@ DIAGNOSTICS = ('reason', 'why', 'principal_alignment', 'minor_alignment', 'chanc
 
 def compute_subspace_angle(U1, U2, k):
     """Return the largest principal angle between the spans of the k leading columns of U1 and U2
-    (m, >= k), in radians from 0 to pi/2. It is 0 for k = 0. Angles above pi/4 come from cosines
-    (Bjoerck and Golub 1973), smaller ones from sines (Knyazev and Argentati 2002), because acos is
-    inaccurate near 1. In float32, acos gives an angle of 1e-3 between a subspace and itself."""
+    (m, >= k). The angle is in radians from 0 to pi/2, and 0 for k = 0. Angles above pi/4 are
+    computed from cosines (Bjoerck and Golub 1973), smaller angles from sines (Knyazev and Argentati
+    2002), because acos is inaccurate near 1. In float32, acos gives an angle of 1e-3 between a
+    subspace and itself."""
     first, second = to_float64(U1[:, :k], 'U1'), to_float64(U2[:, :k], 'U2')    # (m, k)
     if k == 0:
         return 0.0
@@ -56,19 +58,19 @@ def compute_subspace_angle(U1, U2, k):
 
 
 def compute_singular_value_concentration(S, percentile=ENERGY):
-    """Return (rank / g, rank) for the smallest rank whose singular values have the fraction
-    `percentile` of the energy of S (g), or (0.0, 0) if S is zero. Raises ValueError unless
-    0 < percentile <= 1."""
+    """Return (rank / g, rank), where rank is the smallest number of leading singular values that
+    hold the fraction `percentile` of the energy of S (g). The energy is the sum of squares. Returns
+    (0.0, 0) if S is zero. Raises ValueError unless 0 < percentile <= 1."""
     S = to_float64(S, 'S')
     rank = rank_for_energy(S, percentile).item() if S.any() else 0
     return rank / max(len(S), 1), rank
 
 
 def compute_reconstruction_error(W, U, S, V, r):
-    """Return the relative error of the principal components alone, |W - U_k S_k V_k^T| / |W|
-    (Frobenius), and whether it is below SAFE_ERROR. W (m, n), U (m, >= k), S (g), V (n, >= k) ->
-    (float, bool). The error is 0 for W = 0. A small error means that nearly all of W is protected.
-    Low-rank mode itself makes no such error, because it keeps the other components."""
+    """Return the relative error of the k principal components, |W - U_k S_k V_k^T| / |W|
+    (Frobenius), and whether this error is below SAFE_ERROR. W (m, n), U (m, >= k), S (g), V (n, >=
+    k) -> (float, bool). The error is 0 for W = 0. A small error means that nearly all of W is
+    protected. Low-rank mode does not cause this error, because it keeps the minor components."""
     W, S = to_float64(W, 'W'), to_float64(S, 'S')
     k = max(len(S) - r, 0)
     U, V = to_float64(U[:, :k], 'U'), to_float64(V[:, :k], 'V')
@@ -78,13 +80,13 @@ def compute_reconstruction_error(W, U, S, V, r):
 
 
 def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[float, float]:
-    """Return the fractions of a gradient's energy inside the protected subspace,
-    |U_k^T G|^2 / |G|^2, and outside it.
+    """Return two fractions of the energy of a gradient G: the fraction inside the protected
+    subspace, |U_k^T G|^2 / |G|^2, and the fraction outside.
 
-    grad_W: G (m, n). U (m, >= k). S (g), of which only the length is used. The fractions add up to
-    1. They are (0.0, 0.0) for a gradient that is None, zero or not finite. Compare the first
-    fraction with `random_baseline`. An optimizer's step may be passed as grad_W, but its alignment
-    differs from the gradient's.
+    grad_W: G (m, n). U: (m, >= k). S: (g), only its length is used. Energy is the squared Frobenius
+    norm. The fractions add up to 1. They are (0.0, 0.0) if the gradient is None, zero or not
+    finite. Compare the first fraction with `random_baseline`. grad_W may also be an optimizer's
+    step, but the alignment of a step differs from that of the gradient.
     """
     principal_space = to_float64(U[:, :max(len(S) - r, 0)], 'U')    # (m, k)
     if grad_W is None or not grad_W.isfinite().all() or not grad_W.any():
@@ -96,31 +98,32 @@ def compute_gradient_alignment(grad_W: torch.Tensor | None, U, S, r) -> tuple[fl
 
 
 def random_baseline(k, m):
-    """Return c = k/m, the mean principal alignment of random gradients (m, n). For independent
-    Gaussian entries the alignment is distributed as Beta(k n / 2, (m - k) n / 2), whose variance is
-    2 c (1 - c) / (m n + 2)."""
+    """Return c = k/m, the mean principal alignment of random gradients (m, n): the mean fraction of
+    their energy in the protected subspace. For independent Gaussian entries the alignment is
+    distributed as Beta(k n / 2, (m - k) n / 2), whose variance is 2 c (1 - c) / (m n + 2)."""
     return k / m
 
 
 def lift(principal, baseline):
-    """Return the alignment divided by its random baseline, or 1 if nothing is protected."""
+    """Return principal / baseline: how many times more of a gradient lies in the protected subspace
+    than of a random gradient. The result is 1 if baseline is 0."""
     return principal / baseline if baseline > 0 else 1.0
 
 
 def normalized_alignment(principal, baseline):
     """Rescale the principal alignment so that the random baseline becomes 0 and a gradient inside
-    the protected subspace becomes 1. It is 0 if everything is protected."""
+    the protected subspace becomes 1. The result is 0 if everything is protected."""
     return (principal - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
 def determine_next_r(S, S_prev: torch.Tensor | None, r_current, r_min=LEAST_RANK):
     """Propose the next r. Returns (r, why), where why is a text.
 
-    S, S_prev (g): the singular values now and at the last analysis, None at the first one. The
-    first r is g - FIRST_PRINCIPAL. Later r is multiplied by SHRINK if the vector of the smallest
-    min(r, g // 4) singular values, at least one, has a relative change of at most STABLE_CHANGE.
-    Otherwise r stays. The result is from min(r_min, g - 1) to g - 1. The caller decides when a
-    proposal takes effect.
+    S (g): the singular values now; S_prev: those of the last analysis, or None at the first
+    analysis. The first r is g - FIRST_PRINCIPAL. Later the vector of the smallest min(r, g // 4)
+    singular values, at least one, is watched. If its relative change is at most STABLE_CHANGE, r is
+    multiplied by SHRINK. Otherwise r stays. The proposed r is from min(r_min, g - 1) to g - 1. The
+    caller decides when a proposal takes effect.
     """
     S, g = to_float64(S, 'S'), len(S)
     if S_prev is None:
@@ -142,7 +145,7 @@ def should_use_lowrank_training(
         grad_W: torch.Tensor | None, r_current: int, step: int, *, in_lowrank_mode=False):
     """Decide whether W should train in low-rank mode. Returns (decision, r_next, diagnostics).
 
-    The decision is True, False, or None for no change. The first row that applies gives it:
+    The decision is True, False, or None for no change. It comes from the first row that applies:
 
         step < WARMUP_STEPS                                        False  warmup_period
         grad_W is None                                             None   no_gradient_yet
@@ -152,17 +155,19 @@ def should_use_lowrank_training(
         error >= SAFE_ERROR, unless in low-rank mode               False  reconstruction_unsafe
         otherwise                                                  None   continue_current_mode
 
-    W (m, n) has the SVD U (m, >= k), S (g), V (n, >= k) with k = g - r_current. U_prev and S_prev
-    are those of the last analysis. W_prev and V_prev are not used. grad_W (m, n) counts neither as
-    danger nor as calm if it is zero or not finite. in_lowrank_mode: whether W trains in low-rank
-    mode now. A large error is no reason to leave low-rank mode. r_next is r_current in the first
-    two rows and the proposal of `determine_next_r` in the others.
+    W (m, n) has the SVD U (m, >= k), S (g), V (n, >= k) with k = g - r_current. principal and minor
+    are the fractions from `compute_gradient_alignment`, excess is from `normalized_alignment`,
+    error from `compute_reconstruction_error`, and angle from `compute_subspace_angle`. U_prev and
+    S_prev are U and S of the last analysis. W_prev and V_prev are not used. If grad_W (m, n) is
+    zero or not finite, neither row with True applies. in_lowrank_mode: whether W trains in low-rank
+    mode now. r_next is r_current in the first two rows and the proposal of `determine_next_r` in
+    the others.
 
     diagnostics has the keys DIAGNOSTICS: the reason, `why` for r_next, and the measurements. A
-    measurement is None if it was not made, and so are lift and excess without a usable gradient.
-    chance is `random_baseline`, excess is `normalized_alignment`. dropped_error is the relative
-    error of W without its FIRST_PRINCIPAL smallest components, 0.007 even for a Gaussian 256 x 256
-    matrix. reconstruction_error is that of W without all r minor components.
+    measurement is None if it was not made. lift and excess are also None if the gradient is zero or
+    not finite. chance is from `random_baseline`. dropped_error is the relative error of W without
+    its FIRST_PRINCIPAL smallest components, 0.007 even for a Gaussian 256 x 256 matrix.
+    reconstruction_error is the relative error of W without all r minor components.
     """
     found = dict.fromkeys(DIAGNOSTICS)
 

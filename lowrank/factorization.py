@@ -3,22 +3,22 @@
 A layer y = W x with W (m, n) becomes y = U A x with U (m, r) and A (r, n). Let C = E[x x^T] for its
 inputs x, and G = E[g g^T] for the gradients g = dL/dy at its outputs. The factors minimize
 
-    tr(G (W - U A) C (W - U A)^T),
+    tr(G (W - U A) C (W - U A)^T).
 
-which is the second-order change of the loss if x and g are independent (Kronecker-factored Fisher:
-Martens and Grosse, arXiv:1503.05671). With square roots R^T R = G and L L^T = C this is the squared
-norm of R W L - R U A L. The theorem of Eckart and Young gives the optimum. If E_r holds the first r
-left singular vectors of R W L,
+This is the second-order change of the loss if x and g are independent (Kronecker-factored Fisher:
+Martens and Grosse, arXiv:1503.05671). With square roots R^T R = G and L L^T = C, it equals the
+squared norm of R W L - R U A L. The theorem of Eckart and Young gives the optimum. Let E_r hold the
+first r left singular vectors of R W L. Then
 
-    U = R^-1 E_r,   A = E_r^T R W,
+    U = R^-1 E_r,   A = E_r^T R W.
 
-and the error is the sum of the remaining squared singular values, for every r at once. With G = I
-it is the error of the outputs, which SVD-LLM minimizes (arXiv:2403.07378). C = G = I gives the
+The error is the sum of the remaining squared singular values, so one SVD serves every r. G = I
+gives the error of the outputs, which SVD-LLM minimizes (arXiv:2403.07378). C = G = I gives the
 plain SVD of W.
 
-C or G is singular if there are few tokens or constant inputs, so both get a ridge. In directions
-that the calibration text does not show, the result is then that of the plain SVD. Full rank returns
-W itself, whatever the statistics.
+C or G is singular if there are few tokens or constant inputs, so a ridge is added to both. In
+directions that do not occur in the calibration text, the result is then that of the plain SVD. Full
+rank gives W itself, whatever the statistics.
 """
 
 import torch
@@ -31,17 +31,18 @@ RIDGE = 1e-6                # relative to the mean diagonal; 1e-2 gives the same
 class Factorization:
     """Best approximations of a weight (m, n) for all ranks, by one eigendecomposition.
 
-    They are computed in float64 on the CPU. The decomposed matrix is (s, s) with s = min(m, n), the
-    smaller side of the weight. Its eigenvectors are singular vectors of R W L.
+    All results are computed in float64 on the CPU. The decomposed matrix is (s, s), where
+    s = min(m, n) is the smaller side of the weight. Its eigenvectors are singular vectors of R W L.
+    It is computed from two arguments, near and far:
 
                     near    far
         m >= n      C       W^T G W
         m <  n      G       W C W^T
 
     near (s, s) is the statistic of the smaller side. far (s, s) is the statistic of the larger
-    side, multiplied by W on both sides. None stands for the identity as a statistic. ridge is
-    relative to the mean of each statistic. `energies` (s) are the squared singular values of R W L,
-    descending. Raises ValueError for values that are not finite.
+    side, multiplied by W on both sides. None means that the statistic is the identity. ridge is
+    relative to the mean diagonal of each statistic. `energies` (s) are the squared singular values
+    of R W L, descending. Raises ValueError for values that are not finite.
     """
 
     def __init__(self, weight, near: torch.Tensor | None = None, far: torch.Tensor | None = None,
@@ -60,7 +61,7 @@ class Factorization:
         self.energies = energies.flip(0).clamp_min(0) * near_level * far_level  # (s)
 
     def factors(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return U (m, r) and A (r, n) with U^T U = A A^T. Full rank gives W itself."""
+        """Return U (m, r) and A (r, n) with U^T U = A A^T. At full rank U A is W itself."""
         if rank >= self.size:
             return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
         leading = self.vectors[:, :rank]                            # (s, r)
@@ -71,9 +72,10 @@ class Factorization:
 
 
 def psd_sqrt(statistic, size, ridge):
-    """Take the symmetric square root of a positive semidefinite statistic (size, size), divided by
-    its mean diagonal and with a ridge. Returns the root, its inverse and the mean. None gives
-    identities and 1. A zero statistic gives identities and 0."""
+    """Return the symmetric square root of a positive semidefinite statistic (size, size), the
+    inverse of the root, and the mean diagonal of the statistic. Before the root, the statistic is
+    divided by this mean, and the ridge is added. None gives identities and 1. A zero statistic
+    gives identities and 0."""
     level = 1.0 if statistic is None else statistic.diagonal().mean().item()
     if statistic is None or not level > 0:
         identity = torch.eye(size, dtype=torch.float64)
@@ -85,8 +87,9 @@ def psd_sqrt(statistic, size, ridge):
 
 
 def balance(up, down, rank):
-    """Return the best factors U (m, r) and A (r, n) of up (m, k) @ down (k, n) with U^T U = A A^T.
-    Factors of equal size lose equally little when they are rounded to float32."""
+    """Return U (m, r) and A (r, n) such that U A is the best approximation of up (m, k) @ down
+    (k, n) of rank r, and U^T U = A A^T. Factors of equal size lose equally little when they are
+    rounded to float32."""
     (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)          # of size k at most
     root = s[:rank].sqrt()
@@ -94,11 +97,13 @@ def balance(up, down, rank):
 
 
 def ridge_refit(before, inputs, cross, ridge=RIDGE):
-    """Return M (k, n) such that M x^ is closest to u = P x.
+    """Fit a weight to changed inputs: return the M (k, n) for which M x^ is closest to u = P x.
 
-    x^ is the layer's input x after earlier layers changed. This is least squares with a ridge that
-    keeps M at P = before (k, n) in directions without data. inputs: E[x^ x^^T] (n, n), cross:
-    E[u x^^T] (k, n), both float64. Raises ValueError for values that are not finite.
+    P is the argument `before` (k, n). x is an input of the layer in the original model, and x^ is
+    the same input after earlier layers changed. M minimizes E|M x^ - u|^2 + rho |M - P|^2, where
+    rho is `ridge` times the mean diagonal of E[x^ x^^T]. The second term keeps M = P in directions
+    in which x^ has no data. inputs: E[x^ x^^T] (n, n). cross: E[u x^^T] (k, n). Both are float64.
+    Raises ValueError for values that are not finite.
     """
     inputs, cross = to_float64(inputs, 'inputs'), to_float64(cross, 'inputs')
     _, inverse, level = psd_sqrt(inputs, len(inputs), ridge)
@@ -111,7 +116,8 @@ def ridge_refit(before, inputs, cross, ridge=RIDGE):
 # rank allocation
 
 def factored_size(shape, rank: int | None) -> int:
-    """Number of parameters of a layer (m, n) at a rank, or as one matrix if rank is None."""
+    """Return the number of parameters of a layer (m, n): of its two factors at a rank, or of one
+    matrix if rank is None."""
     m, n = shape
     return m * n if rank is None else rank * (m + n)
 
@@ -125,12 +131,14 @@ def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, in
     """Choose the ranks with the least total error within a budget of parameters. Returns name ->
     rank, where None means that the layer stays dense.
 
-    energies: name -> (s), descending, the error that each component avoids, in one unit for all
-    layers. shapes: name -> (m, n). step: ranks are multiples of it. The largest choice for a layer
-    has no error. It is the dense layer, or the rank above which all energies are zero. The error is
-    a convex function of the size, except for the jump to the dense layer. Ranks just before that
-    jump are left out, which makes the function convex. Then parameters are first spent where they
-    reduce the error most. Raises ValueError if even the smallest ranks exceed the budget.
+    energies: name -> (s), descending: the error that each component avoids, in one unit for all
+    layers. shapes: name -> (m, n). step: ranks are multiples of step. Raises ValueError if even the
+    smallest ranks exceed the budget.
+
+    The largest choice for a layer has no error. This choice is the dense layer, or the rank above
+    which all energies are zero. The error is a convex function of the size, except for the jump to
+    the dense layer. The ranks just before the jump are left out, which makes the function convex.
+    Parameters are then spent first where they reduce the error most.
     """
     ranks, spent, segments = {}, 0, []
     for name, shape in shapes.items():

@@ -8,8 +8,8 @@
 
 'sequence' takes the best rank-k approximation of V of the whole sequence, so each position depends
 on later ones. 'causal' projects V of each token onto a basis of earlier tokens. 'weight' truncates
-W_v. This is one small SVD per head and forward pass, independent of B and T and of the tokens. The
-bias b is kept, so V - b has rank k.
+W_v, by one small SVD per head and forward pass. The size of this SVD does not depend on B or T, and
+its result does not depend on the tokens. The bias b of V is not truncated, so V - b has rank k.
 """
 
 import torch
@@ -32,23 +32,24 @@ class NoSVD(nn.Module):
         return w_v
 
     def new_values(self, shape, w_v, bias, **kind):
-        """Return empty storage for values of shape (B, nh, N, hs). w_v (nh, hs, C) and bias
-        (nh, 1, hs) or None are the parameters that compute them. kind: dtype and device."""
+        """Return empty storage for values (B, nh, N, hs). w_v (nh, hs, C) and bias (nh, 1, hs) make
+        these values from x. bias may be None. kind: dtype and device."""
         return DenseValues(shape, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
-        """Return the object that computes V of cached latents, for MLA. w_v is U_v (nh, hs, d)."""
+        """Return the object that computes V from cached latents, for MLA. w_v: U_v (nh, hs, d)."""
         return LatentValues(self.truncate_weight(w_v), bias)
 
 
 class HeadSVD(NoSVD):
-    """Base class of the three scopes: their options and, with 'randomized', the warm start."""
+    """Base class of the three scopes. It holds their options and, with 'randomized', the warm
+    start."""
 
     warm_power_iters: int | None = None     # iterations of a warm start; None: no warm start
 
     def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
-        """block: number of first rows that are not projected in 'causal' scope. Other arguments are
-        those of `low_rank_approximation`."""
+        """block: number of first rows that are not projected in 'causal' scope. The other arguments
+        are those of `low_rank_approximation`."""
         super().__init__()
         self.block, self.basis_grad, self.warm_start = block, basis_grad, None
         self.options = dict(rank=rank, method=method, power_iters=power_iters,
@@ -84,7 +85,8 @@ class CausalSVD(SequenceSVD):
         return causal_low_rank_approximation(v, block=self.block, **options)
 
     def eigensolver(self, gram):
-        """Gram matrix G (..., n, n) of the rows so far -> basis of the next block (..., n, k)."""
+        """Return the basis of the next block, (..., n, k), from the Gram matrix (..., n, n) of the
+        rows so far."""
         warm = {} if self.warm_start is None else self.warm_start.start()
         return leading_eigenvectors(gram, **self.options | warm)
 
@@ -103,7 +105,8 @@ class WeightSVD(HeadSVD):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
-        """Store W^T W_v x, because V - b = W W^T W_v x with the truncation's basis W."""
+        """Return storage for the coordinates W^T W_v x, where W is the basis of the truncated W_v.
+        V - b equals W W^T W_v x."""
         basis = leading_right_vectors(w_v.mT, **self.options)       # (nh, hs, k)
         down_proj = (basis.mT @ w_v).flatten(0, 1)                  # (nh k, C)
         return FactoredValues(shape, basis, bias, down_proj, **kind)
@@ -119,8 +122,8 @@ def build_head_svd(scope, **options):
 
 
 def why_off(use_svd, rank, scope, block, rows, columns, weight_rows) -> str:
-    """Return 'off' and the reason why an SVD changes nothing, or '' if it truncates. The matrices
-    have the shape (rows, columns), or (weight_rows, columns) in 'weight' scope."""
+    """Return 'off' and the reason why an SVD changes nothing, or '' if it truncates. The SVD is of
+    matrices (rows, columns), or of matrices (weight_rows, columns) in 'weight' scope."""
     if not use_svd or rank is None:
         return ('off' if not use_svd and rank is None else
                 f'off (use_svd={use_svd}, svd_rank={rank})')

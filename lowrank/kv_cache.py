@@ -1,13 +1,14 @@
 """Key/value caches of an attention layer, and attention of new tokens to the cached ones.
 
 `KeyValueCache` keeps keys and values. `LatentCache` keeps one latent per token, from which MLA
-computes both. Values are stored in full (`DenseValues`), as coordinates in one basis
+computes keys and values. Values are stored in full (`DenseValues`), as coordinates in one basis
 (`FactoredValues`), or in one basis per span (`BlockCausalValues`). A span is a block of rows with
 the same basis, or the rows before the first basis.
 
-Letters: B batch, T tokens so far, N capacity in tokens, nh heads, hs head size, d latent size, k
-rank; "..." any batch dimensions. Memory is allocated once and written in place, so there are no
-gradients. `nbytes` counts what is kept per token and per sequence, not weights.
+Letters: B batch, T tokens so far, N capacity in tokens, nh heads, hs head size, n values per row, C
+model width, d latent size, k rank; "..." any batch dimensions. Memory is allocated once and written
+in place, so there are no gradients. `nbytes` counts what is kept per token and per sequence, not
+weights.
 """
 
 import torch
@@ -20,13 +21,13 @@ from lowrank.svd import causal_starts
 # append-only values
 
 class DenseValues:
-    """Append-only rows, stored in full as N n values."""
+    """Append-only rows of n values, stored in full."""
 
     # (nh k, C) maps x to cached coordinates; None: V itself is cached
     down_proj = None
 
     def __init__(self, shape, dtype, device):
-        """shape (..., N, n)."""
+        """shape: (..., N, n) for N tokens of n values."""
         self.data = torch.empty(shape, dtype=dtype, device=device)
         self.nbytes, self.capacity, self.length = self.data.nbytes, shape[-2], 0
 
@@ -46,16 +47,18 @@ class DenseValues:
 
 
 class FactoredValues(DenseValues):
-    """Append-only rows W c + b, stored as their coordinates c, which are N k values.
+    """Append-only rows W c + b with a basis W (n, k). Only the k coordinates c of each row are
+    stored.
 
-    `append` takes coordinates. A weighted sum is computed of coordinates and expanded once. With a
-    bias, the weights of the sum must therefore add up to 1.
+    `append` takes coordinates. `weighted_sum` sums coordinates, then computes W c + b once. If
+    there is a bias, the weights must therefore add up to 1.
     """
 
     def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
                  dtype, device):
-        """shape (..., N, n); basis: W (..., n, k); bias: b (..., 1, n) or None; down_proj (nh k, C)
-        or None, as in `DenseValues`."""
+        """shape: (..., N, n) for N tokens of n values. basis: W (..., n, k). bias: b (..., 1, n) or
+        None. down_proj: weight (nh k, C) that maps inputs of width C to the coordinates of all
+        heads, or None."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
         self.basis, self.bias, self.down_proj = basis.to(dtype), bias, down_proj
 
@@ -73,16 +76,18 @@ class FactoredValues(DenseValues):
 class BlockCausalValues:
     """Append-only rows, truncated as by `svd.causal_low_rank_approximation`.
 
-    The first rows are stored in full. Rows of each span [s, 2s) are stored as k coordinates in the
-    basis of the span. The basis is computed when the span begins, from the Gram matrix G of all
-    rows before s. Coordinates do not determine G, so G is summed as rows arrive. Float32 rows are
-    summed in float64, because in float32 a basis would be off by up to 1e-3 (docs/RESULTS.md).
+    The rows before the first span with a basis are stored in full. Rows of each span [s, 2s) are
+    stored as k coordinates in the basis of the span. The basis is computed when the span begins,
+    from the Gram matrix G of all rows before s. Coordinates do not determine G, so each new row is
+    added to G. For float32 rows, G is summed in float64, because in float32 a basis would be off by
+    up to 1e-3 (docs/RESULTS.md).
     """
 
     down_proj = None
 
     def __init__(self, shape, rank, block, eigensolver, dtype, device):
-        """shape (..., N, n). eigensolver: G (..., n, n) -> its leading eigenvectors (..., n, k)."""
+        """shape: (..., N, n) for N tokens of n values. eigensolver: function that maps G (..., n,
+        n) to its leading eigenvectors (..., n, k)."""
         *batch, capacity, n = shape
         starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
         edges, self.eigensolver = [*starts, capacity], eigensolver
@@ -118,7 +123,8 @@ class BlockCausalValues:
         return torch.cat([span.all() for span in self.spans], dim=-2)
 
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> (..., 1, n). One product expands the sums of all spans."""
+        """weights (..., 1, T) -> weighted sum of the rows (..., 1, n). The sums of all spans are
+        expanded by one product."""
         parts = weights.split([span.length for span in self.spans if span.length], dim=-1)
         first, *sums = (part @ span.data[..., :span.length, :]
                         for part, span in zip(parts, self.spans))
@@ -165,7 +171,8 @@ class BlockCausalLatentValues(LatentValues):
     """
 
     def __init__(self, w_v, bias, shape, rank, block, eigensolver, dtype, device):
-        """shape (B, nh, N, hs). eigensolver: G (..., hs, hs) -> basis of a span (..., hs, k)."""
+        """shape: (B, nh, N, hs). eigensolver: function that maps G (..., hs, hs) to the basis of a
+        span (..., hs, k)."""
         super().__init__(w_v, bias)
         B, nh, capacity, hs = shape
         self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
@@ -179,7 +186,7 @@ class BlockCausalLatentValues(LatentValues):
         return rows
 
     def weighted_sum(self, weights, c):
-        """Sum the latents of each span, expand the sums, then project them."""
+        """Sum the latents of each span, expand each sum to values, then project the values."""
         total = 0
         for a, b, w in self._spans(c):
             part = weights[..., a:b]                                # (B, nh, b - a)
@@ -191,7 +198,7 @@ class BlockCausalLatentValues(LatentValues):
 
     def _spans(self, c):
         """Compute the bases of spans that have begun. Return (first row, last row + 1, W_k) per
-        span of c (B, T, d). W_k comes from V^T V of the rows before the span. It is None for the
+        span of c (B, T, d). W_k comes from V^T V of the rows before the span. W_k is None for the
         first span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
@@ -220,9 +227,10 @@ class KeyValueCache:
 
     @torch.compiler.disable                                         # shapes change with each token
     def attend(self, q, k, v):
-        """Add k and v of m new tokens, each (B, nh, m, hs), then attend to all tokens with queries
-        q (B, nh, 1 or m, hs). Returns outputs in the shape of q. v holds coordinates if
-        `values.down_proj` is set. A batch of one is added to every sequence of the cache."""
+        """Add k and v of m new tokens, both (B, nh, m, hs), then attend to all tokens with queries
+        q (B, nh, 1 or m, hs). If `values.down_proj` is set, v holds coordinates (B, nh, m, k)
+        instead. Returns outputs in the shape of q. If k and v have batch size 1, they are added to
+        every sequence of the cache."""
         self.stored.append(k)
         self.values.append(v)
         if k.size(2) == self.length:                                # a prompt: as in training
@@ -234,16 +242,16 @@ class KeyValueCache:
 
 
 class LatentCache(KeyValueCache):
-    """One latent c of d values per token for keys k = U_k c and values v = U_v c + b of all heads
-    (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+    """One latent c of d values per token. Keys U_k c and values U_v c + b of all heads are computed
+    from c (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 
-    The keys and values of a prompt are computed once. For a single query, U_k and U_v are absorbed:
-    the scores are q^T U_k times the latents, and U_v is applied to the weighted sum of latents, so
-    no key or value is computed.
+    The keys and values of a prompt are computed once. For a single query q, no key or value is
+    computed, because U_k and U_v are absorbed. The scores are q^T U_k times the latents, and U_v is
+    applied to the weighted sum of latents.
     """
 
     def __init__(self, latents: DenseValues, w_k, values: LatentValues):
-        """latents: of shape (B, N, d). w_k: U_k (nh, hs, d)."""
+        """latents: storage of shape (B, N, d). w_k: U_k (nh, hs, d)."""
         super().__init__(latents, values)
         self.w_k = w_k
 
@@ -267,9 +275,9 @@ def expand(weight, c):
 
 
 def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> int:
-    """Return the position where idx (B, T) begins, which is the number of tokens in the cache, or 0
-    without a cache. Raises ValueError for more tokens than block_size or the cache holds, and for
-    several tokens if the cache is not empty."""
+    """Return the position of the first token of idx (B, T). This is the number of tokens in the
+    cache, or 0 without a cache. Raises ValueError if the tokens exceed block_size or the capacity
+    of the cache, and if several tokens are added to a cache that is not empty."""
     T, start = idx.size(1), cache[0].length if cache else 0
     most = min(block_size, cache[0].stored.capacity) if cache else block_size
     if not 1 <= T <= most - start:

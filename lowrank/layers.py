@@ -1,6 +1,7 @@
 """Linear layers in other forms: low-rank, with a LoRA adapter, or split into three.
 
-Letters: m outputs, n inputs, r rank.
+Letters: m outputs, n inputs, r rank; in attention also B batch, T tokens, C model width, nh heads,
+hs head size.
 """
 
 import torch
@@ -44,8 +45,8 @@ class FactoredLinear(nn.Module):
 class LowRankLinear(FactoredLinear):
     """Linear layer y = B (A x) + b, whose weight B A (m, n) has at most rank r.
 
-    Without the bias b, which belongs to B, it has r (m + n) parameters instead of m n, and as many
-    multiplications per row of x.
+    The bias b belongs to B. Apart from b, the layer has r (m + n) parameters instead of m n. It
+    needs one multiplication per parameter and row of x.
     """
 
     def __init__(self, in_features, out_features, rank, bias=True):
@@ -58,18 +59,19 @@ class LowRankLinear(FactoredLinear):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear, rank):
-        """Return the layer whose B A is the best rank-r approximation of an nn.Linear's weight
-        (Eckart and Young 1936): A = sqrt(S) V^T, B = U sqrt(S). The bias is copied. A rank above
-        min(m, n) counts as min(m, n). Raises ValueError for rank < 1 and torch.linalg.LinAlgError
-        for weights that are not finite."""
+        """Return a layer in which B A is the best rank-r approximation of the weight of an
+        nn.Linear (Eckart and Young 1936). From the truncated SVD U S V^T of the weight, A = sqrt(S)
+        V^T and B = U sqrt(S). The bias is copied. A rank above min(m, n) counts as min(m, n).
+        Raises ValueError for rank < 1 and torch.linalg.LinAlgError for weights that are not
+        finite."""
         u, s, vh = truncated_svd(to_float64(linear.weight), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
     @classmethod
     @torch.no_grad()
     def from_factors(cls, b, a, like):
-        """Return the layer with b (m, r) and a (r, n). Bias, dtype, device and requires_grad are
-        those of the layer `like`."""
+        """Return a layer with the factors B = b (m, r) and A = a (r, n). Bias, dtype, device and
+        requires_grad are those of the layer `like`."""
         layer = cls(a.size(1), len(b), len(a), like.bias is not None).to(like.weight)
         layer.set_factors(b, a)
         if like.bias is not None:
@@ -77,7 +79,7 @@ class LowRankLinear(FactoredLinear):
         return layer.requires_grad_(like.weight.requires_grad)
 
     def merge(self) -> nn.Linear:
-        """Return the nn.Linear with weight B A, multiplied in float64."""
+        """Return an nn.Linear with the weight B A, multiplied in float64."""
         return linear_from_tensors(self.product(), self.bias, self.A.weight)
 
     @property
@@ -91,14 +93,15 @@ class LowRankLinear(FactoredLinear):
 
 
 class AdaptedLinear(FactoredLinear):
-    """Base class of layers that add a product to a linear layer `base`: W + s B A, with the bias of
-    `base`. If A is None, there is no product."""
+    """Base class of layers that add a product to the weight W of a linear layer `base`. The weight
+    becomes W + s B A, with s = `scale`. The bias is that of `base`. If A is None, there is no
+    product."""
 
     scale = 1.0                                                     # s
 
     @property
     def weight(self):
-        """W + s B A (m, n), recomputed on each access."""
+        """W + s B A (m, n), recomputed on each access. Without factors, the parameter W itself."""
         W = self.base.weight
         return W if self.A is None else W + self.scale * self.B.weight @ self.A.weight
 
@@ -112,18 +115,19 @@ class AdaptedLinear(FactoredLinear):
         return W if self.A is None else W + self.scale * self.product()
 
     def merge(self) -> nn.Linear:
-        """Return the nn.Linear with the weight W + s B A."""
+        """Return an nn.Linear with the weight W + s B A."""
         return linear_from_tensors(self.merged_weight(), self.bias, self.base.weight)
 
 
 class LoRALinear(AdaptedLinear):
     """Linear layer with an adapter: y = W x + b + s B A dropout(x) with s = alpha / r.
 
-    Maps x (..., n) to y (..., m). W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and
-    B (m, r) are trained. LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA
+    Maps x (..., n) to y (..., m). W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and B
+    (m, r) are trained. LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA
     (Meng et al., arXiv:2404.02948) starts from the r largest singular components of the weight W_0
-    of the wrapped layer. MiLoRA (Wang et al., arXiv:2406.09044) starts from the r smallest. Both
-    freeze the rest, W = W_0 - s B_0 A_0.
+    of the wrapped layer. MiLoRA (Wang et al., arXiv:2406.09044) starts from the r smallest
+    components of W_0. PiSSA and MiLoRA freeze the rest, W = W_0 - s B_0 A_0, where A_0 and B_0 are
+    the first A and B.
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.0, init='lora'):
@@ -149,22 +153,24 @@ class LoRALinear(AdaptedLinear):
 
 
 def svd_factors(matrix, components, scale):
-    """Return b (m, k) and a (k, n) such that scale b a is the sum of some singular components of a
-    float64 matrix (m, n). components: a slice of the components in descending order."""
+    """Return b (m, k) and a (k, n) such that scale b a is the sum of the chosen singular components
+    of a float64 matrix (m, n). components: slice of the k components to choose, in descending
+    order."""
     u, s, vh = truncated_svd(matrix, min(matrix.shape), 'standard')
     b, a = balanced_factors(u[:, components], s[components], vh[components], FLOOR * s[0])
     return b / scale ** 0.5, a / scale ** 0.5
 
 
 def fuse(layers):
-    """Stack several layers (m, n) -> weight (parts m, n) and bias (parts m) or None."""
+    """Stack p layers (m, n): return the weight (p m, n) and the bias (p m), or None."""
     weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
     return weight, None if biases[0] is None else torch.cat(biases)
 
 
 class SplitProjection(nn.Module):
     """Projection to queries, keys and values of all heads by three layers (C, C), each of which can
-    be replaced. It has the methods of the model's `QKVProjection` and copies of its weights."""
+    be replaced. The methods are those of the model's `QKVProjection`. The weights are copies of the
+    weights of `fused`, a `QKVProjection`."""
 
     def __init__(self, fused):
         super().__init__()
@@ -203,16 +209,16 @@ def bias_per_head(n_head, bias):
 
 
 def empty_linear(in_features, out_features, bias, like):
-    """Return an uninitialized nn.Linear on the device and in the dtype of the tensor `like`. It
-    draws no random numbers."""
+    """Return an uninitialized nn.Linear on the device and in the dtype of the tensor `like`,
+    without drawing random numbers."""
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=like.device,
                               dtype=like.dtype)
 
 
 @torch.no_grad()
 def linear_from_tensors(weight, bias, like):
-    """Return an nn.Linear with copies of weight (m, n) and bias (m) or None. Device, dtype and
-    requires_grad are those of the tensor `like`."""
+    """Return an nn.Linear with copies of weight (m, n) and bias (m). bias may be None. Device,
+    dtype and requires_grad are those of the tensor `like`."""
     layer = empty_linear(weight.size(1), len(weight), bias is not None, like)
     layer.weight.copy_(weight.to(like.dtype))           # dtype first, because MPS has no float64
     if bias is not None:

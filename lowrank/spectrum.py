@@ -4,15 +4,16 @@ import torch
 
 
 def to_float64(x, name: str | None = None):
-    """Return x detached and in float64 on the CPU, because MPS has no float64. It may share memory
-    with x. If a name is given, raises ValueError if x is not finite."""
+    """Return x detached and in float64 on the CPU, because MPS has no float64. The result may share
+    memory with x. If a name is given, raises ValueError if x is not finite."""
     if name and not x.isfinite().all():
         raise ValueError(f'{name} must be finite, got NaN or inf')
     return x.detach().cpu().double()
 
 
 def energy(s):
-    """Cumulative fraction of the squared Frobenius norm that the leading singular values hold.
+    """Return the fraction of the squared Frobenius norm that the k leading singular values hold,
+    for each k.
 
     s (..., n): singular values, descending -> float64 (..., n) on the CPU, rising to 1. If all s
     are zero, the result is 1, because no rank loses anything. Raises ValueError if s is not finite.
@@ -38,9 +39,10 @@ def rank_for_energy(s, fraction):
 
 
 def energy_kept(x, y):
-    """Fraction of x's squared Frobenius norm that an approximation y keeps, 1 - |x - y|^2 / |x|^2.
+    """Return the fraction of x's squared Frobenius norm that an approximation y keeps, 1 - |x -
+    y|^2 / |x|^2.
 
-    x, y (..., m, n) -> float64 (...) on the CPU. It is 1 if x is zero.
+    x, y (..., m, n) -> float64 (...) on the CPU. The fraction is 1 if x is zero.
     """
     x, y = to_float64(x), to_float64(y)
     total = x.square().sum((-2, -1))
@@ -48,10 +50,12 @@ def energy_kept(x, y):
 
 
 def effective_rank(x):
-    """Effective rank: exp of the entropy of sigma / sum(sigma) (Roy and Vetterli 2007).
+    """Return the effective rank, exp of the entropy of sigma / sum(sigma), where sigma are the
+    singular values of x (Roy and Vetterli 2007).
 
-    x (..., m, n) -> float64 (...) on the CPU. It is 1 for a matrix of rank one or zero, and
-    min(m, n) if all singular values are equal. Raises torch.linalg.LinAlgError if x is not finite.
+    x (..., m, n) -> float64 (...) on the CPU. The effective rank is 1 for a matrix of rank one or
+    zero, and min(m, n) if all singular values are equal. Raises torch.linalg.LinAlgError if x is
+    not finite.
     """
     x = to_float64(x)
     squares = torch.linalg.eigvalsh(x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT)

@@ -1,15 +1,17 @@
 """Leading eigenvectors of batches of symmetric positive semidefinite matrices by subspace iteration
 (Halko, Martinsson and Tropp 2011, algorithm 4.4), with matrix products and Cholesky factors only.
 
-It replaces `eigh`, which computes the small matrices of a batch one after another and does not
-exist on MPS before torch 2.14. An iteration orthonormalizes by Cholesky QR,
+The iteration replaces `eigh`. `eigh` decomposes the small matrices of a batch one after another,
+and does not exist on MPS before torch 2.14. Each iteration multiplies a basis Q by a matrix G and
+orthonormalizes the product by Cholesky QR:
 
     Y = G Q,   Y^T Y = R^T R,   Q <- Y R^-1,
 
-which improves the k-th direction by a factor lambda_k / lambda_{k+1}. A cold start, from Gaussian
-columns, has GUARD_COLUMNS more columns than the rank, because the k-th direction converges last.
-The weakest directions are removed at the end (`truncate_basis`). A good start, such as the basis of
-the last training step (`WarmStartBasis`), needs a single product.
+This reduces the error of the k-th direction by a factor lambda_{k+1} / lambda_k, where lambda_1 >=
+lambda_2 >= ... are the eigenvalues of G. A cold start begins with random Gaussian columns,
+GUARD_COLUMNS more than the rank, because the k-th direction converges last. The weakest directions
+are removed at the end (`truncate_basis`). A good start needs a single product with G, for example
+the basis of the last training step (`WarmStartBasis`).
 
 Letters: n side of a matrix, k rank, l columns of a start, nh heads; "..." any batch dimensions.
 """
@@ -27,13 +29,14 @@ PERTURBATION = 1e-3
 def leading_subspace(gram, rank, start, iterations):
     """Approximate the leading eigenvectors of G.
 
-    gram: G (..., n, n) in float64, or float32 on a device without float64. start (..., n, l) with
-    l >= k: columns of full rank. If l > k, they are random or have the best ones first. iterations:
-    products before the last one.
+    gram: G (..., n, n) in float64, or float32 on a device without float64. start: columns of full
+    rank (..., n, l), l >= k = rank. If l > k, the columns are random or the best columns come
+    first. iterations: number of products with G before the last product.
 
-    Returns Q (..., n, k) with nearly orthonormal columns, R^-1 (..., k, k) and Q' (..., n, k), such
-    that Q = G Q' R^-1. Directions below 1e-6 of the largest eigenvalue (float32: 1e-5) may be
-    damped. A zero G gives a zero Q.
+    Returns Q (..., n, k), R^-1 (..., k, k) and Q' (..., n, k) such that Q = G Q' R^-1. The columns
+    of Q are nearly orthonormal. Q' is the basis before the last product. Columns of Q may be too
+    short where the eigenvalue is below 1e-6 of the largest one (float32: 1e-5). A zero G gives a
+    zero Q.
     """
     q, inverse = start, None
     for _ in range(iterations):
@@ -46,8 +49,8 @@ def leading_subspace(gram, rank, start, iterations):
 
 @torch.compiler.assume_constant_result                  # a graph cannot hold a generator
 def gaussian_start(n, rank, oversample=0):
-    """Return a Gaussian start (n, l), l = min(n, k + GUARD_COLUMNS + oversample), float64 on the
-    CPU. It is the same on each call, because it has its own generator."""
+    """Return a Gaussian start (n, l), l = min(n, rank + GUARD_COLUMNS + oversample), float64 on the
+    CPU. Each call returns the same values, because they come from a separate generator."""
     columns = min(n, rank + GUARD_COLUMNS + oversample)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, columns, generator=generator, dtype=torch.float64, device='cpu')
@@ -58,9 +61,9 @@ class WarmStartBasis(nn.Module):
 
     A cold start is a Gaussian matrix. A warm start, after the first training step, is one basis per
     head: the leading eigenvectors of the sum of the Gram matrices of the last step. In training
-    mode the start stays cold unless `followed` is True, which means that an optimizer's hook calls
-    `update_bases`. The module has no parameters and no entries in the state dict. A checkpoint
-    stores what `get_bases` returns.
+    mode the start stays cold unless `followed` is True. `followed` means that a hook of the
+    optimizer calls `update_bases` after each step. The module has no parameters and no entries in
+    the state dict. A checkpoint stores what `get_bases` returns.
     """
 
     def __init__(self, heads, n, rank, power_iters, oversample, warm_power_iters=0):
@@ -75,7 +78,8 @@ class WarmStartBasis(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def start(self):
-        """Return options of `low_rank_approximation`: the start and the power iterations."""
+        """Return the start and the number of power iterations, as options of
+        `low_rank_approximation`."""
         if self.warm and (self.followed or not self.training):
             return dict(start=self.basis, power_iters=self.warm_power_iters)
         return dict(start=self.gaussian, power_iters=self.power_iters)
@@ -87,9 +91,9 @@ class WarmStartBasis(nn.Module):
 
 
 def follow_optimizer(bases, optimizer, mean):
-    """Register a hook that updates the bases after each step of the optimizer, by the Gram matrices
-    of that step's forward passes. A step that a GradScaler skips changes no basis. mean(tensor)
-    averages a tensor over processes."""
+    """Register a hook that updates the bases after each step of the optimizer, from the Gram
+    matrices of that step's forward passes. A step that a GradScaler skips does not change the
+    bases. mean(tensor) averages a tensor over processes."""
     def hook(optimizer, *_):
         found_inf = getattr(optimizer, 'found_inf', None)       # set by GradScaler if fused
         if found_inf is not None and found_inf.item():
@@ -106,10 +110,10 @@ def follow_optimizer(bases, optimizer, mean):
 def update_bases(bases, mean=lambda tensor: tensor):
     """Move each WarmStartBasis to the leading eigenvectors of its summed Gram matrices.
 
-    Call this after an optimizer step. All bases have the same shape. mean(tensor) averages the
-    sums (bases, nh, n, n) over processes. A basis whose sum is not finite does not change. If a
-    layer had no forward pass in training, no basis changes. Bases stay cold until the sum of every
-    head of every layer is nonzero.
+    Call this after an optimizer step. All bases have the same shape. mean(tensor) averages the sums
+    (bases, nh, n, n) over processes. A basis does not change if its sum is not finite. If any layer
+    had no forward pass in training, all bases stay as they are. Bases stay cold until the sum of
+    every head of every layer is nonzero.
     """
     if bases and all(basis.has_gram for basis in bases):
         sums = mean(torch.stack([basis.gram_sum for basis in bases]))           # (bases, nh, n, n)
@@ -127,7 +131,8 @@ def update_bases(bases, mean=lambda tensor: tensor):
 
 
 def clear_grams(bases):
-    """Forget the summed Gram matrices, also those of a training step that was not completed."""
+    """Delete the summed Gram matrices, including those of a training step that was not
+    completed."""
     for basis in bases:
         basis.gram_sum.zero_()
         basis.has_gram = False
@@ -149,10 +154,10 @@ def set_bases(bases: list[WarmStartBasis], saved: torch.Tensor | None):
 def _cholesky_qr(y, passes=1):
     """Cholesky QR of y (..., n, l) -> q = y r^-1 (..., n, l), upper triangular r^-1 (..., l, l).
 
-    A small shift of the diagonal makes the factor exist despite rounding. Directions of y that are
-    smaller than the shift come out short unless a second pass lengthens them (CholeskyQR2, Yamamoto
-    et al. 2015). In float32 these are all directions below 1e-3 of the largest, so float32 always
-    takes two passes.
+    A small number is added to the diagonal of y^T y, so that the Cholesky factor exists despite
+    rounding. As a result, columns of q for weak directions of y are too short unless a second pass
+    lengthens them (CholeskyQR2, Yamamoto et al. 2015). In float32, all directions below 1e-3 of the
+    largest one are weak, so float32 always takes two passes.
     """
     total, info = None, torch.finfo(y.dtype)
     eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
@@ -168,11 +173,13 @@ def _cholesky_qr(y, passes=1):
 
 
 def truncate_basis(q, inverse, rank):
-    """Remove the l - k weakest directions of Y = q R, q orthonormal (..., n, l) -> (..., n, k).
+    """Remove the l - k weakest directions of Y = Q R, k = rank: orthonormal q (..., n, l) ->
+    (..., n, k).
 
     inverse: R^-1 (..., l, l). Inverse iteration on R R^T gives the weakest left singular vectors of
-    Y. It starts from the last columns, because the columns of q are roughly in order. The entries
-    of R^-1 span up to 1e7 if the rank of G is below l, so each factorization takes two passes.
+    Y. The iteration starts from the last columns, because the columns of q are roughly in
+    descending order. If the rank of G is below l, the entries of R^-1 differ by factors of up to
+    1e7. Each factorization therefore takes two passes.
     """
     inverse = inverse / inverse.abs().amax((-2, -1), keepdim=True)  # its square must not overflow
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)

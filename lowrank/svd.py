@@ -5,9 +5,11 @@ span of the k leading eigenvectors W_k of the Gram matrix G:
 
     X_k = X P,   P = W_k W_k^T,   G = X^T X = W diag(lambda) W^T,   lambda_i = sigma_i^2.
 
-X_k is unique if sigma_k > sigma_{k+1}. U and Vh are not, because signs are free and vectors of
-equal singular values can be rotated. The gradient is therefore that of X_k itself, which involves
-only pairs i <= k < j. With D = dL/dX_k, M = X^T D and the other eigenvectors W_r:
+sigma_1 >= sigma_2 >= ... are the singular values of X. X_k is unique if sigma_k > sigma_{k+1}. The
+singular vectors are not unique, because their signs are free and vectors of equal singular values
+can be rotated. The gradient is therefore taken through X_k as a whole. For a loss L, let
+D = dL/dX_k and M = X^T D, and let W_r hold the eigenvectors other than W_k. Indices i <= k belong
+to W_k, indices j > k to W_r:
 
     dL/dX = D P + X (Z + Z^T),   Z = W_k A W_r^T,
     A_ij = [W_k^T (M + M^T) W_r]_ij / (lambda_i - lambda_j).
@@ -15,18 +17,20 @@ only pairs i <= k < j. With D = dL/dX_k, M = X^T D and the other eigenvectors W_
 Autograd through torch.linalg.svd divides by all differences lambda_i - lambda_j instead. It returns
 NaN if two singular values are equal, for example if several are zero.
 
-Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both decompose in float64. In
-float32, G would lose small singular values, because it squares them (docs/RESULTS.md). Everything
-else is float32. MPS has no float64, so G is summed in float32 there and decomposed on the CPU.
+Methods: 'standard' is torch.linalg.svd of X, 'gram' is eigh of G. Both methods decompose in
+float64. In float32, G would lose small singular values, because G has their squares
+(docs/RESULTS.md). All other steps are in float32. MPS has no float64, so G is summed in float32
+there and decomposed on the CPU.
 
-'randomized' computes P = Q Q^T by subspace iteration on a float32 G (subspace_iteration.py). Its
-gradient is that of the last iteration Q R = G Q', where the basis Q' before it is held constant
-(one-step differentiation, Bolte, Pauwels and Vaiter 2023):
+'randomized' computes P = Q Q^T by subspace iteration on a float32 G (subspace_iteration.py). The
+last iteration computes the basis Q from the basis Q' of the iteration before, by the QR
+factorization G Q' = Q R. Only this iteration is differentiated, and Q' is held constant (one-step
+differentiation, Bolte, Pauwels and Vaiter 2023):
 
     dL/dX = D P + X (Z + Z^T),   Z = (I - P) (M + M^T) F,   F = Q R^-T Q'^T.
 
-At convergence F is the pseudo-inverse of P G. It divides by lambda_i where the exact A_ij divides
-by lambda_i - lambda_j.
+At convergence F is the pseudo-inverse of P G. The product with F divides by lambda_i, where the
+exact A_ij divides by lambda_i - lambda_j.
 
 Letters: m rows, n columns, k rank, N matrices; "..." any batch dimensions. docs/SVD.md gives the
 range of values that float32 inputs may have.
@@ -51,11 +55,11 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
     """Leading singular triplets of x, without a gradient.
 
     x (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n). U diag(S) Vh is the best
-    rank-k approximation of x, or nearly so with 'randomized'. Computed in float64, on the CPU if
-    the device has no float64. rank None or above min(m, n) gives min(m, n) triplets. With
-    'randomized', rows of Vh have norms below 1 if sigma_k is below 1e-3 sigma_1. Raises ValueError
-    for rank < 1 and an unknown method, and torch.linalg.LinAlgError for values that are not finite.
-    `low_rank_approximation` has a gradient.
+    rank-k approximation of x, or nearly so with 'randomized'. The SVD is computed in float64, on
+    the CPU if the device has no float64. rank None or above min(m, n) gives min(m, n) triplets.
+    With 'randomized', rows of Vh have norms below 1 if sigma_k is below 1e-3 sigma_1. Raises
+    ValueError for rank < 1 or an unknown method, and torch.linalg.LinAlgError for values that are
+    not finite. Use `low_rank_approximation` if a gradient is needed.
     """
     _check(rank, method)
     if x.shape[-2] < x.shape[-1]:
@@ -76,8 +80,8 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
 
 
 def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
-    """Return the basis W_k (..., n, k) of x (..., m, n) with m >= n, such that x W_k W_k^T is the
-    result of `low_rank_approximation`, with the same precision. Not differentiable. Raises
+    """Return the basis W_k (..., n, k) of x (..., m, n), m >= n. x W_k W_k^T is the result of
+    `low_rank_approximation`. The precision is the same. W_k has no gradient. Raises
     torch.linalg.LinAlgError for values that are not finite."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     with torch.autocast(x.device.type, enabled=False):
@@ -90,9 +94,9 @@ def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample
                          start: torch.Tensor | None = None):
     """Orthonormal basis W_k (..., n, k) of the eigenvectors of the k largest eigenvalues of gram.
 
-    gram (..., n, n): symmetric, positive semidefinite. Computed by eigh in float64, or as in
-    `low_rank_approximation` with 'randomized'. Raises torch.linalg.LinAlgError for values that are
-    not finite.
+    gram (..., n, n): symmetric, positive semidefinite. 'randomized' computes W_k by subspace
+    iteration, and its options are those of `low_rank_approximation`. The other methods use eigh in
+    float64. Raises torch.linalg.LinAlgError for values that are not finite.
     """
     if method == 'randomized':
         return _iterate(gram, rank, power_iters, oversample, start)[0].to(gram)
@@ -100,13 +104,14 @@ def leading_eigenvectors(gram, rank, method='gram', *, power_iters=2, oversample
 
 
 def balanced_factors(u, s, vh, floor):
-    """Split u (m, k) diag(s) vh (k, n) into factors b (m, k) and a (k, n), each with sqrt(s):
+    """Split u (m, k) diag(s) vh (k, n) into two factors, b (m, k) and a (k, n):
 
         b = u diag(s / sqrt(t)),   a = diag(sqrt(t)) vh,   t = max(s, floor).
 
-    The floor keeps rows of a away from zero. The gradient of each factor is a multiple of the other
-    one, so a row and a column that are both zero would never be trained. floor=0, for a zero
-    matrix, gives t = 1.
+    Values of s above the floor are split evenly, with sqrt(s) in each factor. The floor keeps rows
+    of a away from zero. If a row of a and the matching column of b were both zero, their gradients
+    would be zero too, and they would never be trained. floor=0 is for a zero matrix and gives
+    t = 1.
     """
     root = s.clamp_min(float(floor) or 1.0).sqrt()
     return u * (s / root), root[:, None] * vh
@@ -119,23 +124,23 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
                            oversample=0, start: torch.Tensor | None = None, return_gram=False):
     """Best rank-k approximation X_k of each matrix x (..., m, n), differentiable once.
 
-    rank None or >= min(m, n) returns x itself. Computed in float32 (float64 stays float64) with
-    autocast off, and returned in x's dtype. The gradient is exact if the eigenvalue gap
-    lambda_k - lambda_{k+1} is at least n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in float32).
-    For a smaller eigenvalue gap X_k is ill-conditioned. That bound then replaces the eigenvalue
-    gap, so that gradients stay finite. basis_grad=False holds the projector P constant, and the
-    gradient is D P.
+    rank None or >= min(m, n) returns x itself. The computation is in float32, or in float64 if x is
+    float64, with autocast off. The result has x's dtype. The gradient is exact if the eigenvalue
+    gap lambda_k - lambda_{k+1} is at least n * eps * lambda_1 (3.8e-6 lambda_1 for n = 32 in
+    float32). For a smaller eigenvalue gap X_k is ill-conditioned, and the bound n * eps * lambda_1
+    replaces the gap so that gradients stay finite. With basis_grad=False the projector P is held
+    constant, and the gradient is D P, where D = dL/dX_k.
 
-    'randomized' is within a few percent of the best residual if sigma_k is above 1e-3 sigma_1
-    (3e-3 without float64). It iterates from `start` (..., n, l), l >= k, whose batch dimensions are
-    those of x or fewer. start=None takes k + 4 + oversample Gaussian columns. `power_iters`
-    products with G precede the last one. 0 is enough if `start` comes from a similar matrix. With
-    return_gram=True the result is (X_k, G), G (..., n, n), or (X_k, None) if no G was computed.
-    Other methods ignore these options.
+    The residual of 'randomized' is within a few percent of the best one if sigma_k is above 1e-3
+    sigma_1 (3e-3 without float64). The iteration begins with `start` (..., n, l), l >= k. `start`
+    has the batch dimensions of x or fewer. start=None takes k + 4 + oversample Gaussian columns.
+    `power_iters` products with G precede the last product. power_iters=0 is enough if `start` comes
+    from a similar matrix. With return_gram=True the result is (X_k, G), G (..., n, n), or (X_k,
+    None) if no G was computed. Other methods ignore these options.
 
-    Raises ValueError for rank < 1 and an unknown method. On the CPU, raises
-    torch.linalg.LinAlgError if a matrix to decompose is not finite. CUDA has no such check, because
-    it would wait for the device, and torch.compile has none either.
+    Raises ValueError for rank < 1 or an unknown method. On the CPU, raises torch.linalg.LinAlgError
+    if a matrix to decompose is not finite. CUDA has no such check, because it would wait for the
+    device, and torch.compile has none either.
     """
     _check(rank, method)
     m, n = x.shape[-2:]
@@ -149,15 +154,17 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
 def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, basis_grad=True, *,
                                   power_iters=2, oversample=0, start: torch.Tensor | None = None,
                                   return_gram=False):
-    """Rank-k projection of the rows of x (..., T, n) in which no row depends on a later one.
+    """Project the rows of x (..., T, n) so that no row of the result depends on a later row of x.
 
     Rows [s, 2s) for s = block, 2 block, 4 block, ... are projected onto the leading k right
-    singular vectors of rows [0, s), so T rows need log2(T / block) bases. The first `block` rows,
-    and rows whose basis would come from `rank` rows or fewer, do not change. rank None or >= n
-    returns x itself. T does not enter this rule, because a new row must not change earlier ones.
-    The result is not the best rank-k approximation of x, and its rank can exceed k. Gradient, other
-    arguments and errors are those of `low_rank_approximation`. The returned G is the Gram matrix of
-    the longest prefix from which a basis comes.
+    singular vectors of rows [0, s). T rows need at most log2(T / block) bases, rounded up. The
+    first `block` rows do not change, nor do rows whose basis would come from `rank` rows or fewer.
+    If no row is projected, or rank is None or >= n, the result is x itself. The result is not the
+    best rank-k approximation of x, and its rank can exceed k.
+
+    Gradient, other arguments and errors are those of `low_rank_approximation`. With
+    return_gram=True the result is a pair, as there. Its second element is the Gram matrix of the
+    rows from which the last basis comes, or None if no Gram matrix was computed.
     """
     _check(rank, method)
     rows, n = x.shape[-2:]
@@ -168,7 +175,7 @@ def causal_low_rank_approximation(x, rank: int | None, method='gram', block=32, 
 
 
 def causal_starts(rows, rank, block) -> list[int]:
-    """First rows s of the spans [s, 2s) of `causal_low_rank_approximation`, ascending."""
+    """Return the first row s of each span [s, 2s) of `causal_low_rank_approximation`, ascending."""
     doubled = (block << i for i in range(rows.bit_length()))
     return [start for start in doubled if rank < start < rows]
 
@@ -194,12 +201,13 @@ class _ProjectRows(torch.autograd.Function):
     """y[a:b] = x[a:b] P_s for each span (s, a, b), where P_s is the projector of the prefix x[:s].
 
     x (N, T, n). Rows outside all spans do not change. One span (T, 0, T) is the plain truncated
-    SVD. Returns y and G of the longest prefix (N, n, n), without a gradient. G is None unless the
-    method is 'randomized'.
+    SVD. Returns y and the Gram matrix G (N, n, n) of the longest prefix. G has no gradient, and is
+    None unless the method is 'randomized'.
 
-    The backward pass sums a formula at the top of this file over the spans. That of the exact
-    methods is written as Z + Z^T = W [F o (W^T (M + M^T) W)] W^T with a symmetric F, where
-    F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i, else 0.
+    The backward pass sums a formula at the top of this file over the spans. For the exact methods
+    the formula is written as Z + Z^T = W [F o (W^T (M + M^T) W)] W^T, where o is the element-wise
+    product and F is symmetric. F_ij = 1 / |lambda_i - lambda_j| for i <= k < j or j <= k < i, else
+    0.
     """
 
     @staticmethod
@@ -255,7 +263,8 @@ def _apply_projectors(x, projectors, spans):
 
 
 def _divided_differences(eigenvalues, rank, x):
-    """F of `_ProjectRows` (spans, N, n, n) in x's dtype. eigenvalues (spans, N, n), ascending."""
+    """Return the F of the exact methods in `_ProjectRows` (spans, N, n, n), in x's dtype.
+    eigenvalues: (spans, N, n), ascending."""
     n, info = x.shape[-1], torch.finfo(x.dtype)
     # the second bound is for zero prefixes, because M also holds the rows after them
     least = (n * info.eps * eigenvalues[..., -1:]).clamp_min(info.tiny ** 0.75)
@@ -270,8 +279,9 @@ def _divided_differences(eigenvalues, rank, x):
 # helpers
 
 def _exact_spectrum(x, method, stops):
-    """Eigenvalues (stops, ..., n), ascending, and eigenvectors (stops, ..., n, n) of G of each
-    prefix x[:stop], in float64, on the CPU if the device has no float64."""
+    """Return the spectrum of the Gram matrix of each prefix x[:stop]: eigenvalues (stops, ..., n),
+    ascending, and eigenvectors (stops, ..., n, n). Both are in float64, on the CPU if the device
+    has no float64."""
     if method == 'gram':
         grams = _prefix_grams(x if _lacks_float64(x.device) else x.double(), stops)
         eigenvalues, w = _decompose(torch.linalg.eigh, _to_float64(grams))
@@ -284,13 +294,14 @@ def _exact_spectrum(x, method, stops):
 
 
 def _prefix_grams(x, stops):
-    """G of each prefix x[:stop] -> (stops, ..., n, n). Each row enters a single product."""
+    """Return the Gram matrix of each prefix x[:stop], (stops, ..., n, n). Each row enters a single
+    product."""
     rows = [x[..., a:b, :] for a, b in zip((0, *stops), stops)]
     return _stack([*accumulate((r.mT @ r for r in rows), torch.add)])
 
 
 def _iterate(grams, rank, power_iters, oversample, start):
-    """`leading_subspace` of grams (..., n, n), in float64 if the device has it."""
+    """Call `leading_subspace` for grams (..., n, n), in float64 if the device has it."""
     start = gaussian_start(grams.shape[-1], rank, oversample) if start is None else start
     _check_finite(grams)
     wide = grams if _lacks_float64(grams.device) else grams.double()
