@@ -91,8 +91,8 @@ def load_weights(model, state):
 
 
 def find(out_dir):
-    """Return the path of the checkpoint in `out_dir`. If out_dir is None, return that of the newest
-    run in the working directory. Raises UserError if there is none."""
+    """Return the path of the checkpoint in `out_dir`. If out_dir is None, return the checkpoint of
+    the newest run in the working directory. Raises UserError if there is no checkpoint."""
     path = Path(out_dir) / 'ckpt.pt' if out_dir else newest()
     if path is None:
         raise UserError('no run found in the working directory (no */ckpt.pt); train one first: '
@@ -102,8 +102,9 @@ def find(out_dir):
 
 def tokenizer_of(saved, vocab_size):
     """Return the metadata of the tokenizer that a loaded checkpoint was trained with. A nanoGPT
-    checkpoint does not contain it, so it is read from the folder of its data set. `vocab_size` is
-    the number of token ids of the model. Raises UserError if the tokenizer has more ids."""
+    checkpoint does not contain this metadata. Then it is read from the folder of the data set.
+    `vocab_size` is the number of token ids of the model. Raises UserError if the tokenizer has more
+    ids."""
     if 'tokenizer' in saved:
         if saved['tokenizer']['vocab_size'] > vocab_size:
             raise UserError(
@@ -117,7 +118,7 @@ def tokenizer_of(saved, vocab_size):
 
 def newest(root='.'):
     """Return the path of the most recently written */ckpt.pt below `root`, or None. Hidden folders
-    are skipped. Runs of this repo, which have a config.py, come before copies and exports."""
+    are skipped. Runs of this repo are preferred to copies and exports, which have no config.py."""
     found = (path for path in Path(root).glob('*/ckpt.pt') if not path.parent.name.startswith('.'))
     return max(found, key=lambda p: (p.with_name('config.py').exists(), p.stat().st_mtime),
                default=None)
@@ -129,7 +130,7 @@ def _nearest_checkpoint(path):
 
 
 def random_state(batches, device):
-    """Return the random states of this process as a dict: those of torch's generators and of
+    """Return the random states of this process as a dict: the states of torch's generators and of
     `batches`, the generator that draws the training batches."""
     kind = torch.device(device).type
     state = {'torch': torch.get_rng_state(), 'batches': batches.get_state()}
@@ -140,9 +141,9 @@ def random_state(batches, device):
 
 
 def set_random_state(state, batches, device):
-    """Restore the dict that `random_state` returned. On another kind of device the same batches are
-    drawn, but the dropout masks differ. Raises KeyError, TypeError or RuntimeError if `state` is
-    not such a dict."""
+    """Restore the dict that `random_state` returned. If the state was saved on another kind of
+    device, the same batches are drawn, but the dropout masks differ. Raises KeyError, TypeError or
+    RuntimeError if `state` is not such a dict."""
     kind = torch.device(device).type
     torch.set_rng_state(state['torch'])
     batches.set_state(state['batches'])

@@ -26,8 +26,8 @@ def run(script, cls, usage, action, argv=None, load=None, again=''):
 
     `script` is the command's name in error messages and `cls` the dataclass of its options. --help
     prints `usage` and the options. action(options) does the work and returns an exit code or None.
-    load(argv) returns the options; by default they are an instance of `cls`. `again` tells the user
-    what to do after a signal.
+    load(argv) returns the options. Without it, they are an instance of `cls`. `again` tells the
+    user what to do after a signal.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -41,7 +41,7 @@ def run(script, cls, usage, action, argv=None, load=None, again=''):
 
 def parse(parser, argv, action, again=''):
     """Run a command whose options an argparse.ArgumentParser defines, and return its exit code.
-    action(namespace) does the work; `again` is as in `run`."""
+    action(namespace) does the work. `again` is as in `run`."""
     def refuse(message):  # argparse would print its usage and exit
         raise UserError(f'{message}; --help lists the options')
     parser.error = refuse
@@ -90,9 +90,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Context manager that catches SIGINT, SIGTERM and, unless nohup ignores it, SIGHUP.
 
-    `received` is the number of the first signal, or 0. The first signal raises Interrupted; within
-    `deferred()` it is only recorded. A second Ctrl-C always raises, except under torchrun, where a
-    process gets each Ctrl-C twice: from the terminal and from torchrun.
+    `received` is the number of the first signal, or 0. The first signal raises Interrupted. Within
+    `deferred()` the signal is only recorded. A second Ctrl-C always raises, except under torchrun,
+    where a process gets each Ctrl-C twice: from the terminal and from torchrun.
     """
 
     def __init__(self):
@@ -123,8 +123,9 @@ class Signals:
 
     @contextmanager
     def deferred(self):
-        """Context manager in which signals do not raise. The block looks at `received` where it can
-        stop without loss. Raises Interrupted at the end if a signal came."""
+        """Context manager in which signals do not raise. The code in the block reads `received` at
+        points where it can stop without loss. If a signal came, Interrupted is raised at the end of
+        the block."""
         self._deferred = True
         yield
         self._deferred = False  # not after an error, which is raised instead
@@ -142,8 +143,8 @@ signals = Signals()  # a process has one set of handlers
 # output
 
 class _Stream:
-    """Text stream that goes silent if its reader (tee, head, a terminal) has exited or its disk is
-    full. Characters that its encoding lacks become question marks."""
+    """Text stream that discards all text once its reader (tee, head, a terminal) has exited or the
+    disk is full. Characters that the encoding of the stream lacks become question marks."""
 
     def __init__(self, stream):
         self._stream, self.silent = stream, False
@@ -167,8 +168,8 @@ class _Stream:
             self._silence()
 
     def _silence(self):
-        """Redirect the stream to the null device. Otherwise Python would report the text that it
-        could not write at exit."""
+        """Redirect the stream to the null device. Otherwise Python would print an error at exit
+        about text that could not be written."""
         self.silent = True
         with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

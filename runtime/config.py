@@ -36,7 +36,8 @@ NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are in
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: least <= value < below and value > above. None is always valid."""
+    """Bounds of a number: least <= value < below, and value > above. A value of None is always
+    valid."""
     least: float = -math.inf
     below: float = math.inf
     above: float = -math.inf
@@ -77,17 +78,18 @@ class Failure(UserError):
 # reading: command line, config files, other files
 
 def load(cls, argv: list[str]):
-    """Return an instance of dataclass `cls` from argv, and a dict: key that the user set -> where
-    it was set. Raises UserError."""
+    """Return an instance of dataclass `cls` from argv, and a dict from each key that the user set
+    to where it was set. Raises UserError."""
     values, set_by = parse(cls, argv)
     return build(cls, values, set_by), set_by
 
 
 def parse(cls, argv: list[str], base: dict | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parse config files and --key=value options, in any order; options override files.
+    """Parse config files and --key=value options, in any order. Options override files.
 
-    Returns a dict of all values, each in its type, and a dict: key that the user set -> where it
-    was set. Raises UserError. `base` replaces the defaults, for example by a checkpoint's options.
+    Returns a dict of all values, each in its type, and a dict from each key that the user set to
+    where it was set. Raises UserError. The values in `base`, such as a checkpoint's options,
+    replace the defaults.
     """
     hints, set_by = hints_of(cls), {}
     values = {f.name: f.default for f in fields(cls)} | (base or {})
@@ -102,7 +104,8 @@ def parse(cls, argv: list[str], base: dict | None = None) -> tuple[dict[str, Any
 
 def build(cls, values: dict, set_by: dict, otherwise='default'):
     """Return an instance of `cls`. A ValueError whose message starts with "key=" becomes a
-    UserError that says where the key was set, or `otherwise` if it was not."""
+    UserError that says where the key was set. If the user did not set the key, the message says
+    `otherwise`."""
     try:
         return cls(**values)
     except (ValueError, OSError) as e:  # OSError: a path could not be checked
@@ -132,8 +135,8 @@ def parse_option(arg: str, hints: dict) -> tuple[str, Any]:
 
 
 def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
-    """Run a config file, which can read `values` by name, and return the values that it sets. They
-    are not checked. Raises UserError if the file fails or sets an unknown option."""
+    """Run a config file and return the values that it sets, without checking them. The file can
+    read `values` by name. Raises UserError if the file fails or sets an unknown option."""
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8-sig'), filename=path)
         code = compile(tree, path, 'exec')
@@ -162,14 +165,14 @@ def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
 
 
 def check_all(cls, values: dict, where) -> dict[str, Any]:
-    """Convert the values of a file to the types of the fields of `cls`. Other keys are dropped.
-    Raises UserError that names `where`."""
+    """Convert the values read from a file to the types of the fields of `cls`. Keys that are not
+    fields are dropped. Raises a UserError that names `where`."""
     return {key: check(key, value, hints_of(cls)[key], where) for key, value in values.items()
             if key in hints_of(cls)}
 
 
 def check(key: str, value, hint, where=''):
-    """Return a value in the type of `hint`, or raise UserError that names `where`."""
+    """Return a value in the type of `hint`, or raise a UserError that names `where`."""
     ok, converted = coerce(value, hint)
     if not ok:
         raise UserError(f'{key}={value!r}: must be {describe(hint)}{nearest(value, hint)}'
@@ -179,8 +182,9 @@ def check(key: str, value, hint, where=''):
 
 
 def coerce(value, hint) -> tuple[bool, Any]:
-    """Convert a value to the type of `hint`. Return (True, the value), or (False, None) if it does
-    not fit. An int fits a float, but True does not fit an int. Numbers must be finite."""
+    """Convert a value to the type of `hint`. Return (True, the value), or (False, None) if the
+    value does not fit. An int fits a float, but True does not fit an int. Numbers must be
+    finite."""
     for kind in alternatives(hint):
         if get_origin(kind) is Literal:
             ok = any(type(value) is type(a) and value == a for a in get_args(kind))
@@ -218,8 +222,8 @@ def marked(cls, mark) -> list[str]:
 
 
 def validate(cfg):
-    """Convert each field of a dataclass instance to its type. Raises ValueError, whose message
-    starts with "name=", for a value of another type or out of range."""
+    """Convert each field of a dataclass instance to its type. For a value of another type or out of
+    range, raises ValueError with a message that starts with "name="."""
     for key, hint in hints_of(type(cfg)).items():
         value = check(key, getattr(cfg, key), hint)
         setattr(cfg, key, value)
@@ -229,8 +233,8 @@ def validate(cfg):
 
 
 def has_effect(cfg, key: str, cls=None) -> bool:
-    """Return whether an option has an effect, given the other options in `cfg`. `Needs` are read
-    from the dataclass `cls`, or from the type of `cfg` if it is None."""
+    """Return whether an option has an effect, given the other options in `cfg`. cls: the dataclass
+    whose `Needs` marks are read; None: type(cfg)."""
     return all(getattr(cfg, name) == value for needs in get_args(hints_of(cls or type(cfg))[key])
                if isinstance(needs, Needs) for name, value in needs.items())
 

@@ -2,8 +2,8 @@
 
 meta.json, the metadata, holds `tokenizer` ('char' or 'gpt2'), `vocab_size`, `dtype`, `chars` (for
 'char', in the order of their ids) and the source of the text. Folders that nanoGPT prepared can be
-read too. Their meta.pkl is unpickled safely: only plain containers are created. A folder without
-metadata holds GPT-2 BPE as uint16.
+read too. The meta.pkl of such a folder is unpickled safely: only plain containers are created. A
+folder without metadata is taken to hold GPT-2 BPE as uint16.
 
 train.bin is written last and removed first. A folder with both .bin files is therefore complete.
 """
@@ -66,7 +66,7 @@ class Tokenizer:
 
     def decode_stream(self, ids):
         """Yield the text of an iterable of token ids, one piece per id and one at the end. A
-        character that consists of several tokens comes with the last of them."""
+        character that consists of several tokens comes with its last token."""
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         for i in ids:                               # a padded vocabulary has ids without text
             yield decoder.decode(self.token_bytes(i) if i < self.vocab_size else b'')
@@ -113,8 +113,8 @@ def write_dataset(folder, text, tokenizer, source):
 
 
 def write_files(folder, meta, train, val):
-    """Write the files of a data set into `folder`, which the caller has locked. Raises OSError.
-    `train` and `val` are iterables of bytes, the parts of train.bin and val.bin."""
+    """Write the files of a data set into `folder`. The caller has locked the folder. `train` and
+    `val` are iterables of bytes, the parts of train.bin and val.bin. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     (folder / 'train.bin').unlink(missing_ok=True)
@@ -131,7 +131,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(folder):
-    """Return the metadata of a data set folder. Raises UserError if it is damaged."""
+    """Return the metadata of a data set folder. Raises UserError if the metadata is damaged."""
     folder = Path(folder)
     try:
         if (folder / 'meta.json').exists():
@@ -149,7 +149,8 @@ def read_meta(folder):
 
 
 def check_meta(meta, where):
-    """Return the metadata `meta`. Raises UserError that names `where` if it is damaged."""
+    """Check the metadata `meta` and return it. If it is damaged, raises a UserError that names
+    `where`."""
     with suppress(AttributeError, KeyError, TypeError):
         size, chars = meta['vocab_size'], meta.get('chars', [])
         sizes = dict(char=len(set(chars)), gpt2=GPT2_META['vocab_size'])
@@ -189,13 +190,14 @@ class Dataset:
 
     @property
     def padded_vocab_size(self):
-        """Number of token ids of a model that is trained on this data set. For BPE it is rounded up
-        from 50257 to 50304, a multiple of 64, so that matrix products are faster."""
+        """Number of token ids of a model that is trained on this data set. For BPE the number is
+        rounded up from 50257 to 50304, a multiple of 64, so that matrix products are faster."""
         return (-(-self.vocab_size // 64) * 64 if self.meta['tokenizer'] == 'gpt2'
                 else self.vocab_size)
 
     def check_length(self, block_size):
-        """Raise UserError unless each split has at least block_size + 1 tokens, one window."""
+        """Raise UserError unless each split has at least block_size + 1 tokens, which is one
+        window."""
         n, split = min((len(self.tokens(split)), split) for split in ('train', 'val'))
         if n <= block_size:
             raise UserError(f'block_size={block_size}: {self.folder}/{split}.bin has only {n} '
@@ -206,8 +208,8 @@ class Dataset:
         return torch.randint(len(self.tokens(split)) - block_size, (count,), generator=generator)
 
     def batch(self, split, batch_size, block_size, generator, device):
-        """Return random windows on `device`: token ids x (B, T) and the id after each, y (B, T),
-        both int64. `generator` draws the positions."""
+        """Return random windows on `device`: token ids x (B, T) and, for each of them, the next
+        token id, y (B, T). Both are int64. `generator` draws the positions."""
         starts = self.sample_offsets(split, batch_size, block_size, generator)
         return self.windows(self.tokens(split), starts.tolist(), block_size, split, device)
 
@@ -236,7 +238,8 @@ def preparing(path):
 
 
 def locate(name, tokenizer, roots=DATA_ROOTS):
-    """Return the folder of a data set. If it is not prepared yet, one process prepares it.
+    """Return the folder of a data set. If the data set is not prepared yet, one process prepares
+    it.
 
     `name` is a text file, a folder below one of `roots` (searched in order), or the path of a
     folder. A text file is encoded with `tokenizer` into the folder STEM-TOKENIZER-HASH below the
@@ -269,7 +272,8 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
 
 
 def _locate_text(name, tokenizer, roots):
-    """Return the folder of a text file, which the first process that needs it encodes."""
+    """Return the data set folder of a text file. The first process that needs the folder encodes
+    the text."""
     text, digest = read_text(name), hashlib.sha256(Path(name).read_bytes()).hexdigest()
     own = f'{Path(name).stem}-{tokenizer}-{digest[:8]}'
     writable = next((root for root in reversed(roots) if os.access(root, os.W_OK)), roots[0])
@@ -282,9 +286,10 @@ def _locate_text(name, tokenizer, roots):
 
 
 def name_of(folder, name):
-    """Return a name for `folder`, which `locate` found as `name`. `locate` finds it again under
-    this name, from any working directory and without the text file. The name is `name` for a folder
-    directly below data/, else the path relative to the repository's data/, or the absolute path."""
+    """Return a name under which `locate` finds `folder` again, from any working directory and
+    without the text file. `name` is the name under which `locate` found the folder. A folder
+    directly below data/ keeps `name`. Another folder gets its path relative to the repository's
+    data/, or its absolute path."""
     path, root = Path(os.path.realpath(folder)), DATA_ROOTS[-1]
     if folder in [root / name for root in DATA_ROOTS]:
         return name

@@ -21,7 +21,7 @@ PEAK_FLOPS = {
 
 def pick_device(name):
     """Return the device `name`, or for 'auto' the first available one of cuda, mps and cpu. Raises
-    UserError if this machine does not have it."""
+    UserError if this machine does not have the device."""
     available = {
         'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
@@ -47,22 +47,22 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """Return the context manager that autocasts to `dtype`, or one without effect for float32."""
+    """Return the context manager that autocasts to `dtype`. For float32 it has no effect."""
     if dtype == 'float32':
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
 def has_native_bfloat16(device):
-    """Return whether bfloat16 matrix products are fast on `device`. On CPUs they are emulated, or
-    slower than float32 at the sizes of this repo's models."""
+    """Return whether bfloat16 matrix products are fast on `device`. CPUs emulate these products, or
+    compute them more slowly than float32 at the sizes of this repo's models."""
     return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)
 
 
 def peak_flops(device, dtype):
-    """Return the peak FLOPs per second of `device` in `dtype`, or None if unknown. Without it, no
-    MFU (model FLOPs utilization) is reported."""
+    """Return the peak FLOPs per second of `device` in `dtype`, or None if it is unknown. In that
+    case no MFU (model FLOPs utilization) is reported."""
     if torch.device(device).type != 'cuda' or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,5 +1,5 @@
-"""The process group: one process, or several that torchrun started. They exchange values here.
-DistributedDataParallel exchanges the gradients."""
+"""The process group: one process, or several processes that torchrun started. Functions here
+exchange values between the processes. DistributedDataParallel exchanges the gradients."""
 
 import math
 import os
@@ -45,9 +45,9 @@ def broadcast_result(work):
 
 
 class Processes:
-    """Context manager that joins the process group and leaves it at the end. `rank`, `world_size`,
-    `is_main` and `device` describe this process. Raises UserError if the environment variables, the
-    configuration and the machine do not fit together."""
+    """Context manager that joins the process group at the start and leaves it at the end. `rank`,
+    `world_size`, `is_main` and `device` describe this process. Raises UserError if the environment
+    variables, the configuration and the machine do not fit together."""
 
     def __init__(self, cfg):
         self.distributed = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
@@ -99,8 +99,8 @@ class Processes:
 
     def main_process_first(self, work):
         """Call work() on process 0, then on the first process of every other machine, then on the
-        rest, so that only one process per machine has to prepare anything. Returns its result on
-        this process. A UserError on one process is raised on all."""
+        rest, so that only one process per machine has to prepare anything. Returns the result of
+        work() on this process. A UserError on one process is raised on all processes."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
             fault = None
@@ -115,8 +115,8 @@ class Processes:
         return result
 
     def parent_exited(self):
-        """Return whether torchrun, or the sweep that started this run, has ended. Nothing else
-        stops this process then."""
+        """Return whether torchrun, or the sweep that started this run, has ended. In that case
+        nothing else stops this process."""
         watched = 'TORCHELASTIC_RUN_ID' in os.environ or STOP_WITH_PARENT in os.environ
         return watched and os.getppid() != self.parent
 

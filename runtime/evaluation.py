@@ -38,8 +38,8 @@ def estimate_loss(model, data, batches, batch_size, block_size, device, context,
 @torch.no_grad()
 def split_loss(model, data, split, batch_size, block_size, device, context):
     """Return the mean loss over a whole split, in nats per token, and the number of predicted
-    tokens, which are all but the first. The split is cut into consecutive windows of block_size
-    tokens, the last of which may be shorter."""
+    tokens. All tokens but the first are predicted. The split is cut into consecutive windows of
+    block_size tokens. The last window may be shorter."""
     model.eval()
     tokens = data.tokens(split)
     predicted = len(tokens) - 1
@@ -63,7 +63,8 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
     """Compare the parallel loss with the prefix-only loss at the same tokens, in nats per token.
 
     The parallel loss is computed over whole windows, as in training. The prefix-only loss predicts
-    each token from its prefix alone, as in generation. They differ if the model sees later tokens.
+    each token from its prefix alone, as in generation. The two losses differ if the model sees
+    later tokens.
 
     At least `positions` random tokens are measured, each in its own window at a uniformly drawn
     position. `group` windows share a position so that they run as one batch. Groups are
@@ -98,9 +99,9 @@ def prefix_gap(model, data, split, positions, block_size, device, context, seed,
 class Evaluation:
     """Losses of the current model, with the prefix-only loss if the model sees later tokens.
 
-    The prefix-only loss of a few hundred tokens is noisy, but its gap to the parallel loss of the
-    same tokens is not. The reported prefix-only loss is therefore the parallel loss of all
-    evaluated tokens plus that gap.
+    The prefix-only loss of a few hundred tokens is noisy. The gap, the difference between this loss
+    and the parallel loss of the same tokens, is not. The reported prefix-only loss is therefore the
+    parallel loss of all evaluated tokens plus the gap.
     """
 
     def __init__(self, cfg, model, data, device, context, sees_future):

@@ -19,7 +19,7 @@ ROOM = '; free space on that disk, then run the same command again'
 
 def unwritable(where, error):
     """Return the exception to raise for an OSError: Failure if the disk is full, else UserError.
-    Its message starts with `where`, an option or a file."""
+    The message starts with `where`, an option or a file."""
     words = f'{where}: {error.strerror or one_line(error)}'
     return Failure(words + ROOM) if error.errno in FULL else UserError(words)
 
@@ -44,7 +44,8 @@ def is_shared(path):
 
 @contextmanager
 def with_path(path):
-    """Context manager that adds the path to an OSError, because write() does not name it."""
+    """Context manager that adds the path to an OSError, because errors of write() do not name the
+    path."""
     try:
         yield
     except OSError as e:
@@ -72,7 +73,8 @@ def atomic_open(path):
 
 
 def _flush_folder(path):
-    """Flush a folder to disk, so that a rename in it is not lost."""
+    """Flush a folder to disk, so that a rename in the folder is not lost. Does nothing on systems
+    that are not POSIX."""
     if os.name == 'posix':
         folder = os.open(path, os.O_RDONLY)
         os.fsync(folder)
@@ -87,11 +89,10 @@ def write_atomically(path, content):
 
 @contextmanager
 def new_folder(path):
-    """Context manager that creates a folder, which becomes `path` when the block ends.
+    """Context manager that creates a folder and renames it to `path` when the block ends.
 
-    The block fills a hidden folder beside `path` with `atomic_open`, and the folder is then
-    renamed. After an error or a crash there is no `path`. Raises OSError, also if `path` exists and
-    is not an empty folder.
+    The block fills a hidden folder beside `path` with `atomic_open`. After an error or a crash,
+    `path` does not exist. Raises OSError, also if `path` exists and is not an empty folder.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -108,9 +109,9 @@ def new_folder(path):
 
 
 def check_writable(path, where):
-    """Check before long work that a file can be written at `path`, whose folders may be missing. A
+    """Check before long work that a file can be written at `path`. Its folders may be missing. A
     test file is written and removed, because access rights do not tell whether the disk is full.
-    Raises UserError or Failure, whose message starts with `where`."""
+    Raises UserError or Failure with a message that starts with `where`."""
     path = Path(os.path.realpath(path))
     try:
         there = next(folder for folder in path.parents if folder.exists())
@@ -138,9 +139,10 @@ def remove_leftovers(folder):
 def locked(file, busy):
     """Context manager that holds the lock `file`, a path whose folder is created if needed.
 
-    The operating system releases the lock when the process ends. If another process holds it,
-    busy() is called, which raises, or returns to wait for the lock. The block runs without a lock
-    if the file cannot be written or locked, as on some network disks.
+    The operating system releases the lock when the process ends. If another process holds the lock,
+    busy() is called. If busy() raises, the error is passed on. If it returns, the context manager
+    waits for the lock. The block runs without a lock if the file cannot be written or locked, as on
+    some network disks.
     """
     lock = FileLock(file)
     with suppress(OSError, NotImplementedError):
@@ -161,7 +163,7 @@ def locked(file, busy):
 
 def locked_folder(folder, option='out_dir', wait=False):
     """Context manager that locks a run folder or sweep folder and creates it if needed. If another
-    process has the lock, waits if `wait` is True, else raises UserError that names `option`."""
+    process has the lock, waits if `wait` is True, else raises a UserError that names `option`."""
     def busy():
         if wait:
             print(f'{folder}: waiting until the other run in this folder has saved', flush=True)
@@ -173,7 +175,8 @@ def locked_folder(folder, option='out_dir', wait=False):
 
 
 def lock_file(folder):
-    """Return the lock file of a folder: .NAME.lock beside it, because the folder may be moved."""
+    """Return the lock file of a folder, .NAME.lock. It is beside the folder, because the folder may
+    be moved."""
     real = Path(os.path.realpath(folder))
     return real.with_name(f'.{real.name}.lock')
 
@@ -203,18 +206,18 @@ def archive_run(out, say):
 
 
 def named(folder):
-    """Return a folder as a path whose name can get a suffix. '.' and 'out/..' are resolved, because
-    they have no such name."""
+    """Return a folder as a path whose name can get a suffix. '.' and 'out/..' have no such name, so
+    they are resolved."""
     return folder if folder.name not in ('', '..') else Path(os.path.realpath(folder))
 
 
 def check_save_dir(save_dir, source, kind, overwrite=False):
     """Raise UserError if the folder `save_dir` must not be created or replaced.
 
-    These are: the working directory, the home folder and their parents; a folder that contains the
-    model folder `source`; an existing folder, unless it is empty, or is a run and `overwrite` is
-    True; and a folder that cannot be written. `kind` is the suffix of the name to suggest.
-    overwrite=None means that the command has no such option.
+    These folders are: the working directory, the home folder and their parents; a folder that
+    contains the model folder `source`; an existing folder, unless it is empty, or it is a run
+    folder and `overwrite` is True; and a folder that cannot be written. `kind` is the suffix of the
+    name to suggest. overwrite=None means that the command has no such option.
     """
     real, own = (Path(os.path.realpath(folder)) for folder in (save_dir, source))
     where = f'save_dir={str(save_dir)!r}'

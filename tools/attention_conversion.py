@@ -1,7 +1,9 @@
 """Convert ordinary attention in a trained model to multi-head latent attention (MLA).
 
-The keys and values of a layer, [W_k; W_v] x (2C), become [U_k; U_v] W_a x. W_a (d, C) maps a token
-to a latent vector of d values. tools/model_compression.py factors the stacked weight [W_k; W_v].
+A layer computes keys and values [W_k; W_v] x (2C) from an input x (C). After the conversion it
+computes [U_k; U_v] W_a x. W_a (d, C) maps x to a latent vector of d values.
+tools/model_compression.py collects the statistics from which the stacked weight [W_k; W_v] is
+factored.
 """
 
 from dataclasses import replace
@@ -20,8 +22,8 @@ def to_mla(model, latent_dim, windows=()):
 
     The given model is changed and cannot be used afterwards. Low-rank query layers stay low-rank.
     windows: from `calibration_windows`. The factors minimize the estimated increase of the loss on
-    them. Without windows the factors come from the SVD of the weights. Raises ValueError if the
-    model has MLA already or latent_dim does not fit.
+    these windows. Without windows the factors come from the SVD of the weights. Raises ValueError
+    if the model has MLA already or latent_dim does not fit.
     """
     if model.config.use_mla:
         raise ValueError("to='mla': the model has MLA already, with latents of "
@@ -54,7 +56,8 @@ def latent_projection(c_attn, latent_dim, stats):
     """Return the state dict of the `LatentProjection` that replaces a `QKVProjection`.
 
     stats: `LayerStats` of the stacked weight of keys and values. The bias of the values compensates
-    for the mean error. Keys get no bias, because it would not change the attention weights.
+    for the mean error. Keys get no bias, because a bias of keys would not change the attention
+    weights.
     """
     up, down = stats.factorization().factors(latent_dim)            # (2C, d), (d, C)
     k_up, v_up = up.chunk(2)

@@ -3,10 +3,10 @@ The formats that export.py writes. Each function in FORMATS writes a run to an e
 
     to_gpt2(folder, model, saved, meta, lines)
 
-model: the GPT of the run, which cannot be used afterwards; saved: its checkpoint, where 'base'
-names the weights that its adapters started from; meta: the metadata of its tokenizer, or None;
-lines: a list to which messages for the user are appended. The functions raise ValueError if the
-format cannot represent the model, UserError if a package is missing, and OSError.
+model: the GPT of the run, which cannot be used afterwards; saved: the checkpoint of the run, in
+which 'base' names the weights that the adapters started from; meta: the metadata of the run's
+tokenizer, or None; lines: a list to which messages for the user are appended. The functions raise
+ValueError if the format cannot represent the model, UserError if a package is missing, and OSError.
 """
 
 import pickle
@@ -42,7 +42,7 @@ def plain_model(model):
 
     The SVD of 'weight' scope, latents, low-rank layers and adapters become part of the weights. The
     given model cannot be used afterwards. Raises ValueError for scopes that truncate V itself,
-    because no weights have that effect.
+    because no weights have the same effect.
     """
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
@@ -59,7 +59,8 @@ def plain_model(model):
 
 
 def dense_projection(attn):
-    """Return weight (3C, C), and bias (3C) or None, of a nanoGPT c_attn with the same outputs."""
+    """Return the weight (3C, C) and the bias (3C) of a nanoGPT c_attn with the same outputs. The
+    bias may be None."""
     c_attn, w_v = attn.c_attn, attn.value_weight().flatten(0, 1)
     if not isinstance(c_attn, LatentProjection):
         return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
@@ -85,8 +86,8 @@ def changes(c, to):
 
 
 def new_adamw(model, saved):
-    """Return the state dict of a new AdamW for the model. Options come from the config of the
-    checkpoint `saved`, and nanoGPT's defaults fill the rest."""
+    """Return the state dict of a new AdamW for the model. Its options come from the config of the
+    checkpoint `saved`. Options that are missing there get nanoGPT's defaults."""
     c = dict(weight_decay=1e-1, learning_rate=6e-4, beta1=0.9, beta2=0.95) | saved.get('config', {})
     return model.configure_optimizers(c['weight_decay'], c['learning_rate'],
                                       (c['beta1'], c['beta2']), 'cpu').state_dict()

@@ -64,8 +64,8 @@ def parse_modules(modules):
 def layer_names(model, modules=None):
     """Return the names of the layers that can become low-rank, block by block.
 
-    W_v is left out if 'weight' scope truncates it, because that needs the full W_v and factors
-    would save nothing. modules: as for `parse_modules`.
+    W_v is left out if 'weight' scope truncates it, because the truncation needs the full W_v, so
+    that factors would save nothing. modules: as for `parse_modules`.
     """
     c, modules = model.config, parse_modules(modules)
     truncated = c.svd_truncates and c.svd_scope == 'weight'
@@ -84,15 +84,16 @@ def dense_layers(model, names):
 
 
 def without_adapters(model):
-    """Merge adaptive SVD and LoRA into the weights, in place. Returns the model, all trainable."""
+    """Merge adaptive SVD and LoRA into the weights, in place. Returns the model, in which all
+    parameters are trainable."""
     dense_layers(model, [*model.config.adaptive_layers, *model.config.lora_layers])
     model.config = replace(model.config, **ADAPTER_DEFAULTS)
     return sync_config(model).requires_grad_(True)
 
 
 def weights_of(model, modules=None):
-    """Return every weight matrix of the blocks: name -> (m, n). Changes the model: fused layers are
-    split and low-rank layers are multiplied out."""
+    """Return every weight matrix of the blocks: name -> (m, n). The model is changed in place:
+    fused layers are split, and low-rank layers are multiplied out."""
     modules = parse_modules(modules)
     dense_layers(model, model.config.layer_shapes)
     return {name: layer.weight for name, layer in model.transformer.named_modules()
@@ -121,9 +122,10 @@ def sync_config(model):
 def apply_svd_compression(model, rank, modules=None):
     """Replace layers of a GPT's blocks by low-rank layers from the SVD of their weights, in place.
 
-    A layer stays dense if its factors would not save parameters. A low-rank layer of this rank or
-    less stays as it is. No data is needed. modules: as for `parse_modules`. Returns the model.
-    Raises ValueError for a rank outside 1 to n_embd, other modules, and NaN or infinite weights.
+    A layer stays dense if its factors would not save parameters. A layer that is low-rank already,
+    with this rank or less, does not change. No data is needed. modules: as for `parse_modules`.
+    Returns the model. Raises ValueError for a rank outside 1 to n_embd, for unknown modules, and
+    for NaN or infinite weights.
     """
     if type(rank) is not int or not 1 <= rank <= model.config.n_embd:
         raise ValueError(f'rank={rank!r}: must be a whole number from 1 to '
@@ -140,8 +142,9 @@ def apply_svd_compression(model, rank, modules=None):
 def replace_linear(model, name, factors, mean, mean_before):
     """Replace a dense layer by a low-rank layer, in place.
 
-    factors: U (m, r) and A (r, n); mean, mean_before: mean inputs (n) of the new and of the dense
-    layer, float64. If the layer has a bias, it is shifted so that the mean output stays the same.
+    factors: U (m, r) and A (r, n). mean: mean input (n) of the new layer; mean_before: mean input
+    (n) of the dense layer; both float64. If the layer has a bias, the bias is shifted so that the
+    mean output stays the same.
     """
     dense, (up, down) = model.transformer.get_submodule(name), factors
     layer = LowRankLinear.from_factors(up, down, dense)
@@ -158,17 +161,18 @@ def replace_linear(model, name, factors, mean, mean_before):
 class LayerStats:
     """Statistics of a layer over calibration tokens, for `Factorization`.
 
-    They are E[x x^T] of inputs x and E[g g^T] of loss gradients g at the outputs. Both are mapped
-    to the smaller side of the weight, so that they are (s, s), in float64 on the CPU.
+    The statistics are E[x x^T] of inputs x and E[g g^T] of loss gradients g at the outputs. Both
+    are mapped to the smaller side of the weight, which gives matrices (s, s). They are in float64
+    on the CPU.
 
-    If the layer has a bias, the bias compensates for the mean error, so that only the covariance of
-    the inputs counts. The covariance is a sum of squared deviations within and between batches
-    (Chan, Golub and LeVeque, 1983). Unlike a difference of moments, it is positive semidefinite.
+    If the layer has a bias, it compensates for the mean error. Then only the covariance of the
+    inputs counts. The covariance is a sum of squared deviations within and between batches (Chan,
+    Golub and LeVeque, 1983). Unlike a difference of moments, it is positive semidefinite.
     """
 
     def __init__(self, weight, centred, inputs=1):
-        """weight: (m, n); centred: whether the layer has a bias; inputs: number of inputs that
-        `add` gets, concatenated."""
+        """weight: (m, n); centred: whether the layer has a bias; inputs: number of inputs that are
+        concatenated in the argument of `add`."""
         self.weight, self.centred = weight.detach().cpu().double(), centred
         self.tall = weight.size(0) >= weight.size(1)
         self.tokens, self.sum, self.gradients = 0, 0, None
@@ -179,11 +183,13 @@ class LayerStats:
         return x if self.tall else x @ self.weight.mT
 
     def factors(self, x):
-        """Return a (N, p) and b (N, q), both linear in x, for the statistic E[a^T b]."""
+        """Map inputs x (N, n) to a (N, p) and b (N, q), both linear in x. The statistic is the mean
+        of a^T b."""
         return self.reduce(x), self.reduce(x)
 
     def add(self, x, g=None):
-        """Add a batch of inputs x (N, n) and of gradients g (N, m) at the outputs, or None."""
+        """Add a batch of inputs x (N, n) and of gradients g (N, m) at the outputs. g may be
+        None."""
         x = x.cpu().double()                                        # MPS has no float64
         count, mean = len(x), x.mean(0)
         step = mean - self.mean
@@ -199,14 +205,16 @@ class LayerStats:
             self.gradients = (0 if self.gradients is None else self.gradients) + g.mT @ g   # (s, s)
 
     def moments(self):
-        """Return E[a^T b] (p, q) plus the variance of float32 rounding errors of the inputs.
-        Without that term, rounding errors of a constant input would count as signal."""
+        """Return the mean of a^T b over tokens (p, q), with a and b from `factors`, plus the
+        variance of float32 rounding errors of the inputs. Without this variance, rounding errors of
+        a constant input would count as signal."""
         n = self.weight.size(1)
         a, b = self.factors(torch.diag(ROUNDING * self.mean[:n]).repeat(1, len(self.mean) // n))
         return self.sum / self.tokens + a.mT @ b
 
     def factorization(self):
-        """Return the `Factorization` of the weight, the plain SVD if no tokens were added."""
+        """Return the `Factorization` of the weight. If no tokens were added, it is the plain
+        SVD."""
         if not self.tokens:
             return Factorization(self.weight)
         inputs, g = self.moments(), None if self.gradients is None else self.gradients / self.tokens
@@ -217,8 +225,8 @@ class InputShiftStats(LayerStats):
     """Statistics of a layer whose inputs have changed because earlier layers were replaced.
 
     x^ is an input in the compressed model and x the same input in the original model. `add` takes
-    both concatenated (N, 2n), and `mean` (2n) belongs to both. The statistic is E[x^ x^^T] (n, n),
-    stacked on E[x x^^T] (s, n).
+    x^ and x concatenated, (N, 2n). `mean` (2n) is the mean of the concatenation. The statistic is
+    E[x^ x^^T] (n, n), stacked on E[x x^^T] (s, n), with W x in place of x if m < n.
     """
 
     def factors(self, x):
@@ -226,8 +234,9 @@ class InputShiftStats(LayerStats):
         return torch.cat((now, self.reduce(before)), dim=1), now
 
     def refitted_factorization(self, stats):
-        """Return the `Factorization` of the weight that maps x^ closest to the dense output W x.
-        stats: `LayerStats` of the dense layer, whose gradients define the distance."""
+        """Return the `Factorization` of the weight that maps x^ as close as possible to W x, the
+        output of the dense layer. stats: `LayerStats` of the dense layer. Its gradients define the
+        distance."""
         weight, gradients, n = stats.weight, stats.gradients / stats.tokens, stats.weight.size(1)
         inputs, cross = self.moments().split((n, len(gradients)))
         dense = torch.eye(n, dtype=torch.float64) if self.tall else weight
@@ -241,7 +250,7 @@ def calibration_windows(data, tokens, block_size, seed, device):
     """Return random windows of the training split as a list of batches x, y (B, T).
 
     data: Dataset; tokens: number of tokens, rounded up to whole windows, at most the whole split;
-    block_size: tokens per window; seed: of the random draw.
+    block_size: tokens per window; seed: seed of the random draw.
     """
     split = data.tokens('train')
     count = math.ceil(min(tokens, len(split)) / block_size)
@@ -271,8 +280,9 @@ def calibrate(model, modules, stats, windows, gradients):
     model: in evaluation mode with frozen parameters; modules: name -> module of the model; stats:
     name -> object with `LayerStats.add`; windows: from `calibration_windows`; gradients: whether to
     add loss gradients at the outputs besides inputs. For a module that returns q, k, v, the
-    gradients at k and v are added. The loss is that of the text. With labels drawn from the model
-    instead, as in the Fisher matrix, losses after the conversion differ by 0.001 nats or less.
+    gradients at k and v are added. The loss is the loss on the text. The Fisher matrix uses labels
+    drawn from the model instead. With such labels, losses after the conversion differ by 0.001 nats
+    or less.
     """
     def start_graph(module, args, output):              # the graph starts at the embeddings
         return output.detach().requires_grad_(gradients)
@@ -301,9 +311,10 @@ def compress_model(model, method, windows, modules=None, **options):
 
     method: 'plain', 'whitened' or 'activation'; windows: from `calibration_windows`, or () for
     'plain'; modules: as for `parse_modules`; options: keep, rank or energy, as for `rank_policy`.
-    Returns name -> dict of each low-rank layer: 'rank', 'of' (full rank) and 'lost' (the fraction
-    of the layer's energy that is cut, as the method measures energy; None if the layer belongs to
-    other modules). Raises ValueError for wrong options and if values are not finite.
+    Returns name -> dict for each low-rank layer, with the keys 'rank', 'of' (the full rank) and
+    'lost'. 'lost' is the fraction of the layer's energy that is cut, as the method measures energy,
+    or None if the layer belongs to other modules. Raises ValueError for wrong options and for
+    values that are not finite.
     """
     known = model.config.layer_ranks or {}              # low-rank layers keep at most this rank
     layers = dense_layers(model, layer_names(model, modules))
@@ -344,10 +355,11 @@ def compress_model(model, method, windows, modules=None, **options):
 def compress_sequentially(model, dense, stats, ranks, windows):
     """Replace layers by low-rank layers one after another, in forward order.
 
-    A new layer gets the inputs of the compressed model. It is fitted so that its outputs are as
-    close as possible to those of the dense layer in the original model (`InputShiftStats`). model:
-    changed in place; dense: a copy of the original model, which is not changed; stats: name ->
-    `LayerStats` of the original model; ranks: name -> rank; windows: from `calibration_windows`.
+    The inputs of a new layer come from the compressed model. The layer is fitted so that its
+    outputs are as close as possible to the outputs of the dense layer in the original model
+    (`InputShiftStats`). model: changed in place; dense: a copy of the original model, which is not
+    changed; stats: name -> `LayerStats` of the original model; ranks: name -> rank; windows: from
+    `calibration_windows`.
     """
     now = [model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
            for x, _ in windows]                                                     # (B, T, C) each
@@ -376,10 +388,13 @@ def compress_sequentially(model, dense, stats, ranks, windows):
 def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
     """Return the rank of each layer from one of three options.
 
-    rank: the same rank for all layers; energy: each layer gets the smallest rank that keeps this
-    fraction of its energy; keep: fraction of the weights kept, by `best_share` for the method
-    'activation', else by `uniform_share`. Without any option, keep is KEEP. Raises ValueError if
-    the value is not possible.
+    rank: the same rank for all layers. energy: each layer gets the smallest rank that keeps this
+    fraction of its energy. keep: fraction of the weights kept; the ranks come from `best_share` if
+    method is 'activation', else from `uniform_share`. Without any option, keep is KEEP. A layer
+    that its rank does not make smaller gets None and stays dense.
+
+    Raises ValueError if rank is above the full rank of a layer, if the fraction keep is not
+    possible, and if energy is not above 0 and at most 1.
     """
     if rank is not None:
         most = min(min(shape) for shape in shapes.values())
@@ -394,8 +409,8 @@ def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
 
 
 def uniform_share(energies, shapes, keep):
-    """Return the ranks at which each layer keeps the fraction `keep` of its parameters. Raises
-    ValueError if a rank would be below 1."""
+    """Return the ranks at which each layer keeps at most the fraction `keep` of its parameters.
+    Raises ValueError if a rank would be below 1."""
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
     if keep == 1:                       # any rank that saves parameters loses energy
         return dict.fromkeys(shapes)
@@ -404,12 +419,13 @@ def uniform_share(energies, shapes, keep):
 
 
 def best_share(energies, shapes, keep):
-    """Return the ranks that keep the fraction `keep` of all parameters and lose the least energy.
+    """Return the ranks that keep at most the fraction `keep` of all parameters of the given layers
+    and lose the least energy. `allocate_ranks` finds these ranks.
 
-    `allocate_ranks` finds them. Energies estimate the second-order change of the loss. The estimate
-    holds for small errors only and takes too much from layers with little influence on the loss.
-    Therefore each layer's energies are divided by the square root of their total, which is halfway
-    to relative energies (docs/RESULTS.md).
+    Energies estimate the second-order change of the loss. The estimate is valid for small errors
+    only. Used directly, it gives layers with little influence on the loss too low a rank. Each
+    layer's energies are therefore divided by the square root of that layer's total energy, a
+    compromise between absolute and relative energies (docs/RESULTS.md).
     """
     energies = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
     total = sum(factored_size(shape, None) for shape in shapes.values())
@@ -434,10 +450,10 @@ def finetune(model, data, options, saved, device, teacher=None):
     The learning rate warms up for 5% of the steps and then follows a cosine to a tenth. There is no
     weight decay, because it would shrink both factors of a low-rank layer.
 
-    options: has finetune_iters, seed, optimizer, learning_rate and batch_size; the last three may
-    be None for the default; saved: a checkpoint whose config gives the default batch size and
-    betas, or {}; teacher: a model for `distillation_loss`, or None. Leaves the model in training
-    mode. Raises ValueError if the loss is not finite.
+    options: object with the fields finetune_iters, seed, optimizer, learning_rate and batch_size.
+    The last three fields may be None for the default. saved: checkpoint whose config gives the
+    default batch size and betas, or {}. teacher: model for `distillation_loss`, or None. Leaves the
+    model in training mode. Raises ValueError if the loss is not finite.
     """
     rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
     own = {key: value for key, value in saved.get('config', {}).items()
@@ -462,8 +478,8 @@ def finetune(model, data, options, saved, device, teacher=None):
 
 
 def distillation_loss(teacher, model, x, y):
-    """Return cross-entropy plus KL divergence from the teacher's predictions, for x, y (B, T). The
-    unit is nats per token (Hinton, Vinyals and Dean, arXiv:1503.02531, at temperature 1)."""
+    """Return cross-entropy plus KL divergence from the teacher's predictions (Hinton, Vinyals and
+    Dean, arXiv:1503.02531, at temperature 1), in nats per token. x, y: (B, T)."""
     logits, loss = model(x, y)                                      # (B, T, vocab)
     with torch.no_grad():
         target = F.log_softmax(teacher(x, y)[0], dim=-1)
@@ -475,8 +491,8 @@ def distillation_loss(teacher, model, x, y):
 # comparison of the original and the compressed model
 
 def validation_loss(model, data, device, seed):
-    """Return the loss in nats per token over the whole validation split. It is the prefix-only loss
-    if the model is not causal. Leaves the model in evaluation mode."""
+    """Return the loss in nats per token over the whole validation split. If the model is not
+    causal, this is the prefix-only loss. Leaves the model in evaluation mode."""
     options = SimpleNamespace(batch_size=1, block_size=model.config.block_size, seed=seed)
     row = Evaluation(options, model, data, device, devices.autocast(device, 'float32'),
                      model.config.is_noncausal).final()
@@ -511,8 +527,9 @@ def benchmark_pair(models, data, device, seed):
     """Time generation of two models in turn.
 
     Returns a dict of settings and of two results, 'prefill' for the prompt and 'decode' for later
-    tokens. A result has 'tokens_per_s', the median rates [first, second]; 'ratio', the median over
-    rounds of the second rate divided by the first; and 'quartiles' of that ratio.
+    tokens. Each result is a dict. Its key 'tokens_per_s' has the median rates [first, second].
+    'ratio' is the median over rounds of the second rate divided by the first rate. 'quartiles' has
+    the quartiles of that ratio.
     """
     T = models[0].config.block_size
     tokens = max(2, min(32, T // 8))

@@ -1,10 +1,11 @@
 """Singular values of the weights of a model's blocks, and the parameters that low rank would save.
 
 Two factors B (m, r) and A (r, n) in place of a weight W (m, n) have r (m + n) parameters instead of
-m n. This is fewer only below the break-even rank m n / (m + n). The energy of a weight is the sum
-of its squared singular values. Its numerical rank is the number of singular values above max(m, n)
-eps(float32) sigma_1, because smaller ones can come from rounding to float32. A weight of zeros has
-numerical rank 0 and keeps all of its energy at rank 1, the smallest rank of a layer.
+m n. The factors have fewer parameters only below the break-even rank m n / (m + n). The energy of a
+weight is the sum of its squared singular values. Its numerical rank is the number of singular
+values above max(m, n) eps(float32) sigma_1, because smaller ones can come from rounding to float32.
+A weight of zeros has numerical rank 0 and keeps all of its energy at rank 1, the smallest rank of a
+layer.
 """
 
 from collections import namedtuple
@@ -31,7 +32,7 @@ Spectrum = namedtuple('Spectrum', 'name m n sigma energy rank')
 def report_spectrum(weights, folder, title):
     """Write folder/spectrum.csv and folder/spectrum.png, and return the table as text.
 
-    weights: 'h.<block>.<kind>' -> weight (m, n); title: of the figure. Raises ValueError if a
+    weights: 'h.<block>.<kind>' -> weight (m, n); title: title of the figure. Raises ValueError if a
     weight is not finite, UserError if matplotlib is missing, and OSError.
     """
     plots.require_matplotlib('--spectrum')
@@ -50,16 +51,16 @@ def spectrum(name, weight):
 
 
 def csv_text(spectra):
-    """Return the CSV text with one line per singular value. Indices start at 1, the largest value,
-    so that cumulative_energy is the energy that the rank `index` keeps."""
+    """Return the CSV text with one line per singular value. Index 1 is the largest value.
+    cumulative_energy is therefore the energy that the rank `index` keeps."""
     lines = [f'{s.name},{s.m},{s.n},{i},{value!r},{kept!r}' for s in spectra
              for i, (value, kept) in enumerate(zip(s.sigma.tolist(), s.energy.tolist()), 1)]
     return '\n'.join(['name,m,n,index,singular_value,cumulative_energy', *lines, ''])
 
 
 def table(spectra):
-    """Return a text table with one row per weight and a row of totals. The totals count a weight as
-    dense if factors would not save parameters."""
+    """Return NOTES, which explain the columns, and a text table with one row per weight and a row
+    of totals. A weight whose factors would not save parameters counts as dense in the totals."""
     percents = [f'{fraction:.0%}' for fraction in FRACTIONS]
     rows = [['weight', 'shape', 'sigma', 'rank', *percents, 'even', 'dense',
              *(cell for percent in percents for cell in (f'at {percent}', 'saves'))]]
@@ -78,7 +79,8 @@ def table(spectra):
 
 
 def savings(dense, factored):
-    """Return two cells per factored size: parameters, and the fraction of `dense` that is saved."""
+    """Return two table cells per factored size: the number of parameters, and the fraction of
+    `dense` that is saved."""
     return [cell for size in factored for cell in
             (f'{size:,}', f'{1 - size / dense:.1%}' if size < dense else 'nothing')]
 

@@ -1,7 +1,7 @@
 """Time training steps and decoding of a configuration's models.
 
-The baseline is the same model without SVD, MLA, low-rank layers and adapters. The model.py of
-another checkout, the peer, can be timed too.
+The baseline is the same model without SVD, MLA, low-rank layers and adapters. A peer can be timed
+too: the model.py of another checkout.
 """
 
 import importlib.util
@@ -51,8 +51,8 @@ def random_tokens(cfg, device):
 def step_of(cfg, device, peer=None, **changes):
     """Return a function that runs one training step of a new model on random tokens.
 
-    peer: a model to train instead, which has nanoGPT's configure_optimizers; changes: options of
-    the configuration with their new values.
+    peer: a model with nanoGPT's configure_optimizers, to train in place of a new model; changes:
+    options of the configuration with their new values.
     """
     model = new_model(cfg, device, **changes)
     state = new_state(replace(cfg, compile=False, **changes), model, device)
@@ -74,8 +74,8 @@ def peer_model(cfg, device):
 
 
 def run_seconds(cfg, data, device):
-    """Estimate the seconds that a run of train.py takes, from the median of five steps. A batch in
-    an evaluation counts as a third of a step because it has no backward pass."""
+    """Estimate the seconds that a run of train.py takes, from the median of five steps. A batch of
+    an evaluation counts as a third of a step, because an evaluation has no backward pass."""
     step = step_of(cfg, device)
     step()
     _, seconds, _ = quartiles([time_it(step, device) for _ in range(5)])
@@ -220,10 +220,10 @@ def context_lengths(cfg):
 
 
 def costs(model, batch, length, tokens):
-    """Return cache bytes and FLOPs per token as a dict. Without a model its values are None.
+    """Return cache bytes and FLOPs per token as a dict. If model is None, the values are None.
 
-    Prefill is for a prompt of `length` tokens. Cache size and decoding are for the last of the
-    `tokens` tokens after that.
+    The FLOPs of prefill are for a prompt of `length` tokens. `tokens` tokens follow the prompt. The
+    cache bytes and the FLOPs of decoding are for the last of these tokens.
     """
     if model is None:
         return dict.fromkeys(('cache_bytes', 'prefill_flops', 'decode_flops'))

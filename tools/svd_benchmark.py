@@ -2,9 +2,8 @@
 The measurements of `python bench.py --svd`: cost and accuracy of each SVD method.
 
 A case is a scope with one of METHODS. 'randomized cold' starts from a random Gaussian matrix.
-'randomized warm' starts from the basis of the warm start, which was computed from other V. Every
-training step but the first starts in this way. 'weight' scope has no warm start. For each case
-these quantities are measured:
+'randomized warm' starts from a basis that was computed from other V, as every training step but the
+first does. 'weight' scope has no warm start. For each case these quantities are measured:
 
     forward     time of the model's head-SVD module of one layer, without gradients
     fwd+bwd     time of the same module with gradients and the configured svd_basis_grad
@@ -16,9 +15,9 @@ these quantities are measured:
     cosine      between the gradient and that of 'standard' in float64, per matrix. 'full': the
                 basis is differentiated, 'constant': it is held constant.
 
-They are measured on V of a trained checkpoint with the gradient of its loss, and on V with known
-spectra and Gaussian gradients. The basis of the warm start is read from the checkpoint or computed
-here, never from the V that is measured.
+The quantities are measured on V of a trained checkpoint with the gradient of its loss, and on V
+with known spectra and Gaussian gradients. The basis of the warm start is read from the checkpoint,
+or computed here from other V than those that are measured.
 
 Letters: B batch, nh heads, T tokens, hs head size, C width, k rank; W_v is (nh, hs, C).
 """
@@ -59,7 +58,7 @@ Source = namedtuple('Source', 'name v dv w dw basis')
 
 
 def run(cfg, device):
-    """Measure, print tables, and print all results as one line of JSON last.
+    """Measure and print tables. The last line of output is JSON with all results.
 
     cfg: BenchConfig; device: str. Raises UserError if svd_rank truncates nothing, or if a figure is
     wanted and matplotlib is missing.
@@ -105,7 +104,8 @@ def run(cfg, device):
 # modules and matrices
 
 def head_svd(cfg, case, source=None, basis_grad=True):
-    """Return the model's head-SVD module for a case. A warm case starts from the source's basis."""
+    """Return the model's head-SVD module for a case. A warm case starts from the basis of the
+    Source `source`."""
     module = build_head_svd(
         case.scope, heads=cfg.n_head, head_size=cfg.n_embd // cfg.n_head, block=cfg.svd_block,
         basis_grad=basis_grad, rank=cfg.svd_rank, method=case.method.split()[0],
@@ -116,8 +116,8 @@ def head_svd(cfg, case, source=None, basis_grad=True):
 
 
 def truncation(cfg, case, source, basis_grad):
-    """Return a function that truncates V, its argument from the source, and the upstream gradient.
-    In 'weight' scope they are for W_v instead of V."""
+    """Return a function that truncates V, the V of the source, and the upstream gradient of the
+    truncated V. In 'weight' scope W_v takes the place of V."""
     module = head_svd(cfg, case, source, basis_grad)
     if case.scope == 'weight':
         return module.truncate_weight, source.w, source.dw
@@ -131,8 +131,8 @@ def gradient(f, x, dy):
 
 
 def decomposed(cfg, scope, source):
-    """Return a list of the batches of matrices from which bases are computed. The list has one
-    batch per prefix in 'causal' scope and one batch in the other scopes."""
+    """Return a list of the batches of matrices from which bases are computed. In 'causal' scope the
+    list has one batch per prefix. In the other scopes it has one batch."""
     if scope == 'causal':
         starts = causal_starts(source.v.shape[-2], cfg.svd_rank, cfg.svd_block)
         return [source.v[..., :start, :] for start in starts]
@@ -149,8 +149,8 @@ def converted(source, convert):
 
 @torch.no_grad()
 def warm_bases(cfg, layers, draw):
-    """Return bases of warm starts (layers, nh, hs, k) after WARM_STEPS updates. draw() returns V
-    (B, nh, T, hs) of each layer for one update."""
+    """Return bases of warm starts (layers, nh, hs, k) after WARM_STEPS updates. For each update,
+    draw() returns V (B, nh, T, hs) of each layer."""
     starts = [head_svd(cfg, Case('sequence', 'randomized cold')).warm_start for _ in range(layers)]
     for _ in range(WARM_STEPS):
         for start, v in zip(starts, draw()):
@@ -162,9 +162,9 @@ def warm_bases(cfg, layers, draw):
 def synthetic_source(cfg, name, device):
     """Return a Source with random V of the spectrum `name`.
 
-    Rows of V are drawn from N(0, H diag(s^2) H^T), where s is the spectrum and each head has its
-    own orthogonal H. Therefore sequences of a head differ but share a subspace, as in a trained
-    model. W_v^T is drawn in the same way. The basis comes from other draws of V.
+    Rows of V are drawn from N(0, H diag(s^2) H^T), where s is the spectrum and H is orthogonal, one
+    per head. Sequences of a head therefore differ but share a subspace, as in a trained model.
+    W_v^T is drawn in the same way. The basis comes from other draws of V.
     """
     B, nh, T, hs = cfg.batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
     gaussian = partial(torch.randn, generator=torch.Generator().manual_seed(cfg.seed))
@@ -214,9 +214,9 @@ def trained_sources(cfg, device):
 def capture(model, x, y):
     """Return matrices and gradients of each layer from one pass over tokens x, y (B, T).
 
-    Per layer: V before truncation and the loss gradient at the truncated V, both (B, nh, T, hs);
-    W_v before truncation and the loss gradient at the W_v that is used, both (nh, hs, C). With MLA,
-    U_v (nh, hs, d) takes the place of W_v.
+    Per layer these are V before truncation and the loss gradient at the truncated V, both
+    (B, nh, T, hs), and W_v before truncation and the loss gradient at the truncated W_v, both
+    (nh, hs, C). With MLA, U_v (nh, hs, d) takes the place of W_v.
     """
     attentions, values = [block.attn for block in model.transformer.h], []
 
@@ -240,7 +240,8 @@ def capture(model, x, y):
 # cost
 
 def timings(cfg, device, cases, source):
-    """Return a dict per case: times in ms, their ratio to 'gram' in the same round, peak bytes."""
+    """Return a dict per case, with times in ms, their ratio to the time of 'gram' in the same
+    round, and peak bytes."""
     dtype = getattr(torch, devices.pick_dtype(cfg.dtype, device))
     source = converted(source, lambda x: x.to(dtype))
     rows = {case: case._asdict() for case in cases}
@@ -294,7 +295,8 @@ def source_quality(cfg, cases, source):
 
 def smallest_residual(x, rank):
     """Return the smallest residuals of x (..., m, n) at a rank, and their rounding levels. Both are
-    Frobenius norms (...), in float64 on the CPU. A residual below its level is rounding."""
+    Frobenius norms (...), in float64 on the CPU. A residual below its rounding level is only
+    rounding error."""
     squares = torch.linalg.svdvals(x.detach().cpu().double()).square()
     floor = (ROUNDING * squares.sum(-1).sqrt()).clamp_min(torch.finfo(torch.float64).tiny)
     return squares[..., rank:].sum(-1).sqrt(), floor
@@ -302,10 +304,11 @@ def smallest_residual(x, rank):
 
 @torch.no_grad()
 def residuals(f, best):
-    """Return number, mean and maximum of the ratios of the residual of f to the smallest residual.
+    """Return the number, mean and maximum of the ratios between the residual of f and the smallest
+    residual.
 
     best: list of (x, *smallest_residual(x, rank)), one per batch x (..., m, n). A ratio is 1 if
-    both residuals are rounding.
+    both residuals are only rounding error.
     """
     ratios = torch.cat([(torch.linalg.matrix_norm(x.cpu().double() - f(x).cpu().double())
                          .maximum(floor) / least.maximum(floor)).flatten()

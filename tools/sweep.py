@@ -1,9 +1,9 @@
 """Sweeps: expand a grid of options into runs, train them, and time their training steps.
 
 Each run has its own process and folder. Finished runs are not repeated and interrupted runs are
-resumed. When the process of the sweep ends, its runs finish their step or evaluation, write a
-checkpoint and end too. The folder of a sweep holds sweep.json (what is compared), timing.json (step
-times) and runs/.
+resumed. When the process of the sweep ends, each run finishes its current step or evaluation,
+writes a checkpoint and ends too. The folder of a sweep holds sweep.json (what is compared),
+timing.json (step times) and runs/.
 """
 
 import json
@@ -76,13 +76,14 @@ def expand_grid(cls, values, lists, set_by, argv):
 
 
 def run_folder(folder, variant, seed):
-    """Return the run folder of a variant and a seed. folder: of the sweep; variant: its name."""
+    """Return the run folder of a variant and a seed. folder: folder of the sweep; variant: name of
+    the variant."""
     return folder / 'runs' / f'{variant},seed={seed}'
 
 
 def effective_config(cfg):
-    """Return option -> value of the options on which the result of a run depends. Options without
-    effect in this configuration are left out."""
+    """Return option -> value of the options that tell variants apart. Left out are seed, out_dir,
+    backend, the wandb options, and options without effect in this configuration."""
     known = {key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__}
     is_new = cfg.init_from == 'scratch'
     # the model in init_from may have an SVD or MLA that cfg does not show
@@ -97,10 +98,10 @@ def effective_config(cfg):
 
 
 def find_baseline(variant, variants):
-    """Return the baseline of a variant: the ordinary model that shares most options with it.
+    """Return the baseline of a variant: the ordinary variant that shares most options with it.
 
-    An ordinary model has no SVD, MLA, low-rank layers or adapters. If all variants are ordinary or
-    none is, the baseline is the first one.
+    An ordinary variant has no SVD, MLA, low-rank layers or adapters. If all variants are ordinary
+    or none is, the baseline is the first one.
     """
     ordinary = [v for v in variants if not (
         v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.layer_ranks or v.cfg.adaptive_svd
@@ -133,7 +134,7 @@ def describe(variants, lists, seeds):
 
 
 def job_of(variant, seed, folder):
-    """Return the Job that trains a variant with this seed. folder: of the sweep."""
+    """Return the Job that trains a variant with this seed. folder: folder of the sweep."""
     out, cfg, script = run_folder(folder, variant.name, seed), variant.cfg, str(ROOT / 'train.py')
     here = [f'--out_dir={str(out)!r}', f'--device={cfg.device!r}']
     return Job(out.name, out, cfg.max_iters,
@@ -177,8 +178,8 @@ def load(folder):
 
 
 def check_same_sweep(folder, record):
-    """Raise UserError unless this sweep equals or extends the one in the folder. record: this
-    sweep, from `describe`. It may add variants and seeds."""
+    """Raise UserError unless this sweep equals the sweep in the folder, or adds variants or seeds
+    to it. record: this sweep, from `describe`."""
     def flat(sweep):
         return {f'seed {seed}': 'present' for seed in sweep['seeds']} | {
             f'{name}: {key}': value for name, arm in sweep['arms'].items()
@@ -213,7 +214,8 @@ def state(job):
 
 
 def log_of(job):
-    """Return the path of the run's output, outside the run folder, which train.py may move."""
+    """Return the path of the file with the run's printed output. It is not in the run folder,
+    because train.py may move that folder."""
     return Path(f'{job.folder}.log')
 
 
@@ -243,7 +245,7 @@ def gpu_environments(device):
 
 def train_all(jobs, at_once, device):
     """Run the unfinished jobs, `at_once` at a time, and print one line per run. Returns the names
-    of the jobs that failed."""
+    of the failed jobs."""
     states, threads = [state(job) for job in jobs], thread_limits(at_once)['OMP_NUM_THREADS']
     counts = ', '.join(f'{states.count(name)} {name}' for name in ('done', 'to resume', 'to do'))
     print(f'{len(jobs)} runs in {jobs[0].folder.parent}: {counts}; {at_once} at a time, {threads} '
@@ -262,10 +264,10 @@ def train_all(jobs, at_once, device):
 def run_all(jobs, at_once, ended, environments=({},)):
     """Run the unfinished jobs, `at_once` at a time.
 
-    ended(job, code, seconds) is called after each job; environments: environment variables that the
-    processes get in turn. Returns the names of the jobs that failed, which have no final metrics.
-    On an exception such as Interrupted, run_all stops the runs and waits until they have saved. A
-    second exception ends the wait.
+    ended(job, code, seconds) is called after each job; environments: list of environment variables,
+    which the processes get in turn. Returns the names of the failed jobs. A job failed if it has no
+    final metrics. On an exception such as Interrupted, run_all stops the runs and waits until they
+    have saved. A second exception ends the wait.
     """
     waiting = [job for job in jobs if result(job.folder, job.steps) is None]
     running = {}                                        # slot -> job, process, start
@@ -289,8 +291,8 @@ def run_all(jobs, at_once, ended, environments=({},)):
 
 
 def start(job, environment):
-    """Start the process of a job and return it. The new process stops when the calling process has
-    ended. environment: variables that are added to those of the calling process."""
+    """Start the process of a job and return it. When the calling process has ended, the new process
+    stops too. environment: variables to add to the environment of the calling process."""
     log_of(job).parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(job.folder, wait=True):          # a run of a killed sweep may be saving
         saved = has_checkpoint(job.folder)
@@ -336,8 +338,8 @@ def measure(runs, folder, device):
 
 
 def list_runs(runs, device):
-    """Print the state of each run (Variant, Job) and an estimate of the time left. The estimate
-    comes from training steps that are timed now."""
+    """Print the state of each run (Variant, Job) and an estimate of the time left. For the
+    estimate, training steps are timed now."""
     seconds, total = {}, 0.0
     for variant, job in runs:
         text, step = state(job), 0

@@ -77,7 +77,8 @@ def collect(folder, record):
 
 
 def mean_and_error(values):
-    """Return the mean and its standard error, each None if there are too few values."""
+    """Return the mean and its standard error. The mean is None without values, the standard error
+    if there are fewer than two."""
     return (statistics.mean(values) if values else None,
             statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
 
@@ -129,8 +130,8 @@ def over_seeds(record):
 # figures
 
 def draw(folder, record, rows):
-    """Draw the figures for which there are data, and print what the others need. Returns their
-    captions, path -> caption."""
+    """Draw the figures for which there are data, and print what the other figures need. Returns
+    path -> caption of the figures drawn."""
     try:
         plots.require_matplotlib('figures')
     except UserError as e:
@@ -159,8 +160,9 @@ def draw(folder, record, rows):
 def arrange(record, rows):
     """Return the Axis that places the rows in the figures.
 
-    The x axis is svd_rank if it varies, else the first option with several numbers, else the first
-    option that varies, with its values in the order of the list.
+    The x axis is svd_rank if svd_rank varies, else the first option with several numbers. If no
+    option has several numbers, the x axis is the first option that varies, with its values in the
+    order of the list.
     """
     varied = {key: values for key, values in record['lists'].items() if len(values) > 1}
     numbers = {key: [value for value in values if type(value) in (int, float)]
@@ -191,7 +193,7 @@ def baseline_look(i):
 
 
 def curve(label, x, rows, look, kind='prefix_only', **more):
-    """Return a Curve of the mean losses of rows at x, or a horizontal line if x is None."""
+    """Return a Curve with the rows' mean losses as y over x. x=None makes a horizontal line."""
     return plots.Curve(label, x, [row[f'{kind}_mean'] for row in rows], look,
                        [row[f'{kind}_se'] for row in rows], **more)
 

@@ -29,8 +29,8 @@ def time_it(f, device, repeats=1):
 def interleave(runs, rounds, warmup=1):
     """Call functions in turn, in reverse order in every second round.
 
-    runs: name -> function. Returns name -> list of `rounds` results. `warmup` more rounds come
-    first, and their results are dropped.
+    runs: name -> function. Returns name -> list of `rounds` results. `warmup` additional rounds
+    come first. Their results are dropped.
     """
     results = {name: [] for name in runs}
     for i in range(warmup + rounds):
@@ -55,10 +55,11 @@ def quartiles(values):
 
 
 def paired_benchmark(a, b, pairs, device):
-    """Time a() and b() in turn.
+    """Time a() and b() in turn, after three warm-up rounds.
 
-    Returns a dict: 'a_ms' and 'b_ms' are the median milliseconds. 'ratio' is the median over pairs
-    of the time of a divided by the time of b. 'ratio_quartiles' are the quartiles of that ratio.
+    Returns a dict. 'a_ms' and 'b_ms' are the median milliseconds. 'ratio' is the median of (time of
+    a) / (time of b), taken pair by pair. 'ratio_quartiles' holds the lower and the upper quartile
+    of this ratio.
     """
     runs = {'a': lambda: time_it(a, device), 'b': lambda: time_it(b, device)}
     rounds = interleave(runs, pairs, warmup=3)
@@ -68,10 +69,11 @@ def paired_benchmark(a, b, pairs, device):
 
 
 def peak_bytes(f, device):
-    """Return the peak bytes that f() allocates beyond those allocated before, or None on MPS.
+    """Return the peak number of bytes that f() allocates in addition to the bytes allocated before,
+    or None on MPS.
 
-    On CUDA, torch's allocator counts them. On the CPU, torch's profiler records allocations, so
-    workspace inside an operator counts only if torch allocates it.
+    On CUDA, torch's allocator counts the bytes. On the CPU, torch's profiler records allocations,
+    so workspace inside an operator counts only if torch allocates it.
     """
     kind = torch.device(device).type
     f()                                                     # some workspaces are allocated once
