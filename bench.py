@@ -36,8 +36,8 @@ from train import RUN_LOCAL_FIELDS, TrainConfig
 
 @dataclass
 class BenchConfig(TrainConfig):
-    """Options of bench.py: those of train.py, of which only model, batch and optimizer matter here,
-    and those of the benchmark. Raises ValueError as TrainConfig does."""
+    """Options of bench.py: the options of train.py and those of the benchmark. Of the options of
+    train.py, only model, batch and optimizer matter here. Raises ValueError as TrainConfig does."""
     decode: Annotated[bool, 'time decoding instead of training steps', SWITCH,
                       configuration.Section('benchmark')] = False
     contexts: Annotated[str | None, "--decode: prompt lengths, as '16,128'; None: 3/16, 6/16 and "
@@ -87,9 +87,11 @@ def main(argv=None):
 
 def load_config(argv):
     """Return the configuration for argv. Options that are not set come from the model of init_from
-    and from lora_adapter. Their weights are not used, because times do not depend on them.
+    and from lora_adapter. The weights of that model and adapter are not used, because times do not
+    depend on weights.
 
-    Raises UserError."""
+    Raises UserError.
+    """
     values, set_by = configuration.parse(BenchConfig, argv)
     where, theirs = values['init_from'], {}
     if where != 'scratch':

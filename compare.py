@@ -13,15 +13,15 @@ that contains a comma must be in quotes or brackets: --lora_targets="'c_q,c_v'",
 their time. For the estimate it prepares the data set and times a few steps.
 
 To continue after an interruption, run the same command again. Finished runs are kept, the others
-resume, and the results are bit-identical. Values may be added to a list, but other changes need a
-new --sweep=FOLDER. --jobs=N trains N runs at a time, which share the CPU's threads or the GPUs.
-Another N may change the last digits of a loss, because sums depend on the number of threads. After
-training, a step of each variant and of its baseline are timed in turn, without torch.compile. The
-time of a step is that of one micro-batch, multiplied by gradient_accumulation_steps.
+resume, and the results are bit-identical. Values may be added to a list. Other changes need a new
+--sweep=FOLDER. --jobs=N trains N runs at a time, which share the CPU's threads or the GPUs. A
+different N may change the last digits of a loss, because sums depend on the number of threads.
+After training, a step of each variant and of its baseline are timed in turn, without torch.compile.
+The time of a step is that of one micro-batch, multiplied by gradient_accumulation_steps.
 
 FOLDER gets results.md, results.csv, results.json, figures and runs/, which holds the run folders.
 With --wandb_log=True, runs and figures form a group at Weights & Biases. --wandb_group names the
-group; by default it is named FOLDER.
+group. Its default is FOLDER.
 """
 
 import ast
@@ -45,7 +45,7 @@ from train import TrainConfig
 
 @dataclass
 class CompareConfig(TrainConfig):
-    """Options of compare.py: those of train.py, and those of the sweep. Raises ValueError as
+    """Options of compare.py: the options of train.py and those of the sweep. Raises ValueError as
     TrainConfig does."""
     sweep: Annotated[str, 'folder of the runs and the results', PATH,
                      configuration.Section('sweep')] = 'out-compare'
@@ -117,9 +117,9 @@ def split_list(text):
 def read_lists(argv):
     """Read a command line with lists.
 
-    Returns a dict of the values of all options, with the first value of each list; a dict from
-    option to list; a dict from option to where it was set; and the arguments for train.py, with the
-    first value of each list. Raises UserError.
+    Returns four objects: a dict of the values of all options, with the first value of each list; a
+    dict from option to list; a dict from option to where the option was set; and the arguments for
+    train.py, with the first value of each list. Raises UserError.
     """
     hints, lists, single = configuration.hints_of(CompareConfig), {}, []
     for arg in argv:

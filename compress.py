@@ -6,7 +6,7 @@ Make a trained model smaller, without training or with short fine-tuning:
     python compress.py --out_dir=OUT --rank=64 --modules=mlp --method=plain # MLPs at rank 64
     python compress.py --spectrum --out_dir=OUT                  # only report the singular values
     python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # convert to MLA
-    python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8         # GPT-2, or a folder
+    python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8   # GPT-2, or a model folder
     python compress.py --help                                    # every option and its meaning
 
 SAVE_DIR (default: OUT-lowrank, OUT-mla or OUT-spectrum) gets ckpt.pt, which the other scripts take,
@@ -166,7 +166,7 @@ def convert(cfg, model, saved, save_dir):
     """Convert, fine-tune and measure a model.
 
     Returns a checkpoint and a report. Training from the checkpoint starts at step 0, with the
-    settings of the run. Pairs in the report are [before, after]. Raises ValueError or
+    settings of the original run. Pairs in the report are [before, after]. Raises ValueError or
     FloatingPointError.
     """
     device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
@@ -213,8 +213,8 @@ def convert(cfg, model, saved, save_dir):
 
 
 def find_data(cfg, saved, c):
-    """Return the data set to measure on. Raises UserError if it has other tokens than the model
-    with configuration c, or too few."""
+    """Return the data set on which to measure. c: configuration of the model. Raises UserError if
+    the data set has other tokens than the model, or too few tokens."""
     is_bpe = c.vocab_size >= GPT2_META['vocab_size']
     data = Dataset(locate(cfg.dataset, 'gpt2' if is_bpe else 'char'))
     huggingface.check_tokenizer(cfg, {}, saved, data, print)

@@ -24,7 +24,7 @@ STEPS = 150                                             # of each short training
 
 
 def kinds(n_embd):
-    """Variant -> options of GPTConfig. The default latent size is n_embd / 4."""
+    """Return variant -> options of GPTConfig. The default latent size is n_embd / 4."""
     svd = dict(use_svd=True, svd_rank=8, svd_scope='causal')
     return {'ordinary': {},
             'ordinary, SVD on V': svd,

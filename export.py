@@ -10,8 +10,8 @@ Export a trained model for other programs, or in another form for this repo:
     python export.py --help                                    # every option and its meaning
 
 With 'gpt2' and 'nanogpt', the SVD of 'weight' scope, MLA's latents and low-rank layers become
-ordinary weights. 'sequence' and 'causal' scope are refused, because they truncate V itself, which
-ordinary weights cannot do.
+ordinary weights. 'sequence' and 'causal' scope are refused, because they truncate V itself.
+Ordinary weights cannot represent this.
 """
 
 import sys
@@ -58,8 +58,8 @@ def main(argv=None):
 
 
 def export(cfg):
-    """Export a run and return what was written, as text. After an error there is no save_dir.
-    Raises UserError, or Failure for a full disk."""
+    """Export a run. Returns a description of what was written, as text. After an error, save_dir
+    does not exist. Raises UserError, or Failure for a full disk."""
     path = ckpt.find(cfg.out_dir)
     run = named(path.parent)
     save_dir = Path(f'{run}-{cfg.to}' if cfg.save_dir is None else cfg.save_dir)

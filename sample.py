@@ -4,7 +4,7 @@ Generate text from a trained model:
     python sample.py                                # the newest run in the working directory
     python sample.py --out_dir=out-svd-test --start="ROMEO:" --num_samples=3
     python sample.py --use_svd=True --svd_rank=8    # truncate V, even if training did not
-    python sample.py --init_from=gpt2-xl --start="What is the answer?"      # GPT-2, or a folder
+    python sample.py --init_from=gpt2-xl --start="What is the answer?" # GPT-2, or a model folder
     python sample.py --help                         # every option, its default and meaning
 """
 
@@ -32,8 +32,9 @@ END = '\n---------------\n'
 
 @dataclass
 class SampleConfig:
-    """Options of sample.py: nanoGPT's, and those of the SVD, which may change after training. For a
-    value that is not valid, raises ValueError with a message that starts with the option's name."""
+    """Options of sample.py: nanoGPT's, top_p, lora_adapter, and SVD options, which may differ from
+    those used in training. For a value that is not valid, raises ValueError with a message that
+    starts with the option's name."""
     init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
                          "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
                          PATH, Section('model')] = 'resume'
@@ -135,8 +136,8 @@ def prompt_text(start: str) -> str:
 
 
 def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
-    """Return the model and its tokenizer, and print which model it is. SVD options that the user
-    set replace those of training. Raises UserError."""
+    """Return the model and its tokenizer, and print which model was loaded. SVD options that the
+    user set replace the options used in training. Raises UserError."""
     # svd_rank=None means full rank; None in the other options means: as trained
     svd = {key: getattr(cfg, key) for key in set_by
            if key == 'svd_rank' or 'svd' in key and getattr(cfg, key) is not None}

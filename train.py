@@ -52,8 +52,8 @@ from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, swap_
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """Options of train.py: those of GPTConfig and those of a run. For a value that is not valid,
-    raises ValueError with a message that starts with the option's name."""
+    """Options of train.py: the options of GPTConfig and the options of a run. For a value that is
+    not valid, raises ValueError with a message that starts with the option's name."""
     # model: where train.py's defaults differ from GPTConfig's
     vocab_size: Annotated[int | None, "number of token ids; None: the data's, with BPE rounded "
                           'up to a multiple of 64',
@@ -221,8 +221,8 @@ def run_training(cfg, set_by, saved, processes):
 
 
 def stopped(state, error, processes):
-    """Return the Failure for an error that ends training. It says at which step, which checkpoint
-    is kept and what to do."""
+    """Return the Failure for an error that ends training. Its message names the step and the
+    checkpoint that is kept, and says what to do."""
     words = f'training stopped after step {state.iter_num}: {one_line(error)}'
     if processes.is_main:                               # only process 0 knows what is saved
         words += '; no checkpoint had been saved' if state.saved_at is None else (
@@ -235,7 +235,7 @@ def stopped(state, error, processes):
 
 
 def loop(state, evaluation, log, processes, bar):
-    """Train until step max_iters or a signal. log(row): writes a row of metrics, on process 0."""
+    """Train until step max_iters or a signal. log(row) writes a row of metrics on process 0."""
     cfg = state.cfg
     micro_steps = cfg.gradient_accumulation_steps // processes.world_size
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
@@ -285,8 +285,8 @@ def loop(state, evaluation, log, processes, bar):
 
 
 def next_batch(state, processes):
-    """Draw x, y (B, T) for this process. Each process draws the windows of all processes, so that
-    the data order is that of a single process."""
+    """Draw x and y (B, T) for this process. Each process draws the windows of all processes, so
+    that the order of the data is the same as with a single process."""
     cfg, data = state.cfg, state.data
     starts = data.sample_offsets('train', processes.world_size * cfg.batch_size, cfg.block_size,
                                  state.data_rng)
@@ -356,7 +356,7 @@ def language_model_loss(model, x, y):
 def train_step(state, batches, loss_of=language_model_loss):
     """Take one training step: forward and backward over micro-batches, clip, optimizer step.
 
-    batches: list of pairs x, y, each (B, T); loss_of(model, x, y): returns the loss. Returns the
+    batches: list of pairs x, y, both (B, T). loss_of(model, x, y) returns the loss. Returns the
     mean loss over all processes. Raises FloatingPointError or torch.linalg.LinAlgError if the loss
     or a gradient is not finite, before the optimizer changes anything.
     """
@@ -399,7 +399,7 @@ def train_step(state, batches, loss_of=language_model_loss):
 
 def analyze_gradients(state):
     """Choose the modes of the adaptive layers by the gradients of this step. A layer that changes
-    its mode gets new parameters, so a new replica is made."""
+    its mode gets new parameters. The model is then compiled and wrapped again (`replicate`)."""
     # the scaler unscales only the gradients of the optimizer's parameters
     scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
     changed = state.adaptive.analyze(
@@ -417,8 +417,8 @@ def analyze_gradients(state):
 
 def evaluate_and_save(state, evaluation, log, processes):
     """Evaluate on process 0 and save a checkpoint with the random states of all processes. A signal
-    ends the evaluation early, and a resumed run repeats it. Raises FloatingPointError if a training
-    or validation loss is not finite."""
+    ends the evaluation early. A resumed run repeats the evaluation. Raises FloatingPointError if a
+    training or validation loss is not finite."""
     random_states = gather(ckpt.random_state(state.data_rng, state.device))
     if not processes.is_main:
         return
@@ -452,9 +452,9 @@ def save_interrupted(state, processes):
 
 
 def save(state, random_states, is_best=False):
-    """Write a checkpoint and return its path: ckpt.pt, or last.pt if ckpt.pt must stay the best
-    one. Delete last.pt after writing ckpt.pt. Raises OSError if the file cannot be written,
-    FloatingPointError if a value is not finite."""
+    """Write a checkpoint and return its path. The path is ckpt.pt, or last.pt if ckpt.pt must stay
+    the best checkpoint. After ckpt.pt is written, last.pt is deleted. Raises OSError if the file
+    cannot be written, FloatingPointError if a value is not finite."""
     out, model = Path(state.cfg.out_dir), state.model
     is_best = is_best or state.cfg.always_save_checkpoint or not (out / 'ckpt.pt').exists()
     path = out / ('ckpt.pt' if is_best else 'last.pt')
@@ -497,9 +497,9 @@ def evaluate_only(cfg, evaluation, out, processes):
 def load_config(argv):
     """Read the options of a run from argv, config files and, to resume, the checkpoint.
 
-    Returns the configuration, a dict from each option that the user set to where it was set, and
-    the checkpoint of a resumed run or None. A resumed run takes its options from the checkpoint,
-    unless they are set again. Raises UserError.
+    Returns three objects: the configuration, a dict from each option that the user set to where the
+    option was set, and the checkpoint of a resumed run or None. A resumed run takes its options
+    from the checkpoint, unless they are set again. Raises UserError.
     """
     values, set_by = configuration.parse(TrainConfig, argv)
     if values['init_from'] != 'resume':
@@ -531,7 +531,7 @@ def begin_from(run, dataset):
 
 
 def restore(state, saved, processes):
-    """Put the state of a checkpoint into a new run. Raises UserError if it does not fit."""
+    """Put the state of a checkpoint into a new run. Raises UserError if the state does not fit."""
     cfg, path = state.cfg, saved['path']
     states, optimizer = saved.get('random'), saved.get('optimizer')
     if states is None:
@@ -572,9 +572,9 @@ def restore(state, saved, processes):
 @contextmanager
 def open_out_dir(state, dtype, say):
     """Context manager that locks OUT_DIR, moves an older run in it aside, and writes config.py and
-    environment.json. Yields log(row), which appends a row of metrics to metrics.jsonl and wandb,
-    and raises FloatingPointError for a value that is not finite. If OUT_DIR cannot be used, the
-    manager raises UserError."""
+    environment.json. Yields a function log(row). It appends a row of metrics to metrics.jsonl and
+    wandb, and raises FloatingPointError for a value that is not finite. If OUT_DIR cannot be used,
+    the context manager raises UserError."""
     cfg, out = state.cfg, Path(state.cfg.out_dir)
     with locked_folder(out):
         try:
@@ -665,7 +665,7 @@ def build_model(cfg, set_by, saved, data, say):
 
 
 def check_fixed_options(cfg, set_by, saved, fixed, say):
-    """Check the options against the shape of the loaded model, which cannot change.
+    """Check the options against the shape of the loaded model. This shape cannot change.
 
     Raises UserError for another shape on the command line, and for other adapters. Another shape in
     a config file is only reported, because nanoGPT's config files repeat the shape when they

@@ -2,8 +2,8 @@
 Time two ways to compute multi-head latent attention for m new tokens after T cached tokens.
 
 'expanded' computes keys and values from the latents. 'absorbed' multiplies the up-projections into
-queries and outputs, so that heads attend to the latents themselves. It is timed in paired rounds,
-on one layer:
+queries and outputs, so that heads attend to the latents themselves. Both are timed in paired
+rounds, on one layer:
 
     python experiments/absorb_or_expand.py                      # GPT-2's shape, docs/MLA.md's table
     python experiments/absorb_or_expand.py --n_embd=128 --n_head=4 --latents=16,32,64 --cached=256
@@ -71,7 +71,8 @@ def main(argv=None):
 
 @torch.no_grad()
 def measure(cfg):
-    """Print times per latent size and number of queries, then the same as one line of JSON."""
+    """Print times per latent size and number of queries, then the same times as one line of
+    JSON."""
     device, nh, hs = devices.pick_device(cfg.device), cfg.n_head, cfg.n_embd // cfg.n_head
     print(f'{nh} heads of {hs}, {cfg.cached} cached tokens, batch {cfg.batch_size}, {device}, '
           f'{torch.get_num_threads()} threads, {cfg.rounds} rounds')
@@ -94,14 +95,14 @@ def measure(cfg):
 
 
 def expanded(q, w_k, w_v, c):
-    """Return attention outputs (B, nh, m, hs) with keys and values expanded from the latents, for
-    queries q (B, nh, m, hs), up-projections w_k and w_v (nh, hs, d), and latents c (B, T, d)."""
+    """Return attention outputs (B, nh, m, hs). Keys and values are expanded from the latents. q:
+    queries (B, nh, m, hs). w_k, w_v: up-projections (nh, hs, d). c: latents (B, T, d)."""
     return F.scaled_dot_product_attention(q, expand(w_k, c), expand(w_v, c))
 
 
 def absorbed(q, w_k, w_v, c):
-    """Return attention outputs (B, nh, m, hs) computed on the latents c (B, T, d), with the
-    arguments of `expanded`."""
+    """Return the outputs of `expanded`, computed on the latents without keys and values. The
+    arguments are those of `expanded`."""
     q = (q * q.size(-1) ** -0.5 @ w_k).flatten(1, 2)                # (B, nh, m, d) -> (B, nh m, d)
     sums = F.softmax(q @ c.mT, dim=-1) @ c                          # (B, nh m, T) x (B, T, d)
     return sums.unflatten(1, (w_k.size(0), -1)) @ w_v.mT            # (B, nh, m, d) x (nh, d, hs)

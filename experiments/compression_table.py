@@ -4,9 +4,9 @@ Measure the loss that low-rank layers add, by method and by fraction of the bloc
     python experiments/compression_table.py --dataset=input.txt  # run what is missing, draw
     python experiments/compression_table.py --run=False          # draw what is recorded
 
-The models are 'small', nanoGPT's CPU recipe, and 'wide' with 13 times the parameters. train.py
-trains those that are not in out_dir yet. The first tables compare methods on the same weights,
-without fine-tuning:
+The models are 'small', nanoGPT's CPU recipe, and 'wide', which has 13 times as many parameters.
+train.py trains the models that are not in out_dir yet. The first tables compare methods on the same
+weights, without fine-tuning:
 
     plain               the SVD of the weights
     FWSVD               rows weighted by the root of their Fisher information (arXiv:2207.00112)
@@ -22,13 +22,14 @@ without fine-tuning:
                         compressed model, method 'activation' of compress.py
     anchored, uniform ranks     '+ anchored' without the choice of ranks
 
-The other tables have controls. Compressed models are fine-tuned and compared with the original
-model after the same extra steps. Models of the compressed size are trained from scratch, with and
-without the extra steps: a narrower model, and a model with the same ranks as the compressed one.
+The other tables compare with controls. Compressed models are fine-tuned and compared with the
+original model after the same extra steps. Models of the compressed size are trained from scratch,
+with and without the extra steps: a narrower model, and a model with the same ranks as the
+compressed one.
 
-Each line of experiments/compression_table.jsonl is a finished result. It is not computed again, so
-an interrupted run can be continued. All losses are over the whole validation split. The figure is
-docs/compression.png.
+Each line of experiments/compression_table.jsonl is a finished result. Finished results are not
+computed again, so an interrupted run can be continued. All losses are over the whole validation
+split. The figure is docs/compression.png.
 """
 
 import copy
@@ -119,7 +120,8 @@ class TableConfig:
 # methods
 
 class Scaled:
-    """SVD of a weight (m, n) with scaled rows and columns, with the interface of `Factorization`.
+    """SVD of a weight (m, n) whose rows and columns are scaled. The interface is that of
+    `Factorization`.
 
     rows (m), columns (n): nonnegative scales, or None if all are 1. `energies` (s) are the squared
     singular values of the scaled weight. The factors contain the inverse scales.
@@ -224,8 +226,8 @@ def add_biases(linears):
 
 
 def measure(dense, method, windows):
-    """Calibrate a copy of the original model. Returns the copy, whose layers are separate, and two
-    dicts: name -> statistics and name -> factorization."""
+    """Calibrate a copy of the original model. Returns three objects: the copy, in which fused
+    layers are split; a dict name -> statistics; and a dict name -> factorization."""
     model = copy.deepcopy(dense)
     linears = layers.dense_layers(model, layers.layer_names(model))
     if method.biases:
@@ -257,7 +259,8 @@ def factored(measured, method, keep, windows):
 # results
 
 class Results(Record):
-    """Record of model losses, for which result() returns loss, model and a dict of other fields."""
+    """Record of model losses. A function result() returns a loss, its model and a dict of other
+    fields."""
 
     def make(self, result, **key):
         def fields():
@@ -357,8 +360,8 @@ def finetune(cfg, record, name, dense, saved, data):
 
 
 def scratch(cfg, record, name, dense, data):
-    """Add the rows of models of the compressed size that are trained from scratch. Each has a row
-    with and a row without the extra steps."""
+    """Add the rows of models of the compressed size that are trained from scratch. Each model has a
+    row with the extra steps and a row without them."""
     for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()),
                                     TUNED_KEEPS):
         def result(tuned):
@@ -379,8 +382,9 @@ def smaller(kind, dense, data, keep):
 
 
 def narrower(c, keep):
-    """Return the width at which the blocks' matrices have the fraction `keep` of their parameters.
-    Their size grows with the square of the width. The width is rounded to a multiple of n_head."""
+    """Return the width at which the matrices of the blocks have the fraction `keep` of the
+    parameters that they have now. Their size grows with the square of the width. The width is
+    rounded to a multiple of n_head."""
     return round(c.n_embd * math.sqrt(keep) / c.n_head) * c.n_head
 
 
@@ -485,8 +489,9 @@ def plot(rows, names):
 
 
 def draw(axis, rows, name):
-    """Draw the panel of a model: the loss that each method adds. Markers show compressed models
-    after the extra steps, minus the original model after the same steps."""
+    """Draw the panel of a model: the loss that each method adds. Markers show the loss of
+    compressed models after the extra steps, minus the loss of the original model after the same
+    steps."""
     for i, label in enumerate(METHODS):
         found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
         # the axis is logarithmic

@@ -1,6 +1,6 @@
 """
 Measure whether adaptive SVD protects what a model has learned. A small GPT is trained on text A and
-then on text B. Variants are compared by their loss on A at the same loss on B.
+then on text B. Variants are compared by their loss on A at equal loss on B.
 
     python experiments/continual_learning.py --dataset=input.txt  # run what is missing, draw
     python experiments/continual_learning.py --run=False          # draw what is recorded
@@ -22,16 +22,16 @@ from it on B with the same batches and without weight decay. Variants that train
 
 Other variants train only the attention projections: 'all of attention', which is the reference,
 LoRA, PiSSA, MiLoRA, and some of the variants above with 'attention' before their names. The
-detector starts with the SVD of the model that was trained on A, as if it had watched that training.
-Therefore it can switch layers at its first analysis on B.
+detector, which decides when layers switch to low-rank mode, starts with the SVD of the model that
+was trained on A. Therefore it can switch layers at its first analysis on B.
 
 Less forgetting counts only at the same loss on B, so losses on A are interpolated at one loss on B.
 The detector is also tested alone, on the model that was trained on A: a ROC curve compares its
 scores of gradients on B and on unseen text of A. The baseline, the gradient norm, needs no SVD.
 
-Each line of experiments/continual_learning.jsonl is a finished result. It is not computed again, so
-an interrupted run can be continued, and processes can share the work with --seeds. The figure is
-docs/adaptive_forgetting.png.
+Each line of experiments/continual_learning.jsonl is a finished result. Finished results are not
+computed again, so an interrupted run can be continued, and processes can share the work with
+--seeds. The figure is docs/adaptive_forgetting.png.
 """
 
 import hashlib
@@ -233,8 +233,8 @@ class RandomlyProtected(AdaptiveSVDLinear):
 
 
 class Planned(AdaptiveSVD):
-    """Switch layers by a plan instead of a detector. plan(name, analysis) returns r, or 0 for full
-    mode. analysis: counted from 0."""
+    """Controller that switches layers by a plan instead of a detector. plan(name, analysis) returns
+    r, or 0 for full mode. Analyses are counted from 0."""
 
     def __init__(self, layers, interval, plan):
         super().__init__(layers, interval)
@@ -268,8 +268,9 @@ def layer_names(model):
 def prepare(saved, arm, seed, plan):
     """Prepare the model that was trained on A for a variant.
 
-    saved: its checkpoint; arm: the variant; plan: for `Planned`, used by 'replay'. Returns the
-    model and the AdaptiveSVD that switches its layers, or None.
+    saved: checkpoint of that model; arm: the variant; plan: for `Planned`, used by 'replay'.
+    Returns the model and the AdaptiveSVD that switches the model's layers. The AdaptiveSVD may be
+    None.
     """
     model = GPT.from_checkpoint(saved)
     if arm.lora:
@@ -312,8 +313,8 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
     """Train a model on B, in place.
 
     control: an AdaptiveSVD or None; at_once: whether to analyze before the first step. Returns the
-    curve, a list of [step, loss on A, loss on B] every INTERVAL steps, and the ranks, name of an
-    adaptive layer -> r after each analysis, 0 in full mode.
+    curve and the ranks. The curve is a list of [step, loss on A, loss on B] every INTERVAL steps.
+    The ranks are name of an adaptive layer -> r after each analysis, 0 in full mode.
     """
     optimizer = model.configure_optimizers(0.0, rate, (0.9, 0.95), 'cpu')
     swap, order = (
@@ -350,7 +351,8 @@ def go_on(model, control, at_once, texts, seed, rate, steps):
 
 
 def learned(cfg, texts, seed):
-    """Return the checkpoint of a model trained on A. Train it if it is not in out_dir yet."""
+    """Return the checkpoint of a model trained on A. If the model is not in out_dir yet, train
+    it."""
     shape = MODEL | dict(vocab_size=len(texts.chars))
     setup = hashlib.sha256(
         json.dumps([shape, BATCH, LEARN, cfg.learn_steps, texts.stamp]).encode()).hexdigest()[:8]
@@ -378,8 +380,8 @@ def learned(cfg, texts, seed):
 # the detector alone
 
 def auc(positive, negative):
-    """Return the area under the ROC curve of the scores `positive` (p) and `negative` (n). It is
-    the probability that a positive score is above a negative one, with ties counted half."""
+    """Return the area under the ROC curve of the scores `positive` (p) and `negative` (n). The area
+    is the probability that a positive score is above a negative score. Ties count half."""
     negative = negative.sort().values
     below = torch.searchsorted(negative, positive)                  # (p): how many are smaller
     up_to = torch.searchsorted(negative, positive, right=True)
@@ -406,8 +408,8 @@ def roc(positive, negative):
 def gradients(model, texts, names, seed):
     """Return alignments (spaces, layers, batches) and norms (layers, batches) of gradients.
 
-    The result is a dict. Its key 'A' is for the validation split of A, 'B' for the training split
-    of B. Alignment is the fraction of the gradient's energy in the principal directions.
+    The result is a dict with the keys 'A', for the validation split of A, and 'B', for the training
+    split of B. Alignment is the fraction of the gradient's energy in the principal directions.
     """
     layers = [model.get_layer(name) for name in names]
     bases, order = [thin_svd(layer.weight) for layer in layers], torch.Generator().manual_seed(seed)
@@ -428,7 +430,7 @@ def gradients(model, texts, names, seed):
 
 
 def detection(found, m):
-    """Return the fields of a 'roc' row. found: from `gradients`; m: outputs per layer."""
+    """Return the fields of a 'roc' row. found: from `gradients`; m: number of outputs per layer."""
     (a, norm_a), (b, norm_b) = found['A'], found['B']
     row = {'auc_norm': [round(auc(y, x), 4) for x, y in zip(norm_a, norm_b)],
            'auc_norm_pooled': round(auc(norm_b.flatten(), norm_a.flatten()), 4), 'spaces': {}}
@@ -508,7 +510,7 @@ def curves(rows, arm, rate):
 
 
 def levels(rows, setting):
-    """Return the losses on B at which forgetting is compared, [] without rows.
+    """Return the losses on B at which forgetting is compared, or [] without rows.
 
     They are SPREAD above the lowest loss, rounded up to 0.05, that every recorded variant reaches
     with all seeds at one of its learning rates.
@@ -553,8 +555,8 @@ def best_rate(rows, arm, level):
 def table(rows, setting):
     """Return a Markdown table of losses on A at losses on B, one row per variant and rate.
 
-    Brackets have the paired difference from the reference with the same seed and rate, which had
-    the same batches in the same order.
+    Brackets have the paired difference from the reference with the same seed and rate. Both runs
+    had the same batches in the same order.
     """
     at, reference = levels(rows, setting), REFERENCE[setting]
     if not at:
@@ -663,8 +665,8 @@ def plot(rows):
 
 
 def draw_curves(axis, rows, setting):
-    """Draw mean and standard error of each variant where all seeds have values. Each has the
-    learning rate that is best at the middle of `levels`."""
+    """Draw mean and standard error of each variant where all seeds have values. For each variant
+    the learning rate is the one that is best at the middle of `levels`."""
     at = levels(rows, setting)
     for arm in (name for name in ARMS if ARMS[name].setting == setting and at):
         rate = best_rate(rows, arm, at[len(at) // 2])

@@ -10,9 +10,9 @@ Finished runs are not repeated, so an interrupted sweep can be continued. 'seque
 config's svd_basis_grad=False, because with the gradient its parallel loss is meaningless
 (docs/RESULTS.md). The other scopes are causal and use the gradient.
 
-The controls have the same rank without SVD. 'random projection' multiplies the V of each head by a
-random projector of that rank, drawn once from the run's seed. 'narrow values' gives V only that
-size per head, so that the cache is as small, with fewer parameters.
+The controls have the same rank k without SVD. 'random projection' multiplies the V of each head by
+a random projector of rank k, drawn once from the run's seed. 'narrow values' gives the V of each
+head only k values, so that the cache is as small. This model has fewer parameters.
 
 Jobs that run at the same time share the CPU's threads. The record is
 experiments/loss_against_rank.jsonl, the figure is docs/loss_against_rank.png.
@@ -105,7 +105,8 @@ CONTROLS = {'random projection': RandomProjection, 'narrow values': NarrowValues
 
 
 def runs(cfg):
-    """Yield folder name, row of the record without results, and options of train.py per run."""
+    """Yield per run the folder name, the row of the record without results, and the options of
+    train.py."""
     for seed in range(1337, 1337 + cfg.seeds):
         arms = [('no SVD', None, ['--use_svd=False'])]
         arms += [(f'{scope}, {method}', rank, [
@@ -122,8 +123,8 @@ def runs(cfg):
 
 
 def jobs(cfg):
-    """Yield the Jobs for sweep.run_all. Interrupted runs start again, because their checkpoint may
-    be of a run with other `steps`."""
+    """Yield the Jobs for sweep.run_all. Interrupted runs start again from step 0, because their
+    checkpoint may come from a run with other `steps`."""
     for name, row, options in runs(cfg):
         folder = Path(cfg.out_dir) / name
         argv = [

@@ -66,7 +66,7 @@ def _check(checkpoint, path):
     """Raise UserError unless all keys that are read later exist and have the right type."""
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise UserError(
-            f'{path}: not a checkpoint of this repo or of nanoGPT, which has the keys '
+            f'{path}: not a checkpoint of this repo or nanoGPT: must have the keys '
             f'{", ".join(REQUIRED)}')
     for key, kind in (REQUIRED | OPTIONAL).items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):

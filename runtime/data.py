@@ -261,8 +261,8 @@ def locate(name, tokenizer, roots=DATA_ROOTS):
         return folder
     if folder.name in LARGE:
         raise UserError(f'dataset={name}: not prepared yet; to prepare it: python {script} '
-                        f'({LARGE[folder.name]}); for a first run of minutes on a CPU: python '
-                        'train.py config/train_svd_test.py')
+                        f'({LARGE[folder.name]}); for a quick first run (a few minutes on a CPU): '
+                        'python train.py config/train_svd_test.py')
     with preparing(folder):
         if not is_prepared(folder):
             print(f'data set {name} is not prepared yet; running {script}', flush=True)

@@ -9,8 +9,8 @@ from runtime.data import Tokenizer
 
 
 def validate_sampling(temperature, top_k, top_p):
-    """Check the options of `sample_token`. Raises ValueError, whose message starts with the
-    option's name, if one is invalid."""
+    """Check the options of `sample_token`. For an invalid option, raises ValueError with a message
+    that starts with the name of the option."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f'temperature={temperature}: must be at least 0, where 0 takes the '
                          'most likely token (nearest: 0)')
@@ -53,15 +53,15 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
            use_cache=True):
     """Generate the tokens that follow idx (B, T) and yield each, (B, 1), as soon as it is drawn.
 
-    model(idx, cache=None) returns logits (B, ..., vocab) and the loss; model.new_cache(B, tokens)
+    model(idx, cache=None) returns logits (B, ..., vocab) and the loss. model.new_cache(B, tokens)
     returns a cache. `sample_token` draws the tokens. The context is the last block_size tokens.
     With use_cache, the cache is used until the context is full. From then on each token shifts the
-    window, and with it all learned positions, so that cached values are invalid. The whole window
-    is then computed for each token, as in nanoGPT.
+    window, so the learned position of every token changes and cached values are invalid. The whole
+    window is then computed for each token, as in nanoGPT.
 
     A prompt that `Tensor.expand` repeats in B rows is computed once. `seed` seeds a separate
-    generator; None uses torch's global one. When the first token is requested, raises ValueError
-    for invalid options. Raises FloatingPointError if a logit is NaN or infinite.
+    generator. None uses torch's global generator. Raises ValueError for invalid options, when the
+    first token is requested. Raises FloatingPointError if a logit is NaN or infinite.
     """
     validate_sampling(temperature, top_k, top_p)
     if max_new_tokens < 0:
@@ -82,7 +82,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def sample(model, data, device, context):
-    """Return a short sample text. `data` has the tokenizer, and `context` is as in `autocast`."""
+    """Return a short sample text. `data` has the tokenizer. `context` is a context manager for the
+    forward passes, such as `autocast`."""
     tokenizer = Tokenizer(data.meta)
     newline = data.meta['tokenizer'] == 'gpt2' or '\n' in tokenizer.chars
     start = torch.tensor([tokenizer.encode('\n' if newline else tokenizer.chars[0])], device=device)

@@ -1,9 +1,9 @@
 """Model folders with config.json and model.safetensors, in Hugging Face's or this repo's format.
 
-Hugging Face's format holds GPT-2 models. They are read, by folder or by name, and written with
-`transformers`; models that this GPT cannot represent are refused. The repo's own format holds all
-other models (SVD on V, latent attention, low-rank layers) and adapters; it needs `safetensors`
-only. Nothing is unpickled and no code in a folder is run. Invalid folders raise UserError.
+Hugging Face's format holds GPT-2 models. These models are written, and read by folder or by name,
+with `transformers`. Models that this GPT cannot represent are refused. The repo's own format holds
+all other models (SVD on V, latent attention, low-rank layers) and adapters. It needs only
+`safetensors`. Nothing is unpickled and no code in a folder is run. Invalid folders raise UserError.
 """
 
 import difflib
@@ -67,7 +67,7 @@ def check_name(name, others=()):
 @contextmanager
 def _reading(option):
     """Turn every error in the block into a UserError that starts with the option. Damaged files
-    raise many kinds."""
+    raise many kinds of errors."""
     try:
         yield
     except Exception as e:
@@ -76,7 +76,7 @@ def _reading(option):
 
 
 def _import(module):
-    """Import an optional package, or raise UserError that says how to install it."""
+    """Import an optional package, or raise a UserError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -94,9 +94,10 @@ def _transformers():
 def read(name):
     """Read a model by name or from a folder and return it as a checkpoint dict.
 
-    Its keys are `model_args`, `model` (the state dict, in float32), both with nanoGPT's names,
-    `path`, and for a run all other keys of its checkpoint. transformers looks up a name in the
-    Hugging Face cache and then on the hub. Raises UserError if the model cannot be read.
+    Its keys are `model_args`, `model` (the state dict, in float32) and `path`. `model_args` and
+    `model` use nanoGPT's names. For a run, the dict also has all other keys of the checkpoint.
+    transformers looks up a name in the Hugging Face cache and then on the hub. Raises UserError if
+    the model cannot be read.
     """
     check_name(name)
     if is_run(name):
@@ -123,13 +124,14 @@ def _read_json(path):
 
 
 def _read_weights(folder):
-    """Read a dict from names to float32 tensors, and its metadata, from the repo's own format."""
+    """Read model.safetensors in the repo's own format. Returns a dict from names to float32
+    tensors, and the metadata of the file."""
     with _import('safetensors').safe_open(Path(folder) / WEIGHTS, 'pt') as f:
         return {name: f.get_tensor(name).float() for name in f.keys()}, f.metadata() or {}
 
 
 def _read_gpt2(source):
-    """Read GPT-2 from a folder or by name and return model_args and state dict, without the zero
+    """Read GPT-2 from a folder or by name. Returns model_args and the state dict, without the zero
     biases that `write_gpt2` added. Raises ValueError for a model that this GPT cannot represent."""
     hf = _transformers()
     config = hf.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -161,8 +163,9 @@ def _read_gpt2(source):
 
 def read_adapter(name):
     """Read a folder that export.py --to=lora wrote. Returns the adapter's options, a dict from
-    names to float32 tensors, and notes on the weights that it was trained on: `base_sha256` and
-    `base`, a value for --init_from. Raises UserError if the folder cannot be read."""
+    names to float32 tensors, and notes on the weights that the adapter was trained on:
+    `base_sha256` and `base`, a value for --init_from. Raises UserError if the folder cannot be
+    read."""
     with _reading(f'lora_adapter={name!r}'):
         config = _read_json(Path(name) / 'config.json')
         if config.get('model_type') != ADAPTER:
@@ -172,8 +175,9 @@ def read_adapter(name):
 
 def load_adapter(model, folder, base, say=print):
     """Add the LoRA adapters in a folder to a model, in place. `base` is the model's name for
-    messages. say(text) reports a folder that does not name the weights it was trained on. Raises
-    ValueError if the adapters do not fit the model or were trained on other weights."""
+    messages. If the folder does not name the weights that the adapters were trained on, say(text)
+    reports this. Raises ValueError if the adapters do not fit the model or were trained on other
+    weights."""
     options, tensors, notes = read_adapter(folder)
     where = f'lora_adapter={folder!r}'
     if model.config.adaptive_svd or model.config.has_lora:
@@ -202,8 +206,8 @@ def merge_command(run):
 
 def base_sha256(model):
     """Return the sha256 of a GPT's weights without its LoRA adapters. All weights are hashed before
-    all biases, so that it does not matter whether c_attn is one layer or three. Position embeddings
-    are left out, because a run may crop them."""
+    all biases, so that the hash does not depend on whether c_attn is one layer or three. Position
+    embeddings are left out, because a run may crop them."""
     adapters = [f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB']
     digest = hashlib.sha256()
     for kind in ('weight', 'bias'):
@@ -218,7 +222,8 @@ def base_sha256(model):
 
 def read_tokenizer(name):
     """Return the tokenizer of a model that `check_name` accepts, as the metadata of a data set, or
-    None if its folder has none. Raises UserError if `Tokenizer` does not support it."""
+    None if its folder has no tokenizer. Raises UserError if `Tokenizer` does not support the
+    tokenizer."""
     if is_run(name):
         return checkpoint.load(Path(name) / 'ckpt.pt').get('tokenizer')
     if not is_folder(name):
@@ -244,8 +249,8 @@ def _meta_of(model):
 
 def check_tokenizer(cfg, set_by, saved, data, say):
     """Raise UserError if the data set has another tokenizer than the options or the model. `set_by`
-    has the options that the user set. The model is that of `saved`, the checkpoint of a resumed
-    run, or that of cfg.init_from. say(text) reports a resumed run on another text."""
+    has the options that the user set. The model comes from `saved`, the checkpoint of a resumed
+    run, or from cfg.init_from. If a resumed run gets another text, say(text) reports this."""
     if 'tokenizer' in set_by and cfg.tokenizer != data.meta['tokenizer']:
         raise UserError(f'tokenizer={cfg.tokenizer}: {data.folder} is already encoded (nearest: '
                         f'--tokenizer={data.meta["tokenizer"]}, or a text file as --dataset)')
@@ -268,9 +273,9 @@ def check_tokenizer(cfg, set_by, saved, data, say):
 # writing into an empty folder: raises OSError, and UserError for a missing package
 
 def write(folder, config, weights, **notes):
-    """Write config.json and model.safetensors. `weights` is a dict from names to tensors, and
-    `notes` are texts that are stored with them. save_pretrained is not used, because it does not
-    flush to disk and raises no OSError if the disk is full."""
+    """Write config.json and model.safetensors. `weights` is a dict from names to tensors. `notes`
+    are texts that are stored with the weights. transformers' save_pretrained is not used, because
+    it does not flush to disk and raises no OSError if the disk is full."""
     save = _import('safetensors.torch').save
     tensors = {name: w.contiguous() for name, w in weights.items() if name != 'lm_head.weight'}
     write_atomically(folder / WEIGHTS, save(tensors, dict(format='pt', **notes)))

@@ -6,10 +6,10 @@ import torch
 def first_nonfinite_layer(model, batches, context):
     """Return the name of the layer to report if the loss or a gradient is NaN or infinite.
 
-    It is the first parameter that is not finite; else the first module whose output is not finite,
-    in a forward pass over `batches`, a list of (x, y); else the first parameter, in the order of
-    the backward pass, whose gradient is not finite; else None. The forward pass runs within
-    `context`, with new dropout masks.
+    The search has three stages and stops at the first finding: a parameter that is not finite; a
+    module whose output is not finite, in a forward pass over `batches`, a list of (x, y); a
+    parameter whose gradient is not finite, in the order of the backward pass. If nothing is found,
+    the result is None. The forward pass runs within `context`, with new dropout masks.
     """
     for name, p in model.named_parameters():
         if not p.isfinite().all():

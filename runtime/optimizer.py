@@ -1,9 +1,10 @@
 """Learning rate and optimizers: nanoGPT's AdamW, or AdamW with Muon for hidden matrices.
 
 A model provides its parameters with `param_groups(weight_decay)`, a dict from names to parameter
-groups. 'hidden' (matrices of the blocks) and 'embedding' decay. 'vector' (biases, LayerNorm) does
-not. 'halved', which is optional, holds pairs of factors and decays by half as much, because both
-factors shrink their product. Every trainable parameter is in exactly one group.
+groups. The groups 'hidden' (matrices of the blocks) and 'embedding' decay. The group 'vector'
+(biases, LayerNorm) does not. The optional group 'halved' holds pairs of factors and decays by half
+as much, because the decay of either factor shrinks the product. Every trainable parameter is in
+exactly one group.
 """
 
 import math
@@ -23,15 +24,15 @@ def schedule_length(cfg):
 
 
 def warmup_iters(cfg):
-    """Return the number of warm-up steps: the option, or a tenth of the schedule if the option is
-    not below its length."""
+    """Return the number of warm-up steps. This is the option warmup_iters, or a tenth of the
+    schedule length if the option is not below that length."""
     length = schedule_length(cfg)
     return cfg.warmup_iters if cfg.warmup_iters < length else length // 10
 
 
 def get_lr(it, cfg):
     """Return the learning rate of step `it`: linear warm-up, then cosine decay to min_lr at step
-    lr_decay_iters, then min_lr. Without decay_lr it is learning_rate at all steps."""
+    lr_decay_iters, then min_lr. Without decay_lr the rate is learning_rate at all steps."""
     warmup = warmup_iters(cfg)
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -44,8 +45,8 @@ def get_lr(it, cfg):
 
 
 def build_optimizer(cfg, model, device):
-    """Return the optimizer that `cfg` names, with the hook of model.register_step_hook, which runs
-    after each step."""
+    """Return the optimizer that `cfg` names, with the hook of model.register_step_hook. The hook
+    runs after each step."""
     return model.register_step_hook(new_optimizer(cfg, model, device))
 
 
@@ -60,9 +61,9 @@ def new_optimizer(cfg, model, device):
 
 
 def adamw_groups(groups):
-    """Return the list of AdamW's groups: parameters that decay, that do not, and that decay by
-    half. The first two groups are nanoGPT's, in its order, so that either repo can load the
-    optimizer state of the other."""
+    """Return the list of AdamW's groups: parameters that decay, parameters that do not decay, and
+    parameters that decay by half. The first two groups are nanoGPT's, in the same order, so that
+    each of the two repos can load the optimizer state of the other repo."""
     decay = groups['hidden'] | {
         'params': groups['embedding']['params'] + groups['hidden']['params']}
     return [decay, groups['vector'], *([groups['halved']] if 'halved' in groups else [])]
@@ -77,9 +78,10 @@ def adamw(groups, learning_rate, betas, device_type):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) with a choice of the dtype of the orthogonalization.
 
-    torch always uses bfloat16, which is slow on devices that emulate it. Matrices of one shape are
-    orthogonalized in one batch, because a sequence of small products uses little of a processor.
-    Learning rates have the scale of AdamW's (`match_rms_adamw`, Liu et al., arXiv:2502.16982).
+    torch's Muon always uses bfloat16, which is slow on devices that emulate bfloat16. Matrices of
+    one shape are orthogonalized in one batch, because a sequence of small products uses little of a
+    processor. Learning rates have the scale of AdamW's learning rates (`match_rms_adamw`, Liu et
+    al., arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype):
@@ -112,8 +114,8 @@ class Muon(torch.optim.Muon):
                                               torch.finfo(p.dtype).max))
 
     def _orthogonalize(self, g, group):
-        """Return approximately U V^T of each matrix in g (params, m, n) by Newton-Schulz; singular
-        values end near 0.7 to 1.2."""
+        """Orthogonalize each matrix U S V^T in g (params, m, n) by Newton-Schulz iterations. The
+        result approximates U V^T and has singular values of about 0.7 to 1.2."""
         a, b, c = group['ns_coefficients']
         x = g.to(self.dtype)
         if g.size(-2) > g.size(-1):
@@ -181,9 +183,9 @@ def swap_params(optimizer, model, old):
 
 
 def restore_optimizer(optimizer, saved, cropped):
-    """Load the state dict `saved` into an optimizer, which keeps its own options (weight decay,
-    betas). `cropped` is a parameter that may have fewer rows than when it was saved. Raises
-    ValueError if the state does not fit the optimizer."""
+    """Load the state dict `saved` into an optimizer. The optimizer keeps its own options
+    (weight decay, betas). `cropped` is a parameter that may have fewer rows than when it was saved.
+    Raises ValueError if the state does not fit the optimizer."""
     options = [{key: value for key, value in group.items() if key != 'params'}
                for group in optimizer.param_groups]
     try:

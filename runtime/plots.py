@@ -32,7 +32,7 @@ LEGEND_LINES = 8                    # per row of `line_panels`
 
 
 def require_matplotlib(option, *paths):
-    """Raise UserError that names `option` if matplotlib is not installed or one of the figures
+    """Raise a UserError that names `option` if matplotlib is not installed or one of the figures
     `paths` cannot be written."""
     try:
         import matplotlib  # noqa: F401
@@ -46,8 +46,8 @@ def require_matplotlib(option, *paths):
 # new figures, saving
 
 def page(rows, columns, size, dpi=110, grid=False, **options):
-    """Return a figure of `size` (width, height) in inches and its axes, an array (rows, columns).
-    `grid` draws grid lines behind the data; `options` are those of Figure.subplots."""
+    """Return (figure, axes). axes is an array (rows, columns). size: (width, height) in inches.
+    `grid` draws grid lines behind the data. `options` are options of Figure.subplots."""
     from matplotlib.figure import Figure  # pyplot would keep state and open windows
     figure = Figure(figsize=size, dpi=dpi, layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -76,9 +76,9 @@ def shades(count):
 # figures
 
 def charts(path, panels, y_label, caption, bands=False, y_scale='linear', sharex=False):
-    """Write a PNG of `panels`, a list of Charts, three per row. They share a y axis, a legend and a
-    caption. `bands` draws a spread as a band, not as error bars. Raises UserError if the file
-    cannot be written."""
+    """Write a PNG of `panels`, a list of Charts, three per row. The panels share a y axis, a legend
+    and a caption. With `bands`, a spread is drawn as a band instead of error bars. Raises UserError
+    if the file cannot be written."""
     from matplotlib.ticker import FormatStrFormatter, NullFormatter
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -131,11 +131,11 @@ def draw_curve(ax, curve, bands):
 
 
 def line_panels(path, rows, x_label, line_label, title=None):
-    """Write a PNG of PanelRows, whose panels have the same titles in each row.
+    """Write a PNG of PanelRows. The panels have the same titles in each row.
 
-    Panels share axes along rows and columns. Each row has a legend with the title `line_label`,
-    which omits some lines if there are many. Level guide lines are dashed, upright ones dotted.
-    Raises UserError if the file cannot be written.
+    Panels share axes along rows and columns. Each row has a legend with the title `line_label`. If
+    there are many lines, the legend omits some. Horizontal guide lines are dashed, vertical guide
+    lines are dotted. Raises UserError if the file cannot be written.
     """
     titles = list(rows[0].panels)
     size = 3.1 + 2.3 * max(3, len(titles)), 0.9 + (2.7 if len(rows) < 3 else 1.7) * len(rows)
@@ -178,10 +178,10 @@ def training_curves(folder, series):
     """Draw FOLDER/curves.png from FOLDER/metrics.jsonl: the losses, the learning rate, and the
     model's own series with one line per layer.
 
-    `series` has the panels as label -> (key, guides), such as {'rank': ('r', {'full': 32})}. That
-    panel shows the values of '.../LAYER/r', numbers or words, and dashed guide lines. Nothing is
-    drawn if the run has not logged a loss. Raises UserError if matplotlib is not installed or the
-    file cannot be written.
+    `series` has the panels of the model's series as label -> (key, guides), such as {'rank':
+    ('r', {'full': 32})}. A panel with the key 'r' shows the values of '.../LAYER/r', which are
+    numbers or words. The guides are dashed lines. Nothing is drawn if the run has not logged a
+    loss. Raises UserError if matplotlib is not installed or the file cannot be written.
     """
     require_matplotlib('curves.png')
     rows = [row for row in read_metrics(folder) if not row.get('final')]

@@ -1,7 +1,8 @@
 """Logging of a run: metrics.jsonl, progress bars, Weights & Biases (wandb).
 
 wandb never stops a run. If it is not installed, has no key or network, or fails, a one-line message
-is printed and training continues. WANDB_MODE=offline keeps the data here for `wandb sync`.
+is printed and training continues. WANDB_MODE=offline keeps the data on this machine for `wandb
+sync`.
 """
 
 import json
@@ -59,8 +60,9 @@ def read_metrics(folder):
 
 def truncate_metrics(folder, iter_num, again):
     """Cut metrics.jsonl back to its state after step `iter_num`, for a run that resumes there. Rows
-    of later steps and the final evaluation at that step are removed. `again` says that the resumed
-    run repeats the evaluation at that step, which is then removed too. Raises OSError."""
+    of later steps and the final evaluation at that step are removed. `again`: whether the resumed
+    run repeats the evaluation at that step. If so, the row of this evaluation is removed too.
+    Raises OSError."""
     rows = [row for row in read_metrics(folder) if row['iter'] < iter_num
             or row['iter'] == iter_num and 'final' not in row and not (again and 'val/loss' in row)]
     write_atomically(
@@ -74,8 +76,9 @@ class Tracking:
     """A wandb run. Its methods never raise."""
 
     def __init__(self, folder, say, **options):
-        """Start or continue a wandb run with the options of wandb.init. Its files and its id are in
-        FOLDER/wandb, so that the same folder continues the same run. say(text) reports errors."""
+        """Start or continue a wandb run with the options of wandb.init. The files and the id of the
+        run are in FOLDER/wandb, so that the same folder continues the same run. say(text) reports
+        errors."""
         self._wandb, self._run, self._say = None, None, say
         for name, seconds in WANDB_LIMITS.items():
             os.environ.setdefault(name, seconds)
@@ -108,7 +111,7 @@ class Tracking:
             {name: self._wandb.Image(str(path)) for name, path in paths.items()}))
 
     def finish(self, code=0):
-        """End the wandb run, which is marked as failed unless the exit code is 0."""
+        """End the wandb run. It is marked as failed unless the exit code is 0."""
         self._attempt('finish', lambda: self._run.finish(exit_code=code))
         self._run = None
 

@@ -125,8 +125,9 @@ def to_lora(folder, model, saved, meta, lines):
         raise ValueError("to='lora': the model has no LoRA adapters (nearest: --to=safetensors)")
     if c.lora_init != 'lora':
         if base is None:
-            raise ValueError(f'lora_init={c.lora_init!r}: export needs the weights before training '
-                             'and a resumed run does not name them (nearest: --base=FOLDER)')
+            raise ValueError(f'lora_init={c.lora_init!r}: export needs the weights from before '
+                             'training, and this run was resumed and does not record where they '
+                             'are (nearest: --base=FOLDER)')
         original = GPT.from_pretrained(base)
         lines.append(f'converted: {c.lora_init!r} of rank {c.lora_rank} to standard LoRA for '
                      f'the weights of {base}')

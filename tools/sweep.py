@@ -163,8 +163,8 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     except ValueError:
-        raise UserError(f'{path}: damaged (nearest: delete timing.json if that is the file, else '
-                        'another --sweep=FOLDER)') from None
+        nearest = 'delete it' if path.name == 'timing.json' else 'another --sweep=FOLDER'
+        raise UserError(f'{path}: damaged (nearest: {nearest})') from None
 
 
 def load(folder):
@@ -187,9 +187,13 @@ def check_same_sweep(folder, record):
     old, new = flat(load(folder) if (folder / 'sweep.json').exists() else record), flat(record)
     changed = [key for key in old if key not in new or new[key] != old[key]]
     if changed:
-        raise UserError(f'sweep={str(folder)!r}: the folder holds a different sweep: {changed[0]} '
-                        f'is {old[changed[0]]!r} there and {new.get(changed[0], "absent")!r} in '
-                        f'this command (nearest: --sweep={unused(folder)})')
+        key = changed[0]
+        part = key.rpartition(': ')[0] or key                       # a variant or a seed
+        how = (f'{key} is {old[key]!r} there and {new.get(key, "absent")!r} in this command'
+               if any((other.rpartition(': ')[0] or other) == part for other in new) else
+               f'the sweep there has {part}, this command does not')
+        raise UserError(f'sweep={str(folder)!r}: the folder holds a different sweep: {how} '
+                        f'(nearest: --sweep={unused(folder)})')
 
 
 # --------------------------------------------------------------------------------------------------

@@ -92,9 +92,9 @@ def prepare(args):
 
 
 def find_source(args):
-    """Return the source that the options name, a dict. Its keys are `source`, a description for
-    meta.json; `load`, the arguments of load_dataset; and `files`, [[path, bytes], ...] of local
-    files. Raises UserError if the files cannot be used."""
+    """Return a dict that describes the source that the options name. Its keys are `source`, a
+    description for meta.json; `load`, the arguments of load_dataset; and `files`, [[path, bytes],
+    ...] of local files. Raises UserError if the files cannot be used."""
     if args.files is None:
         load = SOURCES[args.source]
         return dict(source=f'{load["path"]} at {load["revision"][:8]}', load=load)
@@ -115,9 +115,9 @@ def find_source(args):
 def read_shards(load_dataset, settings, position):
     """Yield lists of texts and the position after each list.
 
-    A list has SHARD_CHARACTERS characters or slightly more; the last one may be shorter or empty.
-    `position` is where to start, or None for the first document. Raises UserError if local files
-    cannot be read, and Failure if a source on the network cannot be read.
+    A list has SHARD_CHARACTERS characters or slightly more. The last list may be shorter or empty.
+    `position` is the place to start at, or None for the first document. Raises UserError if local
+    files cannot be read, and Failure if a source on the network cannot be read.
     """
     documents, files = None, [file for file, _ in settings.get('files', [])]
     try:
