@@ -24,11 +24,11 @@ come from earlier tokens. This is not the best approximation of V, but no token 
 tokens. 'randomized' has 1 to 4% more error than the exact methods. Decoding with a cache computes
 the same function as a forward pass over the whole prefix, up to rounding.
 
-Where MLA happens: `LatentProjection` replaces `QKVProjection`. `LatentProjection` computes keys U_k
-c and values U_v c from a latent c of d values per token. The cache keeps c instead of 2C values per
-token and layer, and in 'causal' scope also the bases of V. Training and prompts compute all keys
-and values. A single new token attends to the latents directly: U_k is multiplied into its query,
-and U_v is applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding
+Where MLA happens: `LatentProjection` replaces `QKVProjection`. `LatentProjection` computes keys
+U_k c and values U_v c from a latent c of d values per token. The cache keeps c instead of 2C values
+per token and layer, and in 'causal' scope also the bases of V. Training and prompts compute all
+keys and values. A single new token attends to the latents directly: U_k is multiplied into its
+query, and U_v is applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding
 (docs/MLA.md).
 
 Letters: B batch, T tokens, C = n_embd, nh heads, hs = C / nh head size, k = svd_rank, d latent
@@ -199,8 +199,8 @@ class QKVProjection(nn.Linear):
 
     def project_for_cache(self, x, down_proj):
         """x (B, T, C) -> q, k, v for `KeyValueCache.attend`, each (B, nh, T, hs). With down_proj
-        (nh k, C), in 'weight' scope, v holds the coordinates of V instead, with shape (B, nh, T,
-        k). They need k / hs of the multiplications and memory of V."""
+        (nh k, C), in 'weight' scope, v holds the coordinates of V instead, with shape
+        (B, nh, T, k). They need k / hs of the multiplications and memory of V."""
         if down_proj is None:
             return self(x)
         C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]

@@ -68,9 +68,9 @@ def compute_singular_value_concentration(S, percentile=ENERGY):
 
 def compute_reconstruction_error(W, U, S, V, r):
     """Return the relative error of the k principal components, |W - U_k S_k V_k^T| / |W|
-    (Frobenius), and whether this error is below SAFE_ERROR. W (m, n), U (m, >= k), S (g), V (n, >=
-    k) -> (float, bool). The error is 0 for W = 0. A small error means that nearly all of W is
-    protected. Low-rank mode does not cause this error, because it keeps the minor components."""
+    (Frobenius), and whether this error is below SAFE_ERROR. W (m, n), U (m, >= k), S (g),
+    V (n, >= k) -> (float, bool). The error is 0 for W = 0. A small error means that nearly all of W
+    is protected. Low-rank mode does not cause this error, because it keeps the minor components."""
     W, S = to_float64(W, 'W'), to_float64(S, 'S')
     k = max(len(S) - r, 0)
     U, V = to_float64(U[:, :k], 'U'), to_float64(V[:, :k], 'V')

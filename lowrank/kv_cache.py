@@ -86,8 +86,8 @@ class BlockCausalValues:
     down_proj = None
 
     def __init__(self, shape, rank, block, eigensolver, dtype, device):
-        """shape: (..., N, n) for N tokens of n values. eigensolver: function that maps G (..., n,
-        n) to its leading eigenvectors (..., n, k)."""
+        """shape: (..., N, n) for N tokens of n values. eigensolver: function that maps
+        G (..., n, n) to its leading eigenvectors (..., n, k)."""
         *batch, capacity, n = shape
         starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
         edges, self.eigensolver = [*starts, capacity], eigensolver

@@ -60,10 +60,10 @@ class LowRankLinear(FactoredLinear):
     @torch.no_grad()
     def from_linear(cls, linear, rank):
         """Return a layer in which B A is the best rank-r approximation of the weight of an
-        nn.Linear (Eckart and Young 1936). From the truncated SVD U S V^T of the weight, A = sqrt(S)
-        V^T and B = U sqrt(S). The bias is copied. A rank above min(m, n) counts as min(m, n).
-        Raises ValueError for rank < 1 and torch.linalg.LinAlgError for weights that are not
-        finite."""
+        nn.Linear (Eckart and Young 1936). From the truncated SVD U S V^T of the weight,
+        A = sqrt(S) V^T and B = U sqrt(S). The bias is copied. A rank above min(m, n) counts as
+        min(m, n). Raises ValueError for rank < 1 and torch.linalg.LinAlgError for weights that are
+        not finite."""
         u, s, vh = truncated_svd(to_float64(linear.weight), rank, 'standard')
         return cls.from_factors(u * s.sqrt(), s.sqrt()[:, None] * vh, linear)
 
@@ -122,8 +122,8 @@ class AdaptedLinear(FactoredLinear):
 class LoRALinear(AdaptedLinear):
     """Linear layer with an adapter: y = W x + b + s B A dropout(x) with s = alpha / r.
 
-    Maps x (..., n) to y (..., m). W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and B
-    (m, r) are trained. LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA
+    Maps x (..., n) to y (..., m). W (m, n) and b (m) of the layer `base` are frozen. A (r, n) and
+    B (m, r) are trained. LoRA (Hu et al., arXiv:2106.09685) starts from a random A and B = 0. PiSSA
     (Meng et al., arXiv:2404.02948) starts from the r largest singular components of the weight W_0
     of the wrapped layer. MiLoRA (Wang et al., arXiv:2406.09044) starts from the r smallest
     components of W_0. PiSSA and MiLoRA freeze the rest, W = W_0 - s B_0 A_0, where A_0 and B_0 are

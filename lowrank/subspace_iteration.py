@@ -7,11 +7,11 @@ orthonormalizes the product by Cholesky QR:
 
     Y = G Q,   Y^T Y = R^T R,   Q <- Y R^-1,
 
-This reduces the error of the k-th direction by a factor lambda_{k+1} / lambda_k, where lambda_1 >=
-lambda_2 >= ... are the eigenvalues of G. A cold start begins with random Gaussian columns,
-GUARD_COLUMNS more than the rank, because the k-th direction converges last. The weakest directions
-are removed at the end (`truncate_basis`). A good start needs a single product with G, for example
-the basis of the last training step (`WarmStartBasis`).
+This reduces the error of the k-th direction by a factor lambda_{k+1} / lambda_k, where
+lambda_1 >= lambda_2 >= ... are the eigenvalues of G. A cold start begins with random Gaussian
+columns, GUARD_COLUMNS more than the rank, because the k-th direction converges last. The weakest
+directions are removed at the end (`truncate_basis`). A good start needs a single product with G,
+for example the basis of the last training step (`WarmStartBasis`).
 
 Letters: n side of a matrix, k rank, l columns of a start, nh heads; "..." any batch dimensions.
 """
