@@ -161,7 +161,7 @@ def main(argv=None):
     SIGTERM. An error is one line on stderr.
     """
     return cli.run('train.py', TrainConfig, __doc__, train, argv, load_config,
-                   again='to continue from a saved checkpoint: --init_from=resume --out_dir=OUT_DIR')
+                   again='to continue a saved run: --init_from=resume --out_dir=OUT_DIR')
 
 
 # --------------------------------------------------------------------------------------------------
