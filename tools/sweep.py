@@ -187,13 +187,9 @@ def check_same_sweep(folder, record):
     old, new = flat(load(folder) if (folder / 'sweep.json').exists() else record), flat(record)
     changed = [key for key in old if key not in new or new[key] != old[key]]
     if changed:
-        key = changed[0]
-        part = key.rpartition(': ')[0] or key                       # a variant or a seed
-        how = (f'{key} is {old[key]!r} there and {new.get(key, "absent")!r} in this command'
-               if any((other.rpartition(': ')[0] or other) == part for other in new) else
-               f'the sweep there has {part}, this command does not')
-        raise UserError(f'sweep={str(folder)!r}: the folder holds a different sweep: {how} '
-                        f'(nearest: --sweep={unused(folder)})')
+        raise UserError(f'sweep={str(folder)!r}: the folder holds a different sweep: {changed[0]} '
+                        f'is {old[changed[0]]!r} there and {new.get(changed[0], "absent")!r} in '
+                        f'this command (nearest: --sweep={unused(folder)})')
 
 
 # --------------------------------------------------------------------------------------------------
