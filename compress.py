@@ -84,8 +84,8 @@ class CompressConfig:
                           Range(1)] = None
     spectrum: Annotated[bool, 'only report the singular values of every weight in the blocks',
                         SWITCH] = False
-    init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
+    init_from: Annotated[str, "'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', or a folder: a run's, Hugging Face's or export.py's",
                          PATH] = 'resume'
     dataset: Annotated[str | None, "data to measure on, as for train.py; None: the run's",
                        PATH] = None

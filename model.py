@@ -109,8 +109,8 @@ class GPTConfig(AdapterTargets):
                             Section('adaptive SVD')] = False
     adaptive_svd_target_layer: Annotated[int, 'index of the block to protect; -1: all blocks',
                                          Range(-1), ADAPTIVE] = 0
-    adaptive_svd_targets: Annotated[str, 'comma-separated layers out of c_q, c_k, c_v, c_proj; '
-                                    'with MLA out of query, c_proj', ADAPTIVE] = 'c_q'
+    adaptive_svd_targets: Annotated[str, 'layers out of c_q,c_k,c_v,c_proj; with MLA out of '
+                                    'query,c_proj', ADAPTIVE] = 'c_q'
     adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': protected directions cannot "
                                        "change; 'none': they can", ADAPTIVE, OVERRIDABLE] = 'left'
     adaptive_svd_ranks: Annotated[dict[str, int] | None, 'number of trained components per layer '

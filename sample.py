@@ -35,13 +35,13 @@ class SampleConfig:
     """Options of sample.py: nanoGPT's, top_p, lora_adapter, and SVD options, which may differ from
     those used in training. For a value that is not valid, raises ValueError with a message that
     starts with the option's name."""
-    init_from: Annotated[str, "'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
+    init_from: Annotated[str, "'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', or a folder: a run's, Hugging Face's or export.py's",
                          PATH, Section('model')] = 'resume'
     out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
-    lora_adapter: Annotated[str | None, 'folder of LoRA adapters for the weights of init_from '
-                            '(export.py --to=lora)', PATH] = None
+    lora_adapter: Annotated[str | None, 'folder that export.py --to=lora made, for init_from',
+                            PATH] = None
     start: Annotated[str, 'prompt, or FILE:prompt.txt to read it from a file',
                      Section('text')] = '\n'
     num_samples: Annotated[int, 'samples to draw, in one batch', Range(1, below=2 ** 31)] = 10

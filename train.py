@@ -55,8 +55,7 @@ class TrainConfig(GPTConfig):
     """Options of train.py: the options of GPTConfig and the options of a run. For a value that is
     not valid, raises ValueError with a message that starts with the option's name."""
     # model: where train.py's defaults differ from GPTConfig's
-    vocab_size: Annotated[int | None, "number of token ids; None: the data's, with BPE rounded "
-                          'up to a multiple of 64',
+    vocab_size: Annotated[int | None, "number of token ids; None: the data's, padded for BPE",
                           Range(1)] = None
     bias: Annotated[bool, 'biases in Linear and LayerNorm; True: as in GPT-2'] = False
     # input and output
@@ -64,16 +63,16 @@ class TrainConfig(GPTConfig):
                        Section('input and output')] = 'out'
     eval_interval: Annotated[int, 'steps between evaluations and checkpoints', Range(1)] = 2000
     log_interval: Annotated[int, 'steps between lines of metrics.jsonl', Range(1)] = 1
-    eval_iters: Annotated[int, 'batches per evaluation and split; the final evaluation uses the '
-                          'whole validation split', Range(1)] = 200
+    eval_iters: Annotated[int, 'batches per split and evaluation; at the end the whole val split',
+                          Range(1)] = 200
     eval_only: Annotated[bool, 'only evaluate, on the whole validation split'] = False
     always_save_checkpoint: Annotated[bool, 'ckpt.pt is always the latest checkpoint; False: the '
                                       'best one'] = True
-    init_from: Annotated[str, "'scratch', 'resume' (OUT_DIR), 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', a run folder, or a folder from Hugging Face or export.py",
+    init_from: Annotated[str, "'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', or a folder: a run's, Hugging Face's or export.py's",
                          PATH] = 'scratch'
-    lora_adapter: Annotated[str | None, 'folder of LoRA adapters for the weights of init_from '
-                            '(export.py --to=lora)', PATH] = None
+    lora_adapter: Annotated[str | None, 'folder that export.py --to=lora made, for init_from',
+                            PATH] = None
     # wandb
     wandb_log: Annotated[bool, 'log to Weights & Biases; WANDB_MODE=offline logs to OUT_DIR',
                          Section('wandb')] = False
