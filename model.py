@@ -21,8 +21,8 @@ V the cache keeps
 At full rank nothing changes. 'sequence' takes the best rank-k approximation of V, and 'weight'
 takes the best rank-k approximation of W_v. 'causal' projects V of each token onto k directions that
 come from earlier tokens. This is not the best approximation of V, but no token depends on later
-tokens. 'randomized' has 1 to 4% more error than the exact methods. Decoding with a cache computes
-the same function as a forward pass over the whole prefix, up to rounding.
+tokens. 'randomized' has a few percent more error. Decoding with a cache computes the same function
+as a forward pass over the whole prefix, up to rounding.
 
 Where MLA happens: `LatentProjection` replaces `QKVProjection`. `LatentProjection` computes keys
 U_k c and values U_v c from a latent c of d values per token. The cache keeps c instead of 2C values
@@ -86,7 +86,7 @@ class GPTConfig(AdapterTargets):
                        Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
-                          "slower; 'randomized': usually fastest, error 1 to 4% above the best",
+                          "slower; 'randomized': usually fastest, error a few percent above",
                           *SVD] = 'gram'
     svd_scope: Annotated[Literal[SCOPES], "'sequence': truncate V of the whole sequence, sees "
                          "later tokens; 'causal': project V of each token onto a basis of earlier "

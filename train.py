@@ -187,12 +187,7 @@ def run_training(cfg, set_by, saved, processes):
     huggingface.check_tokenizer(cfg, set_by, saved, data, say)
     # a later resume finds the prepared data even if the text file is gone
     cfg.dataset, cfg.tokenizer = name_of(data.folder, cfg.dataset), data.meta['tokenizer']
-    try:
-        model = build_model(cfg, set_by, saved, data, say).to(device)
-    except UserError:
-        raise
-    except ValueError as e:
-        raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
+    model = build_model(cfg, set_by, saved, data, say).to(device)
     describe(cfg, model, data, dtype, processes)
     evaluation = Evaluation(cfg, model, data, device, devices.autocast(device, dtype),
                             cfg.is_noncausal)
@@ -628,8 +623,30 @@ def draw_curves(out, say):
 # the model
 
 def build_model(cfg, set_by, saved, data, say):
-    """Return the model that init_from names, and copy its shape into cfg. Raises ValueError for
+    """Return the model that init_from names, and copy its shape into cfg. Raises UserError for
     options that do not fit the model."""
+    try:
+        model = make_model(cfg, set_by, saved, data, say)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f'{saved["path"]}: {e}' if saved else str(e)) from None
+    check_fixed_options(cfg, set_by, saved, model.config, say)
+    if cfg.block_size < model.config.block_size:
+        model.crop_block_size(cfg.block_size)
+    for key in MODEL_KEYS:
+        setattr(cfg, key, getattr(model.config, key))
+    if data.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f'vocab_size={cfg.vocab_size}: the data set {data.folder} needs {data.vocab_size} '
+            'token ids (nearest: '
+            f'{data.vocab_size if cfg.init_from == "scratch" else "the data set of the model"})')
+    data.check_length(cfg.block_size)
+    return model
+
+
+def make_model(cfg, set_by, saved, data, say):
+    """Return a new model, or load one, with the adapters of cfg. Raises ValueError."""
     free = {k: getattr(cfg, k) for k in OVERRIDABLE_FIELDS}
     if cfg.init_from == 'scratch':
         if cfg.vocab_size is None:
@@ -649,17 +666,6 @@ def build_model(cfg, set_by, saved, data, say):
             huggingface.load_adapter(model, cfg.lora_adapter, cfg.init_from, say)
     if cfg.init_from != 'resume':
         model.add_adapters(**{k: getattr(cfg, k) for k in ADAPTER_DEFAULTS})
-    check_fixed_options(cfg, set_by, saved, model.config, say)
-    if cfg.block_size < model.config.block_size:
-        model.crop_block_size(cfg.block_size)
-    for key in MODEL_KEYS:
-        setattr(cfg, key, getattr(model.config, key))
-    if data.vocab_size > cfg.vocab_size:
-        raise UserError(
-            f'vocab_size={cfg.vocab_size}: the data set {data.folder} needs {data.vocab_size} '
-            'token ids (nearest: '
-            f'{data.vocab_size if cfg.init_from == "scratch" else "the data set of the model"})')
-    data.check_length(cfg.block_size)
     return model
 
 

@@ -160,6 +160,8 @@ class Evaluation:
 
     def describe_final(self, row):
         """Return the losses in a row of `final` as text."""
-        sampled = (f', gap from {row["val/prefix_positions"]} tokens'
-                   if 'val/prefix_positions' in row else '')
-        return f'final, all {row["val/tokens"]:,} validation tokens{sampled}: {self.describe(row)}'
+        losses, *warning = self.describe(row).split('\n')
+        if 'val/prefix_positions' in row:
+            losses += f', gap measured on {row["val/prefix_positions"]:,} tokens'
+        final = f'final, all {row["val/tokens"]:,} validation tokens: {losses}'
+        return '\n'.join([final, *warning])

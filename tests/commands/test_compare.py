@@ -173,6 +173,13 @@ def test_wrong_input_is_one_line_before_anything_is_trained(argv, words, refused
     assert not Path('out-compare').exists() and theirs.read_text() == '{}'
 
 
+def test_a_value_that_a_loaded_model_cannot_have_is_refused(trained, refused):
+    trained()
+    assert 'lora_rank=9999' in refused(compare.main, '--init_from=out', '--dataset=toy',
+                                       '--device=cpu', '--block_size=8', '--lora_rank=2,9999')
+    assert not Path('out-compare').exists()
+
+
 def test_torchrun_is_refused(refused, monkeypatch):
     monkeypatch.setenv('RANK', '0')
     assert 'RANK' in refused(compare.main, *TINY)

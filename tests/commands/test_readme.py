@@ -15,7 +15,8 @@ from helpers import ROOT, TEXT
 from runtime import config as configuration
 from tools import sweep
 
-TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text()
+# a command may go on in the next line
+TEXTS = {p.relative_to(ROOT).as_posix(): re.sub(r' *\\\n *', ' ', p.read_text())
          for p in (*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md')))}
 CLASSES = {'train.py': 'TrainConfig', 'sample.py': 'SampleConfig', 'bench.py': 'BenchConfig',
            'export.py': 'ExportConfig', 'compress.py': 'CompressConfig',
