@@ -151,7 +151,8 @@ def train_here(arm, argv):
 
 
 def check(cfg):
-    """Check before the first run what all runs need. Raises UserError."""
+    """Check, before any run, that the folder, the record and the figure can be written and that the
+    data set exists. Raises UserError."""
     plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     if not cfg.jobs and not RECORD.exists():
         raise UserError(f'jobs=0: {RECORD} does not exist yet (nearest: --jobs=1)')

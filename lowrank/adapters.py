@@ -113,12 +113,14 @@ def lowrank_ranks(model) -> dict[str, int] | None:
 # adapters without their model
 
 def standard_lora(model, base=None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return the adapters of a model as standard LoRA for the weights before training.
+    """Convert the adapters of a model to standard LoRA, which is added to the original weights:
+    those before the adapters were trained.
 
-    PiSSA and MiLoRA subtract their first adapter from these weights. Their conversion needs `base`,
-    a model with the weights before training, and doubles the rank, up to full rank. Returns the
-    options and name -> tensor, such as 'h.0.attn.c_attn.c_q.A' (r, n) and 'h.0.attn.c_attn.c_q.B'
-    (m, r). Raises ValueError if the adapters do not belong to the weights of `base`.
+    PiSSA and MiLoRA subtract the initial value of each adapter from the original weights. Their
+    conversion doubles the rank, up to full rank, and needs `base`, a model with the original
+    weights. Returns the LoRA options, and a dict of tensors such as 'h.0.attn.c_attn.c_q.A' (r, n)
+    and 'h.0.attn.c_attn.c_q.B' (m, r). Raises ValueError if the adapters do not belong to the
+    weights of `base`.
     """
     c, tensors, rank = model.config, {}, model.config.lora_rank
     for name in c.lora_layers:

@@ -131,9 +131,9 @@ def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, in
     """Choose the ranks with the least total error within a budget of parameters. Returns name ->
     rank, where None means that the layer stays dense.
 
-    energies: name -> (s), descending: the error that each component avoids, in one unit for all
-    layers. shapes: name -> (m, n). step: ranks are multiples of step. Raises ValueError if even the
-    smallest ranks exceed the budget.
+    energies: name -> tensor (s), descending. Entry i is how much the error falls if component i is
+    kept, in the same unit for all layers. shapes: name -> (m, n). step: ranks are multiples of
+    step. Raises ValueError if even the smallest ranks exceed the budget.
 
     The largest choice for a layer has no error. This choice is the dense layer, or the rank above
     which all energies are zero. The error is a convex function of the size, except for the jump to

@@ -114,8 +114,8 @@ def find_baseline(variant, variants):
 def dry_build(variant, set_by):
     """Prepare the data set and build the model as train.py does.
 
-    Returns the Variant with data and costs. Its cfg gets the values that the model decides, such as
-    vocab_size. Raises UserError as train.py does.
+    Returns the Variant with data and costs. Fills in the fields of its cfg that the data or a
+    loaded model determine, such as vocab_size. Raises UserError as train.py does.
     """
     cfg, data = variant.cfg, Dataset(locate(variant.cfg.dataset, variant.cfg.tokenizer))
     huggingface.check_tokenizer(cfg, set_by, None, data, lambda text: None)
