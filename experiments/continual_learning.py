@@ -649,7 +649,8 @@ LOOKS = dict(zip(ARMS, ('k', 'C0', 'C9', 'C4', 'C1', 'C6', 'C2', 'C8',
 
 
 def plot(rows):
-    """Draw loss on A against loss on B, one panel per setting, and the detector, to FIGURE."""
+    """Save FIGURE. Upper panels: loss on text A against loss on text B, one panel per setting.
+    Lower panels: scores of the detector."""
     figure, axes = plots.page(2, 2, (9.5, 10.6))
     for axis, setting in zip(axes[0], SETTINGS):
         draw_curves(axis, rows, setting)

@@ -136,7 +136,7 @@ def jobs(cfg):
 
 
 def ended(job, code, seconds):
-    """Print one line about a run."""
+    """Print the loss of a finished run, or why it failed."""
     final = sweep.result(job.folder, job.steps)
     print(sweep.failure(job, code) if code or not final else
           f'{job.name}: {final["val/loss"]:.4f}', flush=True)

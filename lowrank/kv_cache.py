@@ -197,9 +197,9 @@ class BlockCausalLatentValues(LatentValues):
         return total
 
     def _spans(self, c):
-        """Compute the bases of spans that have begun. Return (first row, last row + 1, W_k) per
-        span of c (B, T, d). W_k comes from V^T V of the rows before the span. W_k is None for the
-        first span, which has no basis."""
+        """Compute the basis of each span that has rows in c and no basis yet. Return (first row,
+        last row + 1, W_k) per span of c (B, T, d). W_k comes from V^T V of the rows before the
+        span. W_k is None for the first span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):

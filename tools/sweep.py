@@ -207,7 +207,7 @@ def has_checkpoint(folder):
 
 
 def state(job):
-    """Return 'done', 'to resume' or 'to do'."""
+    """Return 'done', 'to resume' (there is a checkpoint, and the job may resume) or 'to do'."""
     if result(job.folder, job.steps):
         return 'done'
     return 'to resume' if has_checkpoint(job.folder) and job.resume else 'to do'
