@@ -114,6 +114,11 @@ class CompressConfig:
                 if getattr(self, name) != getattr(CompressConfig, name):
                     raise ValueError(f'{name}={getattr(self, name)!r}: has no effect with {option} '
                                      f'(nearest: leave --{name} out)')
+        for name in ('keep', 'energy'):
+            value = getattr(self, name) or 0
+            if value > 1:                                           # 60 stands for 60%
+                raise ValueError(f'{name}={value}: must be a fraction, above 0 and at most 1 '
+                                 f'(nearest: {value / 100 if 2 <= value <= 100 else 1:g})')
         if self.to == 'mla' and self.method == 'whitened':
             raise ValueError("method='whitened': cannot be combined with --to=mla (nearest: "
                              "'activation')")

@@ -86,7 +86,7 @@ class GPTConfig(AdapterTargets):
                        Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
-                          "slower; 'randomized': usually fastest, error a few percent above",
+                          "slower; 'randomized': usually fastest, error a few percent larger",
                           *SVD] = 'gram'
     svd_scope: Annotated[Literal[SCOPES], "'sequence': truncate V of the whole sequence, sees "
                          "later tokens; 'causal': project V of each token onto a basis of earlier "

@@ -46,8 +46,8 @@ from runtime.files import (FULL, archive_run, check_writable, is_shared, locked_
                            remove_leftovers, unused, unwritable, write_atomically)
 from runtime.generation import sample
 from runtime.nan_check import first_nonfinite_layer
-from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, swap_params,
-                               warmup_iters)
+from runtime.optimizer import (build_optimizer, get_lr, restore_optimizer, schedule_length,
+                               swap_params, warmup_iters)
 
 
 @dataclass
@@ -725,7 +725,7 @@ def describe(cfg, model, data, dtype, processes):
             f'run ends at step max_iters={cfg.max_iters} (nearest: '
             f'--lr_decay_iters={cfg.max_iters})')
     if decays and warmup_iters(cfg) != cfg.warmup_iters:
-        say(f'warmup_iters={cfg.warmup_iters} is not shorter than the schedule: using '
+        say(f'warmup_iters={cfg.warmup_iters} is too long for {schedule_length(cfg)} steps: using '
             f'{warmup_iters(cfg)}')
 
 

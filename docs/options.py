@@ -26,7 +26,8 @@ All options of all commands. `python docs/options.py` writes this page from the 
 
 Write an option as `--key=value` on the command line or as `key = value` in a config file. The
 command line wins over the config file. Options that nanoGPT has keep their names. Their defaults
-are nanoGPT's too, except those of `lr_decay_iters`, `device`, `dtype` and `compile`.
+are nanoGPT's too, except those of `lr_decay_iters`, `device`, `dtype`, `compile` and sample.py's
+`out_dir`.
 
 A resumed run takes its options from the checkpoint. Options that you give again win, except those
 marked "Fixed by a checkpoint". A smaller `block_size` is possible, and `--init_from=FOLDER` can add

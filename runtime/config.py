@@ -146,6 +146,11 @@ def run_config_file(path: str, values: dict, hints: dict) -> dict[str, Any]:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
     except (OSError, ValueError) as e:
         raise UserError(f'{path}: cannot be read as a Python file: {one_line(e)}') from None
+    for node in tree.body:                                          # YAML and JSON are Python, too
+        if (isinstance(node, ast.AnnAssign) and node.value is None
+                or isinstance(node, ast.Expr) and isinstance(node.value, ast.Dict)):
+            raise UserError(f'{path}, line {node.lineno}: sets no option (options are written '
+                            'key = value)')
     namespace = dict(values, __name__='config', __file__=path)
     try:
         exec(code, namespace)

@@ -114,9 +114,9 @@ def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
     (tmp_path / 'old' / 'torch-2.8.1.dist-info').mkdir(parents=True)
     (tmp_path / 'old' / 'torch-2.8.1.dist-info' /
      'METADATA').write_text('Name: torch\nVersion: 2.8.1\n')
-    for missing, path, words in ((['torch'], '', 'torch'),
-                                 ([], tmp_path / 'old', 'torch 2.8.1'),
-                                 (['numpy', 'tqdm'], '', 'numpy, tqdm')):
+    for missing, path, words in ((['torch'], '', 'not installed: torch'),
+                                 ([], tmp_path / 'old', 'torch 2.8.1 is too old'),
+                                 (['numpy', 'tqdm'], '', 'not installed: numpy, tqdm')):
         done = python(f'''
 import runpy, sys
 sys.modules.update(dict.fromkeys({missing}))

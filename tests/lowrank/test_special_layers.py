@@ -191,7 +191,7 @@ def test_adapters_that_do_not_fit_are_refused(trained, fit, done, refused):
     for main, argv, words in ((train.main, [*own, '--init_from=wider'], [
             'h.0.attn.c_attn.c_q.A', '(3, 16)', '(3, 32)'
     ]), (train.main, [*own, '--init_from=out'],
-         ['lora_adapter=', 'out', '--to=dense']), (train.main, [*own, '--init_from=other'], [
+         ['already has adapters', '--to=dense']), (train.main, [*own, '--init_from=other'], [
              "='adapter'", 'of base', '--init_from=base'
          ]), (train.main, own, ["lora_adapter='adapter'"]), (train.main, [
              *own, '--init_from=base', '--lora_adapter=nowhere'

@@ -31,6 +31,7 @@ FILES = {
     'exit3.py': b'import sys\nsys.exit(3)\n', 'syntax.py': b'n_layer = = 2\n',
     'indent.py': b'n_layer = 2\n    n_head = 2\n', 'typo.py': b'sead = 3\n',
     'unknown.py': b'width = 3\n', 'latin1.py': b'out_dir = "gr\xf6\xdfer"\n',
+    'yaml.py': b'n_layer: 2\n', 'json.py': b'{"n_layer": 2}\n',
     'null.py': b'n_layer = 2\0\n', 'config/train_small.py': b'', 'run/ckpt.pt': b''
 }
 
@@ -161,6 +162,7 @@ ARGUMENTS = {
                     ('lines.py', 'line 1: ValueError: two lines'),
                     ('exit.py', 'exit.py, line 1: SystemExit'),
                     ('exit3.py', 'exit3.py, line 2: SystemExit: 3'),
+                    ('yaml.py', 'yaml.py, line 1: '), ('json.py', 'json.py, line 1: '),
                     ('syntax.py', 'syntax.py, line 1: '), ('indent.py', 'indent.py, line 2: '),
                     ('typo.py', '(nearest: seed)'), ('unknown.py', 'underscore'),
                     ('latin1.py', 'latin1.py: '), ('null.py', 'null.py')],
