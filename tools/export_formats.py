@@ -40,8 +40,8 @@ NANOGPT_CONFIG = (
 def plain_model(model):
     """Convert a model to a nanoGPT model with the same outputs.
 
-    The SVD of 'weight' scope, latents, low-rank layers and adapters become part of the weights. The
-    given model cannot be used afterwards. Raises ValueError for scopes that truncate V itself,
+    Low-rank layers, adapters, the latents of MLA, and the SVD in scope 'weight' become part of the
+    weights. The given model cannot be used afterwards. Raises ValueError for scopes that truncate V itself,
     because no weights have the same effect.
     """
     c = model.config
