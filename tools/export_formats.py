@@ -41,8 +41,8 @@ def plain_model(model):
     """Convert a model to a nanoGPT model with the same outputs.
 
     Low-rank layers, adapters, the latents of MLA, and the SVD in scope 'weight' become part of the
-    weights. The given model cannot be used afterwards. Raises ValueError for scopes that truncate V itself,
-    because no weights have the same effect.
+    weights. The given model cannot be used afterwards. Raises ValueError for scopes that truncate V
+    itself, because no weights have the same effect.
     """
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
