@@ -32,8 +32,11 @@ class NoSVD(nn.Module):
         return w_v
 
     def new_values(self, shape, w_v, bias, **kind):
-        """Return empty storage for values (B, nh, N, hs). w_v (nh, hs, C) and bias (nh, 1, hs) make
-        these values from x. bias may be None. kind: dtype and device."""
+        """Return empty storage for values (B, nh, N, hs).
+
+        w_v (nh, hs, C) and bias (nh, 1, hs) or None: the values of inputs x are w_v x + bias. kind:
+        dtype and device.
+        """
         return DenseValues(shape, **kind)
 
     def new_latent_values(self, shape, w_v, bias, **kind):
@@ -105,8 +108,8 @@ class WeightSVD(HeadSVD):
         return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
-        """Return storage for the coordinates W^T W_v x, where W is the basis of the truncated W_v.
-        V - b equals W W^T W_v x."""
+        """Return storage for the coordinates W^T W_v x of inputs x, where W is the basis of the
+        truncated W_v. The truncated V is W (W^T W_v x) + bias."""
         basis = leading_right_vectors(w_v.mT, **self.options)       # (nh, hs, k)
         down_proj = (basis.mT @ w_v).flatten(0, 1)                  # (nh k, C)
         return FactoredValues(shape, basis, bias, down_proj, **kind)

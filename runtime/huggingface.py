@@ -205,9 +205,12 @@ def merge_command(run):
 
 
 def base_sha256(model):
-    """Return the sha256 of a GPT's weights without its LoRA adapters. All weights are hashed before
-    all biases, so that the hash does not depend on whether c_attn is one layer or three. Position
-    embeddings are left out, because a run may crop them."""
+    """Return the sha256 of a GPT's weights without its LoRA adapters.
+
+    Queries, keys and values can be one layer (c_attn) or three. All weights are hashed first and
+    then all biases, so that both forms give the same hash. Position embeddings are left out,
+    because a run may crop them.
+    """
     adapters = [f'{name}.{part}.weight' for name in model.config.lora_layers for part in 'AB']
     digest = hashlib.sha256()
     for kind in ('weight', 'bias'):

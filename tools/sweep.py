@@ -98,7 +98,7 @@ def effective_config(cfg):
 
 
 def find_baseline(variant, variants):
-    """Return the baseline of a variant: the ordinary variant that shares most options with it.
+    """Return the baseline of a variant: the ordinary variant that shares the most options.
 
     An ordinary variant has no SVD, MLA, low-rank layers or adapters. If all variants are ordinary
     or none is, the baseline is the first one.
