@@ -187,7 +187,8 @@ def run(script, argv, values):
     if code:
         raise SystemExit(f'{script}.py {" ".join(argv)}: exit code {code}')
     if script == 'sample':
-        values[f'{len(values):05} text'] = printed.getvalue()
+        # the first line describes the run, in words that may change
+        values[f'{len(values):05} text'] = printed.getvalue().partition('\n')[2]
 
 
 def flatten(value, name, values):
