@@ -251,6 +251,13 @@ def test_the_schedule_is_max_iters_long_fits_its_warm_up_and_a_resume_keeps_it(f
                                                             for it in range(20)] + [1e-3] * 5
 
 
+def test_a_schedule_that_outlasts_the_run_is_said(fit):
+    """nanoGPT's config files set lr_decay_iters=600000. The learning rate of a short run then
+    stays near its maximum, and a line says why."""
+    out = fit('--max_iters=2', '--lr_decay_iters=600000')
+    assert 'lr_decay_iters=600000' in out and '--lr_decay_iters=2)' in out
+
+
 # --------------------------------------------------------------------------------------------------
 # evaluation
 
