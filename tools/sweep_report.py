@@ -13,6 +13,11 @@ from runtime.tracking import read_metrics
 from tools import sweep
 from tools.tables import format_table
 
+# 97.5% quantiles of Student's t distribution for 1, 2, ... 30 degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+               2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+               2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
 # key: the option on the x axis; is_numeric: whether its values are numbers; ticks: x -> value as
 # text; groups: label of the other options -> x -> row; baselines: rows without an x, such as models
 # without SVD, which have no rank
@@ -73,7 +78,28 @@ def collect(folder, record):
         for kind in ('parallel', 'prefix_only'):
             row[f'{kind}_mean'], row[f'{kind}_se'] = mean_and_error(row[kind])
         rows.append(row)
+    named = {row['name']: row for row in rows}
+    for row in rows:
+        row['difference'], row['difference_low'], row['difference_high'] = paired_difference(
+            row, named[row['baseline']])
     return rows
+
+
+def paired_difference(row, baseline):
+    """Return the mean difference of the prefix-only losses of two rows, over the seeds that both
+    have, and the ends of its 95% confidence interval (paired t-test). A seed fixes the initial
+    weights and the order of the data, so a part of its effect cancels in the difference. The values
+    are None for the baseline itself or without common seeds, the ends also for one seed."""
+    own, theirs = (dict(zip(one['seeds'], one['prefix_only'])) for one in (row, baseline))
+    mean, error = mean_and_error([] if row is baseline else [
+        own[seed] - theirs[seed] for seed in own if seed in theirs])
+    if error is None:
+        return mean, None, None
+    freedom = len(own.keys() & theirs.keys()) - 1
+    # beyond the table: the first two terms of the expansion for many degrees of freedom
+    half = error * (T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES)
+                    else 1.960 + 2.372 / freedom)
+    return mean, mean - half, mean + half
 
 
 def mean_and_error(values):
@@ -94,6 +120,10 @@ def table(rows, record):
                                            + fill(' +- {:.4f}', row[f'{kind}_se']) for row in rows]
         for kind in ('parallel', 'prefix_only')}
     columns |= {
+        'minus baseline (95% interval)': [
+            fill('{:+.4f}', row['difference'])
+            + fill(' ({:+.4f} to {:+.4f})', row['difference_low'], row['difference_high'])
+            for row in rows],
         'step time / baseline': [
             fill('{:.3f}', row['step_ratio'])
             + fill(' ({:.3f} to {:.3f})', row['step_ratio_low'], row['step_ratio_high'])
@@ -106,7 +136,8 @@ def table(rows, record):
         *format_table([list(columns), *zip(*columns.values())], len(columns), markdown=True), '',
         f'Losses: validation, nats per token, {over_seeds(record)}; loss at chance: {chances}. The '
         'prefix-only loss is the loss in generation.',
-        f'Baseline: {baselines}. Step time / baseline: median of the ratios of paired steps, with '
+        f'Baseline: {baselines}. Minus baseline: mean difference of the prefix-only losses with '
+        'equal seeds, with the 95% interval of a paired t-test. Step time / baseline: median of the ratios of paired steps, with '
         'quartiles in brackets; adaptive SVD is not timed because its steps differ.',
         "Cache: float32, one sequence of block_size tokens; none: 'sequence' scope cannot cache. "
         'Parameters: without position embeddings.'])
