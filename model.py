@@ -82,6 +82,8 @@ class GPTConfig(AdapterTargets):
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
     gelu: Annotated[Literal['exact', 'tanh'], "GELU: 'exact' (nanoGPT) or 'tanh' (GPT-2)"] = 'exact'
+    weight_init: Annotated[Literal['gpt2', 'mimetic'], "start of training: 'gpt2'; 'mimetic': "
+                           'attention starts at nearby tokens, shorter plateau'] = 'gpt2'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
@@ -207,6 +209,12 @@ class QKVProjection(nn.Linear):
         q, k = F.linear(x, self.weight[:2 * C], bias).split(C, dim=2)
         return split_heads(self.n_head, q, k, F.linear(x, down_proj))
 
+    @torch.no_grad()
+    def init_mimetic(self):
+        """Draw W_q = W_k with orthogonal rows of norm 0.5."""
+        w_q, w_k, _ = self.weight.chunk(3)
+        w_q.copy_(nn.init.orthogonal_(w_k, gain=0.5))
+
     def value_weight(self):
         """Return W_v per head (nh, hs, C), not truncated."""
         return self.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))
@@ -235,6 +243,14 @@ class LatentProjection(nn.Module):
         w_v = self.v_up.weight if w_v is None else w_v.flatten(0, 1)
         v = F.linear(c, w_v, self.v_up.bias)                        # (B, T, C)
         return split_heads(self.n_head, self.query(x), self.k_up(c), v)
+
+    @torch.no_grad()
+    def init_mimetic(self):
+        """Scale U_k until the rows of U_k W_a have the root mean square norm 0.5, and set W_q to
+        that product."""
+        rows = self.k_up.weight @ self.kv_down.weight               # (C, C)
+        self.k_up.weight *= 0.5 * len(rows) ** 0.5 / rows.norm()
+        self.query.weight.copy_(self.k_up.weight @ self.kv_down.weight)
 
     def value_weight(self):
         """Return U_v per head (nh, hs, d), not truncated."""
@@ -421,6 +437,24 @@ class GPT(nn.Module):
                     first = module.A if isinstance(module, LowRankLinear) else module.kv_down
                     gain = math.sqrt(first.in_features / first.out_features)
                     nn.init.orthogonal_(first.weight, gain)
+        if self.config.weight_init == 'mimetic':
+            self.init_mimetic()
+
+    @torch.no_grad()
+    def init_mimetic(self):
+        """Initialize positions, queries and keys so that attention starts at nearby tokens, as it
+        ends in trained models (mimetic initialization, Trockman and Kolter, arXiv:2305.09828).
+        Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) of amplitude 0.1. Their
+        wavelengths are 6 to 600 tokens. W_q equals W_k, so the score of two tokens is the larger,
+        the more similar they are, in position and meaning. Low-rank queries and keys keep GPT-2's
+        initialization."""
+        wpe = self.transformer.wpe.weight                           # (T, C)
+        column = torch.arange(wpe.size(1))
+        angles = torch.arange(len(wpe))[:, None] / 100 ** (column // 2 * 2 / wpe.size(1))
+        wpe.copy_(0.1 * torch.where(column % 2 == 0, angles.sin(), angles.cos()))
+        for block in self.transformer.h:
+            if hasattr(block.attn.c_attn, 'init_mimetic'):
+                block.attn.c_attn.init_mimetic()
 
     def forward(self, idx, targets=None, cache=None):
         """Predict the next tokens: idx (B, T) token ids, targets (B, T) or None -> logits, loss.
@@ -521,22 +555,31 @@ class GPT(nn.Module):
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].detach().clone(),
                                                             freeze=not wpe.requires_grad)
 
-    def param_groups(self, weight_decay) -> dict[str, dict]:
+    def param_groups(self, weight_decay, per_head=False) -> dict[str, dict]:
         """Sort the trainable parameters into groups for an optimizer. Returns name -> group.
         Matrices of blocks ('hidden') and embeddings ('embedding') have weight_decay. Factors of
         adaptive layers, if there are any ('halved'), have weight_decay / 2. Biases and LayerNorms
-        ('vector') have no decay."""
+        ('vector') have no decay. 'hidden' and 'halved' have the list 'matrices', too: the number of
+        matrices in each parameter, for Muon. c_attn holds W_q, W_k and W_v. With per_head, the rows
+        of each head in c_attn, k_up and v_up are a matrix."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
+        heads = self.config.n_head if per_head else 1
+        stacked = {'c_attn': 3 * heads} | dict.fromkeys(('c_q', 'c_k', 'c_v', 'k_up', 'v_up'), heads)
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
                   'vector': 0.0}
         groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()
                   if name != 'halved' or adaptive}
+        counts = {name: groups[name].setdefault('matrices', []) for name in ('hidden', 'halved')
+                  if name in groups}
         for name, p in self.named_parameters():                     # tied weights appear once
             if p.requires_grad:
                 kind = 'vector' if p.dim() < 2 else 'halved' if p in factors else (
                     'hidden' if name.startswith('transformer.h.') else 'embedding')
                 groups[kind]['params'].append(p)
+                if kind in counts:
+                    layer = name.removesuffix('.weight').removesuffix('.base').split('.')[-1]
+                    counts[kind].append(stacked.get(layer, 1))
         return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):

@@ -92,6 +92,8 @@ class TrainConfig(GPTConfig):
     optimizer: Annotated[Literal['adamw', 'muon'], "'adamw'; 'muon': Muon for matrices of blocks, "
                          'AdamW for the rest', Section('optimizer')] = 'adamw'
     learning_rate: Annotated[float, 'highest learning rate, after the warm-up', Range(0)] = 6e-4
+    muon_per_head: Annotated[bool, 'Muon: orthogonalize queries, keys and values per head',
+                             Needs(optimizer='muon')] = False
     max_iters: Annotated[int, 'optimizer steps', Range(0)] = 600000
     weight_decay: Annotated[float, 'weight decay of matrices; none for vectors', Range(0)] = 1e-1
     beta1: Annotated[float, 'AdamW: decay of the mean gradient', Range(0, below=1)] = 0.9

@@ -4,7 +4,8 @@ A model provides its parameters with `param_groups(weight_decay)`, a dict from n
 groups. The groups 'hidden' (matrices of the blocks) and 'embedding' decay. The group 'vector'
 (biases, LayerNorm) does not. The optional group 'halved' holds pairs of factors and decays by half
 as much, because the decay of either factor shrinks the product. Every trainable parameter is in
-exactly one group.
+exactly one group. For Muon, 'hidden' and 'halved' have the list 'matrices', too (see `Muon`), and
+`param_groups` takes per_head.
 """
 
 import math
@@ -53,11 +54,11 @@ def build_optimizer(cfg, model, device):
 def new_optimizer(cfg, model, device):
     """Return the optimizer that `cfg` names, without the model's hook."""
     device_type, betas = torch.device(device).type, (cfg.beta1, cfg.beta2)
-    groups = model.param_groups(cfg.weight_decay)
     if cfg.optimizer == 'muon':
         dtype = torch.bfloat16 if devices.has_native_bfloat16(device) else torch.float32
-        return MuonAdamW(groups, cfg.learning_rate, betas, device_type, dtype)
-    return adamw(groups, cfg.learning_rate, betas, device_type)
+        return MuonAdamW(model, cfg.weight_decay, cfg.learning_rate, betas, device_type, dtype,
+                         cfg.muon_per_head)
+    return adamw(model.param_groups(cfg.weight_decay), cfg.learning_rate, betas, device_type)
 
 
 def adamw_groups(groups):
@@ -66,7 +67,8 @@ def adamw_groups(groups):
     each of the two repos can load the optimizer state of the other repo."""
     decay = groups['hidden'] | {
         'params': groups['embedding']['params'] + groups['hidden']['params']}
-    return [decay, groups['vector'], *([groups['halved']] if 'halved' in groups else [])]
+    return [{key: group[key] for key in ('params', 'weight_decay')}
+            for group in (decay, groups['vector'], groups.get('halved')) if group]
 
 
 def adamw(groups, learning_rate, betas, device_type):
@@ -75,64 +77,87 @@ def adamw(groups, learning_rate, betas, device_type):
                              fused=device_type in ('cpu', 'cuda', 'mps'))
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) with a choice of the dtype of the orthogonalization.
+# coefficients (a, b, c) of the first three steps of Polar Express (Amsel et al., arXiv:2505.16932)
+POLAR_EXPRESS = ((8.28721201814563, -23.595886519098837, 17.300387312530933),
+                 (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                 (3.9486908534822946, -2.908902115962949, 0.5518191394370137))
 
-    torch's Muon always uses bfloat16, which is slow on devices that emulate bfloat16. Matrices of
-    one shape are orthogonalized in one batch, because a sequence of small products uses little of a
-    processor. Learning rates have the scale of AdamW's learning rates (`match_rms_adamw`, Liu et
-    al., arXiv:2502.16982).
+
+def orthogonalize(g, dtype):
+    """Orthogonalize each matrix in g (..., m, n) approximately, in `dtype`. Returns a tensor of the
+    same shape and dtype.
+
+    The result for a matrix U S V^T is U f(S) V^T, where f(S) is about 1. Polar Express makes the
+    step X -> (a I + b G + c G^2) X with G = X X^T three times. Three steps map the singular values
+    from 1% of the Frobenius norm up to values from 0.9 to 1.9, smaller ones to smaller values.
+    """
+    x = g.to(dtype)
+    if g.size(-2) > g.size(-1):
+        x = x.mT                                                    # (..., small, large)
+    # 1.01: rounding must not lift a singular value above 1, where the polynomials grow
+    x = x / x.norm(dim=(-2, -1), keepdim=True).mul(1.01).clamp(min=1e-7)
+    small, large = x.shape[-2:]
+    # the steps multiply small x small matrices only, and X once. Rounding grows, so not in bfloat16
+    if large >= 2 * small and dtype == torch.float32:
+        gram, product = x @ x.mT, None
+        for a, b, c in POLAR_EXPRESS:
+            step = b * gram + c * gram @ gram
+            step.diagonal(dim1=-2, dim2=-1).add_(a)
+            gram, product = step @ gram @ step, step if product is None else step @ product
+        x = product @ x
+    else:
+        for a, b, c in POLAR_EXPRESS:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): steps are orthogonalized momenta.
+
+    A parameter may hold several matrices below each other, such as W_q, W_k and W_v in nanoGPT's
+    c_attn. Each of them is orthogonalized on its own. A group has the numbers of matrices in the
+    list 'matrices', one number per parameter; without the list each parameter is one matrix.
+    Matrices of one shape are orthogonalized in one batch, because a sequence of small products uses
+    little of a processor. `dtype` is the dtype of the orthogonalization. torch.optim.Muon does none
+    of these three. Learning rates have the scale of AdamW's: the entries of a step have a root
+    mean square of about 0.2 times the rate (Liu et al., arXiv:2502.16982).
     """
 
-    def __init__(self, params, lr, weight_decay, dtype):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.95,
-                         adjust_lr_fn='match_rms_adamw')
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      matrices=None))
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update all parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
-            by_shape = {}
-            for p in group['params']:
+            by_shape = {}                                           # matrix shape -> (p, update)
+            for p, n in zip(group['params'], group['matrices'] or [1] * len(group['params'])):
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                updates = []
-                for p in params:
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
                     buffer = self.state[p]['momentum_buffer']
                     buffer.lerp_(p.grad, 1 - group['momentum'])
-                    updates.append(p.grad.lerp(buffer, group['momentum']))  # Nesterov
-                updates = self._orthogonalize(torch.stack(updates), group)  # (params, m, n)
-                for p, update in zip(params, updates):
+                    update = p.grad.lerp(buffer, group['momentum']).unflatten(0, (n, -1))  # Nesterov
+                    by_shape.setdefault(update.shape[1:], []).append((p, update))
+            for shape, pairs in by_shape.items():
+                params, updates = zip(*pairs)
+                steps = orthogonalize(torch.cat(updates), self.dtype).split([*map(len, updates)])
+                rate = group['lr'] * 0.2 * max(shape) ** 0.5
+                for p, step in zip(params, steps):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    # torch raises an error for a factor beyond float32; training with the largest
-                    # float32 diverges, too
-                    p.add_(update, alpha=-min(group['lr'] * 0.2 * max(shape) ** 0.5,
-                                              torch.finfo(p.dtype).max))
-
-    def _orthogonalize(self, g, group):
-        """Orthogonalize each matrix U S V^T in g (params, m, n) by Newton-Schulz iterations. The
-        result approximates U V^T and has singular values of about 0.7 to 1.2."""
-        a, b, c = group['ns_coefficients']
-        x = g.to(self.dtype)
-        if g.size(-2) > g.size(-1):
-            x = x.mT
-        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group['eps'])
-        for _ in range(group['ns_steps']):
-            gram = x @ x.mT                                         # (params, small, small)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+                    p.add_(step.flatten(0, 1), alpha=-rate)
 
 
 class MuonAdamW:
-    """Muon and AdamW behind the interface of one optimizer. `groups` is the dict of a model's
-    `param_groups`. Muon gets 'hidden' and 'halved', AdamW gets the rest. `muon_dtype` is the dtype
-    of Muon's orthogonalization."""
+    """Muon and AdamW behind the interface of one optimizer. Of the groups of model.param_groups,
+    Muon gets 'hidden' and 'halved', AdamW gets the rest. `muon_dtype` is the dtype of Muon's
+    orthogonalization. per_head is for param_groups."""
 
-    def __init__(self, groups, lr, betas, device_type, muon_dtype):
+    def __init__(self, model, weight_decay, lr, betas, device_type, muon_dtype, per_head=False):
+        groups, self.per_head = model.param_groups(weight_decay, per_head), per_head
         own = [groups[name] for name in ('hidden', 'halved') if name in groups]
         rest = [groups[name] for name in ('embedding', 'vector')]
         fused = device_type in ('cpu', 'cuda', 'mps')
@@ -173,10 +198,11 @@ def swap_params(optimizer, model, old):
     for part in getattr(optimizer, 'optimizers', (optimizer,)):
         for p in old:
             part.state.pop(p, None)
-    muon, groups = isinstance(optimizer, MuonAdamW), model.param_groups(0.0)
-    for group, own in zip(optimizer.param_groups,
-                          groups.values() if muon else adamw_groups(groups)):
-        group['params'] = own['params']
+    muon = isinstance(optimizer, MuonAdamW)
+    groups = (model.param_groups(0.0, optimizer.per_head).values() if muon else
+              adamw_groups(model.param_groups(0.0)))
+    for group, own in zip(optimizer.param_groups, groups):
+        group.update({key: own[key] for key in ('params', 'matrices') if key in own})
     if muon:  # a GradScaler may skip this step, but a checkpoint needs the state of all parameters
         for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):
             optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))

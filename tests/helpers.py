@@ -247,7 +247,7 @@ def optimizer_of(model, kind):
     betas = (.9, .95)
     if kind == 'muon':
         return model.register_step_hook(
-            MuonAdamW(model.param_groups(.1), 1e-2, betas, 'cpu', torch.float32))
+            MuonAdamW(model, .1, 1e-2, betas, 'cpu', torch.float32))
     return model.configure_optimizers(.1, 1e-2, betas, 'cpu')
 
 

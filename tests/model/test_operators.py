@@ -186,7 +186,7 @@ def train_and_generate(device, **options):
     tokens, betas = torch.zeros(2, 16, dtype=torch.long, device=device), (0.9, 0.95)
     optimizers = [model.configure_optimizers(0.1, 1e-3, betas, device.type)]
     optimizers += [
-        MuonAdamW(model.param_groups(0.1), 1e-3, betas, device.type, dtype)
+        MuonAdamW(model, 0.1, 1e-3, betas, device.type, dtype, per_head=True)
         for dtype in (torch.float32, torch.bfloat16)
         if not options]
     for _ in range(2):  # a cold and a warm start
@@ -247,7 +247,7 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
     assert faults(calls, kernels, device) == set()
     named = {call.op for call in calls}
     assert {'native_layer_norm_backward', '_fused_adamw_', 'multinomial'} <= named
-    assert options or {'lerp_.Scalar', 'baddbmm'} <= named  # Muon
+    assert options or {'lerp_.Scalar', 'bmm'} <= named  # Muon
     wide, decomposed = (torch.float32, 'cpu') if device == 'mps' else (torch.float64, device)
     for pattern, expected, at in (
         (
