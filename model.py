@@ -82,17 +82,17 @@ class GPTConfig(AdapterTargets):
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
     gelu: Annotated[Literal['exact', 'tanh'], "GELU: 'exact' (nanoGPT) or 'tanh' (GPT-2)"] = 'exact'
-    weight_init: Annotated[Literal['gpt2', 'mimetic'], "start of training: 'gpt2'; 'mimetic': "
-                           'attention starts at nearby tokens, shorter plateau'] = 'gpt2'
+    weight_init: Annotated[Literal['gpt2', 'mimetic'], "'gpt2'; 'mimetic': attention starts at "
+                           'nearby tokens'] = 'gpt2'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
                           "slower; 'randomized': usually fastest, error a few percent larger",
                           *SVD] = 'gram'
-    svd_scope: Annotated[Literal[SCOPES], "'sequence': truncate V of the whole sequence, sees "
-                         "later tokens; 'causal': project V of each token onto a basis of earlier "
-                         "tokens; 'weight': truncate the weight that makes V", *SVD] = 'sequence'
+    svd_scope: Annotated[Literal[SCOPES], "'sequence': truncate V, sees later tokens; "
+                         "'causal': project V onto a basis of earlier tokens; 'weight': truncate "
+                         'W_v', *SVD] = 'sequence'
     svd_block: Annotated[int, "'causal' scope: the first svd_block tokens keep their full V; "
                          'tokens [n, 2n) use the basis of tokens [0, n)', Range(1), *CAUSAL] = 32
     svd_basis_grad: Annotated[bool, 'False: no gradient through the basis, so that '

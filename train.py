@@ -55,7 +55,7 @@ class TrainConfig(GPTConfig):
     """Options of train.py: the options of GPTConfig and the options of a run. For a value that is
     not valid, raises ValueError with a message that starts with the option's name."""
     # model: where train.py's defaults differ from GPTConfig's
-    vocab_size: Annotated[int | None, "number of token ids; None: the data's, padded for BPE",
+    vocab_size: Annotated[int | None, "token ids; None: the data's, padded for BPE",
                           Range(1)] = None
     bias: Annotated[bool, 'biases in Linear and LayerNorm; True: as in GPT-2'] = False
     # input and output
