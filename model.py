@@ -246,10 +246,15 @@ class LatentProjection(nn.Module):
 
     @torch.no_grad()
     def init_mimetic(self):
-        """Scale U_k until the rows of U_k W_a have the root mean square norm 0.5, and set W_q to
-        that product."""
-        rows = self.k_up.weight @ self.kv_down.weight               # (C, C)
-        self.k_up.weight *= 0.5 * len(rows) ** 0.5 / rows.norm()
+        """Draw U_k and U_v with orthogonal rows or columns in each head. Entries of U_v have the
+        root mean square 0.02. Rows of U_k W_a have the root mean square norm 0.5, and W_q is this
+        product."""
+        hs, d = self.value_weight().shape[1:]
+        for up in (self.k_up, self.v_up):
+            for head in up.weight.chunk(self.n_head):
+                nn.init.orthogonal_(head, gain=0.02 * max(hs, d) ** 0.5)
+        keys = self.k_up.weight @ self.kv_down.weight               # (C, C)
+        self.k_up.weight *= 0.5 * len(keys) ** 0.5 / keys.norm()
         self.query.weight.copy_(self.k_up.weight @ self.kv_down.weight)
 
     def value_weight(self):
@@ -442,16 +447,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_mimetic(self):
-        """Initialize positions, queries and keys so that attention starts at nearby tokens, as it
-        ends in trained models (mimetic initialization, Trockman and Kolter, arXiv:2305.09828).
-        Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) of amplitude 0.1. Their
-        wavelengths are 6 to 600 tokens. W_q equals W_k, so the score of two tokens is the larger,
-        the more similar they are, in position and meaning. Low-rank queries and keys keep GPT-2's
-        initialization."""
-        wpe = self.transformer.wpe.weight                           # (T, C)
+        """Initialize positions, queries and keys so that attention starts at nearby tokens, as in
+        trained models (mimetic initialization, Trockman and Kolter, arXiv:2305.09828).
+
+        Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) in the first quarter
+        of the columns, with amplitude 0.2 and wavelengths of 6 to 600 tokens. W_q equals W_k, so
+        that the score of two tokens is larger if they are more similar. Low-rank queries and keys
+        keep GPT-2's initialization."""
+        wpe = self.transformer.wpe.weight[:, :max(2, self.config.n_embd // 4)]      # (T, m)
         column = torch.arange(wpe.size(1))
         angles = torch.arange(len(wpe))[:, None] / 100 ** (column // 2 * 2 / wpe.size(1))
-        wpe.copy_(0.1 * torch.where(column % 2 == 0, angles.sin(), angles.cos()))
+        wpe.copy_(0.2 * torch.where(column % 2 == 0, angles.sin(), angles.cos()))
         for block in self.transformer.h:
             if hasattr(block.attn.c_attn, 'init_mimetic'):
                 block.attn.c_attn.init_mimetic()
@@ -565,7 +571,8 @@ class GPT(nn.Module):
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         heads = self.config.n_head if per_head else 1
-        stacked = {'c_attn': 3 * heads} | dict.fromkeys(('c_q', 'c_k', 'c_v', 'k_up', 'v_up'), heads)
+        parts = ('c_q', 'c_k', 'c_v', 'k_up', 'v_up')
+        stacked = {'c_attn': 3 * heads} | dict.fromkeys(parts, heads)
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
                   'vector': 0.0}
         groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()

@@ -15,6 +15,9 @@ n_head = 4
 n_embd = 128
 
 optimizer = 'muon'
+muon_per_head = True
+weight_init = 'mimetic'
+beta1 = 0.0
 learning_rate = 5e-3
 min_lr = 5e-4
 max_iters = 1200

@@ -23,6 +23,9 @@ svd_method = 'randomized'       # products and Cholesky factors only; starts fro
 svd_scope = 'causal'            # sees no later tokens, so latents can be cached
 
 optimizer = 'muon'
+muon_per_head = True
+weight_init = 'mimetic'
+beta1 = 0.0
 learning_rate = 5e-3
 min_lr = 5e-4
 max_iters = 1200

@@ -18,6 +18,9 @@ use_mla = True
 mla_latent_dim = 32             # n_embd / 4, the default; the cache is 8 times smaller
 
 optimizer = 'muon'
+muon_per_head = True
+weight_init = 'mimetic'
+beta1 = 0.0
 learning_rate = 5e-3
 min_lr = 5e-4
 max_iters = 1200

@@ -6,6 +6,7 @@ method, and compare it with controls.
     python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
 A run is config/train_svd_test.py with the options of its variant, in its own folder below out_dir.
+RECIPE keeps the recipe that this config had when the first runs of the record were made.
 Finished runs are not repeated, so an interrupted sweep can be continued. 'sequence' scope keeps the
 config's svd_basis_grad=False, because with the gradient its parallel loss is meaningless
 (docs/RESULTS.md). The other scopes are causal and use the gradient.
@@ -36,6 +37,7 @@ from torch import nn
 import model
 import train
 from lowrank.head_svd import NoSVD
+from lowrank.layers import split_heads
 from runtime import config as configuration
 from runtime import plots
 from tools import sweep
@@ -88,19 +90,20 @@ class NarrowValues(model.CausalSelfAttention):
     def __init__(self, config):
         super().__init__(config)
         self.head_svd, width = NoSVD(), config.n_head * config.svd_rank
-        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd + width, bias=config.bias)
+        self.c_attn = nn.ModuleDict({
+            name: nn.Linear(config.n_embd, rows, bias=config.bias)
+            for name, rows in (('c_q', config.n_embd), ('c_k', config.n_embd), ('c_v', width))})
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def project(self, x):
         """Return q and k (B, nh, T, hs) and v (B, nh, T, svd_rank) for x (B, T, C)."""
-        C = x.size(2)
-        q, k, v = self.c_attn(x).split((C, C, self.c_proj.in_features), dim=2)
-        return tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
+        return split_heads(self.n_head, *(layer(x) for layer in self.c_attn.values()))
 
     def value_statistics(self, x):
         return {}
 
 
+RECIPE = ['--weight_init=gpt2', '--muon_per_head=False', '--beta1=0.9']
 CONTROLS = {'random projection': RandomProjection, 'narrow values': NarrowValues}
 
 
@@ -129,7 +132,7 @@ def jobs(cfg):
         folder = Path(cfg.out_dir) / name
         argv = [
             str(ROOT / 'config' / 'train_svd_test.py'), f'--dataset={cfg.dataset}',
-            f'--out_dir={folder}', *options, f'--max_iters={cfg.steps}',
+            f'--out_dir={folder}', *RECIPE, *options, f'--max_iters={cfg.steps}',
             f'--lr_decay_iters={cfg.steps}', f'--warmup_iters={cfg.steps // 20}',
             f'--eval_interval={cfg.steps}', '--device=cpu']
         yield sweep.Job(name, folder, cfg.steps, [__file__, '--train', row['arm'], *argv], None)

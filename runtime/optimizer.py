@@ -140,7 +140,8 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
                     buffer = self.state[p]['momentum_buffer']
                     buffer.lerp_(p.grad, 1 - group['momentum'])
-                    update = p.grad.lerp(buffer, group['momentum']).unflatten(0, (n, -1))  # Nesterov
+                    update = p.grad.lerp(buffer, group['momentum'])             # Nesterov
+                    update = update.unflatten(0, (n, -1))                       # (n, rows, columns)
                     by_shape.setdefault(update.shape[1:], []).append((p, update))
             for shape, pairs in by_shape.items():
                 params, updates = zip(*pairs)

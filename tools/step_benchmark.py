@@ -48,11 +48,12 @@ def random_tokens(cfg, device):
     return [torch.randint(cfg.vocab_size, shape, generator=generator).to(device) for _ in range(2)]
 
 
-def step_of(cfg, device, peer=None, **changes):
+def step_of(cfg, device, peer=None, trains=True, **changes):
     """Return a function that runs one training step of a new model on random tokens.
 
-    peer: a model with nanoGPT's configure_optimizers, to train in place of a new model; changes:
-    options of the configuration with their new values.
+    peer: a model with nanoGPT's configure_optimizers, to train in place of a new model; trains:
+    whether the optimizer updates the weights; changes: options of the configuration with their new
+    values.
     """
     model = new_model(cfg, device, **changes)
     state = new_state(replace(cfg, compile=False, **changes), model, device)
@@ -60,6 +61,8 @@ def step_of(cfg, device, peer=None, **changes):
         state.model = state.replica = peer
         state.optimizer = peer.configure_optimizers(
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), torch.device(device).type)
+    if not trains:
+        state.optimizer.step = lambda: None
     return partial(train_step, state, [random_tokens(cfg, device)])
 
 
@@ -99,14 +102,10 @@ def kind_of(cfg):
     return ', '.join(name for name, present in parts.items() if present)
 
 
-def truncating_scopes(cfg, required):
-    """Return the scopes in which cfg.svd_rank truncates, and print why others are left out. Raises
-    UserError if `required` and there is no such scope."""
+def truncating_scopes(cfg):
+    """Return the scopes in which cfg.svd_rank truncates, and print why others are left out."""
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     scopes = [scope for scope in SCOPES if not off[scope]]
-    if required and not scopes:
-        raise UserError(f'svd_rank={cfg.svd_rank}: truncates nothing, so there is nothing to '
-                        f'compare (nearest: a rank from 1 to {cfg.n_embd // cfg.n_head - 1})')
     if cfg.svd_rank is not None:
         for scope in filter(off.get, SCOPES):
             print(f'{scope!r} scope is left out because SVD on V is {off[scope]}')
@@ -133,7 +132,7 @@ def steps(cfg, device):
     """Print times of training steps and their ratios to the baseline, then one line of JSON."""
     kind, results = kind_of(cfg), {}
     changes = {kind: dict(use_svd=False)} if kind else {}
-    scopes = truncating_scopes(cfg, required=not kind and not cfg.peer)
+    scopes = truncating_scopes(cfg)
     for scope, method in product(scopes, METHODS):
         changes[', '.join(filter(None, (method, scope, kind)))] = dict(
             use_svd=True, svd_method=method, svd_scope=scope)
@@ -146,6 +145,8 @@ def steps(cfg, device):
         print_line(name, (row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']))
 
     baseline = step_of(cfg, device, use_svd=False, **DENSE)
+    compare('optimizer left out', step_of(cfg, device, trains=False, use_svd=False, **DENSE),
+            baseline)
     for name, change in changes.items():                            # one at a time to save memory
         compare(name, step_of(cfg, device, **change), baseline)
     if cfg.peer:
@@ -164,7 +165,7 @@ def steps(cfg, device):
 @torch.no_grad()
 def decoding(cfg, device):
     """Print tokens/s, cache bytes and FLOPs at several context lengths, then one line of JSON."""
-    lengths, scopes = context_lengths(cfg), truncating_scopes(cfg, required=False)
+    lengths, scopes = context_lengths(cfg), truncating_scopes(cfg)
     words, models = header(cfg, device), {}
     for kind, changes in {'': DENSE, kind_of(cfg): {}}.items():
         models[kind or 'no SVD'] = new_model(cfg, device, use_svd=False, **changes).eval()

@@ -266,7 +266,8 @@ def test_bench_compares_every_method_and_scope_and_another_model_with_the_baseli
     assert found.keys() == {'header', 'device', 'torch', 'pairs', 'seed', 'results'
                             } and found['pairs'] == 2
     assert found['results'].keys() == {
-        'peer', *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
+        'peer', 'optimizer left out',
+        *(f'{method}, {scope}' for method in METHODS for scope in SCOPES)}
     for row in found['results'].values():
         assert min(row['a_ms'], row['b_ms'], row['ratio'], *row['ratio_quartiles']) > 0
 
@@ -306,8 +307,9 @@ def test_bench_times_the_models_that_it_is_told(trained, call):
 
 
 def test_bench_leaves_out_scopes_that_truncate_nothing(results):
-    assert results('--svd_rank=2', '--svd_block=16')['results'].keys() == {
-        f'{method}, {scope}' for method in METHODS for scope in ('sequence', 'weight')}
+    rows = [f'{method}, {scope}' for scope in ('sequence', 'weight') for method in METHODS]
+    assert {*results('--svd_rank=2', '--svd_block=16')['results']} == {*rows, 'optimizer left out'}
+    assert {*results()['results']} == {'optimizer left out'}
 
 
 @pytest.mark.parametrize('option, words', [('--decode --peer=nowhere', 'peer='),
@@ -318,10 +320,6 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
                                            ('--decode --contexts=14', '= 12'),
                                            ('--decode --contexts=0', "contexts='0'"),
                                            ('--decode --contexts=', 'contexts='),
-                                           ('--decode --tokens=16', 'block_size - tokens = 0'),
-                                           ('', 'svd_rank=None: ')])
-def test_bench_refuses_what_cannot_be_and_an_ordinary_model_without_a_rival(
-        here, refused, option, words):
-    """Impossible options end in a one-line error, and so does a model without SVD if there is
-    nothing to compare it with."""
+                                           ('--decode --tokens=16', 'block_size - tokens = 0')])
+def test_bench_refuses_what_cannot_be(here, refused, option, words):
     assert words in refused(bench.main, *BENCH, '--tokens=4', *option.split())
