@@ -138,7 +138,8 @@ def table(rows, record):
         'prefix-only loss is the loss in generation.',
         f'Baseline: {baselines}. Minus baseline: mean difference of the prefix-only losses with '
         'equal seeds, with the 95% interval of a paired t-test. Step time / baseline: median of '
-        'the ratios of paired steps, with quartiles in brackets; adaptive SVD is not timed because its steps differ.',
+        'the ratios of paired steps, with quartiles in brackets; adaptive SVD is not timed because '
+        'its steps differ.',
         "Cache: float32, one sequence of block_size tokens; none: 'sequence' scope cannot cache. "
         'Parameters: without position embeddings.'])
 
