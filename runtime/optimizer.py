@@ -87,9 +87,9 @@ def orthogonalize(g, dtype):
     """Orthogonalize each matrix in g (..., m, n) approximately, in `dtype`. Returns a tensor of the
     same shape and dtype.
 
-    The result for a matrix U S V^T is U f(S) V^T, where f(S) is about 1. Polar Express makes the
-    step X -> (a I + b G + c G^2) X with G = X X^T three times. Three steps map the singular values
-    from 1% of the Frobenius norm up to values from 0.9 to 1.9, smaller ones to smaller values.
+    The result for a matrix U S V^T is U f(S) V^T, where f(S) is about 1. The step
+    X -> (a I + b X X^T + c (X X^T)^2) X is made three times. This maps singular values above 0.15%
+    of the Frobenius norm to values between 0.18 and 1.87, and smaller ones to smaller values.
     """
     x = g.to(dtype)
     if g.size(-2) > g.size(-1):
@@ -97,19 +97,27 @@ def orthogonalize(g, dtype):
     # 1.01: rounding must not lift a singular value above 1, where the polynomials grow
     x = x / x.norm(dim=(-2, -1), keepdim=True).mul(1.01).clamp(min=1e-7)
     small, large = x.shape[-2:]
-    # the steps multiply small x small matrices only, and X once. Rounding grows, so not in bfloat16
+    # the Gram form makes the steps with small x small matrices. Rounding grows, so not in bfloat16
     if large >= 2 * small and dtype == torch.float32:
-        gram, product = x @ x.mT, None
-        for a, b, c in POLAR_EXPRESS:
-            step = b * gram + c * gram @ gram
-            step.diagonal(dim1=-2, dim2=-1).add_(a)
-            gram, product = step @ gram @ step, step if product is None else step @ product
+        gram = x @ x.mT
+        product = step = polynomial(gram, *POLAR_EXPRESS[0])
+        for coefficients in POLAR_EXPRESS[1:]:
+            gram = step @ gram @ step
+            step = polynomial(gram, *coefficients)
+            product = step @ product
         x = product @ x
     else:
         for a, b, c in POLAR_EXPRESS:
             gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+
+
+def polynomial(gram, a, b, c):
+    """Return a I + b G + c G^2 for the matrices G in gram (..., n, n)."""
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal(dim1=-2, dim2=-1).add_(a)
+    return result
 
 
 class Muon(torch.optim.Optimizer):
