@@ -567,11 +567,11 @@ class GPT(nn.Module):
         adaptive layers, if there are any ('halved'), have weight_decay / 2. Biases and LayerNorms
         ('vector') have no decay. 'hidden' and 'halved' have the list 'matrices', too: the number of
         matrices in each parameter, for Muon. c_attn holds W_q, W_k and W_v. With per_head, the rows
-        of each head in c_attn, k_up and v_up are a matrix."""
+        of each head in c_attn, query, k_up and v_up are a matrix."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         heads = self.config.n_head if per_head else 1
-        parts = ('c_q', 'c_k', 'c_v', 'k_up', 'v_up')
+        parts = ('c_q', 'c_k', 'c_v', 'query', 'k_up', 'v_up')
         stacked = {'c_attn': 3 * heads} | dict.fromkeys(parts, heads)
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
                   'vector': 0.0}

@@ -387,7 +387,7 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
 
 @pytest.mark.parametrize('options, whole, per_head', [
     ({}, [3, 1, 1, 1], [6, 1, 1, 1]),
-    (dict(use_mla=True, mla_latent_dim=4), [1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 1, 1, 1]),
+    (dict(use_mla=True, mla_latent_dim=4), [1, 1, 1, 1, 1, 1, 1], [2, 1, 2, 2, 1, 1, 1]),
     (dict(adaptive_svd=True, adaptive_svd_targets='c_q'), [1, 1, 1, 1, 1, 1], [2, 2, 2, 1, 1, 1])],
     ids=['c_attn', 'MLA', 'split'])
 def test_muon_splits_queries_keys_and_values(options, whole, per_head):
