@@ -565,9 +565,11 @@ class GPT(nn.Module):
         """Sort the trainable parameters into groups for an optimizer. Returns name -> group.
         Matrices of blocks ('hidden') and embeddings ('embedding') have weight_decay. Factors of
         adaptive layers, if there are any ('halved'), have weight_decay / 2. Biases and LayerNorms
-        ('vector') have no decay. 'hidden' and 'halved' have the list 'matrices', too: the number of
-        matrices in each parameter, for Muon. c_attn holds W_q, W_k and W_v. With per_head, the rows
-        of each head in c_attn, query, k_up and v_up are a matrix."""
+        ('vector') have no decay. For Muon, 'hidden' and 'halved' have two lists, with one entry per
+        parameter. 'matrices' is the number of matrices in the parameter. c_attn holds W_q, W_k and
+        W_v. With per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix.
+        'rates' is a factor of the learning rate: 0.5 for W_a of MLA, which changes keys and values
+        of all heads at once, else 1."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         heads = self.config.n_head if per_head else 1
@@ -577,16 +579,17 @@ class GPT(nn.Module):
                   'vector': 0.0}
         groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()
                   if name != 'halved' or adaptive}
-        counts = {name: groups[name].setdefault('matrices', []) for name in ('hidden', 'halved')
-                  if name in groups}
+        for name in groups.keys() & {'hidden', 'halved'}:
+            groups[name] |= {'matrices': [], 'rates': []}
         for name, p in self.named_parameters():                     # tied weights appear once
             if p.requires_grad:
                 kind = 'vector' if p.dim() < 2 else 'halved' if p in factors else (
                     'hidden' if name.startswith('transformer.h.') else 'embedding')
                 groups[kind]['params'].append(p)
-                if kind in counts:
+                if 'matrices' in groups[kind]:
                     layer = name.removesuffix('.weight').removesuffix('.base').split('.')[-1]
-                    counts[kind].append(stacked.get(layer, 1))
+                    groups[kind]['matrices'].append(stacked.get(layer, 1))
+                    groups[kind]['rates'].append(0.5 if layer == 'kv_down' else 1.0)
         return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):

@@ -4,8 +4,8 @@ A model provides its parameters with `param_groups(weight_decay)`, a dict from n
 groups. The groups 'hidden' (matrices of the blocks) and 'embedding' decay. The group 'vector'
 (biases, LayerNorm) does not. The optional group 'halved' holds pairs of factors and decays by half
 as much, because the decay of either factor shrinks the product. Every trainable parameter is in
-exactly one group. For Muon, 'hidden' and 'halved' have the list 'matrices', too (see `Muon`), and
-`param_groups` takes per_head.
+exactly one group. For Muon, 'hidden' and 'halved' have the lists 'matrices' and 'rates', too (see
+`Muon`), and `param_groups` takes per_head.
 """
 
 import math
@@ -124,25 +124,24 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): steps are orthogonalized momenta.
 
     A parameter may hold several matrices below each other, such as W_q, W_k and W_v in nanoGPT's
-    c_attn. Each of them is orthogonalized on its own. A group has the numbers of matrices in the
-    list 'matrices', one number per parameter; without the list each parameter is one matrix.
+    c_attn. Each of them is orthogonalized on its own. A group has two lists with one entry per
+    parameter: 'matrices', the number of matrices in it, and 'rates', a factor of the learning rate.
     Matrices of one shape are orthogonalized in one batch, because a sequence of small products uses
-    little of a processor. `dtype` is the dtype of the orthogonalization. torch.optim.Muon does none
-    of these three. Learning rates have the scale of AdamW's: the entries of a step have a root
+    little of a processor. `dtype` is the dtype of the orthogonalization. torch.optim.Muon has none
+    of these. Learning rates have the scale of AdamW's: the entries of a step have a root
     mean square of about 0.2 times the rate (Liu et al., arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
-                                      matrices=None))
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update all parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
-            by_shape = {}                                           # matrix shape -> (p, update)
-            for p, n in zip(group['params'], group['matrices'] or [1] * len(group['params'])):
+            by_shape = {}                                           # shape -> (p, update, rate)
+            for p, n, rate in zip(group['params'], group['matrices'], group['rates']):
                 if p.grad is not None:
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
@@ -150,14 +149,13 @@ class Muon(torch.optim.Optimizer):
                     buffer.lerp_(p.grad, 1 - group['momentum'])
                     update = p.grad.lerp(buffer, group['momentum'])             # Nesterov
                     update = update.unflatten(0, (n, -1))                       # (n, rows, columns)
-                    by_shape.setdefault(update.shape[1:], []).append((p, update))
-            for shape, pairs in by_shape.items():
-                params, updates = zip(*pairs)
+                    by_shape.setdefault(update.shape[1:], []).append((p, update, rate))
+            for shape, entries in by_shape.items():
+                params, updates, rates = zip(*entries)
                 steps = orthogonalize(torch.cat(updates), self.dtype).split([*map(len, updates)])
-                rate = group['lr'] * 0.2 * max(shape) ** 0.5
-                for p, step in zip(params, steps):
+                for p, step, rate in zip(params, steps, rates):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(step.flatten(0, 1), alpha=-rate)
+                    p.add_(step.flatten(0, 1), alpha=-group['lr'] * rate * 0.2 * max(shape) ** 0.5)
 
 
 class MuonAdamW:
@@ -211,7 +209,7 @@ def swap_params(optimizer, model, old):
     groups = (model.param_groups(0.0, optimizer.per_head).values() if muon else
               adamw_groups(model.param_groups(0.0)))
     for group, own in zip(optimizer.param_groups, groups):
-        group.update({key: own[key] for key in ('params', 'matrices') if key in own})
+        group.update({key: own[key] for key in ('params', 'matrices', 'rates') if key in own})
     if muon:  # a GradScaler may skip this step, but a checkpoint needs the state of all parameters
         for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):
             optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))

@@ -363,8 +363,9 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
     params = [torch.nn.Parameter(torch.randn(shape).to(device)) for shape in counts]
     start = [p.detach().double().cpu() for p in params]
     expected, momenta = [*start], [torch.zeros_like(p) for p in start]
-    optimizer = Muon([{'params': params, 'matrices': [*counts.values()]}], dtype=dtype, lr=.1,
-                     weight_decay=.1)
+    rates = [1., .5, 1., 1.]
+    optimizer = Muon([{'params': params, 'matrices': [*counts.values()], 'rates': rates}],
+                     dtype=dtype, lr=.1, weight_decay=.1)
     for _ in range(3):
         for i, (p, n) in enumerate(zip(params, counts.values())):
             p.grad = torch.randn_like(p)
@@ -377,7 +378,7 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
                 for x, y, z in POLAR_EXPRESS:
                     s = x * s + y * s ** 3 + z * s ** 5
                 parts.append(.2 * max(part.shape) ** .5 * (u * s) @ vh)
-            expected[i] = expected[i] * .99 - .1 * torch.cat(parts)
+            expected[i] = expected[i] * .99 - .1 * rates[i] * torch.cat(parts)
         optimizer.step()
     for p, q, p0 in zip(params, expected, start):
         error = (p.detach().double().cpu() - q).norm() / (q - p0).norm()
