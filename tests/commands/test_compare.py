@@ -23,7 +23,7 @@ import train
 from helpers import ROOT, TEXT, TINY, interrupt, rows
 from runtime.data import write_dataset
 from runtime.files import locked_folder
-from tools import sweep
+from tools import sweep, sweep_report
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'here')
 SVD = [*TINY, '--use_svd=True']
@@ -222,12 +222,38 @@ def check_table(printed):
         parallel=[final['val/loss'] for final in finals], prefix_only=prefix, prefix_only_mean=mean,
         prefix_only_se=pytest.approx(error), options={'svd_rank': 2}, seeds=[1337, 1338])
     assert [row['cache_bytes'] for row in results()] == [2 * 16 * 16 * 4] + [None] * 3
-    for words in (f'| {mean:.4f} +- {error:.4f} |', 'Baseline: svd_rank=None',
+    base = [rows(f'out-compare/runs/svd_rank=None,seed={seed}')[-1]['val/loss']
+            for seed in (1337, 1338)]
+    own = [a - b for a, b in zip(prefix, base)]
+    assert row['difference'] == pytest.approx(statistics.mean(own))
+    assert row['difference_high'] - row['difference'] == pytest.approx(
+        12.706 * abs(own[0] - own[1]) / 2)
+    for words in (f'| {mean:.4f} +- {error:.4f} |', f'| {statistics.mean(own):+.4f} (',
+                  'Baseline: svd_rank=None',
                   f'chance: {math.log(17):.2f}'):
         assert words in printed and words in Path('out-compare/results.md').read_text()
     table = [*csv.DictReader(Path('out-compare/results.csv').read_text().splitlines())]
     assert [(row['svd_rank'], float(row['step_ratio'])) for row in table] == [('', 1), ('2', 1),
                                                                               ('4', 2), ('5', 1)]
+
+
+@pytest.mark.parametrize('n, quantile', [(2, 12.7062), (3, 4.3027), (10, 2.2622), (31, 2.0423),
+                                         (32, 2.0395), (101, 1.9840)])
+def test_differences_to_the_baseline_are_paired_by_seed(n, quantile):
+    """The interval is that of a paired t-test over the seeds that both variants have. quantile:
+    scipy.stats.t.ppf(0.975, n - 1)."""
+    differences = [.1 + .01 * (i % 3) for i in range(n)]
+    baseline = {'seeds': [7, *range(n)], 'prefix_only': [9., *(i / 10 for i in range(n))]}
+    row = {'seeds': [*range(n)][::-1],
+           'prefix_only': [i / 10 + differences[i] for i in range(n)][::-1]}
+    mean, low, high = sweep_report.paired_difference(row, baseline)
+    half = quantile * statistics.stdev(differences) / n ** .5
+    assert (mean, low, high) == pytest.approx(
+        (statistics.mean(differences), mean - half, mean + half), rel=1e-4)
+    assert sweep_report.paired_difference(baseline, baseline) == (None, None, None)
+    row['seeds'] = row['seeds'][:1]
+    assert sweep_report.paired_difference(row, baseline) == (pytest.approx(differences[-1]), None,
+                                                             None)
 
 
 @pytest.mark.usefixtures('no_matplotlib')

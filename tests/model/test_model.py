@@ -249,6 +249,29 @@ def test_initial_weights_follow_gpt2():
                 p.mean().item()) < std / 10, name
 
 
+@pytest.mark.parametrize('latent', [None, 8, 32])
+def test_mimetic_initialization_attends_to_nearby_tokens(latent):
+    """With weight_init='mimetic', queries are keys, and the last token attends more to the eight
+    tokens before it than with GPT-2's initialization, which spreads attention evenly. All other
+    weights are drawn as without it."""
+    options = {} if latent is None else mla(latent)
+    models = []
+    for kind in ('gpt2', 'mimetic'):
+        torch.manual_seed(0)
+        models.append(GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=4, n_embd=64,
+                                    weight_init=kind, **options)))
+    tokens, near = torch.randint(65, (1, 64)), []
+    for t in (model.transformer for model in models):
+        x = t.h[0].ln_1(t.wte(tokens) + t.wpe.weight)
+        q, k, _ = t.h[0].attn.c_attn(x)                             # (1, nh, T, hs)
+        near.append((q[:, :, -1:] @ k.mT / 16 ** .5).softmax(-1)[..., -8:].sum(-1).mean())
+    assert torch.allclose(q, k, atol=1e-5)
+    assert .11 < near[0] < .14 and near[1] > .16                    # evenly: 8 / 64
+    for (name, p), other in zip(models[0].named_parameters(), models[1].parameters()):
+        if not any(word in name for word in ('wpe', 'c_attn')):
+            assert torch.equal(p, other), name
+
+
 def test_number_of_parameters_and_mfu():
     """`get_num_params` and `estimate_mfu` match a count by hand with nanoGPT's formula."""
     model, a_block = make(), 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)

@@ -40,11 +40,12 @@ def random_features(seed):
 
 
 FEATURES = [
-    '', '--optimizer=muon --dtype=bfloat16 --warmup_iters=5 --bias=True',
+    '', '--optimizer=muon --dtype=bfloat16 --warmup_iters=5 --bias=True '
+    '--muon_per_head=True --weight_init=mimetic --beta1=0',
     '--optimizer=muon --bias=True '
     "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5}",
     f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {SVD}causal '
-    '--svd_method=randomized',
+    '--svd_method=randomized --muon_per_head=True --weight_init=mimetic',
     '--always_save_checkpoint=False --log_interval=3 --use_mla=True --bias=True '
     f'{SVD}causal --svd_method=standard',
     f'--grad_clip=0 --dropout=.1 --gradient_accumulation_steps=3 {SVD}weight --svd_method=gram'
