@@ -36,9 +36,10 @@ from pathlib import Path
 
 BEFORE = 'd773c8a'                  # the last commit before the redesign
 # words in the names of configurations whose results changed on purpose -> the commit. The changes
-# are: one product from a warm start; another order of sums over a cache; random numbers of LoRA;
-# momenta and decompositions of adaptive layers
-MOVED = {'sequence randomized': 'f503e89', **dict.fromkeys(('causal', 'weight'), 'b2a212d'),
+# are: Muon's steps; one product from a warm start; another order of sums over a cache; random
+# numbers of LoRA; momenta and decompositions of adaptive layers
+MOVED = {'muon': '6ea406a', 'sequence randomized': 'f503e89',
+         **dict.fromkeys(('causal', 'weight'), 'b2a212d'),
          **dict.fromkeys(('lora', 'adaptive'), 'f7eeaf6')}
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ('step_ms', 'tokens_per_s', 'mfu')
