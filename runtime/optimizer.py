@@ -128,8 +128,8 @@ class Muon(torch.optim.Optimizer):
     parameter: 'matrices', the number of matrices in it, and 'rates', a factor of the learning rate.
     Matrices of one shape are orthogonalized in one batch, because a sequence of small products uses
     little of a processor. `dtype` is the dtype of the orthogonalization. torch.optim.Muon has none
-    of these. Learning rates have the scale of AdamW's: the entries of a step have a root
-    mean square of about 0.2 times the rate (Liu et al., arXiv:2502.16982).
+    of these. Learning rates have the scale of AdamW's: the entries of a step have a root mean
+    square of about 0.2 times the rate (Liu et al., arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
