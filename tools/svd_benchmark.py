@@ -65,8 +65,11 @@ def run(cfg, device):
     """
     if cfg.plot:
         plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot)
-    cases = [Case(scope, method) for scope in truncating_scopes(cfg, required=True)
+    cases = [Case(scope, method) for scope in truncating_scopes(cfg)
              for method in METHODS if (scope, method) != ('weight', 'randomized warm')]
+    if not cases:
+        raise UserError(f'svd_rank={cfg.svd_rank}: truncates nothing, so there is nothing to '
+                        f'compare (nearest: a rank from 1 to {cfg.n_embd // cfg.n_head - 1})')
     words = f'{header(cfg, device)}; seed {cfg.seed}, {cfg.pairs} rounds'
     print(words)
     trained, remark = trained_sources(cfg, device)
