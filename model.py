@@ -451,9 +451,9 @@ class GPT(nn.Module):
         trained models (mimetic initialization, Trockman and Kolter, arXiv:2305.09828).
 
         Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) in the first quarter
-        of the columns, with amplitude 0.2 and wavelengths of 6 to 600 tokens. W_q equals W_k, so
-        that the score of two tokens is larger if they are more similar. Low-rank queries and keys
-        keep GPT-2's initialization."""
+        of the columns, with amplitude 0.2 and wavelengths between 6 and 630 tokens. W_q equals
+        W_k, so that the score of two tokens is larger if they are more similar. Low-rank queries
+        and keys keep GPT-2's initialization."""
         wpe = self.transformer.wpe.weight[:, :max(2, self.config.n_embd // 4)]      # (T, m)
         column = torch.arange(wpe.size(1))
         angles = torch.arange(len(wpe))[:, None] / 100 ** (column // 2 * 2 / wpe.size(1))
