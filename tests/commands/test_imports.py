@@ -106,7 +106,7 @@ assert state() == before
 
 
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
-    """Every command ends in a one-line error if torch is missing or too old (2.8.1 lacks Muon), or
+    """Every command ends in a one-line error if torch is missing or too old, or
     if numpy and tqdm are missing."""
     commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()]
     assert {'train.py', 'sample.py', 'bench.py', 'compare.py',
