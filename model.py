@@ -76,7 +76,7 @@ class GPTConfig(AdapterTargets):
     ValueError for an impossible value, with a message that starts with the name of the field."""
     block_size: Annotated[int, 'context length in tokens', Range(1), Section('model')] = 1024
     vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304  # GPT-2's 50257, padded
-    n_layer: Annotated[int, 'number of transformer blocks', Range(1)] = 12
+    n_layer: Annotated[int, 'number of transformer blocks', Range(1, below=10000)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
     n_embd: Annotated[int, 'embedding size; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0

@@ -60,7 +60,7 @@ LONG = {
     'n_layer': 3, 'n_embd': 24, 'block_size': 20, 'vocab_size': 300, 'num_samples': 3,
     'max_new_tokens': 4
 }
-ENDLESS = ('max_iters', 'eval_iters')  # no value of these is refused
+ENDLESS = ('max_iters', 'eval_iters', 'gradient_accumulation_steps')  # no value of these is refused
 
 
 def harmless(key, text):
