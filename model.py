@@ -83,7 +83,7 @@ class GPTConfig(AdapterTargets):
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
     gelu: Annotated[Literal['exact', 'tanh'], "GELU: 'exact' (nanoGPT) or 'tanh' (GPT-2)"] = 'exact'
     weight_init: Annotated[Literal['gpt2', 'mimetic'], "'gpt2'; 'mimetic': attention starts at "
-                           'nearby tokens'] = 'gpt2'
+                           'nearby tokens, larger c_fc'] = 'gpt2'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
@@ -448,12 +448,14 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_mimetic(self):
         """Initialize positions, queries and keys so that attention starts at nearby tokens, as in
-        trained models (mimetic initialization, Trockman and Kolter, arXiv:2305.09828).
+        trained models (mimetic initialization, Trockman and Kolter, arXiv:2305.09828), and c_fc so
+        that GELU is not almost linear.
 
         Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) in the first quarter
         of the columns, with amplitude 0.2 and wavelengths between 6 and 630 tokens. W_q equals
         W_k, so that the score of two tokens is larger if they are more similar. Low-rank queries
-        and keys keep GPT-2's initialization."""
+        and keys keep GPT-2's initialization. c_fc has the standard deviation sqrt(2 / n_embd)
+        (He et al., arXiv:1502.01852)."""
         wpe = self.transformer.wpe.weight[:, :max(2, self.config.n_embd // 4)]      # (T, m)
         column = torch.arange(wpe.size(1))
         angles = torch.arange(len(wpe))[:, None] / 100 ** (column // 2 * 2 / wpe.size(1))
@@ -461,6 +463,8 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             if hasattr(block.attn.c_attn, 'init_mimetic'):
                 block.attn.c_attn.init_mimetic()
+            c_fc = getattr(block.mlp.c_fc, 'B', block.mlp.c_fc)
+            nn.init.normal_(c_fc.weight, std=math.sqrt(2 / self.config.n_embd))
 
     def forward(self, idx, targets=None, cache=None):
         """Predict the next tokens: idx (B, T) token ids, targets (B, T) or None -> logits, loss.
@@ -568,8 +572,7 @@ class GPT(nn.Module):
         ('vector') have no decay. For Muon, 'hidden' and 'halved' have two lists, with one entry per
         parameter. 'matrices' is the number of matrices in the parameter. c_attn holds W_q, W_k and
         W_v. With per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix.
-        'rates' is a factor of the learning rate: 0.5 for W_a of MLA, which changes keys and values
-        of all heads at once, else 1."""
+        'rates' is a factor of the learning rate: 2 for c_fc (docs/RESULTS.md), else 1."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         heads = self.config.n_head if per_head else 1
@@ -589,7 +592,7 @@ class GPT(nn.Module):
                 if 'matrices' in groups[kind]:
                     layer = name.removesuffix('.weight').removesuffix('.base').split('.')[-1]
                     groups[kind]['matrices'].append(stacked.get(layer, 1))
-                    groups[kind]['rates'].append(0.5 if layer == 'kv_down' else 1.0)
+                    groups[kind]['rates'].append(2.0 if layer == 'c_fc' else 1.0)
         return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):

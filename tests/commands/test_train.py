@@ -399,6 +399,8 @@ def test_muon_splits_queries_keys_and_values(options, whole, per_head):
             groups[kind]['params'], groups[kind]['matrices'])]
         counts = {p: n for p, n in pairs}
         assert [counts[p] for name, p in model.named_parameters() if p in counts] == expected
+        rates = dict(zip(groups['hidden']['params'], groups['hidden']['rates']))
+        assert {rates[p] for name, p in model.named_parameters() if 'c_fc.weight' in name} == {2}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -252,8 +252,8 @@ def test_initial_weights_follow_gpt2():
 @pytest.mark.parametrize('latent', [None, 8, 32])
 def test_mimetic_initialization_attends_to_nearby_tokens(latent):
     """With weight_init='mimetic', queries are keys, and the last token attends more to the eight
-    tokens before it than with GPT-2's initialization, which spreads attention evenly. All other
-    weights are drawn as without it."""
+    tokens before it than with GPT-2's initialization, which spreads attention evenly. GELU is not
+    almost linear. All other weights are drawn as without it."""
     options = {} if latent is None else mla(latent)
     models = []
     for kind in ('gpt2', 'mimetic'):
@@ -267,8 +267,9 @@ def test_mimetic_initialization_attends_to_nearby_tokens(latent):
         near.append((q[:, :, -1:] @ k.mT / 16 ** .5).softmax(-1)[..., -8:].sum(-1).mean())
     assert torch.allclose(q, k, atol=1e-5)
     assert .11 < near[0] < .14 and near[1] > .16                    # evenly: 8 / 64
+    assert 1.3 < t.h[1].mlp.c_fc(x).std() < 1.5                     # sqrt(2)
     for (name, p), other in zip(models[0].named_parameters(), models[1].parameters()):
-        if not any(word in name for word in ('wpe', 'c_attn')):
+        if not any(word in name for word in ('wpe', 'c_attn', 'c_fc')):
             assert torch.equal(p, other), name
 
 
