@@ -452,16 +452,16 @@ class GPT(nn.Module):
         that GELU is not almost linear.
 
         Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) in the first quarter
-        of the columns, with amplitude 0.2 and wavelengths between 6 and 630 tokens. W_q equals
-        W_k, so that the score of two tokens is larger if they are more similar. Low-rank queries
-        and keys keep GPT-2's initialization. c_fc has the standard deviation sqrt(2 / n_embd)
-        (He et al., arXiv:1502.01852)."""
+        of the columns, with amplitude 0.2 and wavelengths from 6 to below 630 tokens. W_q equals
+        W_k, so that the score of two tokens is larger if they are more similar. Attention with
+        low-rank layers keeps GPT-2's initialization. c_fc has the standard deviation
+        sqrt(2 / n_embd) (He et al., arXiv:1502.01852)."""
         wpe = self.transformer.wpe.weight[:, :max(2, self.config.n_embd // 4)]      # (T, m)
         column = torch.arange(wpe.size(1))
         angles = torch.arange(len(wpe))[:, None] / 100 ** (column // 2 * 2 / wpe.size(1))
         wpe.copy_(0.2 * torch.where(column % 2 == 0, angles.sin(), angles.cos()))
         for block in self.transformer.h:
-            if hasattr(block.attn.c_attn, 'init_mimetic'):
+            if not any(isinstance(m, LowRankLinear) for m in block.attn.c_attn.modules()):
                 block.attn.c_attn.init_mimetic()
             c_fc = getattr(block.mlp.c_fc, 'B', block.mlp.c_fc)
             nn.init.normal_(c_fc.weight, std=math.sqrt(2 / self.config.n_embd))
@@ -569,10 +569,11 @@ class GPT(nn.Module):
         """Sort the trainable parameters into groups for an optimizer. Returns name -> group.
         Matrices of blocks ('hidden') and embeddings ('embedding') have weight_decay. Factors of
         adaptive layers, if there are any ('halved'), have weight_decay / 2. Biases and LayerNorms
-        ('vector') have no decay. For Muon, 'hidden' and 'halved' have two lists, with one entry per
-        parameter. 'matrices' is the number of matrices in the parameter. c_attn holds W_q, W_k and
-        W_v. With per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix.
-        'rates' is a factor of the learning rate: 2 for c_fc (docs/RESULTS.md), else 1."""
+        ('vector') have no decay. For Muon, each group has two lists, with one entry per parameter.
+        'matrices' is the number of matrices in the parameter. c_attn holds W_q, W_k and W_v. With
+        per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix. 'rates' is a
+        factor of the learning rate. It is 2 for a dense c_fc with weight_init='mimetic', because
+        the larger initial weights need larger steps (docs/RESULTS.md), else 1."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         heads = self.config.n_head if per_head else 1
@@ -580,19 +581,17 @@ class GPT(nn.Module):
         stacked = {'c_attn': 3 * heads} | dict.fromkeys(parts, heads)
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
                   'vector': 0.0}
-        groups = {name: {'params': [], 'weight_decay': decay} for name, decay in decays.items()
-                  if name != 'halved' or adaptive}
-        for name in groups.keys() & {'hidden', 'halved'}:
-            groups[name] |= {'matrices': [], 'rates': []}
+        groups = {name: {'params': [], 'matrices': [], 'rates': [], 'weight_decay': decay}
+                  for name, decay in decays.items() if name != 'halved' or adaptive}
+        mimetic = self.config.weight_init == 'mimetic'
         for name, p in self.named_parameters():                     # tied weights appear once
             if p.requires_grad:
                 kind = 'vector' if p.dim() < 2 else 'halved' if p in factors else (
                     'hidden' if name.startswith('transformer.h.') else 'embedding')
+                layer = name.removesuffix('.weight').removesuffix('.base').split('.')[-1]
                 groups[kind]['params'].append(p)
-                if 'matrices' in groups[kind]:
-                    layer = name.removesuffix('.weight').removesuffix('.base').split('.')[-1]
-                    groups[kind]['matrices'].append(stacked.get(layer, 1))
-                    groups[kind]['rates'].append(2.0 if layer == 'c_fc' else 1.0)
+                groups[kind]['matrices'].append(stacked.get(layer, 1))
+                groups[kind]['rates'].append(2.0 if mimetic and layer == 'c_fc' else 1.0)
         return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):

@@ -23,9 +23,9 @@ svd_basis_grad = False          # True: training learns to use later tokens: doc
 
 optimizer = 'muon'              # reaches AdamW's loss in a fifth of the steps: docs/RESULTS.md
 muon_per_head = True            # same loss as whole W_q, W_k, W_v (two seeds), less arithmetic
-weight_init = 'mimetic'         # attention starts at nearby tokens: a shorter plateau at 2.5
+weight_init = 'mimetic'         # attention starts at nearby tokens, GELU not linear
 beta1 = 0.0                     # embeddings and vectors learn faster without momentum
-learning_rate = 3.5e-3          # chosen of 2.5e-3, 3.5e-3, 5e-3 and 7e-3
+learning_rate = 3.5e-3          # of 2.5e-3, 3.5e-3 and 5e-3, with and without MLA
 min_lr = 3.5e-4                 # learning_rate / 10
 max_iters = 1200
 warmup_iters = 60               # 5% of the run

@@ -6,7 +6,8 @@ method, and compare it with controls.
     python experiments/loss_against_rank.py --jobs=0             # draw what is recorded
 
 A run is config/train_svd_test.py with the options of its variant, in its own folder below out_dir.
-RECIPE keeps the recipe that this config had when the first runs of the record were made.
+RECIPE has the options of this config when the record was made. Muon's steps have changed since, so
+the record must not be extended: start a new one.
 Finished runs are not repeated, so an interrupted sweep can be continued. 'sequence' scope keeps the
 config's svd_basis_grad=False, because with the gradient its parallel loss is meaningless
 (docs/RESULTS.md). The other scopes are causal and use the gradient.
@@ -103,7 +104,8 @@ class NarrowValues(model.CausalSelfAttention):
         return {}
 
 
-RECIPE = ['--weight_init=gpt2', '--muon_per_head=False', '--beta1=0.9']
+RECIPE = ['--weight_init=gpt2', '--muon_per_head=False', '--beta1=0.9', '--learning_rate=5e-3',
+          '--min_lr=5e-4']
 CONTROLS = {'random projection': RandomProjection, 'narrow values': NarrowValues}
 
 

@@ -14,7 +14,8 @@ def _check_machine():
         trouble = f'Python {sys.version.split()[0]} is too old; install 3.11 or later'
     elif lacking:
         trouble = f'not installed: {", ".join(lacking)}; run: pip install -r requirements.txt'
-    elif tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9):  # first with Muon
+    # nothing older was tested
+    elif tuple(map(int, metadata.version('torch').split('.')[:2])) < (2, 9):
         trouble = (f'torch {metadata.version("torch")} is too old; '
                    'run: pip install -r requirements.txt')
     else:

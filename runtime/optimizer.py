@@ -4,8 +4,8 @@ A model provides its parameters with `param_groups(weight_decay)`, a dict from n
 groups. The groups 'hidden' (matrices of the blocks) and 'embedding' decay. The group 'vector'
 (biases, LayerNorm) does not. The optional group 'halved' holds pairs of factors and decays by half
 as much, because the decay of either factor shrinks the product. Every trainable parameter is in
-exactly one group. For Muon, 'hidden' and 'halved' have the lists 'matrices' and 'rates', too (see
-`Muon`), and `param_groups` takes per_head.
+exactly one group. For Muon, groups have the lists 'matrices' and 'rates', too (see `Muon`), and
+`param_groups(weight_decay, per_head)` says whether each head is a matrix.
 """
 
 import math
@@ -84,8 +84,8 @@ POLAR_EXPRESS = ((8.28721201814563, -23.595886519098837, 17.300387312530933),
 
 
 def orthogonalize(g, dtype):
-    """Orthogonalize each matrix in g (..., m, n) approximately, in `dtype`. Returns a tensor of the
-    same shape and dtype.
+    """Orthogonalize each matrix in g (batch, m, n) approximately, in `dtype`. Returns a tensor of
+    the same shape and dtype.
 
     The result for a matrix U S V^T is U f(S) V^T, where f(S) is about 1. The step
     X -> (a I + b X X^T + c (X X^T)^2) X is made three times. This maps singular values above 0.15%
@@ -93,7 +93,7 @@ def orthogonalize(g, dtype):
     """
     x = g.to(dtype)
     if g.size(-2) > g.size(-1):
-        x = x.mT                                                    # (..., small, large)
+        x = x.mT                                                    # (batch, small, large)
     # 1.01: rounding must not lift a singular value above 1, where the polynomials grow
     x = x / x.norm(dim=(-2, -1), keepdim=True).mul(1.01).clamp(min=1e-7)
     small, large = x.shape[-2:]
@@ -114,7 +114,7 @@ def orthogonalize(g, dtype):
 
 
 def polynomial(gram, a, b, c):
-    """Return a I + b G + c G^2 for the matrices G in gram (..., n, n)."""
+    """Return a I + b G + c G^2 for the matrices G in gram (batch, n, n)."""
     result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     result.diagonal(dim1=-2, dim2=-1).add_(a)
     return result
@@ -125,11 +125,12 @@ class Muon(torch.optim.Optimizer):
 
     A parameter may hold several matrices below each other, such as W_q, W_k and W_v in nanoGPT's
     c_attn. Each of them is orthogonalized on its own. A group has two lists with one entry per
-    parameter: 'matrices', the number of matrices in it, and 'rates', a factor of the learning rate.
-    Matrices of one shape are orthogonalized in one batch, because a sequence of small products uses
-    little of a processor. `dtype` is the dtype of the orthogonalization. torch.optim.Muon has none
-    of these. Learning rates have the scale of AdamW's: the entries of a step have a root mean
-    square of about 0.2 times the rate (Liu et al., arXiv:2502.16982).
+    parameter: 'matrices', the number of matrices in it, and 'rates', a factor of the learning rate
+    that does not change the weight decay. Matrices of one shape are orthogonalized in one batch,
+    because a sequence of small products uses little of a processor. `dtype` is the dtype of the
+    orthogonalization. torch.optim.Muon has no such lists, batches and dtype. Learning rates have
+    the scale of AdamW's: the entries of a step have a root mean square of about 0.2 times the rate
+    (Liu et al., arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -141,7 +142,8 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
             by_shape = {}                                           # shape -> (p, update, rate)
-            for p, n, rate in zip(group['params'], group['matrices'], group['rates']):
+            for p, n, rate in zip(
+                    group['params'], group['matrices'], group['rates'], strict=True):
                 if p.grad is not None:
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
@@ -161,7 +163,7 @@ class Muon(torch.optim.Optimizer):
 class MuonAdamW:
     """Muon and AdamW behind the interface of one optimizer. Of the groups of model.param_groups,
     Muon gets 'hidden' and 'halved', AdamW gets the rest. `muon_dtype` is the dtype of Muon's
-    orthogonalization. per_head is for param_groups."""
+    orthogonalization. per_head: whether each head of queries, keys and values is a matrix."""
 
     def __init__(self, model, weight_decay, lr, betas, device_type, muon_dtype, per_head=False):
         groups, self.per_head = model.param_groups(weight_decay, per_head), per_head

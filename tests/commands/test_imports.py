@@ -106,8 +106,8 @@ assert state() == before
 
 
 def test_a_missing_or_old_package_is_one_line_of_every_command(tmp_path):
-    """Every command ends in a one-line error if torch is missing or too old, or
-    if numpy and tqdm are missing."""
+    """Every command ends in a one-line error if torch is missing or too old, or if numpy and tqdm
+    are missing."""
     commands = [file for file in FILES if '__main__' in (ROOT / file).read_text()]
     assert {'train.py', 'sample.py', 'bench.py', 'compare.py',
             'data/shakespeare/prepare.py'} <= {*commands}

@@ -359,11 +359,11 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
     by the SVD and the polynomials of Polar Express. The shapes are wide, tall and square, single
     and stacked."""
     torch.manual_seed(0)
-    counts = {(24, 16): 1, (16, 48): 2, (48, 8): 6, (8, 64): 1}
+    counts = {(24, 16): 1, (16, 48): 2, (8, 48): 1, (48, 8): 6, (8, 64): 1}  # two of (8, 48)
     params = [torch.nn.Parameter(torch.randn(shape).to(device)) for shape in counts]
     start = [p.detach().double().cpu() for p in params]
     expected, momenta = [*start], [torch.zeros_like(p) for p in start]
-    rates = [1., .5, 1., 1.]
+    rates = [1., .5, 2., 1., 1.]
     optimizer = Muon([{'params': params, 'matrices': [*counts.values()], 'rates': rates}],
                      dtype=dtype, lr=.1, weight_decay=.1)
     for _ in range(3):
@@ -392,15 +392,17 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
     (dict(adaptive_svd=True, adaptive_svd_targets='c_q'), [1, 1, 1, 1, 1, 1], [2, 2, 2, 1, 1, 1])],
     ids=['c_attn', 'MLA', 'split'])
 def test_muon_splits_queries_keys_and_values(options, whole, per_head):
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=9, **options))
-    for expected, flag in ((whole, False), (per_head, True)):
-        groups = model.param_groups(.1, flag)
-        pairs = [pair for kind in ('hidden', 'halved') if kind in groups for pair in zip(
-            groups[kind]['params'], groups[kind]['matrices'])]
-        counts = {p: n for p, n in pairs}
-        assert [counts[p] for name, p in model.named_parameters() if p in counts] == expected
-        rates = dict(zip(groups['hidden']['params'], groups['hidden']['rates']))
-        assert {rates[p] for name, p in model.named_parameters() if 'c_fc.weight' in name} == {2}
+    """The number of matrices in a parameter is that of W_q, W_k and W_v, or of their heads. Only
+    c_fc has another rate, and only after the larger initialization."""
+    for flag, init in ((False, 'gpt2'), (True, 'mimetic')):
+        model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=9,
+                              weight_init=init, **options))
+        found = {p: pair for kind, group in model.param_groups(.1, flag).items()
+                 if kind in ('hidden', 'halved') for p, *pair in zip(
+                     group['params'], group['matrices'], group['rates'], strict=True)}
+        named = {name: found[p] for name, p in model.named_parameters() if p in found}
+        assert [count for count, _ in named.values()] == (per_head if flag else whole)
+        assert all(rate == 1 + (flag and 'c_fc' in name) for name, (_, rate) in named.items())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_the_device_has_every_operator_of_a_training_step_and_of_generating(kern
     assert faults(calls, kernels, device) == set()
     named = {call.op for call in calls}
     assert {'native_layer_norm_backward', '_fused_adamw_', 'multinomial'} <= named
-    assert options or {'lerp_.Scalar', 'bmm'} <= named  # Muon
+    assert options or {'lerp_.Scalar', 'baddbmm'} <= named  # Muon
     wide, decomposed = (torch.float32, 'cpu') if device == 'mps' else (torch.float64, device)
     for pattern, expected, at in (
         (
