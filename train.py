@@ -92,7 +92,7 @@ class TrainConfig(GPTConfig):
     optimizer: Annotated[Literal['adamw', 'muon'], "'adamw'; 'muon': Muon for matrices of blocks, "
                          'AdamW for the rest', Section('optimizer')] = 'adamw'
     learning_rate: Annotated[float, 'highest learning rate, after the warm-up',
-                             Range(0, below=1e30)] = 6e-4
+                             Range(0, below=1e36)] = 6e-4
     muon_per_head: Annotated[bool, 'Muon: orthogonalize queries, keys and values per head',
                              Needs(optimizer='muon')] = False
     max_iters: Annotated[int, 'optimizer steps', Range(0)] = 600000

@@ -530,7 +530,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_which_gets_the_exit_code(
                                                    'allow_val_change': True}.items()
     # wandb's own step may only grow; with 'iter' as axis a step can be logged again after a resume
     wandb.define_metric.assert_called_with('*', step_metric='iter')
-    spoilt = '--learning_rate=1e38', '--grad_clip=0', '--warmup_iters=0', '--wandb_log=True'
+    spoilt = '--learning_rate=1e35', '--grad_clip=0', '--warmup_iters=0', '--wandb_log=True'
     assert call(train.main, *TINY, *spoilt).code == 1
     assert [each.kwargs['exit_code'] for each in wandb.finish.call_args_list] == [130, 0, 0, 1]
 
