@@ -141,23 +141,24 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """Update all parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
-            by_shape = {}                                           # shape -> (p, update, rate)
-            for p, n, rate in zip(
+            by_shape = {}                                           # shape -> (p, count, rate)
+            for p, count, rate in zip(
                     group['params'], group['matrices'], group['rates'], strict=True):
                 if p.grad is not None:
+                    by_shape.setdefault((len(p) // count, p.size(1)), []).append((p, count, rate))
+            for shape, entries in by_shape.items():
+                params, counts, rates = zip(*entries)
+                heights, batch = [*map(len, params)], params[0].new_empty(sum(counts), *shape)
+                for p, update in zip(params, batch.flatten(0, 1).split(heights)):
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
                     buffer = self.state[p]['momentum_buffer']
                     buffer.lerp_(p.grad, 1 - group['momentum'])
-                    update = p.grad.lerp(buffer, group['momentum'])             # Nesterov
-                    update = update.unflatten(0, (n, -1))                       # (n, rows, columns)
-                    by_shape.setdefault(update.shape[1:], []).append((p, update, rate))
-            for shape, entries in by_shape.items():
-                params, updates, rates = zip(*entries)
-                steps = orthogonalize(torch.cat(updates), self.dtype).split([*map(len, updates)])
+                    torch.lerp(p.grad, buffer, group['momentum'], out=update)       # Nesterov
+                steps = orthogonalize(batch, self.dtype).flatten(0, 1).split(heights)
                 for p, step, rate in zip(params, steps, rates):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(step.flatten(0, 1), alpha=-group['lr'] * rate * 0.2 * max(shape) ** 0.5)
+                    p.add_(step, alpha=-group['lr'] * rate * 0.2 * max(shape) ** 0.5)
 
 
 class MuonAdamW:
