@@ -189,7 +189,6 @@ def test_a_figure_that_does_not_fit_leaves_the_old_one():
     ('compress', ['--finetune_iters=1500', '--save_dir={}']),
     ('compare', [*TINY, '--dataset=none', '--sweep={}']),
     ('bench', [*TINY, '--svd', '--svd_rank=2', '--plot={}.png']),
-    ('experiments.loss_against_rank', ['--dataset=none', '--out_dir={}']),
     ('experiments.continual_learning', ['--dataset=none', '--out_dir={}']),
     ('experiments.compression_table', ['--dataset=none', '--out_dir={}'])])
 def test_what_cannot_be_written_is_refused_before_work_begins(refused, command, argv):
