@@ -169,7 +169,8 @@ class MuonAdamW:
     def __init__(self, model, weight_decay, lr, betas, device_type, muon_dtype, per_head=False):
         groups, self.per_head = model.param_groups(weight_decay, per_head), per_head
         own = [groups[name] for name in ('hidden', 'halved') if name in groups]
-        rest = [groups[name] for name in ('embedding', 'vector')]
+        rest = [{key: groups[name][key] for key in ('params', 'weight_decay')}
+                for name in ('embedding', 'vector')]
         fused = device_type in ('cpu', 'cuda', 'mps')
         self.optimizers = (Muon(own, lr, 0.0, muon_dtype),          # each group has its own decay
                            torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused))
