@@ -213,7 +213,7 @@ def swap_params(optimizer, model, old):
     groups = (model.param_groups(0.0, optimizer.per_head).values() if muon else
               adamw_groups(model.param_groups(0.0)))
     for group, own in zip(optimizer.param_groups, groups):
-        group.update({key: own[key] for key in ('params', 'matrices', 'rates') if key in own})
+        group.update({key: own[key] for key in ('params', 'matrices', 'rates') if key in group})
     if muon:  # a GradScaler may skip this step, but a checkpoint needs the state of all parameters
         for p in (p for group in optimizer.optimizers[0].param_groups for p in group['params']):
             optimizer.optimizers[0].state[p].setdefault('momentum_buffer', torch.zeros_like(p))

@@ -38,7 +38,8 @@ BEFORE = 'd773c8a'                  # the last commit before the redesign
 # words in the names of configurations whose results changed on purpose -> the commit. The changes
 # are: Muon's steps; one product from a warm start; another order of sums over a cache; random
 # numbers of LoRA; momenta and decompositions of adaptive layers
-MOVED = {'muon': '6ea406a', 'sequence randomized': 'f503e89',
+MOVED = {'mla muon': '70bb7a3', **dict.fromkeys(('muon', 'compressed'), '6ea406a'),
+         'sequence randomized': 'f503e89',
          **dict.fromkeys(('causal', 'weight'), 'b2a212d'),
          **dict.fromkeys(('lora', 'adaptive'), 'f7eeaf6')}
 ROOT = Path(__file__).resolve().parents[1]
