@@ -82,8 +82,8 @@ class GPTConfig(AdapterTargets):
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
     gelu: Annotated[Literal['exact', 'tanh'], "GELU: 'exact' (nanoGPT) or 'tanh' (GPT-2)"] = 'exact'
-    weight_init: Annotated[Literal['gpt2', 'mimetic'], "'gpt2'; 'mimetic': attention to nearby tokens, "
-                           'larger c_fc'] = 'gpt2'
+    weight_init: Annotated[Literal['gpt2', 'mimetic'], "'gpt2'; 'mimetic': attention to nearby "
+                           'tokens, larger c_fc'] = 'gpt2'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
