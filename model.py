@@ -572,8 +572,8 @@ class GPT(nn.Module):
         ('vector') have no decay. For Muon, each group has two lists, with one entry per parameter.
         'matrices' is the number of matrices in the parameter. c_attn holds W_q, W_k and W_v. With
         per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix. 'rates' is a
-        factor of the learning rate. It is 2 for a dense c_fc with weight_init='mimetic', because
-        the larger initial weights need larger steps (docs/RESULTS.md), else 1."""
+        factor of the learning rate. It is 2 for a dense c_fc with weight_init='mimetic', which
+        lowers the loss (docs/RESULTS.md), else 1."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         heads = self.config.n_head if per_head else 1

@@ -273,6 +273,17 @@ def test_mimetic_initialization_attends_to_nearby_tokens(latent):
             assert torch.equal(p, other), name
 
 
+@pytest.mark.parametrize('layer, options', [('c_v', {}), ('query', mla(8))])
+def test_attention_with_low_rank_layers_keeps_gpt2s_initialization(layer, options):
+    attention = []
+    for kind in ('gpt2', 'mimetic'):
+        torch.manual_seed(0)
+        config = GPTConfig(**SMALL, weight_init=kind, **options,
+                           layer_ranks={f'h.0.attn.c_attn.{layer}': 2})
+        attention.append(GPT(config).transformer.h[0].attn.state_dict())
+    assert all(torch.equal(p, attention[1][name]) for name, p in attention[0].items())
+
+
 def test_number_of_parameters_and_mfu():
     """`get_num_params` and `estimate_mfu` match a count by hand with nanoGPT's formula."""
     model, a_block = make(), 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)
