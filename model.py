@@ -44,10 +44,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.adapters import AdapterTargets, adaptive_layers, inject_adapters
+from lowrank.adapters import AdapterTargets, adaptive_layers, inject_adapters, split_words
 from lowrank.adaptive_layer import PROTECTIONS
 from lowrank.head_svd import SCOPES, WeightSVD, build_head_svd, why_off
-from lowrank.kv_cache import DenseValues, KeyValueCache, LatentCache, validate_positions
+from lowrank.kv_cache import (DenseValues, KeyValueCache, LatentCache, attention,
+                              validate_positions)
 from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head, split_heads
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
@@ -63,6 +64,10 @@ SVD = Needs(use_svd=True), OVERRIDABLE
 CAUSAL = Needs(use_svd=True, svd_scope='causal'), OVERRIDABLE
 RANDOMIZED = Needs(use_svd=True, svd_method='randomized'), OVERRIDABLE
 ADAPTIVE, LORA = Needs(adaptive_svd=True), Needs(has_lora=True)
+# target of the SVD -> key in a checkpoint of the bases of its warm start
+BASIS_KEYS = dict(v='svd_basis', q='svd_basis_q', k='svd_basis_k')
+# layer with the rows of several heads -> whether it makes queries, keys or values
+HEAD_PARTS = dict(c_q='q', c_k='k', c_v='v', query='q', k_up='k', v_up='v')
 # word of adaptive_svd_targets or lora_targets -> layer of a block
 TARGETS = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_attn.c_v',
            'query': 'attn.c_attn.query', 'c_proj': 'attn.c_proj', 'c_fc': 'mlp.c_fc',
@@ -78,6 +83,8 @@ class GPTConfig(AdapterTargets):
     vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304  # GPT-2's 50257, padded
     n_layer: Annotated[int, 'number of transformer blocks', Range(1, below=10000)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
+    n_kv_head: Annotated[int | None, 'key/value heads, each shared by n_head / n_kv_head query '
+                         'heads; None: n_head', Range(1)] = None
     n_embd: Annotated[int, 'embedding size; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
@@ -86,7 +93,12 @@ class GPTConfig(AdapterTargets):
                            'tokens, larger c_fc'] = 'gpt2'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
+    svd_targets: Annotated[str, "'v', or several of q,k,v: queries and keys, too", *SVD] = 'v'
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
+    svd_rank_q: Annotated[int | None, 'rank of queries; None: svd_rank', Range(1),
+                          Needs(svd_on_q=True), *SVD] = None
+    svd_rank_k: Annotated[int | None, 'rank of keys; None: svd_rank', Range(1),
+                          Needs(svd_on_k=True), *SVD] = None
     svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
                           "slower; 'randomized': usually fastest, error a few percent larger",
                           *SVD] = 'gram'
@@ -105,6 +117,9 @@ class GPTConfig(AdapterTargets):
                        Section('MLA and low-rank layers')] = False
     mla_latent_dim: Annotated[int | None, 'latent size, at most n_embd; None: n_embd / 4',
                               Range(1), Needs(use_mla=True)] = None
+    qk_head_dim: Annotated[list[int] | None, 'width of queries and keys of a head, per layer; None: '
+                           'n_embd / n_head; set by compress.py'] = None
+    v_head_dim: Annotated[list[int] | None, 'width of values, as qk_head_dim'] = None
     layer_ranks: Annotated[dict[str, int] | None, "low-rank layers, as {'h.0.mlp.c_fc': 64}; set "
                            'by compress.py'] = None
     adaptive_svd: Annotated[bool, 'protect learned weights from gradients that overwrite them',
@@ -139,13 +154,50 @@ class GPTConfig(AdapterTargets):
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} '
                              f'(nearest: {nearest})')
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_kv_head))
+            raise ValueError(f'n_kv_head={self.n_kv_head}: must divide n_head={self.n_head} '
+                             f'(nearest: {nearest})')
         if self.use_mla and self.latent_dim > self.n_embd:
             raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: must be at most n_embd '
                              f'(nearest: {self.n_embd})')
+        for name in ('n_kv_head', 'qk_head_dim', 'v_head_dim'):
+            if self.use_mla and getattr(self, name) is not None:
+                raise ValueError(f'{name}={getattr(self, name)}: cannot be combined with '
+                                 f'use_mla=True (nearest: --{name}=None)')
+        for name in ('qk_head_dim', 'v_head_dim'):
+            dims = getattr(self, name)
+            if dims is not None and self.use_svd:
+                raise ValueError(f'{name}={dims}: cannot be combined with use_svd=True (nearest: '
+                                 '--use_svd=False)')
+            if dims is not None and (len(dims) != self.n_layer
+                                     or not all(1 <= dim <= self.head_size for dim in dims)):
+                nearest = [min(max(dim, 1), self.head_size) for dim in dims][:self.n_layer]
+                nearest += [self.head_size] * (self.n_layer - len(nearest))
+                raise ValueError(f'{name}={dims}: must be {self.n_layer} numbers from 1 to '
+                                 f'{self.head_size} (nearest: {nearest})')
+        split_words('svd_targets', self.svd_targets, 'qkv')
 
     @property
     def latent_dim(self):
         return self.mla_latent_dim or max(1, self.n_embd // 4)
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Numbers of heads of queries 'q', keys 'k' and values 'v'."""
+        kv = self.n_kv_head or self.n_head
+        return dict(q=self.n_head, k=kv, v=kv)
+
+    def head_dims(self, layer) -> dict[str, int]:
+        """Widths of queries, keys and values of a head in a layer."""
+        qk, v = (dims[layer] if dims else self.head_size
+                 for dims in (self.qk_head_dim, self.v_head_dim))
+        return dict(q=qk, k=qk, v=v)
 
     @property
     def targets(self):
@@ -156,27 +208,62 @@ class GPTConfig(AdapterTargets):
     @property
     def layer_shapes(self):
         """Layers that options can name, such as 'h.0.mlp.c_fc' -> weight shape (m, n)."""
-        C, wide = self.n_embd, {'c_fc': (4 * self.n_embd, self.n_embd),
-                                'mlp.c_proj': (self.n_embd, 4 * self.n_embd)}
-        return {f'h.{i}.{part}': wide.get(word, (C, C)) for i in range(self.n_layer)
-                for word, part in self.targets.items()}
+        C, shapes = self.n_embd, {}
+        for i in range(self.n_layer):
+            rows = {name: heads * self.head_dims(i)[name] for name, heads in self.heads.items()}
+            block = {'c_q': (rows['q'], C), 'c_k': (rows['k'], C), 'c_v': (rows['v'], C),
+                     'query': (C, C), 'c_proj': (C, self.n_head * self.head_dims(i)['v']),
+                     'c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
+            shapes |= {f'h.{i}.{part}': block[word] for word, part in self.targets.items()}
+        return shapes
+
+    @property
+    def svd_target_names(self):
+        """Targets of the SVD, out of 'q', 'k' and 'v'."""
+        words = split_words('svd_targets', self.svd_targets, 'qkv')
+        return [name for name in 'qkv' if name in words]
+
+    @property
+    def svd_on_q(self):
+        return 'q' in self.svd_target_names
+
+    @property
+    def svd_on_k(self):
+        return 'k' in self.svd_target_names
+
+    def rank_of(self, name):
+        """Return the rank of the SVD of queries 'q', keys 'k' or values 'v', or None."""
+        return dict(q=self.svd_rank_q, k=self.svd_rank_k).get(name) or self.svd_rank
+
+    def why_svd_off(self, name):
+        """'off' and the reason why the SVD does not change a target, or '' if it truncates."""
+        # of W_q, W_k, W_v, or of U_k and U_v
+        inputs = self.latent_dim if self.use_mla and name != 'q' else self.n_embd
+        return why_off(self.use_svd, self.rank_of(name), self.svd_scope, self.svd_block,
+                       self.block_size, self.head_size, inputs)
+
+    @property
+    def svd_ranks(self) -> dict[str, int]:
+        """Targets that the SVD truncates -> rank."""
+        return {name: self.rank_of(name) for name in self.svd_target_names
+                if not self.why_svd_off(name)}
 
     @property
     def svd_off(self):
         """'off' and the reason why the SVD changes nothing, or '' if it truncates."""
-        inputs = self.latent_dim if self.use_mla else self.n_embd   # of W_v or U_v
-        return why_off(self.use_svd, self.svd_rank, self.svd_scope, self.svd_block, self.block_size,
-                       self.n_embd // self.n_head, inputs)
+        return '' if self.svd_ranks else self.why_svd_off(self.svd_target_names[-1])
 
     @property
     def svd_truncates(self):
-        return not self.svd_off
+        return bool(self.svd_ranks)
 
     @property
     def svd_summary(self):
-        """What the SVD does to V, as text for a line of output."""
-        return self.svd_off or (f'rank {self.svd_rank} of {self.n_embd // self.n_head}, '
-                                f'{self.svd_method}, {self.svd_scope}')
+        """What the SVD does, as text for a line of output."""
+        ranks = [f'{name.upper()} rank {rank}' if self.svd_targets != 'v' else f'rank {rank}'
+                 for name, rank in self.svd_ranks.items()]
+        return self.svd_off or (f'{", ".join(ranks)} of {self.head_size}, {self.svd_method}, '
+                                f'{self.svd_scope}')
 
     @property
     def is_noncausal(self):
@@ -185,43 +272,57 @@ class GPTConfig(AdapterTargets):
 
 
 class QKVProjection(nn.Linear):
-    """Queries, keys and values of all heads from one layer, nanoGPT's c_attn. Its weight (3C, C) is
-    W_q, W_k and W_v, stacked."""
+    """Queries, keys and values of all heads from one layer, nanoGPT's c_attn. Its weight is W_q
+    (C, C), W_k and W_v (nkv hs, C each), stacked. `heads` and `rows` are the numbers of heads and
+    of rows of the three."""
 
-    def __init__(self, config):
-        super().__init__(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.n_head = config.n_head
+    def __init__(self, config, layer=0):
+        heads, dims = config.heads, config.head_dims(layer)
+        rows = [heads[name] * dims[name] for name in 'qkv']
+        super().__init__(config.n_embd, sum(rows), bias=config.bias)
+        self.heads, self.rows = heads, rows
 
-    def forward(self, x, w_v=None):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, C) is used in place of W_v."""
+    def forward(self, x, weights=()):
+        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs). weights: 'q', 'k' or 'v' -> the
+        weight per head (heads, hs, C) that is used in place of the layer's own weight."""
         weight = self.weight
-        if w_v is not None:
-            weight = torch.cat((*weight.chunk(3)[:2], w_v.flatten(0, 1)))
-        return split_heads(self.n_head, *F.linear(x, weight, self.bias).chunk(3, dim=2))
+        if weights:
+            parts = self.parts(weight) | {name: w.flatten(0, 1) for name, w in weights.items()}
+            weight = torch.cat([*parts.values()])
+        return split_heads(self.heads, self.parts(F.linear(x, weight, self.bias), dim=2))
 
     def project_for_cache(self, x, down_proj):
-        """x (B, T, C) -> q, k, v for `KeyValueCache.attend`, each (B, nh, T, hs). With down_proj
-        (nh k, C), in 'weight' scope, v holds the coordinates of V instead, with shape
-        (B, nh, T, k). They need k / hs of the multiplications and memory of V."""
-        if down_proj is None:
+        """x (B, T, C) -> q, k, v for a KeyValueCache. down_proj: in 'weight' scope, 'q', 'k' or 'v'
+        -> weight (heads k, C) that gives coordinates (B, heads, T, k) in place of q, k or v. They
+        need k / hs of the multiplications and memory."""
+        if not down_proj:
             return self(x)
-        C, bias = x.size(2), None if self.bias is None else self.bias[:2 * x.size(2)]
-        q, k = F.linear(x, self.weight[:2 * C], bias).split(C, dim=2)
-        return split_heads(self.n_head, q, k, F.linear(x, down_proj))
+        w, b = self.parts(self.weight), {} if self.bias is None else self.parts(self.bias)
+        return split_heads(self.heads, {
+            name: F.linear(x, down_proj[name]) if name in down_proj else
+            F.linear(x, w[name], b.get(name)) for name in self.heads})
+
+    def parts(self, tensor, dim=0):
+        """Split a tensor into the parts of queries, keys and values, along dim."""
+        return dict(zip(self.heads, tensor.split(self.rows, dim)))
 
     @torch.no_grad()
     def init_mimetic(self):
-        """Draw W_q = W_k with orthogonal rows of norm 0.5."""
-        w_q, w_k, _ = self.weight.chunk(3)
-        w_q.copy_(nn.init.orthogonal_(w_k, gain=0.5))
+        """Draw W_k with orthogonal rows of norm 0.5. W_q of each head equals W_k."""
+        w = self.parts(self.weight)
+        nn.init.orthogonal_(w['k'], gain=0.5)
+        group = self.heads['q'] // self.heads['k']
+        w['q'].copy_(self.head_weight('k').repeat_interleave(group, dim=0).flatten(0, 1))
 
-    def value_weight(self):
-        """Return W_v per head (nh, hs, C), not truncated."""
-        return self.weight.chunk(3)[2].unflatten(0, (self.n_head, -1))
+    def head_weight(self, name):
+        """Return the weight per head (heads, hs, C) of queries 'q', keys 'k' or values 'v', not
+        truncated."""
+        return self.parts(self.weight)[name].unflatten(0, (self.heads[name], -1))
 
-    def value_bias(self):
-        """Return the bias of V per head (nh, 1, hs), or None."""
-        return bias_per_head(self.n_head, None if self.bias is None else self.bias.chunk(3)[2])
+    def head_bias(self, name):
+        """Return the bias per head (heads, 1, hs) of 'q', 'k' or 'v', or None."""
+        bias = None if self.bias is None else self.parts(self.bias)[name]
+        return bias_per_head(self.heads[name], bias)
 
 
 class LatentProjection(nn.Module):
@@ -231,94 +332,105 @@ class LatentProjection(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, d, self.n_head = config.n_embd, config.latent_dim, config.n_head
+        C, d, self.heads = config.n_embd, config.latent_dim, config.heads
         self.query = nn.Linear(C, C, bias=config.bias)
         self.kv_down = nn.Linear(C, d, bias=False)                  # W_a
         self.k_up = nn.Linear(d, C, bias=False)                     # U_k; softmax cancels a bias
         self.v_up = nn.Linear(d, C, bias=config.bias)               # U_v
 
-    def forward(self, x, w_v=None):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). w_v (nh, hs, d) is used in place of U_v."""
+    def forward(self, x, weights=()):
+        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). weights: 'q', 'k' or 'v' -> the weight per
+        head, W_q (nh, hs, C), U_k or U_v (nh, hs, d), that is used in place of the layer's own."""
         c = self.kv_down(x)                                         # (B, T, d)
-        w_v = self.v_up.weight if w_v is None else w_v.flatten(0, 1)
-        v = F.linear(c, w_v, self.v_up.bias)                        # (B, T, C)
-        return split_heads(self.n_head, self.query(x), self.k_up(c), v)
+        return split_heads(self.heads, {name: self.layer(name)(y) if name not in weights else
+                                        F.linear(y, weights[name].flatten(0, 1),
+                                                 self.layer(name).bias)
+                                        for name, y in dict(q=x, k=c, v=c).items()})
+
+    def project_for_cache(self, x, down_proj):
+        """x (B, T, C) -> q (B, nh, T, hs), or its coordinates by down_proj['q'] (nh k, C), and
+        latents (B, T, d), for a LatentCache."""
+        q = F.linear(x, down_proj['q']) if 'q' in down_proj else self.query(x)
+        return *split_heads(self.heads, dict(q=q)), self.kv_down(x)
+
+    def layer(self, name):
+        """Return the layer that makes queries 'q', keys 'k' or values 'v'."""
+        return dict(q=self.query, k=self.k_up, v=self.v_up)[name]
 
     @torch.no_grad()
     def init_mimetic(self):
         """Draw U_k and U_v with orthogonal rows or columns in each head. Entries of U_v have the
         root mean square 0.02. Rows of U_k W_a have the root mean square norm 0.5, and W_q is this
         product."""
-        hs, d = self.value_weight().shape[1:]
+        _, hs, d = self.head_weight('v').shape
         for up in (self.k_up, self.v_up):
-            for head in up.weight.chunk(self.n_head):
+            for head in up.weight.split(hs):
                 nn.init.orthogonal_(head, gain=0.02 * max(hs, d) ** 0.5)
         keys = self.k_up.weight @ self.kv_down.weight               # (C, C)
         self.k_up.weight *= 0.5 * len(keys) ** 0.5 / keys.norm()
         self.query.weight.copy_(self.k_up.weight @ self.kv_down.weight)
 
-    def value_weight(self):
-        """Return U_v per head (nh, hs, d), not truncated."""
-        return self.v_up.weight.unflatten(0, (self.n_head, -1))
+    def head_weight(self, name):
+        """Return W_q (nh, hs, C), U_k or U_v (nh, hs, d) per head, not truncated."""
+        return self.layer(name).weight.unflatten(0, (self.heads[name], -1))
 
-    def value_bias(self):
-        """Return the bias of V per head (nh, 1, hs), or None."""
-        return bias_per_head(self.n_head, self.v_up.bias)
-
-    def project_for_cache(self, x, down_proj):
-        """x (B, T, C) -> q (B, nh, T, hs) and latents (B, T, d), for `LatentCache.attend`."""
-        return *split_heads(self.n_head, self.query(x)), self.kv_down(x)
+    def head_bias(self, name):
+        """Return the bias per head (nh, 1, hs) of 'q', 'k' or 'v', or None."""
+        return bias_per_head(self.heads[name], self.layer(name).bias)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        self.c_attn = (LatentProjection if config.use_mla else QKVProjection)(config)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        dims = config.head_dims(layer)
+        self.c_attn = LatentProjection(config) if config.use_mla else QKVProjection(config, layer)
+        self.c_proj = nn.Linear(config.n_head * dims['v'], config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.dropout, self.svd_rank = config.dropout, config.svd_rank
-        self.head_svd = build_head_svd(
-            config.svd_scope if config.svd_truncates else None, heads=self.n_head,
-            head_size=self.head_size, block=config.svd_block, basis_grad=config.svd_basis_grad,
-            rank=config.svd_rank, method=config.svd_method, power_iters=config.svd_power_iters,
-            oversample=config.svd_oversample)
+        self.scale = 1 / math.sqrt(config.head_size)    # also for heads narrower than head_size
+        self.head_svd = nn.ModuleDict({name: build_head_svd(
+            config.svd_scope if name in config.svd_ranks else None, heads=config.heads[name],
+            head_size=config.head_size, block=config.svd_block, basis_grad=config.svd_basis_grad,
+            rank=config.svd_ranks.get(name), method=config.svd_method,
+            power_iters=config.svd_power_iters, oversample=config.svd_oversample)
+            for name in 'qkv'})
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last. With a cache, x
         continues the cached tokens, and the keys and values of x are added to the cache. The first
         call takes the whole prompt, each later call one token."""
         # kv is (k, v) without a cache. With a cache it is what `attend` adds to the cache: (k, v),
-        # (k, coordinates of V) in 'weight' scope, or (latents,) with MLA
+        # or their coordinates in 'weight' scope, or (latents,) with MLA
         q, *kv = self.project(x) if cache is None else (
-            self.c_attn.project_for_cache(x, cache.values.down_proj))
-        q = q[:, :, -1:] if only_last else q                        # (B, nh, T or 1, hs)
+            self.c_attn.project_for_cache(x, cache.down_proj))
+        q = (self.head_svd['q'] if cache is None else cache.queries)(q)         # (B, nh, T, hs)
+        q = q[:, :, -1:] if only_last else q
         if cache is None:
-            k, v = kv[0], self.apply_svd_to_v(kv[1])                # (B, nh, T, hs)
-            y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=self.dropout * self.training, is_causal=not only_last)
+            k, v = self.head_svd['k'](kv[0]), self.apply_svd_to_v(kv[1])        # (B, nkv, T, hs)
+            y = attention(q, k, v, self.scale, self.dropout * self.training, not only_last)
         else:
             y = cache.attend(q, *kv)
         y = y.transpose(1, 2).flatten(2)                            # -> (B, T or 1, C)
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):
-        """x (B, T, C) -> q, k, v, each (B, nh, T, hs). In 'weight' scope, v comes from the
-        truncated W_v, or from the truncated U_v with MLA."""
-        return self.c_attn(x, self.value_weight() if isinstance(self.head_svd, WeightSVD) else None)
+        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs). In 'weight' scope, they come
+        from truncated weights."""
+        return self.c_attn(x, {name: self.head_weight(name) for name, svd in self.head_svd.items()
+                               if isinstance(svd, WeightSVD)})
 
-    def value_weight(self):
-        """Return the weight that makes V: W_v (nh, hs, C), or U_v (nh, hs, d) with MLA. In 'weight'
-        scope the result is truncated to rank k per head. `c_attn.value_weight` is never
-        truncated."""
-        return self.head_svd.truncate_weight(self.c_attn.value_weight())
+    def head_weight(self, name):
+        """Return the weight per head that makes queries 'q', keys 'k' or values 'v': (heads, hs,
+        C), or (nh, hs, d) for U_k and U_v of MLA. In 'weight' scope, targets of the SVD are
+        truncated to their rank per head. `c_attn.head_weight` is never truncated."""
+        return self.head_svd[name].truncate_weight(self.c_attn.head_weight(name))
 
     def apply_svd_to_v(self, v):
-        """Truncate V (B, nh, T, hs) -> same shape and dtype. 'sequence' scope returns the best
+        """Truncate V (B, nkv, T, hs) -> same shape and dtype. 'sequence' scope returns the best
         rank-k approximation per head. 'causal' projects V of each token onto k directions from
-        earlier tokens. 'weight' scope, and attention without SVD, return V itself. The computation
-        is in at least float32."""
-        return self.head_svd(v)
+        earlier tokens. 'weight' scope, and attention without SVD on V, return V itself. The
+        computation is in at least float32."""
+        return self.head_svd['v'](v)
 
     def _standard_svd_reconstruction(self, v, rank=None):
         """Return the best rank-k approximation of V by torch.linalg.svd, for tests. rank=None means
@@ -326,13 +438,14 @@ class CausalSelfAttention(nn.Module):
         return low_rank_approximation(v, rank or self.svd_rank, 'standard')
 
     @torch.no_grad()
-    def value_statistics(self, x):
-        """x (B, T, C) -> {'energy_kept': (nh), 'effective_rank': (nh)}. These are the fraction of
-        the energy of V that the SVD keeps, and the effective rank of V before the SVD, per head,
-        averaged over the batch."""
-        v, truncated = self.c_attn(x)[2], self.apply_svd_to_v(self.project(x)[2])
-        return {'energy_kept': energy_kept(v, truncated).mean(0),
-                'effective_rank': effective_rank(v).mean(0)}
+    def head_statistics(self, x, name):
+        """x (B, T, C) -> {'energy_kept': (heads), 'effective_rank': (heads)}. These are the
+        fraction of the energy of Q, K or V (name 'q', 'k' or 'v') that the SVD keeps, and the
+        effective rank before the SVD, per head, averaged over the batch."""
+        i = 'qkv'.index(name)
+        before, after = self.c_attn(x)[i], self.head_svd[name](self.project(x)[i])
+        return {'energy_kept': energy_kept(before, after).mean(0),
+                'effective_rank': effective_rank(before).mean(0)}
 
     @torch.no_grad()
     def new_cache(self, batch, tokens, device=None):
@@ -342,14 +455,17 @@ class CausalSelfAttention(nn.Module):
         place, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(place) and dtype != torch.float64:     # autocast skips float64
             dtype = torch.get_autocast_dtype(place)
-        kind = dict(dtype=dtype, device=device or weight.device)
-        shape, w_v = (batch, self.n_head, tokens, self.head_size), self.c_attn.value_weight()
-        if isinstance(self.c_attn, LatentProjection):
-            values = self.head_svd.new_latent_values(shape, w_v, self.c_attn.value_bias(), **kind)
-            w_k = self.c_attn.k_up.weight.unflatten(0, (self.n_head, -1))       # (nh, hs, d)
-            return LatentCache(DenseValues((batch, tokens, w_k.size(2)), **kind), w_k, values)
-        values = self.head_svd.new_values(shape, w_v, self.c_attn.value_bias(), **kind)
-        return KeyValueCache(DenseValues(shape, **kind), values)
+        kind, c, svd = dict(dtype=dtype, device=device or weight.device), self.c_attn, self.head_svd
+        weights = [c.head_weight(name) for name in 'qkv']           # (heads, hs, C or d) each
+        q, k, v = (((batch, *w.shape[:1], tokens, w.size(1)), w, c.head_bias(name))
+                   for name, w in zip('qkv', weights))
+        queries = svd['q'].new_queries(*q, **kind)
+        if isinstance(c, LatentProjection):
+            latents = DenseValues((batch, tokens, c.kv_down.out_features), **kind)
+            return LatentCache(latents, svd['k'].new_latent_values(*k, **kind),
+                               svd['v'].new_latent_values(*v, **kind), queries, self.scale)
+        return KeyValueCache(svd['k'].new_values(*k, **kind), svd['v'].new_values(*v, **kind),
+                             queries, self.scale)
 
 
 class MLP(nn.Module):
@@ -365,10 +481,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -387,7 +503,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -522,8 +638,9 @@ class GPT(nn.Module):
         'sequence' scope truncates V, because there is no cache then."""
         if self.config.is_noncausal:
             return 0
-        attn, tokens = self.transformer.h[0].attn, min(tokens, self.config.block_size)
-        return batch * self.config.n_layer * attn.new_cache(1, tokens, 'meta').nbytes
+        tokens = min(tokens, self.config.block_size)
+        return batch * sum(block.attn.new_cache(1, tokens, 'meta').nbytes
+                           for block in self.transformer.h)
 
     def flops_per_token(self, tokens, decode=False) -> float:
         """Return the floating-point operations of the forward pass per token. The result is the
@@ -534,12 +651,15 @@ class GPT(nn.Module):
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
         head = self.lm_head.weight.numel()
-        if decode:                                                  # each head attends to latents
-            width = c.n_head * c.latent_dim if c.use_mla else c.n_embd
-            return 2 * (sum(blocks) + last + head) + 4 * c.n_layer * width * (tokens + 1)
-        once = last - projection + head + 2 * c.n_embd * tokens     # the last layer, one position
-        attention = c.n_embd * (tokens + 1) * len(blocks)           # (T + 1) / 2 keys per query
-        return 2 * (sum(blocks) + attention + projection + once / tokens)
+        # multiplications per query and key, in all heads of each layer
+        widths = [c.n_head * (dims['k'] + dims['v']) for dims in map(c.head_dims, range(c.n_layer))]
+        if decode:
+            if c.use_mla:                                           # each head attends to latents
+                widths = [2 * c.n_head * c.latent_dim] * c.n_layer
+            return 2 * (sum(blocks) + last + head + sum(widths) * (tokens + 1))
+        once = last - projection + head + widths[-1] * tokens       # the last layer, one position
+        pairs = sum(widths[:-1]) * (tokens + 1) / 2                 # (T + 1) / 2 keys per query
+        return 2 * (sum(blocks) + pairs + projection + once / tokens)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
         """Return the model FLOPs utilization (PaLM, arXiv:2204.02311, appendix B). It is the number
@@ -570,15 +690,13 @@ class GPT(nn.Module):
         Matrices of blocks ('hidden') and embeddings ('embedding') have weight_decay. Factors of
         adaptive layers, if there are any ('halved'), have weight_decay / 2. Biases and LayerNorms
         ('vector') have no decay. For Muon, each group has two lists, with one entry per parameter.
-        'matrices' is the number of matrices in the parameter. c_attn holds W_q, W_k and W_v. With
-        per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix. 'rates' is a
+        'matrices' lists the numbers of rows of the matrices in the parameter. c_attn holds W_q, W_k
+        and W_v. With per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix.
+        'rates' is a
         factor of the learning rate. It is 2 for a dense c_fc with weight_init='mimetic', which
         lowers the loss (docs/RESULTS.md), else 1."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
-        heads = self.config.n_head if per_head else 1
-        parts = ('c_q', 'c_k', 'c_v', 'query', 'k_up', 'v_up')
-        stacked = {'c_attn': 3 * heads} | dict.fromkeys(parts, heads)
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,
                   'vector': 0.0}
         groups = {name: {'params': [], 'matrices': [], 'rates': [], 'weight_decay': decay}
@@ -588,11 +706,21 @@ class GPT(nn.Module):
             if p.requires_grad:
                 kind = 'vector' if p.dim() < 2 else 'halved' if p in factors else (
                     'hidden' if name.startswith('transformer.h.') else 'embedding')
-                layer = name.removesuffix('.weight').removesuffix('.base').split('.')[-1]
+                path = name.removesuffix('.weight').removesuffix('.base')
                 groups[kind]['params'].append(p)
-                groups[kind]['matrices'].append(stacked.get(layer, 1))
-                groups[kind]['rates'].append(2.0 if mimetic and layer == 'c_fc' else 1.0)
+                groups[kind]['matrices'].append(self.matrix_rows(path, p, per_head))
+                groups[kind]['rates'].append(2.0 if mimetic and path.endswith('.c_fc') else 1.0)
         return groups
+
+    def matrix_rows(self, path, p, per_head):
+        """Return the numbers of rows of the matrices in a parameter p of the layer `path`. See
+        `param_groups`."""
+        layer, heads = path.split('.')[-1], self.config.heads
+        parts = [(HEAD_PARTS.get(layer), len(p))]
+        if layer == 'c_attn':
+            parts = zip(heads, self.get_submodule(path).rows)
+        counts = [(rows, heads[name] if name and per_head else 1) for name, rows in parts]
+        return [rows // count for rows, count in counts for _ in range(count)]
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type: str):
         """Build nanoGPT's AdamW and register the step hook. Parameters with two dimensions decay.
@@ -605,25 +733,28 @@ class GPT(nn.Module):
         updates the bases after each step of the optimizer. With the hook, a training step starts
         from the basis of the step before (warm start). Without the hook, each forward pass of
         training starts from the same random columns (cold start)."""
-        follow_optimizer(self.warm_starts(), optimizer, mean_over_processes)
+        for bases in self.warm_starts().values():
+            follow_optimizer(bases, optimizer, mean_over_processes)
         return optimizer
 
-    def warm_starts(self) -> list[WarmStartBasis]:
-        return [module for module in self.modules() if isinstance(module, WarmStartBasis)]
-
-    @property
-    def svd_basis(self) -> torch.Tensor | None:
-        """Bases (n_layer, nh, hs, k) of the warm start of 'randomized', or None for a cold start.
-        Checkpoints contain them."""
-        return get_bases(self.warm_starts())
-
-    @svd_basis.setter
-    def svd_basis(self, bases):
-        set_bases(self.warm_starts(), bases)
+    def warm_starts(self) -> dict[str, list[WarmStartBasis]]:
+        """Return the warm starts of 'randomized' in all layers, by the key under which a checkpoint
+        has their bases: 'svd_basis' for V, 'svd_basis_q' and 'svd_basis_k'."""
+        found = {key: [module for block in self.transformer.h
+                       for module in block.attn.head_svd[name].modules()
+                       if isinstance(module, WarmStartBasis)] for name, key in BASIS_KEYS.items()}
+        return {key: bases for key, bases in found.items() if bases}
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint holds besides the weights: {'svd_basis': tensor} or {}."""
-        return {} if self.svd_basis is None else {'svd_basis': self.svd_basis}
+        """Return what a checkpoint holds besides the weights: the bases of the warm start of
+        'randomized', such as {'svd_basis': tensor}, or {} for a cold start."""
+        bases = {key: get_bases(bases) for key, bases in self.warm_starts().items()}
+        return {key: basis for key, basis in bases.items() if basis is not None}
+
+    def load_extra_state(self, saved: dict):
+        """Restore the result of `extra_state`. Missing bases and other shapes give a cold start."""
+        for key, bases in self.warm_starts().items():
+            set_bases(bases, saved.get(key))
 
     @torch.no_grad()
     def named_series(self, idx) -> dict[str, float]:
@@ -631,10 +762,12 @@ class GPT(nn.Module):
         dict such as {'svd/block0.head1/energy_kept': 0.9}."""
         row = {}
 
-        def record(i, attention, x):
-            for name, heads in attention.value_statistics(x).items():
-                row.update({f'svd/block{i}.head{head}/{name}': value
-                            for head, value in enumerate(heads.tolist())})
+        def record(i, attn, x):
+            for target in self.config.svd_target_names:
+                part = '' if target == 'v' else f'{target}.'        # 'block0.head1', 'block0.k.head1'
+                for name, heads in attn.head_statistics(x, target).items():
+                    row.update({f'svd/block{i}.{part}head{head}/{name}': value
+                                for head, value in enumerate(heads.tolist())})
 
         hooks = [block.attn.register_forward_pre_hook(lambda attn, inputs, i=i:
                                                       record(i, attn, inputs[0]))
@@ -656,7 +789,7 @@ class GPT(nn.Module):
         args = check_all(GPTConfig, saved['model_args'], saved.get('path', 'model_args'))
         model = cls(GPTConfig(**args | overrides))
         checkpoint.load_weights(model, saved['model'])
-        model.svd_basis = saved.get('svd_basis')
+        model.load_extra_state(saved)
         return model
 
     @classmethod

@@ -388,7 +388,8 @@ def train_step(state, batches, loss_of=language_model_loss):
     if adaptive is not None:
         adaptive.project_factors()
     if not math.isfinite(norm_value):                       # the scaler skipped the step
-        clear_grams(model.warm_starts())
+        for bases in model.warm_starts().values():
+            clear_grams(bases)
     optimizer.zero_grad(set_to_none=True)
     state.iter_num += 1
     return loss
@@ -703,7 +704,8 @@ def describe(cfg, model, data, dtype, processes):
     """Print the model, the data and the options that matter, as lines of text."""
     say, c = processes.print, model.config
     factored = f', {len(c.layer_ranks)} low-rank layers' if c.layer_ranks else ''
-    say(f'model: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, '
+    shared = f', {c.n_kv_head} key/value heads' if c.n_kv_head else ''
+    say(f'model: {c.n_layer} layers, {c.n_head} heads{shared}, width {c.n_embd}, context {c.block_size}, '
         f'vocabulary {c.vocab_size}: {model.get_num_params():,} parameters without '
         f'position embeddings{factored}; {processes.device}, {dtype}, seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} training and '
@@ -721,7 +723,7 @@ def describe(cfg, model, data, dtype, processes):
         say(f'MLA: keys and values of a layer come from one latent of {c.latent_dim} values per '
             f'token, instead of {2 * c.n_embd} values')
     if c.use_svd or c.svd_rank is not None:
-        say(f'SVD on V: {c.svd_summary}')
+        say(f'SVD on {c.svd_targets.upper()}: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and cfg.lr_decay_iters != cfg.max_iters:
         say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, but the '

@@ -41,11 +41,8 @@ class AdapterTargets:
         return self._named('lora_targets', range(self.n_layer)) if self.has_lora else []
 
     def _named(self, option, blocks, prefix=''):
-        words = [word.strip() for word in getattr(self, option).split(',')]
         valid = {word: part for word, part in self.targets.items() if part.startswith(prefix)}
-        for word in (word for word in words if word not in valid):
-            raise ValueError(f'{option}={getattr(self, option)!r}: {word!r} is not one of '
-                             f'{", ".join(valid)}')
+        words = split_words(option, getattr(self, option), valid)
         return [f'h.{i}.{part}' for i in blocks for word, part in valid.items() if word in words]
 
     def check_layers(self):
@@ -73,6 +70,15 @@ class AdapterTargets:
             most = min(shapes[name])
             if self.has_lora and self.lora_rank > most:
                 raise ValueError(f'lora_rank={self.lora_rank}: must be 1 to {most} for {name}')
+
+
+def split_words(option, text, valid) -> list[str]:
+    """Split a comma-separated text. Raises ValueError for a word that is not valid."""
+    words = [word.strip() for word in text.split(',')]
+    for word in words:
+        if word not in valid:
+            raise ValueError(f'{option}={text!r}: {word!r} is not one of {", ".join(valid)}')
+    return words
 
 
 def inject_adapters(model, from_trained=False):

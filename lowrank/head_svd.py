@@ -1,29 +1,32 @@
-"""Truncated SVD of V in attention: one module per scope, and one without SVD.
+"""Truncated SVD of V, and of queries Q and keys K, in attention: one module per scope, and one
+without SVD.
 
-`build_head_svd` makes one module per attention layer. Each module has
+`build_head_svd` makes one module per attention layer and target (Q, K or V). For V, a module has
 
     forward(v)                      V (B, nh, T, hs) -> the V that attention uses, same shape
     truncate_weight(w_v)            W_v (nh, hs, C), or U_v (nh, hs, d) with MLA -> same shape
     new_values, new_latent_values   storage for V in a cache (kv_cache.py)
+    new_queries                     for Q in place of V: what happens to the query of a new token
 
 'sequence' takes the best rank-k approximation of V of the whole sequence, so each position depends
 on later ones. 'causal' projects V of each token onto a basis of earlier tokens. 'weight' truncates
 W_v, by one small SVD per head and forward pass. The size of this SVD does not depend on B or T, and
-its result does not depend on the tokens. The bias b of V is not truncated, so V - b has rank k.
+its result does not depend on the tokens. The bias b of V is not truncated, so V - b has rank k. The
+same is true of Q and K.
 """
 
 import torch
 from torch import nn
 
-from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalValues, DenseValues,
-                              FactoredValues, LatentValues)
+from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalQueries, BlockCausalValues,
+                              DenseValues, FactoredQueries, FactoredValues, LatentValues, Queries)
 from lowrank.subspace_iteration import WarmStartBasis
 from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
                          leading_right_vectors, low_rank_approximation)
 
 
 class NoSVD(nn.Module):
-    """Unchanged V and W_v."""
+    """Unchanged V and W_v, or Q and W_q, or K and W_k."""
 
     def forward(self, v):
         return v
@@ -42,6 +45,10 @@ class NoSVD(nn.Module):
     def new_latent_values(self, shape, w_v, bias, **kind):
         """Return the object that computes V from cached latents, for MLA. w_v: U_v (nh, hs, d)."""
         return LatentValues(self.truncate_weight(w_v), bias)
+
+    def new_queries(self, shape, w_q, bias, **kind):
+        """Return the function of the queries of new tokens. Arguments as for `new_values`."""
+        return Queries()
 
 
 class HeadSVD(NoSVD):
@@ -100,6 +107,9 @@ class CausalSVD(SequenceSVD):
         return BlockCausalLatentValues(w_v, bias, shape, self.options['rank'], self.block,
                                        self.eigensolver, **kind)
 
+    def new_queries(self, shape, w_q, bias, **kind):
+        return BlockCausalQueries(shape, self.options['rank'], self.block, self.eigensolver, **kind)
+
 
 class WeightSVD(HeadSVD):
     """Truncated W_v per head. 'randomized' always starts cold, because the problem is small."""
@@ -110,9 +120,16 @@ class WeightSVD(HeadSVD):
     def new_values(self, shape, w_v, bias, **kind):
         """Return storage for the coordinates W^T W_v x of inputs x, where W is the basis of the
         truncated W_v. The truncated V is W (W^T W_v x) + bias."""
-        basis = leading_right_vectors(w_v.mT, **self.options)       # (nh, hs, k)
-        down_proj = (basis.mT @ w_v).flatten(0, 1)                  # (nh k, C)
-        return FactoredValues(shape, basis, bias, down_proj, **kind)
+        return FactoredValues(shape, *self.factors(w_v, bias), **kind)
+
+    def new_queries(self, shape, w_q, bias, dtype, device):
+        basis, bias, down_proj = self.factors(w_q, bias)
+        return FactoredQueries(basis.to(dtype), bias, down_proj)
+
+    def factors(self, w, bias):
+        """Return the basis W (nh, hs, k), the bias, and W^T w (nh k, C) of a weight (nh, hs, C)."""
+        basis = leading_right_vectors(w.mT, **self.options)
+        return basis, bias, (basis.mT @ w).flatten(0, 1)
 
 
 MODULES = dict(sequence=SequenceSVD, causal=CausalSVD, weight=WeightSVD)

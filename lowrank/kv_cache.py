@@ -1,15 +1,19 @@
 """Key/value caches of an attention layer, and attention of new tokens to the cached ones.
 
 `KeyValueCache` keeps keys and values. `LatentCache` keeps one latent per token, from which MLA
-computes keys and values. Values are stored in full (`DenseValues`), as coordinates in one basis
-(`FactoredValues`), or in one basis per span (`BlockCausalValues`). A span is a block of rows with
-the same basis, or the rows before the first basis.
+computes keys and values. Keys and values are rows of a matrix per head. Rows are stored in full
+(`DenseValues`), as coordinates in one basis (`FactoredValues`), or in one basis per span
+(`BlockCausalValues`). A span is a block of rows with the same basis, or the rows before the first
+basis.
 
-Letters: B batch, T tokens so far, N capacity in tokens, nh heads, hs head size, n values per row, C
-model width, d latent size, k rank; "..." any batch dimensions. Memory is allocated once and written
+Letters: B batch, T tokens so far, N capacity in tokens, nh heads, nkv key/value heads, g queries per
+key/value head, hs head size, n values per row, C model width, d latent size, k rank; "..." any
+batch dimensions. Memory is allocated once and written
 in place, so there are no gradients. `nbytes` counts what is kept per token and per sequence, not
 weights.
 """
+
+from bisect import bisect
 
 import torch
 from torch.nn import functional as F
@@ -18,12 +22,13 @@ from lowrank.svd import causal_starts
 
 
 # --------------------------------------------------------------------------------------------------
-# append-only values
+# append-only rows
 
 class DenseValues:
-    """Append-only rows of n values, stored in full."""
+    """Append-only rows of n values, stored in full. The rows are the keys or the values of a
+    head."""
 
-    # (nh k, C) maps x to cached coordinates; None: V itself is cached
+    # (nh k, C) maps x to cached coordinates; None: the rows themselves are cached
     down_proj = None
 
     def __init__(self, shape, dtype, device):
@@ -41,17 +46,23 @@ class DenseValues:
         """Return all rows (..., T, n)."""
         return self.data[..., :self.length, :]
 
+    def scores(self, q):
+        """q (..., g, n) -> products with all rows (..., g, T)."""
+        return (self.data[..., :self.length, :] @ q.mT).mT          # all() of a subclass expands
+
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> weighted sum of the rows (..., 1, n)."""
-        return weights @ self.data[..., :self.length, :]            # all() of a subclass expands
+        """weights (..., g, T) -> weighted sums of the rows (..., g, n)."""
+        return weights @ self.data[..., :self.length, :]
 
 
 class FactoredValues(DenseValues):
     """Append-only rows W c + b with a basis W (n, k). Only the k coordinates c of each row are
     stored.
 
-    `append` takes coordinates. `weighted_sum` sums coordinates, then computes W c + b once. If
-    there is a bias, the weights must therefore add up to 1.
+    `append` takes coordinates. `scores` multiplies W into the queries and leaves out b, which adds
+    the same number to all scores of a query, so that softmax cancels it. `weighted_sum` sums
+    coordinates, then computes W c + b once. If there is a bias, the weights must therefore add up
+    to 1.
     """
 
     def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
@@ -60,27 +71,25 @@ class FactoredValues(DenseValues):
         None. down_proj: weight (nh k, C) that maps inputs of width C to the coordinates of all
         heads, or None."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
-        self.basis, self.bias, self.down_proj = basis.to(dtype), bias, down_proj
+        self.expand, self.down_proj = FactoredQueries(basis.to(dtype), bias, down_proj), down_proj
 
     def all(self):
-        return self._expand(super().all())
+        return self.expand(super().all())
+
+    def scores(self, q):
+        return super().scores(q @ self.expand.basis)                # (..., g, n) -> (..., g, k)
 
     def weighted_sum(self, weights):
-        return self._expand(super().weighted_sum(weights))          # (..., 1, k) -> (..., 1, n)
-
-    def _expand(self, coordinates):
-        rows = coordinates @ self.basis.mT
-        return rows if self.bias is None else rows + self.bias
+        return self.expand(super().weighted_sum(weights))           # (..., g, k) -> (..., g, n)
 
 
-class BlockCausalValues:
-    """Append-only rows, truncated as by `svd.causal_low_rank_approximation`.
+class BlockCausalBases:
+    """Bases of rows that arrive one after another, as in `svd.causal_low_rank_approximation`.
 
-    The rows before the first span with a basis are stored in full. Rows of each span [s, 2s) are
-    stored as k coordinates in the basis of the span. The basis is computed when the span begins,
-    from the Gram matrix G of all rows before s. Coordinates do not determine G, so each new row is
-    added to G. For float32 rows, G is summed in float64, because in float32 a basis would be off by
-    up to 1e-3 (docs/RESULTS.md).
+    The rows before the first span have no basis. The basis of each span [s, 2s) is computed when
+    the span begins, from the Gram matrix G of all rows before s. Coordinates do not determine G, so
+    each new row is added to G. For float32 rows, G is summed in float64, because in float32 a basis
+    would be off by up to 1e-3 (docs/RESULTS.md).
     """
 
     down_proj = None
@@ -90,48 +99,72 @@ class BlockCausalValues:
         G (..., n, n) to its leading eigenvectors (..., n, k)."""
         *batch, capacity, n = shape
         starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
-        edges, self.eigensolver = [*starts, capacity], eigensolver
-        self.bases = torch.empty(*batch, n, len(starts) * rank, **kind)     # W_k of each span
-        self.spans = [DenseValues((*batch, edges[0], n), **kind), *(
-            FactoredValues((*batch, b - a, n), basis, None, None, **kind)
-            for a, b, basis in zip(edges, edges[1:], self.bases.split(rank, dim=-1)))]
+        self.edges, self.eigensolver, self.length = [0, *starts, capacity], eigensolver, 0
+        self.data = torch.empty(*batch, n, len(starts) * rank, **kind)
+        self.bases = self.data.split(rank, dim=-1) if starts else ()            # W_k of each span
         side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
-        self.nbytes = sum(part.nbytes for part in (*self.spans, self.bases, self.gram))
+        self.nbytes = self.data.nbytes + self.gram.nbytes
 
-    def append(self, x):
-        """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError if a basis
-        would come from rows that are not finite."""
+    def split(self, x):
+        """Add rows x (..., m, n), at most N in all. Yield pairs of a span and the rows in it: the
+        rows themselves for span 0, which has no basis, or their coordinates (..., m', k). Raises
+        torch.linalg.LinAlgError if a basis would come from rows that are not finite."""
         while x.shape[-2]:
-            span = next(s for s in self.spans if s.length < s.capacity)
-            room = span.capacity - span.length
+            span = bisect(self.edges, self.length) - 1
+            room = self.edges[span + 1] - self.length
             rows, x = x[..., :room, :], x[..., room:, :]
-            if span is self.spans[0]:
-                span.append(rows)
-            else:
-                if span.length == 0:
-                    span.basis.copy_(self.eigensolver(self.gram))
-                span.append(rows.to(span.basis.dtype) @ span.basis)             # (..., m, k)
-            if span is not self.spans[-1]:              # for the bases of later spans
+            if span:
+                basis = self.bases[span - 1]
+                if self.length == self.edges[span]:
+                    basis.copy_(self.eigensolver(self.gram))
+            yield span, rows.to(basis.dtype) @ basis if span else rows
+            self.length += rows.shape[-2]
+            if span < len(self.bases):                  # for the bases of later spans
                 rows = rows.to(self.gram.dtype)
                 # autocast would round float32
                 with torch.autocast(rows.device.type, enabled=False):
                     self.gram += rows.mT * rows if rows.shape[-2] == 1 else rows.mT @ rows
 
+
+class BlockCausalValues(BlockCausalBases):
+    """Append-only rows, truncated as by `svd.causal_low_rank_approximation`. The rows before the
+    first span with a basis are stored in full. Rows of later spans are stored as k coordinates in
+    the basis of the span."""
+
+    def __init__(self, shape, rank, block, eigensolver, dtype, device):
+        super().__init__(shape, rank, block, eigensolver, dtype, device)
+        (*batch, self.capacity, n), kind = shape, dict(dtype=dtype, device=device)
+        sizes = [b - a for a, b in zip(self.edges, self.edges[1:])]
+        self.spans = [DenseValues((*batch, sizes[0], n), **kind), *(
+            FactoredValues((*batch, size, n), basis, None, None, **kind)
+            for size, basis in zip(sizes[1:], self.bases))]
+        self.nbytes += sum(span.nbytes for span in self.spans)
+
+    def append(self, x):
+        """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError if a basis
+        would come from rows that are not finite."""
+        for span, rows in self.split(x):
+            self.spans[span].append(rows)
+
     def all(self):
         """Return all rows (..., T, n)."""
         return torch.cat([span.all() for span in self.spans], dim=-2)
 
+    def scores(self, q):
+        """q (..., g, n) -> products with all rows (..., g, T)."""
+        return torch.cat([span.scores(q) for span in self.spans if span.length], dim=-1)
+
     def weighted_sum(self, weights):
-        """weights (..., 1, T) -> weighted sum of the rows (..., 1, n). The sums of all spans are
+        """weights (..., g, T) -> weighted sums of the rows (..., g, n). The sums of all spans are
         expanded by one product."""
         parts = weights.split([span.length for span in self.spans if span.length], dim=-1)
         first, *sums = (part @ span.data[..., :span.length, :]
                         for part, span in zip(parts, self.spans))
         if not sums:
             return first
-        sums = torch.cat(sums, dim=-1)                              # (..., 1, spans k)
-        return first + sums @ self.bases[..., :sums.shape[-1]].mT
+        sums = torch.cat(sums, dim=-1)                              # (..., g, spans k)
+        return first + sums @ self.data[..., :sums.shape[-1]].mT
 
 
 def gram_dtype(dtype, device):
@@ -141,39 +174,82 @@ def gram_dtype(dtype, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# values of latents
+# queries of new tokens, which are not stored
+
+class Queries:
+    """Unchanged queries."""
+
+    down_proj, nbytes = None, 0                                     # as in DenseValues
+
+    def __call__(self, q):
+        """Queries of new tokens (B, nh, m, hs), or their coordinates (B, nh, m, k) if down_proj is
+        set -> queries (B, nh, m, hs)."""
+        return q
+
+
+class FactoredQueries(Queries):
+    """Queries W c + b, from coordinates c. The arguments are those of FactoredValues."""
+
+    def __init__(self, basis, bias, down_proj):
+        self.basis, self.bias, self.down_proj = basis, bias, down_proj
+
+    def __call__(self, q):
+        rows = q @ self.basis.mT
+        return rows if self.bias is None else rows + self.bias
+
+
+class BlockCausalQueries(BlockCausalBases):
+    """Queries, truncated as by `svd.causal_low_rank_approximation`. Only the bases are stored, and
+    the Gram matrix that the next basis comes from."""
+
+    def __call__(self, q):
+        # q may be a batch of one, but there is a basis for each sequence of the cache
+        rows = [(x @ self.bases[span - 1].mT)[:len(q)] if span else x for span, x in self.split(q)]
+        return torch.cat(rows, dim=-2)
+
+
+# --------------------------------------------------------------------------------------------------
+# keys and values of latents
 
 class LatentValues:
-    """Values U_v c + b, computed from cached latents c. Nothing is stored."""
+    """Rows U c + b, computed from cached latents c. Nothing is stored. The rows are keys, with
+    U = U_k and no bias, or values, with U = U_v."""
 
     nbytes, down_proj = 0, None
 
-    def __init__(self, w_v, bias):
-        """w_v: U_v (nh, hs, d); bias: b (nh, 1, hs) or None."""
-        self.w_v, self.bias = w_v, bias
+    def __init__(self, weight, bias):
+        """weight: U (nh, hs, d); bias: b (nh, 1, hs) or None."""
+        self.weight, self.bias = weight, bias
 
     def all(self, c):
-        """c (B, T, d) -> values (B, nh, T, hs)."""
-        v = expand(self.w_v, c)
-        return v if self.bias is None else v + self.bias
+        """c (B, T, d) -> rows (B, nh, T, hs)."""
+        rows = F.linear(c, self.weight.flatten(0, 1)).unflatten(2, self.weight.shape[:2])
+        rows = rows.transpose(1, 2)
+        return rows if self.bias is None else rows + self.bias
+
+    def scores(self, q, c):
+        """q (B, nh, 1, hs), c (B, T, d) -> products with all rows (B, nh, T). U is absorbed: it is
+        multiplied into the queries. Rows must have no bias."""
+        q = q.squeeze(2).transpose(0, 1) @ self.weight              # (nh, B, hs) x (nh, hs, d)
+        return q.transpose(0, 1) @ c.mT                             # (B, nh, d) x (B, d, T)
 
     def weighted_sum(self, weights, c):
-        """weights (B, nh, T) of sum 1, c (B, T, d) -> weighted sum of values (B, nh, 1, hs)."""
-        y = (weights @ c).transpose(0, 1) @ self.w_v.mT             # (nh, B, d) x (nh, d, hs)
+        """weights (B, nh, T) of sum 1, c (B, T, d) -> weighted sum of rows (B, nh, 1, hs)."""
+        y = (weights @ c).transpose(0, 1) @ self.weight.mT          # (nh, B, d) x (nh, d, hs)
         return (y if self.bias is None else y + self.bias).transpose(0, 1).unsqueeze(2)
 
 
 class BlockCausalLatentValues(LatentValues):
-    """Values of latents, truncated as by `svd.causal_low_rank_approximation`.
+    """Rows of latents, truncated as by `svd.causal_low_rank_approximation`.
 
     The cache has the latents of all earlier tokens, so each basis is computed when its span begins.
     Only the bases are stored: k hs values per head and span.
     """
 
-    def __init__(self, w_v, bias, shape, rank, block, eigensolver, dtype, device):
+    def __init__(self, weight, bias, shape, rank, block, eigensolver, dtype, device):
         """shape: (B, nh, N, hs). eigensolver: function that maps G (..., hs, hs) to the basis of a
         span (..., hs, k)."""
-        super().__init__(w_v, bias)
+        super().__init__(weight, bias)
         B, nh, capacity, hs = shape
         self.starts, self.eigensolver = causal_starts(capacity, rank, block), eigensolver
         self.bases = torch.empty(len(self.starts), B, nh, hs, rank, dtype=dtype, device=device)
@@ -185,8 +261,13 @@ class BlockCausalLatentValues(LatentValues):
             rows[:, :, a:b] = rows[:, :, a:b] @ w[:len(c)] @ w[:len(c)].mT
         return rows
 
+    def scores(self, q, c):
+        """Project the queries instead of the rows, once for each span."""
+        return torch.cat([super(BlockCausalLatentValues, self).scores(
+            q if w is None else q @ w @ w.mT, c[:, a:b]) for a, b, w in self._spans(c)], dim=-1)
+
     def weighted_sum(self, weights, c):
-        """Sum the latents of each span, expand each sum to values, then project the values."""
+        """Sum the latents of each span, expand each sum to rows, then project the rows."""
         total = 0
         for a, b, w in self._spans(c):
             part = weights[..., a:b]                                # (B, nh, b - a)
@@ -198,7 +279,7 @@ class BlockCausalLatentValues(LatentValues):
 
     def _spans(self, c):
         """Compute the basis of each span that has rows in c and no basis yet. Return (first row,
-        last row + 1, W_k) per span of c (B, T, d). W_k comes from V^T V of the rows before the
+        last row + 1, W_k) per span of c (B, T, d). W_k comes from the rows before the
         span. W_k is None for the first span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
@@ -214,31 +295,46 @@ class BlockCausalLatentValues(LatentValues):
 # caches
 
 class KeyValueCache:
-    """Keys and values of all heads of one attention layer."""
+    """Keys and values of all key/value heads of one attention layer, and the queries of new tokens.
 
-    def __init__(self, keys: DenseValues, values):
-        """keys (B, nh, N, hs). values: DenseValues, FactoredValues or BlockCausalValues."""
-        self.stored, self.values = keys, values
-        self.nbytes = keys.nbytes + values.nbytes
+    Each key/value head serves g = nh / nkv query heads (grouped-query attention).
+    """
+
+    def __init__(self, keys, values, queries, scale):
+        """keys (B, nkv, N, hs), values: DenseValues, FactoredValues or BlockCausalValues. queries:
+        one of the classes of queries. scale: factor of the scores."""
+        self.keys, self.values, self.queries, self.scale = keys, values, queries, scale
+        self.nbytes = sum(part.nbytes for part in (keys, values, queries))
 
     @property
     def length(self):
-        return self.stored.length
+        return self.keys.length
+
+    @property
+    def capacity(self):
+        return self.keys.capacity
+
+    @property
+    def down_proj(self):
+        """Target 'q', 'k' or 'v' -> weight (heads k, C) that maps x to coordinates, where those
+        take the place of queries, keys or values."""
+        parts = dict(q=self.queries, k=self.keys, v=self.values)
+        return {name: part.down_proj for name, part in parts.items() if part.down_proj is not None}
 
     @torch.compiler.disable                                         # shapes change with each token
     def attend(self, q, k, v):
-        """Add k and v of m new tokens, both (B, nh, m, hs), then attend to all tokens with queries
-        q (B, nh, 1 or m, hs). If `values.down_proj` is set, v holds coordinates (B, nh, m, k)
-        instead. Returns outputs in the shape of q. If k and v have batch size 1, they are added to
-        every sequence of the cache."""
-        self.stored.append(k)
+        """Add k and v of m new tokens, both (B, nkv, m, hs), then attend to all tokens with queries
+        q (B, nh, 1 or m, hs). If `down_proj` names 'k' or 'v', k or v holds coordinates
+        (B, nkv, m, k) instead. Returns outputs (B, nh, 1 or m, hs). If k and v have batch size 1,
+        they are added to every sequence of the cache."""
+        self.keys.append(k)
         self.values.append(v)
         if k.size(2) == self.length:                                # a prompt: as in training
-            v = self.values.all()[:len(k)]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
-        # (B, nh, T, hs) x (B, nh, hs, 1)
-        scores = self.stored.all() @ (q * q.size(-1) ** -0.5).mT
-        return self.values.weighted_sum(F.softmax(scores.mT, dim=-1))
+            k, v = (part.all()[:len(k)] for part in (self.keys, self.values))
+            return attention(q, k, v, self.scale, is_causal=q.size(2) > 1)
+        q = (q * self.scale).reshape(len(q), k.size(1), -1, q.size(3))          # (B, nkv, g, hs)
+        y = self.values.weighted_sum(F.softmax(self.keys.scores(q), dim=-1))    # (B, nkv, g, hs)
+        return y.flatten(1, 2).unsqueeze(2)
 
 
 class LatentCache(KeyValueCache):
@@ -250,28 +346,40 @@ class LatentCache(KeyValueCache):
     applied to the weighted sum of latents.
     """
 
-    def __init__(self, latents: DenseValues, w_k, values: LatentValues):
-        """latents: storage of shape (B, N, d). w_k: U_k (nh, hs, d)."""
-        super().__init__(latents, values)
-        self.w_k = w_k
+    def __init__(self, latents: DenseValues, keys: LatentValues, values: LatentValues, queries,
+                 scale):
+        """latents: storage of shape (B, N, d)."""
+        super().__init__(keys, values, queries, scale)
+        self.latents, self.nbytes = latents, self.nbytes + latents.nbytes
+
+    @property
+    def length(self):
+        return self.latents.length
+
+    @property
+    def capacity(self):
+        return self.latents.capacity
 
     @torch.compiler.disable
     def attend(self, q, c):
         """Add latents c (B, m, d) of m new tokens, then attend as `KeyValueCache.attend` does."""
-        self.stored.append(c)
+        self.latents.append(c)
         if c.size(1) == self.length:                                # a prompt: as in training
-            k, v = expand(self.w_k, c), self.values.all(c)          # (B, nh, T, hs)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
-        c = self.stored.all()                                       # (B, T, d)
-        # absorb U_k: (nh, B, hs) x (nh, hs, d)
-        q = (q * q.size(-1) ** -0.5).squeeze(2).transpose(0, 1) @ self.w_k
-        scores = q.transpose(0, 1) @ c.mT                           # (B, nh, d) x (B, d, T)
+            k, v = self.keys.all(c), self.values.all(c)             # (B, nh, T, hs)
+            return attention(q, k, v, self.scale, is_causal=q.size(2) > 1)
+        c = self.latents.all()                                      # (B, T, d)
+        scores = self.keys.scores(q * self.scale, c)                # (B, nh, T)
         return self.values.weighted_sum(F.softmax(scores, dim=-1), c)
 
 
-def expand(weight, c):
-    """Compute keys or values of latents c (B, T, d) with weight (nh, hs, d) -> (B, nh, T, hs)."""
-    return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
+def attention(q, k, v, scale, dropout=0.0, is_causal=True):
+    """Attention of queries q (B, nh, T or 1, m) to keys k (B, nkv, T, m) and values v
+    (B, nkv, T, n) -> (B, nh, T or 1, n)."""
+    n, wide = v.size(3), max(k.size(3), v.size(3))
+    # torch's fast kernels want equal widths; zeros change no result (docs/RESULTS.md)
+    q, k, v = (t if t.size(3) == wide else F.pad(t, (0, wide - t.size(3))) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal,
+                                          scale=scale, enable_gqa=q.size(1) > k.size(1))[..., :n]
 
 
 def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> int:
@@ -279,7 +387,7 @@ def validate_positions(cache: list[KeyValueCache] | None, idx, block_size) -> in
     cache, or 0 without a cache. Raises ValueError if the tokens exceed block_size or the capacity
     of the cache, and if several tokens are added to a cache that is not empty."""
     T, start = idx.size(1), cache[0].length if cache else 0
-    most = min(block_size, cache[0].stored.capacity) if cache else block_size
+    most = min(block_size, cache[0].capacity) if cache else block_size
     if not 1 <= T <= most - start:
         raise ValueError(f'cannot forward {start + T} tokens: must be 1 to {most}, with '
                          f'block_size={block_size}')

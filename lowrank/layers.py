@@ -168,44 +168,53 @@ def fuse(layers):
 
 
 class SplitProjection(nn.Module):
-    """Projection to queries, keys and values of all heads by three layers (C, C), each of which can
-    be replaced. The methods are those of the model's `QKVProjection`. The weights are copies of the
+    """Projection to queries, keys and values of all heads by three layers, each of which can be
+    replaced. The methods are those of the model's `QKVProjection`. The weights are copies of the
     weights of `fused`, a `QKVProjection`."""
 
     def __init__(self, fused):
         super().__init__()
-        self.n_head, weight = fused.n_head, fused.weight
-        biases = [None] * 3 if fused.bias is None else fused.bias.chunk(3)
+        self.heads, self.rows, weight = fused.heads, fused.rows, fused.weight
+        biases = [None] * 3 if fused.bias is None else fused.bias.split(self.rows)
         self.c_q, self.c_k, self.c_v = (                            # copies, so that fused is freed
-            linear_from_tensors(w, b, weight) for w, b in zip(weight.chunk(3), biases))
+            linear_from_tensors(w, b, weight) for w, b in zip(weight.split(self.rows), biases))
 
-    def forward(self, x, w_v=None):
+    def forward(self, x, weights=()):
         """See `QKVProjection.forward`."""
-        v = self.c_v(x) if w_v is None else F.linear(x, w_v.flatten(0, 1), self.c_v.bias)
-        return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
+        return split_heads(self.heads, {
+            name: F.linear(x, weights[name].flatten(0, 1), self.layer(name).bias)
+            if name in weights else self.layer(name)(x) for name in self.heads})
 
     def project_for_cache(self, x, down_proj):
         """See `QKVProjection.project_for_cache`."""
-        v = self.c_v(x) if down_proj is None else F.linear(x, down_proj)
-        return split_heads(self.n_head, self.c_q(x), self.c_k(x), v)
+        return split_heads(self.heads, {
+            name: F.linear(x, down_proj[name]) if name in down_proj else self.layer(name)(x)
+            for name in self.heads})
 
-    def value_weight(self):
-        """See `QKVProjection.value_weight`."""
-        return self.c_v.weight.unflatten(0, (self.n_head, -1))
+    def layer(self, name):
+        """Return the layer that makes the queries 'q', keys 'k' or values 'v'."""
+        return getattr(self, f'c_{name}')
 
-    def value_bias(self):
-        """See `QKVProjection.value_bias`."""
-        return bias_per_head(self.n_head, self.c_v.bias)
+    def head_weight(self, name):
+        """See `QKVProjection.head_weight`."""
+        return self.layer(name).weight.unflatten(0, (self.heads[name], -1))
+
+    def head_bias(self, name):
+        """See `QKVProjection.head_bias`."""
+        return bias_per_head(self.heads[name], self.layer(name).bias)
 
 
-def split_heads(n_head, *tensors):
-    """Split the heads of each tensor (B, T, nh n) -> (B, nh, T, n)."""
-    return tuple(t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in tensors)
+def split_heads(heads, parts):
+    """Split the heads of queries, keys and values.
+
+    heads: name -> number of heads. parts: name -> tensor (B, T, heads n). Returns a list of tensors
+    (B, heads, T, n)."""
+    return [x.unflatten(2, (heads[name], -1)).transpose(1, 2) for name, x in parts.items()]
 
 
-def bias_per_head(n_head, bias):
-    """Split the bias of all heads: bias (nh hs) -> (nh, 1, hs). None gives None."""
-    return None if bias is None else bias.view(n_head, 1, -1)
+def bias_per_head(heads, bias):
+    """Split the bias of all heads: bias (heads n) -> (heads, 1, n). None gives None."""
+    return None if bias is None else bias.view(heads, 1, -1)
 
 
 def empty_linear(in_features, out_features, bias, like):

@@ -2,8 +2,8 @@
 
 Config files override the defaults, and options override config files. A field is declared as
 `name: Annotated[type, 'help', ...] = default`. The type is bool, int, float, str, None,
-Literal[...], dict[str, int] or a union of these. Marks can follow the help text: `Range`, `Needs`,
-`Section`, OVERRIDABLE, SWITCH and PATH.
+Literal[...], dict[str, int], list[int] or a union of these. Marks can follow the help text:
+`Range`, `Needs`, `Section`, OVERRIDABLE, SWITCH and PATH.
 
 Config files are Python and run from top to bottom. They can read earlier values by name, import
 modules and use helper variables whose names start with an underscore. Wrong input raises UserError
@@ -29,7 +29,8 @@ SWITCH = 'switch'                                       # a bool that can be giv
 PATH = 'path'                                           # a leading ~ is the home folder
 OVERRIDABLE = 'overridable'                             # may differ from a checkpoint's value
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text',
-         type(None): 'None', dict[str, int]: "a dict of names and whole numbers, like {'name': 1}"}
+         type(None): 'None', dict[str, int]: "a dict of names and whole numbers, like {'name': 1}",
+         list[int]: 'a list of whole numbers, like [16, 8]'}
 OPTION_SYNTAX = 'options are written --key=value; --help lists them'
 NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are included
 
@@ -196,6 +197,8 @@ def coerce(value, hint) -> tuple[bool, Any]:
         elif kind == dict[str, int]:
             ok = isinstance(value, dict) and all(
                 type(k) is str and type(v) is int for k, v in value.items())
+        elif kind == list[int]:
+            ok = isinstance(value, list) and all(type(v) is int for v in value)
         elif kind in NUMBERS:
             ok = (isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
                   and abs(value) <= sys.float_info.max)

@@ -9,6 +9,7 @@ exactly one group. For Muon, groups have the lists 'matrices' and 'rates', too (
 """
 
 import math
+from itertools import groupby
 
 import torch
 
@@ -125,12 +126,12 @@ class Muon(torch.optim.Optimizer):
 
     A parameter may hold several matrices below each other, such as W_q, W_k and W_v in nanoGPT's
     c_attn. Each of them is orthogonalized on its own. A group has two lists with one entry per
-    parameter: 'matrices', the number of matrices in it, and 'rates', a factor of the learning rate
-    that does not change the weight decay. Matrices of one shape are orthogonalized in one batch,
-    because a sequence of small products uses little of a processor. `dtype` is the dtype of the
-    orthogonalization. torch.optim.Muon has no such lists, batches and dtype. Learning rates have
-    the scale of AdamW's: the entries of a step have a root mean square of about 0.2 times the rate
-    (Liu et al., arXiv:2502.16982).
+    parameter: 'matrices', the numbers of rows of its matrices, and 'rates', a factor of the
+    learning rate that does not change the weight decay. Matrices of one shape are orthogonalized in
+    one batch, because a sequence of small products uses little of a processor. `dtype` is the dtype
+    of the orthogonalization. torch.optim.Muon has no such lists, batches and dtype. Learning rates
+    have the scale of AdamW's: the entries of a step have a root mean square of about 0.2 times the
+    rate (Liu et al., arXiv:2502.16982).
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -141,22 +142,28 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """Update all parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
-            by_shape = {}                                           # shape -> (p, count, rate)
-            for p, count, rate in zip(
+            by_shape = {}                       # shape -> (rows of p, of its gradient and buffer)
+            for p, heights, rate in zip(
                     group['params'], group['matrices'], group['rates'], strict=True):
-                if p.grad is not None:
-                    by_shape.setdefault((len(p) // count, p.size(1)), []).append((p, count, rate))
+                if p.grad is None:
+                    continue
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
+                end = 0
+                for height, equal in groupby(heights):              # matrices of one shape
+                    start, end = end, end + sum(equal)
+                    by_shape.setdefault((height, p.size(1)), []).append((
+                        *(t[start:end] for t in (p, p.grad, self.state[p]['momentum_buffer'])),
+                        rate))
             for shape, entries in by_shape.items():
-                params, counts, rates = zip(*entries)
-                heights, batch = [*map(len, params)], params[0].new_empty(sum(counts), *shape)
-                for p, update in zip(params, batch.flatten(0, 1).split(heights)):
-                    if 'momentum_buffer' not in self.state[p]:
-                        self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
-                    buffer = self.state[p]['momentum_buffer']
-                    buffer.lerp_(p.grad, 1 - group['momentum'])
-                    torch.lerp(p.grad, buffer, group['momentum'], out=update)       # Nesterov
+                heights = [len(p) for p, *_ in entries]
+                batch = entries[0][0].new_empty(sum(heights) // shape[0], *shape)
+                for (_, grad, buffer, _), update in zip(
+                        entries, batch.flatten(0, 1).split(heights)):
+                    buffer.lerp_(grad, 1 - group['momentum'])
+                    torch.lerp(grad, buffer, group['momentum'], out=update)         # Nesterov
                 steps = orthogonalize(batch, self.dtype).flatten(0, 1).split(heights)
-                for p, step, rate in zip(params, steps, rates):
+                for (p, _, _, rate), step in zip(entries, steps):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
                     p.add_(step, alpha=-group['lr'] * rate * 0.2 * max(shape) ** 0.5)
 

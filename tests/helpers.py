@@ -175,8 +175,9 @@ def loss_by_hand(logits, targets):
     return -chosen[targets != -1].mean()
 
 
-def cut_by_hand(scope, rank, basis_grad=True):
-    """Return the keyword arguments of `logits_by_hand` for the SVD of a scope."""
+def cut_by_hand(scope, rank, basis_grad=True, targets='v'):
+    """Return the keyword arguments of `logits_by_hand` for the SVD of a scope. targets: 'v' or a
+    text such as 'q,k'."""
     def projected(x, basis_of):
         vh = torch.linalg.svd(basis_of if basis_grad else basis_of.detach(),
                               full_matrices=False)[2][..., :rank, :]
@@ -188,9 +189,9 @@ def cut_by_hand(scope, rank, basis_grad=True):
             rows.append(projected(v[..., s:2 * s, :], v[..., :s, :]))
         return torch.cat(rows, dim=-2)
 
-    return {'sequence': dict(cut_v=lambda v: projected(v, v)),
-            'causal': dict(cut_v=causal),
-            'weight': dict(cut_w_v=lambda w_v: projected(w_v.mT, w_v.mT).mT)}[scope]
+    name, f = {'sequence': ('cut', lambda v: projected(v, v)), 'causal': ('cut', causal),
+               'weight': ('cut_w', lambda w: projected(w.mT, w.mT).mT)}[scope]
+    return {name: dict.fromkeys(targets.split(','), f)}
 
 
 def leak(model):
@@ -273,11 +274,13 @@ def precision(device):
     return (torch.float32, 2e-3) if torch.device(device).type == 'mps' else (torch.float64, 1e-10)
 
 
-def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_hand):
+def logits_by_hand(state, idx, n_head=2, n_kv_head=None, dims=None, cut=None, cut_w=None,
+                   gelu=gelu_by_hand):
     """Return the logits of a GPT-2 of two blocks from its state dict, with an explicit mask.
 
-    With latents c = W_a x, keys are U_k c and values U_v c + b. cut_v truncates V (B, nh, T, hs),
-    cut_w_v truncates W_v (nh, hs, C) or U_v (nh, hs, d).
+    With latents c = W_a x, keys are U_k c and values U_v c + b. Keys and values of n_kv_head heads
+    are repeated for all heads. dims: widths of keys and values per block. cut: 'q', 'k' or 'v' ->
+    function that truncates rows (B, heads, T, hs). cut_w: the same for weights (heads, hs, C or d).
     """
     def linear(x, name):
         return x @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
@@ -289,21 +292,29 @@ def logits_by_hand(state, idx, n_head=2, cut_v=None, cut_w_v=None, gelu=gelu_by_
     T, C = idx.size(1), state['transformer.wpe.weight'].size(1)
     future = torch.ones(T, T, device=idx.device).triu(1).bool()
     x = state['transformer.wte.weight'][idx] + state['transformer.wpe.weight'][:T]
-    for h in ('transformer.h.0', 'transformer.h.1'):
-        inside, values = norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn'
-        if f'{values}.kv_down.weight' in state:
-            c = linear(inside, f'{values}.kv_down')
-            q, k = linear(inside, f'{values}.query'), linear(c, f'{values}.k_up')
-            values += '.v_up'
+    heads = dict(q=n_head, k=n_kv_head or n_head, v=n_kv_head or n_head)
+    for i, h in enumerate(('transformer.h.0', 'transformer.h.1')):
+        inside, c_attn, parts = norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn', {}
+        if f'{c_attn}.kv_down.weight' in state:
+            c = linear(inside, f'{c_attn}.kv_down')
+            for name, layer, y in (('q', 'query', inside), ('k', 'k_up', c), ('v', 'v_up', c)):
+                parts[name] = y, *(state.get(f'{c_attn}.{layer}.{kind}')
+                                   for kind in ('weight', 'bias'))
         else:
-            c, (q, k, _) = inside, linear(inside, values).chunk(3, dim=-1)
-        w_v, b_v = state[f'{values}.weight'][-C:].unflatten(
-            0, (n_head, -1)), state.get(f'{values}.bias')
-        v = torch.einsum('btc,hsc->bhts', c, cut_w_v(w_v) if cut_w_v else w_v)
-        v = v if b_v is None else v + b_v[-C:].view(n_head, 1, -1)
-        v = cut_v(v) if cut_v else v
-        q, k = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k))
-        attention = (q @ k.mT / math.sqrt(k.size(-1))).masked_fill(future, -math.inf).softmax(-1)
+            qk, v = dims[i] if dims else [C // n_head] * 2
+            rows = [n_head * qk, heads['k'] * qk, heads['v'] * v]
+            w, b = state[f'{c_attn}.weight'].split(rows), state.get(f'{c_attn}.bias')
+            b = [None] * 3 if b is None else b.split(rows)
+            parts = {name: (inside, *pair) for name, *pair in zip('qkv', w, b)}
+        for name, (y, w, b) in parts.items():
+            w = w.unflatten(0, (heads[name], -1))
+            w = cut_w[name](w) if name in (cut_w or {}) else w
+            rows = torch.einsum('btc,hsc->bhts', y, w)
+            rows = rows if b is None else rows + b.view(heads[name], 1, -1)
+            rows = cut[name](rows) if name in (cut or {}) else rows
+            parts[name] = rows.repeat_interleave(n_head // heads[name], dim=1)
+        q, k, v = parts.values()
+        attention = (q @ k.mT / math.sqrt(C // n_head)).masked_fill(future, -math.inf).softmax(-1)
         x = x + linear((attention @ v).transpose(1, 2).flatten(2), f'{h}.attn.c_proj')
         x = x + linear(gelu(linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')), f'{h}.mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ state['lm_head.weight'].T

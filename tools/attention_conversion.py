@@ -48,7 +48,7 @@ def to_mla(model, latent_dim, windows=()):
     new.load_state_dict(state)
     for name, rank in query_ranks.items():
         new.set_layer(name, LowRankLinear.from_linear(new.transformer.get_submodule(name), rank))
-    new.svd_basis = model.svd_basis
+    new.load_extra_state(model.extra_state())
     return sync_config(new)
 
 

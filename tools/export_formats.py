@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from lowrank.adapters import standard_lora
 from lowrank.layers import linear_from_tensors
@@ -41,41 +42,54 @@ def plain_model(model):
     """Convert a model to a nanoGPT model with the same outputs.
 
     Low-rank layers, adapters, the latents of MLA, and the SVD in scope 'weight' become part of the
-    weights. The given model cannot be used afterwards. Raises ValueError for scopes that truncate V
+    weights. Key/value heads are repeated for each query head, and narrower heads are filled up with
+    zeros. The given model cannot be used afterwards. Raises ValueError for scopes that truncate V
     itself, because no weights have the same effect.
     """
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
-        raise ValueError(f"svd_scope={c.svd_scope!r}: truncates V itself to rank {c.svd_rank}, "
+        raise ValueError(f"svd_scope={c.svd_scope!r}: truncates {c.svd_targets.upper()} itself, "
                          "which no weights can represent (nearest: 'weight', set before training, "
                          'or --to=safetensors)')
     dense_layers(model, c.layer_ranks or ())
     model = without_adapters(model)                                 # also fuses c_attn again
     for block in model.transformer.h:
-        block.attn.c_attn = linear_from_tensors(*dense_projection(block.attn), model.lm_head.weight)
-    plain = GPT(replace(model.config, use_svd=False, use_mla=False)).to(model.lm_head.weight)
+        attn, like = block.attn, model.lm_head.weight
+        w_o = attn.c_proj.weight.unflatten(1, (c.n_head, -1))       # (C, nh, width of v)
+        w_o = F.pad(w_o, (0, c.head_size - w_o.size(2))).flatten(1)
+        attn.c_attn = linear_from_tensors(*dense_projection(attn, c), like)
+        attn.c_proj = linear_from_tensors(w_o, attn.c_proj.bias, like)
+    plain = GPT(replace(model.config, use_svd=False, use_mla=False, n_kv_head=None,
+                        qk_head_dim=None, v_head_dim=None)).to(like)
     plain.load_state_dict(model.state_dict())
     return plain
 
 
-def dense_projection(attn):
+def dense_projection(attn, c):
     """Return the weight (3C, C) and the bias (3C) of a nanoGPT c_attn with the same outputs. The
-    bias may be None."""
-    c_attn, w_v = attn.c_attn, attn.value_weight().flatten(0, 1)
-    if not isinstance(c_attn, LatentProjection):
-        return torch.cat((*c_attn.weight.chunk(3)[:2], w_v)), c_attn.bias
-    b = c_attn.query.bias
-    w_kv = torch.cat((c_attn.k_up.weight, w_v)) @ c_attn.kv_down.weight
-    return torch.cat((c_attn.query.weight, w_kv)), None if b is None else torch.cat(
-        (b, torch.zeros_like(b), c_attn.v_up.bias))
+    bias may be None. c: configuration of the model."""
+    weights, biases = [], []
+    for name in 'qkv':
+        w, bias = attn.head_weight(name), attn.c_attn.head_bias(name)   # (heads, width, C or d)
+        if isinstance(attn.c_attn, LatentProjection) and name != 'q':
+            w = w @ attn.c_attn.kv_down.weight
+        bias = w.new_zeros(*w.shape[:2], 1) if bias is None else bias.mT        # (heads, width, 1)
+        for parts, x in ((weights, w), (biases, bias)):
+            x = F.pad(x, (0, 0, 0, c.head_size - x.size(1)))        # (heads, hs, C or 1)
+            parts.append(x.repeat_interleave(c.n_head // len(x), dim=0).flatten(0, 1))
+    return torch.cat(weights), torch.cat(biases).squeeze(1) if c.bias else None
 
 
 def changes(c, to):
     """Return messages about what becomes part of the weights of a model with configuration c."""
     plain, adapted = to in ('gpt2', 'nanogpt'), len(c.adaptive_layers + c.lora_layers)
     return [line for applies, line in (
-        (plain and c.svd_truncates, f'merged into the weights: SVD of W_v, rank {c.svd_rank} of '
-                                    f'{c.n_embd // c.n_head}'),
+        (plain and c.svd_truncates, 'merged into the weights: SVD of '
+                                    f'{c.svd_targets.upper()}, {c.svd_summary}'),
+        (plain and c.n_kv_head, f'repeated: {c.n_kv_head} key/value heads for {c.n_head} query '
+                                'heads; the exported model caches full keys and values'),
+        (plain and (c.qk_head_dim or c.v_head_dim),
+         'filled up with zeros: narrower heads; the exported model caches full keys and values'),
         (plain and c.use_mla, f'multiplied out: latents of {c.latent_dim} values; the exported '
                               'model caches full keys and values'),
         (plain and c.layer_ranks, f'multiplied out: {len(c.layer_ranks or ())} low-rank layers; '
@@ -114,7 +128,7 @@ def to_safetensors(folder, model, saved, meta, lines):
     huggingface.write(folder, dict(model_type=huggingface.OWN, model_args=asdict(model.config),
                                    tokenizer=meta), model.state_dict())
     lines.append('left out: the optimizer state' + (
-        '' if model.svd_basis is None else ", and the basis for warm starts of 'randomized'"))
+        '' if not model.extra_state() else ", and the basis for warm starts of 'randomized'"))
 
 
 def to_lora(folder, model, saved, meta, lines):
@@ -141,8 +155,8 @@ def to_dense(folder, model, saved, meta, lines):
     """Write a checkpoint without adapters for all commands of this repo."""
     model = without_adapters(model)
     args = asdict(model.config)
-    kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer', 'svd_basis')
-            if key in saved}
+    kept = {key: saved[key] for key in ('iter_num', 'best_val_loss', 'tokenizer')
+            if key in saved} | model.extra_state()
     ckpt.save(kept | dict(
         model=model.state_dict(), optimizer=new_adamw(model, {}), model_args=args,
         config=saved.get('config', {}) | args), folder / 'ckpt.pt')

@@ -64,13 +64,13 @@ def parse_modules(modules):
 def layer_names(model, modules=None):
     """Return the names of the layers that can become low-rank, block by block.
 
-    W_v is left out if 'weight' scope truncates it, because the truncation needs the full W_v, so
-    that factors would save nothing. modules: as for `parse_modules`.
+    Weights that 'weight' scope truncates are left out, because the truncation needs the full
+    weight, so that factors would save nothing. modules: as for `parse_modules`.
     """
     c, modules = model.config, parse_modules(modules)
-    truncated = c.svd_truncates and c.svd_scope == 'weight'
+    truncated = tuple(f'.c_{target}' for target in c.svd_ranks if c.svd_scope == 'weight')
     return [name for name in c.layer_shapes
-            if name.split('.')[2] in modules and not (truncated and name.endswith('c_v'))]
+            if name.split('.')[2] in modules and not name.endswith(truncated)]
 
 
 def dense_layers(model, names):
@@ -107,12 +107,12 @@ def sync_config(model):
     ranks = {name: layer.rank for name, layer in model.transformer.named_modules()
              if isinstance(layer, LowRankLinear)}
     model.config = replace(model.config, layer_ranks=ranks or None)
-    for attn in (block.attn for block in model.transformer.h):
+    for i, attn in enumerate(block.attn for block in model.transformer.h):
         parts = [*attn.c_attn.children()]
         if isinstance(attn.c_attn, SplitProjection) and not any(
                 isinstance(part, LowRankLinear) for part in parts):
             weight, bias = fuse(parts)
-            attn.c_attn = QKVProjection(model.config)
+            attn.c_attn = QKVProjection(model.config, i)
             attn.c_attn.weight = torch.nn.Parameter(weight)
             attn.c_attn.bias = None if bias is None else torch.nn.Parameter(bias)
             attn.c_attn.requires_grad_(parts[0].weight.requires_grad)

@@ -226,16 +226,16 @@ def capture(model, x, y):
     def keep_value(module, args, cut):
         values.append((args[0], cut))
 
-    weights = [attn.value_weight().detach().requires_grad_() for attn in attentions]
+    weights = [attn.head_weight('v').detach().requires_grad_() for attn in attentions]
     with ExitStack() as hooks:
         for attn, weight in zip(attentions, weights):
             hooks.enter_context(attn.c_attn.register_forward_pre_hook(
                 lambda module, args, weight=weight: (args[0], weight)))
-            hooks.enter_context(attn.head_svd.register_forward_hook(keep_value))
+            hooks.enter_context(attn.head_svd['v'].register_forward_hook(keep_value))
         loss = model(x, y)[1]
     before, after = zip(*values)
     gradients = torch.autograd.grad(loss, (*after, *weights))
-    return [(v.detach(), dv, attn.c_attn.value_weight().detach(), dw) for attn, v, dv, dw in
+    return [(v.detach(), dv, attn.c_attn.head_weight('v').detach(), dw) for attn, v, dv, dw in
             zip(attentions, before, gradients, gradients[len(after):])]
 
 

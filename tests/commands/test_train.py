@@ -364,7 +364,8 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
     start = [p.detach().double().cpu() for p in params]
     expected, momenta = [*start], [torch.zeros_like(p) for p in start]
     rates = [1., .5, 2., 1., 1.]
-    optimizer = Muon([{'params': params, 'matrices': [*counts.values()], 'rates': rates}],
+    heights = [[len(p) // n] * n for p, n in zip(params, counts.values())]
+    optimizer = Muon([{'params': params, 'matrices': heights, 'rates': rates}],
                      dtype=dtype, lr=.1, weight_decay=.1)
     for _ in range(3):
         for i, (p, n) in enumerate(zip(params, counts.values())):
@@ -387,12 +388,16 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
 
 
 @pytest.mark.parametrize('options, whole, per_head', [
-    ({}, [3, 1, 1, 1], [6, 1, 1, 1]),
-    (dict(use_mla=True, mla_latent_dim=4), [1, 1, 1, 1, 1, 1, 1], [2, 1, 2, 2, 1, 1, 1]),
-    (dict(adaptive_svd=True, adaptive_svd_targets='c_q'), [1, 1, 1, 1, 1, 1], [2, 2, 2, 1, 1, 1])],
-    ids=['c_attn', 'MLA', 'split'])
+    ({}, [[8] * 3, [8], [32], [8]], [[4] * 6, [8], [32], [8]]),
+    (dict(use_mla=True, mla_latent_dim=3), [[8], [3], [8], [8], [8], [32], [8]],
+     [[4, 4], [3], [4, 4], [4, 4], [8], [32], [8]]),
+    (dict(adaptive_svd=True, adaptive_svd_targets='c_q'), [[8], [8], [8], [8], [32], [8]],
+     [[4, 4], [4, 4], [4, 4], [8], [32], [8]]),
+    (dict(n_kv_head=1, v_head_dim=[2]), [[8, 4, 2], [8], [32], [8]],
+     [[4, 4, 4, 2], [8], [32], [8]])],
+    ids=['c_attn', 'MLA', 'split', 'narrow heads'])
 def test_muon_splits_queries_keys_and_values(options, whole, per_head):
-    """The number of matrices in a parameter is that of W_q, W_k and W_v, or of their heads. Only
+    """The matrices in a parameter are W_q, W_k and W_v, or their heads. Only
     c_fc has another rate, and only after the larger initialization."""
     for flag, init in ((False, 'gpt2'), (True, 'mimetic')):
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=9,
@@ -401,7 +406,7 @@ def test_muon_splits_queries_keys_and_values(options, whole, per_head):
                  if kind in ('hidden', 'halved') for p, *pair in zip(
                      group['params'], group['matrices'], group['rates'], strict=True)}
         named = {name: found[p] for name, p in model.named_parameters() if p in found}
-        assert [count for count, _ in named.values()] == (per_head if flag else whole)
+        assert [rows for rows, _ in named.values()] == (per_head if flag else whole)
         assert all(rate == 1 + (flag and 'c_fc' in name) for name, (_, rate) in named.items())
 
 

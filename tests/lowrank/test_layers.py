@@ -18,7 +18,7 @@ each_bias = pytest.mark.parametrize('bias', [True, False])
 
 def fused(layer):
     """Mark a linear layer as a projection to queries, keys and values."""
-    layer.n_head = 1
+    layer.heads, layer.rows = dict.fromkeys('qkv', 1), [len(layer.weight) // 3] * 3
     return layer
 
 
@@ -90,7 +90,8 @@ def test_split_and_fused_again_it_is_the_same_to_the_bit(bias, dtype):
 def test_a_model_with_queries_keys_and_values_apart_is_the_same_model(scope, bias):
     """A model with separate query, key and value layers has the logits of the fused model, with and
     without a cache, and a cache of the same size."""
-    options = dict(bias=bias, **(svd(scope) if scope else {}))
+    options = dict(bias=bias, n_kv_head=1, **(svd(scope, svd_targets='q,v') if scope else
+                                              dict(qk_head_dim=[3, 4], v_head_dim=[2, 1])))
     model, apart, idx = make(**options), make(**options), tokens(3)
     for block in apart.transformer.h:
         block.attn.c_attn = SplitProjection(block.attn.c_attn)

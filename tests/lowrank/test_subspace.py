@@ -158,6 +158,10 @@ def randomized(scope, rank=2, **overrides):
     return make(use_svd=True, svd_scope=scope, svd_rank=rank, svd_method='randomized', **overrides)
 
 
+def basis_of(model):
+    return model.extra_state()['svd_basis']
+
+
 def take_step(model, seed=0):
     """Take an optimizer step as train.py does, with a learning rate of 0, so only the basis
     moves."""
@@ -229,11 +233,11 @@ def test_only_completed_steps_of_its_optimizer_move_the_basis(scope):
                                                    'cpu'), torch.amp.GradScaler('cpu', 2. ** 127)
     scaler.scale(1e4 * model(tokens(), tokens())[1]).backward()
     scaler.step(optimizer)
-    assert model.svd_basis is None
-    cold.svd_basis = take_step(model).svd_basis
-    before, (_, loss) = cold.svd_basis, cold(tokens(), tokens())
+    assert not model.extra_state()
+    cold.load_extra_state(take_step(model).extra_state())
+    before, (_, loss) = basis_of(cold), cold(tokens(), tokens())
     torch.optim.SGD(cold.parameters(), 0.).step()
-    assert torch.equal(cold.svd_basis, before) and loss != cold.eval()(tokens(), tokens())[1]
+    assert torch.equal(basis_of(cold), before) and loss != cold.eval()(tokens(), tokens())[1]
 
 
 @each_scope
@@ -247,7 +251,7 @@ def test_looking_between_steps_changes_no_bit(scope):
         watched.generate(tokens(), 3, use_cache=scope != 'sequence')
         with torch.no_grad():
             watched.train()(tokens(3), tokens(3))
-    assert torch.equal(model.svd_basis, watched.svd_basis)
+    assert torch.equal(basis_of(model), basis_of(watched))
 
 
 @each_scope
@@ -257,17 +261,29 @@ def test_a_checkpoint_brings_it_back_unless_it_does_not_fit(scope):
     checkpoint's tensor."""
     model = take_step(take_step(randomized(scope, dtype=torch.float32)), 1)
     assert model.state_dict().keys() == make().state_dict().keys(
-    ) and not model.svd_basis.requires_grad
-    saved = checkpoint_of(model) | {'svd_basis': model.svd_basis.clone()}
+    ) and not basis_of(model).requires_grad
+    saved = checkpoint_of(model) | {'svd_basis': basis_of(model).clone()}
     again = GPT.from_checkpoint(saved)
-    assert torch.equal(again.svd_basis, model.svd_basis) and model.svd_basis.shape == (2, 2, 4, 2)
+    assert torch.equal(basis_of(again), basis_of(model)) and basis_of(model).shape == (2, 2, 4, 2)
     assert torch.equal(again.eval()(tokens(), tokens())[0], model.eval()(tokens(), tokens())[0])
     take_step(again)
-    assert torch.equal(saved['svd_basis'], model.svd_basis)
+    assert torch.equal(saved['svd_basis'], basis_of(model))
     for overrides in (dict(svd_rank=3), dict(svd_method='gram'), dict(svd_scope='weight'),
                       dict(use_svd=False)):
-        assert GPT.from_checkpoint(saved, **overrides).svd_basis is None
-    assert GPT.from_checkpoint(checkpoint_of(model)).svd_basis is None
+        assert not GPT.from_checkpoint(saved, **overrides).extra_state()
+    assert not GPT.from_checkpoint(checkpoint_of(model)).extra_state()
+
+
+def test_queries_and_keys_have_their_own_bases():
+    """Each target of the SVD has its own warm start, with its own rank and number of heads, and a
+    checkpoint holds all of them."""
+    model = take_step(randomized('causal', svd_targets='q,k,v', svd_rank_q=3, svd_rank_k=1,
+                                 n_kv_head=1, dtype=torch.float32))
+    found = model.extra_state()
+    assert {key: tuple(basis.shape) for key, basis in found.items()} == {
+        'svd_basis': (2, 1, 4, 2), 'svd_basis_q': (2, 2, 4, 3), 'svd_basis_k': (2, 1, 4, 1)}
+    again = GPT.from_checkpoint(checkpoint_of(model) | found)
+    assert same(again.extra_state(), found)
 
 
 @pytest.mark.parametrize('scope', SCOPES)

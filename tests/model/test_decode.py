@@ -1,6 +1,7 @@
 """Generation with a cache gives what generation without a cache gives, with fewer bytes and
 operations."""
 
+import itertools
 import math
 from collections import Counter
 from copy import deepcopy
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from helpers import (MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd,
                      tokens)
 from lowrank.svd import METHODS
+from model import GPT, GPTConfig
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error:svd_scope')]
 # SMALL: 2 layers, 2 heads of size 4, block_size 16
@@ -24,6 +26,11 @@ CACHED = {
     'MLA': mla(7),
     'MLA, weight': mla(**svd('weight', 2, 'randomized')),
     'MLA, causal': mla(**svd('causal', 2, 'standard')),
+    'weight of q,k,v': svd('weight', svd_targets='q,k,v', svd_rank_k=1),
+    'causal q,k,v': svd('causal', svd_targets='q,k,v', svd_rank_q=3),
+    'MLA, causal q,k': mla(**svd('causal', svd_targets='q,k')),
+    'shared keys': dict(n_kv_head=1, **svd('causal', svd_targets='k,v')),
+    'narrow heads': dict(qk_head_dim=[3, 1], v_head_dim=[2, 4], n_kv_head=1),
 }
 each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
 
@@ -32,38 +39,47 @@ each_cached = pytest.mark.parametrize('options', CACHED.values(), ids=CACHED)
 # logits
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=150)
 @given(
     data=st.data(),
     scope=st.sampled_from([None, 'causal', 'weight']),
     method=st.sampled_from(METHODS),
     head_size=st.sampled_from([1, 2, 3, 4, 5, 8]),
-    n_head=st.integers(1, 3),
+    n_head=st.integers(1, 4),
     bias=st.booleans(),
     block_size=st.integers(1, 20),
     svd_block=st.integers(1, 22),
     rows=st.integers(1, 3),
     one_prompt=st.booleans(),
     latents=st.booleans(),
+    targets=st.sampled_from(['v', 'k', 'q', 'q,k', 'k,v', 'q,k,v']),
     seed=st.integers(0, 999),
 )
 def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_head, bias,
                                              block_size, svd_block, rows, one_prompt, latents,
-                                             seed):
+                                             targets, seed):
     """Cached logits equal uncached ones for random models, prompts and cache sizes. 'randomized' is
     left out for latents, because a latent narrower than the rank leaves columns of the basis that
     are only rounding."""
     width, T = n_head * head_size, data.draw(st.integers(1, block_size))
     prompt, room = data.draw(st.integers(1, T)), data.draw(st.integers(T, block_size))
-    latent = mla(data.draw(st.integers(1, width))) if latents and method != 'randomized' else {}
-    cut = svd(scope, data.draw(st.integers(1, head_size +
-                                           1)), method, svd_block=svd_block) if scope else {}
-    model = make(seed, n_embd=width, n_head=n_head, bias=bias, block_size=block_size, **cut,
-                 **latent)
+    dims, options = st.lists(st.integers(1, head_size), min_size=2, max_size=2), {}
+    if scope:
+        rank = st.integers(1, head_size + 1)
+        options = svd(scope, data.draw(rank), method, svd_block=svd_block, svd_targets=targets,
+                      svd_rank_q=data.draw(rank), svd_rank_k=data.draw(st.none() | rank))
+    if latents and method != 'randomized':
+        options |= mla(data.draw(st.integers(1, width)))
+    else:
+        divisors = [n for n in range(1, n_head + 1) if n_head % n == 0]
+        options['n_kv_head'] = data.draw(st.sampled_from(divisors))
+        if not scope:
+            options |= dict(qk_head_dim=data.draw(dims), v_head_dim=data.draw(st.none() | dims))
+    model = make(seed, n_embd=width, n_head=n_head, bias=bias, block_size=block_size, **options)
     idx = tokens(rows, T, seed)
     idx[:, :prompt] = idx[:1, :prompt] if one_prompt else idx[:, :prompt]
-    actual, expected = cached_logits(model, idx, prompt, one_prompt, room), model(idx,
-                                                                                  idx)[0].detach()
+    actual = cached_logits(model, idx, prompt, one_prompt, room)
+    expected = model(idx, idx)[0].detach()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
@@ -253,7 +269,7 @@ def test_values_that_later_tokens_change_have_no_cache(latents):
 def bytes_held(cache, scope):
     """Return the bytes of all storages that a cache refers to, found by walking it. Weights of the
     model do not count. In 'weight' scope the basis is such a weight."""
-    weights, storages = ('bias', 'down_proj', 'w_k', 'w_v', *['basis'] * (scope == 'weight')), {}
+    weights, storages = ('bias', 'down_proj', 'weight', *['basis'] * (scope == 'weight')), {}
 
     def walk(x):
         if isinstance(x, torch.Tensor):
@@ -268,20 +284,25 @@ def bytes_held(cache, scope):
     return sum(storages.values())
 
 
-def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
-    """Return the bytes of one layer's cache for one sequence, with `each` bytes per value. Gram
-    matrices are float64, or float32 in half precision."""
-    starts = [block * 2 ** i
-              for i in range(20)
-              if rank < block * 2 ** i < T] if scope == 'causal' else []
-    bases = heads * len(starts) * rank * hs * each
-    if latent:
-        return T * latent * each + bases
-    values = T * (rank if scope == 'weight' else hs)
-    if starts:
-        values = starts[0] * hs + (T - starts[0]) * rank
-        bases += heads * (4 if each == 2 else 8) * hs * hs
-    return heads * (T * hs + values) * each + bases
+def bytes_by_formula(c, T, each):
+    """Return the bytes of the caches of both layers for one sequence, with `each` bytes per value.
+    Gram matrices are float64, or float32 in half precision."""
+    hs, kv, total = c.head_size, c.n_kv_head or c.n_head, 0
+    for layer, name in itertools.product((0, 1), 'qkv'):
+        heads = c.n_head if name == 'q' else kv
+        widths = c.v_head_dim if name == 'v' else c.qk_head_dim
+        rank, width = c.svd_ranks.get(name), widths[layer] if widths else hs
+        starts = [c.svd_block * 2 ** i for i in range(20)
+                  if rank < c.svd_block * 2 ** i < T] if rank and c.svd_scope == 'causal' else []
+        rows = T * (rank if rank and c.svd_scope == 'weight' else width)
+        if starts:
+            rows = starts[0] * hs + (T - starts[0]) * rank
+            total += heads * len(starts) * rank * hs * each         # bases
+            if name == 'q' or not c.use_mla:
+                total += heads * hs * hs * (4 if each == 2 else 8)  # Gram matrices
+        if name != 'q' and not c.use_mla:
+            total += heads * rows * each
+    return total + (2 * T * c.latent_dim * each if c.use_mla else 0)
 
 
 @pytest.mark.parametrize('scope', [None, 'weight', 'causal'])
@@ -298,33 +319,38 @@ def bytes_by_formula(scope, latent, T, hs, rank, block, each, heads=3):
 def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
     """`kv_cache_bytes` equals a formula written by hand and the bytes that the cache allocates,
     before and after it is filled."""
-    for head_size, rank, block, T, B, latent in (
-        (5, 2, 4, 16, 3, None),
-        (4, 3, 1, 16, 1, None),
-        (5, 2, 4, 16, 3, 2),
-        (2, 1, 1, 1, 4, None),
-        (5, 2, 20, 16, 1, 6),
-        (8, 2, 2, 2, 1, None),
-        (4, 3, 1, 16, 2, 12),
-        (4, 2, 2, 9, 1, 3),
-        (4, 1, 3, 7, 2, None),
+    for head_size, rank, block, T, B, options in (
+        (5, 2, 4, 16, 3, {}),
+        (4, 3, 1, 16, 1, dict(svd_targets='k,v')),
+        (5, 2, 4, 16, 3, mla(2)),
+        (2, 1, 1, 1, 4, dict(n_kv_head=1)),
+        (5, 2, 20, 16, 1, mla(6)),
+        (8, 2, 2, 2, 1, dict(svd_targets='q,k', svd_rank_q=1)),
+        (4, 3, 1, 16, 2, mla(12, svd_targets='q,k,v', svd_rank_k=1)),
+        (4, 2, 2, 9, 1, mla(3)),
+        (4, 1, 3, 7, 2, dict(n_kv_head=1, svd_targets='q,k,v', svd_rank_k=2)),
+        (4, 1, 3, 7, 2, {} if scope else dict(qk_head_dim=[1, 3], v_head_dim=[4, 2], n_kv_head=1)),
     ):
-        model = make(
-            dtype=dtype,
-            n_embd=3 * head_size,
-            n_head=3,
-            bias=rank == 2,
-            **(mla(latent) if latent else {}),
-            **(svd(scope, rank, svd_block=block) if scope else {}),
-        )
-        # 2 layers
-        expected = 2 * B * bytes_by_formula(scope, latent, T, head_size, rank, block, each)
+        model = make(dtype=dtype, n_embd=3 * head_size, n_head=3, bias=rank == 2,
+                     **options | (svd(scope, rank, svd_block=block) if scope else {}))
+        expected = B * bytes_by_formula(model.config, T, each)
         with torch.autocast('cpu', torch.bfloat16, enabled=cast), torch.no_grad():
             cache, idx = model.new_cache(B, T), tokens(B, T)
             assert model.kv_cache_bytes(B, T) == expected == bytes_held(cache, scope)
             for t in range(T):
                 model(idx[:, t : t + 1], cache=cache)
             assert bytes_held(cache, scope) == expected
+
+
+def test_the_cache_shrinks_with_keys_and_values():
+    """With rank 16 of 64 for keys and values in 'weight' scope, the whole cache is 4 times smaller.
+    With 2 of 12 key/value heads it is 6 times smaller."""
+    def cache_bytes(**options):
+        return GPT(GPTConfig(n_layer=2, vocab_size=64, **options)).kv_cache_bytes(1, 1024)
+    whole = 2 * 2 * 768 * 1024 * 4
+    assert cache_bytes() == whole
+    assert cache_bytes(**svd('weight', 16, svd_targets='k,v')) == whole / 4
+    assert cache_bytes(n_kv_head=2) == whole / 6
 
 
 def test_bytes_are_counted_without_being_allocated():

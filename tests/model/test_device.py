@@ -37,7 +37,7 @@ def well_separated(**options):
             p.add_(torch.randn_like(p), alpha=.2)
         for block in model.transformer.h:
             # (nh, hs, C or latent)
-            block.attn.c_attn.value_weight().mul_(2.0 ** -torch.arange(16).unsqueeze(-1))
+            block.attn.c_attn.head_weight('v').mul_(2.0 ** -torch.arange(16).unsqueeze(-1))
     return model
 
 

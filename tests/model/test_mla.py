@@ -162,6 +162,9 @@ def test_a_checkpoint_from_before_latents_and_factors_is_one_without(trained, ca
         dict(layer_ranks=RANKS),
         dict(layer_ranks=RANKS, bias=False, **svd('weight')),
         mla(layer_ranks=MLA_RANKS),
+        mla(**svd('weight', svd_targets='q,k', svd_rank_k=1)),
+        svd('weight', svd_targets='q,k,v', n_kv_head=1),
+        dict(n_kv_head=1, bias=False, qk_head_dim=[1, 3], v_head_dim=[4, 2]),
     ],
     ids=str,
 )
@@ -173,7 +176,7 @@ def test_multiplied_out_it_is_a_plain_model(options):
         expected = model(idx, idx)[0]
         plain = plain_model(model).eval()
         c = plain.config
-        assert not (c.use_mla or c.use_svd or c.layer_ranks)
+        assert not (c.use_mla or c.use_svd or c.layer_ranks or c.n_kv_head or c.qk_head_dim)
         assert (plain(idx, idx)[0] - expected).abs().max() <= 1e4 * torch.finfo(
             dtype
         ).eps * expected.abs().max()

@@ -70,6 +70,10 @@ def assert_same_as_by_hand(device, options, **by_hand):
         (mla(1), {}),
         (mla(3, bias=False), {}),
         (mla(8, bias=False), {}),
+        (dict(n_kv_head=1), dict(n_kv_head=1)),
+        (dict(n_head=4, n_kv_head=2, bias=False), dict(n_head=4, n_kv_head=2)),
+        (dict(qk_head_dim=[3, 2], v_head_dim=[1, 4]), dict(dims=[(3, 1), (2, 4)])),
+        (dict(v_head_dim=[2, 3], n_kv_head=1), dict(dims=[(4, 2), (4, 3)], n_kv_head=1)),
     ],
 )
 def test_it_is_a_gpt_by_hand(device, options, by_hand):
@@ -78,21 +82,21 @@ def test_it_is_a_gpt_by_hand(device, options, by_hand):
 
 @pytest.mark.any_device
 @pytest.mark.parametrize(
-    'basis_grad, latents, bias',
-    [(True, False, True), (False, False, False), (True, True, True)],
-    ids=['dense', 'constant basis', 'MLA'],
+    'basis_grad, kind, targets',
+    [(True, {}, 'v'), (False, dict(bias=False), 'v'), (True, mla(5), 'v'), (True, {}, 'q,k,v'),
+     (True, dict(n_kv_head=1), 'k'), (False, mla(5), 'q,k')],
+    ids=['dense', 'constant basis', 'MLA', 'q,k,v', 'shared keys', 'MLA, q,k'],
 )
 @pytest.mark.parametrize('scope', SCOPES)
 @pytest.mark.parametrize('method', EXACT_METHODS)
 def test_with_an_svd_it_is_a_gpt_by_hand_with_truncated_values(
-    device, scope, method, basis_grad, latents, bias
+    device, scope, method, basis_grad, kind, targets
 ):
-    """The SVD replaces V, W_v or U_v of each head by U_k S_k V_k^T. The reference is
-    torch.linalg.svd in a GPT written by hand."""
-    options = dict(
-        bias=bias, **svd(scope, 2, method, svd_basis_grad=basis_grad),
-        **(mla(5) if latents else {}))
-    assert_same_as_by_hand(device, options, **cut_by_hand(scope, 2, basis_grad))
+    """The SVD replaces V, W_v or U_v of each head by U_k S_k V_k^T, or queries and keys. The
+    reference is torch.linalg.svd in a GPT written by hand."""
+    options = svd(scope, 2, method, svd_basis_grad=basis_grad, svd_targets=targets, **kind)
+    assert_same_as_by_hand(device, options, n_kv_head=kind.get('n_kv_head'),
+                           **cut_by_hand(scope, 2, basis_grad, targets))
 
 
 def test_the_svd_of_v_is_a_method_of_attention():
@@ -345,6 +349,7 @@ def test_dropout_acts_in_training_in_the_places_of_nanogpt(place):
         (mla(), 14),
         (dict(layer_ranks=RANKS), 19),
         (mla(layer_ranks=MLA_RANKS, bias=False), 17),
+        (dict(n_kv_head=1, qk_head_dim=[3, 2]), 8),
     ],
     ids=str,
 )
@@ -452,6 +457,16 @@ def test_generate_draws_the_tokens_of_nanogpt(columns, options):
         ('svd_scope', dict(svd_scope='token'), 'causal'),
         ('mla_latent_dim', mla(0), 'at least 1'),
         ('mla_latent_dim', mla(9), 'nearest: 8'),
+        ('n_kv_head', dict(n_kv_head=0), 'nearest: 1'),
+        ('n_kv_head', dict(n_head=8, n_kv_head=5), 'nearest: 4'),
+        ('n_kv_head', mla(n_kv_head=1), 'nearest: --n_kv_head=None'),
+        ('v_head_dim', mla(v_head_dim=[2, 2]), 'use_mla'),
+        ('qk_head_dim', dict(qk_head_dim=[2]), 'nearest: [2, 4]'),
+        ('qk_head_dim', dict(qk_head_dim=[2, 5]), 'nearest: [2, 4]'),
+        ('v_head_dim', dict(v_head_dim=[0, 2]), 'nearest: [1, 2]'),
+        ('v_head_dim', svd('weight', v_head_dim=[2, 2]), 'nearest: --use_svd=False'),
+        ('svd_targets', dict(svd_targets='k,w'), 'one of q, k, v'),
+        ('svd_rank_k', dict(svd_rank_k=0), 'at least 1'),
     ],
 )
 def test_impossible_values_are_refused_by_name(field, overrides, hint):
@@ -479,6 +494,7 @@ def test_impossible_values_are_refused_by_name(field, overrides, hint):
         (dict(layer_ranks=RANKS),
          [dict(layer_ranks=None),
           dict(layer_ranks=RANKS | {'h.1.mlp.c_fc': 7})]),
+        (dict(n_kv_head=1, v_head_dim=[3, 2]), [dict(n_kv_head=None), dict(v_head_dim=[2, 3])]),
     ],
     ids=str,
 )
