@@ -6,10 +6,12 @@ Make a trained model smaller, without training or with short fine-tuning:
     python compress.py --out_dir=OUT --rank=64 --modules=mlp --method=plain # MLPs at rank 64
     python compress.py --spectrum --out_dir=OUT                  # only report the singular values
     python compress.py --to=mla --mla_latent_dim=32 --out_dir=OUT           # convert to MLA
+    python compress.py --to=lowrank_heads --keep=0.5 --out_dir=OUT          # half of the cache
+    python compress.py --to=gqa --n_kv_head=2 --out_dir=OUT                 # fewer key/value heads
     python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8   # GPT-2, or a model folder
     python compress.py --help                                    # every option and its meaning
 
-SAVE_DIR (default: OUT-lowrank, OUT-mla or OUT-spectrum) gets ckpt.pt, which the other scripts take,
+SAVE_DIR (default: OUT-lowrank, OUT-mla, ... or OUT-spectrum) gets ckpt.pt, which the other scripts take,
 and compress.json, the report. The report counts all parameters; train.py counts all but the
 position embeddings. Generation is timed in rounds, each with both models in turn. Speeds are
 medians over the rounds, and the ratio of speeds is the median of their ratios. More:
@@ -38,7 +40,7 @@ from runtime.data import GPT2_META, Dataset, locate, name_of
 from runtime.files import (archive_run, check_save_dir, locked_folder, named, new_folder,
                            write_atomically)
 from tools import model_compression as compression
-from tools.attention_conversion import to_mla
+from tools.attention_conversion import HEADS_KEEP, to_gqa, to_lowrank_heads, to_mla
 from tools.model_compression import apply_svd_compression  # noqa: F401
 from tools.spectrum_report import report_spectrum
 
@@ -51,16 +53,17 @@ class CompressConfig:
     starts with the option's name."""
     out_dir: Annotated[str | None, 'run folder; None: the newest in the working directory',
                        PATH] = None
-    save_dir: Annotated[str | None, 'new folder; None: OUT_DIR-lowrank, -mla or -spectrum',
+    save_dir: Annotated[str | None, 'new folder; None: OUT_DIR-lowrank, OUT_DIR-mla, ...',
                         PATH] = None
     overwrite: Annotated[bool, 'move a run in save_dir to SAVE_DIR.1, .2, ...; False: refuse '
                          'to replace it'] = False
-    to: Annotated[Literal['lowrank', 'mla'], "'lowrank': low-rank layers, each of two smaller "
-                  "matrices; 'mla': multi-head latent attention, keys and values from one latent "
-                  'per token'] = 'lowrank'
-    keep: Annotated[float | None, "fraction of the modules' weights kept, above 0 and at most 1; "
-                    f'None: {compression.KEEP} unless rank or energy is given',
-                    Range(above=0)] = None
+    to: Annotated[Literal['lowrank', 'mla', 'gqa', 'lowrank_heads'], "'lowrank': low-rank layers, "
+                  "each of two smaller matrices; 'mla': multi-head latent attention, keys and "
+                  "values from one latent per token; 'gqa': fewer key/value heads, each the mean of "
+                  "several; 'lowrank_heads': narrower heads"] = 'lowrank'
+    keep: Annotated[float | None, "fraction kept of the modules' weights, or with lowrank_heads of "
+                    f'the cache; None: {compression.KEEP} unless rank or energy is given, or '
+                    f'{HEADS_KEEP} of the cache', Range(above=0)] = None
     rank: Annotated[int | None, 'one rank for all layers; layers that it does not make smaller '
                     'stay dense', Range(1)] = None
     energy: Annotated[float | None, "per layer, the smallest rank that keeps this fraction of the "
@@ -69,6 +72,8 @@ class CompressConfig:
                        'None: all'] = None
     mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
                               Range(1)] = None
+    n_kv_head: Annotated[int | None, 'key/value heads of gqa; None: half of those of the model',
+                         Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
                       "what to minimize; 'activation': the estimated increase of the training "
                       "loss, which also decides the ranks; 'whitened': the error of each layer's "
@@ -102,9 +107,12 @@ class CompressConfig:
         # option -> (whether it is given, options that have no effect with it)
         unused = {
             '--spectrum': (self.spectrum, ('to', 'overwrite', 'dataset', 'method', 'finetune_iters',
-                                           'mla_latent_dim', *RANKS)),
-            '--to=mla': (self.to == 'mla', ('modules', *RANKS)),
-            '--to=lowrank': (self.to == 'lowrank', ('mla_latent_dim',)),
+                                           'mla_latent_dim', 'n_kv_head', *RANKS)),
+            '--to=mla': (self.to == 'mla', ('modules', 'n_kv_head', *RANKS)),
+            '--to=gqa': (self.to == 'gqa', ('modules', 'mla_latent_dim', 'method', *RANKS)),
+            '--to=lowrank_heads': (self.to == 'lowrank_heads', (
+                'modules', 'mla_latent_dim', 'n_kv_head', 'rank', 'energy')),
+            '--to=lowrank': (self.to == 'lowrank', ('mla_latent_dim', 'n_kv_head')),
             '--finetune_iters=0': (not self.finetune_iters, TUNING),
             '--init_from': (self.init_from != 'resume', ('out_dir',)),
             '--keep': (self.keep is not None, ('rank', 'energy')),
@@ -119,8 +127,8 @@ class CompressConfig:
             if value > 1:                                           # 60 stands for 60%
                 raise ValueError(f'{name}={value}: must be a fraction, above 0 and at most 1 '
                                  f'(nearest: {value / 100 if 2 <= value <= 100 else 1:g})')
-        if self.to == 'mla' and self.method == 'whitened':
-            raise ValueError("method='whitened': cannot be combined with --to=mla (nearest: "
+        if self.to != 'lowrank' and self.method == 'whitened':
+            raise ValueError(f"method='whitened': cannot be combined with --to={self.to} (nearest: "
                              "'activation')")
         if self.init_from != 'resume' and self.dataset is None and not self.spectrum:
             raise ValueError(f'init_from={self.init_from}: needs a text to measure on (nearest: '
@@ -174,7 +182,7 @@ def convert(cfg, model, saved, save_dir):
     settings of the original run. Pairs in the report are [before, after]. Raises ValueError or
     FloatingPointError.
     """
-    device, is_mla = devices.pick_device(cfg.device), cfg.to == 'mla'
+    device = devices.pick_device(cfg.device)
     options = asdict(cfg)                                           # as the user gave them
     cfg.dataset = cfg.dataset or str(saved.get('config', {}).get('dataset', ''))
     data = find_data(cfg, saved, model.config)
@@ -182,10 +190,14 @@ def convert(cfg, model, saved, save_dir):
     losses = [compression.validation_loss(model, data, device, cfg.seed)]
 
     start, new, layers = time.perf_counter(), copy.deepcopy(model), {}
-    windows = () if cfg.method == 'plain' else compression.calibration_windows(
+    windows = () if cfg.method == 'plain' or cfg.to == 'gqa' else compression.calibration_windows(
         data, cfg.calibration_tokens, model.config.block_size, cfg.seed, device)
-    if is_mla:
+    if cfg.to == 'mla':
         new = to_mla(new, cfg.mla_latent_dim or model.config.latent_dim, windows)
+    elif cfg.to == 'gqa':
+        new = to_gqa(new, cfg.n_kv_head)
+    elif cfg.to == 'lowrank_heads':
+        new = to_lowrank_heads(new, cfg.keep, windows)
     else:
         layers = compression.compress_model(new, cfg.method, windows, cfg.modules, keep=cfg.keep,
                                             rank=cfg.rank, energy=cfg.energy)
@@ -205,7 +217,7 @@ def convert(cfg, model, saved, save_dir):
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   # exp overflows above 709
                   perplexity=[math.exp(min(loss, 700)) for loss in both],
-                  latent_dim=new.config.latent_dim if is_mla else None,
+                  attention=compression.attention_widths(new.config),
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
     optimizer = new.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')

@@ -64,11 +64,16 @@ class Factorization:
         """Return U (m, r) and A (r, n) with U^T U = A A^T. At full rank U A is W itself."""
         if rank >= self.size:
             return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
-        leading = self.vectors[:, :rank]                            # (s, r)
-        down, up = leading.mT @ self.inverse, self.root @ leading   # (r, s), (s, r)
+        up, down = self.split(rank)
         if self.tall:
             return balance(self.weight @ up, down, rank)            # (m, r), (r, n)
         return balance(down.mT, up.mT @ self.weight, rank)
+
+    def split(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors (s, r) and (r, s) of the projection that takes the smaller side of W to
+        that of U A. At full rank their product is the identity."""
+        leading = self.vectors[:, :rank]                            # (s, r)
+        return self.root @ leading, leading.mT @ self.inverse
 
 
 def psd_sqrt(statistic, size, ridge):

@@ -207,9 +207,9 @@ class SplitProjection(nn.Module):
 def split_heads(heads, parts):
     """Split the heads of queries, keys and values.
 
-    heads: name -> number of heads. parts: name -> tensor (B, T, heads n). Returns a list of tensors
-    (B, heads, T, n)."""
-    return [x.unflatten(2, (heads[name], -1)).transpose(1, 2) for name, x in parts.items()]
+    heads: name -> number of heads. parts: name -> tensor (B, T, heads n). Returns a tuple of
+    tensors (B, heads, T, n)."""
+    return tuple(x.unflatten(2, (heads[name], -1)).transpose(1, 2) for name, x in parts.items())
 
 
 def bias_per_head(heads, bias):

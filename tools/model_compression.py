@@ -518,6 +518,12 @@ def compare_models(models, data, device, seed):
                 **{name: [measure(m) for m in models] for name, measure in measures.items()})
 
 
+def attention_widths(c):
+    """Return the numbers that determine what attention caches, for the report of compress.py."""
+    return dict(n_head=c.n_head, n_kv_head=c.heads['k'], qk_head_dim=c.qk_head_dim,
+                v_head_dim=c.v_head_dim, mla_latent_dim=c.latent_dim if c.use_mla else None)
+
+
 def sample_text(model, data, device, seed):
     torch.manual_seed(seed)
     return sample(model, data, device, devices.autocast(device, 'float32'))
@@ -558,9 +564,13 @@ ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'
 def describe(report):
     """Return the report of compress.py as text."""
     tuned, speed = report['options']['finetune_iters'], report['speed']
-    made = (f'{len(report["layers"])} layers are low-rank' if report['to'] == 'lowrank' else
-            f'keys and values of each token share a latent of {report["latent_dim"]} values')
-    lines = [f'{made}, method {report["method"]!r}, {report["seconds"]:.1f} s']
+    widths = report['attention']
+    made = dict(
+        lowrank='{} layers are low-rank'.format(len(report['layers'])),
+        mla='keys and values of each token share a latent of {mla_latent_dim} values',
+        gqa='{n_head} query heads share {n_kv_head} key/value heads',
+        lowrank_heads='heads are narrower, keys {qk_head_dim} and values {v_head_dim} per layer')
+    lines = [f'{made[report["to"]].format(**widths)}, method {report["method"]!r}, {report["seconds"]:.1f} s']
     lines += [f'ranks in block {block}: ' + ', '.join(
         f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers)
         for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1])]
