@@ -217,7 +217,7 @@ def convert(cfg, model, saved, save_dir):
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   # exp overflows above 709
                   perplexity=[math.exp(min(loss, 700)) for loss in both],
-                  attention=compression.attention_widths(new.config),
+                  **compression.attention_widths(new.config),
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
     optimizer = new.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')

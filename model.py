@@ -83,8 +83,8 @@ class GPTConfig(AdapterTargets):
     vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304  # GPT-2's 50257, padded
     n_layer: Annotated[int, 'number of transformer blocks', Range(1, below=10000)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
-    n_kv_head: Annotated[int | None, 'key/value heads, each shared by n_head / n_kv_head query '
-                         'heads; None: n_head', Range(1)] = None
+    n_kv_head: Annotated[int | None, 'key/value heads, shared if fewer; None: n_head',
+                         Range(1)] = None
     n_embd: Annotated[int, 'embedding size; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
     bias: Annotated[bool, 'biases in Linear and LayerNorm; False is slightly faster'] = True
@@ -99,16 +99,15 @@ class GPTConfig(AdapterTargets):
                           Needs(svd_on_q=True), *SVD] = None
     svd_rank_k: Annotated[int | None, 'rank of keys; None: svd_rank', Range(1),
                           Needs(svd_on_k=True), *SVD] = None
-    svd_method: Annotated[Literal[METHODS], "'gram': eigh of V^T V; 'standard': torch.linalg.svd, "
-                          "slower; 'randomized': usually fastest, error a few percent larger",
-                          *SVD] = 'gram'
+    svd_method: Annotated[Literal[METHODS], "'gram': eigh; 'standard': svd, slower; 'randomized': "
+                          'approximate', *SVD] = 'gram'
     svd_scope: Annotated[Literal[SCOPES], "'sequence': truncate V, sees later tokens; "
                          "'causal': project V onto a basis of earlier tokens; 'weight': truncate "
                          'W_v', *SVD] = 'sequence'
-    svd_block: Annotated[int, "'causal' scope: the first svd_block tokens keep their full V; "
-                         'tokens [n, 2n) use the basis of tokens [0, n)', Range(1), *CAUSAL] = 32
-    svd_basis_grad: Annotated[bool, 'False: no gradient through the basis, so that '
-                              "'sequence' scope is not trained to use later tokens", *SVD] = True
+    svd_block: Annotated[int, "'causal' scope: tokens before the first basis", Range(1),
+                         *CAUSAL] = 32
+    svd_basis_grad: Annotated[bool, 'False: constant basis, which cannot learn to see later '
+                              'tokens', *SVD] = True
     svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start",
                                Range(0), *RANDOMIZED] = 2
     svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond svd_rank + 4",
@@ -117,11 +116,10 @@ class GPTConfig(AdapterTargets):
                        Section('MLA and low-rank layers')] = False
     mla_latent_dim: Annotated[int | None, 'latent size, at most n_embd; None: n_embd / 4',
                               Range(1), Needs(use_mla=True)] = None
-    qk_head_dim: Annotated[list[int] | None, 'width of queries and keys of a head, per layer; None: '
-                           'n_embd / n_head; set by compress.py'] = None
-    v_head_dim: Annotated[list[int] | None, 'width of values, as qk_head_dim'] = None
-    layer_ranks: Annotated[dict[str, int] | None, "low-rank layers, as {'h.0.mlp.c_fc': 64}; set "
-                           'by compress.py'] = None
+    qk_head_dim: Annotated[list[int] | None,
+                           'q and k width per layer, set by compress.py'] = None
+    v_head_dim: Annotated[list[int] | None, 'v width per layer, set by compress.py'] = None
+    layer_ranks: Annotated[dict[str, int] | None, 'low-rank layers, set by compress.py'] = None
     adaptive_svd: Annotated[bool, 'protect learned weights from gradients that overwrite them',
                             Section('adaptive SVD')] = False
     adaptive_svd_target_layer: Annotated[int, 'index of the block to protect; -1: all blocks',
@@ -130,16 +128,16 @@ class GPTConfig(AdapterTargets):
                                     'query,c_proj', ADAPTIVE] = 'c_q'
     adaptive_svd_protection: Annotated[Literal[PROTECTIONS], "'left': protected directions cannot "
                                        "change; 'none': they can", ADAPTIVE, OVERRIDABLE] = 'left'
-    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'number of trained components per layer '
-                                  'in low-rank mode; set by training', ADAPTIVE] = None
+    adaptive_svd_ranks: Annotated[dict[str, int] | None, 'low-rank mode: ranks, set by training',
+                                  ADAPTIVE] = None
     lora_rank: Annotated[int | None, 'adapter rank; weights are frozen; None: no LoRA', Range(1),
                          Section('LoRA')] = None
     lora_alpha: Annotated[float | None, 'adapters are scaled by alpha / rank; None: by 1',
                           Range(above=0), LORA] = None
     lora_dropout: Annotated[float, 'dropout of adapter inputs; not applied to c_v in '
                             "'weight' scope", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
-    lora_targets: Annotated[str, 'comma-separated layers out of c_q, c_k, c_v, c_proj, c_fc, '
-                            'mlp.c_proj; with MLA query replaces c_q, c_k, c_v', LORA] = 'c_q,c_v'
+    lora_targets: Annotated[str, 'out of c_q,c_k,c_v (MLA: query),c_proj,c_fc,mlp.c_proj',
+                            LORA] = 'c_q,c_v'
     lora_init: Annotated[Literal[INITS], "adapters start from zero ('lora'), or from the largest "
                          "('pissa') or smallest ('milora') singular components of the weights",
                          LORA] = 'lora'

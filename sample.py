@@ -60,8 +60,11 @@ class SampleConfig:
     compile: Annotated[bool, 'use torch.compile'] = False
     use_svd: Annotated[bool | None, 'truncate V by an SVD; None: as trained',
                        Section('SVD on V')] = None
+    svd_targets: Annotated[str | None, "'v', or several of q,k,v; None: as trained"] = None
     svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: full '
                        'rank'] = None
+    svd_rank_q: Annotated[int | None, 'rank of queries; None: as trained'] = None
+    svd_rank_k: Annotated[int | None, 'rank of keys; None: as trained'] = None
     svd_method: Annotated[Literal[METHODS] | None, 'SVD method; None: as trained'] = None
     svd_scope: Annotated[Literal[SCOPES] | None, 'what to truncate: the scope; None: as '
                          'trained'] = None
@@ -163,7 +166,7 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
         raise UserError(f'{where}: its tokenizer has {meta["vocab_size"]} token ids, but its model '
                         f'only {c.vocab_size}; put the right tokenizer.json into the folder, or '
                         'the meta.pkl of its data set into data/DATASET')
-    print(f'{about}; SVD on V {c.svd_summary}' + ' (set by an option)' * bool(svd)
+    print(f'{about}; SVD on {c.svd_targets.upper()} {c.svd_summary}' + ' (set by an option)' * bool(svd)
           + '; a new token changes V of all earlier tokens, so nothing is cached' * c.is_noncausal)
     return model, Tokenizer(meta)
 

@@ -223,8 +223,7 @@ class LatentValues:
 
     def all(self, c):
         """c (B, T, d) -> rows (B, nh, T, hs)."""
-        rows = F.linear(c, self.weight.flatten(0, 1)).unflatten(2, self.weight.shape[:2])
-        rows = rows.transpose(1, 2)
+        rows = expand(self.weight, c)
         return rows if self.bias is None else rows + self.bias
 
     def scores(self, q, c):
@@ -370,6 +369,11 @@ class LatentCache(KeyValueCache):
         c = self.latents.all()                                      # (B, T, d)
         scores = self.keys.scores(q * self.scale, c)                # (B, nh, T)
         return self.values.weighted_sum(F.softmax(scores, dim=-1), c)
+
+
+def expand(weight, c):
+    """Compute keys or values of latents c (B, T, d) with weight (nh, hs, d) -> (B, nh, T, hs)."""
+    return F.linear(c, weight.flatten(0, 1)).unflatten(2, weight.shape[:2]).transpose(1, 2)
 
 
 def attention(q, k, v, scale, dropout=0.0, is_causal=True):

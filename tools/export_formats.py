@@ -84,8 +84,9 @@ def changes(c, to):
     """Return messages about what becomes part of the weights of a model with configuration c."""
     plain, adapted = to in ('gpt2', 'nanogpt'), len(c.adaptive_layers + c.lora_layers)
     return [line for applies, line in (
-        (plain and c.svd_truncates, 'merged into the weights: SVD of '
-                                    f'{c.svd_targets.upper()}, {c.svd_summary}'),
+        (plain and c.svd_truncates,
+         f'merged into the weights: SVD of {", ".join(f"W_{name}" for name in c.svd_ranks)}, '
+         f'{c.svd_summary}'),
         (plain and c.n_kv_head, f'repeated: {c.n_kv_head} key/value heads for {c.n_head} query '
                                 'heads; the exported model caches full keys and values'),
         (plain and (c.qk_head_dim or c.v_head_dim),

@@ -521,7 +521,7 @@ def compare_models(models, data, device, seed):
 def attention_widths(c):
     """Return the numbers that determine what attention caches, for the report of compress.py."""
     return dict(n_head=c.n_head, n_kv_head=c.heads['k'], qk_head_dim=c.qk_head_dim,
-                v_head_dim=c.v_head_dim, mla_latent_dim=c.latent_dim if c.use_mla else None)
+                v_head_dim=c.v_head_dim, latent_dim=c.latent_dim if c.use_mla else None)
 
 
 def sample_text(model, data, device, seed):
@@ -564,13 +564,12 @@ ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'
 def describe(report):
     """Return the report of compress.py as text."""
     tuned, speed = report['options']['finetune_iters'], report['speed']
-    widths = report['attention']
     made = dict(
         lowrank='{} layers are low-rank'.format(len(report['layers'])),
-        mla='keys and values of each token share a latent of {mla_latent_dim} values',
+        mla='keys and values of each token share a latent of {latent_dim} values',
         gqa='{n_head} query heads share {n_kv_head} key/value heads',
         lowrank_heads='heads are narrower, keys {qk_head_dim} and values {v_head_dim} per layer')
-    lines = [f'{made[report["to"]].format(**widths)}, method {report["method"]!r}, {report["seconds"]:.1f} s']
+    lines = [f'{made[report["to"]].format(**report)}, method {report["method"]!r}, {report["seconds"]:.1f} s']
     lines += [f'ranks in block {block}: ' + ', '.join(
         f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers)
         for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1])]

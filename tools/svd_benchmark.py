@@ -230,7 +230,7 @@ def capture(model, x, y):
     with ExitStack() as hooks:
         for attn, weight in zip(attentions, weights):
             hooks.enter_context(attn.c_attn.register_forward_pre_hook(
-                lambda module, args, weight=weight: (args[0], weight)))
+                lambda module, args, weight=weight: (args[0], {'v': weight})))
             hooks.enter_context(attn.head_svd['v'].register_forward_hook(keep_value))
         loss = model(x, y)[1]
     before, after = zip(*values)

@@ -64,7 +64,8 @@ def loss_in(folder):
     (NO_BIAS, ['--keep=.5'], ['activation', 'whitened', 'plain']),
     slow(BIAS, ['--keep=.3'], ['activation', 'whitened']),
     (NO_BIAS, ['--to=mla', '--mla_latent_dim=4'], ['activation', 'plain']),
-    slow(BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain'])])
+    slow(BIAS, ['--to=mla', '--mla_latent_dim=2'], ['activation', 'plain']),
+    (BIAS, ['--to=lowrank_heads', '--keep=.25'], ['activation', 'plain'])])
 def test_text_helps_and_gradients_help_more(trained, shrink, run, options, methods):
     """A method that uses more of the calibration data adds less loss. 'activation' uses inputs and
     gradients, 'whitened' uses inputs, and 'plain' uses neither."""
@@ -155,6 +156,26 @@ def test_mla_is_written_with_a_latent_of_a_quarter_of_the_width(trained, call):
     check_checkpoint('out-mla', use_mla=True, mla_latent_dim=4)
     report = report_of('out-mla')
     assert report == report | dict(cache_bytes=[2048, 256], latent_dim=4, layers={})
+
+
+def test_narrower_and_fewer_heads_are_written(trained, call):
+    """--to=lowrank_heads and --to=gqa halve the cache by default and write a model that generates,
+    and that can be converted again."""
+    trained(*BIAS)
+    out = call(compress.main, *QUICK, '--out_dir=out', '--to=lowrank_heads').out
+    assert 'context 2,048 1,024' in ' '.join(out.split())
+    report = report_of('out-lowrank_heads')
+    widths = {name: report[name] for name in ('qk_head_dim', 'v_head_dim')}
+    assert sum(sum(dims) for dims in widths.values()) == 8
+    check_checkpoint('out-lowrank_heads', **widths)
+    result = call(compress.main, *QUICK, '--out_dir=out-lowrank_heads', '--to=gqa')
+    assert result.code == 0 and 'context 1,024 512' in ' '.join(result.out.split())
+    assert '2 query heads share 1 key/value heads' in result.out
+    found = checkpoint('out-lowrank_heads-gqa')['model_args']
+    assert found == found | widths | dict(n_kv_head=1)
+    for folder in ('out-lowrank_heads', 'out-lowrank_heads-gqa'):
+        assert call(sample.main, f'--out_dir={folder}', '--device=cpu', '--num_samples=1',
+                    '--max_new_tokens=20').code == 0
 
 
 @pytest.mark.parametrize('method, option', [('activation', '--keep=1'), ('whitened', '--keep=.9'),
@@ -285,6 +306,10 @@ def test_a_run_is_only_replaced_when_asked_to_and_as_a_whole(trained, shrink, re
                     ('--rank=17', 'rank=17: |nearest: 16'), ('--to=svd', "'lowrank' or 'mla'"),
                     ('--method=best', "'activation' or 'whitened' or 'plain'"),
                     ('--to=mla --method=whitened', "method='whitened': |nearest: 'activation'"),
+                    ('--to=gqa --method=plain', "method='plain': |--to=gqa"),
+                    ('--to=lowrank_heads --rank=2', 'rank=2: |--to=lowrank_heads'),
+                    ('--to=lowrank_heads --out_dir=latent', 'MLA'),
+                    ('--n_kv_head=1', 'n_kv_head=1: |--to=lowrank'),
                     ('--out_dir=nowhere', 'nowhere|nearest: '),
                     ('--to=mla --out_dir=latent', 'latent/ckpt.pt: |nearest: '),
                     ('--out_dir=large', 'large/ckpt.pt: '),

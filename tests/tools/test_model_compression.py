@@ -9,12 +9,13 @@ from itertools import product
 import pytest
 import torch
 
-from helpers import TEXT, equal, normal, svd, whole_truth
+from helpers import RANKS, TEXT, cached_logits, equal, mla, normal, svd, tokens, whole_truth
 from lowrank.factorization import RIDGE
 from model import GPT, GPTConfig
 from runtime.data import Dataset, write_dataset
+from tools import attention_conversion
 from tools import model_compression as layers
-from tools.attention_conversion import to_mla
+from tools.attention_conversion import to_gqa, to_lowrank_heads, to_mla
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -330,3 +331,109 @@ def test_weight_scope_finds_nothing_more_to_cut(windows):
                                                                  use_svd=False)) < rounding(new)
     assert [len(layers.layer_names(random_model(**svd('weight', rank))))
             for rank in (3, 8)] == [10, 12]
+
+
+# --------------------------------------------------------------------------------------------------
+# narrower and fewer heads
+
+def narrowed(model, keep, windows=()):
+    return to_lowrank_heads(copy.deepcopy(model), keep, windows)
+
+
+@pytest.mark.any_device
+@pytest.mark.parametrize('count', [None, 1, 512])
+@pytest.mark.parametrize('options', [
+    {}, dict(bias=False), dict(n_head=4, n_kv_head=2), dict(layer_ranks=RANKS),
+    dict(qk_head_dim=[3, 8], v_head_dim=[5, 1]),
+    svd('weight', 3, svd_targets='q,k,v', svd_rank_q=2, n_kv_head=1)], ids=str)
+def test_heads_of_full_width_are_other_weights_with_the_same_logits(windows, device, count,
+                                                                    options):
+    """With heads of full width the logits do not change for any input, with and without a cache,
+    after calibration on one window, on many or on none. The weights are those of the factors, not
+    the original ones."""
+    model = random_model(torch.float64, device, **options)
+    new = narrowed(model, 1.0, windows(count, device) if count else ())
+    assert new.config.qk_head_dim == (model.config.qk_head_dim or [model.config.head_size] * 2)
+    assert not new.config.use_svd and new.kv_cache_bytes(1, 16) >= model.kv_cache_bytes(1, 16)
+    idx = tokens().to(device)
+    expected, scale = model(idx, idx)[0], rounding(model) / 1000
+    bar = (1e-10 if scale < 1e-9 or device != 'mps' else 1e-4) * expected.abs().max()
+    assert (new(idx, idx)[0] - expected).abs().max() < bar
+    assert (cached_logits(new, idx, 5) - expected).abs().max() < bar
+    for name in ('attn.c_attn.weight', 'attn.c_proj.weight'):
+        old, found = (m.transformer.h[0].get_parameter(name) if not m.config.layer_ranks or
+                      m is new else torch.zeros(1) for m in (model, new))
+        assert old.shape != found.shape or (old - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('heads', [dict(n_head=2), dict(n_head=4, n_kv_head=2)], ids=str)
+def test_narrow_heads_are_the_best_for_scores_and_outputs(windows, bias, heads):
+    """N, the product of the factors between q and k, has the least possible tr(G (I - N) S
+    (I - N)^T), for the gradients G at the keys of a head and their covariance S, and so has N
+    between W_o and v. With a bias, the mean of the outputs stays."""
+    model = random_model(torch.float64, bias=bias, **heads)
+    new, hs, nkv = narrowed(model, .5, windows()), model.config.head_size, 2
+    for i, (x, rows, g) in enumerate(
+            seen(model, [f'h.{i}.attn.c_attn' for i in range(2)], windows()).values()):
+        parts = [t.unflatten(1, (2 * nkv, hs)).unbind(1) for t in (rows, g)]
+        before, after = (m.transformer.h[i].attn for m in (model, new))
+        for j, (values, g) in enumerate(zip(*parts)):
+            name, head, group = 'kv'[j // nkv], j % nkv, model.config.n_head // nkv
+            if name == 'k':                             # q^T N: the new queries times R^T
+                partner, cut = (a.head_weight('q')[head * group].mT for a in (before, after))
+            else:
+                partner, cut = (a.c_proj.weight.unflatten(1, (-1, size))[:, head * group]
+                                for a, size in ((before, hs), (after, new.config.v_head_dim[i])))
+            down, old = (a.head_weight(name)[head] for a in (after, before))
+            kept = torch.linalg.lstsq(partner, cut).solution @ (
+                torch.linalg.lstsq(old.mT, down.mT).solution.mT)                # N (hs, hs)
+            values = centred(values) if name == 'k' or bias else values
+            R = torch.linalg.qr(g).R
+            powers = torch.linalg.svdvals(values @ R.mT).square()
+            assert (values @ (torch.eye(hs) - kept).mT @ R.mT).square().sum().item() == (
+                pytest.approx(powers[len(down):].sum().item(), abs=10 * RIDGE * powers.sum().item()))
+        c = new.config
+        assert 1 <= min(c.qk_head_dim + c.v_head_dim) and max(c.qk_head_dim + c.v_head_dim) <= hs
+    # the budget is spent
+    assert new.kv_cache_bytes(1, 16) == model.kv_cache_bytes(1, 16) / 2
+
+
+def test_shared_heads_are_means():
+    """--to=gqa gives each group of key/value heads its mean. Queries and all other weights
+    stay."""
+    model = random_model(torch.float64, n_head=8)
+    new, C = to_gqa(copy.deepcopy(model), 2), 16
+    assert new.config == replace(model.config, n_kv_head=2)
+    for kind in ('weight', 'bias'):
+        for name, tensor in new.state_dict().items():
+            old = model.state_dict()[name]
+            if name.endswith(f'c_attn.{kind}'):
+                means = [part.unflatten(0, (2, 4, 2)).mean(1).flatten(0, 1)
+                         for part in old[C:].chunk(2)]
+                old = torch.cat((old[:C], *means))
+            assert kind not in name or torch.allclose(tensor, old, atol=1e-12)
+    # equal heads lose nothing
+    for block in model.transformer.h:
+        c_attn = block.attn.c_attn
+        for t in (c_attn.weight, c_attn.bias):
+            heads = t[C:].unflatten(0, (2, 2, 4, 2))                # k or v, group, head, hs
+            heads.copy_(heads[:, :, :1].expand_as(heads))
+    assert difference(model, to_gqa(copy.deepcopy(model), 2)) < 1e-10
+    assert to_gqa(model).config.n_kv_head == 4
+
+
+@pytest.mark.parametrize('convert, argument, options, words', [
+    ('to_gqa', 1, mla(4), "to='gqa': the model has MLA"),
+    ('to_lowrank_heads', .5, mla(4), "to='lowrank_heads': the model has MLA"),
+    ('to_lowrank_heads', .5, svd('causal', 2, svd_block=4), "'lowrank_heads': .*'weight'"),
+    ('to_lowrank_heads', .5, svd('sequence', 2), "'lowrank_heads': .*'sequence'.*'weight'"),
+    ('to_gqa', 3, dict(n_head=8), 'n_kv_head=3: .*nearest: 2'),
+    ('to_gqa', 2, {}, 'n_kv_head=2: .*nearest: 1'),
+    ('to_gqa', None, dict(n_kv_head=1), "to='gqa': .*--to=lowrank_heads"),
+    ('to_lowrank_heads', .05, {}, 'keep=0.05: .*nearest: 0.125'),
+    ('to_lowrank_heads', 1.5, {}, 'keep=1.5: .*nearest: 1'),
+    ('to_mla', 4, dict(n_kv_head=1), "to='mla': .*grouped")], ids=str)
+def test_attention_that_cannot_be_converted_is_refused(convert, argument, options, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(attention_conversion, convert)(random_model(**options), argument)
