@@ -762,7 +762,7 @@ class GPT(nn.Module):
 
         def record(i, attn, x):
             for target in self.config.svd_target_names:
-                part = '' if target == 'v' else f'{target}.'        # 'block0.head1', 'block0.k.head1'
+                part = '' if target == 'v' else f'{target}.'        # block0.head1, block0.k.head1
                 for name, heads in attn.head_statistics(x, target).items():
                     row.update({f'svd/block{i}.{part}head{head}/{name}': value
                                 for head, value in enumerate(heads.tolist())})

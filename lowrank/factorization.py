@@ -70,8 +70,8 @@ class Factorization:
         return balance(down.mT, up.mT @ self.weight, rank)
 
     def split(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors (s, r) and (r, s) of the projection that takes the smaller side of W to
-        that of U A. At full rank their product is the identity."""
+        """Return factors (s, r) and (r, s) of the projection from the smaller side of W to that of
+        U A. At full rank their product is the identity."""
         leading = self.vectors[:, :rank]                            # (s, r)
         return self.root @ leading, leading.mT @ self.inverse
 

@@ -6,8 +6,8 @@ computes keys and values. Keys and values are rows of a matrix per head. Rows ar
 (`BlockCausalValues`). A span is a block of rows with the same basis, or the rows before the first
 basis.
 
-Letters: B batch, T tokens so far, N capacity in tokens, nh heads, nkv key/value heads, g queries per
-key/value head, hs head size, n values per row, C model width, d latent size, k rank; "..." any
+Letters: B batch, T tokens so far, N capacity in tokens, nh heads, nkv key/value heads, g queries
+per key/value head, hs head size, n values per row, C model width, d latent size, k rank; "..." any
 batch dimensions. Memory is allocated once and written
 in place, so there are no gradients. `nbytes` counts what is kept per token and per sequence, not
 weights.

@@ -9,10 +9,12 @@ al., arXiv:2305.13245).
 to_lowrank_heads: narrower heads. A score is q^T k, and a head adds W_o v to the output. Both are
 bilinear, so N = L R^T of rank r can be put between the factors: q^T N k = (L^T q)^T (R^T k), and
 W_o N v = (W_o L) (R^T v). L and R^T are multiplied into the weights and biases of q, k, v and W_o.
-The cache then holds R^T k and R^T v, of r values each. N minimizes the estimated increase of the
-loss, tr(G (I - N) S (I - N)^T), where S is the covariance of k or v and G = E[g g^T] for the loss's
-gradients g at k or v (lowrank/factorization.py). Without calibration text, S and G come from the
-weights, and N gives the SVD of W_q^T W_k and of W_o W_v (CLOVER, arXiv:2411.17426).
+The cache then holds R^T k and R^T v, of r values each. N minimizes tr(G (I - N) S (I - N)^T), where
+S is the covariance of k or v (lowrank/factorization.py). G is the mean of two metrics, scaled to
+equal traces: E[g g^T] for the loss's gradients g at k or v, which gives the estimated increase of
+the loss for small errors, and E[q q^T] or W_o^T W_o, which gives the error of scores or outputs.
+Neither alone is best for all models (docs/RESULTS.md). Without calibration text, S and G come from
+the weights, and N gives the SVD of W_q^T W_k and of W_o W_v (CLOVER, arXiv:2411.17426).
 """
 
 from collections import Counter
@@ -139,8 +141,9 @@ def to_gqa(model, n_kv_head: int | None = None):
                          '--to=lowrank_heads)')
     new = n_kv_head or divisors[-1]
     if new not in divisors:
+        nearest = min(divisors, key=lambda n: abs(n - new))
         raise ValueError(f'n_kv_head={new}: must be a divisor of {old}, the number of key/value '
-                         f'heads, and smaller (nearest: {min(divisors, key=lambda n: abs(n - new))})')
+                         f'heads, and smaller (nearest: {nearest})')
     for name, c_attn in projections_of(model).items():
         for kind, tensor in c_attn.named_parameters():
             parts = c_attn.parts(tensor)
@@ -166,6 +169,7 @@ class HeadStats:
         w_o, self.bias_o = double(attn.c_proj.weight), double(attn.c_proj.bias)
         self.w_o = w_o.unflatten(1, (attn.c_attn.heads['q'], -1)).transpose(0, 1)   # (nh, C, hs)
         # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
+        self.queries = 0                                            # sum of q q^T (nh, hs, hs)
         centred = dict(k=True, v=self.bias_o is not None)
         self.stats = {name: [LayerStats(torch.eye(w.size(1)), centred[name]) for _ in w]
                       for name, w in self.weights.items() if name in centred}
@@ -173,25 +177,30 @@ class HeadStats:
     def add(self, x, g):
         """Add a batch of inputs x (N, C) and of gradients g (N, rows) at keys and values."""
         gradients = g.split([self.weights[name].shape[:2].numel() for name in 'kv'], dim=1)
+        rows = {name: x.cpu().double() @ w.mT for name, w in self.weights.items()}
+        if self.bias_o is not None:
+            rows = {name: x + self.biases[name] for name, x in rows.items()}        # (heads, N, hs)
+        self.queries = self.queries + rows['q'].mT @ rows['q']
         for (name, heads), g in zip(self.stats.items(), gradients):
-            rows = torch.einsum('nc,hsc->hns', x.cpu().double(), self.weights[name])
-            rows = rows if self.biases[name] is None else rows + self.biases[name]
-            for stats, *pair in zip(heads, rows, g.unflatten(1, (len(heads), -1)).unbind(1)):
+            for stats, *pair in zip(heads, rows[name], g.unflatten(1, (len(heads), -1)).unbind(1)):
                 stats.add(*pair)
 
     def factorizations(self, name):
         """Return the `Factorization` of N for each key/value head. name: 'k' or 'v'."""
-        if self.stats[name][0].tokens:
-            return [stats.factorization() for stats in self.stats[name]]
-
         def gram(name):                                             # bias as one more input
             w, b = self.weights[name], self.biases[name]
             w = w if b is None else torch.cat((w, b.mT), dim=2)
             return w @ w.mT
-        partner = gram('q') if name == 'k' else self.w_o.mT @ self.w_o              # (nh, hs, hs)
-        partner = partner.unflatten(0, (len(self.weights[name]), -1)).sum(1)        # (nkv, hs, hs)
-        return [Factorization(torch.eye(len(far)), near, far)
-                for near, far in zip(gram(name), partner)]
+        heads, found = self.stats[name], []
+        queries = self.queries if heads[0].tokens else gram('q')
+        partner = queries if name == 'k' else self.w_o.mT @ self.w_o                # (nh, hs, hs)
+        partner = partner.unflatten(0, (len(heads), -1)).sum(1)                     # (nkv, hs, hs)
+        for stats, near, far in zip(heads, gram(name), partner):
+            if stats.tokens:
+                near, g = stats.moments(), stats.gradients / stats.tokens
+                far = (g + far * (g.trace() / far.trace().clamp_min(1e-300))) / 2
+            found.append(Factorization(stats.weight, near, far))
+        return found
 
     def narrow(self, factors):
         """Return the tensors of attention with narrower heads, name -> tensor.
@@ -250,7 +259,9 @@ def to_lowrank_heads(model, keep: float | None = None, windows=()):
 
 def allocate_widths(energies: dict, total) -> dict:
     """Return the widths that keep the most energy and sum up to `total`. energies: name -> tensor
-    (hs), descending. Each width is at least 1."""
-    ranked = sorted((i > 0, -energy, i, name) for name, values in energies.items()
+    (hs), descending. Each width is at least 1. As in `best_share`, energies are divided by the root
+    of their sum."""
+    scaled = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
+    ranked = sorted((i > 0, -energy, i, name) for name, values in scaled.items()
                     for i, energy in enumerate(values.tolist()))
     return Counter(name for *_, name in ranked[:total])

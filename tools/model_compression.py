@@ -565,11 +565,13 @@ def describe(report):
     """Return the report of compress.py as text."""
     tuned, speed = report['options']['finetune_iters'], report['speed']
     made = dict(
-        lowrank='{} layers are low-rank'.format(len(report['layers'])),
-        mla='keys and values of each token share a latent of {latent_dim} values',
-        gqa='{n_head} query heads share {n_kv_head} key/value heads',
-        lowrank_heads='heads are narrower, keys {qk_head_dim} and values {v_head_dim} per layer')
-    lines = [f'{made[report["to"]].format(**report)}, method {report["method"]!r}, {report["seconds"]:.1f} s']
+        lowrank=f'{len(report["layers"])} layers are low-rank',
+        mla=f'keys and values of each token share a latent of {report["latent_dim"]} values',
+        gqa=f'{report["n_head"]} query heads share {report["n_kv_head"]} key/value heads',
+        lowrank_heads=f'heads are narrower: widths of keys {report["qk_head_dim"]}, of values '
+                      f'{report["v_head_dim"]}')[report['to']]
+    method = f', method {report["method"]!r}' * (report['to'] != 'gqa')
+    lines = [f'{made}{method}, {report["seconds"]:.1f} s']
     lines += [f'ranks in block {block}: ' + ', '.join(
         f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers)
         for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1])]

@@ -1,6 +1,7 @@
 """Time training steps and decoding of a configuration's models.
 
-The baseline is the same model without SVD, MLA, low-rank layers and adapters. A peer can be timed
+The baseline is the same model without SVD, MLA, grouped or narrower heads, low-rank layers and
+adapters. A peer can be timed
 too: the model.py of another checkout.
 """
 
@@ -23,7 +24,9 @@ from tools.timing import (generation, interleave, paired_benchmark, print_line, 
                           time_it)
 from train import new_state, train_step
 
-DENSE = dict(use_mla=False, layer_ranks=None, **ADAPTER_DEFAULTS)   # baseline, with use_svd=False
+# options of the baseline, besides use_svd=False
+DENSE = dict(use_mla=False, n_kv_head=None, qk_head_dim=None, v_head_dim=None, layer_ranks=None,
+             **ADAPTER_DEFAULTS)
 SIZES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')
 
 
@@ -97,13 +100,16 @@ def run_seconds(cfg, data, device):
 
 def kind_of(cfg):
     """Return what the model has besides the SVD on V, such as 'MLA' or 'MLA, low-rank', or ''."""
-    parts = {'MLA': cfg.use_mla, 'low-rank': cfg.layer_ranks, 'adaptive SVD': cfg.adaptive_svd,
-             'LoRA': cfg.lora_rank}
+    parts = {'MLA': cfg.use_mla, 'grouped heads': cfg.n_kv_head,
+             'narrow heads': cfg.qk_head_dim or cfg.v_head_dim, 'low-rank': cfg.layer_ranks,
+             'adaptive SVD': cfg.adaptive_svd, 'LoRA': cfg.lora_rank}
     return ', '.join(name for name, present in parts.items() if present)
 
 
 def truncating_scopes(cfg):
     """Return the scopes in which cfg.svd_rank truncates, and print why others are left out."""
+    if cfg.qk_head_dim or cfg.v_head_dim:               # cannot be combined with an SVD
+        return []
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     scopes = [scope for scope in SCOPES if not off[scope]]
     if cfg.svd_rank is not None:
