@@ -11,11 +11,11 @@ Time training steps, or decoding (--decode), or measure each SVD method (--svd).
 A training step is a forward pass, a backward pass, clipping and an optimizer step, on random
 tokens. Each SVD method and scope is timed against the baseline, which is the same model without
 SVD, MLA, grouped or narrower heads, low-rank layers and adapters. A config with any of these but
-the SVD is also timed without SVD. "optimizer left out" is the baseline without the step of its optimizer. Decoding is
-greedy, from batch_size prompts of random tokens. The prefill is timed separately. Models are timed
-in turn, so that a slower phase of the machine affects all of them. --svd measures on V of
-OUT_DIR/ckpt.pt, if that run has the config's shape, and on matrices with known spectra.
-tools/svd_benchmark.py explains the columns. The last line is JSON.
+the SVD is also timed without SVD. "optimizer left out" is the baseline without the step of its
+optimizer. Decoding is greedy, from batch_size prompts of random tokens. The prefill is timed
+separately. Models are timed in turn, so that a slower phase of the machine affects all of them.
+--svd measures on V of OUT_DIR/ckpt.pt, if that run has the config's shape, and on matrices with
+known spectra. tools/svd_benchmark.py explains the columns. The last line is JSON.
 """
 
 import sys

@@ -11,11 +11,10 @@ Make a trained model smaller, without training or with short fine-tuning:
     python compress.py --init_from=gpt2 --dataset=my.txt --keep=0.8   # GPT-2, or a model folder
     python compress.py --help                                    # every option and its meaning
 
-SAVE_DIR (default: OUT-lowrank, OUT-mla, ... or OUT-spectrum) gets ckpt.pt, which the other scripts take,
-and compress.json, the report. The report counts all parameters; train.py counts all but the
-position embeddings. Generation is timed in rounds, each with both models in turn. Speeds are
-medians over the rounds, and the ratio of speeds is the median of their ratios. More:
-docs/COMPRESSION.md.
+SAVE_DIR (default: OUT-lowrank, OUT-mla, ...) gets ckpt.pt, which the other scripts take, and
+compress.json, the report. The report counts all parameters; train.py counts all but the position
+embeddings. Generation is timed in rounds, each with both models in turn. Speeds are medians over
+the rounds, and the ratio of speeds is the median of their ratios. More: docs/COMPRESSION.md.
 """
 
 import copy
@@ -59,10 +58,10 @@ class CompressConfig:
                          'to replace it'] = False
     to: Annotated[Literal['lowrank', 'mla', 'gqa', 'lowrank_heads'], "'lowrank': low-rank layers, "
                   "each of two smaller matrices; 'mla': multi-head latent attention, keys and "
-                  "values from one latent per token; 'gqa': fewer key/value heads, each the mean of "
-                  "several; 'lowrank_heads': narrower heads"] = 'lowrank'
-    keep: Annotated[float | None, "fraction kept of the modules' weights, or with lowrank_heads of "
-                    f'the cache; None: {compression.KEEP} unless rank or energy is given, or '
+                  "values from one latent per token; 'gqa': fewer key/value heads, each the mean "
+                  "of several; 'lowrank_heads': narrower heads"] = 'lowrank'
+    keep: Annotated[float | None, "fraction kept of the modules' weights, or of the cache with "
+                    f'lowrank_heads; None: {compression.KEEP} unless rank or energy is given, or '
                     f'{HEADS_KEEP} of the cache', Range(above=0)] = None
     rank: Annotated[int | None, 'one rank for all layers; layers that it does not make smaller '
                     'stay dense', Range(1)] = None

@@ -705,9 +705,10 @@ def describe(cfg, model, data, dtype, processes):
     say, c = processes.print, model.config
     factored = f', {len(c.layer_ranks)} low-rank layers' if c.layer_ranks else ''
     shared = f', {c.n_kv_head} key/value heads' if c.n_kv_head else ''
-    say(f'model: {c.n_layer} layers, {c.n_head} heads{shared}, width {c.n_embd}, context {c.block_size}, '
-        f'vocabulary {c.vocab_size}: {model.get_num_params():,} parameters without '
-        f'position embeddings{factored}; {processes.device}, {dtype}, seed {cfg.seed}')
+    say(f'model: {c.n_layer} layers, {c.n_head} heads{shared}, width {c.n_embd}, '
+        f'context {c.block_size}, vocabulary {c.vocab_size}: {model.get_num_params():,} '
+        f'parameters without position embeddings{factored}; {processes.device}, {dtype}, '
+        f'seed {cfg.seed}')
     say(f'data: {data.folder}, {len(data.tokens("train")):,} training and '
         f'{len(data.tokens("val")):,} validation tokens '
         f'({data.meta.get("source", "source unknown")}); '

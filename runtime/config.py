@@ -29,7 +29,8 @@ SWITCH = 'switch'                                       # a bool that can be giv
 PATH = 'path'                                           # a leading ~ is the home folder
 OVERRIDABLE = 'overridable'                             # may differ from a checkpoint's value
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text',
-         type(None): 'None', dict[str, int]: "a dict like {'name': 1}", list[int]: 'a list like [8, 8]'}
+         type(None): 'None', dict[str, int]: "a dict like {'name': 1}",
+         list[int]: 'a list like [8, 8]'}
 OPTION_SYNTAX = 'options are written --key=value; --help lists them'
 NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are included
 

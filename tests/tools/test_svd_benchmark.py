@@ -67,7 +67,8 @@ def test_a_checkpoint_without_a_basis_is_warmed_by_training_windows(trained):
     trained(*RUN, '--svd_scope=weight')
     (source,), words = svd_benchmark.trained_sources(settings(), 'cpu')
     assert words.endswith('8 batches of training windows')
-    w = svd_benchmark.GPT.from_checkpoint(checkpoint()).transformer.h[0].attn.c_attn.head_weight('v')
+    model = svd_benchmark.GPT.from_checkpoint(checkpoint())
+    w = model.transformer.h[0].attn.c_attn.head_weight('v')
     assert torch.equal(source.w, w) and source.dw.abs().max() > 0
     np.fromfile('data/toy/val.bin', np.uint16)[::-1].tofile('data/toy/val.bin')
     (other,), _ = svd_benchmark.trained_sources(settings(), 'cpu')
