@@ -1,16 +1,18 @@
 """
 A GPT in one file. Its parameters have nanoGPT's names and shapes (github.com/karpathy/nanoGPT,
-MIT). Options add a truncated SVD of the value matrix V of each head, multi-head latent attention
-(MLA: keys and values from one latent vector per token), low-rank layers, adaptive SVD and LoRA.
+MIT). Options add a truncated SVD of the value matrix V of each head, grouped and narrower heads,
+multi-head latent attention (MLA: keys and values from one latent vector per token), low-rank
+layers, adaptive SVD and LoRA.
 
-Where the SVD happens: each attention layer has a module `head_svd` (lowrank/head_svd.py). In
+Where the SVD happens: each attention layer has a module `head_svd['v']` (lowrank/head_svd.py). In
 'sequence' and 'causal' scope it truncates V itself (CausalSelfAttention.apply_svd_to_v). In
-'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.value_weight).
-`head_svd` also builds the part of the cache that holds V.
+'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.head_weight). It also
+builds the part of the cache that holds V. `svd_targets` selects queries and keys, too. Their
+modules are `head_svd['q']` and `head_svd['k']`, and all that is said of V is true of them.
 
 What the SVD costs: it makes training slower and saves no memory in training (docs/SVD.md). In
-decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K. For
-V the cache keeps
+decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K, and
+of V
 
     no SVD       hs values
     'causal'     hs values before the first basis, then k; a basis per block of tokens, and V^T V
@@ -31,8 +33,12 @@ keys and values. A single new token attends to the latents directly: U_k is mult
 query, and U_v is applied to the weighted sum (lowrank/kv_cache.py). Both ways agree up to rounding
 (docs/MLA.md).
 
-Letters: B batch, T tokens, C = n_embd, nh heads, hs = C / nh head size, k = svd_rank, d latent
-size.
+With n_kv_head = nkv < nh, each head of keys and values serves nh / nkv heads of queries
+(grouped-query attention, arXiv:2305.13245). With qk_head_dim and v_head_dim, the heads of a layer
+are narrower than hs, while the scores are still divided by sqrt(hs) (docs/HEADS.md).
+
+Letters: B batch, T tokens, C = n_embd, nh heads, nkv key/value heads, hs = C / nh head size,
+k = svd_rank, d latent size.
 """
 
 import math

@@ -59,7 +59,10 @@ def row(cls, name, default, meaning):
     needs = [f'`{key}={value!r}`' for need in marks if isinstance(need, Needs)
              for key, value in need.items()]
     if needs:
-        conditions = ' and '.join(needs).replace('`has_lora=True`', '`lora_rank`')
+        conditions = ' and '.join(needs)
+        for field, words in (('has_lora', '`lora_rank`'), ('svd_on_q', '`q` in `svd_targets`'),
+                            ('svd_on_k', '`k` in `svd_targets`')):
+            conditions = conditions.replace(f'`{field}=True`', words)
         meaning += f'. Only with {conditions}'
     if issubclass(cls, GPTConfig) and name in hints_of(GPTConfig) and OVERRIDABLE not in marks:
         meaning += '. Fixed by a checkpoint'

@@ -22,6 +22,7 @@ from helpers import (
     precision,
     svd,
     tokens,
+    whole_truth,
 )
 from lowrank.svd import EXACT_METHODS, METHODS
 from model import GPT, SCOPES, GPTConfig
@@ -335,6 +336,23 @@ def test_dropout_acts_in_training_in_the_places_of_nanogpt(place):
         model(idx)[0])
     setattr(module, name, 0.5)
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_each_target_has_its_energy_and_effective_rank():
+    """`named_series` has the energy kept and the effective rank of each head of each target. The
+    names of V have no letter, as in older runs."""
+    model = make(**svd('weight', svd_targets='q,v', svd_rank_q=1, n_kv_head=1))
+    found = model.named_series(tokens())
+    heads = ['q.head0', 'q.head1', 'head0']
+    assert found.keys() == {f'svd/block{i}.{head}/{name}' for i in (0, 1) for head in heads
+                            for name in ('energy_kept', 'effective_rank')}
+    x = model.transformer.h[0].ln_1(model.transformer.wte(tokens()) +
+                                    model.transformer.wpe.weight[:16])
+    attn = model.transformer.h[0].attn
+    w, b = attn.c_attn.head_weight('q')[1], attn.c_attn.head_bias('q')[1]
+    q, kept = x @ w.T + b, x @ whole_truth(w, 1).T + b
+    share = 1 - (q - kept).square().sum((1, 2)) / q.square().sum((1, 2))
+    assert found['svd/block0.q.head1/energy_kept'] == pytest.approx(share.mean().item())
 
 
 # --------------------------------------------------------------------------------------------------
