@@ -140,7 +140,7 @@ class GPTConfig(AdapterTargets):
                          Section('LoRA')] = None
     lora_alpha: Annotated[float | None, 'adapters are scaled by alpha / rank; None: by 1',
                           Range(above=0), LORA] = None
-    lora_dropout: Annotated[float, 'dropout of adapter inputs; not applied to c_v in '
+    lora_dropout: Annotated[float, 'dropout of adapter inputs; not applied to targets of '
                             "'weight' scope", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
     lora_targets: Annotated[str, 'out of c_q,c_k,c_v (MLA: query),c_proj,c_fc,mlp.c_proj',
                             LORA] = 'c_q,c_v'
@@ -158,30 +158,31 @@ class GPTConfig(AdapterTargets):
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} '
                              f'(nearest: {nearest})')
+        if self.use_mla and self.latent_dim > self.n_embd:
+            raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: must be at most n_embd '
+                             f'(nearest: {self.n_embd})')
+        self.check_heads()
+
+    def check_heads(self):
         if self.n_kv_head and self.n_head % self.n_kv_head:
             divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.n_kv_head))
             raise ValueError(f'n_kv_head={self.n_kv_head}: must divide n_head={self.n_head} '
                              f'(nearest: {nearest})')
-        if self.use_mla and self.latent_dim > self.n_embd:
-            raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: must be at most n_embd '
-                             f'(nearest: {self.n_embd})')
         for name in ('n_kv_head', 'qk_head_dim', 'v_head_dim'):
             if self.use_mla and getattr(self, name) is not None:
                 raise ValueError(f'{name}={getattr(self, name)}: cannot be combined with '
                                  f'use_mla=True (nearest: --{name}=None)')
         for name in ('qk_head_dim', 'v_head_dim'):
-            dims = getattr(self, name)
-            if dims is not None and self.use_svd:
+            dims, hs = getattr(self, name) or [self.head_size] * self.n_layer, self.head_size
+            if getattr(self, name) and self.use_svd:
                 raise ValueError(f'{name}={dims}: cannot be combined with use_svd=True (nearest: '
                                  '--use_svd=False)')
-            if dims is not None and (len(dims) != self.n_layer
-                                     or not all(1 <= dim <= self.head_size for dim in dims)):
-                nearest = [min(max(dim, 1), self.head_size) for dim in dims][:self.n_layer]
-                nearest += [self.head_size] * (self.n_layer - len(nearest))
-                raise ValueError(f'{name}={dims}: must be {self.n_layer} numbers from 1 to '
-                                 f'{self.head_size} (nearest: {nearest})')
-        split_words('svd_targets', self.svd_targets, 'qkv')
+            if len(dims) != self.n_layer or not all(1 <= dim <= hs for dim in dims):
+                nearest = [min(max(dim, 1), hs) for dim in [*dims, *[hs] * self.n_layer]]
+                raise ValueError(f'{name}={dims}: must be {self.n_layer} numbers from 1 to {hs} '
+                                 f'(nearest: {nearest[:self.n_layer]})')
+        self.svd_target_names                           # raises ValueError for other words
 
     @property
     def latent_dim(self):
@@ -197,11 +198,27 @@ class GPTConfig(AdapterTargets):
         kv = self.n_kv_head or self.n_head
         return dict(q=self.n_head, k=kv, v=kv)
 
+    @property
+    def is_grouped(self):
+        """Whether several heads of queries share a head of keys and values."""
+        return self.heads['k'] < self.n_head
+
+    def head_inputs(self, name):
+        """Return the number of inputs of queries 'q', keys 'k' or values 'v': C, or d for keys and
+        values of MLA."""
+        return self.latent_dim if self.use_mla and name != 'q' else self.n_embd
+
     def head_dims(self, layer) -> dict[str, int]:
         """Widths of queries, keys and values of a head in a layer."""
         qk, v = (dims[layer] if dims else self.head_size
                  for dims in (self.qk_head_dim, self.v_head_dim))
         return dict(q=qk, k=qk, v=v)
+
+    @property
+    def attention_widths(self) -> list[int]:
+        """Multiplications per query and key, in all heads of each layer."""
+        dims = map(self.head_dims, range(self.n_layer))
+        return [self.n_head * (width['k'] + width['v']) for width in dims]
 
     @property
     def targets(self):
@@ -224,7 +241,7 @@ class GPTConfig(AdapterTargets):
     @property
     def svd_target_names(self):
         """Targets of the SVD, out of 'q', 'k' and 'v'."""
-        words = split_words('svd_targets', self.svd_targets, 'qkv')
+        words = split_words('svd_targets', self.svd_targets, ('q', 'k', 'v'))
         return [name for name in 'qkv' if name in words]
 
     @property
@@ -241,10 +258,8 @@ class GPTConfig(AdapterTargets):
 
     def why_svd_off(self, name):
         """'off' and the reason why the SVD does not change a target, or '' if it truncates."""
-        # of W_q, W_k, W_v, or of U_k and U_v
-        inputs = self.latent_dim if self.use_mla and name != 'q' else self.n_embd
         return why_off(self.use_svd, self.rank_of(name), self.svd_scope, self.svd_block,
-                       self.block_size, self.head_size, inputs)
+                       self.block_size, self.head_size, self.head_inputs(name))
 
     @property
     def svd_ranks(self) -> dict[str, int]:
@@ -263,11 +278,16 @@ class GPTConfig(AdapterTargets):
 
     @property
     def svd_summary(self):
-        """What the SVD does, as text for a line of output."""
-        ranks = [f'{name.upper()} rank {rank}' if self.svd_targets != 'v' else f'rank {rank}'
-                 for name, rank in self.svd_ranks.items()]
-        return self.svd_off or (f'{", ".join(ranks)} of {self.head_size}, {self.svd_method}, '
+        """What the SVD does to the targets, as text for a line of output."""
+        ranks = [str(self.svd_ranks.get(name, 'full')) for name in self.svd_target_names]
+        ranks = ranks[:1] if len({*ranks}) == 1 else ranks
+        return self.svd_off or (f'rank {", ".join(ranks)} of {self.head_size}, {self.svd_method}, '
                                 f'{self.svd_scope}')
+
+    @property
+    def svd_names(self):
+        """Targets of the SVD, as text for a line of output, such as 'K, V'."""
+        return ', '.join(self.svd_target_names).upper()
 
     @property
     def is_noncausal(self):
@@ -394,10 +414,10 @@ class CausalSelfAttention(nn.Module):
         self.scale = 1 / math.sqrt(config.head_size)    # also for heads narrower than head_size
         self.head_svd = nn.ModuleDict({name: build_head_svd(
             config.svd_scope if name in config.svd_ranks else None, heads=config.heads[name],
-            head_size=config.head_size, block=config.svd_block, basis_grad=config.svd_basis_grad,
-            rank=config.svd_ranks.get(name), method=config.svd_method,
-            power_iters=config.svd_power_iters, oversample=config.svd_oversample)
-            for name in 'qkv'})
+            head_size=config.head_size, inputs=config.head_inputs(name), block=config.svd_block,
+            basis_grad=config.svd_basis_grad, rank=config.svd_ranks.get(name),
+            method=config.svd_method, power_iters=config.svd_power_iters,
+            oversample=config.svd_oversample) for name in 'qkv'})
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last. With a cache, x
@@ -623,8 +643,9 @@ class GPT(nn.Module):
         In 'sequence' scope and in training mode, the whole prefix is recomputed for each token.
         'sequence' scope warns about the recomputation."""
         if use_cache and self.config.is_noncausal:
-            warnings.warn("svd_scope='sequence': a new token changes V of all earlier tokens, "
-                          'so the whole prefix is recomputed for each new token', stacklevel=2)
+            warnings.warn(f"svd_scope='sequence': a new token changes {self.config.svd_names} of "
+                          'all earlier tokens, so the whole prefix is recomputed for each new '
+                          'token', stacklevel=2)
         return sample_stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed,
                              use_cache and not self.config.is_noncausal and not self.training)
 
@@ -632,8 +653,9 @@ class GPT(nn.Module):
         """Return a list with one empty cache per layer, for `tokens` tokens of `batch` sequences.
         Raises ValueError if an SVD in 'sequence' scope truncates V."""
         if self.config.is_noncausal:
-            raise ValueError("svd_scope='sequence': a new token changes V of all earlier tokens, "
-                             'so V cannot be cached')
+            raise ValueError("svd_scope='sequence': a new token changes "
+                             f'{self.config.svd_names} of all earlier tokens, so nothing can be '
+                             'cached')
         return [block.attn.new_cache(batch, tokens) for block in self.transformer.h]
 
     def kv_cache_bytes(self, batch, tokens) -> int:
@@ -655,8 +677,7 @@ class GPT(nn.Module):
         *blocks, last, projection = (sum(p.numel() for p in part.parameters() if p.dim() == 2)
                                      for part in (*h, h[-1].attn.c_attn))
         head = self.lm_head.weight.numel()
-        # multiplications per query and key, in all heads of each layer
-        widths = [c.n_head * (dims['k'] + dims['v']) for dims in map(c.head_dims, range(c.n_layer))]
+        widths = c.attention_widths
         if decode:
             if c.use_mla:                                           # each head attends to latents
                 widths = [2 * c.n_head * c.latent_dim] * c.n_layer
@@ -670,7 +691,7 @@ class GPT(nn.Module):
         of operations for fwdbwd_per_iter sequences in dt seconds, as a fraction of flops_promised
         per second (default: an A100 in bfloat16). The SVD does not count."""
         c = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        flops_per_token = 6 * (self.get_num_params() + sum(c.attention_widths) * c.block_size)
         return flops_per_token * c.block_size * fwdbwd_per_iter / dt / flops_promised
 
     def get_num_params(self, non_embedding=True):
@@ -784,8 +805,8 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, saved: dict, **overrides) -> 'GPT':
         """Build the model of a checkpoint dict of this repo or of nanoGPT, from its `model_args`,
-        `model` and `svd_basis`. overrides: new values for fields marked OVERRIDABLE. Raises
-        ValueError if options or weights do not fit."""
+        `model` and bases (see `extra_state`). overrides: new values for fields marked OVERRIDABLE.
+        Raises ValueError if options or weights do not fit."""
         unknown = saved['model_args'].keys() - GPTConfig.__dataclass_fields__.keys()
         if unknown:
             raise ValueError('model_args has unknown fields: '

@@ -166,9 +166,10 @@ def load_model(cfg, set_by) -> tuple[GPT, Tokenizer]:
         raise UserError(f'{where}: its tokenizer has {meta["vocab_size"]} token ids, but its model '
                         f'only {c.vocab_size}; put the right tokenizer.json into the folder, or '
                         'the meta.pkl of its data set into data/DATASET')
-    print(f'{about}; SVD on {c.svd_targets.upper()} {c.svd_summary}'
+    print(f'{about}; SVD on {c.svd_names} {c.svd_summary}'
           + ' (set by an option)' * bool(svd)
-          + '; a new token changes V of all earlier tokens, so nothing is cached' * c.is_noncausal)
+          + f'; a new token changes {c.svd_names} of all earlier tokens, so nothing is cached'
+          * c.is_noncausal)
     return model, Tokenizer(meta)
 
 

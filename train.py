@@ -704,7 +704,7 @@ def describe(cfg, model, data, dtype, processes):
     """Print the model, the data and the options that matter, as lines of text."""
     say, c = processes.print, model.config
     factored = f', {len(c.layer_ranks)} low-rank layers' if c.layer_ranks else ''
-    shared = f', {c.n_kv_head} key/value heads' if c.n_kv_head else ''
+    shared = f', {c.n_kv_head} key/value heads' if c.is_grouped else ''
     say(f'model: {c.n_layer} layers, {c.n_head} heads{shared}, width {c.n_embd}, '
         f'context {c.block_size}, vocabulary {c.vocab_size}: {model.get_num_params():,} '
         f'parameters without position embeddings{factored}; {processes.device}, {dtype}, '
@@ -724,7 +724,7 @@ def describe(cfg, model, data, dtype, processes):
         say(f'MLA: keys and values of a layer come from one latent of {c.latent_dim} values per '
             f'token, instead of {2 * c.n_embd} values')
     if c.use_svd or c.svd_rank is not None:
-        say(f'SVD on {c.svd_targets.upper()}: {c.svd_summary}')
+        say(f'SVD on {c.svd_names}: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only
     if decays and cfg.lr_decay_iters != cfg.max_iters:
         say(f'learning rate: reaches min_lr at step lr_decay_iters={cfg.lr_decay_iters}, but the '

@@ -20,7 +20,7 @@ from torch import nn
 
 from lowrank.kv_cache import (BlockCausalLatentValues, BlockCausalQueries, BlockCausalValues,
                               DenseValues, FactoredQueries, FactoredValues, LatentValues, Queries)
-from lowrank.subspace_iteration import WarmStartBasis
+from lowrank.subspace_iteration import WarmStartBasis, gaussian_start
 from lowrank.svd import (causal_low_rank_approximation, causal_starts, leading_eigenvectors,
                          leading_right_vectors, low_rank_approximation)
 
@@ -57,14 +57,18 @@ class HeadSVD(NoSVD):
 
     warm_power_iters: int | None = None     # iterations of a warm start; None: no warm start
 
-    def __init__(self, heads, head_size, block, basis_grad, rank, method, power_iters, oversample):
-        """block: number of first rows that are not projected in 'causal' scope. The other arguments
-        are those of `low_rank_approximation`."""
+    def __init__(self, heads, head_size, inputs, block, basis_grad, rank, method, power_iters,
+                 oversample):
+        """inputs: columns of W_v, C, or d with MLA. block: number of first rows that are not
+        projected in 'causal' scope. The other arguments are those of `low_rank_approximation`."""
         super().__init__()
         self.block, self.basis_grad, self.warm_start = block, basis_grad, None
         self.options = dict(rank=rank, method=method, power_iters=power_iters,
                             oversample=oversample)
-        if method == 'randomized' and self.warm_power_iters is not None:
+        if method == 'randomized' and self.warm_power_iters is None:
+            # made here, because torch.compile can make only one in a graph
+            self.options['start'] = gaussian_start(min(head_size, inputs), rank, oversample)
+        elif method == 'randomized':
             self.warm_start = WarmStartBasis(heads, head_size, rank, power_iters, oversample,
                                              self.warm_power_iters)
 
@@ -115,7 +119,10 @@ class WeightSVD(HeadSVD):
     """Truncated W_v per head. 'randomized' always starts cold, because the problem is small."""
 
     def truncate_weight(self, w_v):
-        return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
+        tall = w_v.size(2) >= w_v.size(1)               # the SVD is of the smaller Gram matrix
+        y = low_rank_approximation(w_v.mT if tall else w_v, basis_grad=self.basis_grad,
+                                   **self.options)
+        return y.mT if tall else y
 
     def new_values(self, shape, w_v, bias, **kind):
         """Return storage for the coordinates W^T W_v x of inputs x, where W is the basis of the

@@ -79,14 +79,15 @@ def truncated_svd(x, rank: int | None, method='gram', *, power_iters=2, oversamp
                      for part in (u[..., :rank], s[..., :rank], vh[..., :rank, :]))
 
 
-def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0):
+def leading_right_vectors(x, rank, method='gram', *, power_iters=2, oversample=0,
+                          start: torch.Tensor | None = None):
     """Return the basis W_k (..., n, k) of x (..., m, n), m >= n. x W_k W_k^T is the result of
     `low_rank_approximation`. The precision is the same. W_k has no gradient. Raises
     torch.linalg.LinAlgError for values that are not finite."""
     rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     with torch.autocast(x.device.type, enabled=False):
         if method == 'randomized':
-            return _iterate(rows.mT @ rows, rank, power_iters, oversample, None)[0].to(x)
+            return _iterate(rows.mT @ rows, rank, power_iters, oversample, start)[0].to(x)
         return _exact_spectrum(rows, method, (x.shape[-2],))[1][0][..., -rank:].to(x)
 
 

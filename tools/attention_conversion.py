@@ -37,12 +37,12 @@ def check_source(model, to):
     if c.use_mla:
         raise ValueError(f'to={to!r}: the model has MLA already, with latents of {c.latent_dim} '
                          'values (nearest: the run before conversion)')
-    if to == 'mla' and (c.n_kv_head or c.qk_head_dim or c.v_head_dim):
+    if to == 'mla' and (c.is_grouped or c.qk_head_dim or c.v_head_dim):
         raise ValueError(f'to={to!r}: the model has grouped or narrower heads (nearest: the run '
                          'before conversion)')
-    if to == 'lowrank_heads' and c.svd_truncates and c.svd_scope != 'weight':
-        raise ValueError(f"to={to!r}: cannot be combined with svd_scope={c.svd_scope!r} "
-                         "(nearest: a run with 'weight')")
+    if to == 'lowrank_heads' and c.svd_truncates:
+        raise ValueError(f"to={to!r}: the model has an SVD with svd_scope={c.svd_scope!r} "
+                         "(nearest: merge 'weight' scope by export.py --to=nanogpt)")
 
 
 def dense_attention(model, names):
@@ -164,12 +164,12 @@ class HeadStats:
     def __init__(self, attn):
         def double(tensor):
             return None if tensor is None else tensor.detach().cpu().double()
-        self.weights = {name: double(attn.head_weight(name)) for name in 'qkv'}     # (heads, hs, C)
+        self.weights = {name: double(attn.c_attn.head_weight(name)) for name in 'qkv'}
         self.biases = {name: double(attn.c_attn.head_bias(name)) for name in 'qkv'}
         w_o, self.bias_o = double(attn.c_proj.weight), double(attn.c_proj.bias)
         self.w_o = w_o.unflatten(1, (attn.c_attn.heads['q'], -1)).transpose(0, 1)   # (nh, C, hs)
         # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
-        self.queries = 0                                            # sum of q q^T (nh, hs, hs)
+        self.query_gram = 0                                         # sum of q q^T (nh, hs, hs)
         centred = dict(k=True, v=self.bias_o is not None)
         self.stats = {name: [LayerStats(torch.eye(w.size(1)), centred[name]) for _ in w]
                       for name, w in self.weights.items() if name in centred}
@@ -180,22 +180,20 @@ class HeadStats:
         rows = {name: x.cpu().double() @ w.mT for name, w in self.weights.items()}
         if self.bias_o is not None:
             rows = {name: x + self.biases[name] for name, x in rows.items()}        # (heads, N, hs)
-        self.queries = self.queries + rows['q'].mT @ rows['q']
+        self.query_gram = self.query_gram + rows['q'].mT @ rows['q']
         for (name, heads), g in zip(self.stats.items(), gradients):
             for stats, *pair in zip(heads, rows[name], g.unflatten(1, (len(heads), -1)).unbind(1)):
                 stats.add(*pair)
 
     def factorizations(self, name):
         """Return the `Factorization` of N for each key/value head. name: 'k' or 'v'."""
-        def gram(name):                                             # bias as one more input
-            w, b = self.weights[name], self.biases[name]
-            w = w if b is None else torch.cat((w, b.mT), dim=2)
-            return w @ w.mT
-        heads, found = self.stats[name], []
-        queries = self.queries if heads[0].tokens else gram('q')
+        heads, w_q, w, found = self.stats[name], self.weights['q'], self.weights[name], []
+        if self.bias_o is not None:                                 # the bias is one more input
+            w_q = torch.cat((w_q, self.biases['q'].mT), dim=2)
+        queries = self.query_gram if heads[0].tokens else w_q @ w_q.mT
         partner = queries if name == 'k' else self.w_o.mT @ self.w_o                # (nh, hs, hs)
         partner = partner.unflatten(0, (len(heads), -1)).sum(1)                     # (nkv, hs, hs)
-        for stats, near, far in zip(heads, gram(name), partner):
+        for stats, near, far in zip(heads, w @ w.mT, partner):
             if stats.tokens:
                 near, g = stats.moments(), stats.gradients / stats.tokens
                 far = (g + far * (g.trace() / far.trace().clamp_min(1e-300))) / 2
@@ -218,9 +216,12 @@ class HeadStats:
         if self.bias_o is not None:
             biases = [(b @ cuts[name].mT).flatten() for name, b in self.biases.items()]
             tensors['c_attn.bias'] = torch.cat(biases)
-            mean = torch.stack([stats.mean for stats in self.stats['v']])[..., None]    # (nkv, hs)
+            mean = self.biases['v'].mT                              # without text: inputs of mean 0
+            if self.stats['v'][0].tokens:
+                mean = torch.stack([stats.mean for stats in self.stats['v']])[..., None]
             mean, kept = (x.repeat_interleave(group, dim=0) for x in (mean, down_v @ mean))
-            tensors['c_proj.bias'] = self.bias_o + (self.w_o @ (mean - up_v @ kept)).sum(0)[:, 0]
+            lost = self.w_o @ (mean - up_v @ kept)                                  # (nh, C, 1)
+            tensors['c_proj.bias'] = self.bias_o + lost.sum(0).squeeze(1)
         return tensors
 
 
@@ -228,11 +229,11 @@ class HeadStats:
 def to_lowrank_heads(model, keep: float | None = None, windows=()):
     """Return a model with narrower heads, whose cache has at most the fraction `keep` of the bytes.
 
-    The given model is changed and cannot be used afterwards. Layers of attention become dense. The
-    SVD of 'weight' scope becomes part of the weights. windows: from `calibration_windows`. With
+    The given model is changed and cannot be used afterwards. Layers of attention become dense.
+    windows: from `calibration_windows`. With
     windows, the widths in all layers together minimize the estimated increase of the loss. Without
     windows, each width becomes the same fraction of the old one. None: HEADS_KEEP. Raises
-    ValueError if the model has MLA or an SVD in another scope, or for an impossible fraction.
+    ValueError if the model has MLA or an SVD, or for an impossible fraction.
     """
     check_source(model, 'lowrank_heads')
     dense_attention(model, ['c_attn', 'c_proj'])
@@ -241,10 +242,11 @@ def to_lowrank_heads(model, keep: float | None = None, windows=()):
     sizes = {(name, part): stats.weights[part].size(1)
              for name, stats in layers.items() for part in 'kv'}
     keep = HEADS_KEEP if keep is None else keep
-    check_share(keep, len(sizes) / sum(sizes.values()))
+    check_share(keep, len(sizes) / sum(sizes.values()) if windows else
+                1 / min(sizes.values()), 'cache')
     calibrate(model, projections, layers, windows, gradients=True)
     found = {(name, part): layers[name].factorizations(part) for name, part in sizes}
-    widths = {key: max(1, int(keep * size + 1e-9)) for key, size in sizes.items()}
+    widths = {key: int(keep * size + 1e-9) for key, size in sizes.items()}
     if windows:
         energies = {key: sum(head.energies for head in heads) for key, heads in found.items()}
         widths = allocate_widths(energies, int(keep * sum(sizes.values()) + 1e-9))

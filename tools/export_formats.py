@@ -87,7 +87,7 @@ def changes(c, to):
         (plain and c.svd_truncates,
          f'merged into the weights: SVD of {", ".join(f"W_{name}" for name in c.svd_ranks)}, '
          f'{c.svd_summary}'),
-        (plain and c.n_kv_head, f'repeated: {c.n_kv_head} key/value heads for {c.n_head} query '
+        (plain and c.is_grouped, f'repeated: {c.n_kv_head} key/value heads for {c.n_head} query '
                                 'heads; the exported model caches full keys and values'),
         (plain and (c.qk_head_dim or c.v_head_dim),
          'filled up with zeros: narrower heads; the exported model caches full keys and values'),
@@ -171,7 +171,8 @@ def to_nanogpt(folder, model, saved, meta, lines):
         raise ValueError(f"gelu={c.gelu!r}: nanoGPT has only 'exact' (nearest: --to=gpt2)")
     plain, optimizer = plain_model(model), saved.get('optimizer', {})
     weights = plain.state_dict()
-    if c.svd_truncates or weights.keys() != saved['model'].keys() or 'state' not in optimizer:
+    shapes = [{name: w.shape for name, w in state.items()} for state in (weights, saved['model'])]
+    if c.svd_truncates or shapes[0] != shapes[1] or 'state' not in optimizer:
         optimizer = new_adamw(plain, saved)
         lines.append("left out: the optimizer state, because it is Muon's or belongs to other "
                      'weights; nanoGPT starts with a new AdamW state')

@@ -369,13 +369,18 @@ def compress_sequentially(model, dense, stats, ranks, windows):
             names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # share inputs
             if not names:
                 continue
-            shift = InputShiftStats(stats[names[0]].weight, stats[names[0]].centred, inputs=2)
+            # tall layers share one statistic, which has their input x; others have their own W x
+            keys = {name: stats[name].tall or name for name in names}
+            shifts = {key: InputShiftStats(stats[name].weight, stats[name].centred, inputs=2)
+                      for name, key in keys.items()}
             with record({0: block.get_submodule(stage), 1: original.get_submodule(stage)}) as seen:
                 for x_now, x_before in zip(now, before):
                     block(x_now)
                     original(x_before)
-                    shift.add(torch.cat((seen[0][0], seen[1][0]), dim=2).flatten(0, 1))
+                    for shift in shifts.values():
+                        shift.add(torch.cat((seen[0][0], seen[1][0]), dim=2).flatten(0, 1))
             for name in names:
+                shift = shifts[keys[name]]
                 factors = shift.refitted_factorization(stats[name]).factors(ranks[name])
                 replace_linear(model, name, factors, *shift.mean.chunk(2))
         now, before = [block(x) for x in now], [original(x) for x in before]
@@ -434,10 +439,10 @@ def best_share(energies, shapes, keep):
     return allocate_ranks(energies, shapes, keep * total, step)
 
 
-def check_share(keep, least):
-    """Raise ValueError unless least <= keep <= 1."""
+def check_share(keep, least, of='weights'):
+    """Raise ValueError unless least <= keep <= 1. of: what `keep` is a fraction of."""
     if not least <= keep <= 1:
-        raise ValueError(f'keep={keep}: not a possible fraction of the weights (nearest: '
+        raise ValueError(f'keep={keep}: not a possible fraction of the {of} (nearest: '
                          f'{1 if keep > 1 else math.ceil(least * 1e4) / 1e4})')
 
 

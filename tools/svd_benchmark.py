@@ -110,9 +110,10 @@ def head_svd(cfg, case, source=None, basis_grad=True):
     """Return the model's head-SVD module for a case. A warm case starts from the basis of the
     Source `source`."""
     module = build_head_svd(
-        case.scope, heads=cfg.n_head, head_size=cfg.n_embd // cfg.n_head, block=cfg.svd_block,
-        basis_grad=basis_grad, rank=cfg.svd_rank, method=case.method.split()[0],
-        power_iters=cfg.svd_power_iters, oversample=cfg.svd_oversample).eval()
+        case.scope, heads=cfg.n_head, head_size=cfg.n_embd // cfg.n_head, inputs=cfg.n_embd,
+        block=cfg.svd_block, basis_grad=basis_grad, rank=cfg.svd_rank,
+        method=case.method.split()[0], power_iters=cfg.svd_power_iters,
+        oversample=cfg.svd_oversample).eval()
     if case.method == 'randomized warm':
         set_bases([module.warm_start], source.basis[None])
     return module if source is None else module.to(source.v.device)
@@ -193,8 +194,10 @@ def trained_sources(cfg, device):
         model = GPT.from_checkpoint(saved).to(device).eval()
         c, data = model.config, Dataset(locate(cfg.dataset, cfg.tokenizer))
         huggingface.check_tokenizer(cfg, {}, saved, data, print)
-        if (c.n_head, c.n_embd) != (cfg.n_head, cfg.n_embd) or c.block_size < cfg.block_size:
-            raise UserError(f'{path} has a different shape (n_head={c.n_head}, n_embd={c.n_embd}, '
+        if ((c.heads['v'], c.n_embd) != (cfg.n_head, cfg.n_embd) or c.v_head_dim
+                or c.block_size < cfg.block_size):
+            raise UserError(f'{path} has a different shape (n_head={c.heads["v"]}, '
+                            f'n_embd={c.n_embd}, v_head_dim={c.v_head_dim}, '
                             f'block_size={c.block_size})')
     except ValueError as e:
         return [], f'synthetic spectra only: {e}'
@@ -230,7 +233,7 @@ def capture(model, x, y):
     with ExitStack() as hooks:
         for attn, weight in zip(attentions, weights):
             hooks.enter_context(attn.c_attn.register_forward_pre_hook(
-                lambda module, args, weight=weight: (args[0], {'v': weight})))
+                lambda module, args, weight=weight: (args[0], {**args[1], 'v': weight})))
             hooks.enter_context(attn.head_svd['v'].register_forward_hook(keep_value))
         loss = model(x, y)[1]
     before, after = zip(*values)

@@ -94,17 +94,22 @@ def effective_config(cfg):
         idle += ['use_svd', 'svd_']
     if cfg.use_mla:
         known['mla_latent_dim'] = cfg.latent_dim
+    known['n_kv_head'] = cfg.heads['k']
+    if cfg.svd_truncates:
+        known |= {'svd_targets': ','.join(cfg.svd_ranks),
+                  **{f'svd_rank_{name}': cfg.svd_ranks.get(name) for name in 'qk'}}
     return {key: value for key, value in known.items() if not key.startswith(tuple(idle))}
 
 
 def find_baseline(variant, variants):
     """Return the baseline of a variant: the ordinary variant that shares the most options.
 
-    An ordinary variant has no SVD, MLA, low-rank layers or adapters. If all variants are ordinary
-    or none is, the baseline is the first one.
+    An ordinary variant has no SVD, MLA, shared or narrower heads, low-rank layers or adapters. If
+    all variants are ordinary or none is, the baseline is the first one.
     """
     ordinary = [v for v in variants if not (
-        v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.layer_ranks or v.cfg.adaptive_svd
+        v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.is_grouped
+        or v.cfg.qk_head_dim or v.cfg.v_head_dim or v.cfg.layer_ranks or v.cfg.adaptive_svd
         or v.cfg.lora_rank is not None)]
     candidates = ordinary if len(ordinary) < len(variants) else []
     return max(candidates or variants[:1], key=lambda other: sum(

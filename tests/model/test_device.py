@@ -21,6 +21,8 @@ FACTORS = {'h.0.attn.c_attn.c_v': 8, 'h.0.attn.c_proj': 8, 'h.0.mlp.c_fc': 16, '
 MODELS = {
     'dense': {}, 'mla': dict(use_mla=True), 'mla causal': dict(use_mla=True, **svd('causal', 4)),
     'factored': dict(layer_ranks=FACTORS),
+    'shared keys': dict(n_kv_head=1), 'narrow heads': dict(qk_head_dim=[9, 5], v_head_dim=[16, 16]),
+    'targets': svd('causal', 4, svd_targets='k,v'),
     **{f'{scope} {method}': svd(scope, 4, method) for scope in SCOPES for method in METHODS}
 }
 each_model = pytest.mark.parametrize('options', MODELS.values(), ids=MODELS)

@@ -484,6 +484,8 @@ def test_generate_draws_the_tokens_of_nanogpt(columns, options):
         ('v_head_dim', dict(v_head_dim=[0, 2]), 'nearest: [1, 2]'),
         ('v_head_dim', svd('weight', v_head_dim=[2, 2]), 'nearest: --use_svd=False'),
         ('svd_targets', dict(svd_targets='k,w'), 'one of q, k, v'),
+        ('svd_targets', dict(svd_targets='qk'), 'one of q, k, v'),
+        ('svd_targets', dict(svd_targets=''), 'one of q, k, v'),
         ('svd_rank_k', dict(svd_rank_k=0), 'at least 1'),
     ],
 )

@@ -213,6 +213,7 @@ CASES = (
         f'{method}-{scope}-constant': dict(svd_method=method, svd_scope=scope, svd_basis_grad=False)
         for method, scope in zip(METHODS, SCOPES)}
     | {
+        'shared keys': dict(svd_method='gram', svd_scope='causal', svd_targets='q,k', n_kv_head=1),
         'oversampled': dict(svd_method='randomized', svd_scope='sequence', svd_oversample=1),
         'latents': dict(use_mla=True, svd_method='gram', use_svd=False),
         **{

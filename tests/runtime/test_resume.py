@@ -41,7 +41,7 @@ def random_features(seed):
 
 FEATURES = [
     '', '--optimizer=muon --dtype=bfloat16 --warmup_iters=5 --bias=True '
-    '--muon_per_head=True --weight_init=mimetic --beta1=0',
+    '--muon_per_head=True --weight_init=mimetic --beta1=0 --n_kv_head=1',
     '--optimizer=muon --bias=True '
     "--layer_ranks={'h.0.mlp.c_fc':3,'h.0.attn.c_attn.c_v':2,'h.0.attn.c_proj':5}",
     f'--dropout=.2 --decay_lr=False --optimizer=muon --use_mla=True {SVD}causal '
@@ -53,6 +53,7 @@ FEATURES = [
 # seed 3 is left out: its extra evaluation at the stop has the best loss, so ckpt.pt keeps that step
 # compile=True: inductor draws other dropout masks than eager PyTorch
 SLOW = [
+    f'{SVD}causal --svd_method=randomized --svd_targets=q,k,v --svd_rank_k=1 --n_kv_head=1',
     *map(random_features, (0, 1, 2, 4)), '--compile=True --dropout=.2',
     *(f'--dropout=.1 --optimizer=muon {SVD}{scope} --svd_method={method} --svd_basis_grad={grad}'
       for scope, method, grad in (('sequence', 'gram', False), ('sequence', 'standard', True),
