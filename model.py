@@ -140,8 +140,8 @@ class GPTConfig(AdapterTargets):
                          Section('LoRA')] = None
     lora_alpha: Annotated[float | None, 'adapters are scaled by alpha / rank; None: by 1',
                           Range(above=0), LORA] = None
-    lora_dropout: Annotated[float, 'dropout of adapter inputs; not applied to targets of '
-                            "'weight' scope", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
+    lora_dropout: Annotated[float, 'dropout of adapter inputs; not where '
+                            "'weight' scope truncates", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
     lora_targets: Annotated[str, 'out of c_q,c_k,c_v (MLA: query),c_proj,c_fc,mlp.c_proj',
                             LORA] = 'c_q,c_v'
     lora_init: Annotated[Literal[INITS], "adapters start from zero ('lora'), or from the largest "
