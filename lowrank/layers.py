@@ -181,9 +181,10 @@ class SplitProjection(nn.Module):
 
     def forward(self, x, weights=()):
         """See `QKVProjection.forward`."""
-        return split_heads(self.heads, {
-            name: F.linear(x, weights[name].flatten(0, 1), self.layer(name).bias)
-            if name in weights else self.layer(name)(x) for name in self.heads})
+        # values first: in this order older versions summed the gradients of x
+        parts = {name: F.linear(x, weights[name].flatten(0, 1), self.layer(name).bias)
+                 if name in weights else self.layer(name)(x) for name in ('v', 'q', 'k')}
+        return split_heads(self.heads, {name: parts[name] for name in self.heads})
 
     def project_for_cache(self, x, down_proj):
         """See `QKVProjection.project_for_cache`."""

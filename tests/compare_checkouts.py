@@ -254,7 +254,9 @@ def differences(old, new):
         if name not in new and added.get(old[name]) and ('.pt ' in name or '.safetensors ' in name):
             renamed.append((name, added[old[name]].pop(0)))
     known = {name for pair in renamed for name in pair}
-    known |= {name for name in {*old} ^ {*new} if ' config ' in name or ' model_args ' in name}
+    # 'matrices' of Muon's groups were numbers of matrices and are lists of their rows
+    known |= {name for name in {*old} ^ {*new}
+              if any(word in name for word in (' config ', ' model_args ', ' matrices '))}
     return [name for name in {**old, **new} if name not in known and old.get(name) != new.get(name)
             and not name.endswith(tuple(CHANGED))], renamed
 
