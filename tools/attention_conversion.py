@@ -87,7 +87,7 @@ def to_mla(model, latent_dim, windows=()):
     query_ranks = {name.replace('c_q', 'query'): rank for name, rank
                    in (model.config.layer_ranks or {}).items() if name.endswith('c_q')}
     dense_attention(model, ['c_attn'])
-    config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim)
+    config = replace(model.config, use_mla=True, mla_latent_dim=latent_dim, n_kv_head=None)
     stats, state, projections = {}, {}, projections_of(model)
     for name, block in zip(projections, model.transformer.h):
         # after 'weight' scope has truncated them, so that the factors do not exceed its rank
@@ -168,14 +168,15 @@ class HeadStats:
         self.biases = {name: double(attn.c_attn.head_bias(name)) for name in 'qkv'}
         w_o, self.bias_o = double(attn.c_proj.weight), double(attn.c_proj.bias)
         self.w_o = w_o.unflatten(1, (attn.c_attn.heads['q'], -1)).transpose(0, 1)   # (nh, C, hs)
-        # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
         self.query_gram = 0                                         # sum of q q^T (nh, hs, hs)
+        # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
         centred = dict(k=True, v=self.bias_o is not None)
         self.stats = {name: [LayerStats(torch.eye(w.size(1)), centred[name]) for _ in w]
                       for name, w in self.weights.items() if name in centred}
 
     def add(self, x, g):
-        """Add a batch of inputs x (N, C) and of gradients g (N, rows) at keys and values."""
+        """Add a batch of inputs x (N, C) and of gradients g (N, rows of W_k and W_v) at keys and
+        values."""
         gradients = g.split([self.weights[name].shape[:2].numel() for name in 'kv'], dim=1)
         rows = {name: x.cpu().double() @ w.mT for name, w in self.weights.items()}
         if self.bias_o is not None:
@@ -230,10 +231,10 @@ def to_lowrank_heads(model, keep: float | None = None, windows=()):
     """Return a model with narrower heads, whose cache has at most the fraction `keep` of the bytes.
 
     The given model is changed and cannot be used afterwards. Layers of attention become dense.
-    windows: from `calibration_windows`. With
-    windows, the widths in all layers together minimize the estimated increase of the loss. Without
-    windows, each width becomes the same fraction of the old one. None: HEADS_KEEP. Raises
-    ValueError if the model has MLA or an SVD, or for an impossible fraction.
+    keep: None means HEADS_KEEP. windows: from `calibration_windows`. With windows, all layers share
+    one budget of widths (`allocate_widths`). Without windows, each width becomes the same fraction
+    of the old one. Raises ValueError if the model has MLA or an SVD, or for an impossible
+    fraction.
     """
     check_source(model, 'lowrank_heads')
     dense_attention(model, ['c_attn', 'c_proj'])
