@@ -210,13 +210,14 @@ def convert(cfg, model, saved, save_dir):
         losses.append(compression.validation_loss(new, data, device, cfg.seed))
 
     both = [losses[0], losses[-1]]
-    report = dict(to=cfg.to, method=cfg.method, options=options, layers=layers, val_loss=both,
-                  machine=devices.environment(device, 'float32'), seconds=seconds[0],
-                  finetune_seconds=seconds[1], prefix_only=model.config.is_noncausal,
+    report = dict(to=cfg.to, method=None if cfg.to == 'gqa' else cfg.method, options=options,
+                  layers=layers, val_loss=both, machine=devices.environment(device, 'float32'),
+                  seconds=seconds[0], finetune_seconds=seconds[1],
+                  prefix_only=model.config.is_noncausal,
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   # exp overflows above 709
                   perplexity=[math.exp(min(loss, 700)) for loss in both],
-                  **compression.attention_widths(new.config),
+                  **compression.cache_shape(new.config),
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
     optimizer = new.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')

@@ -6,9 +6,9 @@ layers, adaptive SVD and LoRA.
 
 Where the SVD happens: each attention layer has a module `head_svd['v']` (lowrank/head_svd.py). In
 'sequence' and 'causal' scope it truncates V itself (CausalSelfAttention.apply_svd_to_v). In
-'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.head_weight). It also
-builds the part of the cache that holds V. `svd_targets` selects queries and keys, too. Their
-modules are `head_svd['q']` and `head_svd['k']`, and all that is said of V is true of them.
+'weight' scope it truncates W_v, the weight that makes V (CausalSelfAttention.head_weight). The
+module also builds the part of the cache that holds V. `head_svd['q']` and `head_svd['k']` truncate
+queries and keys in the same way, if `svd_targets` names them. Queries are not cached.
 
 What the SVD costs: it makes training slower and saves no memory in training (docs/SVD.md). In
 decoding, 'causal' and 'weight' save memory. Per token and head the cache keeps hs values of K, and
@@ -70,9 +70,9 @@ SVD = Needs(use_svd=True), OVERRIDABLE
 CAUSAL = Needs(use_svd=True, svd_scope='causal'), OVERRIDABLE
 RANDOMIZED = Needs(use_svd=True, svd_method='randomized'), OVERRIDABLE
 ADAPTIVE, LORA = Needs(adaptive_svd=True), Needs(has_lora=True)
-# target of the SVD -> key in a checkpoint of the bases of its warm start
+# target of the SVD -> key of its warm-start bases in a checkpoint
 BASIS_KEYS = dict(v='svd_basis', q='svd_basis_q', k='svd_basis_k')
-# layer with the rows of several heads -> whether it makes queries, keys or values
+# layer with the rows of several heads -> which of queries, keys and values it makes
 HEAD_PARTS = dict(c_q='q', c_k='k', c_v='v', query='q', k_up='k', v_up='v')
 # word of adaptive_svd_targets or lora_targets -> layer of a block
 TARGETS = {'c_q': 'attn.c_attn.c_q', 'c_k': 'attn.c_attn.c_k', 'c_v': 'attn.c_attn.c_v',
@@ -89,7 +89,7 @@ class GPTConfig(AdapterTargets):
     vocab_size: Annotated[int, 'number of token ids', Range(1)] = 50304  # GPT-2's 50257, padded
     n_layer: Annotated[int, 'number of transformer blocks', Range(1, below=10000)] = 12
     n_head: Annotated[int, 'attention heads per block', Range(1)] = 12
-    n_kv_head: Annotated[int | None, 'key/value heads, shared if fewer; None: n_head',
+    n_kv_head: Annotated[int | None, 'heads of keys and values; None: n_head',
                          Range(1)] = None
     n_embd: Annotated[int, 'embedding size; a multiple of n_head', Range(1)] = 768
     dropout: Annotated[float, 'dropout probability', Range(0, below=1), OVERRIDABLE] = 0.0
@@ -99,7 +99,7 @@ class GPTConfig(AdapterTargets):
                            'tokens, larger c_fc'] = 'gpt2'
     use_svd: Annotated[bool, 'truncate V of each attention head by an SVD', OVERRIDABLE,
                        Section('SVD on V')] = False
-    svd_targets: Annotated[str, "'v', or several of q,k,v: queries and keys, too", *SVD] = 'v'
+    svd_targets: Annotated[str, "what to truncate: any of q,k,v", *SVD] = 'v'
     svd_rank: Annotated[int | None, 'rank kept per head; None: full rank', Range(1), *SVD] = None
     svd_rank_q: Annotated[int | None, 'rank of queries; None: svd_rank', Range(1),
                           Needs(svd_on_q=True), *SVD] = None
@@ -112,8 +112,8 @@ class GPTConfig(AdapterTargets):
                          'W_v', *SVD] = 'sequence'
     svd_block: Annotated[int, "'causal' scope: tokens before the first basis", Range(1),
                          *CAUSAL] = 32
-    svd_basis_grad: Annotated[bool, 'False: constant basis, which cannot learn to see later '
-                              'tokens', *SVD] = True
+    svd_basis_grad: Annotated[bool, "False: no gradient through the basis; for 'sequence'",
+                              *SVD] = True
     svd_power_iters: Annotated[int, "'randomized': power iterations of a cold start",
                                Range(0), *RANDOMIZED] = 2
     svd_oversample: Annotated[int, "'randomized': columns of a cold start beyond svd_rank + 4",
@@ -297,8 +297,8 @@ class GPTConfig(AdapterTargets):
 
 class QKVProjection(nn.Linear):
     """Queries, keys and values of all heads from one layer, nanoGPT's c_attn. Its weight is W_q
-    (C, C), W_k and W_v (nkv hs, C each), stacked. `heads` and `rows` are the numbers of heads and
-    of rows of the three."""
+    (nh width, C), W_k and W_v (nkv width, C), stacked. `heads` and `rows` are the numbers of heads
+    and of rows of the three."""
 
     def __init__(self, config, layer=0):
         heads, dims = config.heads, config.head_dims(layer)
@@ -434,7 +434,7 @@ class CausalSelfAttention(nn.Module):
             y = attention(q, k, v, self.scale, self.dropout * self.training, not only_last)
         else:
             y = cache.attend(q, *kv)
-        y = y.transpose(1, 2).flatten(2)                            # -> (B, T or 1, C)
+        y = y.transpose(1, 2).flatten(2)                            # -> (B, T or 1, nh width)
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):

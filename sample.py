@@ -60,7 +60,7 @@ class SampleConfig:
     compile: Annotated[bool, 'use torch.compile'] = False
     use_svd: Annotated[bool | None, 'truncate V by an SVD; None: as trained',
                        Section('SVD on V')] = None
-    svd_targets: Annotated[str | None, "'v', or several of q,k,v; None: as trained"] = None
+    svd_targets: Annotated[str | None, "what to truncate: any of q,k,v; None: as trained"] = None
     svd_rank: Annotated[int | None, 'rank kept per head; not given: as trained; None: full '
                        'rank'] = None
     svd_rank_q: Annotated[int | None, 'rank of queries; None: as trained'] = None

@@ -70,8 +70,8 @@ class Factorization:
         return balance(down.mT, up.mT @ self.weight, rank)
 
     def split(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factors (s, r) and (r, s) of the projection from the smaller side of W to that of
-        U A. At full rank their product is the identity."""
+        """Return L (s, r) and R (r, s), not balanced: U A is W L R if m >= n, else (L R)^T W. At
+        full rank L R is the identity."""
         leading = self.vectors[:, :rank]                            # (s, r)
         return self.root @ leading, leading.mT @ self.inverse
 

@@ -6,13 +6,13 @@ without SVD.
     forward(v)                      V (B, nh, T, hs) -> the V that attention uses, same shape
     truncate_weight(w_v)            W_v (nh, hs, C), or U_v (nh, hs, d) with MLA -> same shape
     new_values, new_latent_values   storage for V in a cache (kv_cache.py)
-    new_queries                     for Q in place of V: what happens to the query of a new token
+    new_queries                     object that truncates the queries of new tokens
 
 'sequence' takes the best rank-k approximation of V of the whole sequence, so each position depends
 on later ones. 'causal' projects V of each token onto a basis of earlier tokens. 'weight' truncates
 W_v, by one small SVD per head and forward pass. The size of this SVD does not depend on B or T, and
-its result does not depend on the tokens. The bias b of V is not truncated, so V - b has rank k. The
-same is true of Q and K.
+its result does not depend on the tokens. The bias b of V is not truncated, so V - b has rank k. Q
+and K are truncated in the same way. Q is not cached.
 """
 
 import torch
@@ -156,7 +156,7 @@ def why_off(use_svd, rank, scope, block, rows, columns, weight_rows) -> str:
                 f'off (use_svd={use_svd}, svd_rank={rank})')
     full = min(weight_rows if scope == 'weight' else rows, columns)
     if rank >= full:
-        return f'off (svd_rank={rank}: full rank is {full})'
+        return f'off (rank {rank}: full rank is {full})'
     if scope == 'causal' and not causal_starts(rows, rank, block):
         return (f"off (svd_scope='causal' with svd_block={block}: the first basis of rank {rank} "
                 f'would come after block_size={rows} tokens)')

@@ -28,7 +28,7 @@ class DenseValues:
     """Append-only rows of n values, stored in full. The rows are the keys or the values of a
     head."""
 
-    # (nh k, C) maps x to cached coordinates; None: the rows themselves are cached
+    # (heads k, C) maps x to cached coordinates; None: the rows themselves are cached
     down_proj = None
 
     def __init__(self, shape, dtype, device):
@@ -68,7 +68,7 @@ class FactoredValues(DenseValues):
     def __init__(self, shape, basis, bias: torch.Tensor | None, down_proj: torch.Tensor | None,
                  dtype, device):
         """shape: (..., N, n) for N tokens of n values. basis: W (..., n, k). bias: b (..., 1, n) or
-        None. down_proj: weight (nh k, C) that maps inputs of width C to the coordinates of all
+        None. down_proj: weight (heads k, C) that maps inputs of width C to the coordinates of all
         heads, or None."""
         super().__init__((*shape[:-1], basis.shape[-1]), dtype, device)
         self.expand, self.down_proj = FactoredQueries(basis.to(dtype), bias, down_proj), down_proj
@@ -100,13 +100,13 @@ class BlockCausalBases:
         *batch, capacity, n = shape
         starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
         self.edges, self.eigensolver, self.length = [0, *starts, capacity], eigensolver, 0
-        self.data = torch.empty(*batch, n, len(starts) * rank, **kind)
-        self.bases = self.data.split(rank, dim=-1) if starts else ()            # W_k of each span
+        self.packed = torch.empty(*batch, n, len(starts) * rank, **kind)
+        self.bases = self.packed.split(rank, dim=-1) if starts else ()            # W_k of each span
         side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
-        self.nbytes = self.data.nbytes + self.gram.nbytes
+        self.nbytes = self.packed.nbytes + self.gram.nbytes
 
-    def split(self, x):
+    def project(self, x):
         """Add rows x (..., m, n), at most N in all. Yield pairs of a span and the rows in it: the
         rows themselves for span 0, which has no basis, or their coordinates (..., m', k). Raises
         torch.linalg.LinAlgError if a basis would come from rows that are not finite."""
@@ -144,7 +144,7 @@ class BlockCausalValues(BlockCausalBases):
     def append(self, x):
         """Add rows x (..., m, n), at most N in all. Raises torch.linalg.LinAlgError if a basis
         would come from rows that are not finite."""
-        for span, rows in self.split(x):
+        for span, rows in self.project(x):
             self.spans[span].append(rows)
 
     def all(self):
@@ -164,7 +164,7 @@ class BlockCausalValues(BlockCausalBases):
         if not sums:
             return first
         sums = torch.cat(sums, dim=-1)                              # (..., g, spans k)
-        return first + sums @ self.data[..., :sums.shape[-1]].mT
+        return first + sums @ self.packed[..., :sums.shape[-1]].mT
 
 
 def gram_dtype(dtype, device):
@@ -202,9 +202,11 @@ class BlockCausalQueries(BlockCausalBases):
     """Queries, truncated as by `svd.causal_low_rank_approximation`. Only the bases are stored, and
     the Gram matrix that the next basis comes from."""
 
+    @torch.compiler.disable                                         # shapes change with each token
     def __call__(self, q):
         # q may be a batch of one, but there is a basis for each sequence of the cache
-        rows = [(x @ self.bases[span - 1].mT)[:len(q)] if span else x for span, x in self.split(q)]
+        rows = [(x @ self.bases[span - 1].mT)[:len(q)] if span else x
+                for span, x in self.project(q)]
         return torch.cat(rows, dim=-2)
 
 
@@ -377,11 +379,11 @@ def expand(weight, c):
 
 
 def attention(q, k, v, scale, dropout=0.0, is_causal=True):
-    """Attention of queries q (B, nh, T or 1, m) to keys k (B, nkv, T, m) and values v
+    """Attention of queries q (B, nh, T or 1, p) to keys k (B, nkv, T, p) and values v
     (B, nkv, T, n) -> (B, nh, T or 1, n)."""
-    n, wide = v.size(3), max(k.size(3), v.size(3))
-    # torch's fast kernels want equal widths; zeros change no result (docs/RESULTS.md)
-    q, k, v = (t if t.size(3) == wide else F.pad(t, (0, wide - t.size(3))) for t in (q, k, v))
+    n, width = v.size(3), max(k.size(3), v.size(3))
+    # torch's fast kernels need p = n: without zeros a CPU takes 4 times as long
+    q, k, v = (t if t.size(3) == width else F.pad(t, (0, width - t.size(3))) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal,
                                           scale=scale, enable_gqa=q.size(1) > k.size(1))[..., :n]
 

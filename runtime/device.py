@@ -54,8 +54,8 @@ def autocast(device, dtype):
 
 
 def has_native_bfloat16(device):
-    """Return whether bfloat16 matrix products are fast on `device`. CPUs emulate these products, or
-    compute them more slowly than float32 at the sizes of this repo's models."""
+    """Return whether small bfloat16 matrix products are fast on `device`. CPUs emulate these
+    products, or gain from them in large models only (docs/RESULTS.md)."""
     return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)
 

@@ -128,9 +128,9 @@ def latent_projection(c_attn, latent_dim, stats):
 def to_gqa(model, n_kv_head: int | None = None):
     """Return a model with n_kv_head key/value heads, each the mean of a group of the model's heads.
 
-    The given model is changed and cannot be used afterwards. None: half as many heads, or the next
-    smaller divisor. Raises ValueError if the model has MLA or n_kv_head is not a smaller divisor of
-    its number of key/value heads.
+    The given model is changed and cannot be used afterwards. Low-rank layers of c_attn become
+    dense. None: half as many heads, or the next smaller divisor. Raises ValueError if the model has
+    MLA or n_kv_head is not a smaller divisor of its number of key/value heads.
     """
     check_source(model, 'gqa')
     dense_attention(model, ['c_attn'])

@@ -48,13 +48,13 @@ def plain_model(model):
     """
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
-        raise ValueError(f"svd_scope={c.svd_scope!r}: truncates {c.svd_targets.upper()} itself, "
+        raise ValueError(f"svd_scope={c.svd_scope!r}: truncates {c.svd_names} itself, "
                          "which no weights can represent (nearest: 'weight', set before training, "
                          'or --to=safetensors)')
     dense_layers(model, c.layer_ranks or ())
     model = without_adapters(model)                                 # also fuses c_attn again
-    for block in model.transformer.h:
-        attn, like = block.attn, model.lm_head.weight
+    like = model.lm_head.weight
+    for attn in (block.attn for block in model.transformer.h):
         w_o = attn.c_proj.weight.unflatten(1, (c.n_head, -1))       # (C, nh, width of v)
         w_o = F.pad(w_o, (0, c.head_size - w_o.size(2))).flatten(1)
         attn.c_attn = linear_from_tensors(*dense_projection(attn, c), like)
@@ -85,8 +85,8 @@ def changes(c, to):
     plain, adapted = to in ('gpt2', 'nanogpt'), len(c.adaptive_layers + c.lora_layers)
     return [line for applies, line in (
         (plain and c.svd_truncates,
-         f'merged into the weights: SVD of {", ".join(f"W_{name}" for name in c.svd_ranks)}, '
-         f'{c.svd_summary}'),
+         'merged into the weights: SVD of ' + ', '.join(
+             f'W_{name}, rank {rank} of {c.head_size}' for name, rank in c.svd_ranks.items())),
         (plain and c.is_grouped, f'repeated: {c.n_kv_head} key/value heads for {c.n_head} query '
                                 'heads; the exported model caches full keys and values'),
         (plain and (c.qk_head_dim or c.v_head_dim),
@@ -129,7 +129,7 @@ def to_safetensors(folder, model, saved, meta, lines):
     huggingface.write(folder, dict(model_type=huggingface.OWN, model_args=asdict(model.config),
                                    tokenizer=meta), model.state_dict())
     lines.append('left out: the optimizer state' + (
-        '' if not model.extra_state() else ", and the basis for warm starts of 'randomized'"))
+        ", and the bases for warm starts of 'randomized'" if model.extra_state() else ''))
 
 
 def to_lora(folder, model, saved, meta, lines):

@@ -369,8 +369,8 @@ def compress_sequentially(model, dense, stats, ranks, windows):
             names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # share inputs
             if not names:
                 continue
-            # tall layers share one statistic, which has their input x; others have their own W x
-            keys = {name: stats[name].tall or name for name in names}
+            # tall layers need only the input x, which they share; others need W x
+            keys = {name: 'x' if stats[name].tall else name for name in names}
             shifts = {key: InputShiftStats(stats[name].weight, stats[name].centred, inputs=2)
                       for name, key in keys.items()}
             with record({0: block.get_submodule(stage), 1: original.get_submodule(stage)}) as seen:
@@ -523,7 +523,7 @@ def compare_models(models, data, device, seed):
                 **{name: [measure(m) for m in models] for name, measure in measures.items()})
 
 
-def attention_widths(c):
+def cache_shape(c):
     """Return the numbers that determine what attention caches, for the report of compress.py."""
     return dict(n_head=c.n_head, n_kv_head=c.heads['k'], qk_head_dim=c.qk_head_dim,
                 v_head_dim=c.v_head_dim, latent_dim=c.latent_dim if c.use_mla else None)

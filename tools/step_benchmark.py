@@ -107,14 +107,14 @@ def kind_of(cfg):
 
 
 def truncating_scopes(cfg):
-    """Return the scopes in which cfg.svd_rank truncates, and print why others are left out."""
+    """Return the scopes in which the SVD truncates, and print why others are left out."""
     if cfg.qk_head_dim or cfg.v_head_dim:               # cannot be combined with an SVD
         return []
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     scopes = [scope for scope in SCOPES if not off[scope]]
     if cfg.svd_rank is not None:
         for scope in filter(off.get, SCOPES):
-            print(f'{scope!r} scope is left out because SVD on V is {off[scope]}')
+            print(f'{scope!r} scope is left out because SVD on {cfg.svd_names} is {off[scope]}')
     return scopes
 
 

@@ -26,6 +26,7 @@ import json
 import statistics
 from collections import namedtuple
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, repeat
 from pathlib import Path
@@ -65,7 +66,7 @@ def run(cfg, device):
     """
     if cfg.plot:
         plots.require_matplotlib(f'plot={cfg.plot!r}', cfg.plot)
-    cases = [Case(scope, method) for scope in truncating_scopes(cfg)
+    cases = [Case(scope, method) for scope in truncating_scopes(replace(cfg, svd_targets='v'))
              for method in METHODS if (scope, method) != ('weight', 'randomized warm')]
     if not cases:
         raise UserError(f'svd_rank={cfg.svd_rank}: truncates nothing, so there is nothing to '
@@ -110,10 +111,10 @@ def head_svd(cfg, case, source=None, basis_grad=True):
     """Return the model's head-SVD module for a case. A warm case starts from the basis of the
     Source `source`."""
     module = build_head_svd(
-        case.scope, heads=cfg.n_head, head_size=cfg.n_embd // cfg.n_head, inputs=cfg.n_embd,
-        block=cfg.svd_block, basis_grad=basis_grad, rank=cfg.svd_rank,
-        method=case.method.split()[0], power_iters=cfg.svd_power_iters,
-        oversample=cfg.svd_oversample).eval()
+        case.scope, heads=cfg.heads['v'], head_size=cfg.head_size,
+        inputs=cfg.n_embd if source is None else source.w.size(2), block=cfg.svd_block,
+        basis_grad=basis_grad, rank=cfg.svd_rank, method=case.method.split()[0],
+        power_iters=cfg.svd_power_iters, oversample=cfg.svd_oversample).eval()
     if case.method == 'randomized warm':
         set_bases([module.warm_start], source.basis[None])
     return module if source is None else module.to(source.v.device)
@@ -170,7 +171,7 @@ def synthetic_source(cfg, name, device):
     per head. Sequences of a head therefore differ but share a subspace, as in a trained model.
     W_v^T is drawn in the same way. The basis comes from other draws of V.
     """
-    B, nh, T, hs = cfg.batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
+    B, nh, T, hs = cfg.batch_size, cfg.heads['v'], cfg.block_size, cfg.head_size
     gaussian = partial(torch.randn, generator=torch.Generator().manual_seed(cfg.seed))
     axes = torch.linalg.qr(gaussian(nh, hs, hs))[0]                 # (nh, hs, hs), columns scaled
     axes *= SPECTRA[name](torch.arange(1.0, hs + 1), cfg.svd_rank)
@@ -194,11 +195,11 @@ def trained_sources(cfg, device):
         model = GPT.from_checkpoint(saved).to(device).eval()
         c, data = model.config, Dataset(locate(cfg.dataset, cfg.tokenizer))
         huggingface.check_tokenizer(cfg, {}, saved, data, print)
-        if ((c.heads['v'], c.n_embd) != (cfg.n_head, cfg.n_embd) or c.v_head_dim
+        if ((c.heads, c.n_embd, c.v_head_dim) != (cfg.heads, cfg.n_embd, None)
                 or c.block_size < cfg.block_size):
-            raise UserError(f'{path} has a different shape (n_head={c.heads["v"]}, '
-                            f'n_embd={c.n_embd}, v_head_dim={c.v_head_dim}, '
-                            f'block_size={c.block_size})')
+            raise UserError(f'{path} has a different shape (n_head={c.n_head}, '
+                            f'n_kv_head={c.heads["v"]}, n_embd={c.n_embd}, '
+                            f'v_head_dim={c.v_head_dim}, block_size={c.block_size})')
     except ValueError as e:
         return [], f'synthetic spectra only: {e}'
     batch = partial(data.batch, batch_size=cfg.batch_size, block_size=cfg.block_size,
