@@ -119,10 +119,7 @@ class WeightSVD(HeadSVD):
     """Truncated W_v per head. 'randomized' always starts cold, because the problem is small."""
 
     def truncate_weight(self, w_v):
-        tall = w_v.size(2) >= w_v.size(1)               # the SVD is of the smaller Gram matrix
-        y = low_rank_approximation(w_v.mT if tall else w_v, basis_grad=self.basis_grad,
-                                   **self.options)
-        return y.mT if tall else y
+        return low_rank_approximation(w_v.mT, basis_grad=self.basis_grad, **self.options).mT
 
     def new_values(self, shape, w_v, bias, **kind):
         """Return storage for the coordinates W^T W_v x of inputs x, where W is the basis of the

@@ -134,7 +134,8 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
 
     The residual of 'randomized' is within a few percent of the best one if sigma_k is above 1e-3
     sigma_1 (3e-3 without float64). The iteration begins with `start` (..., n, l), l >= k. `start`
-    has the batch dimensions of x or fewer. start=None takes k + 4 + oversample Gaussian columns.
+    has the batch dimensions of x or fewer. If m < n, it may be (..., m, l), because G is then the
+    smaller x x^T. start=None takes k + 4 + oversample Gaussian columns.
     `power_iters` products with G precede the last product. power_iters=0 is enough if `start` comes
     from a similar matrix. With return_gram=True the result is (X_k, G), G (..., n, n), or (X_k,
     None) if no G was computed. Other methods ignore these options.
@@ -147,8 +148,8 @@ def low_rank_approximation(x, rank: int | None, method='gram', basis_grad=True, 
     m, n = x.shape[-2:]
     options = dict(power_iters=power_iters, oversample=oversample)
     spans = () if rank is None or rank >= min(m, n) else ((m, 0, m),)
-    if spans and m < n and start is None and not return_gram:       # G (m, m) is smaller
-        return low_rank_approximation(x.mT, rank, method, basis_grad, **options).mT
+    if spans and m < n and not return_gram and (start is None or start.size(-2) == m):
+        return low_rank_approximation(x.mT, rank, method, basis_grad, start=start, **options).mT
     return _project(x, rank, method, spans, basis_grad, return_gram, start=start, **options)
 
 
