@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers import (MLA_RANKS, RANKS, cached_logits, counted, error, make, mla, precision, svd,
                      tokens)
 from lowrank.svd import METHODS
-from model import GPT, GPTConfig
+from model import GPT, SCOPES, GPTConfig
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('error:svd_scope')]
 # SMALL: 2 layers, 2 heads of size 4, block_size 16
@@ -81,6 +81,31 @@ def test_cached_logits_are_the_uncached_ones(data, scope, method, head_size, n_h
     actual = cached_logits(model, idx, prompt, one_prompt, room)
     expected = model(idx, idx)[0].detach()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('n_kv_head', [1, 2])
+@pytest.mark.parametrize('scope', [None, *SCOPES])
+def test_shared_heads_equal_repeated_heads(scope, n_kv_head):
+    """A model with shared key/value heads has the logits of an ordinary model in which these heads
+    are repeated, and n_kv_head / n_head of the bytes of its cache."""
+    cut = svd(scope, 2, 'standard', svd_targets='q,k,v') if scope else {}
+    model = make(n_head=4, n_embd=16, n_kv_head=n_kv_head, **cut)
+    ordinary, state = make(n_head=4, n_embd=16, **cut), model.state_dict()
+    for i, block in enumerate(model.transformer.h):
+        for kind in ('weight', 'bias'):
+            parts = block.attn.c_attn.parts(getattr(block.attn.c_attn, kind))
+            heads = [part.unflatten(0, (-1, 4)) for part in parts.values()]     # (heads, hs, ...)
+            state[f'transformer.h.{i}.attn.c_attn.{kind}'] = torch.cat(
+                [part.repeat_interleave(4 // len(part), dim=0).flatten(0, 1) for part in heads])
+    ordinary.load_state_dict(state)
+    idx = tokens(3)
+    expected = ordinary(idx, idx)[0]
+    bar = 1e-12 * expected.abs().max()
+    assert (model(idx, idx)[0] - expected).abs().max() < bar
+    if scope != 'sequence':
+        assert (cached_logits(model, idx, 5) - expected).abs().max() < bar
+    if scope is None:
+        assert 4 * model.kv_cache_bytes(3, 16) == n_kv_head * ordinary.kv_cache_bytes(3, 16)
 
 
 @pytest.mark.any_device
