@@ -112,6 +112,8 @@ def variants_of(*argv):
       ['layer_ranks=None', 'layer_ranks=__h.0.mlp.c_fc___3___h.0.attn.c_proj___2_']),
      ('--use_svd=True --svd_scope=causal --svd_rank=None,2 --svd_block=2,16',
       ['svd_rank=None,svd_block=2', 'svd_rank=2,svd_block=2']),
+     ("--use_svd=True --svd_rank=2 --svd_targets='k,v','v,k',v --n_kv_head=None,2",
+      ['svd_targets=k_v,n_kv_head=None', 'svd_targets=v,n_kv_head=None']),
      ('--learning_rate=1e-2,.01,2e-2', ['learning_rate=0.01', 'learning_rate=0.02'])])
 def test_combinations_that_are_the_same_run_are_one(argv, names):
     """Variants that are the same run are trained once. Heads are 8 wide, so rank 8 is full and
@@ -143,7 +145,8 @@ def test_train_py_is_given_what_was_planned(argv):
      (['--svd_rank=2,None', '--learning_rate=.1,.2', '--use_svd=True'
        ], ['svd_rank=None,learning_rate=0.1', 'svd_rank=None,learning_rate=0.2'] * 2),
      (['--use_mla=True,False', '--use_svd=True', '--svd_rank=2,None'
-       ], ['use_mla=False,svd_rank=None'] * 4)])
+       ], ['use_mla=False,svd_rank=None'] * 4),
+     (['--n_kv_head=1,None'], ['n_kv_head=None'] * 2)])
 def test_the_baseline_is_the_ordinary_model_with_the_same_other_options(argv, baselines):
     """The baseline of a variant is the model without SVD or MLA and with the same other options."""
     variants = variants_of(*argv)
