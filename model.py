@@ -717,9 +717,8 @@ class GPT(nn.Module):
         ('vector') have no decay. For Muon, each group has two lists, with one entry per parameter.
         'matrices' lists the numbers of rows of the matrices in the parameter. c_attn holds W_q, W_k
         and W_v. With per_head, the rows of each head in c_attn, query, k_up and v_up are a matrix.
-        'rates' is a
-        factor of the learning rate. It is 2 for a dense c_fc with weight_init='mimetic', which
-        lowers the loss (docs/RESULTS.md), else 1."""
+        'rates' is a factor of the learning rate. It is 2 for a dense c_fc with
+        weight_init='mimetic', which lowers the loss (docs/RESULTS.md), else 1."""
         adaptive = adaptive_layers(self).values()
         factors = {p for layer in adaptive for p in layer.factor_params()}
         decays = {'hidden': weight_decay, 'halved': weight_decay / 2, 'embedding': weight_decay,

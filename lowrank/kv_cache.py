@@ -8,9 +8,8 @@ basis.
 
 Letters: B batch, T tokens so far, N capacity in tokens, nh heads, nkv key/value heads, g queries
 per key/value head, hs head size, n values per row, C model width, d latent size, k rank; "..." any
-batch dimensions. Memory is allocated once and written
-in place, so there are no gradients. `nbytes` counts what is kept per token and per sequence, not
-weights.
+batch dimensions. Memory is allocated once and written in place, so there are no gradients. `nbytes`
+counts what is kept per token and per sequence, not weights.
 """
 
 from bisect import bisect
@@ -101,7 +100,7 @@ class BlockCausalBases:
         starts, kind = causal_starts(capacity, rank, block), dict(dtype=dtype, device=device)
         self.edges, self.eigensolver, self.length = [0, *starts, capacity], eigensolver, 0
         self.packed = torch.empty(*batch, n, len(starts) * rank, **kind)
-        self.bases = self.packed.split(rank, dim=-1) if starts else ()            # W_k of each span
+        self.bases = self.packed.split(rank, dim=-1) if starts else ()          # W_k of each span
         side = n if starts else 0
         self.gram = torch.zeros(*batch, side, side, dtype=gram_dtype(dtype, device), device=device)
         self.nbytes = self.packed.nbytes + self.gram.nbytes

@@ -397,8 +397,8 @@ def test_a_muon_step_orthogonalizes_the_momentum_of_each_matrix(dtype, device):
      [[4, 4, 4, 2], [8], [32], [8]])],
     ids=['c_attn', 'MLA', 'split', 'narrow heads'])
 def test_muon_splits_queries_keys_and_values(options, whole, per_head):
-    """The matrices in a parameter are W_q, W_k and W_v, or their heads. Only
-    c_fc has another rate, and only after the larger initialization."""
+    """The matrices in a parameter are W_q, W_k and W_v, or their heads. Only c_fc has another rate,
+    and only after the larger initialization."""
     for flag, init in ((False, 'gpt2'), (True, 'mimetic')):
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=9,
                               weight_init=init, **options))
