@@ -41,8 +41,10 @@ def check_source(model, to):
         raise ValueError(f'to={to!r}: the model has grouped or narrower heads (nearest: the run '
                          'before conversion)')
     if to == 'lowrank_heads' and c.svd_truncates:
-        raise ValueError(f"to={to!r}: the model has an SVD with svd_scope={c.svd_scope!r} "
-                         "(nearest: merge 'weight' scope by export.py --to=nanogpt)")
+        nearest = ('merge it by export.py --to=nanogpt' if c.svd_scope == 'weight' else
+                   'a run without SVD')
+        raise ValueError(f'to={to!r}: the model has an SVD with svd_scope={c.svd_scope!r} '
+                         f'(nearest: {nearest})')
 
 
 def dense_attention(model, names):
