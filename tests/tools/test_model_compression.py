@@ -455,8 +455,8 @@ def test_shared_heads_are_means():
 @pytest.mark.parametrize('convert, argument, options, words', [
     ('to_gqa', 1, mla(4), "to='gqa': the model has MLA"),
     ('to_lowrank_heads', .5, mla(4), "to='lowrank_heads': the model has MLA"),
-    ('to_lowrank_heads', .5, svd('causal', 2, svd_block=4), "'lowrank_heads': .*'causal'.*without SVD"),
-    ('to_lowrank_heads', .5, svd('weight', 2, svd_targets='k'), "'lowrank_heads': .*'weight'.*export"),
+    ('to_lowrank_heads', .5, svd('causal', 2, svd_block=4), "_heads': .*'causal'.*without SVD"),
+    ('to_lowrank_heads', .5, svd('weight', 2, svd_targets='k'), "_heads': .*'weight'.*export"),
     ('to_gqa', 3, dict(n_head=8), 'n_kv_head=3: .*nearest: 2'),
     ('to_gqa', 2, {}, 'n_kv_head=2: .*nearest: 1'),
     ('to_gqa', None, dict(n_kv_head=1), "to='gqa': .*--to=lowrank_heads"),
