@@ -75,8 +75,8 @@ class CompressConfig:
                          Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
                       "what to minimize; 'activation': the estimated increase of the training "
-                      "loss, which also decides the ranks; 'whitened': the error of each layer's "
-                      "outputs; "
+                      "loss (lowrank_heads: docs/HEADS.md), which also decides the ranks; "
+                      "'whitened': the error of each layer's outputs; "
                       "'plain': the error of the weights; None: 'activation'"] = None
     finetune_iters: Annotated[int, 'steps of fine-tuning all parameters afterwards, on the text '
                               'and on predictions of the original model', Range(0)] = 0

@@ -1,4 +1,5 @@
-"""Key/value caches of an attention layer, and attention of new tokens to the cached ones.
+"""Key/value caches of an attention layer, and attention: of all tokens, and of new tokens to the
+cached ones.
 
 `KeyValueCache` keeps keys and values. `LatentCache` keeps one latent per token, from which MLA
 computes keys and values. Keys and values are rows of a matrix per head. Rows are stored in full
@@ -279,8 +280,8 @@ class BlockCausalLatentValues(LatentValues):
 
     def _spans(self, c):
         """Compute the basis of each span that has rows in c and no basis yet. Return (first row,
-        last row + 1, W_k) per span of c (B, T, d). W_k comes from the rows before the
-        span. W_k is None for the first span, which has no basis."""
+        last row + 1, W_k) per span of c (B, T, d). W_k comes from the rows before the span. W_k is
+        None for the first span, which has no basis."""
         for start in (start for start in self.starts[self.made:] if start < c.size(1)):
             v = super().all(c[:, :start])                           # (B, nh, start, hs)
             with torch.autocast(v.device.type, enabled=False):
@@ -304,15 +305,16 @@ class KeyValueCache:
         """keys (B, nkv, N, hs), values: DenseValues, FactoredValues or BlockCausalValues. queries:
         one of the classes of queries. scale: factor of the scores."""
         self.keys, self.values, self.queries, self.scale = keys, values, queries, scale
+        self.stored = keys                                          # has a row per token
         self.nbytes = sum(part.nbytes for part in (keys, values, queries))
 
     @property
     def length(self):
-        return self.keys.length
+        return self.stored.length
 
     @property
     def capacity(self):
-        return self.keys.capacity
+        return self.stored.capacity
 
     @property
     def down_proj(self):
@@ -350,24 +352,16 @@ class LatentCache(KeyValueCache):
                  scale):
         """latents: storage of shape (B, N, d)."""
         super().__init__(keys, values, queries, scale)
-        self.latents, self.nbytes = latents, self.nbytes + latents.nbytes
-
-    @property
-    def length(self):
-        return self.latents.length
-
-    @property
-    def capacity(self):
-        return self.latents.capacity
+        self.stored, self.nbytes = latents, self.nbytes + latents.nbytes
 
     @torch.compiler.disable
     def attend(self, q, c):
         """Add latents c (B, m, d) of m new tokens, then attend as `KeyValueCache.attend` does."""
-        self.latents.append(c)
+        self.stored.append(c)
         if c.size(1) == self.length:                                # a prompt: as in training
             k, v = self.keys.all(c), self.values.all(c)             # (B, nh, T, hs)
             return attention(q, k, v, self.scale, is_causal=q.size(2) > 1)
-        c = self.latents.all()                                      # (B, T, d)
+        c = self.stored.all()                                       # (B, T, d)
         scores = self.keys.scores(q * self.scale, c)                # (B, nh, T)
         return self.values.weighted_sum(F.softmax(scores, dim=-1), c)
 
