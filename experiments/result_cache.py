@@ -31,13 +31,18 @@ class Record:
                         'cpus': here['cpus'], 'threads': here['threads'],
                         'git_commit': here['git_commit'][:7]}
 
+    def find(self, **key):
+        """Return the row with this key, or None."""
+        return next((row for row in self.rows
+                     if all(row.get(k) == v for k, v in key.items())), None)
+
     def make(self, result, **key):
         """Return the row with this key. If it is missing, add it with the fields of result()."""
-        row = next((row for row in self.rows
-                    if all(row.get(k) == v for k, v in key.items())), None)
+        row = self.find(**key)
         if row is None:
             started = time.perf_counter()
-            row = key | result() | {'seconds': round(time.perf_counter() - started, 1)}
+            fields = result()
+            row = key | {'seconds': round(time.perf_counter() - started, 1)} | fields
             row |= self.settings | self.machine
             append_json(self.path, row)
             self.rows.append(row)

@@ -38,8 +38,9 @@ PAIRS = 20                          # timed pairs of steps, per variant
 # others; cfg: configuration of the first seed; argv: arguments for train.py, without seed and
 # folder; data, costs: from `dry_build`
 Variant = namedtuple('Variant', 'name options cfg argv data costs', defaults=(None, None))
-# A run. argv: script and options for a new start; resume: the same for a start from the checkpoint,
-# or None if the run cannot be resumed
+# A run. steps: of training, None for a command that writes its folder as a whole when it is done;
+# argv: script and options for a new start; resume: the same for a start from the checkpoint, or
+# None if the run cannot be resumed
 Job = namedtuple('Job', 'name folder steps argv resume')
 
 
@@ -211,9 +212,15 @@ def has_checkpoint(folder):
     return any((Path(folder) / name).exists() for name in ('ckpt.pt', 'last.pt'))
 
 
+def is_done(job):
+    """Return whether a job has finished."""
+    return (has_checkpoint(job.folder) if job.steps is None else
+            result(job.folder, job.steps) is not None)
+
+
 def state(job):
     """Return 'done', 'to resume' (there is a checkpoint, and the job may resume) or 'to do'."""
-    if result(job.folder, job.steps):
+    if is_done(job):
         return 'done'
     return 'to resume' if has_checkpoint(job.folder) and job.resume else 'to do'
 
@@ -270,11 +277,11 @@ def run_all(jobs, at_once, ended, environments=({},)):
     """Run the unfinished jobs, `at_once` at a time.
 
     ended(job, code, seconds) is called after each job; environments: list of environment variables,
-    which the processes get in turn. Returns the names of the failed jobs. A job failed if it has no
-    final metrics. On an exception such as Interrupted, run_all stops the runs and waits until they
+    which the processes get in turn. Returns the names of the failed jobs, which are not done when their
+    processes have ended. On an exception such as Interrupted, run_all stops the runs and waits until they
     have saved. A second exception ends the wait.
     """
-    waiting = [job for job in jobs if result(job.folder, job.steps) is None]
+    waiting = [job for job in jobs if not is_done(job)]
     running = {}                                        # slot -> job, process, start
     try:
         while waiting or running:
@@ -292,7 +299,7 @@ def run_all(jobs, at_once, ended, environments=({},)):
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
-    return [job.name for job in jobs if result(job.folder, job.steps) is None]
+    return [job.name for job in jobs if not is_done(job)]
 
 
 def start(job, environment):

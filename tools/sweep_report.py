@@ -91,11 +91,17 @@ def paired_difference(row, baseline):
     weights and the order of the data, so a part of its effect cancels in the difference. The values
     are None for the baseline itself or without common seeds, the ends also for one seed."""
     own, theirs = (dict(zip(one['seeds'], one['prefix_only'])) for one in (row, baseline))
-    mean, error = mean_and_error([] if row is baseline else [
+    return t_interval([] if row is baseline else [
         own[seed] - theirs[seed] for seed in own if seed in theirs])
+
+
+def t_interval(values):
+    """Return the mean and the ends of its 95% confidence interval (Student's t). The mean is None
+    without values, the ends if there are fewer than two."""
+    mean, error = mean_and_error(values)
     if error is None:
         return mean, None, None
-    freedom = len(own.keys() & theirs.keys()) - 1
+    freedom = len(values) - 1
     # beyond the table: the first two terms of the expansion for many degrees of freedom
     half = error * (T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES)
                     else 1.960 + 2.372 / freedom)

@@ -1,0 +1,324 @@
+"""
+Compare dense and low-rank models at equal bytes and at equal training compute.
+
+    python experiments/equal_budget.py --dataset=input.txt  # run what is missing, draw
+    python experiments/equal_budget.py --run=False          # draw what is recorded
+    python experiments/equal_budget.py --dataset=input.txt --arms=gqa-1,mla-16 --record=again.jsonl \\
+        --out_dir=out-again                                 # repeat two arms
+
+All models are variants of config/train_baseline_test.py, called dense-4x128: 4 layers of width 128.
+The families of arms:
+
+    dense       other numbers of layers and other widths, heads of 32
+    gqa         fewer heads of keys and values
+    mla         multi-head latent attention
+    weight      SVD of the weights of V, or of K and V, in every forward pass
+    causal      the same of V itself, with a basis from earlier tokens
+    factored    low-rank layers, trained from scratch
+    to-mla, to-gqa, to-heads, compressed        dense-4x128 after training, changed by compress.py;
+                with '-tuned', TUNING_STEPS steps of fine-tuning follow
+
+Arms are trained from scratch for as many steps as dense-4x128 ('steps'), and for the steps that
+cost as much compute as dense-4x128 ('compute') or half of it ('half'). FLOPs are counted in a real
+training step with the optimizer: all matrix products, attention over all T x T pairs, and 9 n^3 per
+eigendecomposition (Golub and Van Loan, 8.3). Evaluation does not count.
+
+Losses are prefix-only, over the whole validation split. Intervals are 95% intervals of Student's t
+distribution over seeds. Differences are paired by seed, which fixes the batches.
+
+Each line of experiments/equal_budget.jsonl is a finished run. Finished runs are not repeated, so an
+interrupted experiment can be continued. Checkpoints stay in out_dir, one folder per run, and
+sample.py can load them. A conversion needs the checkpoint of dense-4x128 with the same seed. If it
+is missing, it is trained again. The figure is docs/frontier.png.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime import cli  # before torch: reports missing packages
+
+import torch
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count)
+
+from model import GPT
+from runtime import checkpoint as ckpt
+from runtime import config as configuration
+from runtime import plots
+from runtime.config import PATH, Range, UserError
+from runtime.data import Dataset, locate
+from runtime.files import check_writable
+from runtime.tracking import read_json_lines
+from tools import sweep
+from tools.step_benchmark import new_model, random_tokens, step_of
+from tools.sweep_report import t_interval
+from tools.tables import format_table
+from train import TrainConfig
+from experiments.result_cache import Record
+
+RECORD = Path(__file__).with_suffix('.jsonl')
+FIGURE = ROOT / 'docs' / 'frontier.png'
+RECIPE = str(ROOT / 'config' / 'train_baseline_test.py')
+BASE, STEPS, RATE = 'dense-4x128', 1200, 3.5e-3
+RATES = {}                          # family -> learning rate, where it is not RATE
+TUNING_STEPS = 120                  # 10% more
+CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's calibration
+SHARES = {'compute': 1, 'half': 0.5}            # budget -> fraction of the compute of BASE
+TOLERANCE = 0.02                    # of the steps; budgets that differ by less share their runs
+
+# An arm. options: of train.py, or of compress.py for a conversion of BASE
+Arm = namedtuple('Arm', 'family options is_conversion', defaults=(False,))
+# Arms that are trained from scratch
+ARMS = {f'dense-{layers}x{width}': Arm('dense', dict(
+            n_layer=layers, n_embd=width, n_head=width // 32))
+        for layers, width in (
+            (4, 128), (4, 160), (4, 96), (4, 64), (3, 128), (3, 96), (2, 128), (2, 64))}
+ARMS |= {f'gqa-{heads}': Arm('gqa', dict(n_kv_head=heads)) for heads in (2, 1)}
+ARMS['gqa-1-of-8'] = Arm('gqa', dict(n_head=8, n_kv_head=1))        # heads of 16
+ARMS |= {f'mla-{size}': Arm('mla', dict(use_mla=True, mla_latent_dim=size))
+         for size in (64, 32, 16)}
+ARMS |= {f'{scope}-{targets}-{rank}': Arm(scope, dict(
+            use_svd=True, svd_scope=scope, svd_targets=','.join(targets), svd_rank=rank))
+         for scope, targets, rank in (
+             ('weight', 'v', 8), ('weight', 'kv', 16), ('weight', 'kv', 8), ('weight', 'kv', 4),
+             ('causal', 'v', 8), ('causal', 'kv', 8))}
+ARMS |= {f'factored-{rank}': Arm('factored', dict(layer_ranks={
+            f'h.{layer}.{name}': rank for layer in range(4) for name in (
+                'attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj', 'mlp.c_fc',
+                'mlp.c_proj')})) for rank in (48, 32, 16)}
+# Conversions
+ARMS |= {f'{name}{suffix}': Arm(family, options | tuning, True) for name, family, options in (
+             *((f'to-mla-{size}', 'to-mla', dict(to='mla', mla_latent_dim=size))
+               for size in (64, 32, 16)),
+             *((f'to-gqa-{heads}', 'to-gqa', dict(to='gqa', n_kv_head=heads)) for heads in (2, 1)),
+             *((f'to-heads-{keep}', 'to-heads', dict(to='lowrank_heads', keep=keep))
+               for keep in (0.5, 0.25, 0.125)),
+             *((f'compressed-{keep}', 'compressed', dict(keep=keep)) for keep in (0.55, 0.4, 0.25)))
+         for suffix, tuning in (('', {}), ('-tuned', dict(finetune_iters=TUNING_STEPS)))}
+
+# A training run of an arm
+Run = namedtuple('Run', 'arm steps learning_rate seed')
+
+
+@dataclass
+class BudgetConfig:
+    """Options of the experiment."""
+    dataset: Annotated[str, 'as for train.py; the recorded results are of Tiny Shakespeare',
+                       PATH] = 'shakespeare_char'
+    tokenizer: Annotated[Literal['char', 'gpt2'], 'tokens of a text file'] = 'char'
+    out_dir: Annotated[str, 'folder of the runs', PATH] = 'out-budget'
+    record: Annotated[str, 'file of the results', PATH] = str(RECORD)
+    arms: Annotated[str, "'all' or names, separated by commas"] = 'all'
+    budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; conversions have "
+                       "'steps' only"] = 'steps,compute,half'
+    seeds: Annotated[str, 'seeds, separated by commas'] = '1337,1338,1339,1340,1341'
+    rates: Annotated[str | None, "learning rates to try, separated by commas; None: the arms' own"] = None
+    jobs: Annotated[int, 'runs at a time, which share the threads', Range(1)] = 2
+    run: Annotated[bool, 'False: only tables and figure'] = True
+
+    def __post_init__(self):
+        configuration.validate(self)
+        for name, valid in (('arms', ['all', *ARMS]), ('budgets', ['steps', *SHARES])):
+            wrong = [word for word in getattr(self, name).split(',') if word not in valid]
+            if wrong:
+                raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of '
+                                 f'{", ".join(valid)}')
+        for name, kind in (('seeds', int), ('rates', float)):
+            self.numbers(name, kind)
+
+    def numbers(self, name, kind):
+        """Return the option `name` as a list of int or float. Raises ValueError if it is not one."""
+        words = (getattr(self, name) or '').split(',')
+        try:
+            return [kind(word) for word in words if word or name == 'seeds']
+        except ValueError:
+            raise ValueError(f'{name}={getattr(self, name)!r}: must be numbers, separated by commas '
+                             f'(nearest: {getattr(BudgetConfig, name)})') from None
+
+    def planned(self, data):
+        """Return the Runs that the options ask for, from-scratch ones first."""
+        runs = []
+        for seed, name in product(self.numbers('seeds', int), ARMS):
+            if self.arms != 'all' and name not in self.arms.split(','):
+                continue
+            budgets = [budget for budget in self.budgets.split(',')
+                       if budget == 'steps' or not ARMS[name].is_conversion]
+            ratio = 1 if budgets == ['steps'] else step_flops(settings(name, data)) / step_flops(
+                settings(BASE, data))
+            runs += [Run(name, steps_for(budget, ratio), rate, seed) for budget, rate in product(
+                budgets, self.numbers('rates', float) or [rate_of(name)])]
+        return sorted(dict.fromkeys(runs), key=lambda run: ARMS[run.arm].is_conversion)
+
+
+def rate_of(name):
+    """Return the learning rate of an arm. Conversions have that of BASE."""
+    return RATES.get(ARMS[name].family, RATE)
+
+
+def steps_for(budget, ratio):
+    """Return the steps of an arm in a budget. ratio: FLOPs of its step / FLOPs of a step of BASE."""
+    share = SHARES.get(budget, 1)
+    steps = STEPS * share if budget == 'steps' else STEPS * share / ratio
+    return round(STEPS * share if abs(steps / (STEPS * share) - 1) <= TOLERANCE else steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# costs
+
+# The shapes of the arguments -> FLOPs, of operations that FlopCounterMode does not know
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *others, **more: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *others, **more: sdpa_backward_flop_count(grad, q, k, v),
+    torch.ops.aten._linalg_eigh:
+        lambda a, *others, **more: 9 * math.prod(a[:-2]) * a[-1] ** 3}
+
+
+def settings(name, data):
+    """Return the TrainConfig of an arm, or that of BASE for a conversion."""
+    options = {} if ARMS[name].is_conversion else ARMS[name].options
+    return configuration.load(TrainConfig, [
+        RECIPE, f'--vocab_size={data.padded_vocab_size}', *options_of(options)])[0]
+
+
+def options_of(options):
+    return [f'--{key}={value!r}' for key, value in options.items()]
+
+
+def count_flops(f):
+    """Return the FLOPs of f()."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def step_flops(cfg):
+    """Return the FLOPs of a training step with its optimizer. cfg: TrainConfig."""
+    return count_flops(step_of(cfg, 'cpu'))
+
+
+def forward_flops(cfg):
+    """Return the FLOPs of a forward pass of one batch. cfg: TrainConfig."""
+    model, (x, y) = new_model(cfg, 'cpu'), random_tokens(cfg, 'cpu')
+    with torch.no_grad():
+        return count_flops(lambda: model(x, y))
+
+
+def costs(run, saved, data):
+    """Return the costs of a finished run as a dict. saved: its checkpoint.
+
+    flops: of all training, for a conversion with that of BASE, the calibration, and the teacher of
+    fine-tuning; parameter_bytes: with position embeddings; cache_bytes: per token of a full
+    context, float32.
+    """
+    arm, cfg, model = ARMS[run.arm], settings(run.arm, data), GPT.from_checkpoint(saved)
+    flops = run.steps * step_flops(cfg)
+    if arm.is_conversion:
+        calibration = 0 if arm.options.get('to') == 'gqa' else CALIBRATION_STEPS * step_flops(cfg)
+        own = replace(cfg, **saved['model_args'])
+        flops += calibration + arm.options.get('finetune_iters', 0) * (
+            step_flops(own) + forward_flops(cfg))
+    return dict(flops=flops, parameter_bytes=sum(p.nbytes for p in model.parameters()),
+                cache_bytes=model.kv_cache_bytes(1, cfg.block_size) / cfg.block_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# running
+
+def donor(run):
+    """Return the Run of BASE whose model a conversion changes."""
+    return run._replace(arm=BASE)
+
+
+def job_of(cfg, run):
+    """Return the Job of a run."""
+    def folder(run):
+        return Path(cfg.out_dir) / (
+            f'{run.arm},steps={run.steps},rate={run.learning_rate:g},seed={run.seed}')
+    arm, out = ARMS[run.arm], folder(run)
+    argv = [*options_of(arm.options), f'--seed={run.seed}', '--device=cpu']
+    if arm.is_conversion:
+        return sweep.Job(out.name, out, None, [
+            str(ROOT / 'compress.py'), f'--out_dir={str(folder(donor(run)))!r}',
+            f'--save_dir={str(out)!r}', *argv], None)
+    here = [f'--out_dir={str(out)!r}', '--device=cpu']
+    return sweep.Job(out.name, out, run.steps, [
+        str(ROOT / 'train.py'), RECIPE, *argv, *here, f'--dataset={cfg.dataset!r}',
+        f'--tokenizer={cfg.tokenizer}', f'--max_iters={run.steps}',
+        f'--warmup_iters={run.steps // 20}', f'--learning_rate={run.learning_rate}',
+        f'--min_lr={run.learning_rate / 10}', '--eval_iters=1', f'--eval_interval={run.steps}',
+        '--log_interval=100'], [str(ROOT / 'train.py'), '--init_from=resume', *here])
+
+
+def run_missing(cfg, record, data):
+    """Run what the record lacks, in parallel, and add it. Raises UserError if a run fails."""
+    text = data.meta['sha256'][:8]
+
+    def key(run):
+        return run._asdict() | {'text': text}
+    todo = [run for run in cfg.planned(data) if record.find(**key(run)) is None]
+    conversions = [run for run in todo if ARMS[run.arm].is_conversion]
+    trained = [run for run in todo if run not in conversions]
+    trained += dict.fromkeys(donor(run) for run in conversions if donor(run) not in trained)
+    print(f'{len(todo)} runs to do, {cfg.jobs} at a time', flush=True)
+    failures = []
+    for runs in (trained, conversions):
+        jobs = [job_of(cfg, run) for run in runs]
+        runs = {job.name: run for job, run in zip(jobs, runs)}
+
+        def add(job, seconds=None):
+            saved, run = ckpt.load(job.folder / 'ckpt.pt'), runs[job.name]
+            record.make(lambda: dict(loss=loss_of(job), **costs(run, saved, data),
+                                     seconds=seconds), **key(run))
+
+        def ended(job, code, seconds):
+            if sweep.is_done(job):
+                add(job, round(seconds, 1))
+            else:
+                failures.append(sweep.failure(job, code))
+                print(failures[-1], flush=True)
+        for job in filter(sweep.is_done, jobs):         # ended, but was not recorded
+            add(job)
+        sweep.run_all(jobs, cfg.jobs, ended)
+        if failures:
+            raise UserError(failures[0])
+
+
+def loss_of(job):
+    """Return the prefix-only loss of a finished run on the validation split."""
+    if job.steps is None:
+        return json.loads((job.folder / 'compress.json').read_text())['val_loss'][1]
+    row = sweep.result(job.folder, job.steps)
+    return row.get('val/prefix_loss', row['val/loss'])
+
+
+def describe(row, key):
+    return ', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds'))
+
+
+def main(argv=None):
+    """Run the command. Returns the exit code: 0 done, 2 wrong input or a failed run, 130 or 143
+    stopped by a signal."""
+    return cli.run('equal_budget.py', BudgetConfig, __doc__, experiment, argv)
+
+
+def experiment(cfg):
+    """Run what is missing, print the tables and draw the figure. Raises UserError."""
+    if cfg.run:
+        check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
+        data = Dataset(locate(cfg.dataset, cfg.tokenizer))
+        run_missing(cfg, Record(Path(cfg.record), describe), data)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
