@@ -3,8 +3,8 @@ Compare dense and low-rank models at equal bytes and at equal training compute.
 
     python experiments/equal_budget.py --dataset=input.txt  # run what is missing, draw
     python experiments/equal_budget.py --run=False          # draw what is recorded
-    python experiments/equal_budget.py --dataset=input.txt --arms=gqa-1,mla-16 --record=again.jsonl \\
-        --out_dir=out-again                                 # repeat two arms
+    python experiments/equal_budget.py --dataset=input.txt --arms=gqa-1,mla-16 --budgets=steps \\
+        --record=again.jsonl --out_dir=out-again            # repeat two arms
 
 All models are variants of config/train_baseline_test.py, called dense-4x128: 4 layers of width 128.
 The families of arms:
@@ -34,7 +34,6 @@ is missing, it is trained again. The figure is docs/frontier.png.
 
 import json
 import math
-import statistics
 import sys
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -75,6 +74,19 @@ CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's
 SHARES = {'compute': 1, 'half': 0.5}            # budget -> fraction of the compute of BASE
 TOLERANCE = 0.02                    # of the steps; budgets that differ by less share their runs
 
+TEXT = '86c4e6aa'                   # of the figure: start of the sha256 of Tiny Shakespeare
+# cost, limit: fraction of the cost of BASE, or for 'flops' a budget
+LIMITS = (('cache_bytes', 1 / 4), ('cache_bytes', 1 / 8), ('parameter_bytes', 0.6),
+          ('parameter_bytes', 0.44), ('flops', 'compute'), ('flops', 'half'))
+LABELS = {'cache_bytes': 'cache bytes', 'parameter_bytes': 'parameter bytes',
+          'flops': 'training compute'}
+# family -> color, marker, line; a conversion has the color of the family that it makes
+LOOKS = {'dense': ('0.25', 'o', '-'),
+         **{family: (colour, marker, '-') for family, colour, marker in zip(
+             ('gqa', 'mla', 'weight', 'causal', 'factored'), plots.COLOURS, plots.MARKERS[1:])},
+         'to-gqa': (plots.COLOURS[0], 's', ':'), 'to-mla': (plots.COLOURS[1], '^', ':'),
+         'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'P', ':')}
+
 # An arm. options: of train.py, or of compress.py for a conversion of BASE
 Arm = namedtuple('Arm', 'family options is_conversion', defaults=(False,))
 # Arms that are trained from scratch
@@ -96,6 +108,7 @@ ARMS |= {f'factored-{rank}': Arm('factored', dict(layer_ranks={
                 'attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj', 'mlp.c_fc',
                 'mlp.c_proj')})) for rank in (48, 32, 16)}
 # Conversions
+ARMS[f'{BASE}-tuned'] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)  # control
 ARMS |= {f'{name}{suffix}': Arm(family, options | tuning, True) for name, family, options in (
              *((f'to-mla-{size}', 'to-mla', dict(to='mla', mla_latent_dim=size))
                for size in (64, 32, 16)),
@@ -121,7 +134,8 @@ class BudgetConfig:
     budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; conversions have "
                        "'steps' only"] = 'steps,compute,half'
     seeds: Annotated[str, 'seeds, separated by commas'] = '1337,1338,1339,1340,1341'
-    rates: Annotated[str | None, "learning rates to try, separated by commas; None: the arms' own"] = None
+    rates: Annotated[str | None, "learning rates to try, separated by commas; None: the arms' "
+                     'own'] = None
     jobs: Annotated[int, 'runs at a time, which share the threads', Range(1)] = 2
     run: Annotated[bool, 'False: only tables and figure'] = True
 
@@ -131,18 +145,19 @@ class BudgetConfig:
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of '
-                                 f'{", ".join(valid)}')
+                                 f'{", ".join(valid)} (nearest: {valid[0]!r})')
         for name, kind in (('seeds', int), ('rates', float)):
             self.numbers(name, kind)
 
     def numbers(self, name, kind):
-        """Return the option `name` as a list of int or float. Raises ValueError if it is not one."""
+        """Return the option `name` as a list of int or float. Raises ValueError."""
         words = (getattr(self, name) or '').split(',')
         try:
             return [kind(word) for word in words if word or name == 'seeds']
         except ValueError:
-            raise ValueError(f'{name}={getattr(self, name)!r}: must be numbers, separated by commas '
-                             f'(nearest: {getattr(BudgetConfig, name)})') from None
+            raise ValueError(
+                f'{name}={getattr(self, name)!r}: must be numbers, separated by commas (nearest: '
+                f'{getattr(BudgetConfig, name)})') from None
 
     def planned(self, data):
         """Return the Runs that the options ask for, from-scratch ones first."""
@@ -165,10 +180,10 @@ def rate_of(name):
 
 
 def steps_for(budget, ratio):
-    """Return the steps of an arm in a budget. ratio: FLOPs of its step / FLOPs of a step of BASE."""
+    """Return the steps of an arm in a budget. ratio: FLOPs per step of the arm / those of BASE."""
     share = SHARES.get(budget, 1)
-    steps = STEPS * share if budget == 'steps' else STEPS * share / ratio
-    return round(STEPS * share if abs(steps / (STEPS * share) - 1) <= TOLERANCE else steps)
+    is_equal = budget == 'steps' or abs(1 / ratio - 1) <= TOLERANCE
+    return round(STEPS * share / (1 if is_equal else ratio))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -306,6 +321,154 @@ def describe(row, key):
     return ', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds'))
 
 
+# --------------------------------------------------------------------------------------------------
+# tables and figure
+
+class Results:
+    """Finished runs of one text. rows: rows of the record."""
+
+    def __init__(self, rows):
+        self.losses, self.costs = {}, {}    # (arm, steps, learning rate) -> seed -> loss; -> row
+        for row in rows:
+            key = row['arm'], row['steps'], row['learning_rate']
+            self.losses.setdefault(key, {})[row['seed']] = row['loss']
+            self.costs[key] = row
+
+    def in_budget(self, budget):
+        """Return arm -> its key, of the arms that have runs in this budget."""
+        found = {}
+        for arm, steps, rate in self.losses:
+            ratio = self.step_flops(arm) / self.step_flops(BASE)
+            if (steps, rate) == (steps_for(budget, ratio), rate_of(arm)) and (
+                    budget == 'steps' or not ARMS[arm].is_conversion):
+                found[arm] = arm, steps, rate
+        return {arm: found[arm] for arm in ARMS if arm in found}
+
+    def step_flops(self, arm):
+        """Return the FLOPs per step of an arm, 1 if it has no runs."""
+        return next((row['flops'] / row['steps'] for key, row in self.costs.items()
+                     if key[0] == arm), 1)
+
+    def loss(self, key):
+        """Return the mean loss and the ends of its interval over seeds."""
+        return t_interval([*self.losses[key].values()])
+
+    def difference(self, key, other):
+        """Return the mean difference of two losses, paired by seed, and the ends of its
+        interval."""
+        own, theirs = self.losses[key], self.losses.get(other, {})
+        return t_interval([own[seed] - theirs[seed] for seed in own if seed in theirs])
+
+    def contest(self, cost, limit):
+        """Return the best arm of each family within a limit, best first, as a list of keys.
+
+        cost: 'cache_bytes', 'parameter_bytes', or 'flops', where only arms with the compute of the
+        budget `limit` compete; limit: fraction of the cost of BASE.
+        """
+        if cost == 'flops':
+            keys = self.in_budget(limit)
+        else:
+            keys = self.in_budget('steps')
+            keys = {arm: key for arm, key in keys.items() if BASE in keys
+                    and self.costs[key][cost] <= limit * self.costs[keys[BASE]][cost]}
+        best = {}
+        for arm, key in sorted(keys.items(), key=lambda item: self.loss(item[1])[0]):
+            best.setdefault(ARMS[arm].family, key)
+        return list(best.values())
+
+
+def interval_text(mean, low, high, form='.4f'):
+    return '' if mean is None else f'{mean:{form}}' + (
+        '' if low is None else f' ({low:{form}} to {high:{form}})')
+
+
+def budget_table(results, budget):
+    """Return a Markdown table of the arms in a budget, or '' if there are none."""
+    keys = results.in_budget(budget)
+    head = ['arm', 'steps', 'seeds', 'loss (95% interval)', f'minus {BASE} (95% interval)',
+            'cache bytes per token', 'parameter bytes', 'training TFLOPs']
+    lines = [[arm, f'{key[1]:,}', str(len(results.losses[key])),
+              interval_text(*results.loss(key)),
+              interval_text(*results.difference(key, keys.get(BASE)), form='+.4f')
+              if arm != BASE else '',
+              f'{row["cache_bytes"]:,.0f}', f'{row["parameter_bytes"]:,}',
+              f'{row["flops"] / 1e12:.2f}'] for arm, key in keys.items()
+             for row in (results.costs[key], )]
+    titles = {'steps': f'Equal steps: {STEPS:,}', 'compute': f'Equal compute: that of {BASE}',
+              'half': f'Equal compute: half of that of {BASE}'}
+    return '\n'.join([f'{titles[budget]}', '', *format_table([head, *lines], 1, markdown=True)]
+                     ) if lines else ''
+
+
+def contest_table(results):
+    """Return a Markdown table of the best family and the next one in each of LIMITS."""
+    head = ['budget', 'best', 'loss', 'next family', 'it loses (95% interval)', 'clear']
+    lines = []
+    for cost, limit in LIMITS:
+        first, second, *_ = [*results.contest(cost, limit), None, None]
+        if second:
+            mean, low, high = results.difference(second, first)
+            title = f'{LABELS[cost]}: ' + f'{SHARES.get(limit, limit):g}'
+            lines.append([title, first[0], f'{results.loss(first)[0]:.4f}', second[0],
+                          interval_text(mean, low, high, '+.4f'),
+                          'yes' if low is not None and low > 0 else 'no'])
+    return '\n'.join([f'Best families, budgets as fractions of {BASE}', '', *format_table(
+        [head, *lines], 1, markdown=True)]) if lines else ''
+
+
+def rate_table(results):
+    """Return a Markdown table of the losses at several learning rates, or ''."""
+    rates = sorted({rate for _, _, rate in results.losses})
+    lines = []
+    for arm in ARMS:
+        tried = {rate: results.losses[arm, STEPS, rate] for rate in rates
+                 if (arm, STEPS, rate) in results.losses}
+        seeds = sorted(set.intersection(*map(set, tried.values()))) if len(tried) > 1 else []
+        for seed in seeds:
+            lines.append([arm, str(seed), *(f'{tried[rate][seed]:.4f}' if rate in tried else ''
+                                            for rate in rates)])
+    return '\n'.join(['Learning rates', '', *format_table(
+        [['arm', 'seed', *(f'{rate:g}' for rate in rates)], *lines], 1, markdown=True)]
+        ) if lines else ''
+
+
+def draw(results, path):
+    """Draw loss against each cost, one line per family, and write it to `path`.
+
+    Bytes: the arms that have fewer than BASE, and BASE; of the conversions the fine-tuned ones.
+    Compute: the best arm of each family in each budget.
+    """
+    keys = results.in_budget('steps')
+    panels = []
+    for cost in ('cache_bytes', 'parameter_bytes'):
+        limit, curves = results.costs[keys[BASE]][cost], []
+        for family in LOOKS:
+            arms = [key for arm, key in keys.items() if ARMS[arm].family == family
+                    and results.costs[key][cost] < limit or arm == BASE == family]
+            curves.append(curve(results, family, [
+                (results.costs[key][cost] / limit, key) for key in arms
+                if not ARMS[key[0]].is_conversion or key[0].endswith('-tuned')]))
+        panels.append(plots.Chart(f'{LABELS[cost]}, fraction of {BASE}', '', curves, True))
+    compute = {family: [] for family in LOOKS}
+    for budget, share in SHARES.items():
+        for key in results.contest('flops', budget):
+            compute[ARMS[key[0]].family].append((share, key))
+    panels.append(plots.Chart('training compute', '', [
+        curve(results, *item) for item in compute.items()], True))
+    plots.charts(path, [panel._replace(curves=[one for one in panel.curves if one.x])
+                        for panel in panels],
+                 'validation loss, nats per token', 'caption')
+
+
+def curve(results, family, points):
+    """Return the Curve of a family. points: list of (x, key)."""
+    points = sorted(points)
+    found = [results.loss(key) for _, key in points]
+    return plots.Curve(LABELS.get(family, family), [x for x, _ in points],
+                       [mean for mean, _, _ in found], LOOKS[family],
+                       [high and high - mean for mean, _, high in found])
+
+
 def main(argv=None):
     """Run the command. Returns the exit code: 0 done, 2 wrong input or a failed run, 130 or 143
     stopped by a signal."""
@@ -318,6 +481,19 @@ def experiment(cfg):
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, cfg.tokenizer))
         run_missing(cfg, Record(Path(cfg.record), describe), data)
+    elif not Path(cfg.record).exists():
+        raise UserError(f'run=False: {cfg.record} does not exist yet (nearest: --run=True)')
+    texts = {}
+    for row in read_json_lines(cfg.record):
+        texts.setdefault(row['text'], []).append(row)
+    for text, rows in texts.items():
+        results = Results(rows)
+        tables = [budget_table(results, budget) for budget in ('steps', *SHARES)]
+        print('\n\n'.join(filter(None, (f'Text {text}', *tables, contest_table(results),
+                                        rate_table(results)))), end='\n\n')
+    if cfg.record == str(RECORD):
+        draw(Results(texts[TEXT]), FIGURE)
+        print(f'figure: {FIGURE}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
 """Data sets: a folder with train.bin, val.bin (token ids as uint16 or uint32) and meta.json.
 
-meta.json, the metadata, holds `tokenizer` ('char' or 'gpt2'), `vocab_size`, `dtype`, `chars` (for
-'char', in the order of their ids) and the source of the text. Folders that nanoGPT prepared can be
-read too. The meta.pkl of such a folder is unpickled safely: only plain containers are created. A
-folder without metadata is taken to hold GPT-2 BPE as uint16.
+meta.json, the metadata, holds `tokenizer` ('char', or 'gpt2' for the first `vocab_size` tokens of
+GPT-2's BPE), `vocab_size`, `dtype`, `chars` (for 'char', in the order of their ids) and the source
+of the text. Folders that nanoGPT prepared can be read too. The meta.pkl of such a folder is
+unpickled safely: only plain containers are created. A folder without metadata is taken to hold
+GPT-2 BPE as uint16.
 
 train.bin is written last and removed first. A folder with both .bin files is therefore complete.
 """
@@ -46,6 +47,8 @@ class Tokenizer:
             self.token_bytes = lambda i: self.chars[i].encode()
         else:
             self.bpe = download.gpt2_encoding()
+            if not has_end(meta):
+                self.bpe = first_tokens(self.bpe, self.vocab_size)
             self.token_bytes = self.bpe.decode_single_token_bytes
 
     def encode(self, text):
@@ -73,6 +76,20 @@ class Tokenizer:
         yield decoder.decode(b'', final=True)
 
 
+def has_end(meta):
+    """Return whether <|endoftext|>, the last token of GPT-2's BPE, is in the vocabulary."""
+    return meta['tokenizer'] == 'gpt2' and meta['vocab_size'] == GPT2_META['vocab_size']
+
+
+def first_tokens(bpe, count):
+    """Return the tiktoken.Encoding of the first `count` tokens of GPT-2's BPE, which are the 256
+    bytes and the first merges."""
+    import tiktoken
+    return tiktoken.Encoding(
+        f'gpt2-{count}', pat_str=download.BPE_PATTERN, special_tokens={}, mergeable_ranks={
+            token: rank for token, rank in bpe._mergeable_ranks.items() if rank < count})
+
+
 def read_text(path):
     """Return the text of a UTF-8 file without byte order mark and with '\\n' for '\\r\\n'. Raises
     UserError if it cannot be read."""
@@ -82,22 +99,22 @@ def read_text(path):
         raise UserError(f'{path}: cannot be read as UTF-8 text: {one_line(e)}') from None
 
 
-def write_dataset(folder, text, tokenizer, source):
+def write_dataset(folder, text, tokenizer, source, vocab_size=GPT2_META['vocab_size']):
     """Encode a text into `folder`: 90% of its characters for training, the rest for validation.
 
-    `tokenizer` is 'char' (the vocabulary is the set of characters in the text) or 'gpt2', and
-    `source` describes the text in meta.json. Prints a summary. Raises UserError if the text is too
-    short and OSError if it cannot be written.
+    `tokenizer` is 'char' (the vocabulary is the set of characters in the text) or 'gpt2' (the first
+    `vocab_size` tokens of GPT-2's BPE, at least 256), and `source` describes the text in meta.json.
+    Prints a summary. Raises UserError if the text is too short and OSError if it cannot be written.
     """
     if len(text.strip()) < 2:
         raise UserError(f'{source}: {len(text.strip())} characters are too few for a training and '
                         'a validation split (nearest: 2)')
-    meta = dict(GPT2_META)
+    meta = dict(GPT2_META, vocab_size=vocab_size)
     if tokenizer == 'char':
         chars = sorted(set(text))
         meta = dict(tokenizer='char', vocab_size=len(chars),
                     dtype='uint16' if len(chars) <= 2 ** 16 else 'uint32', chars=chars)
-    elif END in text:
+    elif has_end(meta) and END in text:
         print(WITH_END.format(source))
     encoder, cut = Tokenizer(meta), int(len(text) * 0.9)
     encode = encoder.encode if tokenizer == 'char' else encoder.bpe.encode_ordinary
@@ -153,8 +170,8 @@ def check_meta(meta, where):
     `where`."""
     with suppress(AttributeError, KeyError, TypeError):
         size, chars = meta['vocab_size'], meta.get('chars', [])
-        sizes = dict(char=len(set(chars)), gpt2=GPT2_META['vocab_size'])
-        if (type(size) is int and size == sizes[meta['tokenizer']]
+        sizes = dict(char=[len(set(chars))], gpt2=range(256, GPT2_META['vocab_size'] + 1))
+        if (type(size) is int and size in sizes[meta['tokenizer']]
                 and list(''.join(chars)) == chars and meta['dtype'] in ('uint16', 'uint32')):
             return meta
     raise UserError(f'{where}: damaged: its tokenizer, vocab_size, dtype and chars contradict '

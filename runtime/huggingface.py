@@ -19,7 +19,7 @@ import torch
 
 from runtime import checkpoint, download
 from runtime.config import UserError, one_line
-from runtime.data import END, GPT2_META, check_meta
+from runtime.data import END, GPT2_META, check_meta, has_end
 from runtime.files import write_atomically
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -261,7 +261,8 @@ def check_tokenizer(cfg, set_by, saved, data, say):
         theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
     else:
         theirs, whose = read_tokenizer(cfg.init_from), cfg.init_from
-    if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
+    if theirs and any(theirs.get(key) != data.meta.get(key)
+                      for key in ('tokenizer', 'chars', 'vocab_size')):
         here, there = ({*meta.get('chars', ())} for meta in (data.meta, theirs))
         new, missing = (''.join(sorted(chars))[:20] for chars in (here - there, there - here))
         raise UserError(f'dataset={cfg.dataset}: its characters differ from those of {whose}; '
@@ -318,12 +319,15 @@ def write_tokenizer(folder, meta, length):
         tokenizer.decoder = decoders.Fuse()  # without spaces between tokens
     else:
         letters, ranks = bytes_to_unicode(), download.gpt2_encoding()._mergeable_ranks
-        ids = {''.join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+        ids = {''.join(letters[byte] for byte in token): rank for token, rank in ranks.items()
+               if rank < meta['vocab_size']}
         tokenizer = Tokenizer(models.BPE(ids, generate_merges(ids, None)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([END])
-        special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), END)
+        special = {}
+        if has_end(meta):
+            tokenizer.add_special_tokens([END])
+            special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), END)
     write_atomically(folder / 'tokenizer.json', tokenizer.to_str().encode())
     # without model_input_names transformers 4 adds token_type_ids, which GPT-2 embeds as tokens
     _write_json(folder / 'tokenizer_config.json', dict(

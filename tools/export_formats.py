@@ -22,6 +22,7 @@ from model import GPT, LatentProjection
 from runtime import checkpoint as ckpt
 from runtime import huggingface
 from runtime.config import UserError
+from runtime.data import has_end
 from runtime.files import write_atomically
 from tools.model_compression import dense_layers, without_adapters
 
@@ -113,9 +114,9 @@ def new_adamw(model, saved):
 
 def to_gpt2(folder, model, saved, meta, lines):
     """Write GPT-2 for Hugging Face's transformers."""
-    plain, bpe = plain_model(model), meta and meta['tokenizer'] == 'gpt2'
+    plain = plain_model(model)
     huggingface.write_gpt2(folder, asdict(plain.config), plain.state_dict(),
-                           end=meta['vocab_size'] - 1 if bpe else None)
+                           end=meta['vocab_size'] - 1 if meta and has_end(meta) else None)
     lines.append('left out: the optimizer state')
     try:
         if meta:

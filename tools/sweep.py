@@ -277,9 +277,9 @@ def run_all(jobs, at_once, ended, environments=({},)):
     """Run the unfinished jobs, `at_once` at a time.
 
     ended(job, code, seconds) is called after each job; environments: list of environment variables,
-    which the processes get in turn. Returns the names of the failed jobs, which are not done when their
-    processes have ended. On an exception such as Interrupted, run_all stops the runs and waits until they
-    have saved. A second exception ends the wait.
+    which the processes get in turn. Returns the names of the failed jobs, which are not done when
+    their processes have ended. On an exception such as Interrupted, run_all stops the runs and
+    waits until they have saved. A second exception ends the wait.
     """
     waiting = [job for job in jobs if not is_done(job)]
     running = {}                                        # slot -> job, process, start
