@@ -5,8 +5,8 @@ Measure the loss that low-rank layers add, by method and by fraction of the bloc
     python experiments/compression_table.py --run=False          # draw what is recorded
 
 The models are 'small', nanoGPT's CPU recipe, and 'wide', which has 13 times as many parameters.
-train.py trains the models that are not in out_dir yet. The first tables compare methods on the same
-weights, without fine-tuning:
+train.py trains the models that are not in out_dir yet. The tables compare methods on the same
+weights, without fine-tuning (with it, and with smaller models: experiments/equal_budget.py):
 
     plain               the SVD of the weights
     FWSVD               rows weighted by the root of their Fisher information (arXiv:2207.00112)
@@ -22,26 +22,18 @@ weights, without fine-tuning:
                         compressed model, method 'activation' of compress.py
     anchored, uniform ranks     '+ anchored' without the choice of ranks
 
-The other tables compare with controls. Compressed models are fine-tuned and compared with the
-original model after the same extra steps. Models of the compressed size are trained from scratch,
-with and without the extra steps: a narrower model, and a model with the same ranks as the
-compressed one.
-
 Each line of experiments/compression_table.jsonl is a finished result. Finished results are not
 computed again, so an interrupted run can be continued. All losses are over the whole validation
 split. The figure is docs/compression.png.
 """
 
 import copy
-import math
 import statistics
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -79,12 +71,8 @@ MODELS = {
         '--optimizer=muon', '--learning_rate=5e-3', '--min_lr=5e-4', '--beta2=0.95',
         '--eval_iters=8', '--always_save_checkpoint=True']}
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-TUNED_KEEPS = (0.6, 0.4)
 CALIBRATION_TOKENS = 16384
-EXTRA = ('steps', 'optimizer', 'learning_rate')     # key of a row with extra steps
 SEED = 1337                         # of the original models; calibrations use 0, 1, ...
-# model -> controls trained from scratch, which take minutes each
-SCRATCH = {'small': ('narrower', 'factors')}
 
 
 @dataclass
@@ -94,20 +82,14 @@ class TableConfig:
                        PATH] = 'shakespeare_char'
     out_dir: Annotated[str, 'folder of the trained models', PATH] = 'out-compression'
     models: Annotated[str, "'small', 'wide' or 'small,wide'"] = 'small,wide'
-    parts: Annotated[
-        str, "'methods', 'finetune', 'scratch', or several of them"] = 'methods,finetune,scratch'
-    keeps: Annotated[str, "fractions of the weights kept, for 'methods'"] = ','.join(
+    keeps: Annotated[str, 'fractions of the weights kept'] = ','.join(
         map(str, KEEPS))
-    seeds: Annotated[int, 'calibrations per method, and runs per control', Range(1)] = 3
-    finetune_iters: Annotated[int, "extra steps, for 'finetune' and 'scratch'", Range(1)] = 300
-    optimizer: Annotated[Literal['muon', 'adamw'], 'of the extra steps'] = 'muon'
-    learning_rate: Annotated[float, 'of the extra steps', Range(0)] = 1e-3
+    seeds: Annotated[int, 'calibrations per method', Range(1)] = 3
     run: Annotated[bool, 'False: only tables and figure'] = True
 
     def __post_init__(self):
         configuration.validate(self)
         for name, valid in (('models', tuple(MODELS)),
-                            ('parts', ('methods', 'finetune', 'scratch')),
                             ('keeps', tuple(map(str, KEEPS)))):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
@@ -281,36 +263,27 @@ def loss_of(model, data):
     return layers.validation_loss(model, data, 'cpu', SEED)
 
 
-def trained(cfg, name, kind, seed, *options):
-    """Return the checkpoint of a model, trained by train.py if it is not in out_dir yet. Raises
-    UserError if the training fails."""
-    folder = Path(cfg.out_dir) / f'{name}-{kind}-{seed}'
-    argv = [
-        *MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={seed}',
-        '--device=cpu', *options]
+def trained(cfg, name):
+    """Return the original model of this name, trained by train.py if it is not in out_dir yet.
+    Raises UserError if the training fails."""
+    folder = Path(cfg.out_dir) / f'{name}-dense-{SEED}'
+    argv = [*MODELS[name], f'--dataset={cfg.dataset}', f'--out_dir={folder}', f'--seed={SEED}',
+            '--device=cpu']
     steps = configuration.parse(train.TrainConfig, argv)[0]['max_iters']
     failures = []
     job = sweep.Job(folder.name, folder, steps, [str(ROOT / 'train.py'), *argv], None)
     if sweep.run_all([job], 1, lambda job, code, seconds: failures.append(
             sweep.failure(job, code))):
         raise UserError(failures[0])
-    return ckpt.load(folder / 'ckpt.pt')
-
-
-def model_of(saved):
-    return GPT.from_checkpoint(saved).eval().requires_grad_(False)
-
-
-def windows_of(data, model, seed):
-    return layers.calibration_windows(data, CALIBRATION_TOKENS, model.config.block_size, seed,
-                                      'cpu')
+    return GPT.from_checkpoint(ckpt.load(folder / 'ckpt.pt')).eval().requires_grad_(False)
 
 
 def methods(cfg, record, name, dense, data):
     """Add the rows of all methods at all fractions of the weights kept. Methods with the same
     statistics share one calibration."""
     for seed in range(cfg.seeds):
-        windows, known = windows_of(data, dense, seed), {}
+        windows, known = layers.calibration_windows(
+            data, CALIBRATION_TOKENS, dense.config.block_size, seed, 'cpu'), {}
         for label, method in METHODS.items():
             if method.gradients is None and seed:                   # the seed has no effect
                 continue
@@ -322,84 +295,14 @@ def methods(cfg, record, name, dense, data):
                     new = factored(known[measures], method, keep, windows)
                     return (loss_of(new, data), new,
                             {'ranks': new.config.layer_ranks} if label == DEFAULT else {})
-                record.make(result, model=name, method=label, keep=keep, seed=seed, steps=0)
-
-
-def compressed(dense, data, keep, seed):
-    """Return a copy of the model compressed by the default method."""
-    new = copy.deepcopy(dense)
-    layers.compress_model(new, 'activation', windows_of(data, dense, seed), keep=keep)
-    return new
-
-
-def extra_steps(cfg):
-    """Return the part of a row's key that describes the extra steps."""
-    return dict(zip(EXTRA, (cfg.finetune_iters, cfg.optimizer, cfg.learning_rate)))
-
-
-def tune(cfg, model, teacher, saved, data, seed):
-    """Train the model for the extra steps in place; teacher None: without distillation."""
-    options = SimpleNamespace(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate,
-                              finetune_iters=cfg.finetune_iters, batch_size=None, seed=seed)
-    layers.finetune(model, data, options, saved, 'cpu', teacher)
-    return loss_of(model, data), model, {}
-
-
-def finetune(cfg, record, name, dense, saved, data):
-    """Add the rows with extra steps, of the original model and of compressed models. The seed draws
-    calibration windows and batches."""
-    for seed in range(cfg.seeds):
-        record.make(lambda: tune(cfg, copy.deepcopy(dense), None, saved, data, seed),
-                    model=name, method='dense', seed=seed, **extra_steps(cfg))
-        for keep in TUNED_KEEPS:
-            def result():
-                return tune(cfg, compressed(dense, data, keep, seed), dense, saved, data, seed)
-
-            record.make(result, model=name, method=DEFAULT, keep=keep, seed=seed,
-                        **extra_steps(cfg))
-
-
-def scratch(cfg, record, name, dense, data):
-    """Add the rows of models of the compressed size that are trained from scratch. Each model has a
-    row with the extra steps and a row without them."""
-    for seed, kind, keep in product(range(SEED, SEED + cfg.seeds), SCRATCH.get(name, ()),
-                                    TUNED_KEEPS):
-        def result(tuned):
-            saved = trained(cfg, name, f'{kind}-{keep}', seed, smaller(kind, dense, data, keep))
-            new = model_of(saved)
-            return (tune(cfg, new, None, saved, data, seed - SEED) if tuned else
-                    (loss_of(new, data), new, {}))
-        key = dict(model=name, method=kind, keep=keep, seed=seed)
-        record.make(lambda: result(False), **key, steps=0)
-        record.make(lambda: result(True), **key, **extra_steps(cfg))
-
-
-def smaller(kind, dense, data, keep):
-    """Return the option of train.py for a smaller model: a width or the default method's ranks."""
-    if kind == 'narrower':
-        return f'--n_embd={narrower(dense.config, keep)}'
-    return f'--layer_ranks={compressed(dense, data, keep, 0).config.layer_ranks}'
-
-
-def narrower(c, keep):
-    """Return the width at which the matrices of the blocks have the fraction `keep` of the
-    parameters that they have now. Their size grows with the square of the width. The width is
-    rounded to a multiple of n_head."""
-    return round(c.n_embd * math.sqrt(keep) / c.n_head) * c.n_head
+                record.make(result, model=name, method=label, keep=keep, seed=seed)
 
 
 def make(cfg, record, name, data):
     """Add all rows of a model to the record."""
-    saved = trained(cfg, name, 'dense', SEED)
-    dense, parts = model_of(saved), cfg.parts.split(',')
-    record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED,
-                steps=0)
-    if 'methods' in parts:
-        methods(cfg, record, name, dense, data)
-    if 'finetune' in parts:
-        finetune(cfg, record, name, dense, saved, data)
-    if 'scratch' in parts:
-        scratch(cfg, record, name, dense, data)
+    dense = trained(cfg, name)
+    record.make(lambda: (loss_of(dense, data), dense, {}), model=name, method='dense', seed=SEED)
+    methods(cfg, record, name, dense, data)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,8 +312,7 @@ def added(rows, name, **key):
     """Return the loss that the rows with this key add to the original model's, or None without
     rows. The result is (mean, standard deviation over seeds, number of seeds). The deviation of one
     seed is 0."""
-    base = next(row['loss'] for row in rows
-                if (row['model'], row['method'], row['steps']) == (name, 'dense', 0))
+    base = row_of(rows, name)['loss']
     key = dict(key, model=name)
     found = [row['loss'] - base for row in rows if all(row.get(k) == v for k, v in key.items())]
     return (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0,
@@ -432,44 +334,14 @@ def table(rows, name):
         'added in nats per character, without fine-tuning', '',
         '| fraction kept | ' + ' | '.join(map(str, KEEPS)) + ' |', line]
     for label in METHODS:
-        cells = [cell(added(rows, name, method=label, keep=keep, steps=0)) for keep in KEEPS]
+        cells = [cell(added(rows, name, method=label, keep=keep)) for keep in KEEPS]
         lines += [f'| {label} | ' + ' | '.join(cells) + ' |'] if any(cells) else []
     return '\n'.join(lines)
 
 
-def row_of(rows, name, **key):
-    """Return the first row with this key, or the original model's if no key is given."""
-    key = key or {'method': 'dense', 'steps': 0}
-    return next(row for row in rows
-                if row['model'] == name and all(row.get(k) == v for k, v in key.items()))
-
-
-def extras_of(rows, name):
-    """Return the sorted values of EXTRA that the rows of a model have."""
-    return sorted({tuple(row[k] for k in EXTRA) for row in rows
-                   if row['model'] == name and row['steps']})
-
-
-def control_table(rows, name):
-    """Return a Markdown table of models with and without extra steps, '' if there are none."""
-    extras = extras_of(rows, name)
-    lines = [
-        f'{name}: nats per character added to the loss of the dense model without extra steps', '',
-        '| | parameters in the blocks | no extra steps | ' +
-        ' | '.join(f'{steps} more, {optimizer} at {rate:g}' for steps, optimizer, rate in extras) +
-        ' |', '|---' * (3 + len(extras)) + '|']
-    for label, method in (('dense', 'dense'), ('compressed, default method', DEFAULT),
-                          ('narrower, from scratch', 'narrower'),
-                          ('factors, from scratch', 'factors')):
-        for keep in (None,) if method == 'dense' else TUNED_KEEPS:
-            key = dict(method=method, keep=keep)
-            cells = [cell(added(rows, name, **more)) for more in (
-                dict(key, steps=0), *(key | dict(zip(EXTRA, extra)) for extra in extras))]
-            if any(cells[1:] if method in ('dense', DEFAULT) else cells):
-                size = row_of(rows, name, **key)['block_params']
-                lines.append(f'| {label}{"" if keep is None else f", {keep} kept"} | {size:,} | '
-                             + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) if extras else ''
+def row_of(rows, name):
+    """Return the row of the original model."""
+    return next(row for row in rows if (row['model'], row['method']) == (name, 'dense'))
 
 
 def plot(rows, names):
@@ -481,7 +353,7 @@ def plot(rows, names):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right center', fontsize=8)
     seeds = ', '.join(map(str, sorted({row['seed'] for row in rows
-                                       if row['method'] == DEFAULT and not row['steps']})))
+                                       if row['method'] == DEFAULT})))
     figure.suptitle(
         f'Loss added by compression: mean and standard deviation over calibration seeds {seeds} '
         '(no bar: one seed; no point: the loss fell)', fontsize=10)
@@ -489,11 +361,9 @@ def plot(rows, names):
 
 
 def draw(axis, rows, name):
-    """Draw the panel of a model: the loss that each method adds. Markers show the loss of
-    compressed models after the extra steps, minus the loss of the original model after the same
-    steps."""
+    """Draw the panel of a model: the loss that each method adds."""
     for i, label in enumerate(METHODS):
-        found = {keep: added(rows, name, method=label, keep=keep, steps=0) for keep in KEEPS}
+        found = {keep: added(rows, name, method=label, keep=keep) for keep in KEEPS}
         # the axis is logarithmic
         found = {keep: one for keep, one in found.items() if one is not None and one[0] > 0}
         low = [min(spread, 0.9 * mean) for mean, spread, _ in found.values()]
@@ -501,19 +371,6 @@ def draw(axis, rows, name):
                       [mean for mean, _, _ in found.values()],
                       [low, [spread for _, spread, _ in found.values()]], fmt='o-', color=f'C{i}',
                       capsize=2, markersize=3.5, lw=1.3, label=label)
-    for values, marker in zip(extras_of(rows, name), '*PXd'):
-        extra = dict(zip(EXTRA, values))
-        dense = added(rows, name, method='dense', **extra)
-        tuned = {keep: added(rows, name, method=DEFAULT, keep=keep, **extra)
-                 for keep in TUNED_KEEPS}
-        tuned = {keep: (one[0] - dense[0], one[1]) for keep, one in tuned.items()
-                 if one and dense and one[0] > dense[0]}
-        axis.errorbar(
-            [*tuned], [mean for mean, _ in tuned.values()],
-            [spread for _, spread in tuned.values()],
-            fmt=marker, color='k', markersize=8, capsize=2,
-            label=f'{DEFAULT}, {values[0]} more steps of {values[1]},\nminus the dense model with '
-                  'the same steps')
     axis.set(
         yscale='log', xlabel="fraction of the blocks' weights kept", xlim=(0.93, 0.37),
         title=f"'{name}', {row_of(rows, name)['block_params'] / 1e6:.2f} million block parameters")
@@ -540,8 +397,7 @@ def experiment(cfg):
             make(cfg, record, name, data)
     rows = read_json_lines(RECORD)
     names = [name for name in MODELS if any(row['model'] == name for row in rows)]
-    print('\n\n'.join(filter(None, (
-        form(rows, name) for form in (table, control_table) for name in names))))
+    print('\n\n'.join(table(rows, name) for name in names))
     plot(rows, names)
     print(f'figure: {FIGURE}')
 

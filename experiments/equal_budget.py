@@ -27,9 +27,9 @@ Losses are prefix-only, over the whole validation split. Intervals are 95% inter
 distribution over seeds. Differences are paired by seed, which fixes the batches.
 
 Each line of experiments/equal_budget.jsonl is a finished run. Finished runs are not repeated, so an
-interrupted experiment can be continued. Checkpoints stay in out_dir, one folder per run, and
-sample.py can load them. A conversion needs the checkpoint of dense-4x128 with the same seed. If it
-is missing, it is trained again. The figure is docs/frontier.png.
+interrupted experiment can be continued. Checkpoints stay in out_dir, one folder per text and run,
+and sample.py can load them. A conversion needs the checkpoint of dense-4x128 with the same seed,
+which is trained again if it is missing. The figure is docs/frontier.png.
 """
 
 import json
@@ -129,7 +129,8 @@ class BudgetConfig:
                        PATH] = 'shakespeare_char'
     tokenizer: Annotated[Literal['char', 'gpt2'], 'tokens of a text file'] = 'char'
     out_dir: Annotated[str, 'folder of the runs', PATH] = 'out-budget'
-    record: Annotated[str, 'file of the results', PATH] = str(RECORD)
+    record: Annotated[str | None, 'file of the results; None: experiments/equal_budget.jsonl, from '
+                      'which the figure is drawn', PATH] = None
     arms: Annotated[str, "'all' or names, separated by commas"] = 'all'
     budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; conversions have "
                        "'steps' only"] = 'steps,compute,half'
@@ -255,10 +256,10 @@ def donor(run):
     return run._replace(arm=BASE)
 
 
-def job_of(cfg, run):
-    """Return the Job of a run."""
+def job_of(cfg, text, run):
+    """Return the Job of a run. text: what identifies the text, the name of a folder in out_dir."""
     def folder(run):
-        return Path(cfg.out_dir) / (
+        return Path(cfg.out_dir) / text / (
             f'{run.arm},steps={run.steps},rate={run.learning_rate:g},seed={run.seed}')
     arm, out = ARMS[run.arm], folder(run)
     argv = [*options_of(arm.options), f'--seed={run.seed}', '--device=cpu']
@@ -288,7 +289,7 @@ def run_missing(cfg, record, data):
     print(f'{len(todo)} runs to do, {cfg.jobs} at a time', flush=True)
     failures = []
     for runs in (trained, conversions):
-        jobs = [job_of(cfg, run) for run in runs]
+        jobs = [job_of(cfg, text, run) for run in runs]
         runs = {job.name: run for job, run in zip(jobs, runs)}
 
         def add(job, seconds=None):
@@ -477,21 +478,23 @@ def main(argv=None):
 
 def experiment(cfg):
     """Run what is missing, print the tables and draw the figure. Raises UserError."""
+    plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
+    path = Path(cfg.record or RECORD)
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, cfg.tokenizer))
-        run_missing(cfg, Record(Path(cfg.record), describe), data)
-    elif not Path(cfg.record).exists():
-        raise UserError(f'run=False: {cfg.record} does not exist yet (nearest: --run=True)')
+        run_missing(cfg, Record(path, describe), data)
+    elif not path.exists():
+        raise UserError(f'run=False: {path} does not exist yet (nearest: --run=True)')
     texts = {}
-    for row in read_json_lines(cfg.record):
+    for row in read_json_lines(path):
         texts.setdefault(row['text'], []).append(row)
     for text, rows in texts.items():
         results = Results(rows)
         tables = [budget_table(results, budget) for budget in ('steps', *SHARES)]
         print('\n\n'.join(filter(None, (f'Text {text}', *tables, contest_table(results),
                                         rate_table(results)))), end='\n\n')
-    if cfg.record == str(RECORD):
+    if cfg.record is None and TEXT in texts:
         draw(Results(texts[TEXT]), FIGURE)
         print(f'figure: {FIGURE}')
 

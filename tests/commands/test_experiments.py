@@ -3,11 +3,14 @@ and become tables and figures. Wrong input ends in a one-line error."""
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import sample
 from helpers import ROOT, TEXT, rows, whole_truth
 from model import GPT, GPTConfig
 from runtime.data import write_dataset
@@ -37,7 +40,9 @@ def tiny_continual():
     'name, options',
     [('absorb_or_expand', ['latents=0', 'queries=1,x', 'cached=0', 'rounds=1', 'n_embd=5']),
      ('compression_table',
-      ['run=False', 'models=large', 'parts=all', 'keeps=0.65', 'seeds=0', 'dataset=nowhere']),
+      ['run=False', 'models=large', 'keeps=0.65', 'seeds=0', 'dataset=nowhere']),
+     ('equal_budget', ['run=False', 'arms=gqa', 'budgets=time', 'seeds=', 'seeds=x', 'rates=fast',
+                       'jobs=0', 'dataset=nowhere']),
      ('continual_learning', [
          'run=False', 'seeds=x', 'seeds=', 'arms=all of it', 'steps=0', 'learn_steps=0',
          'dataset=nowhere', 'dataset=bpe'])])
@@ -148,3 +153,81 @@ def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, h
     assert all(f'| {name} |' in found.out
                for name in names) and 'AUC' in found.out and Path('figure.png').exists()
     assert call(continual.main, '--run=False').out.startswith('everything is trained')
+
+
+# --------------------------------------------------------------------------------------------------
+# equal_budget.py
+
+def tiny_budget(**constants):
+    """Return equal_budget.py with a tiny model, two arms and a conversion."""
+    Path('tiny.py').write_text('n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 16\n'
+                               "batch_size = 2\ngradient_accumulation_steps = 1\noptimizer = 'muon'")
+    module = experiment('equal_budget', RECIPE='tiny.py', STEPS=6, **constants)
+    arms = {'dense-4x128': module.Arm('dense', {}), 'gqa-1': module.Arm('gqa', dict(n_kv_head=1)),
+            'to-gqa-1': module.Arm('to-gqa', dict(to='gqa', n_kv_head=1, finetune_iters=2), True)}
+    module.ARMS = arms
+    return module
+
+
+def test_flops_of_a_step_are_those_of_its_products(here):
+    """The FLOPs of a training step with AdamW are 6 per weight and token, and 12 T C per token and
+    layer for attention. An eigendecomposition of n x n counts 9 n^3."""
+    budget = tiny_budget()
+    cfg = replace(budget.configuration.load(budget.TrainConfig, ['tiny.py'])[0],
+                  optimizer='adamw', vocab_size=10)
+    B, T, C, L = cfg.batch_size, cfg.block_size, cfg.n_embd, cfg.n_layer
+    weights = 12 * L * C * C + 10 * C
+    # SDPA recomputes the scores in its backward pass: 2 products forward, 5 backward
+    assert budget.step_flops(cfg) == B * T * (6 * weights + 2 * 7 * T * C * L)
+    x = torch.randn(3, 5, 5)
+    assert budget.count_flops(lambda: torch.linalg.eigh(x @ x.mT)) == 3 * (2 * 125 + 9 * 125)
+
+
+def test_equal_compute_means_steps_in_inverse_proportion_to_flops():
+    """A model with half of the FLOPs per step gets twice the steps. A difference of at most 2% is
+    ignored, and with equal steps the FLOPs do not matter."""
+    budget = experiment('equal_budget')
+    assert [budget.steps_for('compute', ratio) for ratio in (0.5, 0.99, 1, 1.25)] == [
+        2400, 1200, 1200, 960]
+    assert [budget.steps_for('half', ratio) for ratio in (0.5, 1.01)] == [1200, 600]
+    assert budget.steps_for('steps', 0.5) == 1200
+
+
+def test_the_best_family_is_the_one_with_the_lowest_mean_within_the_budget():
+    """Arms over the budget do not compete, each family competes with its best arm, and differences
+    are paired by seed."""
+    budget = experiment('equal_budget')
+    losses = {'dense-4x128': (1.0, 2.0, 3.0), 'gqa-1': (1.3, 2.3, 3.3), 'gqa-2': (1.1, 2.1, 3.1),
+              'mla-64': (1.2, 2.2, 3.5), 'mla-32': (1.4, 2.3, 3.6)}
+    caches = {'dense-4x128': 4096, 'gqa-1': 1024, 'gqa-2': 2048, 'mla-64': 1024, 'mla-32': 512}
+    results = budget.Results([
+        dict(arm=arm, steps=1200, learning_rate=budget.rate_of(arm), seed=seed, loss=loss,
+             flops=1e12, parameter_bytes=10, cache_bytes=caches[arm])
+        for arm, three in losses.items() for seed, loss in enumerate(three)])
+    best = [key[0] for key in results.contest('cache_bytes', 0.25)]
+    assert best == ['gqa-1', 'mla-64']
+    mean, low, high = results.difference(*(results.in_budget('steps')[arm] for arm in (
+        'mla-64', 'gqa-1')))
+    # differences -0.1, -0.1, 0.2: standard error 0.1, quantile 4.303
+    assert (mean, low, high) == pytest.approx((0, -.4303, .4303), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_arms_are_trained_once_per_seed_and_converted(call, here):
+    """Each arm has one row per seed. A conversion starts from the dense model of its seed, which is
+    trained again if its checkpoint is missing. The tables come from the record."""
+    budget, options = tiny_budget(), ['--dataset=toy', '--out_dir=runs', '--budgets=steps']
+    call(budget.main, *options, '--seeds=1,2', '--arms=dense-4x128,gqa-1')
+    shutil.rmtree('runs')
+    budget.TEXT = rows('.', 'record.jsonl')[0]['text']
+    out = call(budget.main, *options, '--seeds=1').out
+    made = rows('.', 'record.jsonl')
+    assert sorted((row['arm'], row['seed']) for row in made) == [
+        ('dense-4x128', 1), ('dense-4x128', 2), ('gqa-1', 1), ('gqa-1', 2), ('to-gqa-1', 1)]
+    costs = {row['arm']: row for row in made if row['seed'] == 1}
+    assert costs['to-gqa-1']['cache_bytes'] == costs['gqa-1']['cache_bytes'] == 64
+    assert costs['to-gqa-1']['flops'] > costs['dense-4x128']['flops'] > costs['gqa-1']['flops']
+    assert all(f'| {arm} ' in out for arm in costs) and Path('figure.png').exists()
+    folders = [str(path) for path in Path('runs').glob('*/[!.]*/')]
+    assert len(folders) == 2 and call(sample.main, f'--out_dir={folders[0]}', '--num_samples=1',
+                                      '--max_new_tokens=2').code == 0
