@@ -160,8 +160,9 @@ def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, h
 
 def tiny_budget(**constants):
     """Return equal_budget.py with a tiny model, two arms and a conversion."""
-    Path('tiny.py').write_text('n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 16\n'
-                               "batch_size = 2\ngradient_accumulation_steps = 1\noptimizer = 'muon'")
+    Path('tiny.py').write_text("n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 16\n"
+                               "batch_size = 2\ngradient_accumulation_steps = 1\n"
+                               "optimizer = 'muon'\n")
     module = experiment('equal_budget', RECIPE='tiny.py', STEPS=6, **constants)
     arms = {'dense-4x128': module.Arm('dense', {}), 'gqa-1': module.Arm('gqa', dict(n_kv_head=1)),
             'to-gqa-1': module.Arm('to-gqa', dict(to='gqa', n_kv_head=1, finetune_iters=2), True)}
