@@ -55,7 +55,8 @@ from lowrank.adaptive_layer import PROTECTIONS
 from lowrank.head_svd import SCOPES, WeightSVD, build_head_svd, why_off
 from lowrank.kv_cache import (DenseValues, KeyValueCache, LatentCache, attention,
                               validate_positions)
-from lowrank.layers import INITS, LowRankLinear, SplitProjection, bias_per_head, split_heads
+from lowrank.layers import (INITS, LowRankLinear, SplitProjection, bias_per_head, init_weight,
+                            split_heads)
 from lowrank.spectrum import effective_rank, energy_kept
 from lowrank.subspace_iteration import WarmStartBasis, follow_optimizer, get_bases, set_bases
 from lowrank.svd import METHODS, low_rank_approximation
@@ -384,15 +385,16 @@ class LatentProjection(nn.Module):
     @torch.no_grad()
     def init_mimetic(self):
         """Draw U_k and U_v with orthogonal rows or columns in each head. Entries of U_v have the
-        root mean square 0.02. Rows of U_k W_a have the root mean square norm 0.5, and W_q is this
-        product."""
+        root mean square 0.02. Rows of U_k W_a have the root mean square norm 0.5, and a dense W_q
+        is this product."""
         _, hs, d = self.head_weight('v').shape
         for up in (self.k_up, self.v_up):
             for head in up.weight.split(hs):
                 nn.init.orthogonal_(head, gain=0.02 * max(hs, d) ** 0.5)
         keys = self.k_up.weight @ self.kv_down.weight               # (C, C)
         self.k_up.weight *= 0.5 * len(keys) ** 0.5 / keys.norm()
-        self.query.weight.copy_(self.k_up.weight @ self.kv_down.weight)
+        if isinstance(self.query, nn.Linear):                       # else low-rank
+            self.query.weight.copy_(self.k_up.weight @ self.kv_down.weight)
 
     def head_weight(self, name):
         """Return W_q (nh, hs, C), U_k or U_v (nh, hs, d) per head, not truncated."""
@@ -563,25 +565,25 @@ class GPT(nn.Module):
         """Initialize as GPT-2: weights N(0, 0.02), biases 0, LayerNorm weights 1. The 2 n_layer
         projections that write to the residual stream (attn.c_proj, mlp.c_proj) get a standard
         deviation of 0.02 / sqrt(2 n_layer). Random numbers are drawn in nanoGPT's order, so equal
-        seeds give equal weights. In a product of two factors (MLA, LowRankLinear) the second
-        factor, which makes the outputs, is drawn as above. The first factor gets orthogonal rows
-        with entries of about 1 / sqrt(rank). The product then has the standard deviation of a
-        single weight. A step of the second factor changes the product as much as the same step
-        changes a single weight."""
+        seeds give equal weights. With MLA, U_k and U_v are drawn as above, and W_a gets orthogonal
+        rows with entries of about 1 / sqrt(d). The products then have the standard deviation of a
+        single weight, and a step of U_v changes its product as much as the same step changes a
+        single weight."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
         for block in self.transformer.h:
-            for module in (block.attn, block.mlp):
-                last = getattr(module.c_proj, 'B', module.c_proj)
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            last = block.attn.c_proj, block.mlp.c_proj
+            for layer in last:
+                init_weight(layer, 0.02 / math.sqrt(2 * self.config.n_layer))
             for module in block.modules():
-                if isinstance(module, (LowRankLinear, LatentProjection)):
-                    first = module.A if isinstance(module, LowRankLinear) else module.kv_down
-                    gain = math.sqrt(first.in_features / first.out_features)
-                    nn.init.orthogonal_(first.weight, gain)
+                if isinstance(module, LatentProjection):
+                    gain = math.sqrt(module.kv_down.in_features / module.kv_down.out_features)
+                    nn.init.orthogonal_(module.kv_down.weight, gain)
+                elif isinstance(module, LowRankLinear) and module not in last:
+                    init_weight(module, 0.02)
         if self.config.weight_init == 'mimetic':
             self.init_mimetic()
 
@@ -593,18 +595,15 @@ class GPT(nn.Module):
 
         Position embeddings are sinusoids (Vaswani et al., arXiv:1706.03762) in the first quarter
         of the columns, with amplitude 0.2 and wavelengths from 6 to below 630 tokens. W_q equals
-        W_k, so that the score of two tokens is larger if they are more similar. Attention with
-        low-rank layers keeps GPT-2's initialization. c_fc has the standard deviation
-        sqrt(2 / n_embd) (He et al., arXiv:1502.01852)."""
+        W_k, so that the score of two tokens is larger if they are more similar. c_fc has the
+        standard deviation sqrt(2 / n_embd) (He et al., arXiv:1502.01852)."""
         wpe = self.transformer.wpe.weight[:, :max(2, self.config.n_embd // 4)]      # (T, m)
         column = torch.arange(wpe.size(1))
         angles = torch.arange(len(wpe))[:, None] / 100 ** (column // 2 * 2 / wpe.size(1))
         wpe.copy_(0.2 * torch.where(column % 2 == 0, angles.sin(), angles.cos()))
         for block in self.transformer.h:
-            if not any(isinstance(m, LowRankLinear) for m in block.attn.c_attn.modules()):
-                block.attn.c_attn.init_mimetic()
-            c_fc = getattr(block.mlp.c_fc, 'B', block.mlp.c_fc)
-            nn.init.normal_(c_fc.weight, std=math.sqrt(2 / self.config.n_embd))
+            block.attn.c_attn.init_mimetic()
+            init_weight(block.mlp.c_fc, math.sqrt(2 / self.config.n_embd))
 
     def forward(self, idx, targets=None, cache=None):
         """Predict the next tokens: idx (B, T) token ids, targets (B, T) or None -> logits, loss.

@@ -192,6 +192,13 @@ class SplitProjection(nn.Module):
             name: F.linear(x, down_proj[name]) if name in down_proj else self.layer(name)(x)
             for name in self.heads})
 
+    def init_mimetic(self):
+        """Draw W_k with rows of root mean square norm 0.5. W_q equals W_k. Layers of different
+        shapes or ranks keep their weights."""
+        if [p.shape for p in self.c_q.parameters()] == [p.shape for p in self.c_k.parameters()]:
+            init_weight(self.c_k, 0.5 / self.c_k.weight.size(1) ** 0.5)
+            self.c_q.load_state_dict(self.c_k.state_dict())
+
     def layer(self, name):
         """Return the layer that makes the queries 'q', keys 'k' or values 'v'."""
         return getattr(self, f'c_{name}')
@@ -203,6 +210,18 @@ class SplitProjection(nn.Module):
     def head_bias(self, name):
         """See `QKVProjection.head_bias`."""
         return bias_per_head(self.heads[name], self.layer(name).bias)
+
+
+def init_weight(layer, std):
+    """Draw the weight of a linear layer from N(0, std). In a `LowRankLinear` all singular values of
+    the product B A are equal, its root mean square is std, and both factors have the same singular
+    values, so that steps of either factor change the product alike."""
+    if isinstance(layer, LowRankLinear):
+        gain = (std ** 2 * layer.B.out_features * layer.A.in_features / layer.rank) ** 0.25
+        for factor in (layer.A, layer.B):
+            nn.init.orthogonal_(factor.weight, gain)
+    else:
+        nn.init.normal_(layer.weight, std=std)
 
 
 def split_heads(heads, parts):

@@ -278,15 +278,16 @@ def test_mimetic_initialization_attends_to_nearby_tokens(latent):
             assert torch.equal(p, other), name
 
 
-@pytest.mark.parametrize('layer, options', [('c_v', {}), ('query', mla(8))])
-def test_attention_with_low_rank_layers_keeps_gpt2s_initialization(layer, options):
-    attention = []
-    for kind in ('gpt2', 'mimetic'):
-        torch.manual_seed(0)
-        config = GPTConfig(**SMALL, weight_init=kind, **options,
-                           layer_ranks={f'h.0.attn.c_attn.{layer}': 2})
-        attention.append(GPT(config).transformer.h[0].attn.state_dict())
-    assert all(torch.equal(p, attention[1][name]) for name, p in attention[0].items())
+@pytest.mark.parametrize('ranks, equal', [((2, 2), True), ((2, 3), False)])
+def test_low_rank_queries_start_equal_to_keys_of_the_same_rank(ranks, equal):
+    """With weight_init='mimetic', W_q = W_k also if both are low-rank, with rows of root mean square
+    norm 0.5. Layers of different ranks keep GPT-2's initialization."""
+    c = GPT(GPTConfig(**SMALL, weight_init='mimetic', layer_ranks={
+        f'h.0.attn.c_attn.{name}': rank
+        for name, rank in zip(('c_q', 'c_k'), ranks)})).transformer.h[0].attn.c_attn
+    assert torch.equal(c.c_q.weight, c.c_k.weight) == equal
+    expected = 0.5 if equal else 0.02 * SMALL['n_embd'] ** 0.5
+    assert c.c_k.weight.norm().item() / len(c.c_k.weight) ** 0.5 == pytest.approx(expected)
 
 
 def test_number_of_parameters_and_mfu():
