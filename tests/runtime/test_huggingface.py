@@ -380,6 +380,12 @@ def test_a_bpe_encodes_as_in_transformers_and_is_not_taken_for_gpt2s(hf, good, b
         assert theirs.encode(text) == ids and theirs.decode(ids) == encoding.decode(ids)
     assert (theirs.eos_token_id, len(theirs)) == (encoding.eot_token, encoding.n_vocab)
     bad("GPT-2's BPE")
+    small = GPT2_META | dict(vocab_size=260)
+    write('small', make(), small)
+    theirs = hf.AutoTokenizer.from_pretrained('small')
+    assert len(theirs) == 260
+    for text in TEXTS:
+        assert theirs.encode(text) == Tokenizer(small).encode(text)
 
 
 def test_a_tokenizer_needs_as_many_ids_as_the_model_has_and_openais_needs_no_file(
