@@ -69,6 +69,7 @@ FIGURE = ROOT / 'docs' / 'frontier.png'
 RECIPE = str(ROOT / 'config' / 'train_baseline_test.py')
 BASE, STEPS, RATE = 'dense-4x128', 1200, 3.5e-3
 RATES = {}                          # family -> learning rate, where it is not RATE
+RATE_SEED = 11                      # learning rates are chosen on a seed that counts nowhere else
 TUNING_STEPS = 120                  # 10% more
 CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's calibration
 SHARES = {'compute': 1, 'half': 0.5}            # budget -> fraction of the compute of BASE
@@ -135,8 +136,8 @@ class BudgetConfig:
     budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; conversions have "
                        "'steps' only"] = 'steps,compute,half'
     seeds: Annotated[str, 'seeds, separated by commas'] = '1337,1338,1339,1340,1341'
-    rates: Annotated[str | None, "learning rates to try, separated by commas; None: the arms' "
-                     'own'] = None
+    rates: Annotated[str | None, f'learning rates to try with --seeds={RATE_SEED}, separated by '
+                     "commas; None: the arms' own"] = None
     jobs: Annotated[int, 'runs at a time, which share the threads', Range(1)] = 2
     run: Annotated[bool, 'False: only tables and figure'] = True
 
@@ -326,14 +327,20 @@ def describe(row, key):
 # tables and figure
 
 class Results:
-    """Finished runs of one text. rows: rows of the record."""
+    """Finished runs of one text. A key is a tuple (arm, steps, learning rate).
+
+    losses: key -> seed -> loss; costs: key -> a row of the record; tried: key -> loss of RATE_SEED.
+    """
 
     def __init__(self, rows):
-        self.losses, self.costs = {}, {}    # (arm, steps, learning rate) -> seed -> loss; -> row
+        self.losses, self.costs, self.tried = {}, {}, {}
         for row in rows:
             key = row['arm'], row['steps'], row['learning_rate']
-            self.losses.setdefault(key, {})[row['seed']] = row['loss']
-            self.costs[key] = row
+            if row['seed'] == RATE_SEED:
+                self.tried[key] = row['loss']
+            else:
+                self.losses.setdefault(key, {})[row['seed']] = row['loss']
+                self.costs[key] = row
 
     def in_budget(self, budget):
         """Return arm -> its key, of the arms that have runs in this budget."""
@@ -383,22 +390,23 @@ def interval_text(mean, low, high, form='.4f'):
         '' if low is None else f' ({low:{form}} to {high:{form}})')
 
 
-def budget_table(results, budget):
-    """Return a Markdown table of the arms in a budget, or '' if there are none."""
-    keys = results.in_budget(budget)
-    head = ['arm', 'steps', 'seeds', 'loss (95% interval)', f'minus {BASE} (95% interval)',
-            'cache bytes per token', 'parameter bytes', 'training TFLOPs']
-    lines = [[arm, f'{key[1]:,}', str(len(results.losses[key])),
-              interval_text(*results.loss(key)),
-              interval_text(*results.difference(key, keys.get(BASE)), form='+.4f')
-              if arm != BASE else '',
-              f'{row["cache_bytes"]:,.0f}', f'{row["parameter_bytes"]:,}',
-              f'{row["flops"] / 1e12:.2f}'] for arm, key in keys.items()
-             for row in (results.costs[key], )]
-    titles = {'steps': f'Equal steps: {STEPS:,}', 'compute': f'Equal compute: that of {BASE}',
-              'half': f'Equal compute: half of that of {BASE}'}
-    return '\n'.join([f'{titles[budget]}', '', *format_table([head, *lines], 1, markdown=True)]
-                     ) if lines else ''
+def loss_table(results):
+    """Return a Markdown table of the costs of the arms as fractions of those of BASE, and of their
+    losses in each budget, minus that of BASE."""
+    budgets = {'steps': f'{STEPS:,} steps', 'compute': 'equal compute', 'half': 'half of it'}
+    keys = {budget: results.in_budget(budget) for budget in budgets}
+    base = {budget: found.get(BASE) for budget, found in keys.items()}
+    lines = []
+    for arm, key in keys['steps'].items():
+        row, whole = results.costs[key], results.costs[base['steps']]
+        losses = [
+            '' if arm not in keys[budget] else interval_text(*results.loss(keys[budget][arm]))
+            if arm == BASE else interval_text(*results.difference(keys[budget][arm], base[budget]),
+                                              form='+.3f') for budget in budgets]
+        lines.append([arm, str(len(results.losses[key])), *(f'{row[cost] / whole[cost]:.3f}'
+                                                            for cost in LABELS), *losses])
+    return '\n'.join([f'Losses of {BASE}, others minus it (95% intervals)', '', *format_table(
+        [['arm', 'seeds', *LABELS.values(), *budgets.values()], *lines], 1, markdown=True)])
 
 
 def contest_table(results):
@@ -419,55 +427,60 @@ def contest_table(results):
 
 def rate_table(results):
     """Return a Markdown table of the losses at several learning rates, or ''."""
-    rates = sorted({rate for _, _, rate in results.losses})
-    lines = []
-    for arm in ARMS:
-        tried = {rate: results.losses[arm, STEPS, rate] for rate in rates
-                 if (arm, STEPS, rate) in results.losses}
-        seeds = sorted(set.intersection(*map(set, tried.values()))) if len(tried) > 1 else []
-        for seed in seeds:
-            lines.append([arm, str(seed), *(f'{tried[rate][seed]:.4f}' if rate in tried else ''
-                                            for rate in rates)])
-    return '\n'.join(['Learning rates', '', *format_table(
-        [['arm', 'seed', *(f'{rate:g}' for rate in rates)], *lines], 1, markdown=True)]
-        ) if lines else ''
+    rates = sorted({rate for _, _, rate in results.tried})
+    lines = [[arm, *(f'{results.tried[arm, STEPS, rate]:.4f}'
+                     if (arm, STEPS, rate) in results.tried else '' for rate in rates)]
+             for arm in ARMS if any(key[0] == arm for key in results.tried)]
+    return '\n'.join([f'Learning rates, seed {RATE_SEED}', '', *format_table(
+        [['arm', *(f'{rate:g}' for rate in rates)], *lines], 1, markdown=True)]) if lines else ''
 
 
 def draw(results, path):
     """Draw loss against each cost, one line per family, and write it to `path`.
 
-    Bytes: the arms that have fewer than BASE, and BASE; of the conversions the fine-tuned ones.
-    Compute: the best arm of each family in each budget.
+    A line has the arms of its family that no cheaper arm of the family beats, of the conversions
+    only the fine-tuned ones. For compute it has the best arm of each budget.
     """
     keys = results.in_budget('steps')
-    panels = []
-    for cost in ('cache_bytes', 'parameter_bytes'):
-        limit, curves = results.costs[keys[BASE]][cost], []
-        for family in LOOKS:
-            arms = [key for arm, key in keys.items() if ARMS[arm].family == family
-                    and results.costs[key][cost] < limit or arm == BASE == family]
-            curves.append(curve(results, family, [
-                (results.costs[key][cost] / limit, key) for key in arms
-                if not ARMS[key[0]].is_conversion or key[0].endswith('-tuned')]))
-        panels.append(plots.Chart(f'{LABELS[cost]}, fraction of {BASE}', '', curves, True))
-    compute = {family: [] for family in LOOKS}
+    points = {cost: {family: [] for family in LOOKS} for cost in LABELS}
+    for cost, most in (('cache_bytes', 0.7), ('parameter_bytes', 0.8)):
+        for arm, key in keys.items():
+            fraction = results.costs[key][cost] / results.costs[keys[BASE]][cost]
+            if fraction <= most and (not ARMS[arm].is_conversion or arm.endswith('-tuned')):
+                points[cost][ARMS[arm].family].append((fraction, key))
     for budget, share in SHARES.items():
         for key in results.contest('flops', budget):
-            compute[ARMS[key[0]].family].append((share, key))
-    panels.append(plots.Chart('training compute', '', [
-        curve(results, *item) for item in compute.items()], True))
-    plots.charts(path, [panel._replace(curves=[one for one in panel.curves if one.x])
-                        for panel in panels],
-                 'validation loss, nats per token', 'caption')
+            points['flops'][ARMS[key[0]].family].append((share, key))
+    base = curve(results, 'dense', [(1, keys[BASE])])._replace(label=BASE, x=None, look=plots.LEVEL)
+    panels = []
+    for cost, families in points.items():
+        curves = [base] + [
+            curve(results, family, frontier(results, found)) for family, found in families.items()
+            if found]
+        panels.append(plots.Chart(LABELS[cost], f'fraction of {BASE}', curves, True,
+                                  {2.0 ** -i: f'1/{2 ** i}' if i else '1' for i in range(5)}))
+    seeds = sorted(set().union(*results.losses.values()))
+    plots.charts(path, panels, 'validation loss, nats per character',
+                 f'Mean and 95% interval over seeds {", ".join(map(str, seeds))}; {STEPS:,} steps; '
+                 'right: the steps that the compute allows. Dotted: a trained model, converted '
+                 'and fine-tuned.')
+
+
+def frontier(results, points):
+    """Return the points (x, key) that no point with a smaller x beats, in the order of x."""
+    best, kept = math.inf, []
+    for x, key in sorted(points, key=lambda point: (point[0], results.loss(point[1])[0])):
+        if results.loss(key)[0] < best:
+            best = results.loss(key)[0]
+            kept.append((x, key))
+    return kept
 
 
 def curve(results, family, points):
     """Return the Curve of a family. points: list of (x, key)."""
-    points = sorted(points)
-    found = [results.loss(key) for _, key in points]
-    return plots.Curve(LABELS.get(family, family), [x for x, _ in points],
-                       [mean for mean, _, _ in found], LOOKS[family],
-                       [high and high - mean for mean, _, high in found])
+    found = [results.loss(key) for _, key in sorted(points)]
+    return plots.Curve(family, [x for x, _ in sorted(points)], [mean for mean, _, _ in found],
+                       LOOKS[family], [high and high - mean for mean, _, high in found])
 
 
 def main(argv=None):
@@ -491,9 +504,10 @@ def experiment(cfg):
         texts.setdefault(row['text'], []).append(row)
     for text, rows in texts.items():
         results = Results(rows)
-        tables = [budget_table(results, budget) for budget in ('steps', *SHARES)]
-        print('\n\n'.join(filter(None, (f'Text {text}', *tables, contest_table(results),
-                                        rate_table(results)))), end='\n\n')
+        tables = [rate_table(results)]
+        if BASE in results.in_budget('steps'):
+            tables += [loss_table(results), contest_table(results)]
+        print('\n\n'.join([f'Text {text}', *filter(None, tables)]), end='\n\n')
     if cfg.record is None and TEXT in texts:
         draw(Results(texts[TEXT]), FIGURE)
         print(f'figure: {FIGURE}')
