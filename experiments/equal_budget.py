@@ -14,7 +14,7 @@ The families of arms:
     mla         multi-head latent attention
     weight      SVD of the weights of V, or of K and V, in every forward pass
     causal      the same of V itself, with a basis from earlier tokens
-    factored    low-rank layers, trained from scratch
+    factored    low-rank layers with the ranks of 'compressed', trained from scratch
     to-mla, to-gqa, to-heads, compressed        dense-4x128 after training, changed by compress.py;
                 with '-tuned', TUNING_STEPS steps of fine-tuning follow
 
@@ -88,6 +88,19 @@ LOOKS = {'dense': ('0.25', 'o', '-'),
          'to-gqa': (plots.COLOURS[0], 's', ':'), 'to-mla': (plots.COLOURS[1], '^', ':'),
          'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'P', ':')}
 
+# The ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They are
+# those of 'compressed-0.55', ... with seed 1337, because equal ranks in all layers were worse
+# (docs/RESULTS.md).
+FACTORED_LAYERS = ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj',
+                   'mlp.c_fc', 'mlp.c_proj')
+FACTORED_RANKS = {
+    0.55: ((40, 32, 40, 0, 64, 0), (16, 16, 24, 16, 80, 64), (16, 16, 24, 16, 80, 40),
+           (16, 16, 24, 16, 64, 24)),
+    0.4: ((32, 32, 32, 56, 56, 64), (8, 16, 16, 8, 56, 48), (8, 16, 16, 16, 56, 24),
+          (8, 8, 16, 16, 40, 24)),
+    0.25: ((16, 24, 24, 48, 40, 40), (8, 8, 8, 8, 32, 24), (8, 8, 8, 8, 32, 16),
+           (8, 8, 8, 8, 24, 16))}
+
 # An arm. options: of train.py, or of compress.py for a conversion of BASE
 Arm = namedtuple('Arm', 'family options is_conversion', defaults=(False,))
 # Arms that are trained from scratch
@@ -104,10 +117,10 @@ ARMS |= {f'{scope}-{targets}-{rank}': Arm(scope, dict(
          for scope, targets, rank in (
              ('weight', 'v', 8), ('weight', 'kv', 16), ('weight', 'kv', 8), ('weight', 'kv', 4),
              ('causal', 'v', 8), ('causal', 'kv', 8))}
-ARMS |= {f'factored-{rank}': Arm('factored', dict(layer_ranks={
-            f'h.{layer}.{name}': rank for layer in range(4) for name in (
-                'attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj', 'mlp.c_fc',
-                'mlp.c_proj')})) for rank in (48, 32, 16)}
+ARMS |= {f'factored-{keep}': Arm('factored', dict(layer_ranks={
+            f'h.{layer}.{name}': rank for layer, ranks in enumerate(layers)
+            for name, rank in zip(FACTORED_LAYERS, ranks) if rank}))
+         for keep, layers in FACTORED_RANKS.items()}
 # Conversions
 ARMS[f'{BASE}-tuned'] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)  # control
 ARMS |= {f'{name}{suffix}': Arm(family, options | tuning, True) for name, family, options in (
