@@ -88,8 +88,8 @@ LOOKS = {'dense': ('0.25', 'o', '-'),
          'to-gqa': (plots.COLOURS[0], 's', ':'), 'to-mla': (plots.COLOURS[1], '^', ':'),
          'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'P', ':')}
 
-# The ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They are
-# those of 'compressed-0.55', ... with seed 1337, because equal ranks in all layers were worse
+# Ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They are
+# those of compressed-0.55, ... with seed 1337. Equal ranks in all layers were worse
 # (docs/RESULTS.md).
 FACTORED_LAYERS = ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj',
                    'mlp.c_fc', 'mlp.c_proj')
@@ -101,36 +101,55 @@ FACTORED_RANKS = {
     0.25: ((16, 24, 24, 48, 40, 40), (8, 8, 8, 8, 32, 24), (8, 8, 8, 8, 32, 16),
            (8, 8, 8, 8, 24, 16))}
 
+
+def svd(scope, targets, rank):
+    return dict(use_svd=True, svd_scope=scope, svd_targets=targets, svd_rank=rank)
+
+
+def layer_ranks(blocks):
+    return dict(layer_ranks={f'h.{i}.{name}': rank for i, ranks in enumerate(blocks)
+                             for name, rank in zip(FACTORED_LAYERS, ranks) if rank})
+
+
+# family -> name -> options of train.py
+TRAINED = {
+    'dense': {'4x128': {},
+              '4x160': dict(n_embd=160, n_head=5),
+              '4x96': dict(n_embd=96, n_head=3),
+              '4x64': dict(n_embd=64, n_head=2),
+              '3x128': dict(n_layer=3),
+              '3x96': dict(n_layer=3, n_embd=96, n_head=3),
+              '2x128': dict(n_layer=2),
+              '2x64': dict(n_layer=2, n_embd=64, n_head=2)},
+    'gqa': {'2': dict(n_kv_head=2),
+            '1': dict(n_kv_head=1),
+            '1-of-8': dict(n_head=8, n_kv_head=1)},                 # heads of 16
+    'mla': {size: dict(use_mla=True, mla_latent_dim=size) for size in (64, 32, 16)},
+    'weight': {'v-8': svd('weight', 'v', 8),
+               **{f'kv-{rank}': svd('weight', 'k,v', rank) for rank in (16, 8, 4)}},
+    'causal': {'v-8': svd('causal', 'v', 8),
+               'kv-8': svd('causal', 'k,v', 8)},
+    'factored': {keep: layer_ranks(blocks) for keep, blocks in FACTORED_RANKS.items()}}
+# family -> name -> options of compress.py
+CONVERTED = {
+    'to-mla': {size: dict(to='mla', mla_latent_dim=size) for size in (64, 32, 16)},
+    'to-gqa': {heads: dict(to='gqa', n_kv_head=heads) for heads in (2, 1)},
+    'to-heads': {keep: dict(to='lowrank_heads', keep=keep) for keep in (0.5, 0.25, 0.125)},
+    'compressed': {keep: dict(keep=keep) for keep in (0.55, 0.4, 0.25)}}
+
 # An arm. options: of train.py, or of compress.py for a conversion of BASE
-Arm = namedtuple('Arm', 'family options is_conversion', defaults=(False,))
-# Arms that are trained from scratch
-ARMS = {f'dense-{layers}x{width}': Arm('dense', dict(
-            n_layer=layers, n_embd=width, n_head=width // 32))
-        for layers, width in (
-            (4, 128), (4, 160), (4, 96), (4, 64), (3, 128), (3, 96), (2, 128), (2, 64))}
-ARMS |= {f'gqa-{heads}': Arm('gqa', dict(n_kv_head=heads)) for heads in (2, 1)}
-ARMS['gqa-1-of-8'] = Arm('gqa', dict(n_head=8, n_kv_head=1))        # heads of 16
-ARMS |= {f'mla-{size}': Arm('mla', dict(use_mla=True, mla_latent_dim=size))
-         for size in (64, 32, 16)}
-ARMS |= {f'{scope}-{targets}-{rank}': Arm(scope, dict(
-            use_svd=True, svd_scope=scope, svd_targets=','.join(targets), svd_rank=rank))
-         for scope, targets, rank in (
-             ('weight', 'v', 8), ('weight', 'kv', 16), ('weight', 'kv', 8), ('weight', 'kv', 4),
-             ('causal', 'v', 8), ('causal', 'kv', 8))}
-ARMS |= {f'factored-{keep}': Arm('factored', dict(layer_ranks={
-            f'h.{layer}.{name}': rank for layer, ranks in enumerate(layers)
-            for name, rank in zip(FACTORED_LAYERS, ranks) if rank}))
-         for keep, layers in FACTORED_RANKS.items()}
-# Conversions
-ARMS[f'{BASE}-tuned'] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)  # control
-ARMS |= {f'{name}{suffix}': Arm(family, options | tuning, True) for name, family, options in (
-             *((f'to-mla-{size}', 'to-mla', dict(to='mla', mla_latent_dim=size))
-               for size in (64, 32, 16)),
-             *((f'to-gqa-{heads}', 'to-gqa', dict(to='gqa', n_kv_head=heads)) for heads in (2, 1)),
-             *((f'to-heads-{keep}', 'to-heads', dict(to='lowrank_heads', keep=keep))
-               for keep in (0.5, 0.25, 0.125)),
-             *((f'compressed-{keep}', 'compressed', dict(keep=keep)) for keep in (0.55, 0.4, 0.25)))
+Arm = namedtuple('Arm', 'family options is_conversion')
+ARMS = {f'{family}-{name}': Arm(family, options, False)
+        for family, arms in TRAINED.items() for name, options in arms.items()}
+ARMS |= {f'{family}-{name}{suffix}': Arm(family, options | tuning, True)
+         for family, arms in CONVERTED.items() for name, options in arms.items()
          for suffix, tuning in (('', {}), ('-tuned', dict(finetune_iters=TUNING_STEPS)))}
+# the control of fine-tuning: keep=1 leaves all layers dense
+ARMS[f'{BASE}-tuned'] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)
+# arms that are also trained with the compute of BASE, and with half of it
+COMPUTE_ARMS = ('dense-4x128', 'dense-4x160', 'dense-4x96', 'dense-4x64', 'dense-3x128',
+                'dense-2x128', 'gqa-1', 'gqa-1-of-8', 'mla-64', 'mla-32', 'weight-v-8',
+                'weight-kv-16', 'causal-v-8', 'factored-0.55', 'factored-0.4')
 
 # A training run of an arm
 Run = namedtuple('Run', 'arm steps learning_rate seed')
@@ -146,8 +165,8 @@ class BudgetConfig:
     record: Annotated[str | None, 'file of the results; None: experiments/equal_budget.jsonl, from '
                       'which the figure is drawn', PATH] = None
     arms: Annotated[str, "'all' or names, separated by commas"] = 'all'
-    budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; conversions have "
-                       "'steps' only"] = 'steps,compute,half'
+    budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; COMPUTE_ARMS have "
+                       "all, the others 'steps'"] = 'steps,compute,half'
     seeds: Annotated[str, 'seeds, separated by commas'] = '1337,1338,1339,1340,1341'
     rates: Annotated[str | None, f'learning rates to try with --seeds={RATE_SEED}, separated by '
                      "commas; None: the arms' own"] = None
@@ -181,7 +200,7 @@ class BudgetConfig:
             if self.arms != 'all' and name not in self.arms.split(','):
                 continue
             budgets = [budget for budget in self.budgets.split(',')
-                       if budget == 'steps' or not ARMS[name].is_conversion]
+                       if budget == 'steps' or name in COMPUTE_ARMS]
             ratio = 1 if budgets == ['steps'] else step_flops(settings(name, data)) / step_flops(
                 settings(BASE, data))
             runs += [Run(name, steps_for(budget, ratio), rate, seed) for budget, rate in product(

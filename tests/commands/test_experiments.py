@@ -164,7 +164,8 @@ def tiny_budget(**constants):
                                "batch_size = 2\ngradient_accumulation_steps = 1\n"
                                "optimizer = 'muon'\n")
     module = experiment('equal_budget', RECIPE='tiny.py', STEPS=6, **constants)
-    arms = {'dense-4x128': module.Arm('dense', {}), 'gqa-1': module.Arm('gqa', dict(n_kv_head=1)),
+    arms = {'dense-4x128': module.Arm('dense', {}, False),
+            'gqa-1': module.Arm('gqa', dict(n_kv_head=1), False),
             'to-gqa-1': module.Arm('to-gqa', dict(to='gqa', n_kv_head=1, finetune_iters=2), True)}
     module.ARMS = arms
     return module
