@@ -81,6 +81,7 @@ LIMITS = (('cache_bytes', 1 / 4), ('cache_bytes', 1 / 8), ('parameter_bytes', 0.
           ('parameter_bytes', 0.44), ('flops', 'compute'), ('flops', 'half'))
 LABELS = {'cache_bytes': 'cache bytes', 'parameter_bytes': 'parameter bytes',
           'flops': 'training compute'}
+HIGHEST = 0.2                       # of the figure, nats above BASE
 # family -> color, marker, line; a conversion has the color of the family that it makes
 LOOKS = {'dense': ('0.25', 'o', '-'),
          **{family: (colour, marker, '-') for family, colour, marker in zip(
@@ -470,32 +471,34 @@ def rate_table(results):
 def draw(results, path):
     """Draw loss against each cost, one line per family, and write it to `path`.
 
-    A line has the arms of its family that no cheaper arm of the family beats, of the conversions
-    only the fine-tuned ones. For compute it has the best arm of each budget.
+    A line has the arms of its family that no cheaper arm of the family beats. Left out are
+    conversions without fine-tuning, losses above HIGHEST, and costs close to those of BASE. For
+    compute a line has the best arm of each budget.
     """
     keys = results.in_budget('steps')
+    base = curve(results, 'dense', [(1, keys[BASE])])
     points = {cost: {family: [] for family in LOOKS} for cost in LABELS}
     for cost, most in (('cache_bytes', 0.7), ('parameter_bytes', 0.8)):
         for arm, key in keys.items():
             fraction = results.costs[key][cost] / results.costs[keys[BASE]][cost]
-            if fraction <= most and (not ARMS[arm].is_conversion or arm.endswith('-tuned')):
+            if (fraction <= most and results.loss(key)[0] <= base.y[0] + HIGHEST
+                    and (not ARMS[arm].is_conversion or arm.endswith('-tuned'))):
                 points[cost][ARMS[arm].family].append((fraction, key))
     for budget, share in SHARES.items():
         for key in results.contest('flops', budget):
             points['flops'][ARMS[key[0]].family].append((share, key))
-    base = curve(results, 'dense', [(1, keys[BASE])])._replace(label=BASE, x=None, look=plots.LEVEL)
-    panels = []
-    for cost, families in points.items():
-        curves = [base] + [
+    panels = [plots.Chart(
+        LABELS[cost], f'fraction of {BASE}',
+        [base._replace(label=BASE, x=None, look=plots.LEVEL)] + [
             curve(results, family, frontier(results, found)) for family, found in families.items()
-            if found]
-        panels.append(plots.Chart(LABELS[cost], f'fraction of {BASE}', curves, True,
-                                  {2.0 ** -i: f'1/{2 ** i}' if i else '1' for i in range(5)}))
-    seeds = sorted(set().union(*results.losses.values()))
+            if found],
+        True, {2.0 ** -i: f'1/{2 ** i}' if i else '1' for i in range(2 if cost == 'flops' else 5)})
+        for cost, families in points.items()]
+    seeds = ', '.join(map(str, sorted(results.losses[keys[BASE]])))
     plots.charts(path, panels, 'validation loss, nats per character',
-                 f'Mean and 95% interval over seeds {", ".join(map(str, seeds))}; {STEPS:,} steps; '
-                 'right: the steps that the compute allows. Dotted: a trained model, converted '
-                 'and fine-tuned.')
+                 f'Mean and 95% interval over seeds {seeds}; {STEPS:,} steps; right: the steps '
+                 'that the compute allows. Dotted: a trained model, converted and fine-tuned. Losses '
+                 f'more than {HIGHEST} above {BASE} are left out.')
 
 
 def frontier(results, points):
