@@ -497,7 +497,7 @@ def draw(results, path):
     seeds = ', '.join(map(str, sorted(results.losses[keys[BASE]])))
     plots.charts(path, panels, 'validation loss, nats per character',
                  f'Mean and 95% interval over seeds {seeds}; {STEPS:,} steps; right: the steps '
-                 'that the compute allows. Dotted: a trained model, converted and fine-tuned. Losses '
+                 'that the compute allows. Dotted: a trained model, converted and tuned. Losses '
                  f'more than {HIGHEST} above {BASE} are left out.')
 
 
