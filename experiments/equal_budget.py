@@ -3,37 +3,42 @@ Compare dense and low-rank models at equal bytes and at equal training compute.
 
     python experiments/equal_budget.py --dataset=input.txt  # run what is missing, draw
     python experiments/equal_budget.py --run=False          # draw what is recorded
+    python experiments/equal_budget.py --dataset=plays      # another text
     python experiments/equal_budget.py --dataset=input.txt --arms=gqa-1,mla-16 --budgets=steps \\
         --record=again.jsonl --out_dir=out-again            # repeat two arms
 
 All models are variants of config/train_baseline_test.py, called dense-4x128: 4 layers of width 128.
 The families of arms:
 
-    dense       other numbers of layers and other widths, heads of 32
+    dense       dense-4x128, and other numbers of layers and widths, heads of 32
     gqa         fewer heads of keys and values
     mla         multi-head latent attention
-    weight      SVD of the weights of V, or of K and V, in every forward pass
-    causal      the same of V itself, with a basis from earlier tokens
+    weight      truncated SVD of W_v, or of W_k and W_v, in every forward pass
+    causal      V, or K and V, projected onto a basis of earlier tokens
     factored    low-rank layers with the ranks of 'compressed', trained from scratch
     to-mla, to-gqa, to-heads, compressed        dense-4x128 after training, changed by compress.py;
                 with '-tuned', TUNING_STEPS steps of fine-tuning follow
 
 Arms are trained from scratch for as many steps as dense-4x128 ('steps'), and for the steps that
 cost as much compute as dense-4x128 ('compute') or half of it ('half'). FLOPs are counted in a real
-training step with the optimizer: all matrix products, attention over all T x T pairs, and 9 n^3 per
-eigendecomposition (Golub and Van Loan, 8.3). Evaluation does not count.
+training step with the optimizer: all matrix products, attention over all T x T pairs (its backward
+pass computes the scores again), and 9 n^3 per eigendecomposition (Golub and Van Loan, 8.3).
+Evaluation does not count, and the calibration of a conversion is an estimate.
 
-Losses are prefix-only, over the whole validation split. Intervals are 95% intervals of Student's t
-distribution over seeds. Differences are paired by seed, which fixes the batches.
+Losses are over the whole validation split. No arm sees later tokens. Intervals are 95% intervals of
+Student's t distribution over seeds. Differences are paired by seed, which fixes the batches.
 
 Each line of experiments/equal_budget.jsonl is a finished run. Finished runs are not repeated, so an
-interrupted experiment can be continued. Checkpoints stay in out_dir, one folder per text and run,
-and sample.py can load them. A conversion needs the checkpoint of dense-4x128 with the same seed,
-which is trained again if it is missing. The figure is docs/frontier.png.
+interrupted experiment can be continued. Checkpoints stay in out_dir, one folder per run, and
+sample.py can load them. A conversion needs the checkpoint of dense-4x128 with the same seed, which
+is trained again if it is missing. The figure is docs/frontier.png.
 """
 
+import functools
+import hashlib
 import json
 import math
+import statistics
 import sys
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -47,13 +52,13 @@ sys.path.insert(0, str(ROOT))
 from runtime import cli  # before torch: reports missing packages
 
 import torch
-from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from model import GPT
 from runtime import checkpoint as ckpt
 from runtime import config as configuration
 from runtime import plots
-from runtime.config import PATH, Range, UserError
+from runtime.config import PATH, Failure, Range, UserError
 from runtime.data import Dataset, locate
 from runtime.files import check_writable
 from runtime.tracking import read_json_lines
@@ -68,20 +73,18 @@ RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'frontier.png'
 RECIPE = str(ROOT / 'config' / 'train_baseline_test.py')
 BASE, STEPS, RATE = 'dense-4x128', 1200, 3.5e-3
-RATES = {}                          # family -> learning rate, where it is not RATE
 RATE_SEED = 11                      # learning rates are chosen on a seed that counts nowhere else
 TUNING_STEPS = 120                  # 10% more
 CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's calibration
-SHARES = {'compute': 1, 'half': 0.5}            # budget -> fraction of the compute of BASE
-TOLERANCE = 0.02                    # of the steps; budgets that differ by less share their runs
-
-TEXT = '86c4e6aa'                   # of the figure: start of the sha256 of Tiny Shakespeare
-# cost, limit: fraction of the cost of BASE, or for 'flops' a budget
+COMPUTE_FRACTIONS = {'compute': 1, 'half': 0.5}         # budget -> fraction of the compute of BASE
+STEP_TOLERANCE = 0.02               # arms whose steps differ by less take the steps of BASE
+TEXT = 'char-65-86c4e6aa'           # the text of the figure, Tiny Shakespeare; see `text_id`
+# pairs of a cost and a limit, a fraction of the cost of BASE; for 'flops' a budget
 LIMITS = (('cache_bytes', 1 / 4), ('cache_bytes', 1 / 8), ('parameter_bytes', 0.6),
           ('parameter_bytes', 0.44), ('flops', 'compute'), ('flops', 'half'))
 LABELS = {'cache_bytes': 'cache bytes', 'parameter_bytes': 'parameter bytes',
           'flops': 'training compute'}
-HIGHEST = 0.2                       # of the figure, nats above BASE
+MAX_EXCESS = 0.2                    # of a loss in the figure, nats above BASE
 # family -> color, marker, line; a conversion has the color of the family that it makes
 LOOKS = {'dense': ('0.25', 'o', '-'),
          **{family: (colour, marker, '-') for family, colour, marker in zip(
@@ -152,8 +155,8 @@ COMPUTE_ARMS = ('dense-4x128', 'dense-4x160', 'dense-4x96', 'dense-4x64', 'dense
                 'dense-2x128', 'gqa-1', 'gqa-1-of-8', 'mla-64', 'mla-32', 'weight-v-8',
                 'weight-kv-16', 'causal-v-8', 'factored-0.55', 'factored-0.4')
 
-# A training run of an arm
-Run = namedtuple('Run', 'arm steps learning_rate seed')
+# A training run of an arm. definition: from `digest`
+Run = namedtuple('Run', 'arm definition steps learning_rate seed')
 
 
 @dataclass
@@ -176,48 +179,53 @@ class BudgetConfig:
 
     def __post_init__(self):
         configuration.validate(self)
-        for name, valid in (('arms', ['all', *ARMS]), ('budgets', ['steps', *SHARES])):
+        for name, valid in (('arms', ['all', *ARMS]), ('budgets', ['steps', *COMPUTE_FRACTIONS])):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of '
                                  f'{", ".join(valid)} (nearest: {valid[0]!r})')
         for name, kind in (('seeds', int), ('rates', float)):
-            self.numbers(name, kind)
-
-    def numbers(self, name, kind):
-        """Return the option `name` as a list of int or float. Raises ValueError."""
-        words = (getattr(self, name) or '').split(',')
-        try:
-            return [kind(word) for word in words if word or name == 'seeds']
-        except ValueError:
-            raise ValueError(
-                f'{name}={getattr(self, name)!r}: must be numbers, separated by commas (nearest: '
-                f'{getattr(BudgetConfig, name)})') from None
+            try:
+                numbers(getattr(self, name), kind)
+            except ValueError:
+                raise ValueError(f'{name}={getattr(self, name)!r}: must be numbers, separated by '
+                                 "commas (nearest: '1337,1338')") from None
 
     def planned(self, data):
-        """Return the Runs that the options ask for, from-scratch ones first."""
-        runs = []
-        for seed, name in product(self.numbers('seeds', int), ARMS):
-            if self.arms != 'all' and name not in self.arms.split(','):
-                continue
-            budgets = [budget for budget in self.budgets.split(',')
-                       if budget == 'steps' or name in COMPUTE_ARMS]
-            ratio = 1 if budgets == ['steps'] else step_flops(settings(name, data)) / step_flops(
-                settings(BASE, data))
-            runs += [Run(name, steps_for(budget, ratio), rate, seed) for budget, rate in product(
-                budgets, self.numbers('rates', float) or [rate_of(name)])]
-        return sorted(dict.fromkeys(runs), key=lambda run: ARMS[run.arm].is_conversion)
+        """Return the Runs that the options ask for."""
+        arms, budgets, runs = self.arms.split(','), self.budgets.split(','), []
+        for seed, name in product(numbers(self.seeds, int), ARMS):
+            for budget in budgets if name in arms or 'all' in arms else ():
+                if budget == 'steps' or name in COMPUTE_ARMS:
+                    ratio = 1 if budget == 'steps' else flops_of(name, data) / flops_of(BASE, data)
+                    runs += [Run(name, digest(name), steps_for(budget, ratio), rate, seed)
+                             for rate in numbers(self.rates, float) or [RATE]]
+        return list(dict.fromkeys(runs))
 
 
-def rate_of(name):
-    """Return the learning rate of an arm. Conversions have that of BASE."""
-    return RATES.get(ARMS[name].family, RATE)
+def numbers(words, kind):
+    """Return the numbers in a text, separated by commas; [] for None. kind: int or float."""
+    return [] if words is None else [kind(word) for word in words.split(',')]
+
+
+def digest(name):
+    """Return a hash of what defines an arm. Runs of another definition do not count."""
+    arm = ARMS[name]
+    return hashlib.sha256(json.dumps([Path(RECIPE).read_text(), arm.options, arm.is_conversion],
+                                     sort_keys=True).encode()).hexdigest()[:8]
+
+
+def text_id(data):
+    """Return a name for a text and its tokens. data: Dataset."""
+    meta = data.meta
+    return (f'{meta["tokenizer"]}-{meta["vocab_size"]}-'
+            f'{meta.get("sha256", str(len(data.tokens("train"))))[:8]}')
 
 
 def steps_for(budget, ratio):
     """Return the steps of an arm in a budget. ratio: FLOPs per step of the arm / those of BASE."""
-    share = SHARES.get(budget, 1)
-    is_equal = budget == 'steps' or abs(1 / ratio - 1) <= TOLERANCE
+    share = COMPUTE_FRACTIONS.get(budget, 1)
+    is_equal = budget == 'steps' or abs(1 / ratio - 1) <= STEP_TOLERANCE
     return round(STEPS * share / (1 if is_equal else ratio))
 
 
@@ -230,6 +238,7 @@ FORMULAS = {
         lambda q, k, v, *others, **more: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, q, k, v, *others, **more: sdpa_backward_flop_count(grad, q, k, v),
+    torch.ops.aten.baddbmm_: lambda out, a, b, **more: 2 * math.prod(a) * b[-1],
     torch.ops.aten._linalg_eigh:
         lambda a, *others, **more: 9 * math.prod(a[:-2]) * a[-1] ** 3}
 
@@ -257,6 +266,12 @@ def step_flops(cfg):
     return count_flops(step_of(cfg, 'cpu'))
 
 
+@functools.cache
+def flops_of(name, data):
+    """Return the FLOPs of a training step of an arm that is trained from scratch."""
+    return step_flops(settings(name, data))
+
+
 def forward_flops(cfg):
     """Return the FLOPs of a forward pass of one batch. cfg: TrainConfig."""
     model, (x, y) = new_model(cfg, 'cpu'), random_tokens(cfg, 'cpu')
@@ -267,17 +282,18 @@ def forward_flops(cfg):
 def costs(run, saved, data):
     """Return the costs of a finished run as a dict. saved: its checkpoint.
 
-    flops: of all training, for a conversion with that of BASE, the calibration, and the teacher of
-    fine-tuning; parameter_bytes: with position embeddings; cache_bytes: per token of a full
-    context, float32.
+    flops: of all training. For a conversion: of training BASE, of the calibration, estimated as
+    CALIBRATION_STEPS steps, and of fine-tuning with its teacher. parameter_bytes: with position
+    embeddings. cache_bytes: per token of a full context, float32.
     """
     arm, cfg, model = ARMS[run.arm], settings(run.arm, data), GPT.from_checkpoint(saved)
-    flops = run.steps * step_flops(cfg)
     if arm.is_conversion:
-        calibration = 0 if arm.options.get('to') == 'gqa' else CALIBRATION_STEPS * step_flops(cfg)
-        own = replace(cfg, **saved['model_args'])
-        flops += calibration + arm.options.get('finetune_iters', 0) * (
-            step_flops(own) + forward_flops(cfg))
+        calibrated = CALIBRATION_STEPS * (arm.options.get('to') != 'gqa')
+        flops = (run.steps + calibrated) * flops_of(BASE, data)
+        tuned = replace(cfg, muon_per_head=False, **saved['model_args'])
+        flops += arm.options.get('finetune_iters', 0) * (step_flops(tuned) + forward_flops(cfg))
+    else:
+        flops = run.steps * flops_of(run.arm, data)
     return dict(flops=flops, parameter_bytes=sum(p.nbytes for p in model.parameters()),
                 cache_bytes=model.kv_cache_bytes(1, cfg.block_size) / cfg.block_size)
 
@@ -285,71 +301,75 @@ def costs(run, saved, data):
 # --------------------------------------------------------------------------------------------------
 # running
 
-def donor(run):
+def source(run):
     """Return the Run of BASE whose model a conversion changes."""
-    return run._replace(arm=BASE)
+    return run._replace(arm=BASE, definition=digest(BASE))
 
 
-def job_of(cfg, text, run):
-    """Return the Job of a run. text: what identifies the text, the name of a folder in out_dir."""
+def job_of(cfg, data, run):
+    """Return the Job of a run."""
     def folder(run):
-        return Path(cfg.out_dir) / text / (
-            f'{run.arm},steps={run.steps},rate={run.learning_rate:g},seed={run.seed}')
+        return Path(cfg.out_dir) / text_id(data) / (
+            f'{run.arm},{run.definition},steps={run.steps},rate={run.learning_rate:g},'
+            f'seed={run.seed}')
     arm, out = ARMS[run.arm], folder(run)
     argv = [*options_of(arm.options), f'--seed={run.seed}', '--device=cpu']
     if arm.is_conversion:
         return sweep.Job(out.name, out, None, [
-            str(ROOT / 'compress.py'), f'--out_dir={str(folder(donor(run)))!r}',
+            str(ROOT / 'compress.py'), f'--out_dir={str(folder(source(run)))!r}',
             f'--save_dir={str(out)!r}', *argv], None)
-    here = [f'--out_dir={str(out)!r}', '--device=cpu']
+    here = f'--out_dir={str(out)!r}'
     return sweep.Job(out.name, out, run.steps, [
-        str(ROOT / 'train.py'), RECIPE, *argv, *here, f'--dataset={cfg.dataset!r}',
-        f'--tokenizer={cfg.tokenizer}', f'--max_iters={run.steps}',
-        f'--warmup_iters={run.steps // 20}', f'--learning_rate={run.learning_rate}',
-        f'--min_lr={run.learning_rate / 10}', '--eval_iters=1', f'--eval_interval={run.steps}',
-        '--log_interval=100'], [str(ROOT / 'train.py'), '--init_from=resume', *here])
+        str(ROOT / 'train.py'), RECIPE, *argv, here, f'--dataset={str(data.folder.resolve())!r}',
+        f'--max_iters={run.steps}', f'--warmup_iters={run.steps // 20}',
+        f'--learning_rate={run.learning_rate}', f'--min_lr={run.learning_rate / 10}',
+        '--eval_iters=1', f'--eval_interval={run.steps}', '--log_interval=100'],
+        [str(ROOT / 'train.py'), '--init_from=resume', here, '--device=cpu'])
 
 
 def run_missing(cfg, record, data):
-    """Run what the record lacks, in parallel, and add it. Raises UserError if a run fails."""
-    text = data.meta['sha256'][:8]
-
-    def key(run):
-        return run._asdict() | {'text': text}
-    todo = [run for run in cfg.planned(data) if record.find(**key(run)) is None]
+    """Run what the record lacks, in parallel, and add it. Raises Failure if a run fails, after the
+    others have ended."""
+    todo = [run for run in cfg.planned(data)
+            if record.find(**run._asdict(), text=text_id(data)) is None]
     conversions = [run for run in todo if ARMS[run.arm].is_conversion]
-    trained = [run for run in todo if run not in conversions]
-    trained += dict.fromkeys(donor(run) for run in conversions if donor(run) not in trained)
+    trained = dict.fromkeys([run for run in todo if run not in conversions]
+                            + [source(run) for run in conversions])
     print(f'{len(todo)} runs to do, {cfg.jobs} at a time', flush=True)
-    failures = []
-    for runs in (trained, conversions):
-        jobs = [job_of(cfg, text, run) for run in runs]
-        runs = {job.name: run for job, run in zip(jobs, runs)}
-
-        def add(job, seconds=None):
-            saved, run = ckpt.load(job.folder / 'ckpt.pt'), runs[job.name]
-            record.make(lambda: dict(loss=loss_of(job), **costs(run, saved, data),
-                                     seconds=seconds), **key(run))
-
-        def ended(job, code, seconds):
-            if sweep.is_done(job):
-                add(job, round(seconds, 1))
-            else:
-                failures.append(sweep.failure(job, code))
-                print(failures[-1], flush=True)
-        for job in filter(sweep.is_done, jobs):         # ended, but was not recorded
-            add(job)
-        sweep.run_all(jobs, cfg.jobs, ended)
-        if failures:
-            raise UserError(failures[0])
+    failures = run_phase(cfg, record, data, trained)
+    failures += run_phase(cfg, record, data, [
+        run for run in conversions if sweep.is_done(job_of(cfg, data, source(run)))])
+    if failures:
+        raise Failure('; '.join(failures))
 
 
-def loss_of(job):
-    """Return the prefix-only loss of a finished run on the validation split."""
-    if job.steps is None:
-        return json.loads((job.folder / 'compress.json').read_text())['val_loss'][1]
-    row = sweep.result(job.folder, job.steps)
-    return row.get('val/prefix_loss', row['val/loss'])
+def run_phase(cfg, record, data, runs):
+    """Run these runs and add them to the record. Returns the messages of those that failed."""
+    failures, jobs = [], {job.name: (job, run) for run in runs
+                          for job in (job_of(cfg, data, run), )}
+
+    def ended(job, code, seconds):
+        if sweep.is_done(job):
+            run, saved = jobs[job.name][1], ckpt.load(job.folder / 'ckpt.pt')
+            record.make(lambda: losses_of(job) | costs(run, saved, data) | dict(seconds=seconds),
+                        **run._asdict(), text=text_id(data))
+        else:
+            failures.append(sweep.failure(job, code))
+            print(failures[-1], flush=True)
+    for job, _ in jobs.values():
+        if sweep.is_done(job):                                      # but it may not be recorded
+            ended(job, 0, None)
+    sweep.run_all([job for job, _ in jobs.values()], cfg.jobs, ended)
+    return failures
+
+
+def losses_of(job):
+    """Return the loss of a finished run on the validation split, and for a conversion that of its
+    source, as a dict."""
+    if job.steps is not None:
+        return dict(loss=sweep.result(job.folder, job.steps)['val/loss'])
+    losses = json.loads((job.folder / 'compress.json').read_text())['val_loss']
+    return dict(loss=losses[1], source_loss=losses[0])
 
 
 def describe(row, key):
@@ -362,60 +382,52 @@ def describe(row, key):
 class Results:
     """Finished runs of one text. A key is a tuple (arm, steps, learning rate).
 
-    losses: key -> seed -> loss; costs: key -> a row of the record; tried: key -> loss of RATE_SEED.
+    losses: key -> seed -> loss; excess: (budget, key) -> seed -> loss minus that of BASE, for a
+    conversion minus that of its source; costs: key -> cost -> mean over seeds; tried: key -> loss
+    of RATE_SEED; keys: budget -> arm -> key.
     """
 
     def __init__(self, rows):
-        self.losses, self.costs, self.tried = {}, {}, {}
+        self.losses, self.excess, self.costs, self.tried = {}, {}, {}, {}
+        self.keys, found = {}, {}
         for row in rows:
             key = row['arm'], row['steps'], row['learning_rate']
             if row['seed'] == RATE_SEED:
                 self.tried[key] = row['loss']
             else:
-                self.losses.setdefault(key, {})[row['seed']] = row['loss']
-                self.costs[key] = row
+                found.setdefault(key, []).append(row)
+        for key, rows in found.items():
+            self.losses[key] = {row['seed']: row['loss'] for row in rows}
+            self.costs[key] = {cost: statistics.mean(row[cost] for row in rows) for cost in LABELS}
+        per_step = {arm: self.costs[arm, steps, rate]['flops'] / steps
+                    for arm, steps, rate in self.losses}
+        for budget in ('steps', *COMPUTE_FRACTIONS):
+            self.keys[budget] = {arm: key for arm in ARMS if arm in per_step for key in [(
+                arm, steps_for(budget, per_step[arm] / per_step.get(BASE, per_step[arm])), RATE)]
+                if key in self.losses and (budget == 'steps' or arm in COMPUTE_ARMS)}
+            base = self.losses.get(self.keys[budget].get(BASE), {})
+            for key in self.keys[budget].values():
+                sources = {row['seed']: row['source_loss'] for row in found[key]
+                           if 'source_loss' in row}
+                self.excess[budget, key] = {
+                    seed: loss - (sources or base)[seed] for seed, loss in self.losses[key].items()
+                    if seed in (sources or base)}
 
-    def in_budget(self, budget):
-        """Return arm -> its key, of the arms that have runs in this budget."""
-        found = {}
-        for arm, steps, rate in self.losses:
-            ratio = self.step_flops(arm) / self.step_flops(BASE)
-            if (steps, rate) == (steps_for(budget, ratio), rate_of(arm)) and (
-                    budget == 'steps' or not ARMS[arm].is_conversion):
-                found[arm] = arm, steps, rate
-        return {arm: found[arm] for arm in ARMS if arm in found}
-
-    def step_flops(self, arm):
-        """Return the FLOPs per step of an arm, 1 if it has no runs."""
-        return next((row['flops'] / row['steps'] for key, row in self.costs.items()
-                     if key[0] == arm), 1)
-
-    def loss(self, key):
-        """Return the mean loss and the ends of its interval over seeds."""
-        return t_interval([*self.losses[key].values()])
-
-    def difference(self, key, other):
-        """Return the mean difference of two losses, paired by seed, and the ends of its
-        interval."""
-        own, theirs = self.losses[key], self.losses.get(other, {})
-        return t_interval([own[seed] - theirs[seed] for seed in own if seed in theirs])
-
-    def contest(self, cost, limit):
+    def best_by_family(self, cost, limit):
         """Return the best arm of each family within a limit, best first, as a list of keys.
 
-        cost: 'cache_bytes', 'parameter_bytes', or 'flops', where only arms with the compute of the
-        budget `limit` compete; limit: fraction of the cost of BASE.
+        cost: 'cache_bytes', 'parameter_bytes', or 'flops', where the arms have the compute of the
+        budget `limit`; limit: fraction of the cost of BASE.
         """
-        if cost == 'flops':
-            keys = self.in_budget(limit)
-        else:
-            keys = self.in_budget('steps')
-            keys = {arm: key for arm, key in keys.items() if BASE in keys
-                    and self.costs[key][cost] <= limit * self.costs[keys[BASE]][cost]}
-        best = {}
-        for arm, key in sorted(keys.items(), key=lambda item: self.loss(item[1])[0]):
-            best.setdefault(ARMS[arm].family, key)
+        budget, best = limit if cost == 'flops' else 'steps', {}
+        keys = self.keys[budget]
+        for arm, key in sorted(keys.items(), key=lambda item: self.mean_excess(budget, item[1])):
+            if cost == 'flops' or self.costs[key][cost] <= limit * self.costs[keys[BASE]][cost]:
+                best.setdefault(ARMS[arm].family, key)
         return list(best.values())
+
+    def mean_excess(self, budget, key):
+        return statistics.mean(self.excess[budget, key].values() or [math.inf])
 
 
 def interval_text(mean, low, high, form='.4f'):
@@ -424,38 +436,44 @@ def interval_text(mean, low, high, form='.4f'):
 
 
 def loss_table(results):
-    """Return a Markdown table of the costs of the arms as fractions of those of BASE, and of their
-    losses in each budget, minus that of BASE."""
-    budgets = {'steps': f'{STEPS:,} steps', 'compute': 'equal compute', 'half': 'half of it'}
-    keys = {budget: results.in_budget(budget) for budget in budgets}
-    base = {budget: found.get(BASE) for budget, found in keys.items()}
+    """Return a Markdown table of the arms: costs as fractions of those of BASE, the loss after
+    STEPS steps, and the difference to BASE in each budget."""
+    budgets = {'steps': 'minus BASE', 'compute': 'equal compute', 'half': 'half compute'}
+    whole = results.costs.get(results.keys['steps'].get(BASE))
     lines = []
-    for arm, key in keys['steps'].items():
-        row, whole = results.costs[key], results.costs[base['steps']]
-        losses = [
-            '' if arm not in keys[budget] else interval_text(*results.loss(keys[budget][arm]))
-            if arm == BASE else interval_text(*results.difference(keys[budget][arm], base[budget]),
-                                              form='+.3f') for budget in budgets]
-        lines.append([arm, str(len(results.losses[key])), *(f'{row[cost] / whole[cost]:.3f}'
-                                                            for cost in LABELS), *losses])
-    return '\n'.join([f'Losses of {BASE}, others minus it (95% intervals)', '', *format_table(
-        [['arm', 'seeds', *LABELS.values(), *budgets.values()], *lines], 1, markdown=True)])
+    for arm, key in results.keys['steps'].items():
+        differences = [
+            interval_text(*t_interval([*results.excess[budget, keys[arm]].values()]), form='+.3f')
+            if arm in keys and arm != BASE else ''
+            for budget, keys in results.keys.items()]
+        lines.append([arm, str(len(results.losses[key])), *(
+            f'{results.costs[key][cost] / whole[cost]:.3f}' if whole else '' for cost in LABELS),
+            interval_text(*t_interval([*results.losses[key].values()])), *differences])
+    return '\n'.join([
+        f'Costs are fractions of those of BASE, {BASE}. {STEPS:,} steps, then as many as the '
+        'compute of BASE or half of it allows. In brackets: 95% intervals over seeds, paired for '
+        'differences.', '', *format_table(
+            [['arm', 'seeds', *LABELS.values(), 'loss', *budgets.values()], *lines], 1,
+            markdown=True)]) if lines else ''
 
 
 def contest_table(results):
-    """Return a Markdown table of the best family and the next one in each of LIMITS."""
-    head = ['budget', 'best', 'loss', 'next family', 'it loses (95% interval)', 'clear']
+    """Return a Markdown table of the best family and the next one in each of LIMITS, or ''."""
     lines = []
-    for cost, limit in LIMITS:
-        first, second, *_ = [*results.contest(cost, limit), None, None]
+    for cost, limit in LIMITS if BASE in results.keys['steps'] else ():
+        first, second, *_ = [*results.best_by_family(cost, limit), None, None]
         if second:
-            mean, low, high = results.difference(second, first)
-            title = f'{LABELS[cost]}: ' + f'{SHARES.get(limit, limit):g}'
-            lines.append([title, first[0], f'{results.loss(first)[0]:.4f}', second[0],
-                          interval_text(mean, low, high, '+.4f'),
-                          'yes' if low is not None and low > 0 else 'no'])
-    return '\n'.join([f'Best families, budgets as fractions of {BASE}', '', *format_table(
-        [head, *lines], 1, markdown=True)]) if lines else ''
+            own, other = results.losses[first], results.losses[second]
+            mean, low, high = t_interval([other[seed] - own[seed] for seed in own if seed in other])
+            base = results.costs[results.keys['steps'][BASE]]['flops']
+            lines.append([f'{LABELS[cost]}: {COMPUTE_FRACTIONS.get(limit, limit):g}', *(
+                f'{key[0]} ({results.costs[key]["flops"] / base:.2f})' for key in (first, second)),
+                interval_text(mean, low, high, '+.4f'),
+                'yes' if low is not None and low > 0 else 'no'])
+    return '\n'.join([
+        'The best arm of the best family and of the next one. In brackets: training compute.', '',
+        *format_table([['budget', 'best', 'next', 'next minus best', 'interval above 0'], *lines],
+                      1, markdown=True)]) if lines else ''
 
 
 def rate_table(results):
@@ -469,53 +487,47 @@ def rate_table(results):
 
 
 def draw(results, path):
-    """Draw loss against each cost, one line per family, and write it to `path`.
+    """Draw the difference to BASE against each cost, one line per family, and write it to `path`.
 
     A line has the arms of its family that no cheaper arm of the family beats. Left out are
-    conversions without fine-tuning, losses above HIGHEST, and costs close to those of BASE. For
-    compute a line has the best arm of each budget.
+    conversions without fine-tuning, differences above MAX_EXCESS, and costs close to those of BASE.
+    For compute a line has the best arm of each budget.
     """
-    keys = results.in_budget('steps')
-    base = curve(results, 'dense', [(1, keys[BASE])])
+    keys = results.keys['steps']
     points = {cost: {family: [] for family in LOOKS} for cost in LABELS}
     for cost, most in (('cache_bytes', 0.7), ('parameter_bytes', 0.8)):
         for arm, key in keys.items():
             fraction = results.costs[key][cost] / results.costs[keys[BASE]][cost]
-            if (fraction <= most and results.loss(key)[0] <= base.y[0] + HIGHEST
-                    and (not ARMS[arm].is_conversion or arm.endswith('-tuned'))):
-                points[cost][ARMS[arm].family].append((fraction, key))
-    for budget, share in SHARES.items():
-        for key in results.contest('flops', budget):
-            points['flops'][ARMS[key[0]].family].append((share, key))
-    panels = [plots.Chart(
-        LABELS[cost], f'fraction of {BASE}',
-        [base._replace(label=BASE, x=None, look=plots.LEVEL)] + [
-            curve(results, family, frontier(results, found)) for family, found in families.items()
-            if found],
+            excess = t_interval([*results.excess['steps', key].values()])
+            if fraction <= most and (not ARMS[arm].is_conversion or arm.endswith('-tuned')):
+                points[cost][ARMS[arm].family].append((fraction, *excess))
+    for budget, fraction in COMPUTE_FRACTIONS.items():
+        base = results.losses[keys[BASE]]
+        for key in results.best_by_family('flops', budget):
+            excess = t_interval([loss - base[seed] for seed, loss in results.losses[key].items()
+                                 if seed in base])
+            points['flops'][ARMS[key[0]].family].append((fraction, *excess))
+    panels = [plots.Chart(LABELS[cost], f'fraction of {BASE}', [
+        plots.Curve(family, [x for x, *_ in found], [mean for _, mean, *_ in found], LOOKS[family],
+                    [high and high - mean for _, mean, _, high in found])
+        for family, found in zip(families, map(frontier, families.values())) if found],
         True, {2.0 ** -i: f'1/{2 ** i}' if i else '1' for i in range(2 if cost == 'flops' else 5)})
         for cost, families in points.items()]
     seeds = ', '.join(map(str, sorted(results.losses[keys[BASE]])))
-    plots.charts(path, panels, 'validation loss, nats per character',
-                 f'Mean and 95% interval over seeds {seeds}; {STEPS:,} steps; right: the steps '
-                 'that the compute allows. Dotted: a trained model, converted and tuned. Losses '
-                 f'more than {HIGHEST} above {BASE} are left out.')
+    plots.charts(path, panels, f'loss minus that of {BASE}, nats per character',
+                 f'Mean and 95% interval over seeds {seeds}, paired; {STEPS:,} steps; right: the '
+                 'steps that the compute allows. Dotted: a trained model, converted and tuned. '
+                 f'Differences above {MAX_EXCESS} are left out.')
 
 
-def frontier(results, points):
-    """Return the points (x, key) that no point with a smaller x beats, in the order of x."""
-    best, kept = math.inf, []
-    for x, key in sorted(points, key=lambda point: (point[0], results.loss(point[1])[0])):
-        if results.loss(key)[0] < best:
-            best = results.loss(key)[0]
-            kept.append((x, key))
+def frontier(points):
+    """Return the points (x, mean, low, high) that no point with a smaller x beats, in the order of
+    x."""
+    kept = []
+    for point in sorted(points):
+        if point[1] <= MAX_EXCESS and all(point[1] < other[1] for other in kept):
+            kept.append(point)
     return kept
-
-
-def curve(results, family, points):
-    """Return the Curve of a family. points: list of (x, key)."""
-    found = [results.loss(key) for _, key in sorted(points)]
-    return plots.Curve(family, [x for x, _ in sorted(points)], [mean for mean, _, _ in found],
-                       LOOKS[family], [high and high - mean for mean, _, high in found])
 
 
 def main(argv=None):
@@ -526,7 +538,8 @@ def main(argv=None):
 
 def experiment(cfg):
     """Run what is missing, print the tables and draw the figure. Raises UserError."""
-    plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
+    if cfg.record is None:
+        plots.require_matplotlib(f'the figure {FIGURE}', FIGURE)
     path = Path(cfg.record or RECORD)
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
@@ -534,18 +547,20 @@ def experiment(cfg):
         run_missing(cfg, Record(path, describe), data)
     elif not path.exists():
         raise UserError(f'run=False: {path} does not exist yet (nearest: --run=True)')
-    texts = {}
-    for row in read_json_lines(path):
-        texts.setdefault(row['text'], []).append(row)
+    texts, rows = {}, read_json_lines(path)
+    for row in rows:
+        if row.get('arm') in ARMS and row.get('definition') == digest(row['arm']):
+            texts.setdefault(row['text'], []).append(row)
+    left_out = len(rows) - sum(map(len, texts.values()))
+    if left_out:
+        print(f'{path}: {left_out} rows of arms with another definition are left out')
     for text, rows in texts.items():
         results = Results(rows)
-        tables = [rate_table(results)]
-        if BASE in results.in_budget('steps'):
-            tables += [loss_table(results), contest_table(results)]
-        print('\n\n'.join([f'Text {text}', *filter(None, tables)]), end='\n\n')
-    if cfg.record is None and TEXT in texts:
-        draw(Results(texts[TEXT]), FIGURE)
-        print(f'figure: {FIGURE}')
+        print('\n\n'.join(filter(None, [f'Text {text}', rate_table(results), loss_table(results),
+                                        contest_table(results)])), end='\n\n')
+        if cfg.record is None and text == TEXT and BASE in results.keys['steps']:
+            draw(results, FIGURE)
+            print(f'figure: {FIGURE}')
 
 
 if __name__ == '__main__':

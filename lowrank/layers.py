@@ -193,11 +193,18 @@ class SplitProjection(nn.Module):
             for name in self.heads})
 
     def init_mimetic(self):
-        """Draw W_k with rows of root mean square norm 0.5. W_q equals W_k. Layers of different
-        shapes or ranks keep their weights."""
-        if [p.shape for p in self.c_q.parameters()] == [p.shape for p in self.c_k.parameters()]:
-            init_weight(self.c_k, 0.5 / self.c_k.weight.size(1) ** 0.5)
-            self.c_q.load_state_dict(self.c_k.state_dict())
+        """Draw W_q and W_k with rows of root mean square norm 0.5 and equal values, or with the
+        same singular vectors if their ranks differ. They keep their weights if only one of them is
+        low-rank, or if there are fewer heads of keys."""
+        small, large = sorted((self.c_q, self.c_k), key=lambda layer: getattr(layer, 'rank', 0))
+        if type(small) is not type(large) or small.weight.shape != large.weight.shape:
+            return
+        init_weight(large, 0.5 / large.weight.size(1) ** 0.5)
+        if isinstance(large, LowRankLinear):
+            r, scale = small.rank, (large.rank / small.rank) ** 0.25        # keeps the norm of B A
+            small.set_factors(scale * large.B.weight[:, :r], scale * large.A.weight[:r])
+        else:
+            small.load_state_dict(large.state_dict())
 
     def layer(self, name):
         """Return the layer that makes the queries 'q', keys 'k' or values 'v'."""
