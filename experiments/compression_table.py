@@ -6,7 +6,8 @@ Measure the loss that low-rank layers add, by method and by fraction of the bloc
 
 The models are 'small', nanoGPT's CPU recipe, and 'wide', which has 13 times as many parameters.
 train.py trains the models that are not in out_dir yet. The tables compare methods on the same
-weights, without fine-tuning (with it, and with smaller models: experiments/equal_budget.py):
+weights, without fine-tuning. experiments/equal_budget.py measures fine-tuning and smaller models.
+The methods:
 
     plain               the SVD of the weights
     FWSVD               rows weighted by the root of their Fisher information (arXiv:2207.00112)

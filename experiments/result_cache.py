@@ -21,8 +21,8 @@ class Record:
         check_writable(path, path)
         self.path, self.rows = path, read_json_lines(path)
         self.describe, self.settings = describe, settings
-        others = {f'{key}={row[key]}' for row in self.rows for key in settings
-                  if row[key] != settings[key]}
+        others = {f'{key}={row.get(key)}' for row in self.rows for key in settings
+                  if row.get(key) != settings[key]}
         if others:
             raise UserError(f'{path}: holds results for {", ".join(sorted(others))}, not for '
                             f'{settings} (nearest: move the file away to start a new record)')

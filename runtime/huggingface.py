@@ -261,13 +261,16 @@ def check_tokenizer(cfg, set_by, saved, data, say):
         theirs, whose = (saved or {}).get('tokenizer'), saved and saved['path']
     else:
         theirs, whose = read_tokenizer(cfg.init_from), cfg.init_from
-    if theirs and any(theirs.get(key) != data.meta.get(key)
-                      for key in ('tokenizer', 'chars', 'vocab_size')):
+    if theirs and any(theirs.get(key) != data.meta.get(key) for key in ('tokenizer', 'chars')):
         here, there = ({*meta.get('chars', ())} for meta in (data.meta, theirs))
         new, missing = (''.join(sorted(chars))[:20] for chars in (here - there, there - here))
         raise UserError(f'dataset={cfg.dataset}: its characters differ from those of {whose}; '
                         f'new: {new!r}, missing: {missing!r} (nearest: a text with the same '
                         f'characters and --tokenizer={theirs["tokenizer"]}, or train.py '
+                        '--init_from=scratch)')
+    if theirs and theirs.get('vocab_size', data.vocab_size) != data.vocab_size:
+        raise UserError(f"dataset={cfg.dataset}: has the first {data.vocab_size} tokens of GPT-2's "
+                        f'BPE, {whose} the first {theirs["vocab_size"]} (nearest: train.py '
                         '--init_from=scratch)')
     if saved and theirs and theirs.get('sha256') != data.meta.get('sha256'):
         say(f'dataset={cfg.dataset}: not the text that {saved["path"]} was trained on')

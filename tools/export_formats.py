@@ -122,7 +122,8 @@ def to_gpt2(folder, model, saved, meta, lines):
         if meta:
             huggingface.write_tokenizer(folder, meta, plain.config.block_size)
     except UserError as e:                                          # no tiktoken, or no network
-        lines.append(f"left out: the tokenizer; it is 'gpt2' on Hugging Face's hub ({e})")
+        lines.append(f"left out: the tokenizer ({e}); its tokens are those of 'gpt2' on Hugging "
+                     "Face's hub")
 
 
 def to_safetensors(folder, model, saved, meta, lines):
