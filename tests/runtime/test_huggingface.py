@@ -20,10 +20,10 @@ import export
 import helpers
 import sample
 import train
-from helpers import checkpoint, checkpoint_of, equal, folder_bytes, slow
+from helpers import TEXT, TINY, checkpoint, checkpoint_of, equal, folder_bytes, slow
 from model import GPT, METHODS, GPTConfig
 from runtime import download, huggingface
-from runtime.data import GPT2_META, Tokenizer
+from runtime.data import GPT2_META, Tokenizer, write_dataset
 from tools.export_formats import NANOGPT_CONFIG, to_gpt2, to_safetensors
 
 pytestmark = [pytest.mark.usefixtures('one_thread', 'hub'), pytest.mark.filterwarnings('ignore')]
@@ -415,6 +415,14 @@ def test_training_goes_on_from_a_folder_in_its_tokens(trained, call, refused):
     assert (checkpoint()['iter_num'], checkpoint()['model_args']['gelu']) == (2, 'tanh')
     assert 'gelu=tanh' in refused(train.main, *data, '--init_from=mine', '--gelu=exact')
     assert 'dataset=toy: ' in refused(train.main, *data, '--init_from=gpt2')
+
+
+def test_a_model_of_a_small_bpe_is_not_trained_on_more_tokens_of_it(here, call, refused, byte_bpe):
+    for name, size in (('small', 300), ('large', 400)):
+        write_dataset(f'data/{name}', TEXT, 'gpt2', 'tests', size)
+    assert call(train.main, *TINY, '--dataset=small', '--out_dir=run').code == 0
+    line = refused(train.main, *TINY, '--dataset=large', '--init_from=run')
+    assert 'dataset=large' in line and '300' in line and '400' in line
 
 
 def test_a_run_is_exported_for_transformers_into_an_empty_folder(hf, trained, call, monkeypatch):
