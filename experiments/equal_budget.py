@@ -351,7 +351,8 @@ def run_phase(cfg, record, data, runs):
     def ended(job, code, seconds):
         if sweep.is_done(job):
             run, saved = jobs[job.name][1], ckpt.load(job.folder / 'ckpt.pt')
-            record.make(lambda: losses_of(job) | costs(run, saved, data) | dict(seconds=seconds),
+            record.make(lambda: losses_of(job) | costs(run, saved, data)
+                        | dict(seconds=seconds and round(seconds, 1)),
                         **run._asdict(), text=text_id(data))
         else:
             failures.append(sweep.failure(job, code))
