@@ -77,6 +77,7 @@ RATE_SEED = 11                      # learning rates are chosen on a seed that c
 TUNING_STEPS = 120                  # 10% more
 CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's calibration
 COMPUTE_FRACTIONS = {'compute': 1, 'half': 0.5}         # budget -> fraction of the compute of BASE
+BUDGETS = ('steps', *COMPUTE_FRACTIONS)
 STEP_TOLERANCE = 0.02               # arms whose steps differ by less take the steps of BASE
 TEXT = 'char-65-86c4e6aa'           # the text of the figure, Tiny Shakespeare; see `text_id`
 # pairs of a cost and a limit, a fraction of the cost of BASE; for 'flops' a budget
@@ -151,9 +152,8 @@ ARMS |= {f'{family}-{name}{suffix}': Arm(family, options | tuning, True)
 # the control of fine-tuning: keep=1 leaves all layers dense
 ARMS[f'{BASE}-tuned'] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)
 # arms that are also trained with the compute of BASE, and with half of it
-COMPUTE_ARMS = ('dense-4x128', 'dense-4x160', 'dense-4x96', 'dense-4x64', 'dense-3x128',
-                'dense-2x128', 'gqa-1', 'gqa-1-of-8', 'mla-64', 'mla-32', 'weight-v-8',
-                'weight-kv-16', 'causal-v-8', 'factored-0.55', 'factored-0.4')
+COMPUTE_ARMS = ('dense-4x128', 'dense-4x160', 'dense-4x96', 'dense-3x128', 'gqa-1-of-8', 'mla-32',
+                'weight-kv-16', 'factored-0.55')
 
 # A training run of an arm. definition: from `digest`
 Run = namedtuple('Run', 'arm definition steps learning_rate seed')
@@ -179,7 +179,7 @@ class BudgetConfig:
 
     def __post_init__(self):
         configuration.validate(self)
-        for name, valid in (('arms', ['all', *ARMS]), ('budgets', ['steps', *COMPUTE_FRACTIONS])):
+        for name, valid in (('arms', ['all', *ARMS]), ('budgets', BUDGETS)):
             wrong = [word for word in getattr(self, name).split(',') if word not in valid]
             if wrong:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of '
@@ -380,109 +380,104 @@ def describe(row, key):
 # --------------------------------------------------------------------------------------------------
 # tables and figure
 
-class Results:
-    """Finished runs of one text. A key is a tuple (arm, steps, learning rate).
+# An arm in a budget. losses: seed -> loss; excess: seed -> loss minus that of BASE, or of a
+# conversion's source; costs: cost -> mean over seeds, as a fraction of the cost of BASE
+Result = namedtuple('Result', 'arm losses excess costs')
 
-    losses: key -> seed -> loss; excess: (budget, key) -> seed -> loss minus that of BASE, for a
-    conversion minus that of its source; costs: key -> cost -> mean over seeds; tried: key -> loss
-    of RATE_SEED; keys: budget -> arm -> key.
+
+def collect(rows):
+    """Return budget -> arm -> Result of the rows of one text, or {} if BASE is missing."""
+    runs, results = {}, {}
+    for row in rows:
+        if row['learning_rate'] == RATE and row['seed'] != RATE_SEED:
+            runs.setdefault((row['arm'], row['steps']), {})[row['seed']] = row
+    if (BASE, STEPS) not in runs:
+        return {}
+    whole = mean_costs(runs[BASE, STEPS])
+    per_step = {arm: mean_costs(seeds)['flops'] / steps for (arm, steps), seeds in runs.items()}
+    for budget in BUDGETS:
+        base, results[budget] = runs.get((BASE, steps_for(budget, 1)), {}), {}
+        for arm in ARMS if budget == 'steps' else COMPUTE_ARMS:
+            seeds = runs.get((arm, steps_for(budget, per_step.get(arm, 1) / per_step[BASE])), {})
+            excess = {seed: row['loss'] - row.get('source_loss', base[seed]['loss'])
+                      for seed, row in seeds.items() if seed in base}
+            if excess:
+                results[budget][arm] = Result(
+                    arm, {seed: row['loss'] for seed, row in seeds.items()}, excess,
+                    {cost: value / whole[cost] for cost, value in mean_costs(seeds).items()})
+    return results
+
+
+def mean_costs(seeds):
+    """Return cost -> mean over seeds. seeds: seed -> row of the record."""
+    return {cost: statistics.mean(row[cost] for row in seeds.values()) for cost in LABELS}
+
+
+def best_by_family(results, cost, limit):
+    """Return the best Result of each family within a limit, best first.
+
+    results: budget -> arm -> Result; cost, limit: from LIMITS.
     """
-
-    def __init__(self, rows):
-        self.losses, self.excess, self.costs, self.tried = {}, {}, {}, {}
-        self.keys, found = {}, {}
-        for row in rows:
-            key = row['arm'], row['steps'], row['learning_rate']
-            if row['seed'] == RATE_SEED:
-                self.tried[key] = row['loss']
-            else:
-                found.setdefault(key, []).append(row)
-        for key, rows in found.items():
-            self.losses[key] = {row['seed']: row['loss'] for row in rows}
-            self.costs[key] = {cost: statistics.mean(row[cost] for row in rows) for cost in LABELS}
-        per_step = {arm: self.costs[arm, steps, rate]['flops'] / steps
-                    for arm, steps, rate in self.losses}
-        for budget in ('steps', *COMPUTE_FRACTIONS):
-            self.keys[budget] = {arm: key for arm in ARMS if arm in per_step for key in [(
-                arm, steps_for(budget, per_step[arm] / per_step.get(BASE, per_step[arm])), RATE)]
-                if key in self.losses and (budget == 'steps' or arm in COMPUTE_ARMS)}
-            base = self.losses.get(self.keys[budget].get(BASE), {})
-            for key in self.keys[budget].values():
-                sources = {row['seed']: row['source_loss'] for row in found[key]
-                           if 'source_loss' in row}
-                self.excess[budget, key] = {
-                    seed: loss - (sources or base)[seed] for seed, loss in self.losses[key].items()
-                    if seed in (sources or base)}
-
-    def best_by_family(self, cost, limit):
-        """Return the best arm of each family within a limit, best first, as a list of keys.
-
-        cost: 'cache_bytes', 'parameter_bytes', or 'flops', where the arms have the compute of the
-        budget `limit`; limit: fraction of the cost of BASE.
-        """
-        budget, best = limit if cost == 'flops' else 'steps', {}
-        keys = self.keys[budget]
-        for arm, key in sorted(keys.items(), key=lambda item: self.mean_excess(budget, item[1])):
-            if cost == 'flops' or self.costs[key][cost] <= limit * self.costs[keys[BASE]][cost]:
-                best.setdefault(ARMS[arm].family, key)
-        return list(best.values())
-
-    def mean_excess(self, budget, key):
-        return statistics.mean(self.excess[budget, key].values() or [math.inf])
+    budget, best = limit if cost == 'flops' else 'steps', {}
+    for result in sorted(results[budget].values(), key=lambda one: average(one.excess)):
+        if cost == 'flops' or result.costs[cost] <= limit:
+            best.setdefault(ARMS[result.arm].family, result)
+    return list(best.values())
 
 
-def interval_text(mean, low, high, form='.4f'):
-    return '' if mean is None else f'{mean:{form}}' + (
-        '' if low is None else f' ({low:{form}} to {high:{form}})')
+def average(by_seed):
+    return statistics.mean(by_seed.values())
+
+
+def interval_text(by_seed, form):
+    """Return the mean and the 95% interval of seed -> value as text. form: format of a number."""
+    middle, low, high = t_interval([*by_seed.values()])
+    return f'{middle:{form}}' + ('' if low is None else f' ({low:{form}} to {high:{form}})')
 
 
 def loss_table(results):
-    """Return a Markdown table of the arms: costs as fractions of those of BASE, the loss after
-    STEPS steps, and the difference to BASE in each budget."""
-    budgets = {'steps': 'minus BASE', 'compute': 'equal compute', 'half': 'half compute'}
-    whole = results.costs.get(results.keys['steps'].get(BASE))
-    lines = []
-    for arm, key in results.keys['steps'].items():
-        differences = [
-            interval_text(*t_interval([*results.excess[budget, keys[arm]].values()]), form='+.3f')
-            if arm in keys and arm != BASE else ''
-            for budget, keys in results.keys.items()]
-        lines.append([arm, str(len(results.losses[key])), *(
-            f'{results.costs[key][cost] / whole[cost]:.3f}' if whole else '' for cost in LABELS),
-            interval_text(*t_interval([*results.losses[key].values()])), *differences])
+    """Return a Markdown table of the arms. results: budget -> arm -> Result."""
+    lines = [[
+        arm, str(len(result.losses)), *(f'{result.costs[cost]:.3f}' for cost in LABELS),
+        interval_text(result.losses, '.4f'),
+        *(interval_text(results[budget][arm].excess, '+.3f')
+          if arm in results[budget] and arm != BASE else '' for budget in BUDGETS)]
+        for arm, result in results['steps'].items()]
     return '\n'.join([
         f'Costs are fractions of those of BASE, {BASE}. {STEPS:,} steps, then as many as the '
         'compute of BASE or half of it allows. In brackets: 95% intervals over seeds, paired for '
         'differences.', '', *format_table(
-            [['arm', 'seeds', *LABELS.values(), 'loss', *budgets.values()], *lines], 1,
-            markdown=True)]) if lines else ''
+            [['arm', 'seeds', *LABELS.values(), 'loss', 'minus BASE', 'equal compute',
+              'half compute'], *lines], 1, markdown=True)])
 
 
 def contest_table(results):
-    """Return a Markdown table of the best family and the next one in each of LIMITS, or ''."""
+    """Return a Markdown table of the best family and the next one in each of LIMITS.
+    results: budget -> arm -> Result."""
     lines = []
-    for cost, limit in LIMITS if BASE in results.keys['steps'] else ():
-        first, second, *_ = [*results.best_by_family(cost, limit), None, None]
-        if second:
-            own, other = results.losses[first], results.losses[second]
-            mean, low, high = t_interval([other[seed] - own[seed] for seed in own if seed in other])
-            base = results.costs[results.keys['steps'][BASE]]['flops']
-            lines.append([f'{LABELS[cost]}: {COMPUTE_FRACTIONS.get(limit, limit):g}', *(
-                f'{key[0]} ({results.costs[key]["flops"] / base:.2f})' for key in (first, second)),
-                interval_text(mean, low, high, '+.4f'),
-                'yes' if low is not None and low > 0 else 'no'])
+    for cost, limit in LIMITS:
+        two = best_by_family(results, cost, limit)[:2]
+        if len(two) == 2:
+            own, other = (result.losses for result in two)
+            lead = {seed: other[seed] - own[seed] for seed in own if seed in other}
+            low = t_interval([*lead.values()])[1]
+            lines.append([f'{LABELS[cost]}: {COMPUTE_FRACTIONS.get(limit, limit):g}',
+                          *(f'{result.arm} ({result.costs["flops"]:.2f})' for result in two),
+                          interval_text(lead, '+.4f'),
+                          'yes' if low is not None and low > 0 else 'no'])
     return '\n'.join([
         'The best arm of the best family and of the next one. In brackets: training compute.', '',
         *format_table([['budget', 'best', 'next', 'next minus best', 'interval above 0'], *lines],
-                      1, markdown=True)]) if lines else ''
+                      1, markdown=True)])
 
 
-def rate_table(results):
+def rate_table(rows):
     """Return a Markdown table of the losses at several learning rates, or ''."""
-    rates = sorted({rate for _, _, rate in results.tried})
-    lines = [[arm, *(f'{results.tried[arm, STEPS, rate]:.4f}'
-                     if (arm, STEPS, rate) in results.tried else '' for rate in rates)]
-             for arm in ARMS if any(key[0] == arm for key in results.tried)]
+    tried = {(row['arm'], row['learning_rate']): f'{row["loss"]:.4f}' for row in rows
+             if row['seed'] == RATE_SEED and row['steps'] == STEPS}
+    rates = sorted({rate for _, rate in tried})
+    lines = [[arm, *(tried.get((arm, rate), '') for rate in rates)]
+             for arm in dict.fromkeys(arm for arm, _ in tried)]
     return '\n'.join([f'Learning rates, seed {RATE_SEED}', '', *format_table(
         [['arm', *(f'{rate:g}' for rate in rates)], *lines], 1, markdown=True)]) if lines else ''
 
@@ -492,42 +487,46 @@ def draw(results, path):
 
     A line has the arms of its family that no cheaper arm of the family beats. Left out are
     conversions without fine-tuning, differences above MAX_EXCESS, and costs close to those of BASE.
-    For compute a line has the best arm of each budget.
+    For compute a line has the best arm of each budget, and differences are to BASE after STEPS
+    steps. results: budget -> arm -> Result.
     """
-    keys = results.keys['steps']
     points = {cost: {family: [] for family in LOOKS} for cost in LABELS}
     for cost, most in (('cache_bytes', 0.7), ('parameter_bytes', 0.8)):
-        for arm, key in keys.items():
-            fraction = results.costs[key][cost] / results.costs[keys[BASE]][cost]
-            excess = t_interval([*results.excess['steps', key].values()])
-            if fraction <= most and (not ARMS[arm].is_conversion or arm.endswith('-tuned')):
-                points[cost][ARMS[arm].family].append((fraction, *excess))
+        for arm, result in results['steps'].items():
+            if result.costs[cost] <= most and (
+                    not ARMS[arm].is_conversion or arm.endswith('-tuned')):
+                points[cost][ARMS[arm].family].append((result.costs[cost], result.excess))
+    base = results['steps'][BASE].losses
     for budget, fraction in COMPUTE_FRACTIONS.items():
-        base = results.losses[keys[BASE]]
-        for key in results.best_by_family('flops', budget):
-            excess = t_interval([loss - base[seed] for seed, loss in results.losses[key].items()
-                                 if seed in base])
-            points['flops'][ARMS[key[0]].family].append((fraction, *excess))
+        for arm, losses, *_ in best_by_family(results, 'flops', budget):
+            points['flops'][ARMS[arm].family].append(
+                (fraction, {seed: losses[seed] - base[seed] for seed in losses if seed in base}))
     panels = [plots.Chart(LABELS[cost], f'fraction of {BASE}', [
-        plots.Curve(family, [x for x, *_ in found], [mean for _, mean, *_ in found], LOOKS[family],
-                    [high and high - mean for _, mean, _, high in found])
-        for family, found in zip(families, map(frontier, families.values())) if found],
+        curve(family, found) for family, found in families.items() if frontier(found)],
         True, {2.0 ** -i: f'1/{2 ** i}' if i else '1' for i in range(2 if cost == 'flops' else 5)})
         for cost, families in points.items()]
-    seeds = ', '.join(map(str, sorted(results.losses[keys[BASE]])))
+    seeds = ', '.join(map(str, sorted(base)))
     plots.charts(path, panels, f'loss minus that of {BASE}, nats per character',
                  f'Mean and 95% interval over seeds {seeds}, paired; {STEPS:,} steps; right: the '
                  'steps that the compute allows. Dotted: a trained model, converted and tuned. '
                  f'Differences above {MAX_EXCESS} are left out.')
 
 
+def curve(family, points):
+    """Return the plots.Curve of a family. points: pairs (x, seed -> difference)."""
+    x, differences = zip(*frontier(points))
+    means, _, highs = zip(*(t_interval([*by_seed.values()]) for by_seed in differences))
+    return plots.Curve(family, x, means, LOOKS[family],
+                       [high and high - mean for mean, high in zip(means, highs)])
+
+
 def frontier(points):
-    """Return the points (x, mean, low, high) that no point with a smaller x beats, in the order of
-    x."""
+    """Return the points that no point with a smaller x beats, in the order of x. points: pairs
+    (x, seed -> difference). Points above MAX_EXCESS are left out."""
     kept = []
-    for point in sorted(points):
-        if point[1] <= MAX_EXCESS and all(point[1] < other[1] for other in kept):
-            kept.append(point)
+    for x, by_seed in sorted(points, key=lambda point: (point[0], average(point[1]))):
+        if average(by_seed) < min([MAX_EXCESS, *(average(other) for _, other in kept)]):
+            kept.append((x, by_seed))
     return kept
 
 
@@ -556,10 +555,10 @@ def experiment(cfg):
     if left_out:
         print(f'{path}: {left_out} rows of arms with another definition are left out')
     for text, rows in texts.items():
-        results = Results(rows)
-        print('\n\n'.join(filter(None, [f'Text {text}', rate_table(results), loss_table(results),
-                                        contest_table(results)])), end='\n\n')
-        if cfg.record is None and text == TEXT and BASE in results.keys['steps']:
+        results = collect(rows)
+        tables = [loss_table(results), contest_table(results)] if results else []
+        print('\n\n'.join(filter(None, [f'Text {text}', rate_table(rows), *tables])), end='\n\n')
+        if cfg.record is None and text == TEXT and results:
             draw(results, FIGURE)
             print(f'figure: {FIGURE}')
 

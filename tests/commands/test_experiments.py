@@ -197,8 +197,8 @@ def test_equal_compute_means_steps_in_inverse_proportion_to_flops():
 
 
 def budget_results(budget, losses, caches, **more):
-    """Return the Results of losses, arm -> one loss per seed, with these cache bytes."""
-    return budget.Results([
+    """Return budget -> arm -> Result. losses: arm -> one loss per seed; caches: arm -> bytes."""
+    return budget.collect([
         dict(arm=arm, steps=1200, learning_rate=budget.RATE, seed=seed, loss=loss, flops=1e12,
              parameter_bytes=10, cache_bytes=caches[arm]) | more.get(arm, {})
         for arm, found in losses.items() for seed, loss in enumerate(found)])
@@ -209,12 +209,12 @@ def test_the_best_family_is_the_one_with_the_lowest_mean_within_the_budget():
     are paired by seed."""
     budget = experiment('equal_budget')
     results = budget_results(budget, {
-        'dense-4x128': (1.0, 2.0, 3.0), 'gqa-1': (1.3, 2.3, 3.3), 'gqa-2': (1.1, 2.1, 3.1),
-        'mla-64': (1.2, 2.2, 3.5), 'mla-32': (1.4, 2.3, 3.6)}, {
-        'dense-4x128': 4096, 'gqa-1': 1024, 'gqa-2': 2048, 'mla-64': 1024, 'mla-32': 512})
-    assert [key[0] for key in results.best_by_family('cache_bytes', 0.25)] == ['gqa-1', 'mla-64']
-    assert [key[0] for key in results.best_by_family('flops', 'compute')] == [
-        'dense-4x128', 'gqa-1', 'mla-64']
+        'dense-4x128': (1.0, 2.0, 3.0), 'gqa-1': (1.3, 2.3, 3.3),
+        'gqa-1-of-8': (1.1, 2.1, 3.1), 'mla-64': (1.2, 2.2, 3.5), 'mla-32': (1.4, 2.3, 3.6)}, {
+        'dense-4x128': 4096, 'gqa-1': 1024, 'gqa-1-of-8': 2048, 'mla-64': 1024, 'mla-32': 512})
+    for cost, limit, best in (('cache_bytes', 0.25, ['gqa-1', 'mla-64']),
+                              ('flops', 'compute', ['dense-4x128', 'gqa-1-of-8', 'mla-32'])):
+        assert [one.arm for one in budget.best_by_family(results, cost, limit)] == best
     # gqa-1 loses to mla-64 by 0.1, 0.1, -0.2: standard error 0.1, quantile 4.303
     assert '| gqa-1 (1.00) | mla-64 (1.00) | +0.0000 (-0.4303 to +0.4303) |' in ' '.join(
         budget.contest_table(results).split())
@@ -227,8 +227,7 @@ def test_a_conversion_is_compared_with_its_own_source():
     results = budget_results(
         budget, {'dense-4x128': (1.0, 2.0), 'to-gqa-2': (1.6, 2.6)}, {
             'dense-4x128': 2, 'to-gqa-2': 1}, **{'to-gqa-2': dict(source_loss=1.5)})
-    key = results.keys['steps']['to-gqa-2']
-    assert results.excess['steps', key] == pytest.approx({0: 0.1, 1: 1.1})
+    assert results['steps']['to-gqa-2'].excess == pytest.approx({0: 0.1, 1: 1.1})
 
 
 @pytest.mark.slow
