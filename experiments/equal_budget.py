@@ -90,8 +90,8 @@ MAX_EXCESS = 0.2                    # of a loss in the figure, nats above BASE
 LOOKS = {'dense': ('0.25', 'o', '-'),
          **{family: (colour, marker, '-') for family, colour, marker in zip(
              ('gqa', 'mla', 'weight', 'causal', 'factored'), plots.COLOURS, plots.MARKERS[1:])},
-         'to-gqa': (plots.COLOURS[0], 's', ':'), 'to-mla': (plots.COLOURS[1], '^', ':'),
-         'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'P', ':')}
+         'to-gqa': (plots.COLOURS[0], '<', ':'), 'to-mla': (plots.COLOURS[1], '>', ':'),
+         'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'd', ':')}
 
 # Ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They are
 # those of compressed-0.55, ... with seed 1337. Equal ranks in all layers were worse
