@@ -252,10 +252,6 @@ class Results(Record):
         return super().make(fields, **key)
 
 
-def describe(row, key):
-    return ', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds'))
-
-
 def block_params(model):
     return sum(p.numel() for p in model.transformer.h.parameters())
 
@@ -393,7 +389,7 @@ def experiment(cfg):
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, 'char'))
-        record = Results(RECORD, describe)
+        record = Results(RECORD)
         for name in cfg.models.split(','):
             make(cfg, record, name, data)
     rows = read_json_lines(RECORD)

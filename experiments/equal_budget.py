@@ -72,17 +72,19 @@ from experiments.result_cache import Record
 RECORD = Path(__file__).with_suffix('.jsonl')
 FIGURE = ROOT / 'docs' / 'frontier.png'
 RECIPE = str(ROOT / 'config' / 'train_baseline_test.py')
-BASE, STEPS, RATE = 'dense-4x128', 1200, 3.5e-3
+BASE, TUNED_BASE = 'dense-4x128', 'dense-4x128-tuned'
+STEPS, RATE = 1200, 3.5e-3
 RATE_SEED = 11                      # learning rates are chosen on a seed that counts nowhere else
 TUNING_STEPS = 120                  # 10% more
 CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's calibration
 COMPUTE_FRACTIONS = {'compute': 1, 'half': 0.5}         # budget -> fraction of the compute of BASE
 BUDGETS = ('steps', *COMPUTE_FRACTIONS)
-STEP_TOLERANCE = 0.02               # arms whose steps differ by less take the steps of BASE
+TOLERANCE = 0.02                    # costs that differ by less are equal
 TEXT = 'char-65-86c4e6aa'           # the text of the figure, Tiny Shakespeare; see `text_id`
-# pairs of a cost and a limit, a fraction of the cost of BASE; for 'flops' a budget
-LIMITS = (('cache_bytes', 1 / 4), ('cache_bytes', 1 / 8), ('parameter_bytes', 0.6),
-          ('parameter_bytes', 0.44), ('flops', 'compute'), ('flops', 'half'))
+# a cost, its limit as a fraction of the cost of BASE, and the budget of the runs that compete
+LIMITS = (('cache_bytes', 1 / 4, 'steps'), ('cache_bytes', 1 / 8, 'steps'),
+          ('parameter_bytes', 0.6, 'steps'), ('parameter_bytes', 0.44, 'steps'),
+          *(('flops', fraction, budget) for budget, fraction in COMPUTE_FRACTIONS.items()))
 LABELS = {'cache_bytes': 'cache bytes', 'parameter_bytes': 'parameter bytes',
           'flops': 'training compute'}
 MAX_EXCESS = 0.2                    # of a loss in the figure, nats above BASE
@@ -150,10 +152,10 @@ ARMS |= {f'{family}-{name}{suffix}': Arm(family, options | tuning, True)
          for family, arms in CONVERTED.items() for name, options in arms.items()
          for suffix, tuning in (('', {}), ('-tuned', dict(finetune_iters=TUNING_STEPS)))}
 # the control of fine-tuning: keep=1 leaves all layers dense
-ARMS[f'{BASE}-tuned'] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)
+ARMS[TUNED_BASE] = Arm('dense', dict(keep=1.0, finetune_iters=TUNING_STEPS), True)
 # arms that are also trained with the compute of BASE, and with half of it
-COMPUTE_ARMS = ('dense-4x128', 'dense-4x160', 'dense-4x96', 'dense-3x128', 'gqa-1-of-8', 'mla-32',
-                'weight-kv-16', 'factored-0.55')
+COMPUTE_ARMS = ('dense-4x128', 'dense-4x160', 'dense-4x96', 'dense-3x128', 'dense-2x128',
+                'gqa-1-of-8', 'mla-32', 'weight-kv-16', 'factored-0.55')
 
 # A training run of an arm. definition: from `digest`
 Run = namedtuple('Run', 'arm definition steps learning_rate seed')
@@ -184,22 +186,28 @@ class BudgetConfig:
             if wrong:
                 raise ValueError(f'{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of '
                                  f'{", ".join(valid)} (nearest: {valid[0]!r})')
-        for name, kind in (('seeds', int), ('rates', float)):
+        for name, kind, nearest in (('seeds', int, '1337,1338'), ('rates', float, '2.5e-3,5e-3')):
             try:
-                numbers(getattr(self, name), kind)
+                is_valid = all(0 <= number < math.inf
+                               for number in numbers(getattr(self, name), kind))
             except ValueError:
-                raise ValueError(f'{name}={getattr(self, name)!r}: must be numbers, separated by '
-                                 "commas (nearest: '1337,1338')") from None
+                is_valid = False
+            if not is_valid:
+                raise ValueError(f'{name}={getattr(self, name)!r}: must be numbers of at least 0, '
+                                 f'separated by commas (nearest: {nearest!r})')
 
     def planned(self, data):
-        """Return the Runs that the options ask for."""
-        arms, budgets, runs = self.arms.split(','), self.budgets.split(','), []
-        for seed, name in product(numbers(self.seeds, int), ARMS):
-            for budget in budgets if name in arms or 'all' in arms else ():
-                if budget == 'steps' or name in COMPUTE_ARMS:
-                    ratio = 1 if budget == 'steps' else flops_of(name, data) / flops_of(BASE, data)
-                    runs += [Run(name, digest(name), steps_for(budget, ratio), rate, seed)
-                             for rate in numbers(self.rates, float) or [RATE]]
+        """Return the Runs that the options ask for. Raises UserError if there are none."""
+        wanted, runs = self.arms.split(','), []
+        names = [name for name in ARMS if name in wanted or 'all' in wanted]
+        for seed, name, budget in product(numbers(self.seeds, int), names, self.budgets.split(',')):
+            if budget == 'steps' or name in COMPUTE_ARMS:
+                ratio = 1 if budget == 'steps' else flops_of(name, data) / flops_of(BASE, data)
+                runs += [Run(name, digest(name), steps_for(budget, ratio), rate, seed)
+                         for rate in numbers(self.rates, float) or [RATE]]
+        if not runs:
+            raise UserError(f'budgets={self.budgets!r}: these arms run with equal steps only '
+                            "(nearest: 'steps')")
         return list(dict.fromkeys(runs))
 
 
@@ -210,8 +218,9 @@ def numbers(words, kind):
 
 def digest(name):
     """Return a hash of what defines an arm. Runs of another definition do not count."""
-    arm = ARMS[name]
-    return hashlib.sha256(json.dumps([Path(RECIPE).read_text(), arm.options, arm.is_conversion],
+    arm, (values, set_by) = ARMS[name], configuration.parse(TrainConfig, [RECIPE])
+    recipe = {key: values[key] for key in set_by}
+    return hashlib.sha256(json.dumps([recipe, arm.options, arm.is_conversion],
                                      sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -224,15 +233,15 @@ def text_id(data):
 
 def steps_for(budget, ratio):
     """Return the steps of an arm in a budget. ratio: FLOPs per step of the arm / those of BASE."""
-    share = COMPUTE_FRACTIONS.get(budget, 1)
-    is_equal = budget == 'steps' or abs(1 / ratio - 1) <= STEP_TOLERANCE
-    return round(STEPS * share / (1 if is_equal else ratio))
+    if budget == 'steps' or abs(1 / ratio - 1) <= TOLERANCE:
+        ratio = 1
+    return round(STEPS * COMPUTE_FRACTIONS.get(budget, 1) / ratio)
 
 
 # --------------------------------------------------------------------------------------------------
 # costs
 
-# The shapes of the arguments -> FLOPs, of operations that FlopCounterMode does not know
+# FLOPs of operations that FlopCounterMode does not know, from the shapes of their arguments
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *others, **more: sdpa_flop_count(q, k, v),
@@ -345,22 +354,23 @@ def run_missing(cfg, record, data):
 
 def run_phase(cfg, record, data, runs):
     """Run these runs and add them to the record. Returns the messages of those that failed."""
-    failures, jobs = [], {job.name: (job, run) for run in runs
-                          for job in (job_of(cfg, data, run), )}
+    failures, jobs = [], [job_of(cfg, data, run) for run in runs]
+    run_of = {job.name: run for job, run in zip(jobs, runs)}
+    threads = max(1, torch.get_num_threads() // cfg.jobs)
 
     def ended(job, code, seconds):
         if sweep.is_done(job):
-            run, saved = jobs[job.name][1], ckpt.load(job.folder / 'ckpt.pt')
-            record.make(lambda: losses_of(job) | costs(run, saved, data)
-                        | dict(seconds=seconds and round(seconds, 1)),
+            run = run_of[job.name]
+            record.make(lambda: losses_of(job) | costs(run, ckpt.load(job.folder / 'ckpt.pt'), data)
+                        | dict(seconds=seconds and round(seconds, 1), threads=threads),
                         **run._asdict(), text=text_id(data))
         else:
             failures.append(sweep.failure(job, code))
             print(failures[-1], flush=True)
-    for job, _ in jobs.values():
+    for job in jobs:
         if sweep.is_done(job):                                      # but it may not be recorded
             ended(job, 0, None)
-    sweep.run_all([job for job, _ in jobs.values()], cfg.jobs, ended)
+    sweep.run_all(jobs, cfg.jobs, ended)
     return failures
 
 
@@ -373,39 +383,49 @@ def losses_of(job):
     return dict(loss=losses[1], source_loss=losses[0])
 
 
-def describe(row, key):
-    return ', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds'))
-
-
 # --------------------------------------------------------------------------------------------------
 # tables and figure
 
-# An arm in a budget. losses: seed -> loss; excess: seed -> loss minus that of BASE, or of a
-# conversion's source; costs: cost -> mean over seeds, as a fraction of the cost of BASE
+# An arm in a budget. losses: seed -> loss; excess: seed -> loss minus that of the dense model, see
+# `collect`; costs: cost -> mean over seeds, as a fraction of the cost of BASE
 Result = namedtuple('Result', 'arm losses excess costs')
 
 
 def collect(rows):
-    """Return budget -> arm -> Result of the rows of one text, or {} if BASE is missing."""
+    """Return budget -> arm -> Result of the rows of one text, or {} if BASE is missing.
+
+    An arm is compared with BASE at equal steps or equal compute. A conversion is compared with the
+    model that it was made from, and after fine-tuning with TUNED_BASE, which had the same.
+    """
     runs, results = {}, {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: [*ARMS].index(row['arm'])):
         if row['learning_rate'] == RATE and row['seed'] != RATE_SEED:
             runs.setdefault((row['arm'], row['steps']), {})[row['seed']] = row
     if (BASE, STEPS) not in runs:
         return {}
-    whole = mean_costs(runs[BASE, STEPS])
-    per_step = {arm: mean_costs(seeds)['flops'] / steps for (arm, steps), seeds in runs.items()}
-    for budget in BUDGETS:
-        base, results[budget] = runs.get((BASE, steps_for(budget, 1)), {}), {}
-        for arm in ARMS if budget == 'steps' else COMPUTE_ARMS:
-            seeds = runs.get((arm, steps_for(budget, per_step.get(arm, 1) / per_step[BASE])), {})
-            excess = {seed: row['loss'] - row.get('source_loss', base[seed]['loss'])
-                      for seed, row in seeds.items() if seed in base}
-            if excess:
-                results[budget][arm] = Result(
-                    arm, {seed: row['loss'] for seed, row in seeds.items()}, excess,
-                    {cost: value / whole[cost] for cost, value in mean_costs(seeds).items()})
+    whole, tuned = mean_costs(runs[BASE, STEPS]), changes(runs.get((TUNED_BASE, STEPS), {}))
+    for budget, fraction in ({'steps': None} | COMPUTE_FRACTIONS).items():
+        base, results[budget] = changes(runs.get((BASE, steps_for(budget, 1)), {})), {}
+        for (arm, steps), seeds in runs.items():
+            costs = {cost: value / whole[cost] for cost, value in mean_costs(seeds).items()}
+            if ARMS[arm].is_conversion:
+                is_in = budget == 'steps'
+                dense = tuned if 'finetune_iters' in ARMS[arm].options else dict.fromkeys(seeds, 0)
+            else:
+                is_in, dense = (steps == STEPS if budget == 'steps' else
+                                abs(costs['flops'] / fraction - 1) <= TOLERANCE), base
+            excess = {seed: loss - dense[seed] for seed, loss in changes(seeds).items()
+                      if seed in dense}
+            if is_in and excess:
+                losses = {seed: row['loss'] for seed, row in seeds.items()}
+                results[budget][arm] = Result(arm, losses, excess, costs)
     return results
+
+
+def changes(seeds):
+    """Return seed -> loss, for a conversion minus the loss of its source. seeds: seed -> row of the
+    record."""
+    return {seed: row['loss'] - row.get('source_loss', 0) for seed, row in seeds.items()}
 
 
 def mean_costs(seeds):
@@ -413,20 +433,18 @@ def mean_costs(seeds):
     return {cost: statistics.mean(row[cost] for row in seeds.values()) for cost in LABELS}
 
 
-def best_by_family(results, cost, limit):
-    """Return the best Result of each family within a limit, best first.
-
-    results: budget -> arm -> Result; cost, limit: from LIMITS.
-    """
-    budget, best = limit if cost == 'flops' else 'steps', {}
-    for result in sorted(results[budget].values(), key=lambda one: average(one.excess)):
-        if cost == 'flops' or result.costs[cost] <= limit:
-            best.setdefault(ARMS[result.arm].family, result)
-    return list(best.values())
-
-
 def average(by_seed):
     return statistics.mean(by_seed.values())
+
+
+def best_by_family(results, cost, limit, budget):
+    """Return the best Result of each family within a limit of LIMITS, best first.
+    results: budget -> arm -> Result."""
+    best = {}
+    for result in sorted(results[budget].values(), key=lambda one: average(one.excess)):
+        if result.costs[cost] <= limit * (1 + TOLERANCE):
+            best.setdefault(ARMS[result.arm].family, result)
+    return list(best.values())
 
 
 def interval_text(by_seed, form):
@@ -444,10 +462,10 @@ def loss_table(results):
           if arm in results[budget] and arm != BASE else '' for budget in BUDGETS)]
         for arm, result in results['steps'].items()]
     return '\n'.join([
-        f'Costs are fractions of those of BASE, {BASE}. {STEPS:,} steps, then as many as the '
-        'compute of BASE or half of it allows. In brackets: 95% intervals over seeds, paired for '
-        'differences.', '', *format_table(
-            [['arm', 'seeds', *LABELS.values(), 'loss', 'minus BASE', 'equal compute',
+        f'Costs are fractions of those of BASE, {BASE}. The last columns are losses minus that of '
+        f'BASE, or of {TUNED_BASE} for tuned arms. In brackets: 95% intervals over seeds, paired '
+        'for differences.', '', *format_table(
+            [['arm', 'seeds', *LABELS.values(), 'loss', 'equal steps', 'equal compute',
               'half compute'], *lines], 1, markdown=True)])
 
 
@@ -455,18 +473,19 @@ def contest_table(results):
     """Return a Markdown table of the best family and the next one in each of LIMITS.
     results: budget -> arm -> Result."""
     lines = []
-    for cost, limit in LIMITS:
-        two = best_by_family(results, cost, limit)[:2]
+    for cost, limit, budget in LIMITS:
+        two = best_by_family(results, cost, limit, budget)[:2]
         if len(two) == 2:
-            own, other = (result.losses for result in two)
+            own, other = (result.excess for result in two)
             lead = {seed: other[seed] - own[seed] for seed in own if seed in other}
             low = t_interval([*lead.values()])[1]
-            lines.append([f'{LABELS[cost]}: {COMPUTE_FRACTIONS.get(limit, limit):g}',
-                          *(f'{result.arm} ({result.costs["flops"]:.2f})' for result in two),
+            lines.append([f'{LABELS[cost]}: {limit:g}',
+                          *(f'{result.arm} ({average(result.excess):+.4f})' for result in two),
                           interval_text(lead, '+.4f'),
                           'yes' if low is not None and low > 0 else 'no'])
     return '\n'.join([
-        'The best arm of the best family and of the next one. In brackets: training compute.', '',
+        'The best arm of the best family and of the next one, with losses minus that of the dense '
+        'model as above.', '',
         *format_table([['budget', 'best', 'next', 'next minus best', 'interval above 0'], *lines],
                       1, markdown=True)])
 
@@ -483,7 +502,8 @@ def rate_table(rows):
 
 
 def draw(results, path):
-    """Draw the difference to BASE against each cost, one line per family, and write it to `path`.
+    """Draw the difference to the dense model against each cost, one line per family, and write it
+    to `path`.
 
     A line has the arms of its family that no cheaper arm of the family beats. Left out are
     conversions without fine-tuning, differences above MAX_EXCESS, and costs close to those of BASE.
@@ -498,18 +518,20 @@ def draw(results, path):
                 points[cost][ARMS[arm].family].append((result.costs[cost], result.excess))
     base = results['steps'][BASE].losses
     for budget, fraction in COMPUTE_FRACTIONS.items():
-        for arm, losses, *_ in best_by_family(results, 'flops', budget):
-            points['flops'][ARMS[arm].family].append(
-                (fraction, {seed: losses[seed] - base[seed] for seed in losses if seed in base}))
+        for result in best_by_family(results, 'flops', fraction, budget):
+            points['flops'][ARMS[result.arm].family].append((fraction, {
+                seed: loss - base[seed] for seed, loss in result.losses.items() if seed in base}))
     panels = [plots.Chart(LABELS[cost], f'fraction of {BASE}', [
-        curve(family, found) for family, found in families.items() if frontier(found)],
+        plots.Curve(BASE, None, [0], plots.LEVEL),
+        *(curve(family, found) for family, found in families.items() if frontier(found))],
         True, {2.0 ** -i: f'1/{2 ** i}' if i else '1' for i in range(2 if cost == 'flops' else 5)})
         for cost, families in points.items()]
     seeds = ', '.join(map(str, sorted(base)))
-    plots.charts(path, panels, f'loss minus that of {BASE}, nats per character',
+    plots.charts(path, panels, 'loss minus that of the dense model, nats per character',
                  f'Mean and 95% interval over seeds {seeds}, paired; {STEPS:,} steps; right: the '
-                 'steps that the compute allows. Dotted: a trained model, converted and tuned. '
-                 f'Differences above {MAX_EXCESS} are left out.')
+                 'steps that the compute allows. Dotted: trained models, converted and tuned, '
+                 'minus the dense model with the same tuning. Differences above '
+                 f'{MAX_EXCESS} are left out.')
 
 
 def curve(family, points):
@@ -523,15 +545,16 @@ def curve(family, points):
 def frontier(points):
     """Return the points that no point with a smaller x beats, in the order of x. points: pairs
     (x, seed -> difference). Points above MAX_EXCESS are left out."""
-    kept = []
+    kept, best = [], MAX_EXCESS
     for x, by_seed in sorted(points, key=lambda point: (point[0], average(point[1]))):
-        if average(by_seed) < min([MAX_EXCESS, *(average(other) for _, other in kept)]):
+        if average(by_seed) < best:
+            best = average(by_seed)
             kept.append((x, by_seed))
     return kept
 
 
 def main(argv=None):
-    """Run the command. Returns the exit code: 0 done, 2 wrong input or a failed run, 130 or 143
+    """Run the command. Returns the exit code: 0 done, 1 a run failed, 2 wrong input, 130 or 143
     stopped by a signal."""
     return cli.run('equal_budget.py', BudgetConfig, __doc__, experiment, argv)
 
@@ -544,7 +567,7 @@ def experiment(cfg):
     if cfg.run:
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, cfg.tokenizer))
-        run_missing(cfg, Record(path, describe), data)
+        run_missing(cfg, Record(path), data)
     elif not path.exists():
         raise UserError(f'run=False: {path} does not exist yet (nearest: --run=True)')
     texts, rows = {}, read_json_lines(path)

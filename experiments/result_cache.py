@@ -9,15 +9,19 @@ from runtime.files import check_writable
 from runtime.tracking import append_json, read_json_lines
 
 
+def loss_and_time(row, key):
+    return ', '.join(f'{k}={v}' for k, v in row.items() if k in (*key, 'loss', 'seconds'))
+
+
 class Record:
     """Rows of results in a JSON Lines file.
 
-    path: the file; describe(row, key): returns the text to print about a new row; settings: fields
-    that all rows must share. Raises UserError for rows with other settings and for a file that
-    cannot be written.
+    path: the file; describe(row, key): returns the text to print about a new row, by default its
+    key, loss and seconds; settings: fields that all rows must share. Raises UserError for rows with
+    other settings and for a file that cannot be written.
     """
 
-    def __init__(self, path, describe, **settings):
+    def __init__(self, path, describe=loss_and_time, **settings):
         check_writable(path, path)
         self.path, self.rows = path, read_json_lines(path)
         self.describe, self.settings = describe, settings
@@ -42,8 +46,8 @@ class Record:
         if row is None:
             started = time.perf_counter()
             fields = result()
-            row = key | {'seconds': round(time.perf_counter() - started, 1)} | fields
-            row |= self.settings | self.machine
+            row = (key | {'seconds': round(time.perf_counter() - started, 1)} | self.settings
+                   | self.machine | fields)
             append_json(self.path, row)
             self.rows.append(row)
             print(self.describe(row, key), flush=True)

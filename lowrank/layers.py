@@ -192,19 +192,22 @@ class SplitProjection(nn.Module):
             name: F.linear(x, down_proj[name]) if name in down_proj else self.layer(name)(x)
             for name in self.heads})
 
+    @torch.no_grad()
     def init_mimetic(self):
-        """Draw W_q and W_k with rows of root mean square norm 0.5 and equal values, or with the
-        same singular vectors if their ranks differ. They keep their weights if only one of them is
-        low-rank, or if there are fewer heads of keys."""
-        small, large = sorted((self.c_q, self.c_k), key=lambda layer: getattr(layer, 'rank', 0))
-        if type(small) is not type(large) or small.weight.shape != large.weight.shape:
-            return
-        init_weight(large, 0.5 / large.weight.size(1) ** 0.5)
-        if isinstance(large, LowRankLinear):
+        """Draw dense W_q and W_k as `QKVProjection` does. If both are low-rank, they get the same
+        singular vectors and rows of root mean square norm 0.5, so equal ranks mean equal weights. A
+        single low-rank one keeps its weight, as do low-rank ones with fewer heads of keys."""
+        q, k = self.c_q, self.c_k
+        if isinstance(k, nn.Linear):
+            nn.init.orthogonal_(k.weight, gain=0.5)
+            if isinstance(q, nn.Linear):
+                group = self.heads['q'] // self.heads['k']
+                q.weight.copy_(self.head_weight('k').repeat_interleave(group, dim=0).flatten(0, 1))
+        elif isinstance(q, LowRankLinear) and q.weight.shape == k.weight.shape:
+            small, large = sorted((q, k), key=lambda layer: layer.rank)
+            init_weight(large, 0.5 / large.weight.size(1) ** 0.5)
             r, scale = small.rank, (large.rank / small.rank) ** 0.25        # keeps the norm of B A
             small.set_factors(scale * large.B.weight[:, :r], scale * large.A.weight[:r])
-        else:
-            small.load_state_dict(large.state_dict())
 
     def layer(self, name):
         """Return the layer that makes the queries 'q', keys 'k' or values 'v'."""

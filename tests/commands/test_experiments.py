@@ -41,8 +41,8 @@ def tiny_continual():
     [('absorb_or_expand', ['latents=0', 'queries=1,x', 'cached=0', 'rounds=1', 'n_embd=5']),
      ('compression_table',
       ['run=False', 'models=large', 'keeps=0.65', 'seeds=0', 'dataset=nowhere']),
-     ('equal_budget', ['run=False', 'arms=gqa', 'budgets=time', 'seeds=', 'seeds=x', 'rates=fast',
-                       'jobs=0', 'dataset=nowhere']),
+     ('equal_budget', ['run=False', 'arms=gqa', 'budgets=time', 'seeds=', 'seeds=x', 'seeds=-1',
+                       'rates=fast', 'rates=nan', 'jobs=0', 'dataset=nowhere']),
      ('continual_learning', [
          'run=False', 'seeds=x', 'seeds=', 'arms=all of it', 'steps=0', 'learn_steps=0',
          'dataset=nowhere', 'dataset=bpe'])])
@@ -159,14 +159,15 @@ def test_the_record_of_arms_is_made_once_and_becomes_tables_and_a_figure(call, h
 # equal_budget.py
 
 def tiny_budget(**constants):
-    """Return equal_budget.py with a tiny model, two arms and a conversion."""
+    """Return equal_budget.py with a tiny model, two arms and two conversions."""
     Path('tiny.py').write_text("n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 16\n"
                                "batch_size = 2\ngradient_accumulation_steps = 1\n"
                                "optimizer = 'muon'\n")
     module = experiment('equal_budget', RECIPE='tiny.py', STEPS=6, **constants)
     arms = {'dense-4x128': module.Arm('dense', {}, False),
             'gqa-1': module.Arm('gqa', dict(n_kv_head=1), False),
-            'to-gqa-1': module.Arm('to-gqa', dict(to='gqa', n_kv_head=1, finetune_iters=2), True)}
+            'to-gqa-1': module.Arm('to-gqa', dict(to='gqa', n_kv_head=1, finetune_iters=2), True),
+            module.TUNED_BASE: module.Arm('dense', dict(keep=1.0, finetune_iters=2), True)}
     module.ARMS = arms
     return module
 
@@ -212,22 +213,26 @@ def test_the_best_family_is_the_one_with_the_lowest_mean_within_the_budget():
         'dense-4x128': (1.0, 2.0, 3.0), 'gqa-1': (1.3, 2.3, 3.3),
         'gqa-1-of-8': (1.1, 2.1, 3.1), 'mla-64': (1.2, 2.2, 3.5), 'mla-32': (1.4, 2.3, 3.6)}, {
         'dense-4x128': 4096, 'gqa-1': 1024, 'gqa-1-of-8': 2048, 'mla-64': 1024, 'mla-32': 512})
-    for cost, limit, best in (('cache_bytes', 0.25, ['gqa-1', 'mla-64']),
-                              ('flops', 'compute', ['dense-4x128', 'gqa-1-of-8', 'mla-32'])):
-        assert [one.arm for one in budget.best_by_family(results, cost, limit)] == best
+    for limit, best in ((('cache_bytes', 0.25, 'steps'), ['gqa-1', 'mla-64']),
+                        (('flops', 1, 'compute'), ['dense-4x128', 'gqa-1-of-8', 'mla-64'])):
+        assert [one.arm for one in budget.best_by_family(results, *limit)] == best
     # gqa-1 loses to mla-64 by 0.1, 0.1, -0.2: standard error 0.1, quantile 4.303
-    assert '| gqa-1 (1.00) | mla-64 (1.00) | +0.0000 (-0.4303 to +0.4303) |' in ' '.join(
+    assert '| gqa-1 (+0.3000) | mla-64 (+0.3000) | +0.0000 (-0.4303 to +0.4303) |' in ' '.join(
         budget.contest_table(results).split())
 
 
-def test_a_conversion_is_compared_with_its_own_source():
+def test_a_conversion_is_compared_with_a_dense_model_that_had_the_same_steps():
     """A conversion is paired with the loss of the model that it was made from, which can differ
-    from the recorded loss of the same seed on another machine."""
+    from the recorded loss of the same seed on another machine. After fine-tuning the gain of the
+    dense model from the same fine-tuning is taken off."""
     budget = experiment('equal_budget')
+    names = 'dense-4x128', 'to-gqa-2', 'to-gqa-2-tuned', 'dense-4x128-tuned'
     results = budget_results(
-        budget, {'dense-4x128': (1.0, 2.0), 'to-gqa-2': (1.6, 2.6)}, {
-            'dense-4x128': 2, 'to-gqa-2': 1}, **{'to-gqa-2': dict(source_loss=1.5)})
-    assert results['steps']['to-gqa-2'].excess == pytest.approx({0: 0.1, 1: 1.1})
+        budget, dict(zip(names, ((1.0, 2.0), (1.6, 2.6), (1.3, 2.4), (1.2, 1.9)))),
+        dict.fromkeys(names, 1), **dict(zip(names[1:], (
+            dict(source_loss=1.5), dict(source_loss=1.4), dict(source_loss=1.4)))))
+    for name, excess in (('to-gqa-2', (0.1, 1.1)), ('to-gqa-2-tuned', (0.1, 0.5))):
+        assert results['steps'][name].excess == pytest.approx(dict(enumerate(excess)))
 
 
 @pytest.mark.slow
@@ -241,13 +246,14 @@ def test_arms_are_trained_once_per_seed_and_converted(call, here):
     out = call(budget.main, *options, '--seeds=1').out
     made = rows('.', 'record.jsonl')
     assert sorted((row['arm'], row['seed']) for row in made) == [
-        ('dense-4x128', 1), ('dense-4x128', 2), ('gqa-1', 1), ('gqa-1', 2), ('to-gqa-1', 1)]
+        ('dense-4x128', 1), ('dense-4x128', 2), ('dense-4x128-tuned', 1), ('gqa-1', 1),
+        ('gqa-1', 2), ('to-gqa-1', 1)]
     costs = {row['arm']: row for row in made if row['seed'] == 1}
     assert costs['to-gqa-1']['cache_bytes'] == costs['gqa-1']['cache_bytes'] == 64
     assert costs['to-gqa-1']['flops'] > costs['dense-4x128']['flops'] > costs['gqa-1']['flops']
     assert all(f'| {arm} ' in out for arm in costs) and Path('figure.png').exists()
     folders = [str(path) for path in Path('runs').glob('*/[!.]*/')]
-    assert len(folders) == 2
+    assert len(folders) == 3
     assert costs['to-gqa-1']['source_loss'] == pytest.approx(costs['dense-4x128']['loss'], abs=1e-5)
     budget.ARMS['gqa-1'] = budget.Arm('gqa', dict(n_kv_head=1, n_embd=32), False)
     out = call(budget.main, '--run=False').out
