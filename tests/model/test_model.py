@@ -293,6 +293,17 @@ def test_low_rank_queries_start_in_the_directions_of_keys(ranks):
         assert weight.norm().item() / len(weight) ** 0.5 == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize('kv_heads', [None, 1])
+def test_dense_queries_beside_low_rank_values_start_as_without_them(kv_heads):
+    """W_q of each head equals W_k of its group, with orthogonal rows of norm 0.5."""
+    c = GPT(GPTConfig(**SMALL, weight_init='mimetic', n_kv_head=kv_heads,
+                      layer_ranks={'h.0.attn.c_attn.c_v': 2})).transformer.h[0].attn.c_attn
+    q, k = c.head_weight('q'), c.head_weight('k')
+    assert torch.equal(q, k.repeat_interleave(len(q) // len(k), dim=0))
+    rows = k.flatten(0, 1)
+    torch.testing.assert_close(rows @ rows.mT, 0.25 * torch.eye(len(rows)))
+
+
 def test_number_of_parameters_and_mfu():
     """`get_num_params` and `estimate_mfu` match a count by hand with nanoGPT's formula."""
     model, a_block = make(), 2 * 16 + (24 * 8 + 24) + (8 * 8 + 8) + (32 * 8 + 32) + (8 * 32 + 8)
