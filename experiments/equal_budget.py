@@ -232,10 +232,12 @@ def text_id(data):
 
 
 def steps_for(budget, ratio):
-    """Return the steps of an arm in a budget. ratio: FLOPs per step of the arm / those of BASE."""
-    if budget == 'steps' or abs(1 / ratio - 1) <= TOLERANCE:
-        ratio = 1
-    return round(STEPS * COMPUTE_FRACTIONS.get(budget, 1) / ratio)
+    """Return the steps of an arm in a budget: STEPS or those of BASE in this budget, if they differ
+    by less than TOLERANCE, so that fewer runs are needed. ratio: FLOPs per step of the arm / those
+    of BASE."""
+    own = STEPS * COMPUTE_FRACTIONS.get(budget, 1)
+    exact = STEPS if budget == 'steps' else own / ratio
+    return round(next((n for n in (STEPS, own) if abs(exact / n - 1) <= TOLERANCE), exact))
 
 
 # --------------------------------------------------------------------------------------------------
