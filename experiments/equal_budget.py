@@ -17,7 +17,7 @@ The families of arms:
     causal      V, or K and V, projected onto a basis of earlier tokens
     factored    low-rank layers with the ranks of 'compressed', trained from scratch
     to-mla, to-gqa, to-heads, compressed        dense-4x128 after training, changed by compress.py;
-                with '-tuned', TUNING_STEPS steps of fine-tuning follow
+                with '-tuned', 120 steps of fine-tuning follow
 
 Arms are trained from scratch for as many steps as dense-4x128 ('steps'), and for the steps that
 cost as much compute as dense-4x128 ('compute') or half of it ('half'). FLOPs are counted in a real
@@ -26,7 +26,8 @@ pass computes the scores again), and 9 n^3 per eigendecomposition (Golub and Van
 Evaluation does not count, and the calibration of a conversion is an estimate.
 
 Losses are over the whole validation split. No arm sees later tokens. Intervals are 95% intervals of
-Student's t distribution over seeds. Differences are paired by seed, which fixes the batches.
+Student's t distribution over seeds. Differences are paired by seed, which fixes the batches. A
+'-tuned' arm is compared with dense-4x128-tuned, which had the same fine-tuning.
 
 Each line of experiments/equal_budget.jsonl is a finished run. Finished runs are not repeated, so an
 interrupted experiment can be continued. Checkpoints stay in out_dir, one folder per run, and
@@ -87,7 +88,8 @@ LIMITS = (('cache_bytes', 1 / 4, 'steps'), ('cache_bytes', 1 / 8, 'steps'),
           *(('flops', fraction, budget) for budget, fraction in COMPUTE_FRACTIONS.items()))
 LABELS = {'cache_bytes': 'cache bytes', 'parameter_bytes': 'parameter bytes',
           'flops': 'training compute'}
-MAX_EXCESS = 0.2                    # of a loss in the figure, nats above BASE
+# of the figure: fractions of the cost of BASE, nats above BASE
+MAX_COST, MAX_EXCESS = {'cache_bytes': 0.7, 'parameter_bytes': 0.8}, 0.2
 # family -> color, marker, line; a conversion has the color of the family that it makes
 LOOKS = {'dense': ('0.25', 'o', '-'),
          **{family: (colour, marker, '-') for family, colour, marker in zip(
@@ -171,11 +173,11 @@ class BudgetConfig:
     record: Annotated[str | None, 'file of the results; None: experiments/equal_budget.jsonl, from '
                       'which the figure is drawn', PATH] = None
     arms: Annotated[str, "'all' or names, separated by commas"] = 'all'
-    budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; COMPUTE_ARMS have "
-                       "all, the others 'steps'"] = 'steps,compute,half'
+    budgets: Annotated[str, "'steps', 'compute', 'half', or several of them; only these arms have "
+                       f"'compute' and 'half': {', '.join(COMPUTE_ARMS)}"] = 'steps,compute,half'
     seeds: Annotated[str, 'seeds, separated by commas'] = '1337,1338,1339,1340,1341'
-    rates: Annotated[str | None, f'learning rates to try with --seeds={RATE_SEED}, separated by '
-                     "commas; None: the arms' own"] = None
+    rates: Annotated[str | None, f'learning rates to try with --seeds={RATE_SEED} and '
+                     f'--budgets=steps, separated by commas; None: {RATE}'] = None
     jobs: Annotated[int, 'runs at a time, which share the threads', Range(1)] = 2
     run: Annotated[bool, 'False: only tables and figure'] = True
 
@@ -195,6 +197,9 @@ class BudgetConfig:
             if not is_valid:
                 raise ValueError(f'{name}={getattr(self, name)!r}: must be numbers of at least 0, '
                                  f'separated by commas (nearest: {nearest!r})')
+        if self.rates is not None and (self.seeds, self.budgets) != (str(RATE_SEED), 'steps'):
+            raise ValueError(f'rates={self.rates!r}: are tried with --seeds={RATE_SEED} and '
+                             "--budgets='steps' only (nearest: add both)")
 
     def planned(self, data):
         """Return the Runs that the options ask for. Raises UserError if there are none."""
@@ -232,12 +237,15 @@ def text_id(data):
 
 
 def steps_for(budget, ratio):
-    """Return the steps of an arm in a budget: STEPS or those of BASE in this budget, if they differ
-    by less than TOLERANCE, so that fewer runs are needed. ratio: FLOPs per step of the arm / those
-    of BASE."""
-    own = STEPS * COMPUTE_FRACTIONS.get(budget, 1)
-    exact = STEPS if budget == 'steps' else own / ratio
-    return round(next((n for n in (STEPS, own) if abs(exact / n - 1) <= TOLERANCE), exact))
+    """Return the steps of an arm in a budget. ratio: FLOPs per step of the arm / those of BASE.
+
+    If the costs differ by at most TOLERANCE, these are STEPS or the steps of BASE in this budget,
+    so that fewer runs are needed."""
+    if budget == 'steps':
+        return STEPS
+    base_steps = STEPS * COMPUTE_FRACTIONS[budget]
+    exact = base_steps / ratio
+    return round(next((n for n in (STEPS, base_steps) if abs(n / exact - 1) <= TOLERANCE), exact))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,7 +329,7 @@ def job_of(cfg, data, run):
     """Return the Job of a run."""
     def folder(run):
         return Path(cfg.out_dir) / text_id(data) / (
-            f'{run.arm},{run.definition},steps={run.steps},rate={run.learning_rate:g},'
+            f'{run.arm},{run.definition},steps={run.steps},rate={run.learning_rate},'
             f'seed={run.seed}')
     arm, out = ARMS[run.arm], folder(run)
     argv = [*options_of(arm.options), f'--seed={run.seed}', '--device=cpu']
@@ -397,7 +405,8 @@ def collect(rows):
     """Return budget -> arm -> Result of the rows of one text, or {} if BASE is missing.
 
     An arm is compared with BASE at equal steps or equal compute. A conversion is compared with the
-    model that it was made from, and after fine-tuning with TUNED_BASE, which had the same.
+    model that it was made from. After fine-tuning it is compared with TUNED_BASE, which had as many
+    steps of fine-tuning.
     """
     runs, results = {}, {}
     for row in sorted(rows, key=lambda row: [*ARMS].index(row['arm'])):
@@ -405,34 +414,43 @@ def collect(rows):
             runs.setdefault((row['arm'], row['steps']), {})[row['seed']] = row
     if (BASE, STEPS) not in runs:
         return {}
-    whole, tuned = mean_costs(runs[BASE, STEPS]), changes(runs.get((TUNED_BASE, STEPS), {}))
-    for budget, fraction in ({'steps': None} | COMPUTE_FRACTIONS).items():
-        base, results[budget] = changes(runs.get((BASE, steps_for(budget, 1)), {})), {}
-        for (arm, steps), seeds in runs.items():
-            costs = {cost: value / whole[cost] for cost, value in mean_costs(seeds).items()}
-            if ARMS[arm].is_conversion:
-                is_in = budget == 'steps'
-                dense = tuned if 'finetune_iters' in ARMS[arm].options else dict.fromkeys(seeds, 0)
+    base_costs = mean_costs(runs[BASE, STEPS])
+    tuned = loss_changes(runs.get((TUNED_BASE, STEPS), {}))
+    for budget in BUDGETS:
+        base = loss_changes(runs.get((BASE, steps_for(budget, 1)), {}))
+        results[budget] = {}
+        for (arm, steps), by_seed in runs.items():
+            fractions = {cost: value / base_costs[cost]
+                         for cost, value in mean_costs(by_seed).items()}
+            if budget == 'steps':
+                is_member = steps == STEPS
             else:
-                is_in, dense = (steps == STEPS if budget == 'steps' else
-                                abs(costs['flops'] / fraction - 1) <= TOLERANCE), base
-            excess = {seed: loss - dense[seed] for seed, loss in changes(seeds).items()
+                is_member = arm in COMPUTE_ARMS and abs(
+                    fractions['flops'] / COMPUTE_FRACTIONS[budget] - 1) <= TOLERANCE
+            dense = base
+            if ARMS[arm].is_conversion:
+                dense = tuned if is_tuned(arm) else dict.fromkeys(by_seed, 0)
+            excess = {seed: change - dense[seed] for seed, change in loss_changes(by_seed).items()
                       if seed in dense}
-            if is_in and excess:
-                losses = {seed: row['loss'] for seed, row in seeds.items()}
-                results[budget][arm] = Result(arm, losses, excess, costs)
+            if is_member and excess:
+                losses = {seed: row['loss'] for seed, row in by_seed.items()}
+                results[budget][arm] = Result(arm, losses, excess, fractions)
     return results
 
 
-def changes(seeds):
-    """Return seed -> loss, for a conversion minus the loss of its source. seeds: seed -> row of the
-    record."""
-    return {seed: row['loss'] - row.get('source_loss', 0) for seed, row in seeds.items()}
+def is_tuned(arm):
+    return 'finetune_iters' in ARMS[arm].options
 
 
-def mean_costs(seeds):
-    """Return cost -> mean over seeds. seeds: seed -> row of the record."""
-    return {cost: statistics.mean(row[cost] for row in seeds.values()) for cost in LABELS}
+def loss_changes(by_seed):
+    """Return seed -> loss, for a conversion minus the loss of the model that it was made from.
+    by_seed: seed -> row of the record."""
+    return {seed: row['loss'] - row.get('source_loss', 0) for seed, row in by_seed.items()}
+
+
+def mean_costs(by_seed):
+    """Return cost -> mean over seeds. by_seed: seed -> row of the record."""
+    return {cost: statistics.mean(row[cost] for row in by_seed.values()) for cost in LABELS}
 
 
 def average(by_seed):
@@ -464,8 +482,8 @@ def loss_table(results):
           if arm in results[budget] and arm != BASE else '' for budget in BUDGETS)]
         for arm, result in results['steps'].items()]
     return '\n'.join([
-        f'Costs are fractions of those of BASE, {BASE}. The last columns are losses minus that of '
-        f'BASE, or of {TUNED_BASE} for tuned arms. In brackets: 95% intervals over seeds, paired '
+        f'Costs are fractions of those of {BASE}. The last columns are losses minus that of '
+        f'{BASE}, or of {TUNED_BASE} for tuned arms. In brackets: 95% intervals over seeds, paired '
         'for differences.', '', *format_table(
             [['arm', 'seeds', *LABELS.values(), 'loss', 'equal steps', 'equal compute',
               'half compute'], *lines], 1, markdown=True)])
@@ -480,10 +498,10 @@ def contest_table(results):
         if len(two) == 2:
             own, other = (result.excess for result in two)
             lead = {seed: other[seed] - own[seed] for seed in own if seed in other}
-            low = t_interval([*lead.values()])[1]
+            _, low, _ = t_interval([*lead.values()])
             lines.append([f'{LABELS[cost]}: {limit:g}',
                           *(f'{result.arm} ({average(result.excess):+.4f})' for result in two),
-                          interval_text(lead, '+.4f'),
+                          interval_text(lead, '+.4f') if lead else 'no common seed',
                           'yes' if low is not None and low > 0 else 'no'])
     return '\n'.join([
         'The best arm of the best family and of the next one, with losses minus that of the dense '
@@ -508,15 +526,14 @@ def draw(results, path):
     to `path`.
 
     A line has the arms of its family that no cheaper arm of the family beats. Left out are
-    conversions without fine-tuning, differences above MAX_EXCESS, and costs close to those of BASE.
+    conversions without fine-tuning, differences above MAX_EXCESS, and costs above MAX_COST.
     For compute a line has the best arm of each budget, and differences are to BASE after STEPS
     steps. results: budget -> arm -> Result.
     """
     points = {cost: {family: [] for family in LOOKS} for cost in LABELS}
-    for cost, most in (('cache_bytes', 0.7), ('parameter_bytes', 0.8)):
+    for cost, most in MAX_COST.items():
         for arm, result in results['steps'].items():
-            if result.costs[cost] <= most and (
-                    not ARMS[arm].is_conversion or arm.endswith('-tuned')):
+            if result.costs[cost] <= most and (not ARMS[arm].is_conversion or is_tuned(arm)):
                 points[cost][ARMS[arm].family].append((result.costs[cost], result.excess))
     base = results['steps'][BASE].losses
     for budget, fraction in COMPUTE_FRACTIONS.items():
@@ -570,8 +587,8 @@ def experiment(cfg):
         check_writable(Path(cfg.out_dir) / 'ckpt.pt', f'out_dir={cfg.out_dir!r}')
         data = Dataset(locate(cfg.dataset, cfg.tokenizer))
         run_missing(cfg, Record(path), data)
-    elif not path.exists():
-        raise UserError(f'run=False: {path} does not exist yet (nearest: --run=True)')
+    elif not path.is_file():
+        raise UserError(f'run=False: {path} is not a file (nearest: --run=True)')
     texts, rows = {}, read_json_lines(path)
     for row in rows:
         if row.get('arm') in ARMS and row.get('definition') == digest(row['arm']):
@@ -583,7 +600,9 @@ def experiment(cfg):
         results = collect(rows)
         tables = [loss_table(results), contest_table(results)] if results else []
         print('\n\n'.join(filter(None, [f'Text {text}', rate_table(rows), *tables])), end='\n\n')
-        if cfg.record is None and text == TEXT and results:
+        if not results:
+            print(f'no comparison: {BASE} with {STEPS} steps is not recorded')
+        elif cfg.record is None and text == TEXT:
             draw(results, FIGURE)
             print(f'figure: {FIGURE}')
 

@@ -194,9 +194,9 @@ class SplitProjection(nn.Module):
 
     @torch.no_grad()
     def init_mimetic(self):
-        """Draw dense W_q and W_k as `QKVProjection` does. If both are low-rank, they get the same
-        singular vectors and rows of root mean square norm 0.5, so equal ranks mean equal weights. A
-        single low-rank one keeps its weight, as do low-rank ones with fewer heads of keys."""
+        """Draw a dense W_k, and a dense W_q beside it, as `QKVProjection` does. If both are
+        low-rank and of one shape, they get the same singular vectors and rows of root mean square
+        norm 0.5, so equal ranks mean equal weights. Otherwise W_q and W_k keep their weights."""
         q, k = self.c_q, self.c_k
         if isinstance(k, nn.Linear):
             nn.init.orthogonal_(k.weight, gain=0.5)

@@ -36,9 +36,12 @@ def brief_bar(work=None, **options):
 # metrics.jsonl
 
 def append_json(path, row):
-    """Append one line of JSON to a file. Raises OSError."""
-    with with_path(path), open(path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(row, allow_nan=False) + '\n')
+    """Append one line of JSON to a file, also after a line that a crash left incomplete. Raises
+    OSError."""
+    with with_path(path), open(path, 'ab+') as f:
+        f.seek(max(0, f.seek(0, 2) - 1))
+        start = '' if f.read(1) in (b'', b'\n') else '\n'
+        f.write((start + json.dumps(row, allow_nan=False) + '\n').encode())
 
 
 def read_json_lines(path):
