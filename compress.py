@@ -39,6 +39,7 @@ from runtime.data import GPT2_META, Dataset, locate, name_of
 from runtime.files import (archive_run, check_save_dir, locked_folder, named, new_folder,
                            write_atomically)
 from tools import model_compression as compression
+from tools.calibration import calibration_windows
 from tools.attention_conversion import HEADS_KEEP, to_gqa, to_lowrank_heads, to_mla
 from tools.model_compression import apply_svd_compression  # noqa: F401
 from tools.spectrum_report import report_spectrum
@@ -188,8 +189,8 @@ def convert(cfg, model, saved, save_dir):
     model.to(device).requires_grad_(False)
     losses = [compression.validation_loss(model, data, device, cfg.seed)]
 
-    start, new, layers = time.perf_counter(), copy.deepcopy(model), {}
-    windows = () if cfg.method == 'plain' or cfg.to == 'gqa' else compression.calibration_windows(
+    start, new = time.perf_counter(), copy.deepcopy(model)
+    windows = () if cfg.method == 'plain' or cfg.to == 'gqa' else calibration_windows(
         data, cfg.calibration_tokens, model.config.block_size, cfg.seed, device)
     if cfg.to == 'mla':
         new = to_mla(new, cfg.mla_latent_dim or model.config.latent_dim, windows)
@@ -198,8 +199,8 @@ def convert(cfg, model, saved, save_dir):
     elif cfg.to == 'lowrank_heads':
         new = to_lowrank_heads(new, cfg.keep, windows)
     else:
-        layers = compression.compress_model(new, cfg.method, windows, cfg.modules, keep=cfg.keep,
-                                            rank=cfg.rank, energy=cfg.energy)
+        new = compression.compress_model(new, cfg.method, windows, cfg.modules, cfg.keep,
+                                         rank=cfg.rank, energy=cfg.energy)
     seconds = [time.perf_counter() - start, None]
     losses.append(compression.validation_loss(new, data, device, cfg.seed))
 
@@ -211,13 +212,13 @@ def convert(cfg, model, saved, save_dir):
 
     both = [losses[0], losses[-1]]
     report = dict(to=cfg.to, method=None if cfg.to == 'gqa' else cfg.method, options=options,
-                  layers=layers, val_loss=both, machine=devices.environment(device, 'float32'),
+                  val_loss=both, machine=devices.environment(device, 'float32'),
                   seconds=seconds[0], finetune_seconds=seconds[1],
                   prefix_only=model.config.is_noncausal,
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   # exp overflows above 709
                   perplexity=[math.exp(min(loss, 700)) for loss in both],
-                  **compression.cache_shape(new.config),
+                  **compression.shape_of(new.config),
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
     optimizer = new.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), 'cpu')

@@ -126,6 +126,7 @@ class GPTConfig(AdapterTargets):
     qk_head_dim: Annotated[list[int] | None,
                            'q and k width per layer, set by compress.py'] = None
     v_head_dim: Annotated[list[int] | None, 'v width per layer, set by compress.py'] = None
+    mlp_dim: Annotated[list[int] | None, 'MLP neurons per layer, set by compress.py'] = None
     layer_ranks: Annotated[dict[str, int] | None, 'low-rank layers, set by compress.py'] = None
     adaptive_svd: Annotated[bool, 'protect learned weights from gradients that overwrite them',
                             Section('adaptive SVD')] = False
@@ -145,9 +146,8 @@ class GPTConfig(AdapterTargets):
                             "'weight' scope truncates", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
     lora_targets: Annotated[str, 'out of c_q,c_k,c_v (MLA: query),c_proj,c_fc,mlp.c_proj',
                             LORA] = 'c_q,c_v'
-    lora_init: Annotated[Literal[INITS], "adapters start from zero ('lora'), or from the largest "
-                         "('pissa') or smallest ('milora') singular components of the weights",
-                         LORA] = 'lora'
+    lora_init: Annotated[Literal[INITS], "'lora': zero; 'pissa', 'milora': top, bottom singular "
+                         'components', LORA] = 'lora'
 
     def __post_init__(self):
         validate(self)
@@ -174,14 +174,15 @@ class GPTConfig(AdapterTargets):
             if self.use_mla and getattr(self, name) is not None:
                 raise ValueError(f'{name}={getattr(self, name)}: cannot be combined with '
                                  f'use_mla=True (nearest: --{name}=None)')
-        for name in ('qk_head_dim', 'v_head_dim'):
-            dims, hs = getattr(self, name) or [self.head_size] * self.n_layer, self.head_size
-            if getattr(self, name) and self.use_svd:
-                raise ValueError(f'{name}={dims}: cannot be combined with use_svd=True (nearest: '
-                                 '--use_svd=False)')
-            if len(dims) != self.n_layer or not all(1 <= dim <= hs for dim in dims):
-                nearest = [min(max(dim, 1), hs) for dim in [*dims, *[hs] * self.n_layer]]
-                raise ValueError(f'{name}={dims}: must be {self.n_layer} numbers from 1 to {hs} '
+            if name != 'n_kv_head' and getattr(self, name) and self.use_svd:
+                raise ValueError(f'{name}={getattr(self, name)}: cannot be combined with '
+                                 'use_svd=True (nearest: --use_svd=False)')
+        for name, most in dict(qk_head_dim=self.head_size, v_head_dim=self.head_size,
+                               mlp_dim=4 * self.n_embd).items():
+            dims = getattr(self, name) or [most] * self.n_layer
+            if len(dims) != self.n_layer or not all(1 <= dim <= most for dim in dims):
+                nearest = [min(max(dim, 1), most) for dim in [*dims, *[most] * self.n_layer]]
+                raise ValueError(f'{name}={dims}: must be {self.n_layer} numbers from 1 to {most} '
                                  f'(nearest: {nearest[:self.n_layer]})')
         self.svd_target_names                           # raises ValueError for other words
 
@@ -215,6 +216,10 @@ class GPTConfig(AdapterTargets):
                  for dims in (self.qk_head_dim, self.v_head_dim))
         return dict(q=qk, k=qk, v=v)
 
+    def neurons(self, layer):
+        """Number of neurons of the MLP of a layer."""
+        return self.mlp_dim[layer] if self.mlp_dim else 4 * self.n_embd
+
     @property
     def attention_widths(self) -> list[int]:
         """Multiplications per query and key, in all heads of each layer."""
@@ -235,7 +240,7 @@ class GPTConfig(AdapterTargets):
             rows = {name: heads * self.head_dims(i)[name] for name, heads in self.heads.items()}
             block = {'c_q': (rows['q'], C), 'c_k': (rows['k'], C), 'c_v': (rows['v'], C),
                      'query': (C, C), 'c_proj': (C, self.n_head * self.head_dims(i)['v']),
-                     'c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
+                     'c_fc': (self.neurons(i), C), 'mlp.c_proj': (C, self.neurons(i))}
             shapes |= {f'h.{i}.{part}': block[word] for word, part in self.targets.items()}
         return shapes
 
@@ -495,10 +500,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.neurons(layer), bias=config.bias)
+        self.c_proj = nn.Linear(config.neurons(layer), config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'
 
@@ -512,7 +517,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, x, cache=None, only_last=False):
         """x (B, T, C) -> (B, T, C), or the last position (B, 1, C) if only_last."""

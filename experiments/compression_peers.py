@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from lowrank.factorization import balance
 from lowrank.layers import LowRankLinear, linear_from_tensors
-from tools.attention_conversion import HeadStats, rebuild
-from tools.model_compression import dense_layers, layer_names, record
+from tools.calibration import HeadStats, record
+from tools.model_compression import dense_layers, layer_names, rebuild
 
 GROUP = 2                           # Basis Sharing: number of blocks that share a basis
 SHARED = ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'mlp.c_fc')  # layers with it
@@ -267,7 +267,7 @@ def modegpt(model, windows, keep, joint=False):
         qk, v = (max(1, round(share * width)) for width in (qk, v))
         neurons = min(neurons, int(budget / (2 * c.n_embd) + 1e-9) - c.n_head * (qk + v))
         tensors = narrow_heads(block.attn, qk, v, sums[i], joint)
-        state |= {f'transformer.h.{i}.attn.{name}': tensor for name, tensor in tensors.items()}
+        state |= {f'h.{i}.attn.{name}': tensor for name, tensor in tensors.items()}
         mlps.append(fewer_neurons(block.mlp, neurons, sums[i]['h'] / tokens))
         qk_widths.append(qk)
         v_widths.append(v)
@@ -380,7 +380,7 @@ def clover(model, windows, keep):
         factors = {part: [balance(*head.split(width), width) for head in heads.factorizations(part)]
                    for part, width in dict(k=k, v=v).items()}
         for name, tensor in heads.narrow(factors).items():
-            state[f'transformer.h.{i}.attn.{name}'] = tensor
+            state[f'h.{i}.attn.{name}'] = tensor
     new = rebuild(model, replace(model.config, qk_head_dim=[k] * n, v_head_dim=[v] * n), state)
     return new.requires_grad_(False)
 

@@ -21,11 +21,15 @@ directions that do not occur in the calibration text, the result is then that of
 rank gives W itself, whatever the statistics.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from lowrank.spectrum import to_float64
 
 RIDGE = 1e-6                # relative to the mean diagonal; 1e-2 gives the same losses to 1e-4 nats
+SELECTION_RIDGE = 1e-4      # the same, for the inverses of InputSelection
 
 
 class Factorization:
@@ -101,68 +105,118 @@ def balance(up, down, rank):
     return q_up @ u[:, :rank] * root, root[:, None] * (vh[:rank] @ q_down.mT)
 
 
-def ridge_refit(before, inputs, cross, ridge=RIDGE):
-    """Fit a weight to changed inputs: return the M (k, n) for which M x^ is closest to u = P x.
+class InputSelection:
+    """Choice of the most important inputs of a weight W (m, n), for all numbers of inputs.
 
-    P is the argument `before` (k, n). x is an input of the layer in the original model, and x^ is
-    the same input after earlier layers changed. M minimizes E|M x^ - u|^2 + rho |M - P|^2, where
-    rho is `ridge` times the mean diagonal of E[x^ x^^T]. The second term keeps M = P in directions
-    in which x^ has no data. inputs: E[x^ x^^T] (n, n). cross: E[u x^^T] (k, n). Both are float64.
-    Raises ValueError for values that are not finite.
+    If only the inputs x_S remain, their best weight is M = W C[:, S] C[S, S]^-1 (Nystrom). It
+    minimizes tr(G E C E^T), where E x = W x - M x_S, whatever G is. Inputs are removed in rounds.
+    Each round removes a fifth of the inputs that are left, those whose removal adds the least error
+    (optimal brain surgeon, Hassibi and Stork, 1993).
+
+    inputs: C = E[x x^T] (n, n); gradients: G = E[g g^T] (m, m) of the loss's gradients at the
+    outputs. `order` (n) lists the inputs, the most important one first. `energies` (n) are the
+    errors that they save, descending. All results are computed in float64 on the CPU. Raises
+    ValueError for values that are not finite.
     """
-    inputs, cross = to_float64(inputs, 'inputs'), to_float64(cross, 'inputs')
-    _, inverse, level = psd_sqrt(inputs, len(inputs), ridge)
-    if not level > 0:
-        return before
-    return before + (cross - before @ inputs) / level @ inverse @ inverse
+
+    def __init__(self, weight, inputs, gradients):
+        self.weight = to_float64(weight, 'weight')
+        inputs, gradients = (to_float64(t, 'inputs or gradients') for t in (inputs, gradients))
+        level, identity = inputs.diagonal().mean().item(), torch.eye(len(inputs)).double()
+        self.inputs = inputs / level + SELECTION_RIDGE * identity if level > 0 else identity
+        root, _, gradient_level = psd_sqrt(gradients, len(gradients), RIDGE)
+        target = root @ self.weight                                 # R W (m, n)
+        left, order, energies, lost = torch.arange(len(inputs)), [], [], 0.0
+        fitted, inverse = self.fit(target, left)
+        total = (fitted * (target @ self.inputs)).sum().item()
+        while len(left):
+            scores, ranked = (fitted.square().sum(0) / inverse.diagonal()).sort()
+            count = math.ceil(len(left) / 5)
+            order, left = order + [left[ranked[:count]]], left[ranked[count:].sort().values]
+            fitted, inverse = self.fit(target, left)
+            before, lost = lost, total - (fitted * (target @ self.inputs[:, left])).sum().item()
+            # the scores leave out how the neurons of a round replace each other
+            scale = max(lost - before, 0.0) / scores[:count].sum().clamp_min(1e-300)
+            energies.append(scale * scores[:count])
+        self.order = torch.cat(order).flip(0)
+        scale = max(level, 0.0) * gradient_level
+        self.energies = scale * torch.cat(energies).cummax(0).values.flip(0)                # (n)
+
+    def fit(self, target, chosen):
+        """Return the best weight (m, |S|) for a target weight (m, n), and C[S, S]^-1."""
+        root = torch.linalg.cholesky(self.inputs[chosen][:, chosen])
+        inverse = torch.cholesky_inverse(root)
+        return target @ self.inputs[:, chosen] @ inverse, inverse
+
+    def select(self, count):
+        """Return the indices of the chosen inputs (count), ascending, and their weight
+        (m, count)."""
+        chosen = self.order[:count].sort().values
+        return chosen, self.fit(self.weight, chosen)[0]
 
 
 # --------------------------------------------------------------------------------------------------
 # rank allocation
 
-def factored_size(shape, rank: int | None) -> int:
-    """Return the number of parameters of a layer (m, n): of its two factors at a rank, or of one
-    matrix if rank is None."""
-    m, n = shape
-    return m * n if rank is None else rank * (m + n)
+class Curve(NamedTuple):
+    """What the components of a part of a model cost and save.
+
+    energies (s): how much the error falls with each component, descending, in the same unit for all
+    parts; unit: parameters of a component; full: parameters of the whole part, which has no error;
+    step: numbers of components are multiples of it.
+    """
+    energies: torch.Tensor
+    unit: int
+    full: int
+    step: int = 1
+
+    def size(self, rank: int | None) -> int:
+        """Parameters of `rank` components, or of the whole part if rank is None."""
+        return self.full if rank is None else rank * self.unit
+
+    def lost(self, keep):
+        """Error if the fraction `keep` of the parameters remains."""
+        return self.energies[int(keep * self.full / self.unit):].sum().item()
 
 
 def beneficial_rank(shape, rank) -> int | None:
     """Return the rank, or None if its factors are not smaller than the layer (m, n)."""
-    return rank if factored_size(shape, rank) < factored_size(shape, None) else None
+    return rank if rank * sum(shape) < math.prod(shape) else None
 
 
-def allocate_ranks(energies: dict, shapes: dict, budget, step=1) -> dict[str, int | None]:
-    """Choose the ranks with the least total error within a budget of parameters. Returns name ->
-    rank, where None means that the layer stays dense.
+def allocate_ranks(curves: dict[str, Curve], budget) -> dict[str, int | None]:
+    """Choose the numbers of components with the least total error within a budget of parameters.
+    Returns name -> number, where None means that the whole part stays. Raises ValueError if even
+    the smallest numbers exceed the budget.
 
-    energies: name -> tensor (s), descending. Entry i is how much the error falls if component i is
-    kept, in the same unit for all layers. shapes: name -> (m, n). step: ranks are multiples of
-    step. Raises ValueError if even the smallest ranks exceed the budget.
-
-    The largest choice for a layer has no error. This choice is the dense layer, or the rank above
-    which all energies are zero. The error is a convex function of the size, except for the jump to
-    the dense layer. The ranks just before the jump are left out, which makes the function convex.
-    Parameters are then spent first where they reduce the error most.
+    The largest choice for a part has no error. This choice is the whole part, or the number of
+    components above which all energies are zero. The error is a convex function of the size, except
+    for the jump to the whole part. The numbers just before the jump are left out, which makes the
+    function convex. Parameters are then spent first where they reduce the error most.
     """
     ranks, spent, segments = {}, 0, []
-    for name, shape in shapes.items():
-        lost = energies[name].double().flip(0).cumsum(0).flip(0).tolist()       # [r]: at rank r
-        least = min(step, len(lost))
-        exact = beneficial_rank(shape, max(least, sum(error > 0 for error in lost)))
-        points = [(factored_size(shape, r), lost[r], r)
-                  for r in range(least, exact or len(lost), step) if beneficial_rank(shape, r)]
-        last = factored_size(shape, exact), 0.0, exact
-        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], last):
+    for name, curve in curves.items():
+        lost = curve.energies.double().flip(0).cumsum(0).flip(0).tolist()       # [r]: at rank r
+        least, size = min(curve.step, len(lost)), curve.size
+        exact = max(least, sum(error > 0 for error in lost))
+        exact = exact if size(exact) < curve.full else None
+        points = [(size(r), lost[r], r) for r in range(least, exact or len(lost), curve.step)
+                  if size(r) < curve.full]
+        last = size(exact), 0.0, exact
+        has_jump = size(len(lost)) > curve.full
+        while has_jump and len(points) > 1 and (
+                _slope(points[-2], points[-1]) >= _slope(points[-1], last)):
             points.pop()
         points.append(last)
         ranks[name], spent = points[0][2], spent + points[0][0]
+        slope = -math.inf
         for place, (a, b) in enumerate(zip(points, points[1:])):
-            segments.append((_slope(a, b), place, name, b[0] - a[0], b[2]))
+            slope = max(slope, _slope(a, b))            # rounding must not change the order
+            segments.append((slope, place, name, b[0] - a[0], b[2]))
     if spent > budget:
         raise ValueError(f'{budget:,.0f} parameters are too few for the smallest ranks '
                          f'(nearest: {spent:,})')
-    full = set()                                        # layers whose next segment did not fit
+    full = set()                                        # parts whose next segment did not fit
     for slope, _, name, size, rank in sorted(segments, key=lambda segment: segment[:2]):
         if name not in full and spent + size <= budget and slope < 0:
             ranks[name], spent = rank, spent + size

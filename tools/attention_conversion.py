@@ -17,16 +17,15 @@ Neither alone is best for all models (docs/RESULTS.md). Without calibration text
 the weights, and N gives the SVD of W_q^T W_k and of W_o W_v (CLOVER, arXiv:2411.17426).
 """
 
-from collections import Counter
 from dataclasses import replace
 
 import torch
 
-from lowrank.factorization import Factorization, balance
 from lowrank.layers import LowRankLinear
-from model import GPT
 from runtime import tracking
-from tools.model_compression import (LayerStats, calibrate, check_share, dense_layers, sync_config)
+from tools.calibration import HeadStats, LayerStats, calibrate
+from tools.model_compression import (best_share, check_share, dense_attention, head_curve,
+                                     narrow_heads, projections_of, rebuild, sync_config)
 
 HEADS_KEEP = 0.5                    # default fraction of the cache kept by narrower heads
 
@@ -45,32 +44,6 @@ def check_source(model, to):
                    'a run without SVD')
         raise ValueError(f'to={to!r}: the model has an SVD with svd_scope={c.svd_scope!r} '
                          f'(nearest: {nearest})')
-
-
-def dense_attention(model, names):
-    """Make the named layers of all blocks dense and fuse c_attn, in place. names: such as
-    'c_attn'."""
-    dense_layers(model, [name for name in model.config.layer_shapes
-                         if name.split('.')[3] in names and name.split('.')[2] == 'attn'])
-    return sync_config(model)
-
-
-def rebuild(model, config, state):
-    """Return a model with a new configuration. state: the tensors that differ from those of the
-    given model, by name. All of c_attn must be in it."""
-    kept = {name: w for name, w in model.state_dict().items() if '.c_attn.' not in name}
-    like = model.lm_head.weight
-    new = GPT(config).to(like).eval()
-    # dtype first, because MPS has no float64
-    new.load_state_dict(kept | {name: w.to(like.dtype) for name, w in state.items()})
-    new.load_extra_state(model.extra_state())
-    return new
-
-
-def projections_of(model):
-    """Return name -> c_attn of all blocks."""
-    return {f'transformer.h.{i}.attn.c_attn': block.attn.c_attn
-            for i, block in enumerate(model.transformer.h)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +68,7 @@ def to_mla(model, latent_dim, windows=()):
         # after 'weight' scope has truncated them, so that the factors do not exceed its rank
         weights = [block.attn.head_weight(part).flatten(0, 1) for part in 'kv']
         stats[name] = LayerStats(torch.cat(weights), config.bias)               # (2C, C)
-    calibrate(model, projections, stats, windows, gradients=True)
+    calibrate(model, projections, stats, windows, 1)
     for name, c_attn in tracking.brief_bar(projections.items(), desc='convert', unit='layer'):
         for part, weight in latent_projection(c_attn, latent_dim, stats[name]).items():
             state[f'{name}.{part}'] = weight
@@ -159,114 +132,28 @@ def to_gqa(model, n_kv_head: int | None = None):
 # --------------------------------------------------------------------------------------------------
 # narrower heads
 
-class HeadStats:
-    """Statistics of keys and values per head over calibration tokens, and the weights of the layer,
-    in float64 on the CPU."""
-
-    def __init__(self, attn):
-        def double(tensor):
-            return None if tensor is None else tensor.detach().cpu().double()
-        self.weights = {name: double(attn.c_attn.head_weight(name)) for name in 'qkv'}
-        self.biases = {name: double(attn.c_attn.head_bias(name)) for name in 'qkv'}
-        w_o, self.bias_o = double(attn.c_proj.weight), double(attn.c_proj.bias)
-        self.w_o = w_o.unflatten(1, (attn.c_attn.heads['q'], -1)).transpose(0, 1)   # (nh, C, hs)
-        self.query_gram = 0                                         # sum of q q^T (nh, hs, hs)
-        # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
-        centred = dict(k=True, v=self.bias_o is not None)
-        self.stats = {name: [LayerStats(torch.eye(w.size(1)), centred[name]) for _ in w]
-                      for name, w in self.weights.items() if name in centred}
-
-    def add(self, x, g):
-        """Add a batch of inputs x (N, C) and of gradients g (N, rows of W_k and W_v) at keys and
-        values."""
-        gradients = g.split([self.weights[name].shape[:2].numel() for name in 'kv'], dim=1)
-        rows = {name: x.cpu().double() @ w.mT for name, w in self.weights.items()}
-        if self.bias_o is not None:
-            rows = {name: x + self.biases[name] for name, x in rows.items()}        # (heads, N, hs)
-        self.query_gram = self.query_gram + rows['q'].mT @ rows['q']
-        for (name, heads), g in zip(self.stats.items(), gradients):
-            for stats, *pair in zip(heads, rows[name], g.unflatten(1, (len(heads), -1)).unbind(1)):
-                stats.add(*pair)
-
-    def factorizations(self, name):
-        """Return the `Factorization` of N for each key/value head. name: 'k' or 'v'."""
-        heads, w_q, w, found = self.stats[name], self.weights['q'], self.weights[name], []
-        if self.bias_o is not None:                                 # the bias is one more input
-            w_q = torch.cat((w_q, self.biases['q'].mT), dim=2)
-        queries = self.query_gram if heads[0].tokens else w_q @ w_q.mT
-        partner = queries if name == 'k' else self.w_o.mT @ self.w_o                # (nh, hs, hs)
-        partner = partner.unflatten(0, (len(heads), -1)).sum(1)                     # (nkv, hs, hs)
-        for stats, near, far in zip(heads, w @ w.mT, partner):
-            if stats.tokens:
-                near, g = stats.moments(), stats.gradients / stats.tokens
-                far = (g + far * (g.trace() / far.trace().clamp_min(1e-300))) / 2
-            found.append(Factorization(stats.weight, near, far))
-        return found
-
-    def narrow(self, factors):
-        """Return the tensors of attention with narrower heads, name -> tensor.
-
-        factors: 'k' and 'v' -> L (hs, r) and R^T (r, hs) of each key/value head. c_proj gets a bias
-        that compensates for the mean error of the values.
-        """
-        group = len(self.weights['q']) // len(self.weights['k'])
-        (up_k, down_k), (up_v, down_v) = (map(torch.stack, zip(*factors[name])) for name in 'kv')
-        up_k, up_v = (up.repeat_interleave(group, dim=0) for up in (up_k, up_v))    # (nh, hs, r)
-        cuts = dict(q=up_k.mT, k=down_k, v=down_v)                                  # (heads, r, hs)
-        weights = [(cuts[name] @ w).flatten(0, 1) for name, w in self.weights.items()]
-        tensors = {'c_attn.weight': torch.cat(weights),
-                   'c_proj.weight': (self.w_o @ up_v).transpose(0, 1).flatten(1)}   # (C, nh r)
-        if self.bias_o is not None:
-            biases = [(b @ cuts[name].mT).flatten() for name, b in self.biases.items()]
-            tensors['c_attn.bias'] = torch.cat(biases)
-            mean = self.biases['v'].mT                              # without text: inputs of mean 0
-            if self.stats['v'][0].tokens:
-                mean = torch.stack([stats.mean for stats in self.stats['v']])[..., None]
-            mean, kept = (x.repeat_interleave(group, dim=0) for x in (mean, down_v @ mean))
-            lost = self.w_o @ (mean - up_v @ kept)                                  # (nh, C, 1)
-            tensors['c_proj.bias'] = self.bias_o + lost.sum(0).squeeze(1)
-        return tensors
-
-
 @torch.no_grad()
 def to_lowrank_heads(model, keep: float | None = None, windows=()):
     """Return a model with narrower heads, whose cache has at most the fraction `keep` of the bytes.
 
     The given model is changed and cannot be used afterwards. Layers of attention become dense.
     keep: None means HEADS_KEEP. windows: from `calibration_windows`. With windows, all layers share
-    one budget of widths (`allocate_widths`). Without windows, each width becomes the same fraction
+    one budget of widths (`best_share`). Without windows, each width becomes the same fraction
     of the old one. Raises ValueError if the model has MLA or an SVD, or for an impossible
     fraction.
     """
     check_source(model, 'lowrank_heads')
     dense_attention(model, ['c_attn', 'c_proj'])
-    projections, state = projections_of(model), {}
-    layers = {name: HeadStats(block.attn) for name, block in zip(projections, model.transformer.h)}
+    keep, projections = HEADS_KEEP if keep is None else keep, projections_of(model)
+    heads = {name: HeadStats(block.attn) for name, block in zip(projections, model.transformer.h)}
     sizes = {(name, part): stats.weights[part].size(1)
-             for name, stats in layers.items() for part in 'kv'}
-    keep = HEADS_KEEP if keep is None else keep
-    check_share(keep, len(sizes) / sum(sizes.values()) if windows else
-                1 / min(sizes.values()), 'cache')
-    calibrate(model, projections, layers, windows, gradients=True)
-    found = {(name, part): layers[name].factorizations(part) for name, part in sizes}
+             for name, stats in heads.items() for part in 'kv'}
+    if not windows:
+        check_share(keep, 1 / min(sizes.values()), 'cache')
+    calibrate(model, projections, heads, windows, 1)
+    found = {(name, part): heads[name].factorizations(part) for name, part in sizes}
     widths = {key: int(keep * size + 1e-9) for key, size in sizes.items()}
     if windows:
-        energies = {key: sum(head.energies for head in heads) for key, heads in found.items()}
-        widths = allocate_widths(energies, int(keep * sum(sizes.values()) + 1e-9))
-    for name, stats in tracking.brief_bar(layers.items(), desc='convert', unit='layer'):
-        factors = {part: [balance(*head.split(widths[name, part]), widths[name, part])
-                          for head in found[name, part]] for part in 'kv'}
-        for part, tensor in stats.narrow(factors).items():
-            state[f'{name.removesuffix(".c_attn")}.{part}'] = tensor
-    qk, v = ([widths[name, part] for name in layers] for part in 'kv')
-    return rebuild(model, replace(model.config, use_svd=False, qk_head_dim=qk, v_head_dim=v), state)
-
-
-def allocate_widths(energies: dict, total) -> dict:
-    """Return the widths that keep the most energy and sum up to `total`. energies: name -> tensor
-    (hs), descending. Each width is at least 1. As in `best_share`, energies are divided by the root
-    of their sum."""
-    scaled = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
-    ranked = sorted((i > 0, -energy, i, name) for name, values in scaled.items()
-                    for i, energy in enumerate(values.tolist()))
-    return Counter(name for *_, name in ranked[:total])
+        widths = best_share({key: head_curve(one, 1) for key, one in found.items()}, keep, 'cache')
+    state, dims = narrow_heads(heads, found, widths)
+    return rebuild(model, replace(model.config, use_svd=False, **dims), state)

@@ -43,9 +43,9 @@ def plain_model(model):
     """Convert a model to a nanoGPT model with the same outputs.
 
     Low-rank layers, adapters, the latents of MLA, and the SVD in scope 'weight' become part of the
-    weights. Key/value heads are repeated for each query head, and narrower heads are filled up with
-    zeros. The given model cannot be used afterwards. Raises ValueError for scopes that truncate V
-    itself, because no weights have the same effect.
+    weights. Key/value heads are repeated for each query head. Narrower heads and MLPs are filled up
+    with zeros. The given model cannot be used afterwards. Raises ValueError for scopes that
+    truncate V itself, because no weights have the same effect.
     """
     c = model.config
     if c.svd_truncates and c.svd_scope != 'weight':
@@ -60,8 +60,14 @@ def plain_model(model):
         w_o = F.pad(w_o, (0, c.head_size - w_o.size(2))).flatten(1)
         attn.c_attn = linear_from_tensors(*dense_projection(attn, c), like)
         attn.c_proj = linear_from_tensors(w_o, attn.c_proj.bias, like)
+    for mlp in (block.mlp for block in model.transformer.h):
+        w, b = mlp.c_fc.weight, mlp.c_fc.bias                       # (neurons, C), (neurons)
+        more = 4 * c.n_embd - len(w)
+        mlp.c_fc = linear_from_tensors(F.pad(w, (0, 0, 0, more)),
+                                       None if b is None else F.pad(b, (0, more)), like)
+        mlp.c_proj = linear_from_tensors(F.pad(mlp.c_proj.weight, (0, more)), mlp.c_proj.bias, like)
     plain = GPT(replace(model.config, use_svd=False, use_mla=False, n_kv_head=None,
-                        qk_head_dim=None, v_head_dim=None)).to(like)
+                        qk_head_dim=None, v_head_dim=None, mlp_dim=None)).to(like)
     plain.load_state_dict(model.state_dict())
     return plain
 
@@ -92,6 +98,7 @@ def changes(c, to):
                                 'heads; the exported model caches full keys and values'),
         (plain and (c.qk_head_dim or c.v_head_dim),
          'filled up with zeros: narrower heads; the exported model caches full keys and values'),
+        (plain and c.mlp_dim, 'filled up with zeros: the neurons that the MLPs lack'),
         (plain and c.use_mla, f'multiplied out: latents of {c.latent_dim} values; the exported '
                               'model caches full keys and values'),
         (plain and c.layer_ranks, f'multiplied out: {len(c.layer_ranks or ())} low-rank layers; '

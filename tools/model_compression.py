@@ -7,24 +7,17 @@ algebra is in lowrank/factorization.py.
 Letters: m outputs, n inputs, s = min(m, n), r rank, N tokens, B batch, T tokens per window.
 """
 
-import copy
 import math
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 
-from lowrank.factorization import (
-    Factorization,
-    allocate_ranks,
-    beneficial_rank,
-    factored_size,
-    ridge_refit,
-)
+from lowrank.factorization import (Curve, InputSelection, allocate_ranks, balance,
+                                   beneficial_rank)
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.spectrum import rank_for_energy
 from model import ADAPTER_DEFAULTS, GPT, QKVProjection
@@ -32,16 +25,16 @@ from runtime import device as devices
 from runtime import tracking
 from runtime.evaluation import Evaluation
 from runtime.generation import sample
-from runtime.optimizer import get_lr
+from runtime.optimizer import Muon, get_lr
+from tools.calibration import HeadStats, LayerStats, NeuronStats, calibrate
 from tools.tables import format_table
 from tools.timing import generation, interleave
 from train import TrainConfig, language_model_loss, new_state, train_step
 
-BATCH_TOKENS = 4096                 # per forward pass of calibration
 MODULES = ('attn', 'mlp')
-STAGES = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')   # of a block, in forward order
-ROUNDING = torch.finfo(torch.float32).eps           # error of an activation, relative to its mean
 RANK_STEP, RANK_STEP_FROM = 8, 128  # multiples of 8 are faster; only if no layer is narrower
+GRADIENT_EVERY = 2                  # every how many batches of the text give gradients
+REFINE_RATE = 1.5e-3                # learning rate of refinement, at a divergence of 1 nat
 KEEP = 0.6                          # default fraction of the weights kept
 LEARNING_RATE = 1e-3                # default for fine-tuning
 BENCHMARK_ROUNDS = 5                # odd, so that a measured round is the median
@@ -100,6 +93,32 @@ def weights_of(model, modules=None):
             if isinstance(layer, torch.nn.Linear) and name.split('.')[2] in modules}
 
 
+def dense_attention(model, names):
+    """Make the named layers of all blocks dense and fuse c_attn, in place. names: such as
+    'c_attn'."""
+    dense_layers(model, [name for name in model.config.layer_shapes
+                         if name.split('.')[3] in names and name.split('.')[2] == 'attn'])
+    return sync_config(model)
+
+
+def projections_of(model):
+    """Return name -> c_attn of all blocks."""
+    return {f'h.{i}.attn.c_attn': block.attn.c_attn for i, block in enumerate(model.transformer.h)}
+
+
+def rebuild(model, config, state):
+    """Return a model with a new configuration. state: the tensors in which it differs from the
+    given model, by name, such as 'h.0.attn.c_attn.weight'."""
+    like, old = model.lm_head.weight, model.state_dict()
+    state = {f'transformer.{name}': tensor for name, tensor in state.items()}
+    new = GPT(config).to(like).eval()
+    # dtype first, because MPS has no float64
+    new.load_state_dict({name: state[name].to(like.dtype) if name in state else old[name]
+                         for name in new.state_dict()})
+    new.load_extra_state(model.extra_state())
+    return new.requires_grad_(like.requires_grad)
+
+
 @torch.no_grad()
 def sync_config(model):
     """Update the configuration after layers were replaced, in place. Returns the model. Writes the
@@ -139,264 +158,218 @@ def apply_svd_compression(model, rank, modules=None):
 
 
 @torch.no_grad()
-def replace_linear(model, name, factors, mean, mean_before):
+def replace_linear(model, name, factors, mean):
     """Replace a dense layer by a low-rank layer, in place.
 
-    factors: U (m, r) and A (r, n). mean: mean input (n) of the new layer; mean_before: mean input
-    (n) of the dense layer; both float64. If the layer has a bias, the bias is shifted so that the
-    mean output stays the same.
+    factors: U (m, r) and A (r, n), float64; mean: mean input (n) of the layer. If the layer has a
+    bias, the bias is shifted so that the mean output stays the same.
     """
-    dense, (up, down) = model.transformer.get_submodule(name), factors
+    dense, (up, down) = model.get_layer(name), factors
     layer = LowRankLinear.from_factors(up, down, dense)
     if dense.bias is not None:
-        shift = dense.weight.cpu().double() @ mean_before - up @ (down @ mean)              # (m)
+        shift = dense.weight.cpu().double() @ mean - up @ (down @ mean)             # (m)
         # convert before the copy because MPS has no float64
         layer.bias.copy_((dense.bias.cpu().double() + shift).to(layer.bias.dtype))
     model.set_layer(name, layer)
 
 
 # --------------------------------------------------------------------------------------------------
-# statistics
+# compression
 
-class LayerStats:
-    """Statistics of a layer over calibration tokens, for `Factorization`.
-
-    The statistics are E[x x^T] of inputs x and E[g g^T] of loss gradients g at the outputs. Both
-    are mapped to the smaller side of the weight, which gives matrices (s, s). They are in float64
-    on the CPU.
-
-    If the layer has a bias, it compensates for the mean error. Then only the covariance of the
-    inputs counts. The covariance is a sum of squared deviations within and between batches (Chan,
-    Golub and LeVeque, 1983). Unlike a difference of moments, it is positive semidefinite.
-    """
-
-    def __init__(self, weight, centred, inputs=1):
-        """weight: (m, n); centred: whether the layer has a bias; inputs: number of inputs that are
-        concatenated in the argument of `add`."""
-        self.weight, self.centred = weight.detach().cpu().double(), centred
-        self.tall = weight.size(0) >= weight.size(1)
-        self.tokens, self.sum, self.gradients = 0, 0, None
-        self.mean = self.weight.new_zeros(inputs * weight.size(1))
-
-    def reduce(self, x):
-        """Map inputs x (N, n) to the smaller side of the weight, (N, s): x itself or W x."""
-        return x if self.tall else x @ self.weight.mT
-
-    def factors(self, x):
-        """Map inputs x (N, n) to a (N, p) and b (N, q), both linear in x. The statistic is the mean
-        of a^T b."""
-        return self.reduce(x), self.reduce(x)
-
-    def add(self, x, g=None):
-        """Add a batch of inputs x (N, n) and of gradients g (N, m) at the outputs. g may be
-        None."""
-        x = x.cpu().double()                                        # MPS has no float64
-        count, mean = len(x), x.mean(0)
-        step = mean - self.mean
-        if self.centred:                                # one more row for the change of the mean
-            weight = (self.tokens * count / (self.tokens + count)) ** 0.5
-            x = torch.cat((x - mean, weight * step[None]))
-        self.tokens += count
-        self.mean = self.mean + step * (count / self.tokens)
-        a, b = self.factors(x)
-        self.sum = self.sum + a.mT @ b                              # (p, q)
-        if g is not None:
-            g = g.cpu().double() @ self.weight if self.tall else g.cpu().double()           # (N, s)
-            self.gradients = (0 if self.gradients is None else self.gradients) + g.mT @ g   # (s, s)
-
-    def moments(self):
-        """Return the mean of a^T b over tokens (p, q), with a and b from `factors`, plus the
-        variance of float32 rounding errors of the inputs. Without this variance, rounding errors of
-        a constant input would count as signal."""
-        n = self.weight.size(1)
-        a, b = self.factors(torch.diag(ROUNDING * self.mean[:n]).repeat(1, len(self.mean) // n))
-        return self.sum / self.tokens + a.mT @ b
-
-    def factorization(self):
-        """Return the `Factorization` of the weight. If no tokens were added, it is the plain
-        SVD."""
-        if not self.tokens:
-            return Factorization(self.weight)
-        inputs, g = self.moments(), None if self.gradients is None else self.gradients / self.tokens
-        return Factorization(self.weight, *((inputs, g) if self.tall else (g, inputs)))
-
-
-class InputShiftStats(LayerStats):
-    """Statistics of a layer whose inputs have changed because earlier layers were replaced.
-
-    x^ is an input in the compressed model and x the same input in the original model. `add` takes
-    x^ and x concatenated, (N, 2n). `mean` (2n) is the mean of the concatenation. The statistic is
-    E[x^ x^^T] (n, n), stacked on E[x x^^T] (s, n), with W x in place of x if m < n.
-    """
-
-    def factors(self, x):
-        now, before = x.chunk(2, dim=1)
-        return torch.cat((now, self.reduce(before)), dim=1), now
-
-    def refitted_factorization(self, stats):
-        """Return the `Factorization` of the weight that maps x^ as close as possible to W x, the
-        output of the dense layer. stats: `LayerStats` of the dense layer. Its gradients define the
-        distance."""
-        weight, gradients, n = stats.weight, stats.gradients / stats.tokens, stats.weight.size(1)
-        inputs, cross = self.moments().split((n, len(gradients)))
-        dense = torch.eye(n, dtype=torch.float64) if self.tall else weight
-        refitted = ridge_refit(dense, inputs, cross)                # (s, n)
-        if self.tall:
-            return Factorization(weight @ refitted, inputs, refitted.mT @ gradients @ refitted)
-        return Factorization(refitted, gradients, refitted @ inputs @ refitted.mT)
-
-
-def calibration_windows(data, tokens, block_size, seed, device):
-    """Return random windows of the training split as a list of batches x, y (B, T).
-
-    data: Dataset; tokens: number of tokens, rounded up to whole windows, at most the whole split;
-    block_size: tokens per window; seed: seed of the random draw.
-    """
-    split = data.tokens('train')
-    count = math.ceil(min(tokens, len(split)) / block_size)
-    starts = data.sample_offsets('train', count, block_size, torch.Generator().manual_seed(seed))
-    return [data.windows(split, part.tolist(), block_size, 'train', device)
-            for part in starts.split(max(1, BATCH_TOKENS // block_size))]
-
-
-@contextmanager
-def record(modules):
-    """Context manager that records modules in forward passes. modules: name -> module. Yields a
-    dict, name -> (input, output) of the last forward pass."""
-    seen = {}
-
-    def hook(name, module, args, output):
-        seen[name] = args[0], output
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(hook, name)))
-        yield seen
-
-
-def calibrate(model, modules, stats, windows, gradients):
-    """Run windows through the model and add what each module sees to its statistics.
-
-    model: in evaluation mode with frozen parameters; modules: name -> module of the model; stats:
-    name -> object with `LayerStats.add`; windows: from `calibration_windows`; gradients: whether to
-    add loss gradients at the outputs besides inputs. For a module that returns q, k, v, the
-    gradients at k and v are added. The loss is the loss on the text. The Fisher matrix uses labels
-    drawn from the model instead. With such labels, losses after the conversion differ by 0.001 nats
-    or less.
-    """
-    def start_graph(module, args, output):              # the graph starts at the embeddings
-        return output.detach().requires_grad_(gradients)
-
-    with record(modules) as seen, model.transformer.drop.register_forward_hook(start_graph):
-        for x, y in tracking.brief_bar(windows, desc='calibrate', unit='batch'):
-            with torch.set_grad_enabled(gradients):
-                loss = model(x, y)[1] * y.numel()
-            outputs = {name: output[1:] if isinstance(output, tuple) else (output,)
-                       for name, (_, output) in seen.items()}
-            wanted = [t for tensors in outputs.values() for t in tensors]
-            found = iter(torch.autograd.grad(loss, wanted) if gradients else ())
-            for name, (inputs, _) in seen.items():
-                # (B, T, m), or per head (B, nh, T, hs)
-                g = [t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
-                     for t in islice(found, len(outputs[name]))]
-                stats[name].add(inputs.detach().flatten(0, 1),
-                                torch.cat(g, dim=2).flatten(0, 1) if g else None)
-
-
-# --------------------------------------------------------------------------------------------------
-# low-rank layers
-
-def compress_model(model, method, windows, modules=None, **options):
-    """Replace layers of a GPT by low-rank layers, in place.
+def compress_model(model, method, windows, modules=None, keep=None, **options):
+    """Return a GPT with smaller layers. The given model is changed and cannot be used afterwards.
 
     method: 'plain', 'whitened' or 'activation'; windows: from `calibration_windows`, or () for
-    'plain'; modules: as for `parse_modules`; options: keep, rank or energy, as for `rank_policy`.
-    Returns name -> dict for each low-rank layer, with the keys 'rank', 'of' (the full rank) and
-    'lost'. 'lost' is the fraction of the layer's energy that is cut, as the method measures energy,
-    or None if the layer belongs to other modules. Raises ValueError for wrong options and for
-    values that are not finite.
+    'plain'; modules: as for `parse_modules`; keep: fraction of the weights kept, or None for KEEP;
+    options: rank or energy in place of keep, as for `rank_policy`. With a fraction, 'activation'
+    decides what each layer becomes (`narrow_layers`). Otherwise all layers become low-rank
+    (`factor_layers`). 'activation' then trains the new layers on the predictions of the original
+    model (`refine`). Raises ValueError for wrong options and for values that are not finite.
     """
-    known = model.config.layer_ranks or {}              # low-rank layers keep at most this rank
-    layers = dense_layers(model, layer_names(model, modules))
-    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    # placeholder energies: refuse wrong options before calibration
-    rank_policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes, method,
-                **options)
-    sequential = method == 'activation'
-    stats = {name: LayerStats(layer.weight, layer.bias is not None)
-             for name, layer in layers.items()}
-    calibrate(model, layers, stats, windows, gradients=sequential)
-    energies, factorizations = {}, {}
-    for name in tracking.brief_bar(layers, desc='decompose', unit='layer'):
-        found = stats[name].factorization()
-        # energies beyond a known rank are rounding errors
-        found.energies[known.get(name, found.size):] = 0
-        energies[name] = found.energies
-        # 'activation' factors its layers again later, so nothing is kept
-        if not sequential:
-            factorizations[name] = found
-    ranks = rank_policy(energies, shapes, method, **options)
-    ranks = {name: min(rank or math.inf, known.get(name, math.inf)) for name, rank in ranks.items()
-             if rank is not None or name in known}
-    if sequential:
-        compress_sequentially(model, copy.deepcopy(model), stats, ranks, windows)
+    modules, has_gradients = parse_modules(modules), method == 'activation'
+    if has_gradients and not any(options.values()):
+        model, hidden = narrow_layers(model, windows, modules, KEEP if keep is None else keep)
     else:
-        for name, rank in ranks.items():
-            replace_linear(model, name, factorizations[name].factors(rank), stats[name].mean,
-                           stats[name].mean)
-    c = sync_config(model).config
-    lost = {name: (energies[name][rank:].sum() / energies[name].sum().clamp_min(1e-300)).item()
-            for name, rank in ranks.items()}
-    return {name: dict(rank=rank, of=min(c.layer_shapes[name]), lost=lost.get(name))
-            for name, rank in (c.layer_ranks or {}).items()}
+        model, hidden = factor_layers(model, windows, modules, has_gradients, keep=keep, **options)
+    if has_gradients:
+        refine(model, windows, hidden, modules)
+    return model
 
 
 @torch.no_grad()
-def compress_sequentially(model, dense, stats, ranks, windows):
-    """Replace layers by low-rank layers one after another, in forward order.
+def factor_layers(model, windows, modules, has_gradients, **options):
+    """Replace layers by low-rank layers of least error, in place. Without gradients, this is the
+    error of their outputs, or without windows that of the weights. Returns the model, and what
+    `calibrate` returns."""
+    known = model.config.layer_ranks or {}              # low-rank layers keep at most this rank
+    layers = dense_layers(model, layer_names(model, modules))
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    stats = {name: LayerStats(layer.weight, layer.bias is not None)
+             for name, layer in layers.items()}
+    hidden = calibrate(model, layers, stats, windows, GRADIENT_EVERY * has_gradients)
+    found = factorizations(stats, known)
+    ranks = rank_policy({name: one.energies for name, one in found.items()}, shapes, **options)
+    for name, rank in ranks.items():
+        if rank is not None or name in known:
+            rank = min(rank or math.inf, known.get(name, math.inf))
+            replace_linear(model, name, found[name].factors(rank), stats[name].mean)
+    return sync_config(model), hidden
 
-    The inputs of a new layer come from the compressed model. The layer is fitted so that its
-    outputs are as close as possible to the outputs of the dense layer in the original model
-    (`InputShiftStats`). model: changed in place; dense: a copy of the original model, which is not
-    changed; stats: name -> `LayerStats` of the original model; ranks: name -> rank; windows: from
-    `calibration_windows`.
+
+def factorizations(stats, known):
+    """Return name -> `Factorization`. stats: name -> `LayerStats`; known: name -> rank of a
+    low-rank layer, beyond which its energies are rounding errors and become 0."""
+    found = {}
+    for name in tracking.brief_bar(stats, desc='decompose', unit='layer'):
+        found[name] = stats[name].factorization()
+        found[name].energies[known.get(name, found[name].size):] = 0
+    return found
+
+
+@torch.no_grad()
+def narrow_layers(model, windows, modules, keep):
+    """Give attention narrower heads, and each MLP fewer neurons or low-rank layers.
+
+    All parts share one budget, the fraction `keep` of their weights. Attention with MLA or an SVD
+    cannot have narrower heads, so its layers become low-rank. Returns a new model, and what
+    `calibrate` returns.
     """
-    now = [model.transformer.wte(x) + model.transformer.wpe.weight[:x.size(1)]
-           for x, _ in windows]                                                     # (B, T, C) each
-    before, blocks = list(now), [*zip(model.transformer.h, dense.transformer.h)]
-    for i, (block, original) in enumerate(tracking.brief_bar(blocks, desc='replace', unit='block')):
-        for stage in STAGES:
-            names = [name for name in ranks if name.startswith(f'h.{i}.{stage}')]   # share inputs
-            if not names:
-                continue
-            # tall layers need only the input x, which they share; others need W x
-            keys = {name: 'x' if stats[name].tall else name for name in names}
-            shifts = {key: InputShiftStats(stats[name].weight, stats[name].centred, inputs=2)
-                      for name, key in keys.items()}
-            with record({0: block.get_submodule(stage), 1: original.get_submodule(stage)}) as seen:
-                for x_now, x_before in zip(now, before):
-                    block(x_now)
-                    original(x_before)
-                    for shift in shifts.values():
-                        shift.add(torch.cat((seen[0][0], seen[1][0]), dim=2).flatten(0, 1))
-            for name in names:
-                shift = shifts[keys[name]]
-                factors = shift.refitted_factorization(stats[name]).factors(ranks[name])
-                replace_linear(model, name, factors, *shift.mean.chunk(2))
-        now, before = [block(x) for x in now], [original(x) for x in before]
+    known, old = model.config.layer_ranks or {}, model.config
+    has_heads = 'attn' in modules and not (
+        old.use_mla or old.use_svd or any('.attn.' in name for name in known))
+    if has_heads:
+        dense_attention(model, ['c_attn', 'c_proj'])
+        modules = [word for word in modules if word != 'attn']
+    linears = dense_layers(model, layer_names(model, modules))
+    attention = projections_of(model) if has_heads else {}
+    heads = {name: HeadStats(block.attn) for name, block in zip(attention, model.transformer.h)}
+    stats = {name: (NeuronStats if name.endswith('mlp.c_proj') else LayerStats)(
+        linear.weight, linear.bias is not None) for name, linear in linears.items()}
+    hidden = calibrate(model, linears | attention, stats | heads, windows, GRADIENT_EVERY)
+
+    found, unit = factorizations(stats, known), 2 * old.n_embd
+    narrowest = min(old.n_embd, *map(old.neurons, range(old.n_layer)))
+    step = RANK_STEP if narrowest >= RANK_STEP_FROM else 1
+    curves = {name: Curve(one.energies, sum(one.weight.shape), one.weight.numel(), step)
+              for name, one in found.items()}
+    for name in tracking.brief_bar([name for name in stats if name.endswith('mlp.c_proj')],
+                                   desc='select neurons', unit='layer'):
+        pair, selection = [name.replace('c_proj', 'c_fc'), name], stats[name].selection()
+        neurons = Curve(selection.energies, unit, unit * len(selection.order), step)
+        if neurons.lost(keep) < sum(curves[part].lost(keep) for part in pair):
+            for part in pair:
+                del curves[part], found[part]
+            curves[name], found[name] = neurons, selection
+    for name, one in heads.items():
+        for part in 'kv':
+            found[name, part] = one.factorizations(part)
+            curves[name, part] = head_curve(
+                found[name, part], old.n_embd * (old.heads['q'] + old.heads[part]))
+    ranks = best_share(curves, keep)
+
+    state, dims = narrow_heads(heads, found, ranks) if heads else ({}, {})
+    counts = [*map(old.neurons, range(old.n_layer))]
+    for name, one in found.items():
+        if isinstance(one, InputSelection) and ranks[name] is not None:
+            state |= select_neurons(model, name, one, ranks[name], stats[name].mean)
+            counts[int(name.split('.')[1])] = ranks[name]
+    config = replace(sync_config(model).config, **dims)
+    if any(count < 4 * old.n_embd for count in counts):
+        config = replace(config, mlp_dim=counts)
+    model = rebuild(model, config, state)
+    for name, one in found.items():
+        if name in linears and not isinstance(one, InputSelection) and (
+                ranks[name] is not None or name in known):
+            rank = min(ranks[name] or math.inf, known.get(name, math.inf))
+            replace_linear(model, name, one.factors(rank), stats[name].mean)
+    return sync_config(model), hidden
+
+
+def head_curve(factorizations, unit):
+    """Return the `Curve` of the width that the heads of a layer share. factorizations: of each
+    head; unit: size of one direction of all heads."""
+    energies = sum(one.energies for one in factorizations)
+    return Curve(energies, unit, unit * len(energies))
+
+
+def narrow_heads(heads, found, widths):
+    """Return the tensors of narrower heads, name -> tensor, and the fields of their configuration.
+
+    heads: name of c_attn -> `HeadStats`; found: (name, 'k' or 'v') -> `Factorization` of each head;
+    widths: the same keys -> width, or None for the full width.
+    """
+    state, dims = {}, dict(qk_head_dim=[], v_head_dim=[])
+    for name, stats in tracking.brief_bar(heads.items(), desc='narrow heads', unit='layer'):
+        factors = {}
+        for part, field in dict(k='qk_head_dim', v='v_head_dim').items():
+            width = widths[name, part] or found[name, part][0].size
+            factors[part] = [balance(*one.split(width), width) for one in found[name, part]]
+            dims[field].append(width)
+        for part, tensor in stats.narrow(factors).items():
+            state[f'{name.removesuffix(".c_attn")}.{part}'] = tensor
+    return state, dims
+
+
+def select_neurons(model, name, selection, count, mean):
+    """Return the tensors of an MLP with fewer neurons, name -> tensor. name: of its c_proj;
+    selection: `InputSelection` of c_proj; mean: mean output (n) of the neurons, whose error the
+    bias of c_proj compensates for."""
+    chosen, weight = selection.select(count)
+    mlp, path = name.removesuffix('.c_proj'), name.removesuffix('c_proj')
+    old = model.transformer.get_submodule(mlp)
+    state = {f'{path}c_fc.weight': old.c_fc.weight[chosen], f'{path}c_proj.weight': weight}
+    if old.c_proj.bias is not None:
+        lost = selection.weight @ mean - weight @ mean[chosen]                      # (C)
+        state |= {f'{path}c_fc.bias': old.c_fc.bias[chosen],
+                  f'{path}c_proj.bias': old.c_proj.bias.cpu().double() + lost}
+    return state
+
+
+def refine(model, windows, hidden, modules):
+    """Train the matrices of the given modules in place, on the predictions of the original model.
+
+    A step minimizes the mean Kullback-Leibler divergence from the predictions of the original
+    model, plus the absolute change of the mean loss. Both are zero for the original model, so this
+    brings the model back to it, but does not train it further. The text is read once, one batch per
+    step. The error is to become smaller, so the learning rate is proportional to the root of the
+    mean divergence so far, which measures the distance to the original model. The rate warms up for
+    a tenth of the steps and falls linearly to 0.
+
+    windows: from `calibration_windows`; hidden: inputs of the output layer in the original model,
+    (B, T, C) per batch. Raises ValueError if the divergence is not finite.
+    """
+    for block in model.transformer.h:
+        for p in (p for word in modules for p in getattr(block, word).parameters()):
+            p.requires_grad_(p.dim() > 1)
+    optimizer = Muon([model.param_groups(0.0)['hidden']], 0.0, 0.0, torch.float32)
+    total, steps = 0.0, len(windows)
+    for step, ((x, y), last) in enumerate(zip(
+            tracking.brief_bar(windows, desc='refine', unit='step'), hidden), start=1):
+        target = F.log_softmax(model.lm_head(last), dim=-1)                     # (B, T, vocab)
+        found = F.log_softmax(model(x, y)[0], dim=-1)
+        divergence = F.kl_div(found, target, reduction='none', log_target=True).sum(-1).mean()
+        change = (target - found).gather(2, y[..., None]).mean()
+        total += divergence.item()
+        if not math.isfinite(total):
+            raise ValueError('the divergence from the original model is not finite')
+        rate = REFINE_RATE * max(total / step, 0.0) ** 0.5         # rounding may be negative
+        optimizer.param_groups[0]['lr'] = rate * min(1, 10 * step / steps) * (1 - step / steps)
+        (divergence + change.abs()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------
 # ranks. energies: name -> (s), descending; shapes: name -> (m, n). The functions return name ->
-# rank, or None for a layer that stays dense because factors would not be smaller.
+# rank, or None for a layer that stays as it is because its parts would not be smaller.
 
-def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
+def rank_policy(energies, shapes, keep=None, rank=None, energy=None):
     """Return the rank of each layer from one of three options.
 
     rank: the same rank for all layers. energy: each layer gets the smallest rank that keeps this
-    fraction of its energy. keep: fraction of the weights kept; the ranks come from `best_share` if
-    method is 'activation', else from `uniform_share`. Without any option, keep is KEEP. A layer
-    that its rank does not make smaller gets None and stays dense.
+    fraction of its energy. keep: each layer keeps at most this fraction of its weights. Without any
+    option, keep is KEEP. A layer that its rank does not make smaller gets None and stays dense.
 
     Raises ValueError if rank is above the full rank of a layer, if the fraction keep is not
     possible, and if energy is not above 0 and at most 1.
@@ -410,10 +383,10 @@ def rank_policy(energies, shapes, method, keep=None, rank=None, energy=None):
     if energy is not None:
         return {name: beneficial_rank(shape, rank_for_energy(energies[name].sqrt(), energy))
                 for name, shape in shapes.items()}
-    return (best_share if method == 'activation' else uniform_share)(energies, shapes, keep or KEEP)
+    return uniform_share(shapes, KEEP if keep is None else keep)
 
 
-def uniform_share(energies, shapes, keep):
+def uniform_share(shapes, keep):
     """Return the ranks at which each layer keeps at most the fraction `keep` of its parameters.
     Raises ValueError if a rank would be below 1."""
     check_share(keep, max((m + n) / (m * n) for m, n in shapes.values()))
@@ -423,20 +396,20 @@ def uniform_share(energies, shapes, keep):
             for name, (m, n) in shapes.items()}
 
 
-def best_share(energies, shapes, keep):
-    """Return the ranks that keep at most the fraction `keep` of all parameters of the given layers
-    and lose the least energy. `allocate_ranks` finds these ranks.
+def best_share(curves, keep, of='weights'):
+    """Return the ranks that keep at most the fraction `keep` of all parameters and lose the least
+    energy (`allocate_ranks`). curves: name -> `Curve`; of: what `keep` is a fraction of.
 
     Energies estimate the second-order change of the loss. The estimate is valid for small errors
-    only. Used directly, it gives layers with little influence on the loss too low a rank. Each
-    layer's energies are therefore divided by the square root of that layer's total energy, a
-    compromise between absolute and relative energies (docs/RESULTS.md).
+    only. Used directly, it gives parts with little influence on the loss too low a rank. The
+    energies of a part are therefore divided by the square root of their sum, a compromise between
+    absolute and relative energies (docs/RESULTS.md).
     """
-    energies = {name: e / e.sum().clamp_min(1e-300).sqrt() for name, e in energies.items()}
-    total = sum(factored_size(shape, None) for shape in shapes.values())
-    step = RANK_STEP if min(min(shape) for shape in shapes.values()) >= RANK_STEP_FROM else 1
-    check_share(keep, sum(factored_size(shape, step) for shape in shapes.values()) / total)
-    return allocate_ranks(energies, shapes, keep * total, step)
+    scaled = {name: curve._replace(energies=curve.energies / curve.energies.sum().clamp_min(
+        1e-300).sqrt()) for name, curve in curves.items()}
+    total = sum(curve.full for curve in curves.values())
+    check_share(keep, sum(curve.size(curve.step) for curve in curves.values()) / total, of)
+    return allocate_ranks(scaled, keep * total)
 
 
 def check_share(keep, least, of='weights'):
@@ -523,10 +496,14 @@ def compare_models(models, data, device, seed):
                 **{name: [measure(m) for m in models] for name, measure in measures.items()})
 
 
-def cache_shape(c):
-    """Return the numbers that determine what attention caches, for the report of compress.py."""
+def shape_of(c):
+    """Return the shape of a converted model, for the report of compress.py: what attention caches,
+    the neurons of each MLP, and 'layers', name of a low-rank layer -> rank and full rank."""
     return dict(n_head=c.n_head, n_kv_head=c.heads['k'], qk_head_dim=c.qk_head_dim,
-                v_head_dim=c.v_head_dim, latent_dim=c.latent_dim if c.use_mla else None)
+                v_head_dim=c.v_head_dim, mlp_dim=c.mlp_dim,
+                latent_dim=c.latent_dim if c.use_mla else None,
+                layers={name: dict(rank=rank, of=min(c.layer_shapes[name]))
+                        for name, rank in (c.layer_ranks or {}).items()})
 
 
 def sample_text(model, data, device, seed):
@@ -570,13 +547,16 @@ def describe(report):
     """Return the report of compress.py as text."""
     tuned, speed = report['options']['finetune_iters'], report['speed']
     made = dict(
-        lowrank=f'{len(report["layers"])} layers are low-rank',
+        lowrank='layers are smaller',
         mla=f'keys and values of each token share a latent of {report["latent_dim"]} values',
         gqa=f'{report["n_head"]} query heads share {report["n_kv_head"]} key/value heads',
-        lowrank_heads=f'heads are narrower: widths of keys {report["qk_head_dim"]}, of values '
-                      f'{report["v_head_dim"]}')[report['to']]
+        lowrank_heads='heads are narrower')[report['to']]
     method = f', method {report["method"]!r}' * (report['to'] != 'gqa')
     lines = [f'{made}{method}, {report["seconds"]:.1f} s']
+    for key, label in dict(qk_head_dim='widths of queries and keys', v_head_dim='widths of values',
+                           mlp_dim='neurons of the MLPs').items():
+        if report[key]:
+            lines.append(f'{label} per block: {", ".join(map(str, report[key]))}')
     lines += [f'ranks in block {block}: ' + ', '.join(
         f'{name.split(".", 2)[2]} {layer["rank"]}' for name, layer in layers)
         for block, layers in groupby(report['layers'].items(), lambda item: item[0].split('.')[1])]

@@ -25,8 +25,8 @@ from tools.timing import (generation, interleave, paired_benchmark, print_line, 
 from train import new_state, train_step
 
 # options of the baseline, besides use_svd=False
-DENSE = dict(use_mla=False, n_kv_head=None, qk_head_dim=None, v_head_dim=None, layer_ranks=None,
-             **ADAPTER_DEFAULTS)
+DENSE = dict(use_mla=False, n_kv_head=None, qk_head_dim=None, v_head_dim=None, mlp_dim=None,
+             layer_ranks=None, **ADAPTER_DEFAULTS)
 SIZES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')
 
 
@@ -101,7 +101,8 @@ def run_seconds(cfg, data, device):
 def kind_of(cfg):
     """Return what the model has besides the SVD on V, such as 'MLA' or 'MLA, low-rank', or ''."""
     parts = {'MLA': cfg.use_mla, 'grouped heads': cfg.is_grouped,
-             'narrow heads': cfg.qk_head_dim or cfg.v_head_dim, 'low-rank': cfg.layer_ranks,
+             'narrow heads': cfg.qk_head_dim or cfg.v_head_dim, 'fewer neurons': cfg.mlp_dim,
+             'low-rank': cfg.layer_ranks,
              'adaptive SVD': cfg.adaptive_svd, 'LoRA': cfg.lora_rank}
     return ', '.join(name for name, present in parts.items() if present)
 

@@ -105,13 +105,13 @@ def effective_config(cfg):
 def find_baseline(variant, variants):
     """Return the baseline of a variant: the ordinary variant that shares the most options.
 
-    An ordinary variant has no SVD, MLA, shared or narrower heads, low-rank layers or adapters. If
-    all variants are ordinary or none is, the baseline is the first one.
+    An ordinary variant has no SVD, MLA, shared or narrower heads, narrower MLPs, low-rank layers or
+    adapters. If all variants are ordinary or none is, the baseline is the first one.
     """
     ordinary = [v for v in variants if not (
         v.cfg.svd_truncates or v.cfg.use_mla or v.cfg.is_grouped
-        or v.cfg.qk_head_dim or v.cfg.v_head_dim or v.cfg.layer_ranks or v.cfg.adaptive_svd
-        or v.cfg.lora_rank is not None)]
+        or v.cfg.qk_head_dim or v.cfg.v_head_dim or v.cfg.mlp_dim or v.cfg.layer_ranks
+        or v.cfg.adaptive_svd or v.cfg.lora_rank is not None)]
     candidates = ordinary if len(ordinary) < len(variants) else []
     return max(candidates or variants[:1], key=lambda other: sum(
         other.options.get(key) == value for key, value in variant.options.items()))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from helpers import normal as rand
-from lowrank.factorization import (RIDGE, Factorization, allocate_ranks, beneficial_rank,
-                                   factored_size, ridge_refit)
+from lowrank.factorization import (RIDGE, SELECTION_RIDGE, Curve, Factorization, InputSelection,
+                                   allocate_ranks, beneficial_rank)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 each_shape = pytest.mark.parametrize('M, N', [(12, 8), (8, 12)], ids=['tall', 'wide'])
@@ -123,52 +123,81 @@ def test_what_is_not_finite_and_rank_0_are_refused(arguments, message):
 
 
 # --------------------------------------------------------------------------------------------------
-# inputs that have changed
+# selected inputs
 
-def test_refitting_is_least_squares():
-    """`ridge_refit` gives the solution of torch.linalg.lstsq on the samples. Directions that are
-    not in the samples keep the weight, and without samples nothing changes."""
-    before, x, now = rand(5, 8), rand(100, 8, seed=1), rand(100, 8, seed=2) @ rand(8, 8, seed=3)
-    u = x @ before.mT
-    found = ridge_refit(before, now.mT @ now / 100, u.mT @ now / 100, ridge=1e-12)
-    torch.testing.assert_close(found, torch.linalg.lstsq(now, u).solution.mT, rtol=0, atol=1e-8)
-    few, ridge = now[:2], 1e-9
-    kept = ridge_refit(before, few.mT @ few, u[:2].mT @ few, ridge)
-    unseen = torch.eye(8) - torch.linalg.pinv(few) @ few
-    # two bounds: rounding times the condition number n / ridge, and the share of the ridge in the
-    # directions of the samples
-    assert ((kept - before) @ unseen).norm() < torch.finfo(
-        torch.float64).eps * 8 * 8 / ridge * before.norm()
-    share = ridge * few.square().sum() / 8 / torch.linalg.svdvals(few)[-1] ** 2
-    assert (kept @ few.mT - u[:2].mT).norm() < 2 * share * (u[:2].mT - before @ few.mT).norm()
-    assert torch.equal(ridge_refit(before,
-                                   torch.zeros(8, 8).double(),
-                                   torch.zeros(5, 8).double()), before)
-    torch.testing.assert_close(ridge_refit(before, x.mT @ x, u.mT @ x), before, rtol=0, atol=1e-12)
+def selection_error(weight, chosen, selected, inputs, gradients):
+    """Return tr(G E C E^T) for the error E of the weight of the chosen inputs."""
+    full = torch.zeros_like(weight.double()).index_copy(1, chosen, selected)
+    e = weight - full
+    return torch.trace(gradients @ e @ inputs @ e.mT).item()
+
+
+@pytest.mark.parametrize('M, N', [(5, 20), (20, 12)], ids=['wide', 'tall'])
+def test_selected_inputs_have_the_least_error_and_it_is_predicted(M, N):
+    """The weight of the chosen inputs is the least squares fit, which includes the ridge.
+    `energies` are what the rounds of removal predict, and sum up to the error of no inputs. All
+    inputs give the weight itself. The choice is at least as good as nearly all random choices."""
+    weight, inputs, gradients = rand(M, N).double(), statistic(N, 1), statistic(M, 3)
+    found = InputSelection(weight, inputs, gradients)
+    assert sorted(found.order.tolist()) == [*range(N)]
+    assert found.energies.tolist() == sorted(found.energies.tolist(), reverse=True)
+    total = torch.trace(gradients @ weight @ inputs @ weight.mT).item()
+    assert found.energies.sum().item() == pytest.approx(total, rel=.01)
+    chosen, selected = found.select(N)
+    torch.testing.assert_close(selected, weight, rtol=0, atol=1e-9)
+    ridge = SELECTION_RIDGE * inputs.diagonal().mean() * torch.eye(N)
+    for count in (1, N // 3, N - 1):
+        chosen, selected = found.select(count)
+        cov = inputs + ridge
+        best = (weight @ cov[:, chosen]) @ torch.linalg.inv(cov[chosen][:, chosen])
+        torch.testing.assert_close(selected, best, rtol=0, atol=1e-8 * best.abs().max().item())
+    chosen, selected = found.select(N // 3)
+    own, worse = selection_error(weight, chosen, selected, inputs, gradients), 0
+    for seed in range(50):
+        other = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:N // 3]
+        fitted = weight @ cov[:, other] @ torch.linalg.inv(cov[other][:, other])
+        worse += selection_error(weight, other, fitted, inputs, gradients) >= own
+    assert worse >= 45
+
+
+def test_inputs_that_repeat_each_other_or_are_zero_go_first():
+    """A copy of an input and an input without variance are removed at no cost. Without any variance
+    all inputs cost nothing."""
+    x = rand(200, 6)
+    x = torch.cat((x, x[:, :1], torch.zeros(200, 1)), dim=1).double()
+    found = InputSelection(rand(4, 8), x.mT @ x / 200, torch.eye(4).double())
+    assert {*found.order[6:].tolist()} in ({0, 7}, {6, 7})
+    assert found.energies[6:].sum() < 1e-3 * found.energies.sum()
+    assert InputSelection(rand(4, 8), torch.zeros(8, 8).double(),
+                          torch.eye(4).double()).energies.tolist() == [0] * 8
 
 
 # --------------------------------------------------------------------------------------------------
 # ranks
 
-def spectra(seed, count, least, most):
-    """Return the energies of random layers, which fall at different rates, and their shapes (m,
-    n)."""
+def layer_curve(energies, shape, step):
+    return Curve(energies, sum(shape), shape[0] * shape[1], step)
+
+
+def spectra(seed, count, least, most, step):
+    """Return the curves of random layers (m, n), whose energies fall at different rates."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(least, most, (count, 2), generator=generator).tolist()
     rates = torch.rand(count, generator=generator) * 2
-    energies = {
-        i: torch.rand(min(shape), generator=generator) * torch.exp(-rate * torch.arange(min(shape)))
-        for i, (shape, rate) in enumerate(zip(sizes, rates))}
-    return {i: e.sort(descending=True)[0]
-            for i, e in energies.items()}, dict(enumerate(map(tuple, sizes)))
+    energies = [
+        torch.rand(min(shape), generator=generator) * torch.exp(-rate * torch.arange(min(shape)))
+        for shape, rate in zip(sizes, rates)]
+    return {i: layer_curve(e.sort(descending=True)[0], shape, step)
+            for i, (e, shape) in enumerate(zip(energies, sizes))}
 
 
-def cost(ranks, shapes):
-    return sum(factored_size(shapes[name], rank) for name, rank in ranks.items())
+def cost(ranks, curves):
+    return sum(curves[name].size(rank) for name, rank in ranks.items())
 
 
-def lost(ranks, energies):
-    return sum(energies[name][rank:].double().sum().item() for name, rank in ranks.items() if rank)
+def lost(ranks, curves):
+    return sum(curves[name].energies[rank:].double().sum().item()
+               for name, rank in ranks.items() if rank)
 
 
 @pytest.mark.parametrize('seed, step', [*((seed, 1) for seed in range(5)), (5, 2), (6, 2), (7, 3)])
@@ -176,25 +205,25 @@ def test_no_ranks_within_the_budget_lose_less(seed, step):
     """No other choice of ranks within the budget has a smaller error. The reference is a search
     over all ranks of three layers. A larger budget never increases the error, and a large enough
     one keeps all layers dense."""
-    energies, shapes = spectra(seed, 3, 2, 9)
-    choices = [[*(r for r in range(step, min(shape), step) if beneficial_rank(shape, r)), None]
-               for shape in shapes.values()]
-    every = [dict(zip(shapes, ranks)) for ranks in product(*choices)]
-    costs, losses = [cost(ranks, shapes)
-                     for ranks in every], [lost(ranks, energies) for ranks in every]
+    curves = spectra(seed, 3, 2, 9, step)
+    choices = [[*(r for r in range(step, len(curve.energies), step)
+                  if curve.size(r) < curve.full), None] for curve in curves.values()]
+    every = [dict(zip(curves, ranks)) for ranks in product(*choices)]
+    costs, losses = [cost(ranks, curves)
+                     for ranks in every], [lost(ranks, curves) for ranks in every]
     for price in torch.logspace(-5, 0, 30).tolist():                # per parameter
         best = min(range(len(every)), key=lambda i: losses[i] + price * costs[i])
-        assert allocate_ranks(energies, shapes, costs[best], step) == every[best]
+        assert allocate_ranks(curves, costs[best]) == every[best]
         assert losses[best] <= min(
             e for size, e in zip(costs, losses) if size <= costs[best]) + 1e-12
     before = float('inf')
     for budget in range(min(costs), max(costs) + 5):
-        ranks = allocate_ranks(energies, shapes, budget, step)
-        assert cost(ranks, shapes) <= budget and lost(ranks, energies) <= before + 1e-12
-        before = lost(ranks, energies)
-    assert ranks == dict.fromkeys(shapes)
+        ranks = allocate_ranks(curves, budget)
+        assert cost(ranks, curves) <= budget and lost(ranks, curves) <= before + 1e-12
+        before = lost(ranks, curves)
+    assert ranks == dict.fromkeys(curves)
     with pytest.raises(ValueError, match=rf'nearest: {min(costs)}\)'):
-        allocate_ranks(energies, shapes, min(costs) - 1, step)
+        allocate_ranks(curves, min(costs) - 1)
 
 
 FLAT, STEEP, REST = torch.ones(10), torch.tensor([5., *[0] * 9]), torch.tensor([9., 8, 7, *[0] * 7])
@@ -210,15 +239,22 @@ FLAT, STEEP, REST = torch.ones(10), torch.tensor([5., *[0] * 9]), torch.tensor([
 def test_a_dense_layer_is_a_choice_like_others(energies, budget, step, expected):
     """A layer stays dense if that is the best use of the budget. The budget is not spent on
     parameters that reduce no error."""
-    named = dict(zip(('first', 'second'), energies))
-    ranks = allocate_ranks(named, dict.fromkeys(named, (10, 10)), budget, step)
-    assert tuple(ranks.values()) == expected
+    curves = dict(enumerate(layer_curve(e, (10, 10), step) for e in energies))
+    assert tuple(allocate_ranks(curves, budget).values()) == expected
+
+
+def test_equal_energies_are_spent_in_order():
+    """Rounding in the sums of equal energies does not change their order, so the whole budget is
+    used: 40 of 100 components of 3 parameters, in two parts."""
+    curves = {name: Curve(torch.full((100,), value), 3, 300) for name, value in
+              dict(a=.1, b=.1 + 1e-9).items()}
+    assert sum(allocate_ranks(curves, 240).values()) == 80
 
 
 def test_sizes():
     """The sizes of products and the largest ranks that save parameters match values computed by
     hand."""
-    assert [factored_size((5, 7), rank) for rank in (2, None)] == [24, 35]
+    assert [layer_curve(torch.ones(5), (5, 7), 1).size(rank) for rank in (2, None)] == [24, 35]
     assert [beneficial_rank((5, 7), rank) for rank in (2, 3)] == [2, None]
     assert [beneficial_rank((128, 128), rank) for rank in (63, 64)] == [63, None]
-    assert allocate_ranks(dict(thin=torch.ones(1)), dict(thin=(1, 9)), 9) == dict(thin=None)
+    assert allocate_ranks(dict(thin=layer_curve(torch.ones(1), (1, 9), 1)), 9) == dict(thin=None)
