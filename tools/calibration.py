@@ -48,31 +48,31 @@ class LayerStats:
 
     def reduce_gradients(self, g):
         """Map gradients g (N, m) to the smaller side of the weight, (N, s): W^T g or g itself."""
-        return g @ self.weight if self.tall else g
+        return g @ self.weight.to(g.dtype) if self.tall else g
 
     def add(self, x, g=None):
-        """Add a batch of inputs x (N, n) and of gradients g (N, m) at the outputs. g may be
-        None."""
+        """Add a batch of inputs x (..., N, n) and of gradients g (..., N, m) at the outputs. g may
+        be None. Leading dimensions stay apart in all statistics."""
         x = x.cpu().to(self.dtype)                                  # MPS has no float64
-        count, mean = len(x), x.mean(0)
-        step = mean.double() - self.mean
+        count, mean = x.size(-2), x.mean(-2, keepdim=True)
+        step = mean.squeeze(-2).double() - self.mean
         if self.centred:                                # one more row for the change of the mean
             weight = (self.tokens * count / (self.tokens + count)) ** 0.5
-            x = torch.cat((x - mean, weight * step[None].to(x.dtype)))
+            x = torch.cat((x - mean, weight * step.unsqueeze(-2).to(x.dtype)), dim=-2)
         self.tokens += count
         self.mean = self.mean + step * (count / self.tokens)
         x = self.reduce(x)
         self.sum = self.sum + x.mT @ x
         if g is not None:
-            g = self.reduce_gradients(g.cpu().double())
+            g = self.reduce_gradients(g.cpu()).double()
             self.gradients = (0 if self.gradients is None else self.gradients) + g.mT @ g
-            self.gradient_tokens += len(g)
+            self.gradient_tokens += g.size(-2)
 
     def moments(self):
         """Return the mean of x x^T over tokens, plus the variance of float32 rounding errors of the
         inputs. Without this variance, rounding errors of a constant input would count as
         signal."""
-        x = self.reduce(torch.diag(ROUNDING * self.mean).to(self.dtype))
+        x = self.reduce(torch.diag_embed(ROUNDING * self.mean).to(self.dtype))
         return (self.sum / self.tokens + x.mT @ x).double()
 
     def output_metric(self):
@@ -91,12 +91,17 @@ class LayerStats:
 class NeuronStats(LayerStats):
     """Statistics of the layer that reads the neurons of an MLP. They are not mapped, because the
     choice of neurons needs E[x x^T] (n, n) and E[g g^T] (m, m) themselves. The products of the many
-    neurons are in float32."""
+    neurons take time, so they are in float32, and batches without gradients are left out."""
 
     dtype = torch.float32
 
     def reduce(self, x):
         return x
+
+    def add(self, x, g=None):
+        """Add a batch as `LayerStats.add` does, if it has gradients."""
+        if g is not None:
+            super().add(x, g)
 
     def reduce_gradients(self, g):
         return g
@@ -126,8 +131,8 @@ class HeadStats:
         self.query_gram = 0                                         # sum of q q^T (nh, hs, hs)
         # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
         centred = dict(k=True, v=self.bias_o is not None)
-        self.stats = {name: [LayerStats(torch.eye(w.size(1)), centred[name]) for _ in w]
-                      for name, w in self.weights.items() if name in centred}
+        self.stats = {name: LayerStats(torch.eye(self.weights[name].size(1)), centred[name])
+                      for name in centred}
 
     def add(self, x, g=None):
         """Add a batch of inputs x (N, C) and of gradients g (N, rows of W_k and W_v) at keys and
@@ -139,25 +144,24 @@ class HeadStats:
         if self.bias_o is not None:
             rows = {name: x + self.biases[name] for name, x in rows.items()}        # (heads, N, hs)
         self.query_gram = self.query_gram + rows['q'].mT @ rows['q']
-        for (name, heads), g in zip(self.stats.items(), gradients):
-            parts = [None] * len(heads) if g is None else g.unflatten(1, (len(heads), -1)).unbind(1)
-            for stats, *pair in zip(heads, rows[name], parts):
-                stats.add(*pair)
+        for (name, stats), g in zip(self.stats.items(), gradients):
+            if g is not None:
+                g = g.unflatten(1, (len(rows[name]), -1)).transpose(0, 1)           # (nkv, N, hs)
+            stats.add(rows[name], g)
 
     def factorizations(self, name):
         """Return the `Factorization` of N for each key/value head. name: 'k' or 'v'."""
-        heads, w_q, w, found = self.stats[name], self.weights['q'], self.weights[name], []
+        stats, w_q, w = self.stats[name], self.weights['q'], self.weights[name]
         if self.bias_o is not None:                                 # the bias is one more input
             w_q = torch.cat((w_q, self.biases['q'].mT), dim=2)
-        queries = self.query_gram if heads[0].tokens else w_q @ w_q.mT
-        partner = queries if name == 'k' else self.w_o.mT @ self.w_o                # (nh, hs, hs)
-        partner = partner.unflatten(0, (len(heads), -1)).sum(1)                     # (nkv, hs, hs)
-        for stats, near, far in zip(heads, w @ w.mT, partner):
-            if stats.tokens:
-                near, g = stats.moments(), stats.output_metric()
-                far = (g + far * (g.trace() / far.trace().clamp_min(1e-300))) / 2
-            found.append(Factorization(stats.weight, near, far))
-        return found
+        queries = self.query_gram if stats.tokens else w_q @ w_q.mT
+        far = queries if name == 'k' else self.w_o.mT @ self.w_o                    # (nh, hs, hs)
+        near, far = w @ w.mT, far.unflatten(0, (len(w), -1)).sum(1)                 # (nkv, hs, hs)
+        if stats.tokens:
+            near, g = stats.moments(), stats.output_metric()
+            level, other = (t.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for t in (g, far))
+            far = (g + far * (level / other.clamp_min(1e-300))) / 2
+        return [Factorization(stats.weight, *pair) for pair in zip(near, far)]
 
     def narrow(self, factors):
         """Return the tensors of attention with narrower heads, name -> tensor.
@@ -176,8 +180,8 @@ class HeadStats:
             biases = [(b @ cuts[name].mT).flatten() for name, b in self.biases.items()]
             tensors['c_attn.bias'] = torch.cat(biases)
             mean = self.biases['v'].mT                              # without text: inputs of mean 0
-            if self.stats['v'][0].tokens:
-                mean = torch.stack([stats.mean for stats in self.stats['v']])[..., None]
+            if self.stats['v'].tokens:
+                mean = self.stats['v'].mean[..., None]
             mean, kept = (x.repeat_interleave(group, dim=0) for x in (mean, down_v @ mean))
             lost = self.w_o @ (mean - up_v @ kept)                                  # (nh, C, 1)
             tensors['c_proj.bias'] = self.bias_o + lost.sum(0).squeeze(1)

@@ -25,7 +25,7 @@ from runtime import device as devices
 from runtime import tracking
 from runtime.evaluation import Evaluation
 from runtime.generation import sample
-from runtime.optimizer import Muon, get_lr
+from runtime.optimizer import get_lr
 from tools.calibration import HeadStats, LayerStats, NeuronStats, calibrate
 from tools.tables import format_table
 from tools.timing import generation, interleave
@@ -34,7 +34,8 @@ from train import TrainConfig, language_model_loss, new_state, train_step
 MODULES = ('attn', 'mlp')
 RANK_STEP, RANK_STEP_FROM = 8, 128  # multiples of 8 are faster; only if no layer is narrower
 GRADIENT_EVERY = 2                  # every how many batches of the text give gradients
-REFINE_RATE = 1.5e-3                # learning rate of refinement, at a divergence of 1 nat
+# Adam of refinement; the rate is for a divergence of 1 nat. The few steps need short memories
+REFINE_RATE, REFINE_BETAS = 1.5e-3, (0.7, 0.9)
 KEEP = 0.6                          # default fraction of the weights kept
 LEARNING_RATE = 1e-3                # default for fine-tuning
 BENCHMARK_ROUNDS = 5                # odd, so that a measured round is the median
@@ -338,10 +339,9 @@ def refine(model, windows, hidden, modules):
     windows: from `calibration_windows`; hidden: inputs of the output layer in the original model,
     (B, T, C) per batch. Raises ValueError if the divergence is not finite.
     """
-    for block in model.transformer.h:
-        for p in (p for word in modules for p in getattr(block, word).parameters()):
-            p.requires_grad_(p.dim() > 1)
-    optimizer = Muon([model.param_groups(0.0)['hidden']], 0.0, 0.0, torch.float32)
+    trained = [p.requires_grad_() for block in model.transformer.h for word in modules
+               for p in getattr(block, word).parameters() if p.dim() > 1]
+    optimizer = torch.optim.Adam(trained, betas=REFINE_BETAS)
     total, steps = 0.0, len(windows)
     for step, ((x, y), last) in enumerate(zip(
             tracking.brief_bar(windows, desc='refine', unit='step'), hidden), start=1):

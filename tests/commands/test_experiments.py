@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import sample
-from helpers import ROOT, TEXT, rows, whole_truth
-from model import GPT, GPTConfig
+from helpers import ROOT, TEXT, rows
 from runtime.data import write_dataset
 from runtime.tracking import read_json_lines
 from experiments.result_cache import Record
@@ -90,30 +89,36 @@ def test_absorbed_and_expanded_are_equal_and_timed(call, device):
 # --------------------------------------------------------------------------------------------------
 # compression_table.py
 
-def test_fwsvd_weighs_rows_by_fisher_information_and_asvd_columns_by_the_root_of_their_inputs():
-    """The controls FWSVD and ASVD match their definitions. The references are autograd's gradient
-    of each window's loss, the recorded inputs of the layer, and the SVD of the scaled weight, over
-    two batches of three windows."""
-    torch.manual_seed(0)
-    dense = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=17,
-                          bias=False)).eval()
-    for p in dense.requires_grad_(False).parameters():
-        torch.nn.init.normal_(p, std=0.3)                           # so that all weights matter
-    windows = [tuple(torch.randint(17, (2, 3, 8))) for _ in range(2)]
-    compression, layer, inputs = experiment(
-        'compression_table'), dense.transformer.h[1].mlp.c_fc, []
-    found = {name: compression.measure(dense, compression.METHODS[name], windows)[2]['h.1.mlp.c_fc']
-             for name in ('FWSVD', 'ASVD')}
-    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
-    weight = layer.weight.requires_grad_(True)  # (64, 16)
-    losses = [8 * dense(x[None], y[None])[1] for xs, ys in windows for x, y in zip(xs, ys)]
-    information = sum(torch.autograd.grad(loss, weight)[0].square().sum(1) for loss in losses)
-    rows, columns = information.double().sqrt()[:, None], torch.cat(inputs).double().abs().mean(
-        0).sqrt()
-    for name, scale in (('FWSVD', rows), ('ASVD', columns)):
-        up, down = found[name].factors(5)
-        expected = whole_truth(weight.detach().double() * scale, 5) / scale
-        torch.testing.assert_close(up @ down, expected, atol=1e-4, rtol=1e-4)
+TABLE = [dict(model='small', method='dense', seed=1337, loss=2.0, block_params=1000)]
+TABLE += [dict(model='small', method=method, keep=keep, seed=seed, loss=2.0 + added + seed / 1000,
+               block_params=400, compress_seconds=seconds)
+          for keep in (.8, .6, .4) for seed in (0, 1)
+          for method, added, seconds in (
+              ('SVD-LLM', .03, 1), ('MoDeGPT', .02, 2), ('MoDeGPT, SVD of q k', .01, 4),
+              ('Basis Sharing', .04, 1), ('default', .004 - seed / 1000, 6))]
+
+
+def test_a_recorded_table_compares_the_default_with_the_best_published_method(here, call):
+    """Losses are relative to the original model. Differences are paired by calibration seed."""
+    Path('record.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in TABLE))
+    out = call(experiment('compression_table').main, '--run=False').out
+    assert 'MoDeGPT, SVD of q k 0.0105 +- 0.0007' in ' '.join(out.split()) and Path('figure.png').exists()
+    assert ('keep 0.4: 0.0065 (standard error 0.0005) less than MoDeGPT, SVD of q k, in 1.50 '
+            'times its seconds') in out
+
+
+@pytest.mark.slow
+def test_a_method_that_is_recorded_is_not_run_again(here, call):
+    """Each method adds one row per seed and fraction. A second call adds none."""
+    write_dataset('data/tiny', TEXT, 'char', source='tests')
+    table = experiment('compression_table', MODELS={'small': [
+        str(ROOT / 'config/train_shakespeare_char.py'), '--n_layer=2', '--n_head=2', '--n_embd=16',
+        '--block_size=16', '--max_iters=2', '--eval_iters=1', '--always_save_checkpoint=True']})
+    for _ in range(2):
+        call(table.main, '--dataset=tiny', '--models=small', '--keeps=0.6', '--seeds=2')
+        found = read_json_lines('record.jsonl')
+        assert len(found) == 2 * len({**table.METHODS, **table.ATTENTION})      # plain once, dense
+    assert {row['method'] for row in found} == {'dense', *table.METHODS, *table.ATTENTION}
 
 
 # --------------------------------------------------------------------------------------------------

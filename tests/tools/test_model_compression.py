@@ -339,16 +339,18 @@ def divergence(model, other):
 def test_refinement_leaves_the_original_model_alone_and_brings_others_back(windows):
     """Refining the original model changes nothing. Refining a changed one reduces the divergence
     from the original model, also on text that the refinement has not seen."""
-    model, text = random_model(), [batch for seed in range(4) for batch in windows(4096)]
+    model, generator = random_model(), torch.Generator().manual_seed(0)
+    # next tokens from the model, so that its loss is the least possible
+    text = [(x, torch.multinomial(model(x, x)[0].flatten(0, 1).softmax(-1), 1,
+                                  generator=generator).view_as(x)) for x, _ in windows(4096)]
     hidden = calibration.calibrate(model, {}, {}, text, 0)
     models = same, changed = copy.deepcopy(model), random_model()
-    generator = torch.Generator().manual_seed(0)
     for p in changed.transformer.h.parameters():
         p += .1 * torch.randn(p.shape, generator=generator)
     before = divergence(model, changed)
     for one in models:
         layers.refine(one, text, hidden, ['attn', 'mlp'])
-    assert abs(divergence(model, same)) < 1e-6 and divergence(model, changed) < .999 * before
+    assert abs(divergence(model, same)) < 1e-6 and divergence(model, changed) < .97 * before
 
 
 # --------------------------------------------------------------------------------------------------
