@@ -39,8 +39,8 @@ from runtime.data import GPT2_META, Dataset, locate, name_of
 from runtime.files import (archive_run, check_save_dir, locked_folder, named, new_folder,
                            write_atomically)
 from tools import model_compression as compression
-from tools.calibration import calibration_windows
 from tools.attention_conversion import HEADS_KEEP, to_gqa, to_lowrank_heads, to_mla
+from tools.calibration import calibration_windows
 from tools.model_compression import apply_svd_compression  # noqa: F401
 from tools.spectrum_report import report_spectrum
 
@@ -57,8 +57,8 @@ class CompressConfig:
                         PATH] = None
     overwrite: Annotated[bool, 'move a run in save_dir to SAVE_DIR.1, .2, ...; False: refuse '
                          'to replace it'] = False
-    to: Annotated[Literal['lowrank', 'mla', 'gqa', 'lowrank_heads'], "'lowrank': low-rank layers, "
-                  "each of two smaller matrices; 'mla': multi-head latent attention, keys and "
+    to: Annotated[Literal['lowrank', 'mla', 'gqa', 'lowrank_heads'], "'lowrank': smaller layers of "
+                  "any kind, see method; 'mla': multi-head latent attention, keys and "
                   "values from one latent per token; 'gqa': fewer key/value heads, each the mean "
                   "of several; 'lowrank_heads': narrower heads"] = 'lowrank'
     keep: Annotated[float | None, "fraction kept of the modules' weights, or of the cache with "
@@ -76,9 +76,9 @@ class CompressConfig:
                          Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
                       "what to minimize; 'activation': the estimated increase of the training "
-                      "loss (lowrank_heads: docs/HEADS.md), which also decides the ranks; "
-                      "'whitened': the error of each layer's outputs; "
-                      "'plain': the error of the weights; None: 'activation'"] = None
+                      'loss, which also decides between narrower heads, fewer neurons and low-rank '
+                      "layers; 'whitened': the error of each layer's outputs, in low-rank layers; "
+                      "'plain': the error of the weights, the same; None: 'activation'"] = None
     finetune_iters: Annotated[int, 'steps of fine-tuning all parameters afterwards, on the text '
                               'and on predictions of the original model', Range(0)] = 0
     optimizer: Annotated[Literal['adamw', 'muon'] | None, "optimizer of fine-tuning; None: "

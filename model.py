@@ -35,7 +35,8 @@ query, and U_v is applied to the weighted sum (lowrank/kv_cache.py). Both ways a
 
 With n_kv_head = nkv < nh, each head of keys and values serves nh / nkv heads of queries
 (grouped-query attention, arXiv:2305.13245). With qk_head_dim and v_head_dim, the heads of a layer
-are narrower than hs, while the scores are still divided by sqrt(hs) (docs/HEADS.md).
+are narrower than hs, while the scores are still divided by sqrt(hs) (docs/HEADS.md). With mlp_dim,
+the MLPs have fewer neurons than 4C (docs/COMPRESSION.md).
 
 Letters: B batch, T tokens, C = n_embd, nh heads, nkv key/value heads, hs = C / nh head size,
 k = svd_rank, d latent size.
@@ -146,8 +147,9 @@ class GPTConfig(AdapterTargets):
                             "'weight' scope truncates", Range(0, below=1), LORA, OVERRIDABLE] = 0.0
     lora_targets: Annotated[str, 'out of c_q,c_k,c_v (MLA: query),c_proj,c_fc,mlp.c_proj',
                             LORA] = 'c_q,c_v'
-    lora_init: Annotated[Literal[INITS], "'lora': zero; 'pissa', 'milora': top, bottom singular "
-                         'components', LORA] = 'lora'
+    lora_init: Annotated[Literal[INITS], "adapters start from zero ('lora'), or from the largest "
+                         "('pissa') or smallest ('milora') singular components of the weights",
+                         LORA] = 'lora'
 
     def __post_init__(self):
         validate(self)

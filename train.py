@@ -68,8 +68,7 @@ class TrainConfig(GPTConfig):
     eval_only: Annotated[bool, 'only evaluate, on the whole validation split'] = False
     always_save_checkpoint: Annotated[bool, 'ckpt.pt is always the latest checkpoint; False: the '
                                       'best one'] = True
-    init_from: Annotated[str, "'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                         "'gpt2-xl', or a folder: a run's, Hugging Face's or export.py's",
+    init_from: Annotated[str, "'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a model folder",
                          PATH] = 'scratch'
     lora_adapter: Annotated[str | None, 'folder that export.py --to=lora made, for init_from',
                             PATH] = None

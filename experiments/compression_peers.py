@@ -11,8 +11,8 @@ Each method is a function of a model, of calibration windows and of the fraction
 weights that may remain. `PEERS` lists them. The weights are those of the linear layers in the
 blocks, without biases. CLOVER leaves the MLP as it is, and its `keep` counts weights of attention
 only. The model must be dense, in evaluation mode, frozen, on the CPU in float32, and have as many
-heads of keys and values as of queries. It may be changed in place. The returned model computes
-logits and losses. It cannot be saved, because its configuration does not describe all its layers.
+heads of keys and values as of queries. It may be changed in place. The model that Basis Sharing
+returns cannot be saved, because its configuration does not describe shared factors.
 
 All statistics and factors are computed in float64. The authors' code uses float32 in part.
 
@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 
 from lowrank.factorization import balance
-from lowrank.layers import LowRankLinear, linear_from_tensors
+from lowrank.layers import LowRankLinear
 from tools.calibration import HeadStats, record
 from tools.model_compression import dense_layers, layer_names, rebuild
 
@@ -259,22 +259,19 @@ def modegpt(model, windows, keep, joint=False):
     tokens = sum(y.numel() for _, y in windows)
     influence = torch.tensor([1 - float(one['cosine']) / tokens for one in sums])
     shares = kept_by_block(influence, keep, TEMPERATURE_JOINT if joint else TEMPERATURE)
-    state, mlps, qk_widths, v_widths = {}, [], [], []
+    state, fields = {}, dict(qk_head_dim=[], v_head_dim=[], mlp_dim=[])
     for i, (block, share) in enumerate(zip(model.transformer.h, shares)):
         qk, v = (block.attn.c_attn.head_weight(name).size(1) for name in 'qv')
         neurons = block.mlp.c_fc.out_features
         budget = share * c.n_embd * 2 * (c.n_head * (qk + v) + neurons)
         qk, v = (max(1, round(share * width)) for width in (qk, v))
         neurons = min(neurons, int(budget / (2 * c.n_embd) + 1e-9) - c.n_head * (qk + v))
-        tensors = narrow_heads(block.attn, qk, v, sums[i], joint)
-        state |= {f'h.{i}.attn.{name}': tensor for name, tensor in tensors.items()}
-        mlps.append(fewer_neurons(block.mlp, neurons, sums[i]['h'] / tokens))
-        qk_widths.append(qk)
-        v_widths.append(v)
-    new = rebuild(model, replace(c, qk_head_dim=qk_widths, v_head_dim=v_widths), state)
-    for block, (c_fc, c_proj) in zip(new.transformer.h, mlps):
-        block.mlp.c_fc, block.mlp.c_proj = c_fc, c_proj
-    return new.requires_grad_(False)
+        for part, tensors in (('attn', narrow_heads(block.attn, qk, v, sums[i], joint)),
+                              ('mlp', fewer_neurons(block.mlp, neurons, sums[i]['h'] / tokens))):
+            state |= {f'h.{i}.{part}.{name}': tensor for name, tensor in tensors.items()}
+        for field, size in zip(fields, (qk, v, neurons)):
+            fields[field].append(size)
+    return rebuild(model, replace(c, **fields), state).requires_grad_(False)
 
 
 def kept_by_block(influence, keep, temperature):
@@ -295,7 +292,8 @@ def kept_by_block(influence, keep, temperature):
 
 
 def fewer_neurons(mlp, count, moments):
-    """Return c_fc and c_proj with this number of neurons. moments: mean of h h^T (4C, 4C)."""
+    """Return the tensors of an MLP with this number of neurons, name -> tensor. moments: mean of
+    h h^T (4C, 4C)."""
     up, down = mlp.c_fc.weight, mlp.c_proj.weight.double()                      # (4C, C), (C, 4C)
     level, eye = moments.diagonal().mean(), torch.eye(len(moments), dtype=torch.float64)
     ridge = LEVERAGE_RIDGE * level
@@ -305,9 +303,8 @@ def fewer_neurons(mlp, count, moments):
     ridge = REFIT_RIDGE * level
     cross = down @ moments[:, chosen] + ridge * down[:, chosen]                 # (C, count)
     root = torch.linalg.cholesky((moments + ridge * eye)[chosen][:, chosen])
-    bias = None if mlp.c_fc.bias is None else mlp.c_fc.bias[chosen]
-    return (linear_from_tensors(up[chosen], bias, up), linear_from_tensors(
-        torch.cholesky_solve(cross.mT, root).mT, mlp.c_proj.bias, up))
+    tensors = {'c_fc.weight': up[chosen], 'c_proj.weight': torch.cholesky_solve(cross.mT, root).mT}
+    return tensors if mlp.c_fc.bias is None else tensors | {'c_fc.bias': mlp.c_fc.bias[chosen]}
 
 
 def narrow_heads(attn, qk, v, moments, joint):

@@ -50,7 +50,7 @@ from runtime.files import check_writable
 from runtime.tracking import read_json_lines
 from tools import model_compression as layers
 from tools import sweep
-from tools.calibration import calibrate, calibration_windows
+from tools.calibration import Inputs, calibrate, calibration_windows
 from tools.tables import format_table
 from experiments.compression_peers import PEERS
 from experiments.result_cache import Record
@@ -109,13 +109,14 @@ def own(method, model, windows, keep, modules=None):
 
 
 def not_refined(model, windows, keep):
-    return layers.narrow_layers(model, windows, layers.MODULES, keep)[0]
+    return layers.narrow_layers(model, windows, layers.MODULES, keep, Inputs())
 
 
 def refined(peer, model, windows, keep):
-    hidden = calibrate(model, {}, {}, windows, 0)
+    inputs = Inputs()
+    calibrate(model, dict(ln_f=model.transformer.ln_f), dict(ln_f=inputs), windows, 0)
     new = peer(model, windows, keep)
-    layers.refine(new, windows, hidden, layers.MODULES)
+    layers.refine(new, windows, inputs.batches, layers.MODULES)
     return new
 
 
@@ -197,9 +198,10 @@ def row_of(rows, name):
 def cell(values):
     """Return the mean of losses added, and their standard deviation over seeds, as text."""
     values = [*values.values()]
-    mean = round(statistics.mean(values), 4) + 0.0 if values else ''            # + 0: no -0
-    return values and f'{mean:.4f}' + (
-        f' +- {statistics.stdev(values):.4f}' if len(values) > 1 else '') or ''
+    if not values:
+        return ''
+    mean = f'{round(statistics.mean(values), 4) + 0.0:.4f}'                     # + 0: no -0
+    return mean + (f' +- {statistics.stdev(values):.4f}' if len(values) > 1 else '')
 
 
 def table(rows, name):

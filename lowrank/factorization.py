@@ -163,7 +163,7 @@ class Curve(NamedTuple):
 
     energies (s): how much the error falls with each component, descending, in the same unit for all
     parts; unit: parameters of a component; full: parameters of the whole part, which has no error;
-    step: numbers of components are multiples of it.
+    step: the number of components is a multiple of it, unless the rest has no energy.
     """
     energies: torch.Tensor
     unit: int

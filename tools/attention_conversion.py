@@ -155,5 +155,5 @@ def to_lowrank_heads(model, keep: float | None = None, windows=()):
     widths = {key: int(keep * size + 1e-9) for key, size in sizes.items()}
     if windows:
         widths = best_share({key: head_curve(one, 1) for key, one in found.items()}, keep, 'cache')
-    state, dims = narrow_heads(heads, found, widths)
-    return rebuild(model, replace(model.config, use_svd=False, **dims), state)
+    state, fields = narrow_heads(heads, found, widths, model.config.head_size)
+    return rebuild(model, replace(model.config, use_svd=False, **fields), state)

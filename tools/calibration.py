@@ -25,7 +25,7 @@ class LayerStats:
     """Statistics of a layer over calibration tokens, for `Factorization`.
 
     The statistics are E[x x^T] of inputs x and E[g g^T] of loss gradients g at the outputs. Both
-    are mapped to the smaller side of the weight, which gives matrices (s, s). They are in float64
+    are mapped to the smaller side of the weight, which gives matrices (s, s), summed up in float64
     on the CPU.
 
     If the layer has a bias, it compensates for the mean error. Then only the covariance of the
@@ -33,7 +33,7 @@ class LayerStats:
     Golub and LeVeque, 1983). Unlike a difference of moments, it is positive semidefinite.
     """
 
-    dtype = torch.float64               # of the products
+    dtype = torch.float64               # of x^T x
 
     def __init__(self, weight, centred):
         """weight: (m, n); centred: whether the layer has a bias."""
@@ -88,10 +88,21 @@ class LayerStats:
         return Factorization(self.weight, *(statistics if self.tall else statistics[::-1]))
 
 
+class Inputs:
+    """List of the inputs of a module, (N, n) per batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def add(self, x, g=None):
+        self.batches.append(x)
+
+
 class NeuronStats(LayerStats):
     """Statistics of the layer that reads the neurons of an MLP. They are not mapped, because the
     choice of neurons needs E[x x^T] (n, n) and E[g g^T] (m, m) themselves. The products of the many
-    neurons take time, so they are in float32, and batches without gradients are left out."""
+    neurons take time. So they are in float32, and batches without gradients are left out, also in
+    the mean."""
 
     dtype = torch.float32
 
@@ -228,11 +239,8 @@ def calibrate(model, modules, stats, windows, gradient_every):
     q, k, v, the gradients at k and v are added. The loss is the loss on the text. The Fisher matrix
     uses labels drawn from the model instead. With such labels, losses after the conversion differ
     by 0.001 nats or less.
-
-    Returns the inputs of the output layer, (B, T, C) per batch.
     """
-    hidden = []
-    with record(modules) as seen, record(dict(last=model.lm_head)) as last:
+    with record(modules) as seen:
         for i, (x, y) in enumerate(tracking.brief_bar(windows, desc='calibrate', unit='batch')):
             wants_gradients = bool(gradient_every) and i % gradient_every == 0
             # the graph starts at the embeddings
@@ -250,5 +258,3 @@ def calibrate(model, modules, stats, windows, gradient_every):
                      for t in islice(found, len(outputs[name]))]
                 stats[name].add(inputs.detach().flatten(0, 1),
                                 torch.cat(g, dim=2).flatten(0, 1) if g else None)
-            hidden.append(last['last'][0].detach())
-    return hidden

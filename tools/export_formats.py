@@ -60,7 +60,7 @@ def plain_model(model):
         w_o = F.pad(w_o, (0, c.head_size - w_o.size(2))).flatten(1)
         attn.c_attn = linear_from_tensors(*dense_projection(attn, c), like)
         attn.c_proj = linear_from_tensors(w_o, attn.c_proj.bias, like)
-    for mlp in (block.mlp for block in model.transformer.h):
+    for mlp in (block.mlp for block in model.transformer.h if c.mlp_dim):
         w, b = mlp.c_fc.weight, mlp.c_fc.bias                       # (neurons, C), (neurons)
         more = 4 * c.n_embd - len(w)
         mlp.c_fc = linear_from_tensors(F.pad(w, (0, 0, 0, more)),

@@ -1,22 +1,24 @@
-"""Compress a trained model: calibrate on training text, replace layers by low-rank layers,
-fine-tune, and compare with the original model.
+"""Compress a trained model: make its layers smaller, refine or fine-tune it, and compare it with
+the original model.
 
-A low-rank layer has two factors, U (m, r) and A (r, n), in place of a weight (m, n). The linear
-algebra is in lowrank/factorization.py.
+A layer becomes a low-rank layer with factors U (m, r) and A (r, n) in place of a weight (m, n), or
+attention gets narrower heads, or an MLP fewer neurons. The linear algebra is in
+lowrank/factorization.py, the statistics are in tools/calibration.py.
 
-Letters: m outputs, n inputs, s = min(m, n), r rank, N tokens, B batch, T tokens per window.
+Letters: m outputs, n inputs, s = min(m, n), r rank, N tokens, B batch, T tokens per window,
+C model width.
 """
 
 import math
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 
-from lowrank.factorization import (Curve, InputSelection, allocate_ranks, balance,
+from lowrank.factorization import (Curve, Factorization, InputSelection, allocate_ranks, balance,
                                    beneficial_rank)
 from lowrank.layers import LowRankLinear, SplitProjection, fuse
 from lowrank.spectrum import rank_for_energy
@@ -26,7 +28,7 @@ from runtime import tracking
 from runtime.evaluation import Evaluation
 from runtime.generation import sample
 from runtime.optimizer import get_lr
-from tools.calibration import HeadStats, LayerStats, NeuronStats, calibrate
+from tools.calibration import HeadStats, Inputs, LayerStats, NeuronStats, calibrate
 from tools.tables import format_table
 from tools.timing import generation, interleave
 from train import TrainConfig, language_model_loss, new_state, train_step
@@ -177,44 +179,50 @@ def replace_linear(model, name, factors, mean):
 # --------------------------------------------------------------------------------------------------
 # compression
 
-def compress_model(model, method, windows, modules=None, keep=None, **options):
+def compress_model(model, method, windows, modules=None, keep=None, rank=None, energy=None):
     """Return a GPT with smaller layers. The given model is changed and cannot be used afterwards.
 
     method: 'plain', 'whitened' or 'activation'; windows: from `calibration_windows`, or () for
-    'plain'; modules: as for `parse_modules`; keep: fraction of the weights kept, or None for KEEP;
-    options: rank or energy in place of keep, as for `rank_policy`. With a fraction, 'activation'
-    decides what each layer becomes (`narrow_layers`). Otherwise all layers become low-rank
-    (`factor_layers`). 'activation' then trains the new layers on the predictions of the original
-    model (`refine`). Raises ValueError for wrong options and for values that are not finite.
+    'plain'; modules: as for `parse_modules`; keep: fraction of the weights kept, None for KEEP;
+    rank, energy: as for `rank_policy`, in place of keep. With a fraction, 'activation' decides what
+    each layer becomes (`narrow_layers`). Otherwise all layers become low-rank (`factor_layers`).
+    'activation' then trains the new layers on the predictions of the original model (`refine`) and
+    freezes the model. Raises ValueError for wrong options and for values that are not finite.
     """
     modules, has_gradients = parse_modules(modules), method == 'activation'
-    if has_gradients and not any(options.values()):
-        model, hidden = narrow_layers(model, windows, modules, KEEP if keep is None else keep)
+    inputs = Inputs()                                               # of the last LayerNorm
+    if has_gradients and rank is None and energy is None:
+        keep = KEEP if keep is None else keep
+        model = narrow_layers(model, windows, modules, keep, inputs)
     else:
-        model, hidden = factor_layers(model, windows, modules, has_gradients, keep=keep, **options)
+        model = factor_layers(model, windows, modules, has_gradients, inputs, keep=keep, rank=rank,
+                              energy=energy)
     if has_gradients:
-        refine(model, windows, hidden, modules)
+        refine(model, windows, inputs.batches, modules)
     return model
 
 
 @torch.no_grad()
-def factor_layers(model, windows, modules, has_gradients, **options):
-    """Replace layers by low-rank layers of least error, in place. Without gradients, this is the
-    error of their outputs, or without windows that of the weights. Returns the model, and what
-    `calibrate` returns."""
+def factor_layers(model, windows, modules, has_gradients, inputs, **options):
+    """Replace layers by low-rank layers of least error, in place, and return the model. Without
+    gradients, this is the error of their outputs, or without windows that of the weights. inputs:
+    `Inputs` to add those of the last LayerNorm to; options and errors: as for `rank_policy`."""
     known = model.config.layer_ranks or {}              # low-rank layers keep at most this rank
     layers = dense_layers(model, layer_names(model, modules))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    # placeholder energies: refuse wrong options before calibration
+    rank_policy({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes, **options)
     stats = {name: LayerStats(layer.weight, layer.bias is not None)
              for name, layer in layers.items()}
-    hidden = calibrate(model, layers, stats, windows, GRADIENT_EVERY * has_gradients)
+    calibrate(model, layers | dict(ln_f=model.transformer.ln_f), stats | dict(ln_f=inputs), windows,
+              GRADIENT_EVERY if has_gradients else 0)
     found = factorizations(stats, known)
     ranks = rank_policy({name: one.energies for name, one in found.items()}, shapes, **options)
     for name, rank in ranks.items():
         if rank is not None or name in known:
             rank = min(rank or math.inf, known.get(name, math.inf))
             replace_linear(model, name, found[name].factors(rank), stats[name].mean)
-    return sync_config(model), hidden
+    return sync_config(model)
 
 
 def factorizations(stats, known):
@@ -228,62 +236,76 @@ def factorizations(stats, known):
 
 
 @torch.no_grad()
-def narrow_layers(model, windows, modules, keep):
-    """Give attention narrower heads, and each MLP fewer neurons or low-rank layers.
+def narrow_layers(model, windows, modules, keep, inputs):
+    """Return a model with narrower heads, and in each MLP fewer neurons or low-rank layers.
 
-    All parts share one budget, the fraction `keep` of their weights. Attention with MLA or an SVD
-    cannot have narrower heads, so its layers become low-rank. Returns a new model, and what
-    `calibrate` returns.
+    All parts share one budget, the fraction `keep` of their weights. Attention with MLA, an SVD or
+    low-rank layers gets no narrower heads, its layers become low-rank. inputs: `Inputs` to add
+    those of the last LayerNorm to. Raises ValueError as `best_share` does, and for values that are
+    not finite.
     """
-    known, old = model.config.layer_ranks or {}, model.config
+    c, known = model.config, model.config.layer_ranks or {}
     has_heads = 'attn' in modules and not (
-        old.use_mla or old.use_svd or any('.attn.' in name for name in known))
+        c.use_mla or c.use_svd or any('.attn.' in name for name in known))
     if has_heads:
         dense_attention(model, ['c_attn', 'c_proj'])
-        modules = [word for word in modules if word != 'attn']
-    linears = dense_layers(model, layer_names(model, modules))
-    attention = projections_of(model) if has_heads else {}
-    heads = {name: HeadStats(block.attn) for name, block in zip(attention, model.transformer.h)}
+    layers = dense_layers(model, layer_names(
+        model, [word for word in modules if word == 'mlp' or not has_heads]))
+    projections = projections_of(model) if has_heads else {}
+    heads = {name: HeadStats(block.attn) for name, block in zip(projections, model.transformer.h)}
     stats = {name: (NeuronStats if name.endswith('mlp.c_proj') else LayerStats)(
-        linear.weight, linear.bias is not None) for name, linear in linears.items()}
-    hidden = calibrate(model, linears | attention, stats | heads, windows, GRADIENT_EVERY)
+        layer.weight, layer.bias is not None) for name, layer in layers.items()}
+    calibrate(model, layers | projections | dict(ln_f=model.transformer.ln_f),
+              stats | heads | dict(ln_f=inputs), windows, GRADIENT_EVERY)
 
-    found, unit = factorizations(stats, known), 2 * old.n_embd
-    narrowest = min(old.n_embd, *map(old.neurons, range(old.n_layer)))
+    found, curves = choose_parts(stats, known, keep)
+    for name, part in product(heads, 'kv'):
+        found[name, part] = heads[name].factorizations(part)
+        curves[name, part] = head_curve(found[name, part],
+                                        c.n_embd * (c.heads['q'] + c.heads[part]))
+    ranks, means = best_share(curves, keep), {name: one.mean for name, one in stats.items()}
+    stats.clear()                                                   # frees memory
+
+    state, fields = narrow_heads(heads, found, ranks, c.head_size) if heads else ({}, {})
+    neurons = [*map(c.neurons, range(c.n_layer))]
+    for name, selection in found.items():
+        if isinstance(selection, InputSelection) and ranks[name] is not None:
+            state |= select_neurons(model, name, selection, ranks[name], means[name])
+            neurons[int(name.split('.')[1])] = ranks[name]
+    fields['mlp_dim'] = neurons if min(neurons) < 4 * c.n_embd else None
+    model = rebuild(model, replace(sync_config(model).config, **fields), state)
+    for name, one in found.items():
+        if isinstance(one, Factorization) and (ranks[name] is not None or name in known):
+            rank = min(ranks[name] or math.inf, known.get(name, math.inf))
+            replace_linear(model, name, one.factors(rank), means[name])
+    return sync_config(model)
+
+
+def choose_parts(stats, known, keep):
+    """Choose between fewer neurons and two low-rank layers for each MLP.
+
+    The errors of both are in one unit, so the smaller one at the fraction `keep` decides. An MLP
+    with a low-rank layer keeps its kind, because neurons could only make it larger. stats and
+    known: as for `factorizations`. Returns two dicts: name -> `Factorization`, or name of c_proj ->
+    `InputSelection`; and the same names -> `Curve`.
+    """
+    found = factorizations(stats, known)
+    narrowest = min((min(one.weight.shape) for one in found.values()), default=1)
     step = RANK_STEP if narrowest >= RANK_STEP_FROM else 1
     curves = {name: Curve(one.energies, sum(one.weight.shape), one.weight.numel(), step)
               for name, one in found.items()}
-    for name in tracking.brief_bar([name for name in stats if name.endswith('mlp.c_proj')],
-                                   desc='select neurons', unit='layer'):
-        pair, selection = [name.replace('c_proj', 'c_fc'), name], stats[name].selection()
+    pairs = {name: (name.replace('c_proj', 'c_fc'), name)
+             for name in stats if name.endswith('mlp.c_proj')}
+    for name in tracking.brief_bar(pairs, desc='select neurons', unit='layer'):
+        pair, selection = pairs[name], stats[name].selection()
+        unit = 2 * len(selection.weight)                            # a row of c_fc, a column here
         neurons = Curve(selection.energies, unit, unit * len(selection.order), step)
-        if neurons.lost(keep) < sum(curves[part].lost(keep) for part in pair):
+        if not known.keys() & {*pair} and (
+                neurons.lost(keep) <= sum(curves[part].lost(keep) for part in pair)):
             for part in pair:
                 del curves[part], found[part]
             curves[name], found[name] = neurons, selection
-    for name, one in heads.items():
-        for part in 'kv':
-            found[name, part] = one.factorizations(part)
-            curves[name, part] = head_curve(
-                found[name, part], old.n_embd * (old.heads['q'] + old.heads[part]))
-    ranks = best_share(curves, keep)
-
-    state, dims = narrow_heads(heads, found, ranks) if heads else ({}, {})
-    counts = [*map(old.neurons, range(old.n_layer))]
-    for name, one in found.items():
-        if isinstance(one, InputSelection) and ranks[name] is not None:
-            state |= select_neurons(model, name, one, ranks[name], stats[name].mean)
-            counts[int(name.split('.')[1])] = ranks[name]
-    config = replace(sync_config(model).config, **dims)
-    if any(count < 4 * old.n_embd for count in counts):
-        config = replace(config, mlp_dim=counts)
-    model = rebuild(model, config, state)
-    for name, one in found.items():
-        if name in linears and not isinstance(one, InputSelection) and (
-                ranks[name] is not None or name in known):
-            rank = min(ranks[name] or math.inf, known.get(name, math.inf))
-            replace_linear(model, name, one.factors(rank), stats[name].mean)
-    return sync_config(model), hidden
+    return found, curves
 
 
 def head_curve(factorizations, unit):
@@ -293,67 +315,72 @@ def head_curve(factorizations, unit):
     return Curve(energies, unit, unit * len(energies))
 
 
-def narrow_heads(heads, found, widths):
+def narrow_heads(heads, found, widths, head_size):
     """Return the tensors of narrower heads, name -> tensor, and the fields of their configuration.
 
     heads: name of c_attn -> `HeadStats`; found: (name, 'k' or 'v') -> `Factorization` of each head;
-    widths: the same keys -> width, or None for the full width.
+    widths: the same keys -> width, or None for the present width; head_size: width of heads that
+    are not narrower.
     """
-    state, dims = {}, dict(qk_head_dim=[], v_head_dim=[])
+    state, fields = {}, dict(qk_head_dim=[], v_head_dim=[])
     for name, stats in tracking.brief_bar(heads.items(), desc='narrow heads', unit='layer'):
         factors = {}
         for part, field in dict(k='qk_head_dim', v='v_head_dim').items():
             width = widths[name, part] or found[name, part][0].size
             factors[part] = [balance(*one.split(width), width) for one in found[name, part]]
-            dims[field].append(width)
+            fields[field].append(width)
         for part, tensor in stats.narrow(factors).items():
             state[f'{name.removesuffix(".c_attn")}.{part}'] = tensor
-    return state, dims
+    return state, {field: widths if min(widths) < head_size else None
+                   for field, widths in fields.items()}
 
 
 def select_neurons(model, name, selection, count, mean):
     """Return the tensors of an MLP with fewer neurons, name -> tensor. name: of its c_proj;
     selection: `InputSelection` of c_proj; mean: mean output (n) of the neurons, whose error the
     bias of c_proj compensates for."""
-    chosen, weight = selection.select(count)
-    mlp, path = name.removesuffix('.c_proj'), name.removesuffix('c_proj')
-    old = model.transformer.get_submodule(mlp)
-    state = {f'{path}c_fc.weight': old.c_fc.weight[chosen], f'{path}c_proj.weight': weight}
-    if old.c_proj.bias is not None:
+    chosen, weight = selection.select(count)            # (count), (C, count)
+    path = name.removesuffix('c_proj')
+    mlp = model.transformer.get_submodule(path[:-1])
+    state = {f'{path}c_fc.weight': mlp.c_fc.weight[chosen], f'{path}c_proj.weight': weight}
+    if mlp.c_proj.bias is not None:
         lost = selection.weight @ mean - weight @ mean[chosen]                      # (C)
-        state |= {f'{path}c_fc.bias': old.c_fc.bias[chosen],
-                  f'{path}c_proj.bias': old.c_proj.bias.cpu().double() + lost}
+        state |= {f'{path}c_fc.bias': mlp.c_fc.bias[chosen],
+                  f'{path}c_proj.bias': mlp.c_proj.bias.cpu().double() + lost}
     return state
 
 
-def refine(model, windows, hidden, modules):
+def refine(model, windows, inputs, modules):
     """Train the matrices of the given modules in place, on the predictions of the original model.
+    Afterwards the model is frozen.
 
     A step minimizes the mean Kullback-Leibler divergence from the predictions of the original
     model, plus the absolute change of the mean loss. Both are zero for the original model, so this
     brings the model back to it, but does not train it further. The text is read once, one batch per
-    step. The error is to become smaller, so the learning rate is proportional to the root of the
-    mean divergence so far, which measures the distance to the original model. The rate warms up for
-    a tenth of the steps and falls linearly to 0.
+    step. The learning rate is proportional to the root of the mean divergence so far, so that steps
+    are small if the model is close to the original. It warms up for a tenth of the steps and then
+    falls linearly.
 
-    windows: from `calibration_windows`; hidden: inputs of the output layer in the original model,
-    (B, T, C) per batch. Raises ValueError if the divergence is not finite.
+    windows: from `calibration_windows`; inputs: of the last LayerNorm in the original model, (N, C)
+    per batch. Raises ValueError if the divergence is not finite.
     """
     trained = [p.requires_grad_() for block in model.transformer.h for word in modules
                for p in getattr(block, word).parameters() if p.dim() > 1]
     optimizer = torch.optim.Adam(trained, betas=REFINE_BETAS)
     total, steps = 0.0, len(windows)
     for step, ((x, y), last) in enumerate(zip(
-            tracking.brief_bar(windows, desc='refine', unit='step'), hidden), start=1):
-        target = F.log_softmax(model.lm_head(last), dim=-1)                     # (B, T, vocab)
-        found = F.log_softmax(model(x, y)[0], dim=-1)
+            tracking.brief_bar(windows, desc='refine', unit='step'), inputs)):
+        with torch.no_grad():
+            target = F.log_softmax(model.lm_head(model.transformer.ln_f(last)), dim=-1)
+        found = F.log_softmax(model(x, y)[0], dim=-1).flatten(0, 1)                 # (N, vocab)
         divergence = F.kl_div(found, target, reduction='none', log_target=True).sum(-1).mean()
-        change = (target - found).gather(2, y[..., None]).mean()
+        change = (target - found).gather(1, y.reshape(-1, 1)).mean()
         total += divergence.item()
         if not math.isfinite(total):
             raise ValueError('the divergence from the original model is not finite')
-        rate = REFINE_RATE * max(total / step, 0.0) ** 0.5         # rounding may be negative
-        optimizer.param_groups[0]['lr'] = rate * min(1, 10 * step / steps) * (1 - step / steps)
+        rate = REFINE_RATE * max(total / (step + 1), 0.0) ** 0.5    # rounding may be negative
+        optimizer.param_groups[0]['lr'] = rate * min(1, 10 * (step + 1) / steps) * (
+            1 - step / steps)
         (divergence + change.abs()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -403,12 +430,14 @@ def best_share(curves, keep, of='weights'):
     Energies estimate the second-order change of the loss. The estimate is valid for small errors
     only. Used directly, it gives parts with little influence on the loss too low a rank. The
     energies of a part are therefore divided by the square root of their sum, a compromise between
-    absolute and relative energies (docs/RESULTS.md).
+    absolute and relative energies (docs/RESULTS.md). Raises ValueError for an impossible fraction.
     """
     scaled = {name: curve._replace(energies=curve.energies / curve.energies.sum().clamp_min(
         1e-300).sqrt()) for name, curve in curves.items()}
     total = sum(curve.full for curve in curves.values())
-    check_share(keep, sum(curve.size(curve.step) for curve in curves.values()) / total, of)
+    least = sum(min(curve.full, curve.size(min(curve.step, len(curve.energies))))
+                for curve in curves.values())
+    check_share(keep, least / total, of)
     return allocate_ranks(scaled, keep * total)
 
 

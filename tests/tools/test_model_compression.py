@@ -177,7 +177,7 @@ def test_each_layer_is_the_best_for_its_inputs(windows, bias, options):
     names, (batch,) = [*layers.dense_layers(dense, layers.layer_names(dense))], windows()
     parts = [[t[part] for t in batch] for part in (slice(0, 12), slice(12, None))]
     with mock.patch.object(layers, 'GRADIENT_EVERY', 1):
-        layers.factor_layers(model, parts, None, True, rank=4)
+        layers.factor_layers(model, parts, None, True, calibration.Inputs(), rank=4)
     for name, (x, targets, g) in seen(dense, names, windows()).items():
         old, new = (m.get_layer(name) for m in (dense, model))
         assert not bias or torch.allclose(new(x).mean(0), targets.mean(0), atol=1e-9)
@@ -294,12 +294,47 @@ def test_the_default_keeps_the_fraction_asked_for(windows, options):
         p.numel() for name in dense for p in model.get_layer(name).parameters() if p.dim() > 1)
     for keep in (.7, .4):
         new = layers.compress_model(copy.deepcopy(model), 'activation', windows(), keep=keep)
-        assert (keep - .06) * total < block_weights(new) - rest <= keep * total
+        assert block_weights(new) - rest <= keep * total
+        assert options.get('layer_ranks') or block_weights(new) - rest > (keep - .06) * total
         assert difference(reloaded(new), new) == 0
         idx = tokens().clamp_max(new.config.vocab_size - 1)
         assert (cached_logits(new, idx, 5) - new(idx, idx)[0]).abs().max() < 1e-3
-        has_factors = model.config.use_mla or model.config.use_svd or model.config.layer_ranks
-        assert bool(new.config.qk_head_dim) != bool(has_factors)
+    has_factors = model.config.use_mla or model.config.use_svd or model.config.layer_ranks
+    assert bool(new.config.qk_head_dim) != bool(has_factors)
+
+
+@pytest.mark.parametrize('keep', [1, .9, .8])
+def test_a_low_rank_layer_does_not_become_larger(windows, keep):
+    """A model with one low-rank layer in each MLP has no more weights after compression."""
+    model = random_model(layer_ranks={'h.0.mlp.c_fc': 3, 'h.1.mlp.c_proj': 2})
+    new = layers.compress_model(copy.deepcopy(model), 'activation', windows(), keep=keep)
+    assert block_weights(new) <= block_weights(model)
+    assert new.config.layer_ranks.items() >= model.config.layer_ranks.items()
+
+
+def test_all_weights_kept_is_the_same_model(windows):
+    """With keep=1 the configuration and the logits stay."""
+    model = random_model()
+    new = layers.compress_model(copy.deepcopy(model), 'activation', windows(), keep=1)
+    assert new.config == model.config and difference(model, new) < 1e-4
+
+
+def test_a_single_batch_refines(windows):
+    """One batch of text is enough for refinement to change the weights of the chosen modules."""
+    model, (batch, *_) = random_model(), windows()
+    new = layers.compress_model(copy.deepcopy(model), 'activation', [batch], 'mlp', keep=.5)
+    with mock.patch.object(layers, 'refine'):
+        start = layers.compress_model(copy.deepcopy(model), 'activation', [batch], 'mlp', keep=.5)
+    changed = {name for name, tensor in new.state_dict().items()
+               if not torch.equal(tensor, start.state_dict()[name])}
+    assert changed and all('.mlp.' in name and name.endswith('weight') for name in changed)
+
+
+def test_wrong_ranks_are_refused_before_calibration(windows):
+    with mock.patch.object(layers, 'calibrate', side_effect=AssertionError):
+        for options in (dict(rank=17), dict(keep=1e-4)):
+            with pytest.raises(ValueError, match=f'^{[*options][0]}='):
+                layers.compress_model(random_model(), 'whitened', windows(), **options)
 
 
 @pytest.mark.parametrize('modules, kept', [('attn', ['mlp']), ('mlp', ['attn'])])
@@ -343,13 +378,14 @@ def test_refinement_leaves_the_original_model_alone_and_brings_others_back(windo
     # next tokens from the model, so that its loss is the least possible
     text = [(x, torch.multinomial(model(x, x)[0].flatten(0, 1).softmax(-1), 1,
                                   generator=generator).view_as(x)) for x, _ in windows(4096)]
-    hidden = calibration.calibrate(model, {}, {}, text, 0)
+    inputs = calibration.Inputs()
+    calibration.calibrate(model, dict(ln_f=model.transformer.ln_f), dict(ln_f=inputs), text, 0)
     models = same, changed = copy.deepcopy(model), random_model()
     for p in changed.transformer.h.parameters():
         p += .1 * torch.randn(p.shape, generator=generator)
     before = divergence(model, changed)
     for one in models:
-        layers.refine(one, text, hidden, ['attn', 'mlp'])
+        layers.refine(one, text, inputs.batches, ['attn', 'mlp'])
     assert abs(divergence(model, same)) < 1e-6 and divergence(model, changed) < .97 * before
 
 
@@ -431,7 +467,7 @@ def test_heads_of_full_width_are_other_weights_with_the_same_logits(windows, dev
     the original ones."""
     model = random_model(torch.float64, device, **options)
     new = narrowed(model, 1.0, windows(count, device) if count else ())
-    assert new.config.qk_head_dim == (model.config.qk_head_dim or [model.config.head_size] * 2)
+    assert new.config.qk_head_dim == model.config.qk_head_dim
     assert new.kv_cache_bytes(1, 16) == model.kv_cache_bytes(1, 16)
     idx = tokens().to(device)
     expected = model(idx, idx)[0]
