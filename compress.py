@@ -79,6 +79,8 @@ class CompressConfig:
                       'loss, which also decides between narrower heads, fewer neurons and low-rank '
                       "layers; 'whitened': the error of each layer's outputs, in low-rank layers; "
                       "'plain': the error of the weights, the same; None: 'activation'"] = None
+    int8: Annotated[bool, 'store the matrices of the blocks as 8-bit integers with one scale per '
+                    'row; in memory they are float32'] = False
     finetune_iters: Annotated[int, 'steps of fine-tuning all parameters afterwards, on the text '
                               'and on predictions of the original model', Range(0)] = 0
     optimizer: Annotated[Literal['adamw', 'muon'] | None, "optimizer of fine-tuning; None: "
@@ -210,6 +212,12 @@ def convert(cfg, model, saved, save_dir):
         seconds[1] = time.perf_counter() - start
         losses.append(compression.validation_loss(new, data, device, cfg.seed))
 
+    state, scales = new.state_dict(), {}
+    if cfg.int8:
+        state, scales = ckpt.to_int8(state, 'transformer.h.')
+        new.load_state_dict(ckpt.from_int8(state, scales))
+        losses.append(compression.validation_loss(new, data, device, cfg.seed))
+
     both = [losses[0], losses[-1]]
     report = dict(to=cfg.to, method=None if cfg.to == 'gqa' else cfg.method, options=options,
                   val_loss=both, machine=devices.environment(device, 'float32'),
@@ -218,6 +226,8 @@ def convert(cfg, model, saved, save_dir):
                   val_loss_before_finetuning=losses[1] if cfg.finetune_iters else None,
                   # exp overflows above 709
                   perplexity=[math.exp(min(loss, 700)) for loss in both],
+                  disk_bytes=[ckpt.tensor_bytes(model.state_dict()),
+                              ckpt.tensor_bytes(state) + ckpt.tensor_bytes(scales)],
                   **compression.shape_of(new.config),
                   **compression.compare_models([model, new], data, device, cfg.seed))
     args, new = asdict(new.config), new.cpu().requires_grad_(True)
@@ -225,8 +235,8 @@ def convert(cfg, model, saved, save_dir):
     settings = saved.get('config', {}) | args | dict(
         out_dir=str(save_dir), dataset=name_of(data.folder, cfg.dataset),
         tokenizer=data.meta['tokenizer'])
-    return dict(model=new.state_dict(), optimizer=optimizer.state_dict(), model_args=args,
-                iter_num=0, best_val_loss=both[1], config=settings,
+    return dict(model=state, **dict(scales=scales) if scales else {}, model_args=args, iter_num=0,
+                optimizer=optimizer.state_dict(), best_val_loss=both[1], config=settings,
                 tokenizer=saved.get('tokenizer', data.meta), **new.extra_state()), report
 
 

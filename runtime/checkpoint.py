@@ -12,7 +12,7 @@ from runtime.files import atomic_open
 from runtime.nan_check import first_nonfinite_tensor
 
 REQUIRED = dict(model=dict, model_args=dict, iter_num=int)
-OPTIONAL = dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list,
+OPTIONAL = dict(config=dict, scales=dict, tokenizer=dict, optimizer=dict, scaler=dict, random=list,
                 best_val_loss=(int, float, torch.Tensor))           # nanoGPT saves a tensor
 
 
@@ -35,15 +35,35 @@ def load(path):
     """Load a checkpoint of this repo or of nanoGPT onto the CPU and return its dict.
 
     No code in the file is executed (weights_only=True). The prefix that torch.compile adds to the
-    names of weights is removed, and the key 'path' is added. Raises UserError if the file is
-    missing, damaged or not a checkpoint.
+    names of weights is removed, int8 weights become float32, and the key 'path' is added. Raises
+    UserError if the file is missing, damaged or not a checkpoint.
     """
     path = Path(path)
     checkpoint = _read(path)
     _check(checkpoint, path)
-    checkpoint['model'] = {
-        name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()}
+    state = from_int8(checkpoint['model'], checkpoint.pop('scales', {}))
+    checkpoint['model'] = {name.removeprefix('_orig_mod.'): w for name, w in state.items()}
     return checkpoint | {'path': str(path)}
+
+
+def to_int8(state, prefix):
+    """Return a state dict in which the matrices (m, n) whose names start with `prefix` are int8,
+    and a dict of their scales, name -> (m, 1). A row is rounded to multiples of its scale, which is
+    its largest absolute value divided by 127."""
+    scales = {name: w.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+              for name, w in state.items() if name.startswith(prefix) and w.dim() == 2}
+    return {name: (w / scales[name]).round().to(torch.int8) if name in scales else w
+            for name, w in state.items()}, scales
+
+
+def from_int8(state, scales):
+    """Return a state dict in which the matrices of `to_int8` are float again."""
+    return {name: w * scales[name] if name in scales else w for name, w in state.items()}
+
+
+def tensor_bytes(state):
+    """Return the bytes of the tensors of a state dict. Tied tensors count once."""
+    return sum({w.data_ptr(): w.nbytes for w in state.values()}.values())
 
 
 def _read(path):

@@ -569,6 +569,7 @@ ROWS = dict(val_loss=('validation loss', '.4f'), perplexity=('perplexity', '.4g'
             attention_params=('parameters of attention', ','),
             params=('parameters with position embeddings', ','),
             bytes=('bytes of parameters and buffers', ','),
+            disk_bytes=('bytes of the weights on disk', ','),
             cache_bytes=('cache bytes of a full context', ','))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import compress
 import export
@@ -180,6 +181,25 @@ def test_narrower_and_fewer_heads_are_written(trained, call):
     for folder in ('out-lowrank_heads', 'out-lowrank_heads-gqa'):
         assert call(sample.main, f'--out_dir={folder}', '--device=cpu', '--num_samples=1',
                     '--max_new_tokens=20').code == 0
+
+
+def test_int8_weights_take_a_quarter_of_the_bytes_and_load_everywhere(trained, shrink, call):
+    """--int8 stores the matrices of the blocks as int8. The reported loss is that of the stored
+    model, which train.py and sample.py load, and it is close to the loss without rounding."""
+    trained(*NO_BIAS)
+    float32 = shrink('--keep=0.5', '--out_dir=out', save_dir='float32')
+    report = shrink('--keep=0.5', '--out_dir=out', '--int8=True')
+    saved = torch.load('small/ckpt.pt')
+    matrices = {name: w for name, w in saved['model'].items() if w.dtype == torch.int8}
+    assert {*matrices} == {*saved['scales']} == {
+        name for name, w in saved['model'].items() if '.h.' in name and w.dim() > 1}
+    assert float32['disk_bytes'][1] == float32['bytes'][1]
+    assert report['disk_bytes'][1] == float32['bytes'][1] - sum(
+        3 * w.numel() - 4 * len(w) for w in matrices.values())
+    assert report['val_loss'][1] == pytest.approx(float32['val_loss'][1], abs=.01)
+    out = call(train.main, '--eval_only=True', '--init_from=resume', '--out_dir=small').out
+    assert f'val loss {report["val_loss"][1]:.4f}' in out
+    assert call(sample.main, '--out_dir=small', '--device=cpu', '--max_new_tokens=5').code == 0
 
 
 @pytest.mark.parametrize('method, option', [('activation', '--keep=1'), ('whitened', '--keep=.9'),
