@@ -109,7 +109,7 @@ class CompressConfig:
         # option -> (whether it is given, options that have no effect with it)
         unused = {
             '--spectrum': (self.spectrum, ('to', 'overwrite', 'dataset', 'method', 'finetune_iters',
-                                           'mla_latent_dim', 'n_kv_head', *RANKS)),
+                                           'int8', 'mla_latent_dim', 'n_kv_head', *RANKS)),
             '--to=mla': (self.to == 'mla', ('modules', 'n_kv_head', *RANKS)),
             '--to=gqa': (self.to == 'gqa', ('modules', 'mla_latent_dim', 'method', *RANKS)),
             '--to=lowrank_heads': (self.to == 'lowrank_heads', (
@@ -212,11 +212,12 @@ def convert(cfg, model, saved, save_dir):
         seconds[1] = time.perf_counter() - start
         losses.append(compression.validation_loss(new, data, device, cfg.seed))
 
-    state, scales = new.state_dict(), {}
+    state, scales = new.cpu().state_dict(), {}          # no tensors of a GPU in the file
     if cfg.int8:
         state, scales = ckpt.to_int8(state, 'transformer.h.')
         new.load_state_dict(ckpt.from_int8(state, scales))
-        losses.append(compression.validation_loss(new, data, device, cfg.seed))
+        losses.append(compression.validation_loss(new.to(device), data, device, cfg.seed))
+    new.to(device)
 
     both = [losses[0], losses[-1]]
     report = dict(to=cfg.to, method=None if cfg.to == 'gqa' else cfg.method, options=options,

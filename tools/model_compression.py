@@ -294,14 +294,14 @@ def choose_parts(stats, known, keep):
     step = RANK_STEP if narrowest >= RANK_STEP_FROM else 1
     curves = {name: Curve(one.energies, sum(one.weight.shape), one.weight.numel(), step)
               for name, one in found.items()}
-    pairs = {name: (name.replace('c_proj', 'c_fc'), name)
-             for name in stats if name.endswith('mlp.c_proj')}
-    for name in tracking.brief_bar(pairs, desc='select neurons', unit='layer'):
-        pair, selection = pairs[name], stats[name].selection()
+    pairs = [(name.replace('c_proj', 'c_fc'), name)
+             for name in stats if name.endswith('mlp.c_proj')]
+    pairs = [pair for pair in pairs if not known.keys() & {*pair}]
+    for pair in tracking.brief_bar(pairs, desc='select neurons', unit='layer'):
+        name, selection = pair[1], stats[pair[1]].selection()
         unit = 2 * len(selection.weight)                            # a row of c_fc, a column here
         neurons = Curve(selection.energies, unit, unit * len(selection.order), step)
-        if not known.keys() & {*pair} and (
-                neurons.lost(keep) <= sum(curves[part].lost(keep) for part in pair)):
+        if neurons.lost(keep) <= sum(curves[part].lost(keep) for part in pair):
             for part in pair:
                 del curves[part], found[part]
             curves[name], found[name] = neurons, selection

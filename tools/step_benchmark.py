@@ -102,8 +102,7 @@ def kind_of(cfg):
     """Return what the model has besides the SVD on V, such as 'MLA' or 'MLA, low-rank', or ''."""
     parts = {'MLA': cfg.use_mla, 'grouped heads': cfg.is_grouped,
              'narrow heads': cfg.qk_head_dim or cfg.v_head_dim, 'fewer neurons': cfg.mlp_dim,
-             'low-rank': cfg.layer_ranks,
-             'adaptive SVD': cfg.adaptive_svd, 'LoRA': cfg.lora_rank}
+             'low-rank': cfg.layer_ranks, 'adaptive SVD': cfg.adaptive_svd, 'LoRA': cfg.lora_rank}
     return ', '.join(name for name, present in parts.items() if present)
 
 

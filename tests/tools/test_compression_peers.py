@@ -113,7 +113,7 @@ def test_svd_llm_differs_from_whitening_by_its_update_of_later_blocks(dense, win
             if isinstance(layer, torch.nn.Linear):
                 layer.bias = None
     reference = copy.deepcopy(plain)
-    compress_model(plain, 'whitened', windows, keep=KEEP)
+    plain = compress_model(plain, 'whitened', windows, keep=KEEP)
     new = peers.svd_llm(reference, windows, KEEP)
     first, later = 'h.0.mlp.c_fc', 'h.3.attn.c_attn.c_v'
     a, b = (model.transformer.get_submodule(first).weight for model in (new, plain))
