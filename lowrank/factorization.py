@@ -126,16 +126,17 @@ class InputSelection:
         level, identity = inputs.diagonal().mean().item(), torch.eye(len(inputs)).double()
         self.inputs = inputs / level + SELECTION_RIDGE * identity if level > 0 else identity
         root, _, gradient_level = psd_sqrt(gradients, len(gradients), RIDGE)
-        target = root @ self.weight                                 # R W (m, n)
+        fitted = root @ self.weight                                 # R W (m, n)
+        cross = fitted @ self.inputs                                # R W C (m, n)
         left, order, energies, lost = torch.arange(len(inputs)), [], [], 0.0
-        fitted, inverse = self.fit(target, left)
-        total = (fitted * (target @ self.inputs)).sum().item()
+        total, inverse = (fitted * cross).sum().item(), self.inverse(left)
         while len(left):
             scores, ranked = (fitted.square().sum(0) / inverse.diagonal()).sort()
             count = math.ceil(len(left) / 5)
             order, left = order + [left[ranked[:count]]], left[ranked[count:].sort().values]
-            fitted, inverse = self.fit(target, left)
-            before, lost = lost, total - (fitted * (target @ self.inputs[:, left])).sum().item()
+            inverse, target = self.inverse(left), cross[:, left]
+            fitted = target @ inverse
+            before, lost = lost, total - (fitted * target).sum().item()
             # the scores leave out how the neurons of a round replace each other
             scale = max(lost - before, 0.0) / scores[:count].sum().clamp_min(1e-300)
             energies.append(scale * scores[:count])
@@ -143,17 +144,15 @@ class InputSelection:
         scale = max(level, 0.0) * gradient_level
         self.energies = scale * torch.cat(energies).cummax(0).values.flip(0)                # (n)
 
-    def fit(self, target, chosen):
-        """Return the best weight (m, |S|) for a target weight (m, n), and C[S, S]^-1."""
-        root = torch.linalg.cholesky(self.inputs[chosen][:, chosen])
-        inverse = torch.cholesky_inverse(root)
-        return target @ self.inputs[:, chosen] @ inverse, inverse
+    def inverse(self, chosen):
+        """Return C[S, S]^-1."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.inputs[chosen][:, chosen]))
 
     def select(self, count):
         """Return the indices of the chosen inputs (count), ascending, and their weight
         (m, count)."""
         chosen = self.order[:count].sort().values
-        return chosen, self.fit(self.weight, chosen)[0]
+        return chosen, self.weight @ self.inputs[:, chosen] @ self.inverse(chosen)
 
 
 # --------------------------------------------------------------------------------------------------
