@@ -52,33 +52,34 @@ class Factorization:
 
     def __init__(self, weight, near: torch.Tensor | None = None, far: torch.Tensor | None = None,
                  ridge=RIDGE):
-        self.weight = to_float64(weight, 'weight')
+        self.weight, weight = weight, to_float64(weight, 'weight')  # kept as given, not in float64
         near, far = (None if t is None else to_float64(t, 'inputs or gradients')
                      for t in (near, far))
         self.tall, self.size = weight.size(0) >= weight.size(1), min(weight.shape)
-        self.root, self.inverse, near_level = psd_sqrt(near, self.size, ridge)
-        gram = self.weight.mT @ self.weight if self.tall else self.weight @ self.weight.mT  # (s, s)
+        root, inverse, near_level = psd_sqrt(near, self.size, ridge)
+        gram = weight.mT @ weight if self.tall else weight @ weight.mT          # (s, s)
         level = gram.trace()
         far_level = 1.0 if far is None else float(far.trace() / level) if level > 0 else 0.0
         far = gram if far is None or not far_level > 0 else far / far_level + ridge * gram
-        energies, vectors = torch.linalg.eigh(self.root @ far @ self.root)      # ascending
-        self.vectors = vectors.flip(1)                                          # (s, s)
+        energies, vectors = torch.linalg.eigh(root @ far @ root)                # ascending
+        vectors = vectors.flip(1)                                               # (s, s)
+        self.left, self.right = root @ vectors, vectors.mT @ inverse            # (s, s)
         self.energies = energies.flip(0).clamp_min(0) * near_level * far_level  # (s)
 
     def factors(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
         """Return U (m, r) and A (r, n) with U^T U = A A^T. At full rank U A is W itself."""
+        weight = to_float64(self.weight)
         if rank >= self.size:
-            return balance(self.weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
+            return balance(weight, torch.eye(self.weight.size(1), dtype=torch.float64), rank)
         up, down = self.split(rank)
         if self.tall:
-            return balance(self.weight @ up, down, rank)            # (m, r), (r, n)
-        return balance(down.mT, up.mT @ self.weight, rank)
+            return balance(weight @ up, down, rank)                 # (m, r), (r, n)
+        return balance(down.mT, up.mT @ weight, rank)
 
     def split(self, rank) -> tuple[torch.Tensor, torch.Tensor]:
         """Return L (s, r) and R (r, s), not balanced: U A is W L R if m >= n, else (L R)^T W. At
         full rank L R is the identity."""
-        leading = self.vectors[:, :rank]                            # (s, r)
-        return self.root @ leading, leading.mT @ self.inverse
+        return self.left[:, :rank], self.right[:rank]
 
 
 def psd_sqrt(statistic, size, ridge):
@@ -121,13 +122,14 @@ class InputSelection:
     """
 
     def __init__(self, weight, inputs, gradients):
-        self.weight = to_float64(weight, 'weight')
+        self.weight, weight = weight, to_float64(weight, 'weight')
         inputs, gradients = (to_float64(t, 'inputs or gradients') for t in (inputs, gradients))
         level, identity = inputs.diagonal().mean().item(), torch.eye(len(inputs)).double()
-        self.inputs = inputs / level + SELECTION_RIDGE * identity if level > 0 else identity
+        inputs = inputs / level + SELECTION_RIDGE * identity if level > 0 else identity
+        self.inputs = inputs.float()            # half the memory, rounding is far below the ridge
         root, _, gradient_level = psd_sqrt(gradients, len(gradients), RIDGE)
-        fitted = root @ self.weight                                 # R W (m, n)
-        cross = fitted @ self.inputs                                # R W C (m, n)
+        fitted = root @ weight                                      # R W (m, n)
+        cross = fitted @ inputs                                     # R W C (m, n)
         left, order, energies, lost = torch.arange(len(inputs)), [], [], 0.0
         total, inverse = (fitted * cross).sum().item(), self.inverse(left)
         while len(left):
@@ -146,13 +148,15 @@ class InputSelection:
 
     def inverse(self, chosen):
         """Return C[S, S]^-1."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.inputs[chosen][:, chosen]))
+        return torch.cholesky_inverse(torch.linalg.cholesky(
+            self.inputs[chosen][:, chosen].double()))
 
     def select(self, count):
         """Return the indices of the chosen inputs (count), ascending, and their weight
         (m, count)."""
         chosen = self.order[:count].sort().values
-        return chosen, self.weight @ self.inputs[:, chosen] @ self.inverse(chosen)
+        weight = to_float64(self.weight) @ self.inputs[:, chosen].double()
+        return chosen, weight @ self.inverse(chosen)
 
 
 # --------------------------------------------------------------------------------------------------

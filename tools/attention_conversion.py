@@ -91,7 +91,7 @@ def latent_projection(c_attn, latent_dim, stats):
              'k_up.weight': k_up, 'v_up.weight': v_up}
     if c_attn.bias is not None:
         b_q, _, b_v = c_attn.bias.cpu().double().chunk(3)
-        lost = (stats.weight.chunk(2)[1] - v_up @ down) @ stats.mean                        # (C)
+        lost = (stats.weight.chunk(2)[1].double() - v_up @ down) @ stats.mean               # (C)
         parts |= {'query.bias': b_q, 'v_up.bias': b_v + lost}
     return parts
 

@@ -37,14 +37,14 @@ class LayerStats:
 
     def __init__(self, weight, centred):
         """weight: (m, n); centred: whether the layer has a bias."""
-        self.weight, self.centred = weight.detach().cpu().double(), centred
+        self.weight, self.centred = weight.detach().cpu(), centred
         self.tall = weight.size(0) >= weight.size(1)
         self.tokens, self.gradient_tokens, self.sum, self.gradients = 0, 0, 0, None
-        self.mean = self.weight.new_zeros(weight.size(1))
+        self.mean = torch.zeros(weight.size(1)).double()
 
     def reduce(self, x):
         """Map inputs x (N, n) to the smaller side of the weight, (N, s): x itself or W x."""
-        return x if self.tall else x @ self.weight.mT
+        return x if self.tall else x @ self.weight.to(x.dtype).mT
 
     def reduce_gradients(self, g):
         """Map gradients g (N, m) to the smaller side of the weight, (N, s): W^T g or g itself."""
@@ -118,10 +118,10 @@ class NeuronStats(LayerStats):
         return g
 
     def factorization(self):
-        near, far = self.moments(), self.output_metric()
+        near, far, weight = self.moments(), self.output_metric(), self.weight.double()
         if not self.tall:
-            return Factorization(self.weight, far, self.weight @ near @ self.weight.mT)
-        return Factorization(self.weight, near, self.weight.mT @ far @ self.weight)
+            return Factorization(self.weight, far, weight @ near @ weight.mT)
+        return Factorization(self.weight, near, weight.mT @ far @ weight)
 
     def selection(self):
         """Return the `InputSelection` of the weight."""
@@ -129,15 +129,15 @@ class NeuronStats(LayerStats):
 
 
 class HeadStats:
-    """Statistics of keys and values per head over calibration tokens, and the weights of the layer,
-    in float64 on the CPU."""
+    """Statistics of keys and values per head over calibration tokens, in float64, and the weights
+    of the layer, on the CPU."""
 
     def __init__(self, attn):
         def double(tensor):
             return None if tensor is None else tensor.detach().cpu().double()
-        self.weights = {name: double(attn.c_attn.head_weight(name)) for name in 'qkv'}
+        self.weights = {name: attn.c_attn.head_weight(name).detach().cpu() for name in 'qkv'}
         self.biases = {name: double(attn.c_attn.head_bias(name)) for name in 'qkv'}
-        w_o, self.bias_o = double(attn.c_proj.weight), double(attn.c_proj.bias)
+        w_o, self.bias_o = attn.c_proj.weight.detach().cpu(), double(attn.c_proj.bias)
         self.w_o = w_o.unflatten(1, (attn.c_attn.heads['q'], -1)).transpose(0, 1)   # (nh, C, hs)
         self.query_gram = 0                                         # sum of q q^T (nh, hs, hs)
         # a bias of c_proj compensates for the mean error of values; a mean of keys has no effect
@@ -162,11 +162,12 @@ class HeadStats:
 
     def factorizations(self, name):
         """Return the `Factorization` of N for each key/value head. name: 'k' or 'v'."""
-        stats, w_q, w = self.stats[name], self.weights['q'], self.weights[name]
+        stats = self.stats[name]
+        w_q, w, w_o = (t.double() for t in (self.weights['q'], self.weights[name], self.w_o))
         if self.bias_o is not None:                                 # the bias is one more input
             w_q = torch.cat((w_q, self.biases['q'].mT), dim=2)
         queries = self.query_gram if stats.tokens else w_q @ w_q.mT
-        far = queries if name == 'k' else self.w_o.mT @ self.w_o                    # (nh, hs, hs)
+        far = queries if name == 'k' else w_o.mT @ w_o              # (nh, hs, hs)
         near, far = w @ w.mT, far.unflatten(0, (len(w), -1)).sum(1)                 # (nkv, hs, hs)
         if stats.tokens:
             near, g = stats.moments(), stats.output_metric()
@@ -184,9 +185,10 @@ class HeadStats:
         (up_k, down_k), (up_v, down_v) = (map(torch.stack, zip(*factors[name])) for name in 'kv')
         up_k, up_v = (up.repeat_interleave(group, dim=0) for up in (up_k, up_v))    # (nh, hs, r)
         cuts = dict(q=up_k.mT, k=down_k, v=down_v)                                  # (heads, r, hs)
-        weights = [(cuts[name] @ w).flatten(0, 1) for name, w in self.weights.items()]
+        weights = [(cuts[name] @ w.double()).flatten(0, 1) for name, w in self.weights.items()]
+        w_o = self.w_o.double()
         tensors = {'c_attn.weight': torch.cat(weights),
-                   'c_proj.weight': (self.w_o @ up_v).transpose(0, 1).flatten(1)}   # (C, nh r)
+                   'c_proj.weight': (w_o @ up_v).transpose(0, 1).flatten(1)}   # (C, nh r)
         if self.bias_o is not None:
             biases = [(b @ cuts[name].mT).flatten() for name, b in self.biases.items()]
             tensors['c_attn.bias'] = torch.cat(biases)
@@ -194,7 +196,7 @@ class HeadStats:
             if self.stats['v'].tokens:
                 mean = self.stats['v'].mean[..., None]
             mean, kept = (x.repeat_interleave(group, dim=0) for x in (mean, down_v @ mean))
-            lost = self.w_o @ (mean - up_v @ kept)                                  # (nh, C, 1)
+            lost = w_o @ (mean - up_v @ kept)                                  # (nh, C, 1)
             tensors['c_proj.bias'] = self.bias_o + lost.sum(0).squeeze(1)
         return tensors
 

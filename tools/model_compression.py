@@ -216,22 +216,23 @@ def factor_layers(model, windows, modules, has_gradients, inputs, **options):
              for name, layer in layers.items()}
     calibrate(model, layers | dict(ln_f=model.transformer.ln_f), stats | dict(ln_f=inputs), windows,
               GRADIENT_EVERY if has_gradients else 0)
-    found = factorizations(stats, known)
+    means = {name: one.mean for name, one in stats.items()}
+    found = {name: factorization(stats.pop(name), known.get(name))          # frees memory
+             for name in tracking.brief_bar([*stats], desc='decompose', unit='layer')}
     ranks = rank_policy({name: one.energies for name, one in found.items()}, shapes, **options)
     for name, rank in ranks.items():
         if rank is not None or name in known:
             rank = min(rank or math.inf, known.get(name, math.inf))
-            replace_linear(model, name, found[name].factors(rank), stats[name].mean)
+            replace_linear(model, name, found[name].factors(rank), means[name])
     return sync_config(model)
 
 
-def factorizations(stats, known):
-    """Return name -> `Factorization`. stats: name -> `LayerStats`; known: name -> rank of a
-    low-rank layer, beyond which its energies are rounding errors and become 0."""
-    found = {}
-    for name in tracking.brief_bar(stats, desc='decompose', unit='layer'):
-        found[name] = stats[name].factorization()
-        found[name].energies[known.get(name, found[name].size):] = 0
+def factorization(stats, rank):
+    """Return the `Factorization` of a layer. stats: its `LayerStats`; rank: of a low-rank layer,
+    beyond which energies are rounding errors and become 0, or None."""
+    found = stats.factorization()
+    if rank is not None:
+        found.energies[rank:] = 0
     return found
 
 
@@ -258,13 +259,13 @@ def narrow_layers(model, windows, modules, keep, inputs):
     calibrate(model, layers | projections | dict(ln_f=model.transformer.ln_f),
               stats | heads | dict(ln_f=inputs), windows, GRADIENT_EVERY)
 
+    means = {name: one.mean for name, one in stats.items()}
     found, curves = choose_parts(stats, known, keep)
     for name, part in product(heads, 'kv'):
         found[name, part] = heads[name].factorizations(part)
         curves[name, part] = head_curve(found[name, part],
                                         c.n_embd * (c.heads['q'] + c.heads[part]))
-    ranks, means = best_share(curves, keep), {name: one.mean for name, one in stats.items()}
-    stats.clear()                                                   # frees memory
+    ranks = best_share(curves, keep)
 
     state, fields = narrow_heads(heads, found, ranks, c.head_size) if heads else ({}, {})
     neurons = [*map(c.neurons, range(c.n_layer))]
@@ -285,26 +286,25 @@ def choose_parts(stats, known, keep):
     """Choose between fewer neurons and two low-rank layers for each MLP.
 
     The errors of both are in one unit, so the smaller one at the fraction `keep` decides. An MLP
-    with a low-rank layer keeps its kind, because neurons could only make it larger. stats and
-    known: as for `factorizations`. Returns two dicts: name -> `Factorization`, or name of c_proj ->
-    `InputSelection`; and the same names -> `Curve`.
+    with a low-rank layer keeps its kind, because neurons could only make it larger. stats: name ->
+    `LayerStats`, taken out one by one, which frees memory; known: name -> rank of a low-rank layer.
+    Returns two dicts: name -> `Factorization`, or name of c_proj -> `InputSelection`; and the same
+    names -> `Curve`.
     """
-    found = factorizations(stats, known)
-    narrowest = min((min(one.weight.shape) for one in found.values()), default=1)
-    step = RANK_STEP if narrowest >= RANK_STEP_FROM else 1
-    curves = {name: Curve(one.energies, sum(one.weight.shape), one.weight.numel(), step)
-              for name, one in found.items()}
-    pairs = [(name.replace('c_proj', 'c_fc'), name)
-             for name in stats if name.endswith('mlp.c_proj')]
-    pairs = [pair for pair in pairs if not known.keys() & {*pair}]
-    for pair in tracking.brief_bar(pairs, desc='select neurons', unit='layer'):
-        name, selection = pair[1], stats[pair[1]].selection()
-        unit = 2 * len(selection.weight)                            # a row of c_fc, a column here
-        neurons = Curve(selection.energies, unit, unit * len(selection.order), step)
-        if neurons.lost(keep) <= sum(curves[part].lost(keep) for part in pair):
-            for part in pair:
-                del curves[part], found[part]
-            curves[name], found[name] = neurons, selection
+    narrowest = min((min(one.weight.shape) for one in stats.values()), default=1)
+    step, found, curves = RANK_STEP if narrowest >= RANK_STEP_FROM else 1, {}, {}
+    for name in tracking.brief_bar([*stats], desc='decompose', unit='layer'):
+        layer = stats.pop(name)
+        one = found[name] = factorization(layer, known.get(name))
+        curves[name] = Curve(one.energies, sum(one.weight.shape), one.weight.numel(), step)
+        pair = name.replace('c_proj', 'c_fc'), name
+        if name.endswith('mlp.c_proj') and not known.keys() & {*pair}:
+            selection = layer.selection()
+            unit = 2 * len(selection.weight)                        # a row of c_fc, a column here
+            neurons = Curve(selection.energies, unit, unit * len(selection.order), step)
+            if neurons.lost(keep) <= sum(curves[part].lost(keep) for part in pair):
+                del found[pair[0]], curves[pair[0]]
+                found[name], curves[name] = selection, neurons
     return found, curves
 
 
@@ -344,7 +344,7 @@ def select_neurons(model, name, selection, count, mean):
     mlp = model.transformer.get_submodule(path[:-1])
     state = {f'{path}c_fc.weight': mlp.c_fc.weight[chosen], f'{path}c_proj.weight': weight}
     if mlp.c_proj.bias is not None:
-        lost = selection.weight @ mean - weight @ mean[chosen]                      # (C)
+        lost = selection.weight.double() @ mean - weight @ mean[chosen]             # (C)
         state |= {f'{path}c_fc.bias': mlp.c_fc.bias[chosen],
                   f'{path}c_proj.bias': mlp.c_proj.bias.cpu().double() + lost}
     return state

@@ -150,7 +150,7 @@ def test_selected_inputs_have_the_least_error_and_it_is_predicted(M, N):
         chosen, selected = found.select(count)
         cov = inputs + ridge
         best = (weight @ cov[:, chosen]) @ torch.linalg.inv(cov[chosen][:, chosen])
-        torch.testing.assert_close(selected, best, rtol=0, atol=1e-8 * best.abs().max().item())
+        torch.testing.assert_close(selected, best, rtol=0, atol=1e-6 * best.abs().max().item())
     chosen, selected = found.select(N // 3)
     own, worse = selection_error(weight, chosen, selected, inputs, gradients), 0
     for seed in range(50):
