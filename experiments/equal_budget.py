@@ -15,7 +15,7 @@ The families of arms:
     mla         multi-head latent attention
     weight      truncated SVD of W_v, or of W_k and W_v, in every forward pass
     causal      V, or K and V, projected onto a basis of earlier tokens
-    factored    low-rank layers with the ranks of 'compressed', trained from scratch
+    factored    low-rank layers with one rank per layer, trained from scratch
     to-mla, to-gqa, to-heads, compressed        dense-4x128 after training, changed by compress.py;
                 with '-tuned', 120 steps of fine-tuning follow
 
@@ -77,7 +77,7 @@ BASE, TUNED_BASE = 'dense-4x128', 'dense-4x128-tuned'
 STEPS, RATE = 1200, 3.5e-3
 RATE_SEED = 11                      # learning rates are chosen on a seed that counts nowhere else
 TUNING_STEPS = 120                  # 10% more
-CALIBRATION_STEPS = 16              # steps with as many tokens as compress.py's calibration
+SWEEP_STEPS = 16                    # steps with as many tokens as compress.py's calibration text
 COMPUTE_FRACTIONS = {'compute': 1, 'half': 0.5}         # budget -> fraction of the compute of BASE
 BUDGETS = ('steps', *COMPUTE_FRACTIONS)
 TOLERANCE = 0.02                    # costs that differ by less are equal
@@ -97,9 +97,9 @@ LOOKS = {'dense': ('0.25', 'o', '-'),
          'to-gqa': (plots.COLOURS[0], '<', ':'), 'to-mla': (plots.COLOURS[1], '>', ':'),
          'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'd', ':')}
 
-# Ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They are
-# those of compressed-0.55, ... with seed 1337. Equal ranks in all layers were worse
-# (docs/RESULTS.md).
+# Ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They minimize
+# the estimated increase of the loss of a trained dense-4x128 with seed 1337, at 0.55, ... of the
+# weights. Equal ranks in all layers were worse (docs/RESULTS.md).
 FACTORED_LAYERS = ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj',
                    'mlp.c_fc', 'mlp.c_proj')
 FACTORED_RANKS = {
@@ -301,16 +301,18 @@ def forward_flops(cfg):
 def costs(run, saved, data):
     """Return the costs of a finished run as a dict. saved: its checkpoint.
 
-    flops: of all training. For a conversion: of training BASE, of the calibration, estimated as
-    CALIBRATION_STEPS steps, and of fine-tuning with its teacher. parameter_bytes: with position
-    embeddings. cache_bytes: per token of a full context, float32.
+    flops: of all training. For a conversion: of training BASE, of the calibration and refinement,
+    estimated as SWEEP_STEPS steps each, and of fine-tuning with its teacher. parameter_bytes: with
+    position embeddings. cache_bytes: per token of a full context, float32.
     """
     arm, cfg, model = ARMS[run.arm], settings(run.arm, data), GPT.from_checkpoint(saved)
     if arm.is_conversion:
-        calibrated = CALIBRATION_STEPS * (arm.options.get('to') != 'gqa')
+        calibrated = SWEEP_STEPS * (arm.options.get('to') != 'gqa')
         flops = (run.steps + calibrated) * flops_of(BASE, data)
         tuned = replace(cfg, muon_per_head=False, **saved['model_args'])
-        flops += arm.options.get('finetune_iters', 0) * (step_flops(tuned) + forward_flops(cfg))
+        refined = SWEEP_STEPS * (arm.family == 'compressed')
+        flops += (refined + arm.options.get('finetune_iters', 0)) * (
+            step_flops(tuned) + forward_flops(cfg))
     else:
         flops = run.steps * flops_of(run.arm, data)
     return dict(flops=flops, parameter_bytes=sum(p.nbytes for p in model.parameters()),
