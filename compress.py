@@ -70,8 +70,8 @@ class CompressConfig:
                       'energy that the method measures', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
                        'None: all'] = None
-    mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4',
-                              Range(1)] = None
+    mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4; '
+                              "with method 'activation' a mean over the layers", Range(1)] = None
     n_kv_head: Annotated[int | None, 'key/value heads of gqa; None: half of those of the model',
                          Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,
@@ -195,7 +195,7 @@ def convert(cfg, model, saved, save_dir):
     windows = () if cfg.method == 'plain' or cfg.to == 'gqa' else calibration_windows(
         data, cfg.calibration_tokens, model.config.block_size, cfg.seed, device)
     if cfg.to == 'mla':
-        new = to_mla(new, cfg.mla_latent_dim or model.config.latent_dim, windows)
+        new = to_mla(new, cfg.mla_latent_dim or max(1, model.config.n_embd // 4), windows)
     elif cfg.to == 'gqa':
         new = to_gqa(new, cfg.n_kv_head)
     elif cfg.to == 'lowrank_heads':

@@ -122,8 +122,8 @@ class GPTConfig(AdapterTargets):
                               Range(0), *RANDOMIZED] = 0
     use_mla: Annotated[bool, 'multi-head latent attention: K and V from one latent per token',
                        Section('MLA and low-rank layers')] = False
-    mla_latent_dim: Annotated[int | None, 'latent size, at most n_embd; None: n_embd / 4',
-                              Range(1), Needs(use_mla=True)] = None
+    mla_latent_dim: Annotated[int | list[int] | None, 'size; None: n_embd / 4', Range(1),
+                              Needs(use_mla=True)] = None
     qk_head_dim: Annotated[list[int] | None,
                            'q and k width per layer, set by compress.py'] = None
     v_head_dim: Annotated[list[int] | None, 'v width per layer, set by compress.py'] = None
@@ -161,7 +161,7 @@ class GPTConfig(AdapterTargets):
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} '
                              f'(nearest: {nearest})')
-        if self.use_mla and self.latent_dim > self.n_embd:
+        if self.use_mla and max(self.latent_dims) > self.n_embd:
             raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: must be at most n_embd '
                              f'(nearest: {self.n_embd})')
         self.check_heads()
@@ -176,21 +176,30 @@ class GPTConfig(AdapterTargets):
             if self.use_mla and getattr(self, name) is not None:
                 raise ValueError(f'{name}={getattr(self, name)}: cannot be combined with '
                                  f'use_mla=True (nearest: --{name}=None)')
-            if name != 'n_kv_head' and getattr(self, name) and self.use_svd:
+        for name in ['mla_latent_dim'] if self.use_mla else ['qk_head_dim', 'v_head_dim']:
+            if self.use_svd and isinstance(getattr(self, name), list):
                 raise ValueError(f'{name}={getattr(self, name)}: cannot be combined with '
                                  'use_svd=True (nearest: --use_svd=False)')
         for name, most in dict(qk_head_dim=self.head_size, v_head_dim=self.head_size,
-                               mlp_dim=4 * self.n_embd).items():
-            dims = getattr(self, name) or [most] * self.n_layer
-            if len(dims) != self.n_layer or not all(1 <= dim <= most for dim in dims):
+                               mlp_dim=4 * self.n_embd, mla_latent_dim=self.n_embd).items():
+            dims = getattr(self, name)
+            if isinstance(dims, list) and not (
+                    len(dims) == self.n_layer and all(1 <= dim <= most for dim in dims)):
                 nearest = [min(max(dim, 1), most) for dim in [*dims, *[most] * self.n_layer]]
                 raise ValueError(f'{name}={dims}: must be {self.n_layer} numbers from 1 to {most} '
                                  f'(nearest: {nearest[:self.n_layer]})')
         self.svd_target_names                           # raises ValueError for other words
 
     @property
-    def latent_dim(self):
+    def latent_dim(self) -> int | list[int]:
+        """Latent size, or that of each layer."""
         return self.mla_latent_dim or max(1, self.n_embd // 4)
+
+    @property
+    def latent_dims(self) -> list[int]:
+        """Latent size of each layer."""
+        size = self.latent_dim
+        return size if isinstance(size, list) else [size] * self.n_layer
 
     @property
     def head_size(self):
@@ -208,9 +217,9 @@ class GPTConfig(AdapterTargets):
         return self.heads['k'] < self.n_head
 
     def head_inputs(self, name):
-        """Return the number of inputs of queries 'q', keys 'k' or values 'v': C, or d for keys and
-        values of MLA."""
-        return self.latent_dim if self.use_mla and name != 'q' else self.n_embd
+        """Return the number of inputs of queries 'q', keys 'k' or values 'v': C, or the largest d
+        for keys and values of MLA."""
+        return max(self.latent_dims) if self.use_mla and name != 'q' else self.n_embd
 
     def head_dims(self, layer) -> dict[str, int]:
         """Widths of queries, keys and values of a head in a layer."""
@@ -362,9 +371,9 @@ class LatentProjection(nn.Module):
     and values of all heads come from one latent c = W_a x of d values per token (DeepSeek-V2,
     arXiv:2405.04434, equations 9 to 11). Positions are learned, so there is no rotary part."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        C, d, self.heads = config.n_embd, config.latent_dim, config.heads
+        C, d, self.heads = config.n_embd, config.latent_dims[layer], config.heads
         self.query = nn.Linear(C, C, bias=config.bias)
         self.kv_down = nn.Linear(C, d, bias=False)                  # W_a
         self.k_up = nn.Linear(d, C, bias=False)                     # U_k; softmax cancels a bias
@@ -416,7 +425,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         dims = config.head_dims(layer)
-        self.c_attn = LatentProjection(config) if config.use_mla else QKVProjection(config, layer)
+        self.c_attn = (LatentProjection if config.use_mla else QKVProjection)(config, layer)
         self.c_proj = nn.Linear(config.n_head * dims['v'], config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout, self.svd_rank = config.dropout, config.svd_rank
@@ -686,7 +695,7 @@ class GPT(nn.Module):
         widths = c.attention_widths
         if decode:
             if c.use_mla:                                           # each head attends to latents
-                widths = [2 * c.n_head * c.latent_dim] * c.n_layer
+                widths = [2 * c.n_head * d for d in c.latent_dims]
             return 2 * (sum(blocks) + last + head + sum(widths) * (tokens + 1))
         once = last - projection + head + widths[-1] * tokens       # the last layer, one position
         pairs = sum(widths[:-1]) * (tokens + 1) / 2                 # (T + 1) / 2 keys per query

@@ -37,15 +37,16 @@ NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are in
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: least <= value < below, and value > above. A value of None is always
-    valid."""
+    """Bounds of a number: least <= value < below, and value > above. Other values, None or a list,
+    are always valid."""
     least: float = -math.inf
     below: float = math.inf
     above: float = -math.inf
 
     def fault(self, value) -> str:
         """Return what is wrong with a value, or '' if it is valid."""
-        if value is None or self.least <= value < self.below and value > self.above:
+        if value is None or isinstance(value, list) or (
+                self.least <= value < self.below and value > self.above):
             return ''
         bounds = {'at least': self.least, 'above': self.above, 'below': self.below}
         words = ' and '.join(f'{w} {bound}' for w, bound in bounds.items() if math.isfinite(bound))

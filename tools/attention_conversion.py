@@ -21,11 +21,13 @@ from dataclasses import replace
 
 import torch
 
+from lowrank.factorization import Curve, allocate_ranks
 from lowrank.layers import LowRankLinear
 from runtime import tracking
 from tools.calibration import HeadStats, LayerStats, calibrate
-from tools.model_compression import (best_share, check_share, dense_attention, head_curve,
-                                     narrow_heads, projections_of, rebuild, sync_config)
+from tools.model_compression import (RANK_STEP, RANK_STEP_FROM, best_share, check_share,
+                                     dense_attention, head_curve, narrow_heads, projections_of,
+                                     rebuild, sync_config)
 
 HEADS_KEEP = 0.5                    # default fraction of the cache kept by narrower heads
 
@@ -51,12 +53,13 @@ def check_source(model, to):
 
 @torch.no_grad()
 def to_mla(model, latent_dim, windows=()):
-    """Return an MLA model with latents of latent_dim values per token.
+    """Return an MLA model with latents of latent_dim values per token, in the mean over the layers.
 
     The given model is changed and cannot be used afterwards. Low-rank query layers stay low-rank.
-    windows: from `calibration_windows`. The factors minimize the estimated increase of the loss on
-    these windows. Without windows the factors come from the SVD of the weights. Raises ValueError
-    if the model has MLA already or latent_dim does not fit.
+    windows: from `calibration_windows`. The factors and the latent size of each layer minimize the
+    estimated increase of the loss on these windows. Without windows the factors come from the SVD
+    of the weights, and all latents are equal. They are also equal with use_svd, which needs it.
+    Raises ValueError if the model has MLA already or latent_dim does not fit.
     """
     check_source(model, 'mla')
     query_ranks = {name.replace('c_q', 'query'): rank for name, rank
@@ -69,8 +72,18 @@ def to_mla(model, latent_dim, windows=()):
         weights = [block.attn.head_weight(part).flatten(0, 1) for part in 'kv']
         stats[name] = LayerStats(torch.cat(weights), config.bias)               # (2C, C)
     calibrate(model, projections, stats, windows, 1)
-    for name, c_attn in tracking.brief_bar(projections.items(), desc='convert', unit='layer'):
-        for part, weight in latent_projection(c_attn, latent_dim, stats[name]).items():
+    found = {name: stats[name].factorization()
+             for name in tracking.brief_bar(stats, desc='decompose', unit='layer')}
+    sizes = dict.fromkeys(found, latent_dim)
+    if windows and not config.use_svd:
+        step = RANK_STEP if latent_dim >= RANK_STEP_FROM else 1
+        sizes = {name: size or config.n_embd for name, size in allocate_ranks(
+            {name: Curve(one.energies, 1, one.size, step) for name, one in found.items()},
+            latent_dim * config.n_layer).items()}
+        config = replace(config, mla_latent_dim=[*sizes.values()])
+    for name, c_attn in projections.items():
+        up, down = found[name].factors(sizes[name])                 # (2C, d), (d, C)
+        for part, weight in latent_projection(c_attn, up, down, stats[name]).items():
             state[f'{name}.{part}'] = weight
     new = rebuild(model, config, state)
     for name, rank in query_ranks.items():
@@ -78,14 +91,13 @@ def to_mla(model, latent_dim, windows=()):
     return sync_config(new)
 
 
-def latent_projection(c_attn, latent_dim, stats):
+def latent_projection(c_attn, up, down, stats):
     """Return the state dict of the `LatentProjection` that replaces a `QKVProjection`.
 
-    stats: `LayerStats` of the stacked weight of keys and values. The bias of the values compensates
-    for the mean error. Keys get no bias, because a bias of keys would not change the attention
-    weights.
+    up (2C, d), down (d, C): factors of the stacked weight of keys and values; stats: its
+    `LayerStats`. The bias of the values compensates for the mean error. Keys get no bias, because a
+    bias of keys would not change the attention weights.
     """
-    up, down = stats.factorization().factors(latent_dim)            # (2C, d), (d, C)
     k_up, v_up = up.chunk(2)
     parts = {'query.weight': c_attn.weight.chunk(3)[0], 'kv_down.weight': down,
              'k_up.weight': k_up, 'v_up.weight': v_up}

@@ -530,7 +530,7 @@ def shape_of(c):
     the neurons of each MLP, and 'layers', name of a low-rank layer -> rank and full rank."""
     return dict(n_head=c.n_head, n_kv_head=c.heads['k'], qk_head_dim=c.qk_head_dim,
                 v_head_dim=c.v_head_dim, mlp_dim=c.mlp_dim,
-                latent_dim=c.latent_dim if c.use_mla else None,
+                latent_dim=c.latent_dims if c.use_mla else None,
                 layers={name: dict(rank=rank, of=min(c.layer_shapes[name]))
                         for name, rank in (c.layer_ranks or {}).items()})
 
@@ -578,13 +578,14 @@ def describe(report):
     tuned, speed = report['options']['finetune_iters'], report['speed']
     made = dict(
         lowrank='layers are smaller',
-        mla=f'keys and values of each token share a latent of {report["latent_dim"]} values',
+        mla='keys and values of each token share a latent',
         gqa=f'{report["n_head"]} query heads share {report["n_kv_head"]} key/value heads',
         lowrank_heads='heads are narrower')[report['to']]
     method = f', method {report["method"]!r}' * (report['to'] != 'gqa')
     lines = [f'{made}{method}, {report["seconds"]:.1f} s']
-    for key, label in dict(qk_head_dim='widths of queries and keys', v_head_dim='widths of values',
-                           mlp_dim='neurons of the MLPs').items():
+    for key, label in dict(latent_dim='sizes of the latents', mlp_dim='neurons of the MLPs',
+                           qk_head_dim='widths of queries and keys',
+                           v_head_dim='widths of values').items():
         if report[key]:
             lines.append(f'{label} per block: {", ".join(map(str, report[key]))}')
     lines += [f'ranks in block {block}: ' + ', '.join(

@@ -152,15 +152,21 @@ def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, kee
         assert found in words
 
 
-def test_mla_is_written_with_a_latent_of_a_quarter_of_the_width(trained, call):
-    """--to=mla writes a model with a latent of n_embd / 4 by default, and reports the smaller
-    cache."""
+def test_mla_is_written_with_a_mean_latent_of_a_quarter_of_the_width(trained, call):
+    """--to=mla writes a model with latents of n_embd / 4 in the mean by default, and reports their
+    sizes and the smaller cache. The model generates, trains and can be exported."""
     trained(*NO_BIAS)
     out = call(compress.main, *QUICK, '--out_dir=out', '--to=mla').out
-    assert 'context 2,048 256' in ' '.join(out.split())
-    check_checkpoint('out-mla', use_mla=True, mla_latent_dim=4)
     report = report_of('out-mla')
-    assert report == report | dict(cache_bytes=[2048, 256], latent_dim=4, layers={})
+    sizes, words = report['latent_dim'], ' '.join(out.split())
+    check_checkpoint('out-mla', use_mla=True, mla_latent_dim=sizes)
+    assert sum(sizes) == 4 * model_of('out').config.n_layer and report == report | dict(
+        cache_bytes=[2048, 256], layers={})
+    assert 'context 2,048 256' in words and (
+        f'sizes of the latents per block: {", ".join(map(str, sizes))}' in words)
+    for main, *argv in ((sample.main, '--num_samples=1', '--max_new_tokens=20', '--device=cpu'),
+                        (export.main, '--to=nanogpt', '--save_dir=plain')):
+        assert call(main, '--out_dir=out-mla', *argv).code == 0
 
 
 def test_narrower_and_fewer_heads_are_written(trained, call):

@@ -24,6 +24,7 @@ CACHED = {
     'causal': svd('causal'),
     'factored': dict(layer_ranks=RANKS),
     'MLA': mla(7),
+    'MLA, latents': mla([7, 2]),
     'MLA, weight': mla(**svd('weight', 2, 'randomized')),
     'MLA, causal': mla(**svd('causal', 2, 'standard')),
     'weight of q,k,v': svd('weight', svd_targets='q,k,v', svd_rank_k=1),
@@ -327,7 +328,7 @@ def bytes_by_formula(c, T, each):
                 total += heads * hs * hs * (4 if each == 2 else 8)  # Gram matrices
         if name != 'q' and not c.use_mla:
             total += heads * rows * each
-    return total + (2 * T * c.latent_dim * each if c.use_mla else 0)
+    return total + (sum(c.latent_dims) * T * each if c.use_mla else 0)
 
 
 @pytest.mark.parametrize('scope', [None, 'weight', 'causal'])
@@ -347,7 +348,7 @@ def test_bytes_of_the_cache_are_those_it_allocates(scope, dtype, cast, each):
     for head_size, rank, block, T, B, options in (
         (5, 2, 4, 16, 3, {}),
         (4, 3, 1, 16, 1, dict(svd_targets='k,v')),
-        (5, 2, 4, 16, 3, mla(2)),
+        (5, 2, 4, 16, 3, mla(2 if scope else [3, 1])),
         (2, 1, 1, 1, 4, dict(n_kv_head=1)),
         (5, 2, 20, 16, 1, mla(6)),
         (8, 2, 2, 2, 1, dict(svd_targets='q,k', svd_rank_q=1)),

@@ -36,6 +36,7 @@ def test_parameter_names_and_shapes():
     for options, expected in (
         (mla(), weights | biases),
         (mla(bias=False), weights),
+        (mla([5, 3]), weights | biases),
         *((mla(**svd(scope, 2, 'randomized')), weights | biases) for scope in SCOPES),
     ):
         state = make(**options).transformer.h[1].attn.state_dict()

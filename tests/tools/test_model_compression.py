@@ -413,17 +413,22 @@ def test_at_full_width_the_logits_stay(windows, device, tokens, bias, dtype, opt
     new = converted(model, 16, found)
     assert difference(model, new) < rounding(model) < 1e-3 < difference(
         model, converted(model, 8, found))
-    assert new.config == replace(model.config, use_mla=True, mla_latent_dim=16)
+    assert new.config == replace(model.config, use_mla=True, mla_latent_dim=[16, 16] if found and (
+        not model.config.use_svd) else 16)
 
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_latents_are_the_best_for_keys_and_values(windows, bias):
     """The error E of [W_k; W_v] has the least possible tr(G E C E^T), for the gradients G at keys
     and values and the second moment C of the inputs. A bias keeps the mean of the values, so with a
-    bias C is the covariance of the inputs."""
+    bias C is the covariance of the inputs. The sizes of the latents have the least sum of errors
+    of all sizes with the given mean."""
     model = random_model(torch.float64, bias=bias)
+    model.transformer.h[0].attn.c_proj.weight *= 10     # layers of unequal importance
     new, names = converted(model, 4, windows()), [f'h.{i}.attn.c_attn' for i in range(2)]
-    for name, (x, outputs, g) in seen(model, names, windows()).items():
+    lost = []
+    for name, size, (x, outputs, g) in zip(names, new.config.mla_latent_dim,
+                                           seen(model, names, windows()).values()):
         latents, R = new.transformer.get_submodule(name), torch.linalg.qr(g).R
         inputs, weight = centred(x) if bias else x, model.transformer.get_submodule(
             name).weight[16:]
@@ -431,9 +436,12 @@ def test_latents_are_the_best_for_keys_and_values(windows, bias):
             (latents.k_up.weight, latents.v_up.weight)) @ latents.kv_down.weight
         powers = torch.linalg.svdvals(inputs @ weight.mT @ R.mT).square()
         assert (inputs @ error.mT @ R.mT).square().sum().item() == pytest.approx(
-            powers[4:].sum().item(), abs=10 * RIDGE * powers.sum().item())
+            powers[size:].sum().item(), abs=10 * RIDGE * powers.sum().item())
+        lost.append([powers[rank:].sum().item() for rank in range(8)])
         values = latents.v_up(latents.kv_down(x))
         assert not bias or torch.allclose(values.mean(0), outputs[:, 16:].mean(0), atol=1e-9)
+    assert new.config.mla_latent_dim[0] == min(range(1, 8), key=lambda n: lost[0][n] + lost[1][
+        8 - n]) != 4 == sum(new.config.mla_latent_dim) / 2
 
 
 def test_weight_scope_finds_nothing_more_to_cut(windows):
