@@ -20,6 +20,7 @@ the weights, and N gives the SVD of W_q^T W_k and of W_o W_v (CLOVER, arXiv:2411
 from dataclasses import replace
 
 import torch
+from torch.func import functional_call
 
 from lowrank.factorization import Curve, allocate_ranks
 from lowrank.layers import LowRankLinear
@@ -56,10 +57,10 @@ def to_mla(model, latent_dim, windows=()):
     """Return an MLA model with latents of latent_dim values per token, in the mean over the layers.
 
     The given model is changed and cannot be used afterwards. Low-rank query layers stay low-rank.
-    windows: from `calibration_windows`. The factors and the latent size of each layer minimize the
-    estimated increase of the loss on these windows. Without windows the factors come from the SVD
-    of the weights, and all latents are equal. They are also equal with use_svd, which needs it.
-    Raises ValueError if the model has MLA already or latent_dim does not fit.
+    windows: from `calibration_windows`. The factors minimize the estimated increase of the loss on
+    these windows, and so do the latent sizes (`latent_sizes`). Without windows the factors come
+    from the SVD of the weights, and all latents are equal. They are also equal with use_svd, which
+    needs that. Raises ValueError if the model has MLA already or latent_dim does not fit.
     """
     check_source(model, 'mla')
     query_ranks = {name.replace('c_q', 'query'): rank for name, rank
@@ -76,14 +77,11 @@ def to_mla(model, latent_dim, windows=()):
              for name in tracking.brief_bar(stats, desc='decompose', unit='layer')}
     sizes = dict.fromkeys(found, latent_dim)
     if windows and not config.use_svd:
-        step = RANK_STEP if latent_dim >= RANK_STEP_FROM else 1
-        sizes = {name: size or config.n_embd for name, size in allocate_ranks(
-            {name: Curve(one.energies, 1, one.size, step) for name, one in found.items()},
-            latent_dim * config.n_layer).items()}
+        sizes = latent_sizes(model, found, stats, latent_dim, windows)
         config = replace(config, mla_latent_dim=[*sizes.values()])
     for name, c_attn in projections.items():
-        up, down = found[name].factors(sizes[name])                 # (2C, d), (d, C)
-        for part, weight in latent_projection(c_attn, up, down, stats[name]).items():
+        for part, weight in latent_projection(c_attn, found[name], stats[name],
+                                              sizes[name]).items():
             state[f'{name}.{part}'] = weight
     new = rebuild(model, config, state)
     for name, rank in query_ranks.items():
@@ -91,13 +89,46 @@ def to_mla(model, latent_dim, windows=()):
     return sync_config(new)
 
 
-def latent_projection(c_attn, up, down, stats):
+def latent_sizes(model, found, stats, mean, windows):
+    """Return name of c_attn -> latent size, for the least estimated increase of the loss at a mean
+    size over the layers.
+
+    The estimate can be far too low for large errors of a layer on which many others depend. So the
+    energies of a layer are multiplied by the root of the measured increase over the estimated one,
+    if only this layer has a latent of the mean size. The ratio itself overstates small errors
+    (docs/RESULTS.md). Measuring reads the text once in all. found and stats: name ->
+    `Factorization` and `LayerStats`.
+    """
+    few, curves = windows[:max(1, len(windows) // len(found))], {}
+    step = RANK_STEP if mean >= RANK_STEP_FROM else 1
+
+    def loss(state):
+        return sum(functional_call(model, state, batch)[1].item() for batch in few) / len(few)
+    original = loss({})
+    for name, one in tracking.brief_bar(found.items(), desc='measure', unit='layer'):
+        estimate, c_attn = one.energies[mean:].sum().item(), model.transformer.get_submodule(name)
+        parts = latent_projection(c_attn, one, stats[name], mean)
+        weight = torch.cat((parts['k_up.weight'], parts['v_up.weight'])) @ parts['kv_down.weight']
+        state = dict(weight=torch.cat((parts['query.weight'].cpu().double(), weight)))
+        if c_attn.bias is not None:
+            state['bias'] = torch.cat((parts['query.bias'], 0 * parts['query.bias'],
+                                       parts['v_up.bias']))
+        increase = loss({f'transformer.{name}.{kind}': tensor.to(c_attn.weight.dtype).to(
+            c_attn.weight.device) for kind, tensor in state.items()}) - original
+        scale = max(1, increase / estimate) ** 0.5 if estimate > 0 else 1
+        curves[name] = Curve(scale * one.energies, 1, one.size, step)
+    return {name: size or found[name].size
+            for name, size in allocate_ranks(curves, mean * len(found)).items()}
+
+
+def latent_projection(c_attn, factorization, stats, latent_dim):
     """Return the state dict of the `LatentProjection` that replaces a `QKVProjection`.
 
-    up (2C, d), down (d, C): factors of the stacked weight of keys and values; stats: its
-    `LayerStats`. The bias of the values compensates for the mean error. Keys get no bias, because a
-    bias of keys would not change the attention weights.
+    factorization, stats: `Factorization` and `LayerStats` of the stacked weight of keys and values.
+    The bias of the values compensates for the mean error. Keys get no bias, because a bias of keys
+    would not change the attention weights.
     """
+    up, down = factorization.factors(latent_dim)                    # (2C, d), (d, C)
     k_up, v_up = up.chunk(2)
     parts = {'query.weight': c_attn.weight.chunk(3)[0], 'kv_down.weight': down,
              'k_up.weight': k_up, 'v_up.weight': v_up}
