@@ -70,8 +70,9 @@ class CompressConfig:
                       'energy that the method measures', Range(above=0)] = None
     modules: Annotated[str | None, "which layers of the blocks: 'attn', 'mlp' or 'attn,mlp'; "
                        'None: all'] = None
-    mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4; '
-                              "with method 'activation' a mean over the layers", Range(1)] = None
+    mla_latent_dim: Annotated[int | None, 'size of a latent, at most n_embd; None: n_embd / 4. '
+                              "With method 'activation' each layer gets its own, and this is the "
+                              'largest mean', Range(1)] = None
     n_kv_head: Annotated[int | None, 'key/value heads of gqa; None: half of those of the model',
                          Range(1)] = None
     method: Annotated[Literal['activation', 'whitened', 'plain'] | None,

@@ -161,7 +161,8 @@ class GPTConfig(AdapterTargets):
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(f'n_embd={self.n_embd}: not a multiple of n_head={self.n_head} '
                              f'(nearest: {nearest})')
-        if self.use_mla and max(self.latent_dims) > self.n_embd:
+        if self.use_mla and not isinstance(self.mla_latent_dim, list) and (
+                self.latent_dims[0] > self.n_embd):
             raise ValueError(f'mla_latent_dim={self.mla_latent_dim}: must be at most n_embd '
                              f'(nearest: {self.n_embd})')
         self.check_heads()
@@ -191,15 +192,15 @@ class GPTConfig(AdapterTargets):
         self.svd_target_names                           # raises ValueError for other words
 
     @property
-    def latent_dim(self) -> int | list[int]:
-        """Latent size, or that of each layer."""
-        return self.mla_latent_dim or max(1, self.n_embd // 4)
-
-    @property
     def latent_dims(self) -> list[int]:
         """Latent size of each layer."""
-        size = self.latent_dim
+        size = self.mla_latent_dim or max(1, self.n_embd // 4)
         return size if isinstance(size, list) else [size] * self.n_layer
+
+    @property
+    def latent_summary(self):
+        """Latent sizes of all layers, as text for a line of output, such as '16 or 24'."""
+        return ' or '.join(map(str, sorted({*self.latent_dims})))
 
     @property
     def head_size(self):

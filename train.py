@@ -720,8 +720,8 @@ def describe(cfg, model, data, dtype, processes):
         say(f'LoRA, {c.lora_init!r}: rank {c.lora_rank} in {len(c.lora_layers)} layers, '
             f'{trained:,} trained parameters')
     if c.use_mla:
-        say(f'MLA: keys and values of a layer come from one latent of {c.latent_dim} values per '
-            f'token, instead of {2 * c.n_embd} values')
+        say('MLA: keys and values of a layer come from one latent per token, of '
+            f'{c.latent_summary} instead of {2 * c.n_embd} values')
     if c.use_svd or c.svd_rank is not None:
         say(f'SVD on {c.svd_names}: {c.svd_summary}')
     decays = cfg.decay_lr and not cfg.eval_only

@@ -301,9 +301,10 @@ def forward_flops(cfg):
 def costs(run, saved, data):
     """Return the costs of a finished run as a dict. saved: its checkpoint.
 
-    flops: of all training. For a conversion: of training BASE, of the calibration and refinement,
-    estimated as SWEEP_STEPS steps each, and of fine-tuning with its teacher. parameter_bytes: with
-    position embeddings. cache_bytes: per token of a full context, float32.
+    flops: of all training. For a conversion: of training BASE, of the calibration, and of the
+    refinement of 'compressed', estimated as SWEEP_STEPS steps each, and of fine-tuning with its
+    teacher. parameter_bytes: with position embeddings. cache_bytes: per token of a full context,
+    float32.
     """
     arm, cfg, model = ARMS[run.arm], settings(run.arm, data), GPT.from_checkpoint(saved)
     if arm.is_conversion:

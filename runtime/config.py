@@ -37,8 +37,8 @@ NUMBERS = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are in
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: least <= value < below, and value > above. Other values, None or a list,
-    are always valid."""
+    """Bounds of a number: least <= value < below, and value > above. None and the numbers of
+    a list are always valid."""
     least: float = -math.inf
     below: float = math.inf
     above: float = -math.inf

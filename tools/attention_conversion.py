@@ -31,14 +31,15 @@ from tools.model_compression import (RANK_STEP, RANK_STEP_FROM, best_share, chec
                                      rebuild, sync_config)
 
 HEADS_KEEP = 0.5                    # default fraction of the cache kept by narrower heads
+MEASURABLE = 1e-4                   # changes of the loss below it, in nats per token, are noise
 
 
 def check_source(model, to):
     """Raise ValueError if a conversion does not support the attention of a model."""
     c = model.config
     if c.use_mla:
-        raise ValueError(f'to={to!r}: the model has MLA already, with latents of {c.latent_dim} '
-                         'values (nearest: the run before conversion)')
+        raise ValueError(f'to={to!r}: the model has MLA already, with latents of '
+                         f'{c.latent_summary} values (nearest: the run before conversion)')
     if to == 'mla' and (c.is_grouped or c.qk_head_dim or c.v_head_dim):
         raise ValueError(f'to={to!r}: the model has grouped or narrower heads (nearest: the run '
                          'before conversion)')
@@ -54,13 +55,15 @@ def check_source(model, to):
 
 @torch.no_grad()
 def to_mla(model, latent_dim, windows=()):
-    """Return an MLA model with latents of latent_dim values per token, in the mean over the layers.
+    """Return an MLA model with latents of at most latent_dim values per token, in the mean over the
+    layers.
 
     The given model is changed and cannot be used afterwards. Low-rank query layers stay low-rank.
     windows: from `calibration_windows`. The factors minimize the estimated increase of the loss on
     these windows, and so do the latent sizes (`latent_sizes`). Without windows the factors come
-    from the SVD of the weights, and all latents are equal. They are also equal with use_svd, which
-    needs that. Raises ValueError if the model has MLA already or latent_dim does not fit.
+    from the SVD of the weights, and all latents have latent_dim values. So have they with use_svd,
+    because it needs equal sizes. Raises ValueError if the model has MLA already or latent_dim does
+    not fit.
     """
     check_source(model, 'mla')
     query_ranks = {name.replace('c_q', 'query'): rank for name, rank
@@ -89,36 +92,47 @@ def to_mla(model, latent_dim, windows=()):
     return sync_config(new)
 
 
-def latent_sizes(model, found, stats, mean, windows):
-    """Return name of c_attn -> latent size, for the least estimated increase of the loss at a mean
-    size over the layers.
+def latent_sizes(model, found, stats, mean_dim, windows):
+    """Return name of c_attn -> latent size, for the least estimated increase of the loss. The mean
+    of the sizes is at most mean_dim. Sizes are multiples of 8 if mean_dim is 128 or more.
 
-    The estimate can be far too low for large errors of a layer on which many others depend. So the
+    The estimate is far too low for large errors of a layer on which many others depend. So the
     energies of a layer are multiplied by the root of the measured increase over the estimated one,
-    if only this layer has a latent of the mean size. The ratio itself overstates small errors
-    (docs/RESULTS.md). Measuring reads the text once in all. found and stats: name ->
-    `Factorization` and `LayerStats`.
+    both in nats per token, if only this layer has a latent of mean_dim values. The root is a
+    compromise between the two (docs/RESULTS.md). A layer is measured on a part of the windows,
+    which is about one pass over the text for all layers. found, stats: name -> `Factorization` and
+    `LayerStats`.
     """
-    few, curves = windows[:max(1, len(windows) // len(found))], {}
-    step = RANK_STEP if mean >= RANK_STEP_FROM else 1
+    batches, curves = windows[:max(1, len(windows) // len(found))], {}
+    step = RANK_STEP if mean_dim >= RANK_STEP_FROM else 1
 
     def loss(state):
-        return sum(functional_call(model, state, batch)[1].item() for batch in few) / len(few)
+        return sum(functional_call(model, state, xy)[1].item() for xy in batches) / len(batches)
     original = loss({})
-    for name, one in tracking.brief_bar(found.items(), desc='measure', unit='layer'):
-        estimate, c_attn = one.energies[mean:].sum().item(), model.transformer.get_submodule(name)
-        parts = latent_projection(c_attn, one, stats[name], mean)
-        weight = torch.cat((parts['k_up.weight'], parts['v_up.weight'])) @ parts['kv_down.weight']
-        state = dict(weight=torch.cat((parts['query.weight'].cpu().double(), weight)))
-        if c_attn.bias is not None:
-            state['bias'] = torch.cat((parts['query.bias'], 0 * parts['query.bias'],
-                                       parts['v_up.bias']))
-        increase = loss({f'transformer.{name}.{kind}': tensor.to(c_attn.weight.dtype).to(
-            c_attn.weight.device) for kind, tensor in state.items()}) - original
-        scale = max(1, increase / estimate) ** 0.5 if estimate > 0 else 1
-        curves[name] = Curve(scale * one.energies, 1, one.size, step)
-    return {name: size or found[name].size
-            for name, size in allocate_ranks(curves, mean * len(found)).items()}
+    for name, factorization in tracking.brief_bar(found.items(), desc='measure', unit='layer'):
+        weight = model.transformer.get_submodule(name).weight
+        parts = latent_projection(model.transformer.get_submodule(name), factorization,
+                                  stats[name], mean_dim)
+        # dtype first, because MPS has no float64
+        increase = loss({f'transformer.{name}.{kind}': tensor.to(weight.dtype).to(weight.device)
+                         for kind, tensor in multiplied_out(parts).items()}) - original
+        estimate = factorization.energies[mean_dim:].sum().item()
+        scale = max(1, increase / max(estimate, MEASURABLE)) ** 0.5
+        curves[name] = Curve(scale * factorization.energies, 1, factorization.size, step)
+    sizes = allocate_ranks(curves, mean_dim * len(found))
+    return {name: size or found[name].size for name, size in sizes.items()}
+
+
+def multiplied_out(parts):
+    """Return the state dict of the `QKVProjection` with the outputs of a `LatentProjection`, in
+    float64. parts: from `latent_projection`."""
+    up = torch.cat((parts['k_up.weight'], parts['v_up.weight']))                    # (2C, d)
+    state = dict(weight=torch.cat((parts['query.weight'].cpu().to(up.dtype),
+                                   up @ parts['kv_down.weight'])))                  # (3C, C)
+    if 'query.bias' in parts:
+        b_q, b_v = parts['query.bias'], parts['v_up.bias']
+        state['bias'] = torch.cat((b_q, torch.zeros_like(b_q), b_v))                # (3C)
+    return state
 
 
 def latent_projection(c_attn, factorization, stats, latent_dim):

@@ -99,7 +99,7 @@ def changes(c, to):
         (plain and (c.qk_head_dim or c.v_head_dim),
          'filled up with zeros: narrower heads; the exported model caches full keys and values'),
         (plain and c.mlp_dim, 'filled up with zeros: the neurons that the MLPs lack'),
-        (plain and c.use_mla, f'multiplied out: latents of {c.latent_dim} values; the exported '
+        (plain and c.use_mla, f'multiplied out: latents of {c.latent_summary} values; the exported '
                               'model caches full keys and values'),
         (plain and c.layer_ranks, f'multiplied out: {len(c.layer_ranks or ())} low-rank layers; '
                                   'the exported model has as many parameters as before '

@@ -94,7 +94,7 @@ def effective_config(cfg):
     if is_new and not cfg.svd_truncates:
         idle += ['use_svd', 'svd_']
     if cfg.use_mla:
-        known['mla_latent_dim'] = cfg.latent_dim
+        known['mla_latent_dim'] = cfg.latent_dims
     known['n_kv_head'] = cfg.heads['k']
     if cfg.svd_truncates:
         known |= {'svd_targets': ','.join(cfg.svd_ranks),

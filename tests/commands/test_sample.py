@@ -310,6 +310,9 @@ def test_bench_leaves_out_scopes_that_truncate_nothing(results):
     rows = [f'{method}, {scope}' for scope in ('sequence', 'weight') for method in METHODS]
     assert {*results('--svd_rank=2', '--svd_block=16')['results']} == {*rows, 'optimizer left out'}
     assert {*results()['results']} == {'optimizer left out'}
+    for row, *options in (('MLA', '--use_mla=True', '--mla_latent_dim=[3]'),
+                          ('narrow heads', '--v_head_dim=[3]')):    # which refuse an SVD
+        assert {*results('--svd_rank=2', *options)['results']} == {row, 'optimizer left out'}
 
 
 @pytest.mark.parametrize('option, words', [('--decode --peer=nowhere', 'peer='),

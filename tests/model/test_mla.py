@@ -42,7 +42,8 @@ def test_parameter_names_and_shapes():
         state = make(**options).transformer.h[1].attn.state_dict()
         assert {name: tuple(p.shape) for name, p in state.items()} == expected
     widths = {1: 1, 3: 1, 8: 2, 128: 32, 768: 192}  # the default latent is a quarter
-    assert {w: GPTConfig(n_embd=w, n_head=1, use_mla=True).latent_dim for w in widths} == widths
+    assert {w: GPTConfig(n_embd=w, n_head=1, use_mla=True).latent_dims[0]
+            for w in widths} == widths
 
 
 @pytest.mark.parametrize('bias', [True, False])

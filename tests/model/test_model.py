@@ -490,7 +490,7 @@ def test_generate_draws_the_tokens_of_nanogpt(columns, options):
         ('svd_scope', dict(svd_scope='token'), 'causal'),
         ('mla_latent_dim', mla(0), 'at least 1'),
         ('mla_latent_dim', mla(9), 'nearest: 8'),
-        ('mla_latent_dim', mla([3]), 'nearest: [3, 8]'),
+        ('mla_latent_dim', mla([9]), 'nearest: [8, 8]'),
         ('mla_latent_dim', mla([3, 4], **svd('weight')), 'nearest: --use_svd=False'),
         ('mlp_dim', dict(mlp_dim=[]), 'nearest: [32, 32]'),
         ('n_kv_head', dict(n_kv_head=0), 'nearest: 1'),
