@@ -147,7 +147,7 @@ class InputSelection:
         self.energies = scale * torch.cat(energies).cummax(0).values.flip(0)                # (n)
 
     def inverse(self, chosen):
-        """Return C[S, S]^-1."""
+        """Return C[S, S]^-1 (|S|, |S|) for the chosen inputs S."""
         return torch.cholesky_inverse(torch.linalg.cholesky(
             self.inputs[chosen][:, chosen].double()))
 

@@ -110,12 +110,12 @@ def latent_sizes(model, found, stats, mean_dim, windows):
         return sum(functional_call(model, state, xy)[1].item() for xy in batches) / len(batches)
     original = loss({})
     for name, factorization in tracking.brief_bar(found.items(), desc='measure', unit='layer'):
-        weight = model.transformer.get_submodule(name).weight
-        parts = latent_projection(model.transformer.get_submodule(name), factorization,
-                                  stats[name], mean_dim)
+        c_attn = model.transformer.get_submodule(name)
+        parts = latent_projection(c_attn, factorization, stats[name], mean_dim)
         # dtype first, because MPS has no float64
-        increase = loss({f'transformer.{name}.{kind}': tensor.to(weight.dtype).to(weight.device)
-                         for kind, tensor in multiplied_out(parts).items()}) - original
+        increase = loss({
+            f'transformer.{name}.{kind}': tensor.to(c_attn.weight.dtype).to(c_attn.weight.device)
+            for kind, tensor in multiplied_out(parts).items()}) - original
         estimate = factorization.energies[mean_dim:].sum().item()
         scale = max(1, increase / max(estimate, MEASURABLE)) ** 0.5
         curves[name] = Curve(scale * factorization.energies, 1, factorization.size, step)

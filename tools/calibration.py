@@ -188,7 +188,7 @@ class HeadStats:
         weights = [(cuts[name] @ w.double()).flatten(0, 1) for name, w in self.weights.items()]
         w_o = self.w_o.double()
         tensors = {'c_attn.weight': torch.cat(weights),
-                   'c_proj.weight': (w_o @ up_v).transpose(0, 1).flatten(1)}   # (C, nh r)
+                   'c_proj.weight': (w_o @ up_v).transpose(0, 1).flatten(1)}        # (C, nh r)
         if self.bias_o is not None:
             biases = [(b @ cuts[name].mT).flatten() for name, b in self.biases.items()]
             tensors['c_attn.bias'] = torch.cat(biases)
@@ -196,7 +196,7 @@ class HeadStats:
             if self.stats['v'].tokens:
                 mean = self.stats['v'].mean[..., None]
             mean, kept = (x.repeat_interleave(group, dim=0) for x in (mean, down_v @ mean))
-            lost = w_o @ (mean - up_v @ kept)                                  # (nh, C, 1)
+            lost = w_o @ (mean - up_v @ kept)                                       # (nh, C, 1)
             tensors['c_proj.bias'] = self.bias_o + lost.sum(0).squeeze(1)
         return tensors
 
