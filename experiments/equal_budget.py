@@ -97,9 +97,9 @@ LOOKS = {'dense': ('0.25', 'o', '-'),
          'to-gqa': (plots.COLOURS[0], '<', ':'), 'to-mla': (plots.COLOURS[1], '>', ':'),
          'to-heads': (plots.COLOURS[5], 'X', ':'), 'compressed': (plots.COLOURS[4], 'd', ':')}
 
-# Ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They minimize
-# the estimated increase of the loss of a trained dense-4x128 with seed 1337, at 0.55, ... of the
-# weights. Equal ranks in all layers were worse (docs/RESULTS.md).
+# Ranks of low-rank layers that are trained from scratch, one row per block, 0: dense. They come
+# from the estimated increase of the loss of a trained dense-4x128 with seed 1337, at 0.55, ... of
+# the weights. Equal ranks in all layers were worse (docs/RESULTS.md).
 FACTORED_LAYERS = ('attn.c_attn.c_q', 'attn.c_attn.c_k', 'attn.c_attn.c_v', 'attn.c_proj',
                    'mlp.c_fc', 'mlp.c_proj')
 FACTORED_RANKS = {

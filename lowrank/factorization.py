@@ -117,8 +117,8 @@ class InputSelection:
 
     inputs: C = E[x x^T] (n, n); gradients: G = E[g g^T] (m, m) of the loss's gradients at the
     outputs. `order` (n) lists the inputs, the most important one first. `energies` (n) estimate
-    the errors that they save, descending. All results are computed in float64 on the CPU. Raises
-    ValueError for values that are not finite.
+    the errors that they save, descending. Computed in float64 on the CPU, but C is kept in float32.
+    Raises ValueError for values that are not finite.
     """
 
     def __init__(self, weight, inputs, gradients):

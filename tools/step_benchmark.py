@@ -109,7 +109,7 @@ def kind_of(cfg):
 def truncating_scopes(cfg):
     """Return the scopes in which the SVD truncates, and print why others are left out."""
     # cannot be combined with an SVD
-    if cfg.qk_head_dim or cfg.v_head_dim or isinstance(cfg.mla_latent_dim, list):
+    if cfg.qk_head_dim or cfg.v_head_dim or cfg.use_mla and isinstance(cfg.mla_latent_dim, list):
         return []
     off = {scope: model_config(cfg, use_svd=True, svd_scope=scope).svd_off for scope in SCOPES}
     scopes = [scope for scope in SCOPES if not off[scope]]

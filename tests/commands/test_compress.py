@@ -154,7 +154,7 @@ def test_the_report_is_what_the_checkpoint_says(trained, call, run, options, kee
 
 def test_mla_is_written_with_a_mean_latent_of_a_quarter_of_the_width(trained, call):
     """--to=mla writes a model with latents of n_embd / 4 in the mean by default, and reports their
-    sizes and the smaller cache. The model generates, trains and can be exported."""
+    sizes and the smaller cache. The model generates and can be exported."""
     trained(*NO_BIAS)
     out = call(compress.main, *QUICK, '--out_dir=out', '--to=mla').out
     report = report_of('out-mla')
